@@ -1,0 +1,42 @@
+"""A Jupyter-first workbench for the bottleneck space ("h-space") of diffusion models.
+
+    import workbench as wb
+
+    model = wb.load_model("avataaars32")
+    run = wb.sample(model, seeds=range(8), steps=50, record_h=True)
+    store = wb.extract(model, n=2000, steps=50)
+
+Names load their modules when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_WHERE = {
+    "diffusion.models": ("Model", "list_models", "load_model", "wrap"),
+    "diffusion.schedule": ("NoiseSchedule",),
+    "diffusion.unet": ("Bottleneck",),
+    "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
+    "datasets.labelled": ("LabelledImages", "load_image", "load_images"),
+    "hspace.store": ("HStore", "open_store"),
+    "hspace.extract": ("extract",),
+    "report.notebooks": ("report", "run_notebook"),
+}
+_MODULES = {"plots": "report.plots", "paths": "paths"}
+_NAMES = {name: module for module, names in _WHERE.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [*sorted(_NAMES), *sorted(_MODULES)]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"workbench.{_MODULES[name]}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"workbench.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

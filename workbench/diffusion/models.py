@@ -1,0 +1,321 @@
+"""Models: from a name, a hub id or a folder to a denoiser that is split at its bottleneck."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import scan_cache_dir, snapshot_download
+from huggingface_hub.errors import CacheNotFound
+
+from workbench import paths
+from workbench.diffusion import checkpoints
+from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.unet import Bottleneck, SplitUNet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A pixel-space DDPM: a U-Net split at the bottleneck, and its noise schedule.
+
+    Attributes
+    ----------
+    name : str
+    unet : SplitUNet
+    schedule : NoiseSchedule
+    hash : str
+        Content hash of the weights.
+    """
+
+    name: str
+    unet: SplitUNet = field(repr=False)
+    schedule: NoiseSchedule = field(repr=False)
+    hash: str
+
+    @property
+    def tap(self) -> str:
+        """Where h is read and edited: "before", "middle" or "after"."""
+        return self.unet.tap
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network's arithmetic. Images, eps and h are float32 whatever it is."""
+        return self.unet.dtype
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        config = self.unet.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (config.in_channels, height, width)
+
+    @property
+    def h_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the bottleneck activation h_t."""
+        _, height, width = self.image_shape
+        halvings = sum(block.downsamplers is not None for block in self.unet.unet.down_blocks)
+        return (self.unet.unet.config.block_out_channels[-1], height >> halvings, width >> halvings)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.unet.unet.parameters())
+
+    def __call__(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """eps_theta(x_t, t), the predicted noise.
+
+        Parameters
+        ----------
+        x_t : Tensor of shape (n, C, H, W)
+        t : int or Tensor of shape (n,)
+
+        Returns
+        -------
+        Tensor of shape (n, C, H, W), float32
+        """
+        return self.unet(x_t, t)
+
+    def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
+        """Run the network up to the tap; see `SplitUNet.encode`."""
+        return self.unet.encode(x_t, t)
+
+    def decode(self, bottleneck: Bottleneck, delta_h: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the rest of the network with `delta_h` added to h; see `SplitUNet.decode`."""
+        return self.unet.decode(bottleneck, delta_h)
+
+    def tapped(self, tap: str) -> Model:
+        """The same model with h read and edited elsewhere: "before", "middle" or "after" the mid block."""
+        return Model(self.name, SplitUNet(self.unet.unet, tap=tap, dtype=self.dtype), self.schedule, self.hash)
+
+    def batch_size(self) -> int:
+        """Number of samples that run at once when nothing else is asked for.
+
+        On a CPU, the size up to which larger batches are faster (32 at 32 x 32 pixels, fewer for larger images); on an
+        accelerator, what fits 70% of its free memory by the measured need of one sample, up to 256.
+        """
+        channels, height, width = self.image_shape
+        if self.device.type != "cuda":
+            return max(1, 2**15 // (height * width))
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        with torch.inference_mode():
+            self(torch.zeros(1, channels, height, width, device=self.device), 0)
+        one = torch.cuda.max_memory_allocated(self.device) - before
+        fits = int(0.7 * torch.cuda.mem_get_info(self.device)[0] / max(one, 1))
+        return 2 ** max(0, min(fits, 256).bit_length() - 1)
+
+    def provenance(self) -> dict:
+        """What identifies this model in a file: name, weights, tap and schedule."""
+        return {"name": self.name, "hash": self.hash, "tap": self.tap, "schedule": self.schedule.provenance()}
+
+    def __repr__(self) -> str:
+        precision = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Model({self.name!r}: {self.parameters / 1e6:.2f} M parameters, images {self.image_shape}, "
+            f"h {self.h_shape} {self.tap!r} the mid block, T={self.schedule.T}, {self.device} {precision}, "
+            f"weights {self.hash}, clip_sample off)"
+        )
+
+
+def load_model(source: str | Path, *, device: str | torch.device | None = None, dtype: str | None = None) -> Model:
+    """Load a pixel-space DDPM.
+
+    `clip_sample`, which the public DDPMs have on, is off here: clipping the predicted image bends the effect of an
+    edit and makes inversion fail.
+
+    Parameters
+    ----------
+    source : str or path
+        A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), or the id of a hub
+        repository ("google/ddpm-ema-celebahq-256").
+    device : str or torch.device, optional
+        By default the best there is: CUDA, then MPS, then CPU.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such model, or it is not one that the workbench can split at a bottleneck.
+    """
+    folder, name = _locate(source)
+    files = checkpoints.find_model_files(folder)
+    config = checkpoints.read_json(files.unet_config)
+    kind = config.get("_class_name", "an unnamed network")
+    if kind != "UNet2DModel":
+        raise ValueError(
+            f"{files.unet_config} describes {kind}; the workbench takes unconditional pixel-space U-Nets (UNet2DModel)"
+        )
+    scheduler = DDPMScheduler.from_config(checkpoints.read_json(files.scheduler_config))
+    unet = _build(config, path=files.unet_config)
+    checkpoints.load_strictly(unet, checkpoints.read_state_dict(files.weights), path=files.weights)
+    return wrap(unet, scheduler, name=name, device=device, dtype=dtype)
+
+
+def wrap(
+    unet: UNet2DModel,
+    scheduler,
+    *,
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+) -> Model:
+    """Make a `Model` of a U-Net that is already in memory.
+
+    Parameters
+    ----------
+    unet : diffusers.UNet2DModel
+        Copied, so that yours stays as it is.
+    scheduler : diffusers scheduler or NoiseSchedule
+        Gives alpha_bar, the spacing of timesteps and the kind of prediction.
+    name : str
+        For messages and provenance.
+    device, dtype
+        As in `load_model`.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    ValueError
+        If the U-Net has no bottleneck, or predicts something else than the noise.
+    """
+    schedule = scheduler if isinstance(scheduler, NoiseSchedule) else _schedule_of(scheduler)
+    device = best_device() if device is None else torch.device(device)
+    split = SplitUNet(copy.deepcopy(unet), dtype=_dtype_of(dtype))
+    memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    split.unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
+    return Model(name, split, schedule, checkpoints.hash_weights(split.unet))
+
+
+def best_device() -> torch.device:
+    """CUDA if there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def list_models() -> list[dict]:
+    """Models that load without a network: bundled ones and those in the local hub cache.
+
+    Returns
+    -------
+    list of dict
+        With "name", "where" ("bundled" or "hub cache"), "images" (C, H, W) and "path".
+    """
+    found = [("bundled", p.name, p) for p in sorted(paths.models().iterdir()) if _has_unet(p)]
+    found += [("hub cache", name, path) for name, path in _cached_repositories() if _has_unet(path)]
+    return [{"name": n, "where": where, "images": _image_shape_of(p), "path": str(p)} for where, n, p in found]
+
+
+def _locate(source: str | Path) -> tuple[Path, str]:
+    """Folder and name of a model."""
+    bundled = paths.models() / str(source)
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) and _has_unet(bundled):
+        return bundled, source
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_file():
+        raise ValueError(f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id")
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return _download(source), source
+    raise FileNotFoundError(
+        f"no model {str(source)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
+        "folder or a hub id such as google/ddpm-ema-celebahq-256"
+    )
+
+
+def _download(repository: str) -> Path:
+    # The local cache first: it answers at once, where an unreachable hub takes many seconds to give up.
+    for local in (True, False):
+        try:
+            return Path(snapshot_download(repository, allow_patterns=checkpoints.HUB_FILES, local_files_only=local))
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = error
+    raise FileNotFoundError(
+        f"{repository!r} is neither a local folder nor in the hub cache, and it can't be fetched now "
+        f"({type(reason).__name__}); bundled: {', '.join(_bundled_names())}; on a machine with a network run "
+        f"`hf download {repository}` and copy the folder here, or set HF_HOME to its cache"
+    ) from reason
+
+
+def _bundled_names() -> list[str]:
+    return [p.name for p in sorted(paths.models().iterdir()) if _has_unet(p)]
+
+
+def _unet_config(folder: Path) -> dict:
+    """Config of the folder's U-Net; empty if it has none."""
+    config = next((c for c in (folder / "unet" / "config.json", folder / "config.json") if c.is_file()), None)
+    return {} if config is None else checkpoints.read_json(config)
+
+
+def _has_unet(folder: Path) -> bool:
+    return _unet_config(folder).get("_class_name") == "UNet2DModel"
+
+
+def _image_shape_of(folder: Path) -> tuple[int, int, int]:
+    config = _unet_config(folder)
+    return (config.get("in_channels", 3), config.get("sample_size"), config.get("sample_size"))
+
+
+def _cached_repositories() -> list[tuple[str, Path]]:
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    repositories = [r for r in repositories if r.revisions]
+    return sorted((r.repo_id, max(r.revisions, key=lambda v: v.last_modified).snapshot_path) for r in repositories)
+
+
+def _build(config: dict, *, path: Path) -> UNet2DModel:
+    try:
+        # diffusers logs every config key that it does not know; what does not fit shows when the weights are loaded.
+        level = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity(logging.ERROR)
+        return UNet2DModel.from_config(config)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not describe a U-Net that diffusers can build ({error})") from error
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def _schedule_of(scheduler) -> NoiseSchedule:
+    config = scheduler.config
+    predicts = config.get("prediction_type", "epsilon")
+    if predicts != "epsilon":
+        raise ValueError(f"this model predicts {predicts!r}; the workbench takes models that predict noise ('epsilon')")
+    return NoiseSchedule(
+        scheduler.alphas_cumprod.double().numpy(),
+        spacing=config.get("timestep_spacing", "leading"),
+        offset=config.get("steps_offset", 0),
+    )
+
+
+def _dtype_of(dtype: str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+

@@ -1,0 +1,198 @@
+"""A U-Net, split at its bottleneck.
+
+`encode` runs the network up to the tap, `decode` runs the rest; together they are diffusers' `UNet2DModel.forward`, bit
+for bit. Only the top level of that forward is written out here: every block is diffusers' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+
+import torch
+from diffusers import UNet2DModel
+
+TAPS = ("before", "middle", "after")
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck:
+    """The network's state at the tap: h, and all else that the decoder needs.
+
+    Attributes
+    ----------
+    h : Tensor of shape (n, C, h, w), float32
+        The bottleneck activation h_t.
+    skips : tuple of Tensor
+        Outputs of the encoder's blocks, untouched by any edit of h.
+    emb : Tensor of shape (n, E)
+        Embedding of the timestep.
+    tap : {"before", "middle", "after"}
+    residual : Tensor of shape (n, C, h, w), optional
+        For the tap "middle": the input of the residual block that the tap lies in.
+    """
+
+    h: torch.Tensor
+    skips: tuple[torch.Tensor, ...] = field(repr=False)
+    emb: torch.Tensor = field(repr=False)
+    tap: str = "after"
+    residual: torch.Tensor | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return f"Bottleneck(h={tuple(self.h.shape)}, tap={self.tap!r}, {len(self.skips)} skips)"
+
+    def with_h(self, h: torch.Tensor) -> Bottleneck:
+        """The same state with another h (a swap, Haas et al. Fig. 2a)."""
+        return replace(self, h=h)
+
+    def repeat(self, k: int) -> Bottleneck:
+        """Each sample `k` times in a row, so that k edits of it run as one batch."""
+        return self._map(lambda x: x.repeat_interleave(k, dim=0))
+
+    def __getitem__(self, index) -> Bottleneck:
+        """Samples `index` (slice, list or tensor of positions)."""
+        return self._map(lambda x: x[index])
+
+    def _map(self, f) -> Bottleneck:
+        residual = None if self.residual is None else f(self.residual)
+        return replace(self, h=f(self.h), skips=tuple(map(f, self.skips)), emb=f(self.emb), residual=residual)
+
+
+class SplitUNet:
+    """`UNet2DModel` as an encoder and a decoder that meet at the bottleneck.
+
+    Parameters
+    ----------
+    unet : diffusers.UNet2DModel
+    tap : {"after", "middle", "before"}
+        Where h is read and edited (Haas et al., Fig. 10):
+
+        - "after" (default; both papers, Asyrp): output of the mid block, before it meets the first skip.
+        - "middle": inside the mid block's last residual block, after its second normalisation (with the timestep's
+          shift applied) and before the non-linearity.
+        - "before": input of the mid block. The same tensor, kept as a skip, is not edited.
+    dtype : torch.dtype
+        Precision of the network's arithmetic; lower ones run under autocast. Input and output stay float32.
+
+    Raises
+    ------
+    ValueError
+        If the network has no mid block, or is not a noise-prediction U-Net that the workbench can split.
+    """
+
+    def __init__(self, unet: UNet2DModel, *, tap: str = "after", dtype: torch.dtype = torch.float32) -> None:
+        if tap not in TAPS:
+            raise ValueError(f"tap {tap!r} is not known; it is one of {', '.join(TAPS)}")
+        self.unet, self.tap, self.dtype = unet, tap, dtype
+        if getattr(unet, "mid_block", None) is None or not getattr(unet.mid_block, "resnets", None):
+            raise ValueError(f"{type(unet).__name__} has no middle block, so it has no bottleneck to read h from")
+        if not isinstance(unet, UNet2DModel):
+            raise ValueError(
+                f"{type(unet).__name__} is not supported; the workbench takes unconditional pixel-space U-Nets "
+                "(diffusers' UNet2DModel)"
+            )
+        config = unet.config
+        if config.time_embedding_type == "fourier" or any("Skip" in b for b in config.down_block_types):
+            raise ValueError("score-SDE U-Nets (Fourier time embedding, skip blocks) are not DDPMs and are not supported")
+        if config.class_embed_type is not None or config.num_class_embeds is not None:
+            raise ValueError("this U-Net is conditioned on a class; the workbench takes unconditional models")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision that the network computes in."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.unet.device.type, dtype=self.dtype)
+
+    def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
+        """Run the network up to the tap.
+
+        Parameters
+        ----------
+        x_t : Tensor of shape (n, C, H, W)
+        t : int or Tensor of shape (n,)
+            Timestep(s).
+
+        Returns
+        -------
+        Bottleneck
+        """
+        unet = self.unet
+        with self.autocast():
+            emb = self._embed(t, len(x_t))
+            x = unet.conv_in(2 * x_t - 1.0 if unet.config.center_input_sample else x_t)
+            skips = (x,)
+            for block in unet.down_blocks:
+                x, outputs = block(hidden_states=x, temb=emb)
+                skips += outputs
+            residual = None
+            if self.tap == "after":
+                x = unet.mid_block(x, emb)
+            elif self.tap == "middle":
+                residual = self._mid_block_head(x, emb)
+                x = _resnet_head(unet.mid_block.resnets[-1], residual, emb)
+        return Bottleneck(x.float(), skips, emb, self.tap, residual)
+
+    def decode(self, bottleneck: Bottleneck, delta_h: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the rest of the network, with `delta_h` added to h.
+
+        Parameters
+        ----------
+        bottleneck : Bottleneck
+        delta_h : Tensor that broadcasts to (n, C, h, w), optional
+
+        Returns
+        -------
+        Tensor of shape (n, C, H, W), float32
+            eps, the predicted noise. A network with learned variance gives twice the channels; eps is the first half.
+        """
+        unet, emb, skips = self.unet, bottleneck.emb, bottleneck.skips
+        h = bottleneck.h if delta_h is None else bottleneck.h + delta_h
+        with self.autocast():
+            x = h
+            if bottleneck.tap == "before":
+                x = unet.mid_block(x, emb)
+            elif bottleneck.tap == "middle":
+                x = _resnet_tail(unet.mid_block.resnets[-1], bottleneck.residual, x)
+            for block in unet.up_blocks:
+                skips, outputs = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+                x = block(x, outputs, emb)
+            x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+        return x[:, : unet.config.in_channels].float()
+
+    def __call__(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """eps_theta(x_t, t), the predicted noise; shape (n, C, H, W), float32."""
+        return self.decode(self.encode(x_t, t))
+
+    def _embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        unet = self.unet
+        t = torch.as_tensor(t, device=unet.device).expand(n)
+        return unet.time_embedding(unet.time_proj(t).to(unet.dtype))
+
+    def _mid_block_head(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """The mid block up to its last residual block."""
+        mid = self.unet.mid_block
+        x = mid.resnets[0](x, emb)
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
+            if attention is not None:
+                x = attention(x, temb=emb)
+            if resnet is not mid.resnets[-1]:
+                x = resnet(x, emb)
+        return x
+
+
+def _resnet_head(resnet, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    """diffusers' `ResnetBlock2D.forward` up to its second non-linearity."""
+    x = resnet.conv1(resnet.nonlinearity(resnet.norm1(x)))
+    emb = resnet.time_emb_proj(resnet.nonlinearity(emb))[:, :, None, None]
+    if resnet.time_embedding_norm == "scale_shift":
+        scale, shift = torch.chunk(emb, 2, dim=1)
+        return resnet.norm2(x) * (1 + scale) + shift
+    return resnet.norm2(x + emb)
+
+
+def _resnet_tail(resnet, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' `ResnetBlock2D.forward` from its second non-linearity on."""
+    x = resnet.conv2(resnet.dropout(resnet.nonlinearity(x)))
+    if resnet.conv_shortcut is not None:
+        residual = resnet.conv_shortcut(residual)
+    return (residual + x) / resnet.output_scale_factor
