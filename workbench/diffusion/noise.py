@@ -1,6 +1,6 @@
 """Noise as a pure function of (seed, stream, timestep).
 
-A counter-based generator (Philox) is keyed by the seed and positioned by the timestep, so the noise of a sample does not
+A counter-based generator (Philox) is keyed by the seed and positioned by the timestep: the noise of a sample does not
 depend on the batch it is in, on the order of samples or on where a run was resumed, and any part can be made again
 instead of being stored. It is drawn on the CPU, so that a seed is the same image on every device. torch's own CPU
 generator is not used since it keeps only the lower 32 bits of its seed: streams derived by hashing would collide.

@@ -93,7 +93,7 @@ class SplitUNet:
             )
         config = unet.config
         if config.time_embedding_type == "fourier" or any("Skip" in b for b in config.down_block_types):
-            raise ValueError("score-SDE U-Nets (Fourier time embedding, skip blocks) are not DDPMs and are not supported")
+            raise ValueError("score-SDE U-Nets (Fourier embedding, skip blocks) are not DDPMs and are not supported")
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("this U-Net is conditioned on a class; the workbench takes unconditional models")
 

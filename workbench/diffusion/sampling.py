@@ -1,0 +1,543 @@
+"""Sampling, replay and inversion, with every noise kept or known.
+
+A seed is a sample: x_T and the step noises of sample i come from seed i alone (see `noise`), so a run can be replayed,
+edited, sliced or resumed and is still about the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from workbench.diffusion.models import Model
+from workbench.diffusion.noise import check_seeds, initial_noise, step_noise
+from workbench.diffusion.schedule import CLEAN, index_of
+
+EDIT_MODES = ("add", "replace", "slerp")
+INVERSIONS = ("ddim", "fixed-point")
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """A quantity of every sample at every visited timestep: h_t or x_t.
+
+    Attributes
+    ----------
+    values : Tensor of shape (steps, n, C, h, w), float32, on the CPU
+    timesteps : tuple of int
+        Noisiest first.
+    """
+
+    values: torch.Tensor
+    timesteps: tuple[int, ...]
+
+    def at(self, t: int) -> np.ndarray:
+        """The samples at timestep `t`, flattened.
+
+        Returns
+        -------
+        ndarray of shape (n, C*h*w), float32
+
+        Raises
+        ------
+        ValueError
+            If `t` was not visited.
+        """
+        return self.values[index_of(t, self.timesteps)].flatten(1).numpy()
+
+    def __getitem__(self, samples) -> StepRecord:
+        return replace(self, values=self.values[:, samples])
+
+    def __repr__(self) -> str:
+        return f"StepRecord({tuple(self.values.shape)}, t={self.timesteps[0]}..{self.timesteps[-1]})"
+
+
+@dataclass(frozen=True, eq=False)
+class HEdit:
+    """What a run does to h, step by step.
+
+    Attributes
+    ----------
+    values : Tensor of shape (steps, 1 or n, C, h, w), float32
+        Added to h_t ("add": Haas et al. eq. 6), put in its place ("replace": their Fig. 2a), or blended with it
+        ("slerp": InjectFusion's normalised spherical interpolation).
+    mode : {"add", "replace", "slerp"}
+    active : tuple of bool, one a step
+        Steps at which the edit acts.
+    asymmetric : bool
+        If true the edit changes P_t alone and D_t keeps the plain eps (Asyrp eq. 5).
+    weight : float in [0, 1]
+        For "slerp": 0 keeps h, 1 takes `values` at the norm of h.
+    """
+
+    values: torch.Tensor = field(repr=False)
+    mode: str = "add"
+    active: tuple[bool, ...] = ()
+    asymmetric: bool = False
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in EDIT_MODES:
+            raise ValueError(f"mode {self.mode!r} is not known; it is one of {', '.join(EDIT_MODES)}")
+        if self.values.ndim != 5:
+            raise ValueError(f"an edit of h has shape (steps, 1 or n, C, h, w), not {tuple(self.values.shape)}")
+        if not self.active:
+            object.__setattr__(self, "active", (True,) * len(self.values))
+
+    def __call__(self, i: int, h: torch.Tensor, samples: slice) -> torch.Tensor | None:
+        """The edited h of step `i` for the samples at positions `samples`; None where the edit does not act."""
+        if not self.active[i]:
+            return None
+        values = self.values[i] if self.values.shape[1] == 1 else self.values[i, samples]
+        values = values.to(h)
+        if self.mode == "add":
+            return h + values
+        if self.mode == "replace":
+            return values.expand_as(h)
+        return slerp(h, values.expand_as(h), self.weight)
+
+    def __getitem__(self, samples) -> HEdit:
+        return self if self.values.shape[1] == 1 else replace(self, values=self.values[:, samples])
+
+    def __repr__(self) -> str:
+        asymmetric = ", asymmetric" if self.asymmetric else ""
+        return f"HEdit({self.mode!r}, {sum(self.active)} of {len(self.active)} steps{asymmetric})"
+
+
+def slerp(h: torch.Tensor, other: torch.Tensor, weight: float) -> torch.Tensor:
+    """Spherical interpolation from h to `other` at the norm of h (InjectFusion, arXiv 2303.15403).
+
+    Parameters
+    ----------
+    h, other : Tensor of shape (n, C, h, w)
+    weight : float in [0, 1]
+
+    Returns
+    -------
+    Tensor of shape (n, C, h, w)
+        Each sample has the norm of its h.
+    """
+    a, b = h.flatten(1), other.flatten(1)
+    norm = a.norm(dim=1, keepdim=True)
+    a, b = a / norm, b / b.norm(dim=1, keepdim=True)
+    angle = torch.arccos((a * b).sum(1, keepdim=True).clamp(-1.0, 1.0))
+    small = angle < 1e-4
+    sine = torch.where(small, torch.ones_like(angle), torch.sin(angle))
+    u = torch.where(small, torch.full_like(angle, 1.0 - weight), torch.sin((1.0 - weight) * angle) / sine)
+    v = torch.where(small, torch.full_like(angle, weight), torch.sin(weight * angle) / sine)
+    return ((u * a + v * b) * norm).view_as(h)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A batch of samples and all that is needed to make them again.
+
+    Attributes
+    ----------
+    model : Model
+    x_T : Tensor of shape (n, C, H, W), float32, on the CPU
+        Noise that the run starts from.
+    x0 : Tensor of shape (n, C, H, W), float32, on the CPU, nominally in [-1, 1]
+        The images. Of an inversion: the images that were inverted; `replay` gives their reconstruction.
+    timesteps : tuple of int
+        Visited, noisiest first.
+    etas : tuple of float
+        One a step.
+    seeds : tuple of int, optional
+        None if the run comes from inversion.
+    h, x : StepRecord, optional
+        The network's own h_t (before any edit) and x_t, if they were recorded.
+    edit : HEdit, optional
+        What was done to h.
+    batch_size : int
+        Samples a pass; replay in the same batches is exact to the bit.
+    """
+
+    model: Model = field(repr=False)
+    x_T: torch.Tensor = field(repr=False)
+    x0: torch.Tensor = field(repr=False)
+    timesteps: tuple[int, ...]
+    etas: tuple[float, ...]
+    seeds: tuple[int, ...] | None = None
+    h: StepRecord | None = None
+    x: StepRecord | None = None
+    edit: HEdit | None = None
+    batch_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.x_T)
+
+    def __getitem__(self, samples: int | slice | Sequence[int]) -> Trajectory:
+        """The samples at these positions, as a Trajectory."""
+        if isinstance(samples, (int, np.integer)):
+            samples = range(len(self))[samples]
+            samples = slice(samples, samples + 1)
+        elif not isinstance(samples, slice):
+            samples = torch.as_tensor(list(samples))
+        positions = np.arange(len(self))[samples]
+        return replace(
+            self,
+            x_T=self.x_T[samples],
+            x0=self.x0[samples],
+            seeds=None if self.seeds is None else tuple(self.seeds[p] for p in positions),
+            h=None if self.h is None else self.h[samples],
+            x=None if self.x is None else self.x[samples],
+            edit=None if self.edit is None else self.edit[samples],
+        )
+
+    @property
+    def steps(self) -> int:
+        """Number of visited timesteps."""
+        return len(self.timesteps)
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """z_t of every step, made again from the seeds; shape (steps, n, C, H, W), zero where a step adds none."""
+        return torch.stack([self._noise_at(i) for i in range(self.steps)])
+
+    def _noise_at(self, i: int) -> torch.Tensor:
+        if self.etas[i] == 0.0 or self.seeds is None:
+            return torch.zeros_like(self.x_T)
+        return step_noise(self.seeds, self.x_T.shape[1:], t=self.timesteps[i])
+
+    def x_at(self, t: int) -> torch.Tensor:
+        """x_t of every sample: kept if the run recorded it, else computed again.
+
+        Returns
+        -------
+        Tensor of shape (n, C, H, W), float32, on the CPU
+
+        Raises
+        ------
+        ValueError
+            If `t` was not visited.
+        """
+        i = index_of(t, self.timesteps, trained=self.model.schedule.T)
+        if self.x is not None:
+            return self.x.values[i]
+        if self.seeds is None:
+            raise ValueError("an inverted run does not know its x_t; call invert(..., record_x=True)")
+        return _run(self, stop=i, progress=False).x0
+
+    def __repr__(self) -> str:
+        origin = "inverted" if self.seeds is None else f"seeds {_shorten(self.seeds)}"
+        kept = ", ".join(name for name in ("h", "x") if getattr(self, name) is not None)
+        return (
+            f"Trajectory({self.model.name!r}, {len(self)} samples, {origin}, {self.steps} steps "
+            f"t={self.timesteps[0]}..{self.timesteps[-1]}, eta {_shorten(self.etas)}"
+            f"{', records ' + kept if kept else ''}{f', {self.edit}' if self.edit else ''})"
+        )
+
+
+def _shorten(values: Sequence) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else f"{values[0]:g}..{values[-1]:g}"
+
+
+def sample(
+    model: Model,
+    seeds: int | Iterable[int],
+    *,
+    steps: int | Sequence[int] = 50,
+    eta: float | Sequence[float] = 1.0,
+    record_h: bool = False,
+    record_x: bool = False,
+    delta_h: torch.Tensor | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """Generate images, and keep what can be known about how they came to be.
+
+    Parameters
+    ----------
+    model : Model
+    seeds : iterable of int
+        One sample each. The same seed is the same sample whatever the batch size, order or device, up to rounding.
+    steps : int or sequence of int, default 50
+        Number of visited timesteps, or these timesteps, decreasing.
+    eta : float or sequence of float (one a step), values in [0, 1]
+        0 is deterministic DDIM; 1 (default, as in Haas et al.) has the variance of DDPM.
+    record_h, record_x : bool
+        Keep h_t, x_t of every step: n * steps * (their size) * 4 bytes of memory.
+    delta_h : Tensor of shape (steps, C, h, w) or (steps, n, C, h, w), optional
+        Added to h_t (symmetric injection, Haas et al. eq. 6).
+    batch_size : int, optional
+        Samples a pass; chosen by the model if not given.
+    progress : bool
+
+    Returns
+    -------
+    Trajectory
+
+    Raises
+    ------
+    ValueError
+        If a seed is negative or repeated, or steps, eta or delta_h don't fit the model.
+    """
+    seeds = check_seeds(seeds)
+    visited = model.schedule.timesteps(steps)
+    plan = Trajectory(
+        model=model,
+        x_T=initial_noise(seeds, model.image_shape),
+        x0=torch.empty(0),
+        timesteps=visited,
+        etas=model.schedule.etas(eta, len(visited)),
+        seeds=seeds,
+        edit=None if delta_h is None else _added(delta_h, model, len(visited), len(seeds)),
+        batch_size=_check_batch_size(batch_size, model, len(seeds)),
+    )
+    return _run(plan, record_h=record_h, record_x=record_x, progress=progress)
+
+
+def replay(
+    run: Trajectory,
+    *,
+    edit: HEdit | None = None,
+    record_h: bool = False,
+    record_x: bool = False,
+    progress: bool = True,
+) -> Trajectory:
+    """Run a trajectory again, with the same x_T and the same noise; bit for bit on the same machine.
+
+    Parameters
+    ----------
+    run : Trajectory
+        Of an inversion, the replay's x0 is the reconstruction.
+    edit : HEdit, optional
+        In place of the run's own edit.
+    record_h, record_x, progress
+        As in `sample`.
+
+    Returns
+    -------
+    Trajectory
+    """
+    plan = run if edit is None else replace(run, edit=edit)
+    return _run(plan, record_h=record_h, record_x=record_x, progress=progress)
+
+
+def denoise(
+    model: Model,
+    x_t: torch.Tensor,
+    *,
+    pairs: Sequence[tuple[int, int]],
+    etas: Sequence[float],
+    noise: Callable[[int], torch.Tensor],
+    edit_h: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+    asymmetric: bool = False,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """The reverse process over some visited timesteps (Haas et al. eqs. 2-6; Asyrp eq. 5 if asymmetric).
+
+    Parameters
+    ----------
+    model : Model
+    x_t : Tensor of shape (n, C, H, W), on the model's device
+        At the first pair's timestep.
+    pairs : sequence of (t, t_prev)
+    etas : sequence of float
+        One a pair.
+    noise : callable (i) -> Tensor of shape (n, C, H, W)
+        z_t of the i-th pair; asked only where the step adds noise.
+    edit_h : callable (i, h) -> Tensor of shape (n, C, h, w) or None, optional
+        The h to decode from instead of the network's own; None leaves it.
+    asymmetric : bool
+        Use the edited eps for P_t alone. The encoder runs once and both decoders as one batch.
+    on_step : callable (i, x_t, h), optional
+        Called at every step with the state and the network's own h.
+
+    Returns
+    -------
+    Tensor of shape (n, C, H, W)
+        x at the last pair's t_prev.
+    """
+    for i, (pair, eta) in enumerate(zip(pairs, etas, strict=True)):
+        bottleneck = model.encode(x_t, pair[0])
+        if on_step is not None:
+            on_step(i, x_t, bottleneck.h)
+        edited = None if edit_h is None else edit_h(i, bottleneck.h)
+        eps_plain = None
+        if edited is None:
+            eps = model.decode(bottleneck)
+        elif asymmetric:
+            both = bottleneck.repeat(2)
+            eps, eps_plain = model.decode(both.with_h(torch.stack([edited, bottleneck.h], 1).flatten(0, 1))).unflatten(
+                0, (-1, 2)
+            ).unbind(1)
+        else:
+            eps = model.decode(bottleneck.with_h(edited))
+        z = noise(i) if model.schedule.sigma(*pair, eta) > 0.0 else None
+        x_t = model.schedule.ddim_step(x_t, eps, pair, eta=eta, noise=z, eps_direction=eps_plain)
+    return x_t
+
+
+def _run(
+    plan: Trajectory,
+    *,
+    record_h: bool = False,
+    record_x: bool = False,
+    stop: int | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """Carry out a trajectory in batches, all of it or its first `stop` steps."""
+    model, n, device = plan.model, len(plan), plan.model.device
+    pairs = list(zip(plan.timesteps, (*plan.timesteps[1:], CLEAN), strict=True))[:stop]
+    x0 = torch.empty_like(plan.x_T)
+    h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
+    x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
+    with _progress_bar(n, "sampling", progress) as bar, torch.inference_mode():
+        for batch in _batches(n, plan.batch_size):
+            seeds = None if plan.seeds is None else plan.seeds[batch]
+
+            def noise(i: int, seeds=seeds) -> torch.Tensor:
+                return step_noise(seeds, model.image_shape, t=plan.timesteps[i]).to(device)
+
+            def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor, batch=batch) -> None:
+                if h is not None:
+                    h[i, batch] = h_t.cpu()
+                if x is not None:
+                    x[i, batch] = x_t.cpu()
+                bar.update((batch.stop - batch.start) / len(pairs))
+
+            x0[batch] = denoise(
+                model,
+                plan.x_T[batch].to(device),
+                pairs=pairs,
+                etas=plan.etas[: len(pairs)],
+                noise=noise,
+                edit_h=None if plan.edit is None else lambda i, h_t, b=batch: plan.edit(i, h_t, b),
+                asymmetric=plan.edit is not None and plan.edit.asymmetric,
+                on_step=on_step,
+            ).cpu()
+    visited = plan.timesteps[: len(pairs)]
+    return replace(
+        plan,
+        x0=x0,
+        h=None if h is None else StepRecord(h, visited),
+        x=None if x is None else StepRecord(x, visited),
+    )
+
+
+def invert(
+    model: Model,
+    images: torch.Tensor,
+    *,
+    steps: int | Sequence[int] = 50,
+    method: str = "ddim",
+    iterations: int = 5,
+    record_h: bool = False,
+    record_x: bool = False,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """Run the deterministic reverse process backwards, from images to the x_T that would give them (eta 0).
+
+    The step from t_prev to t solves x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" takes eps at (x_prev, t_prev)
+    instead, one network pass a step and first-order accurate; "fixed-point" starts there and then iterates
+    x_t <- the solution with eps at the last (x_t, t), `iterations` passes more a step.
+
+    Parameters
+    ----------
+    model : Model
+    images : Tensor of shape (n, C, H, W), values in [-1, 1]
+    steps : int or sequence of int, default 50
+        As in `sample`. Reconstruction gets better with more of them.
+    method : {"ddim", "fixed-point"}
+    iterations : int, default 5
+        For "fixed-point".
+    record_h, record_x : bool
+        Keep h_t, x_t at every visited timestep; both are exact, h_t is the network's at (x_t, t).
+    batch_size, progress
+        As in `sample`.
+
+    Returns
+    -------
+    Trajectory
+        With eta 0 and no seeds; x0 holds `images`, and `replay` gives their reconstruction.
+
+    Raises
+    ------
+    ValueError
+        If the images are not of the model's shape and range, or the method is not known.
+    """
+    images = _check_images(images, model)
+    if method not in INVERSIONS:
+        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(INVERSIONS)}")
+    schedule, device, n = model.schedule, model.device, len(images)
+    visited = schedule.timesteps(steps)
+    pairs = schedule.pairs(visited)
+    batch_size = _check_batch_size(batch_size, model, n)
+    x_T = torch.empty_like(images)
+    h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
+    x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
+    with _progress_bar(n, "inverting", progress) as bar, torch.inference_mode():
+        for batch in _batches(n, batch_size):
+            x_t = images[batch].to(device)
+            for i, (t, t_prev) in reversed(list(enumerate(pairs))):
+                bottleneck = model.encode(x_t, max(t_prev, 0))
+                if h is not None and t_prev != CLEAN:
+                    h[i + 1, batch] = bottleneck.h.cpu()
+                x_prev, x_t = x_t, _ddim_inverse(model, x_t, model.decode(bottleneck), (t, t_prev))
+                for _ in range(iterations if method == "fixed-point" else 0):
+                    x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
+                if x is not None:
+                    x[i, batch] = x_t.cpu()
+                bar.update((batch.stop - batch.start) / len(pairs))
+            if h is not None:
+                h[0, batch] = model.encode(x_t, pairs[0][0]).h.cpu()
+            x_T[batch] = x_t.cpu()
+    return Trajectory(
+        model=model,
+        x_T=x_T,
+        x0=images,
+        timesteps=visited,
+        etas=(0.0,) * len(visited),
+        h=None if h is None else StepRecord(h, visited),
+        x=None if x is None else StepRecord(x, visited),
+        batch_size=batch_size,
+    )
+
+
+def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
+    """x_t such that the eta-0 step with this eps leads to x_prev (DDIM eq. 13)."""
+    t, t_prev = pair
+    schedule = model.schedule
+    p_t = schedule.predict_x0(x_prev, eps, t_prev)
+    return schedule.add_noise(p_t, eps, t)
+
+
+def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> HEdit:
+    delta_h = torch.as_tensor(delta_h, dtype=torch.float32)
+    values = delta_h[:, None] if delta_h.ndim == 4 else delta_h
+    allowed = [(steps, *model.h_shape), (steps, n, *model.h_shape)]
+    if tuple(values.shape) not in ((steps, 1, *model.h_shape), allowed[1]):
+        raise ValueError(f"delta_h has shape {tuple(delta_h.shape)}; this run takes {allowed[0]} or {allowed[1]}")
+    return HEdit(values)
+
+
+def _check_images(images: torch.Tensor, model: Model) -> torch.Tensor:
+    images = torch.as_tensor(images)
+    if images.ndim != 4 or tuple(images.shape[1:]) != model.image_shape or len(images) == 0:
+        raise ValueError(f"images have shape {tuple(images.shape)}; {model.name} takes (n, {str(model.image_shape)[1:]}")
+    if not images.is_floating_point() or not torch.isfinite(images).all() or images.abs().max() > 1.001:
+        raise ValueError("images must be finite floats in [-1, 1]; for 8-bit images use x / 127.5 - 1")
+    return images.float().cpu()
+
+
+def _check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    return min(n, batch_size or model.batch_size())
+
+
+def _batches(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _progress_bar(n: int, verb: str, show: bool) -> tqdm:
+    # Fractions of an image count, so that the bar moves within a batch; short runs show none.
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(total=n, desc=verb, unit=" images", disable=not show, delay=2, bar_format=form, leave=False)

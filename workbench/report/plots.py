@@ -1,0 +1,698 @@
+"""Figures: every function takes data and returns a figure; none shows or saves.
+
+Static figures are matplotlib's, drawn in one style (`hspace.mplstyle`) that is applied inside each function and changes
+nothing outside of it. Interactive ones are plotly's, used only where hovering pays.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
+from plotly import graph_objects as go
+
+__all__ = ["PALETTE", "HoverFigure", "image_grid", "line", "save_figure", "scatter", "scatter_hover", "unet_diagram"]
+
+STYLE = Path(__file__).with_name("hspace.mplstyle")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+_FORMATS = (".pdf", ".svg", ".png")
+_NO_DATES = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
+_FARTHEST_VALUE = 10.0
+_MOST_CATEGORIES = len(PALETTE)
+_CAPTION = {"fontsize": 8.5, "color": "#555555"}
+_ACCENT, _INK, _QUIET = "#D55E00", "#222222", "#8a8a8a"
+
+
+class Figure(MatplotlibFigure):
+    """A matplotlib figure that a notebook displays as a cell's last value, without pyplot and its list of open figures."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        with style.context(STYLE):
+            self.savefig(picture, format="png", dpi=self.dpi)
+        return picture.getvalue()
+
+
+class HoverFigure(go.Figure):
+    """A plotly figure whose tooltip shows the thumbnail that a point carries as `customdata`.
+
+    Plotly's own tooltip holds text alone, so the figure displays as HTML with a small script beside it. It needs no
+    network: plotly.js is included, and an exported report keeps one copy for all of its figures.
+    """
+
+    _ipython_display_ = None
+
+    def _repr_mimebundle_(self, include=None, exclude=None, validate=True, **kwargs) -> dict[str, str]:
+        return {
+            "text/html": self.to_html(full_html=False, include_plotlyjs=True, default_height="560px"),
+            "text/plain": f"HoverFigure({sum(len(trace.x) for trace in self.data)} points)",
+        }
+
+    def to_html(self, **kwargs) -> str:
+        """As plotly's `Figure.to_html`, with the thumbnails on hover."""
+        kwargs.setdefault("post_script", _TOOLTIP_SCRIPT)
+        return super().to_html(**kwargs)
+
+
+_TOOLTIP_SCRIPT = """
+const graph = document.getElementById("{plot_id}");
+const tip = document.createElement("div");
+tip.className = "hover-thumbnail";
+tip.style.cssText = "position:absolute;display:none;pointer-events:none;z-index:1000;padding:6px;background:#fff;" +
+  "border:1px solid #999;border-radius:4px;box-shadow:0 2px 8px rgba(0,0,0,.25);font:12px sans-serif;color:#222;" +
+  "text-align:center;white-space:pre-line";
+const picture = document.createElement("img");
+picture.alt = "";
+picture.style.cssText = "display:block;width:96px;height:96px;margin:0 auto 4px;image-rendering:pixelated";
+const words = document.createElement("span");
+tip.append(picture, words);
+graph.style.position = "relative";
+graph.append(tip);
+graph.on("plotly_hover", (hover) => {
+  const point = hover.points[0];
+  const [thumbnail, text] = point.customdata;
+  picture.src = thumbnail;
+  words.textContent = text;
+  tip.style.display = "block";
+  const frame = graph.getBoundingClientRect();
+  const x = hover.event.clientX - frame.left, y = hover.event.clientY - frame.top;
+  tip.style.left = (x + 16 + tip.offsetWidth > frame.width ? x - 16 - tip.offsetWidth : x + 16) + "px";
+  tip.style.top = Math.max(0, Math.min(y - tip.offsetHeight / 2, frame.height - tip.offsetHeight)) + "px";
+});
+graph.on("plotly_unhover", () => { tip.style.display = "none"; });
+"""
+
+
+def image_grid(
+    images,
+    *,
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    caption: str | None = None,
+) -> Figure:
+    """Draw images side by side.
+
+    Parameters
+    ----------
+    images : array or Tensor of shape (n, C, H, W) or (rows, columns, C, H, W), values in [-1, 1]
+        C is 3 (colour) or 1 (grey). Values outside of [-1, 1], as noisy images have them, are clipped.
+    columns : int, optional
+        Images in a row, for the first shape; default: up to 8.
+    titles : sequence of str, optional
+        One above each image, row by row.
+    row_labels, column_labels : sequence of str, optional
+        One left of each row, one above each column.
+    caption : str, optional
+        Drawn below in small type.
+
+    Returns
+    -------
+    Figure
+        One axes that holds one picture an image, every pixel the same whole number of dots wide.
+
+    Raises
+    ------
+    ValueError
+        If the images have another shape, are not finite, or are far outside of [-1, 1]; if the labels don't match.
+    """
+    images = _numpy(images)
+    if images.ndim == 5:
+        if columns is not None:
+            raise ValueError(
+                "images of shape (rows, columns, C, H, W) set the columns; leave out the argument `columns`"
+            )
+        rows, columns = images.shape[:2]
+        images = images.reshape(-1, *images.shape[2:])
+        pictures = _pictures(images, "images")
+    else:
+        pictures = _pictures(images, "images")
+        columns = min(len(pictures), 8) if columns is None else columns
+        if columns < 1:
+            raise ValueError(f"columns is {columns}; a grid needs at least 1")
+        rows = -(-len(pictures) // columns)
+    titles = _labels(titles, len(pictures), "titles", "images")
+    row_labels = _labels(row_labels, rows, "row_labels", "rows")
+    column_labels = _labels(column_labels, columns, "column_labels", "columns")
+
+    height, width = pictures.shape[1:3]
+    with style.context(STYLE):
+        dpi = matplotlib.rcParams["figure.dpi"]
+        cell = width * max(1, min(round(100 / width), int(1060 / (width * columns))))
+        title_space = 0.22 * width if titles else 0.0
+        gap = max(1.0, round(width / 16))
+        step_x, step_y = width + gap, height + gap + title_space
+        total_x, total_y = columns * step_x - gap, rows * step_y - gap
+        inches = cell / width / dpi
+        figure = Figure(figsize=(total_x * inches, total_y * inches), layout="none")
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, total_x), ylim=(total_y, 0), frame_on=False)
+        axes.grid(False)
+        for i, picture in enumerate(pictures):
+            left, top = i % columns * step_x, i // columns * step_y + title_space
+            axes.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto")
+            if titles:
+                axes.text(left + width / 2, top - 0.03 * width, titles[i], ha="center", va="bottom", fontsize=8)
+        axes.set(xlim=(0, total_x), ylim=(total_y, 0), aspect="auto")
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, pad=4)
+        axes.set_xticks(np.arange(columns) * step_x + width / 2 if column_labels else [], column_labels)
+        axes.set_yticks(np.arange(rows) * step_y + title_space + height / 2 if row_labels else [], row_labels)
+        if caption:
+            wrapped = _wrap(caption, max(figure.get_figwidth(), 3.0))
+            axes.annotate(wrapped, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **_CAPTION)
+    return figure
+
+
+def line(
+    x,
+    y,
+    *,
+    low=None,
+    high=None,
+    labels: Sequence[str] | None = None,
+    xlabel: str,
+    ylabel: str,
+    caption: str | None = None,
+    reverse_x: bool = False,
+) -> Figure:
+    """Draw one or several lines, each with its interval as a shaded band.
+
+    Parameters
+    ----------
+    x : array of shape (n,)
+    y : array of shape (n,) or (lines, n), or a mapping from a line's name to an array of shape (n,)
+    low, high : same form as y, optional
+        Lower and upper end of the band; give both or none. A mapping may leave lines out.
+    labels : sequence of str, optional
+        A name a line, where y is an array.
+    xlabel, ylabel : str
+        What the axes show, with the unit.
+    caption : str, optional
+        Drawn below in small type.
+    reverse_x : bool
+        Largest x at the left, as the reverse process visits timesteps.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If lengths or names don't match, values are not finite, or a band's low end lies above its high end.
+    """
+    x = _finite(_numpy(x), "x")
+    if x.ndim != 1 or len(x) == 0:
+        raise ValueError(f"x has shape {x.shape}; it must be (n,), one value a point")
+    if isinstance(y, Mapping) and labels is not None:
+        raise ValueError("y is a mapping, whose keys are the labels; leave out the argument `labels`")
+    lines = _lines(y, "y", x, labels)
+    if (low is None) != (high is None):
+        raise ValueError("an interval needs both ends; give low and high, or neither")
+    lows = {} if low is None else _lines(low, "low", x, labels)
+    highs = {} if high is None else _lines(high, "high", x, labels)
+    for name in lows.keys() | highs.keys():
+        if name not in lines or name not in lows or name not in highs:
+            raise ValueError(
+                f"low and high must name the same lines as y ({_listed(lines)}); {name!r} is not in all three"
+            )
+        if (lows[name] > highs[name]).any():
+            raise ValueError(f"low is above high in the interval of {name!r}; swap them")
+
+    with style.context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8))
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        for name, values in lines.items():
+            (drawn,) = axes.plot(x, values, label=name)
+            if name in lows:
+                axes.fill_between(x, lows[name], highs[name], color=drawn.get_color(), alpha=0.2, linewidth=0)
+        axes.margins(x=0.02)
+        if reverse_x:
+            axes.invert_xaxis()
+        if labels is not None or isinstance(y, Mapping):
+            axes.legend()
+        _add_caption(figure, caption)
+    return figure
+
+
+def scatter(
+    points,
+    *,
+    color=None,
+    images=None,
+    xlabel: str,
+    ylabel: str,
+    color_label: str | None = None,
+    caption: str | None = None,
+    n_thumbnails: int = 40,
+) -> Figure:
+    """Draw points in the plane, with thumbnails on a subset that is spread over the cloud.
+
+    Parameters
+    ----------
+    points : array of shape (n, 2)
+    color : array of shape (n,), optional
+        Real numbers get a colour bar; words, booleans and at most 8 different integers get a legend.
+    images : array or Tensor of shape (n, C, H, W), values in [-1, 1], optional
+        The picture of each point.
+    xlabel, ylabel, color_label : str
+    caption : str, optional
+        Drawn below in small type.
+    n_thumbnails : int
+        At most so many thumbnails. Each next one is the point farthest from those chosen (greedy), until none is left
+        that overlaps no other, so the cloud's outliers and its middle are both shown.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If shapes don't match or values are not finite.
+    """
+    points = _points(points, (2,))
+    values, categories = _colors(color, len(points))
+    pictures = None if images is None else _pictures(_numpy(images), "images", len(points))
+
+    with style.context(STYLE):
+        figure = Figure(figsize=(6.8, 6.0))
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        size = float(np.clip(900 / len(points), 6, 30))
+        edge = [PALETTE[0]] * len(points)
+        if categories is not None:
+            edge = [PALETTE[k] for k in values]
+            for k, category in enumerate(categories):
+                axes.scatter(*points[values == k].T, s=size, color=PALETTE[k], label=category, linewidth=0)
+            axes.legend(title=color_label, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        else:
+            drawn = axes.scatter(*points.T, s=size, c=values, color=None if color is not None else edge[0], linewidth=0)
+            if color is not None:
+                edge = drawn.to_rgba(values)
+                figure.colorbar(drawn, ax=axes, label=color_label or "", shrink=0.8)
+        axes.set_box_aspect(1)
+        if pictures is not None:
+            _draw_thumbnails(axes, points, pictures, edge, n_thumbnails)
+        _add_caption(figure, caption)
+    return figure
+
+
+def scatter_hover(
+    points,
+    images,
+    *,
+    color=None,
+    text: Sequence[str] | None = None,
+    xlabel: str,
+    ylabel: str,
+    zlabel: str | None = None,
+    color_label: str | None = None,
+    title: str | None = None,
+    caption: str | None = None,
+) -> HoverFigure:
+    """Draw points in the plane or in space; hovering over a point shows its image.
+
+    Parameters
+    ----------
+    points : array of shape (n, 2) or (n, 3)
+    images : array or Tensor of shape (n, C, H, W), values in [-1, 1]
+        The picture of each point; larger than 64 pixels, they are reduced.
+    color : array of shape (n,), optional
+        Real numbers get a colour bar; words, booleans and at most 8 different integers get a legend.
+    text : sequence of str, optional
+        Shown under each picture; default: the point's number and colour.
+    xlabel, ylabel, zlabel, color_label, title, caption : str
+
+    Returns
+    -------
+    HoverFigure
+        A plotly figure, live in JupyterLab and, without network, in an exported report.
+
+    Raises
+    ------
+    ValueError
+        If shapes don't match or values are not finite.
+    """
+    points = _points(points, (2, 3))
+    thumbnails = [_png_uri(picture) for picture in _pictures(_numpy(images), "images", len(points))]
+    values, categories = _colors(color, len(points))
+    shown = None if values is None else [f"{v:.3g}" if categories is None else categories[v] for v in values]
+    if text is None:
+        text = [
+            f"sample {i}" + (f"\n{color_label or 'colour'}: {shown[i]}" if shown else "") for i in range(len(points))
+        ]
+    text = _labels(text, len(points), "text", "points")
+
+    figure = HoverFigure()
+    trace = go.Scatter if points.shape[1] == 2 else go.Scatter3d
+    size = 7 if points.shape[1] == 2 else 3.5
+
+    def add(chosen: np.ndarray, marker: dict, name: str | None) -> None:
+        coordinates = dict(zip("xyz", points[chosen].T, strict=False))
+        customdata = [(thumbnails[i], text[i]) for i in chosen]
+        figure.add_trace(
+            trace(
+                **coordinates,
+                customdata=customdata,
+                mode="markers",
+                hoverinfo="none",
+                marker=dict(size=size, opacity=0.85, **marker),
+                name=name,
+                showlegend=name is not None,
+            )
+        )
+
+    if categories is None:
+        marker = dict(color=PALETTE[0])
+        if values is not None:
+            marker = dict(color=values, colorscale="Viridis", colorbar=dict(title=color_label or ""))
+        add(np.arange(len(points)), marker, None)
+    else:
+        for k, category in enumerate(categories):
+            add(np.flatnonzero(values == k), dict(color=PALETTE[k]), category)
+
+    below = [] if not caption else textwrap.wrap(caption, 110)
+    figure.update_layout(
+        template="plotly_white",
+        title=title,
+        legend_title=color_label,
+        height=560,
+        margin=dict(l=60, r=20, t=50 if title else 20, b=60 + 16 * len(below)),
+        hovermode="closest",
+    )
+    if points.shape[1] == 2:
+        figure.update_layout(xaxis_title=xlabel, yaxis_title=ylabel)
+    else:
+        figure.update_layout(scene=dict(xaxis_title=xlabel, yaxis_title=ylabel, zaxis_title=zlabel or ""))
+    if below:
+        figure.add_annotation(
+            text="<br>".join(below),
+            **dict(x=0, xref="paper", xanchor="left", y=0, yref="paper", yanchor="top", yshift=-48),
+            **dict(showarrow=False, align="left", font=dict(size=11, color="#555555")),
+        )
+    return figure
+
+
+def unet_diagram(
+    model_name: str,
+    *,
+    image_shape: Sequence[int],
+    h_shape: Sequence[int],
+    tap: str,
+    widths: Sequence[int],
+) -> Figure:
+    """Draw a diffusion U-Net with the place where h-space is read and written.
+
+    Parameters
+    ----------
+    model_name : str
+    image_shape : (C, H, W)
+        Of one image.
+    h_shape : (C, h, w)
+        Of h for one image.
+    tap : {"before", "middle", "after"}
+        Where h is: the input of the mid block, inside of it (between its two residual blocks), or its output.
+    widths : sequence of int
+        Channels of each level, from the finest resolution to the coarsest (`block_out_channels` in diffusers).
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If a shape has not 3 entries, there is no level, or the tap has another name.
+    """
+    image_shape, h_shape, widths = tuple(image_shape), tuple(h_shape), tuple(widths)
+    for name, shape in (("image_shape", image_shape), ("h_shape", h_shape)):
+        if len(shape) != 3:
+            raise ValueError(f"{name} is {shape}; it must be (channels, height, width) of one image")
+    if tap not in ("before", "middle", "after"):
+        raise ValueError(f"tap is {tap!r}; it must be 'before', 'middle' or 'after'")
+    if not widths:
+        raise ValueError("widths is empty; give the channels of each level, finest first")
+
+    levels = len(widths)
+    sizes = [(max(image_shape[1] >> i, 1), max(image_shape[2] >> i, 1)) for i in range(levels)]
+    box, step, drop = (1.5, 0.62), 1.85, 1.12
+    middle = (levels - 1) * step + 2.05
+    x_down = [i * step for i in range(levels)]
+    x_up = [2 * middle - x for x in x_down]
+    y = [-i * drop for i in range(levels)]
+    y_mid = y[-1] - drop
+
+    with style.context(STYLE):
+        figure = Figure(figsize=(min(12.0, 1.05 * middle + 2.8), 0.62 * (levels + 3) + 1.1))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+
+        def block(x: float, y: float, text: str, color: str, name: str) -> None:
+            corner = (x - box[0] / 2, y - box[1] / 2)
+            shape = "round,pad=0,rounding_size=0.1"
+            axes.add_patch(
+                FancyBboxPatch(corner, *box, boxstyle=shape, facecolor=color + "22", edgecolor=color, lw=1.4)
+            )
+            axes.text(x, y + 0.11, name, ha="center", va="center", fontsize=8.5, color=_INK, weight="bold")
+            axes.text(x, y - 0.14, text, ha="center", va="center", fontsize=8, color=_INK)
+
+        def arrow(start: tuple, end: tuple, color: str = _INK, **kwargs) -> None:
+            kwargs = dict(arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0, lw=1.3) | kwargs
+            axes.add_patch(FancyArrowPatch(start, end, color=color, **kwargs))
+
+        half, rise = box[0] / 2, box[1] / 2
+        bend = dict(connectionstyle="angle,angleA=-90,angleB=0,rad=6")
+        for i, (channels, (rows, cols)) in enumerate(zip(widths, sizes, strict=True)):
+            shape = f"{channels} × {rows} × {cols}"
+            block(x_down[i], y[i], shape, PALETTE[0], f"down {i + 1}")
+            block(x_up[i], y[i], shape, PALETTE[2], f"up {levels - i}")
+            arrow((x_down[i] + half, y[i]), (x_up[i] - half, y[i]), _QUIET, linestyle=(0, (4, 3)), lw=1.0)
+            if i + 1 < levels:
+                arrow((x_down[i], y[i] - rise), (x_down[i + 1] - half, y[i + 1]), **bend)
+                arrow(
+                    (x_up[i + 1] + half, y[i + 1]),
+                    (x_up[i], y[i] - rise),
+                    connectionstyle="angle,angleA=0,angleB=-90,rad=6",
+                )
+        axes.text(middle, y[0] + 0.1, "skip connections", ha="center", va="bottom", fontsize=8, color=_QUIET)
+
+        block(middle, y_mid, " × ".join(map(str, h_shape)), PALETTE[4], "mid block")
+        arrow((x_down[-1], y[-1] - rise), (middle - half, y_mid), **bend)
+        arrow((middle + half, y_mid), (x_up[-1], y[-1] - rise), connectionstyle="angle,angleA=0,angleB=-90,rad=6")
+
+        picture = f"{image_shape[0]} × {image_shape[1]} × {image_shape[2]}"
+        arrow((x_down[0] - half - 0.65, y[0]), (x_down[0] - half, y[0]))
+        arrow((x_up[0] + half, y[0]), (x_up[0] + half + 0.65, y[0]))
+        for x, sign, name in (
+            (x_down[0] - half - 0.72, "right", "$x_t$"),
+            (x_up[0] + half + 0.72, "left", r"$\epsilon$"),
+        ):
+            axes.text(x, y[0] + 0.1, name, ha=sign, va="center", fontsize=13, color=_INK)
+            axes.text(x, y[0] - 0.2, picture, ha=sign, va="center", fontsize=8, color=_INK)
+
+        x_tap = middle + {"before": -half - 0.28, "middle": 0.0, "after": half + 0.28}[tap]
+        y_h = y_mid - 1.0
+        touched = y_mid - rise if tap == "middle" else y_mid
+        arrow((x_tap, touched), (x_tap, y_h + 0.3), _ACCENT, lw=1.8, arrowstyle="<|-|>")
+        axes.plot([x_tap], [touched], "o", color=_ACCENT, markersize=8, zorder=5)
+        where = {
+            "before": "input of the mid block",
+            "middle": "inside of the mid block",
+            "after": "output of the mid block",
+        }
+        numbers = int(np.prod(h_shape))
+        axes.text(x_tap, y_h + 0.08, r"$h_t$  (+ $\Delta h_t$)", ha="center", va="center", fontsize=13, color=_ACCENT)
+        words = f"h-space: {where[tap]}\n{' × '.join(map(str, h_shape))} = {numbers:,} numbers an image"
+        axes.text(x_tap, y_h - 0.18, words, ha="center", va="top", fontsize=8.5, color=_ACCENT, linespacing=1.4)
+
+        axes.text(middle, y[0] + 0.85, f"U-Net of {model_name}", ha="center", va="bottom", fontsize=11, color=_INK)
+        axes.text(
+            *(middle, y[0] + 0.8),
+            "shapes: channels × height × width of each block; the timestep t enters every block",
+            **(dict(ha="center", va="top") | _CAPTION),
+        )
+        axes.set(xlim=(-half - 2.0, 2 * middle + half + 2.0), ylim=(y_h - 0.75, y[0] + 1.2))
+    return figure
+
+
+def save_figure(figure: MatplotlibFigure | go.Figure, path: str | Path) -> tuple[Path, ...]:
+    """Write a figure to files for a paper or a page.
+
+    A matplotlib figure becomes a PDF and an SVG (fonts included) and a PNG of 300 dots an inch; the same figure gives the
+    same bytes at any date. A plotly figure becomes one HTML file that needs no network: its static formats would take a
+    browser to draw, and its point is the hovering.
+
+    Parameters
+    ----------
+    figure : matplotlib or plotly Figure
+    path : str or Path
+        With one of the suffixes, or with none. Missing folders are made.
+
+    Returns
+    -------
+    tuple of Path
+        The files written, each of them whole: they are written beside and renamed.
+
+    Raises
+    ------
+    ValueError
+        If the figure is of another kind.
+    """
+    path = Path(path)
+    is_plotly = isinstance(figure, go.Figure)
+    if not is_plotly and not isinstance(figure, MatplotlibFigure):
+        raise ValueError(f"save_figure takes a matplotlib or plotly figure; got {type(figure).__name__}")
+    suffixes = (".html",) if is_plotly else _FORMATS
+    stem = path.name[: -len(path.suffix)] if path.suffix.lower() in (*_FORMATS, ".html") else path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{stem}-") as folder, style.context(STYLE):
+        for suffix in suffixes:
+            beside = Path(folder) / f"{stem}{suffix}"
+            if is_plotly:
+                beside.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
+            else:
+                figure.savefig(beside, metadata=_NO_DATES[suffix])
+        for suffix in suffixes:
+            os.replace(Path(folder) / f"{stem}{suffix}", path.with_name(f"{stem}{suffix}"))
+    return tuple(path.with_name(f"{stem}{suffix}") for suffix in suffixes)
+
+
+def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge: Sequence, most: int) -> None:
+    """Lay pictures over well-spread points; the axes must be square on the page."""
+    side = 0.085
+    low, high = points.min(0), points.max(0)
+    span = np.where(high > low, high - low, 1.0) * (1 + 2 * side)
+    low = (low + high) / 2 - span / 2
+    for i in _spread((points - low) / span, most, 1.08 * side):
+        (left, bottom), (right, top) = points[i] - side / 2 * span, points[i] + side / 2 * span
+        axes.imshow(pictures[i], extent=(left, right, bottom, top), aspect="auto", zorder=3)
+        frame = Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor=edge[i], lw=1.4, zorder=4)
+        axes.add_patch(frame)
+    axes.set(xlim=(low[0], low[0] + span[0]), ylim=(low[1], low[1] + span[1]))
+
+
+def _spread(points: np.ndarray, most: int, apart: float) -> list[int]:
+    """Greedy subset of points of shape (n, 2) whose squares of side `apart` don't overlap, outermost point first."""
+    chosen: list[int] = []
+    distance = np.abs(points - points.mean(0)).max(1) + apart
+    while len(chosen) < most and distance.max() >= apart:
+        chosen.append(int(distance.argmax()))
+        nearest = np.abs(points - points[chosen[-1]]).max(1)
+        distance = nearest if len(chosen) == 1 else np.minimum(distance, nearest)
+    return chosen
+
+
+def _numpy(values) -> np.ndarray:
+    """Array of anything array-like; a torch tensor may be on any device and of any float type."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
+
+
+def _pictures(images: np.ndarray, name: str, n: int | None = None) -> np.ndarray:
+    """uint8 pictures (n, H, W, 3) of images (n, C, H, W) in [-1, 1]."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"{name} has shape {images.shape}; it must be (n, C, H, W) with 1 or 3 channels C, at least one image"
+        )
+    if n is not None and len(images) != n:
+        raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image a point")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"{name} is of type {images.dtype}; it must be floats in [-1, 1] (8 bits: x / 127.5 - 1)")
+    _finite(images, name)
+    largest = float(np.abs(images).max())
+    if largest > _FARTHEST_VALUE:
+        raise ValueError(f"{name} reaches {largest:.4g}; values must be in [-1, 1] (0 to 255: x / 127.5 - 1)")
+    scaled = np.clip(np.asarray(images, dtype=np.float32) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    return np.broadcast_to(scaled.transpose(0, 2, 3, 1), (len(scaled), *scaled.shape[2:], 3))
+
+
+def _png_uri(picture: np.ndarray) -> str:
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    image.thumbnail((64, 64))
+    data = io.BytesIO()
+    image.save(data, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def _points(points, dimensions: tuple[int, ...]) -> np.ndarray:
+    points = _finite(_numpy(points), "points")
+    if points.ndim != 2 or points.shape[1] not in dimensions or len(points) == 0:
+        allowed = " or ".join(f"(n, {d})" for d in dimensions)
+        raise ValueError(f"points has shape {points.shape}; it must be {allowed}, at least one point")
+    return points.astype(float)
+
+
+def _colors(color, n: int) -> tuple[np.ndarray | None, list[str] | None]:
+    """Numbers and no names for a colour bar; or indices and the names of the categories for a legend."""
+    if color is None:
+        return None, None
+    color = _numpy(color)
+    if color.shape != (n,):
+        raise ValueError(f"color has shape {color.shape} for {n} points; it must be ({n},), one value a point")
+    if np.issubdtype(color.dtype, np.floating):
+        return _finite(color, "color"), None
+    names, indices = np.unique(color.astype(str) if color.dtype == object else color, return_inverse=True)
+    if len(names) <= _MOST_CATEGORIES:
+        return indices, [str(name) for name in names]
+    if np.issubdtype(color.dtype, np.integer):
+        return color.astype(float), None
+    raise ValueError(f"color has {len(names)} categories; at most {_MOST_CATEGORIES} can be told apart, so merge some")
+
+
+def _lines(y, name: str, x: np.ndarray, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
+    if not isinstance(y, Mapping):
+        rows = np.atleast_2d(_numpy(y))
+        names = _labels(labels, len(rows), "labels", "lines") or [f"line {i + 1}" for i in range(len(rows))]
+        y = dict(zip(names, rows, strict=True))
+    lines = {str(key): _finite(_numpy(values), f"{name} of {key!r}") for key, values in y.items()}
+    for key, values in lines.items():
+        if values.shape != x.shape:
+            raise ValueError(f"{name} of {key!r} has shape {values.shape}; x has {x.shape}, and they must be equal")
+    return lines
+
+
+def _finite(values: np.ndarray, name: str) -> np.ndarray:
+    if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
+        raise ValueError(f"{name} is of type {values.dtype}; it must be numbers")
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise ValueError(f"{name} has {bad} of {values.size} values that are NaN or infinite; leave them out first")
+    return values
+
+
+def _labels(labels: Sequence[str] | None, n: int, name: str, what: str) -> list[str] | None:
+    if labels is None:
+        return None
+    labels = [str(label) for label in labels]
+    if len(labels) != n:
+        raise ValueError(f"{name} has {len(labels)} entries for {n} {what}; give one each")
+    return labels
+
+
+def _listed(names) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _wrap(text: str, inches: float) -> str:
+    return textwrap.fill(text, int(inches * 15.5))
+
+
+def _add_caption(figure: Figure, caption: str | None) -> None:
+    if caption:
+        figure.supxlabel(_wrap(caption, figure.get_figwidth()), x=0.02, ha="left", **_CAPTION)
