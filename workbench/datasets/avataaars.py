@@ -20,6 +20,7 @@ from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -70,12 +71,10 @@ Option = TypeVar("Option")
 
 @dataclass(frozen=True)
 class Factors:
-    """Everything that decides one picture; names are those of python_avatars' enums.
+    """Everything that decides one picture, and nothing else; names are those of python_avatars' enums.
 
     Attributes
     ----------
-    long_hair, gray, bald, smiling : bool
-        The factors that the others depend on.
     hair, hair_color, mouth, beard, glasses, eyes, eyebrows, skin, shirt : str
         Parts and colours; "NONE" for no hair, no beard or no glasses. A beard has the colour of the hair.
     background : tuple of 3 int
@@ -84,12 +83,8 @@ class Factors:
         Rotation of the head in degrees, counter-clockwise, in [-10, 10].
     """
 
-    long_hair: bool
-    gray: bool
-    bald: bool
     hair: str
     hair_color: str
-    smiling: bool
     mouth: str
     beard: str
     glasses: str
@@ -133,12 +128,8 @@ def factors(part: int, i: int) -> Factors:
     mouth = _pick(rng, SMILES if smiling else OTHER_MOUTHS)
     beard = _pick(rng, BEARDS) if not long_hair and _happens(rng, 0.45) else "NONE"
     return Factors(
-        long_hair=long_hair,
-        gray=gray,
-        bald=bald,
         hair=hair,
         hair_color=hair_color,
-        smiling=smiling,
         mouth=mouth,
         beard=beard,
         glasses=_pick_glasses(rng, 0.5 if gray else 0.2),
@@ -164,7 +155,8 @@ def attributes(factors: Factors) -> dict[str, int | float]:
         14 attributes, each 0 or 1, in the order of the columns of `attributes.csv`, then `Tilt` in degrees,
         counter-clockwise, in [-10, 10]. The hair colours are 0 for a bald head.
     """
-    color = None if factors.bald else factors.hair_color
+    bald = factors.hair == "NONE"
+    color = None if bald else factors.hair_color
     return {
         "Smiling": int(factors.mouth in SMILES),
         "Mouth_Open": int(factors.mouth in ("SMILE", "BIG_SMILE", "SCREAM_OPEN")),
@@ -172,7 +164,7 @@ def attributes(factors: Factors) -> dict[str, int | float]:
         "Sunglasses": int(factors.glasses in SUNGLASSES),
         "Beard": int(factors.beard in BEARDS),
         "Long_Hair": int(factors.hair in LONG_HAIR),
-        "Bald": int(factors.hair == "NONE"),
+        "Bald": int(bald),
         "Blond_Hair": int(color in ("BLONDE", "BLONDE_GOLDEN")),
         "Black_Hair": int(color in ("BLACK", "BROWN_DARK")),
         "Gray_Hair": int(color in GRAY_COLORS),
@@ -222,7 +214,7 @@ def render(factors: Factors) -> Image.Image:
         clothing=python_avatars.ClothingType.SHIRT_CREW_NECK,
         clothing_color=python_avatars.ClothingColor[factors.shirt],
     ).render()
-    png = cairosvg.svg2png(bytestring=svg.encode(), output_width=198, output_height=210)
+    png = cairosvg.svg2png(bytestring=_free_hair_color(svg), output_width=198, output_height=210)
     avatar = Image.open(io.BytesIO(png)).convert("RGBA")
     avatar = avatar.rotate(factors.tilt, Image.Resampling.BICUBIC, center=(99, 110))
     picture = Image.new("RGBA", avatar.size, factors.background)
@@ -271,8 +263,8 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
     part : int
         0 and 1 are for training (12,000 images each), 10 and above are held out.
     out : str or Path
-        Folder for `images.zip` (members `00000.png`, ...) and `attributes.csv` (first column `file`). Made if missing;
-        files of these names are replaced.
+        Folder for `images.zip` (members `00000.webp`, ..., lossless) and `attributes.csv` (first column `file`).
+        Made if missing; files of these names are replaced.
     progress : bool
         Show a progress bar.
 
@@ -298,7 +290,8 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
     # Fork is unsafe in a process that has started torch's threads.
     workers = min(os.cpu_count() or 1, n // _POOL_FROM)
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
-    drawn = pool.map(_draw_png, repeat(part), range(n), chunksize=16) if pool else map(_draw_png, repeat(part), range(n))
+    jobs = (_draw_webp, repeat(part), range(n))
+    drawn = pool.map(*jobs, chunksize=16) if pool else map(*jobs)
     try:
         with (
             zipfile.ZipFile(finished["images.zip"], "w", zipfile.ZIP_STORED) as images,
@@ -306,9 +299,9 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
         ):
             rows = csv.DictWriter(table, ["file", *names], lineterminator="\n")
             rows.writeheader()
-            for i, (png, labels) in enumerate(tqdm(drawn, "avatars", n, unit="image", disable=not progress)):
-                file = f"{i:05d}.png"
-                images.writestr(_stamped(file), png)
+            for i, (webp, labels) in enumerate(tqdm(drawn, "avatars", n, unit="image", disable=not progress)):
+                file = f"{i:05d}.webp"
+                images.writestr(_stamped(file), webp)
                 rows.writerow({"file": file, **labels})
         for file, written in finished.items():
             os.replace(written, out / file)
@@ -341,11 +334,19 @@ def _pick_glasses(rng: np.random.Generator, p_clear: float) -> str:
     return "NONE"
 
 
-def _draw_png(part: int, i: int) -> tuple[bytes, dict[str, int | float]]:
+def _free_hair_color(svg: str) -> bytes:
+    """Let STRAIGHT_2 take the colour of its hair: python_avatars paints it auburn whatever colour is asked for."""
+    avatar = ElementTree.fromstring(svg)
+    for hair in avatar.iterfind(".//*[@id='straight_2_Color']"):
+        hair.attrib.pop("fill", None)
+    return ElementTree.tostring(avatar)
+
+
+def _draw_webp(part: int, i: int) -> tuple[bytes, dict[str, int | float]]:
     image, labels = draw(part, i)
-    png = io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    return png.getvalue(), labels
+    webp = io.BytesIO()
+    image.save(webp, "WEBP", lossless=True)
+    return webp.getvalue(), labels
 
 
 def _stamped(file: str) -> zipfile.ZipInfo:

@@ -6,6 +6,7 @@ edited, sliced or resumed and is still about the same images.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -247,7 +248,7 @@ def sample(
     record_x: bool = False,
     delta_h: torch.Tensor | None = None,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> Trajectory:
     """Generate images, and keep what can be known about how they came to be.
 
@@ -266,7 +267,8 @@ def sample(
         Added to h_t (symmetric injection, Haas et al. eq. 6).
     batch_size : int, optional
         Samples a pass; chosen by the model if not given.
-    progress : bool
+    progress : bool or tqdm
+        Show a bar, or update this one by image-steps.
 
     Returns
     -------
@@ -298,7 +300,7 @@ def replay(
     edit: HEdit | None = None,
     record_h: bool = False,
     record_x: bool = False,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> Trajectory:
     """Run a trajectory again, with the same x_T and the same noise; bit for bit on the same machine.
 
@@ -364,9 +366,8 @@ def denoise(
             eps = model.decode(bottleneck)
         elif asymmetric:
             both = bottleneck.repeat(2)
-            eps, eps_plain = model.decode(both.with_h(torch.stack([edited, bottleneck.h], 1).flatten(0, 1))).unflatten(
-                0, (-1, 2)
-            ).unbind(1)
+            both = both.with_h(torch.stack([edited, bottleneck.h], dim=1).flatten(0, 1))
+            eps, eps_plain = model.decode(both).unflatten(0, (-1, 2)).unbind(1)
         else:
             eps = model.decode(bottleneck.with_h(edited))
         z = noise(i) if model.schedule.sigma(*pair, eta) > 0.0 else None
@@ -380,7 +381,7 @@ def _run(
     record_h: bool = False,
     record_x: bool = False,
     stop: int | None = None,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> Trajectory:
     """Carry out a trajectory in batches, all of it or its first `stop` steps."""
     model, n, device = plan.model, len(plan), plan.model.device
@@ -388,7 +389,7 @@ def _run(
     x0 = torch.empty_like(plan.x_T)
     h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
-    with _progress_bar(n, "sampling", progress) as bar, torch.inference_mode():
+    with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
         for batch in _batches(n, plan.batch_size):
             seeds = None if plan.seeds is None else plan.seeds[batch]
 
@@ -400,7 +401,7 @@ def _run(
                     h[i, batch] = h_t.cpu()
                 if x is not None:
                     x[i, batch] = x_t.cpu()
-                bar.update((batch.stop - batch.start) / len(pairs))
+                bar.update(batch.stop - batch.start)
 
             x0[batch] = denoise(
                 model,
@@ -431,7 +432,7 @@ def invert(
     record_h: bool = False,
     record_x: bool = False,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> Trajectory:
     """Run the deterministic reverse process backwards, from images to the x_T that would give them (eta 0).
 
@@ -473,7 +474,7 @@ def invert(
     x_T = torch.empty_like(images)
     h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
-    with _progress_bar(n, "inverting", progress) as bar, torch.inference_mode():
+    with progress_bar(n, len(pairs), "inverting", show=progress) as bar, torch.inference_mode():
         for batch in _batches(n, batch_size):
             x_t = images[batch].to(device)
             for i, (t, t_prev) in reversed(list(enumerate(pairs))):
@@ -485,7 +486,7 @@ def invert(
                     x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
                 if x is not None:
                     x[i, batch] = x_t.cpu()
-                bar.update((batch.stop - batch.start) / len(pairs))
+                bar.update(batch.stop - batch.start)
             if h is not None:
                 h[0, batch] = model.encode(x_t, pairs[0][0]).h.cpu()
             x_T[batch] = x_t.cpu()
@@ -521,7 +522,8 @@ def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> HEdit:
 def _check_images(images: torch.Tensor, model: Model) -> torch.Tensor:
     images = torch.as_tensor(images)
     if images.ndim != 4 or tuple(images.shape[1:]) != model.image_shape or len(images) == 0:
-        raise ValueError(f"images have shape {tuple(images.shape)}; {model.name} takes (n, {str(model.image_shape)[1:]}")
+        expected = f"(n, {', '.join(map(str, model.image_shape))})"
+        raise ValueError(f"images have shape {tuple(images.shape)}; {model.name} takes {expected}")
     if not images.is_floating_point() or not torch.isfinite(images).all() or images.abs().max() > 1.001:
         raise ValueError("images must be finite floats in [-1, 1]; for 8-bit images use x / 127.5 - 1")
     return images.float().cpu()
@@ -537,7 +539,18 @@ def _batches(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _progress_bar(n: int, verb: str, show: bool) -> tqdm:
-    # Fractions of an image count, so that the bar moves within a batch; short runs show none.
+def progress_bar(n: int, steps: int, verb: str, *, show: bool | tqdm) -> contextlib.AbstractContextManager[tqdm]:
+    """A bar over n images of some steps each, updated by image-steps; shown only for work of more than two seconds."""
+    if isinstance(show, tqdm):
+        return contextlib.nullcontext(show)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=n, desc=verb, unit=" images", disable=not show, delay=2, bar_format=form, leave=False)
+    return tqdm(
+        total=n * steps,
+        desc=verb,
+        unit=" images",
+        unit_scale=1 / steps,
+        bar_format=form,
+        disable=not show,
+        delay=2,
+        leave=False,
+    )

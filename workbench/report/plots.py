@@ -37,7 +37,7 @@ _ACCENT, _INK, _QUIET = "#D55E00", "#222222", "#8a8a8a"
 
 
 class Figure(MatplotlibFigure):
-    """A matplotlib figure that a notebook displays as a cell's last value, without pyplot and its list of open figures."""
+    """A matplotlib figure that a notebook displays as a cell's last value, without pyplot's list of open figures."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -425,7 +425,7 @@ def unet_diagram(
     h_shape : (C, h, w)
         Of h for one image.
     tap : {"before", "middle", "after"}
-        Where h is: the input of the mid block, inside of it (between its two residual blocks), or its output.
+        Where h is: the input of the mid block, inside of it, or its output.
     widths : sequence of int
         Channels of each level, from the finest resolution to the coarsest (`block_out_channels` in diffusers).
 
@@ -448,93 +448,74 @@ def unet_diagram(
         raise ValueError("widths is empty; give the channels of each level, finest first")
 
     levels = len(widths)
-    sizes = [(max(image_shape[1] >> i, 1), max(image_shape[2] >> i, 1)) for i in range(levels)]
-    box, step, drop = (1.5, 0.62), 1.85, 1.12
-    middle = (levels - 1) * step + 2.05
-    x_down = [i * step for i in range(levels)]
-    x_up = [2 * middle - x for x in x_down]
-    y = [-i * drop for i in range(levels)]
-    y_mid = y[-1] - drop
+    half, rise, step, drop = 0.43, 0.2, 0.76, 0.68
+    middle = (levels - 1) * step + 1.15
+    y_mid = -levels * drop
+    y_h = y_mid - 0.62
+    x_low, x_high, y_low, y_high = -half - 1.15, 2 * middle + half + 1.15, y_h - 0.42, 0.72
 
     with style.context(STYLE):
-        figure = Figure(figsize=(min(12.0, 1.05 * middle + 2.8), 0.62 * (levels + 3) + 1.1))
-        axes = figure.add_axes((0, 0, 1, 1))
+        figure = Figure(figsize=(x_high - x_low, y_high - y_low), layout="none")
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(x_low, x_high), ylim=(y_low, y_high))
         axes.set_axis_off()
 
-        def block(x: float, y: float, text: str, color: str, name: str) -> None:
-            corner = (x - box[0] / 2, y - box[1] / 2)
-            shape = "round,pad=0,rounding_size=0.1"
+        def block(x: float, y: float, name: str, shape: tuple, color: str) -> None:
+            box = FancyBboxPatch((x - half, y - rise), 2 * half, 2 * rise, boxstyle="round,pad=0,rounding_size=0.06")
+            box.set(facecolor=color + "22", edgecolor=color, linewidth=1.4)
+            axes.add_patch(box)
+            axes.text(x, y + 0.075, name, ha="center", va="center", fontsize=8.5, color=_INK, weight="bold")
+            axes.text(x, y - 0.085, "×".join(map(str, shape)), ha="center", va="center", fontsize=8, color=_INK)
+
+        def arrow(start: tuple, end: tuple, path: str = "arc3", color: str = _INK, **kwargs) -> None:
+            kwargs = dict(arrowstyle="-|>", mutation_scale=11, linewidth=1.3) | kwargs
             axes.add_patch(
-                FancyBboxPatch(corner, *box, boxstyle=shape, facecolor=color + "22", edgecolor=color, lw=1.4)
+                FancyArrowPatch(start, end, connectionstyle=path, color=color, shrinkA=0, shrinkB=0, **kwargs)
             )
-            axes.text(x, y + 0.11, name, ha="center", va="center", fontsize=8.5, color=_INK, weight="bold")
-            axes.text(x, y - 0.14, text, ha="center", va="center", fontsize=8, color=_INK)
 
-        def arrow(start: tuple, end: tuple, color: str = _INK, **kwargs) -> None:
-            kwargs = dict(arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0, lw=1.3) | kwargs
-            axes.add_patch(FancyArrowPatch(start, end, color=color, **kwargs))
+        down_then_right, right_then_up = "angle,angleA=-90,angleB=0,rad=6", "angle,angleA=0,angleB=-90,rad=6"
+        for i, channels in enumerate(widths):
+            x_down, x_up, y = i * step, 2 * middle - i * step, -i * drop
+            shape = (channels, max(image_shape[1] >> i, 1), max(image_shape[2] >> i, 1))
+            block(x_down, y, f"down {i + 1}", shape, PALETTE[0])
+            block(x_up, y, f"up {levels - i}", shape, PALETTE[2])
+            arrow((x_down + half, y), (x_up - half, y), color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.0)
+            x_next = middle if i + 1 == levels else x_down + step
+            arrow((x_down, y - rise), (x_next - half, y - drop), down_then_right)
+            arrow((2 * middle - x_next + half, y - drop), (x_up, y - rise), right_then_up)
+        block(middle, y_mid, "mid block", h_shape, PALETTE[4])
+        axes.text(middle, 0.05, "skip connections", ha="center", va="bottom", fontsize=8, color=_QUIET)
 
-        half, rise = box[0] / 2, box[1] / 2
-        bend = dict(connectionstyle="angle,angleA=-90,angleB=0,rad=6")
-        for i, (channels, (rows, cols)) in enumerate(zip(widths, sizes, strict=True)):
-            shape = f"{channels} × {rows} × {cols}"
-            block(x_down[i], y[i], shape, PALETTE[0], f"down {i + 1}")
-            block(x_up[i], y[i], shape, PALETTE[2], f"up {levels - i}")
-            arrow((x_down[i] + half, y[i]), (x_up[i] - half, y[i]), _QUIET, linestyle=(0, (4, 3)), lw=1.0)
-            if i + 1 < levels:
-                arrow((x_down[i], y[i] - rise), (x_down[i + 1] - half, y[i + 1]), **bend)
-                arrow(
-                    (x_up[i + 1] + half, y[i + 1]),
-                    (x_up[i], y[i] - rise),
-                    connectionstyle="angle,angleA=0,angleB=-90,rad=6",
-                )
-        axes.text(middle, y[0] + 0.1, "skip connections", ha="center", va="bottom", fontsize=8, color=_QUIET)
+        x_in, x_out = -half - 0.34, 2 * middle + half + 0.34
+        arrow((x_in, 0), (-half, 0))
+        arrow((x_out - 0.34, 0), (x_out, 0))
+        for x, side, name in ((x_in - 0.05, "right", "$x_t$"), (x_out + 0.05, "left", r"$\epsilon_\theta$")):
+            axes.text(x, 0.04, name, ha=side, va="bottom", fontsize=13, color=_INK)
+            axes.text(x, -0.05, "×".join(map(str, image_shape)), ha=side, va="top", fontsize=8, color=_INK)
 
-        block(middle, y_mid, " × ".join(map(str, h_shape)), PALETTE[4], "mid block")
-        arrow((x_down[-1], y[-1] - rise), (middle - half, y_mid), **bend)
-        arrow((middle + half, y_mid), (x_up[-1], y[-1] - rise), connectionstyle="angle,angleA=0,angleB=-90,rad=6")
+        shift, where = {
+            "before": (-half - 0.16, "input of the mid block"),
+            "middle": (0.0, "inside of the mid block"),
+            "after": (half + 0.16, "output of the mid block"),
+        }[tap]
+        x_h, y_tap = middle + shift, y_mid - rise if tap == "middle" else y_mid
+        arrow((x_h, y_tap), (x_h, y_h + 0.16), color=_ACCENT, arrowstyle="<|-|>", linewidth=1.8)
+        axes.plot([x_h], [y_tap], "o", color=_ACCENT, markersize=8, zorder=5)
+        axes.text(x_h, y_h + 0.03, r"$h_t$  (+ $\Delta h_t$)", ha="center", va="center", fontsize=13, color=_ACCENT)
+        words = f"h-space: {where}\n{'×'.join(map(str, h_shape))} = {int(np.prod(h_shape)):,} numbers an image"
+        axes.text(x_h, y_h - 0.1, words, ha="center", va="top", fontsize=8.5, color=_ACCENT, linespacing=1.4)
 
-        picture = f"{image_shape[0]} × {image_shape[1]} × {image_shape[2]}"
-        arrow((x_down[0] - half - 0.65, y[0]), (x_down[0] - half, y[0]))
-        arrow((x_up[0] + half, y[0]), (x_up[0] + half + 0.65, y[0]))
-        for x, sign, name in (
-            (x_down[0] - half - 0.72, "right", "$x_t$"),
-            (x_up[0] + half + 0.72, "left", r"$\epsilon$"),
-        ):
-            axes.text(x, y[0] + 0.1, name, ha=sign, va="center", fontsize=13, color=_INK)
-            axes.text(x, y[0] - 0.2, picture, ha=sign, va="center", fontsize=8, color=_INK)
-
-        x_tap = middle + {"before": -half - 0.28, "middle": 0.0, "after": half + 0.28}[tap]
-        y_h = y_mid - 1.0
-        touched = y_mid - rise if tap == "middle" else y_mid
-        arrow((x_tap, touched), (x_tap, y_h + 0.3), _ACCENT, lw=1.8, arrowstyle="<|-|>")
-        axes.plot([x_tap], [touched], "o", color=_ACCENT, markersize=8, zorder=5)
-        where = {
-            "before": "input of the mid block",
-            "middle": "inside of the mid block",
-            "after": "output of the mid block",
-        }
-        numbers = int(np.prod(h_shape))
-        axes.text(x_tap, y_h + 0.08, r"$h_t$  (+ $\Delta h_t$)", ha="center", va="center", fontsize=13, color=_ACCENT)
-        words = f"h-space: {where[tap]}\n{' × '.join(map(str, h_shape))} = {numbers:,} numbers an image"
-        axes.text(x_tap, y_h - 0.18, words, ha="center", va="top", fontsize=8.5, color=_ACCENT, linespacing=1.4)
-
-        axes.text(middle, y[0] + 0.85, f"U-Net of {model_name}", ha="center", va="bottom", fontsize=11, color=_INK)
-        axes.text(
-            *(middle, y[0] + 0.8),
-            "shapes: channels × height × width of each block; the timestep t enters every block",
-            **(dict(ha="center", va="top") | _CAPTION),
-        )
-        axes.set(xlim=(-half - 2.0, 2 * middle + half + 2.0), ylim=(y_h - 0.75, y[0] + 1.2))
+        axes.text(middle, 0.56, f"U-Net of {model_name}", ha="center", va="bottom", fontsize=11, color=_INK)
+        words = "channels×height×width of each block; the timestep t enters every block"
+        axes.text(middle, 0.53, words, ha="center", va="top", **_CAPTION)
     return figure
 
 
 def save_figure(figure: MatplotlibFigure | go.Figure, path: str | Path) -> tuple[Path, ...]:
     """Write a figure to files for a paper or a page.
 
-    A matplotlib figure becomes a PDF and an SVG (fonts included) and a PNG of 300 dots an inch; the same figure gives the
-    same bytes at any date. A plotly figure becomes one HTML file that needs no network: its static formats would take a
-    browser to draw, and its point is the hovering.
+    A matplotlib figure becomes a PDF and an SVG (fonts included) and a PNG of 300 dots an inch; the same figure gives
+    the same bytes at any date. A plotly figure becomes one HTML file that needs no network: its static formats would
+    take a browser to draw, and its point is the hovering.
 
     Parameters
     ----------

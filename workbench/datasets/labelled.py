@@ -1,0 +1,559 @@
+"""Labelled images from a folder or a zip, decoded only when they are asked for.
+
+Every picture becomes RGB the same way: EXIF rotation applied, transparency composited on white, 16 bits scaled to 8,
+the centre square cropped, resized by antialiased bicubic, values 0..255 mapped to [-1, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import posixpath
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from workbench import paths
+
+BUNDLED = "avataaars"
+LABEL_FILES = ("attributes.csv", "list_attr_celeba.txt")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torch.Tensor
+
+# What Pillow's decoders and zipfile raise on damaged data.
+_UNDECODABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LabelledImages:
+    """Images of one source with a table of labels; made by `load_images`.
+
+    `images[3]` is one image, `images[:8]` or `images[[5, 2]]` a stack. Nothing is kept in memory but the names and the
+    labels, so that the record can be pickled, sent to other processes and used as a torch dataset.
+
+    Attributes
+    ----------
+    labels : pandas.DataFrame
+        One row an image in the order of the images, index: file name. Columns that came as -1/1 hold 0/1; NaN stays.
+        No columns if there is no label file.
+    """
+
+    labels: pd.DataFrame
+    _files: _Folder | _Zip
+    _size: int | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        side = f"{self._size}x{self._size}" if self._size else "native size"
+        known = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        return f"LabelledImages({len(self)} images, {side}, {len(self.names)} attributes: {known or 'none'})"
+
+    def __getitem__(self, index: int | Indices) -> torch.Tensor:
+        """Decode one image or several.
+
+        Parameters
+        ----------
+        index : int, slice, sequence of int or boolean mask
+
+        Returns
+        -------
+        Tensor of shape (3, size, size) or (k, 3, size, size), float32, values in [-1, 1]
+
+        Raises
+        ------
+        IndexError
+            If there is no such image.
+        ValueError
+            If an image cannot be decoded, or differs in size while no size was asked for.
+        """
+        positions = self._positions(index)
+        if positions.ndim == 0:
+            return self._decode(int(positions))
+        stack = torch.empty(len(positions), 3, self.size, self.size)
+        for row, position in zip(stack, positions, strict=True):
+            row.copy_(self._decode(int(position)))
+        return stack
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the attributes."""
+        return list(self.labels.columns)
+
+    @cached_property
+    def size(self) -> int:
+        """Side of the images in pixels: the one asked for, or else that of the first image."""
+        if self._size is not None or not len(self):
+            return self._size or 0
+        name = self.labels.index[0]
+        try:
+            with Image.open(io.BytesIO(self._files.read(name))) as image:
+                return min(image.size)
+        except _UNDECODABLE as error:
+            raise _undecodable(self._files.describe(name), error) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over the size and over each image's name, length and CRC-32, in order.
+
+        The same for a folder and for a zip of it. Labels do not enter.
+        """
+        digest = hashlib.sha256(f"{self.size}\n".encode())
+        for name in tqdm(self.labels.index, "fingerprint", unit="image", delay=2, leave=False):
+            length, checksum = self._files.checksum(name)
+            digest.update(f"{name}\0{length}\0{checksum}\n".encode())
+        return digest.hexdigest()
+
+    def label(self, name: str) -> pd.Series:
+        """Labels of one attribute.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        pandas.Series of length n
+            Index: file name.
+
+        Raises
+        ------
+        ValueError
+            If the attribute is unknown; the message lists the known ones.
+        """
+        if name not in self.labels.columns:
+            known = ", ".join(self.names) or "none: no label file was found"
+            raise ValueError(f"there is no attribute {name!r}; the known ones are {known}")
+        return self.labels[name]
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Stream all images in order.
+
+        Parameters
+        ----------
+        batch_size : int
+            Images a batch, 1 or more; the last one may be smaller.
+
+        Yields
+        ------
+        Tensor of shape (k, 3, size, size), float32, values in [-1, 1]
+
+        Raises
+        ------
+        ValueError
+            If `batch_size` is below 1 or an image cannot be decoded.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give 1 or more")
+        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
+
+    def at_size(self, size: int | None) -> LabelledImages:
+        """The same images at another size.
+
+        Parameters
+        ----------
+        size : int or None
+            Side in pixels; None for the native size.
+        """
+        return replace(self, _size=_checked(size))
+
+    def select(self, indices: Indices) -> LabelledImages:
+        """Some of the images with their labels.
+
+        Parameters
+        ----------
+        indices : slice, sequence of int or boolean mask of length n
+            A pandas Series counts by position.
+
+        Raises
+        ------
+        IndexError
+            If there is no such image or the mask has another length.
+        """
+        return replace(self, labels=self.labels.iloc[np.atleast_1d(self._positions(indices))])
+
+    def _positions(self, indices: int | Indices) -> np.ndarray:
+        chosen = indices if isinstance(indices, slice) else np.asarray(indices)
+        if not isinstance(chosen, slice) and chosen.size == 0:
+            chosen = chosen.astype(int)
+        try:
+            return np.asarray(np.arange(len(self))[chosen])
+        except IndexError as error:
+            raise IndexError(
+                f"there are {len(self)} images, give positions below that or a boolean mask of that length ({error})"
+            ) from error
+
+    def _decode(self, position: int) -> torch.Tensor:
+        name = self.labels.index[position]
+        where = self._files.describe(name)
+        try:
+            content = self._files.read(name)
+        except _UNDECODABLE as error:
+            raise _undecodable(where, error) from error
+        image = _decode(content, self._size, where)
+        if image.shape[-1] != self.size:
+            raise ValueError(
+                f"{where} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
+                "give the size that all should have, such as size=64"
+            )
+        return image
+
+
+def load_images(
+    source: str | Path, *, size: int | None = None, labels: str | Path | None = None
+) -> LabelledImages:
+    """Open a set of images with its labels; images are decoded later, when they are asked for.
+
+    Labels are looked for inside of the folder or zip, then beside the zip; CelebA's list also beside the folder. Names
+    are paths relative to the source, without a folder that is common to all of them.
+
+    Parameters
+    ----------
+    source : str or Path
+        "avataaars" for the bundled set, a folder of images (or with an `images.zip`), or a zip. `./avataaars` is a
+        folder.
+    size : int, optional
+        Side in pixels that the images are resized to. Default: the native size, which must then be one for all.
+    labels : str or Path, optional
+        Label file. A `.txt` file is read as CelebA's list (with or without its first line, the count), anything else as
+        CSV with the file name in the first column. Default: `attributes.csv`, else `list_attr_celeba.txt`, else none.
+
+    Returns
+    -------
+    LabelledImages
+        Sorted by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the source or the label file does not exist.
+    ValueError
+        If there are no images; if rows and images do not match (rows of CelebA's list may lack an image), are repeated
+        or hold something that is not a number; if the size is below 1.
+    """
+    size = _checked(size)
+    files = _find_files(paths.data() / BUNDLED if source == BUNDLED else Path(source))
+    names = files.names()
+    found = _find_labels(files) if labels is None else _given_labels(Path(labels))
+    if found is None:
+        table = pd.DataFrame(index=pd.Index(names, name="file"))
+    else:
+        where, content = found
+        is_list = where.endswith(".txt")
+        table = _match((_read_list if is_list else _read_csv)(content, where), names, where, spare_rows=is_list)
+    return LabelledImages(table, files, size)
+
+
+def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
+    """Decode one image file.
+
+    Parameters
+    ----------
+    path : str or Path
+    size : int, optional
+        Side in pixels. Default: the native size, cropped to a square.
+
+    Returns
+    -------
+    Tensor of shape (3, size, size), float32, values in [-1, 1]
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it cannot be decoded, or the size is below 1.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
+    return _decode(path.read_bytes(), size, str(path))
+
+
+def to_tensor(image: Image.Image | str | Path, size: int | None = None) -> torch.Tensor:
+    """Convert one image as every image of a `LabelledImages` is converted.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image, str or Path
+        A picture of any 8- or 16-bit mode, or the path of one.
+    size : int, optional
+        Side in pixels. Default: the native size, cropped to a square.
+
+    Returns
+    -------
+    Tensor of shape (3, size, size), float32, values in [-1, 1]
+
+    Raises
+    ------
+    FileNotFoundError
+        If a path does not exist.
+    ValueError
+        If the image cannot be decoded or has 32-bit pixels, or the size is below 1.
+    """
+    if not isinstance(image, Image.Image):
+        return load_image(image, size)
+    square = _crop_square(_to_rgb(image))
+    if _checked(size) is not None:
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("the range of 32-bit pixels is unknown, save with 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255.
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _crop_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _checked(size: int | None) -> int | None:
+    if size is not None and size < 1:
+        raise ValueError(f"size is {size}; give a number of pixels of 1 or more, or None for the native size")
+    return size
+
+
+def _decode(content: bytes, size: int | None, where: str) -> torch.Tensor:
+    _checked(size)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return to_tensor(image, size)
+    except _UNDECODABLE as error:
+        raise _undecodable(where, error) from error
+
+
+def _undecodable(where: str, error: Exception) -> ValueError:
+    return ValueError(f"{where} cannot be decoded as an image ({error}); replace it or remove it")
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Image files below a folder; `prefix` is the folder common to all of them."""
+
+    path: Path
+    prefix: str = ""
+
+    def members(self) -> list[str]:
+        return [
+            Path(folder, file).relative_to(self.path).as_posix()
+            for folder, _, files in os.walk(self.path)
+            for file in files
+        ]
+
+    def names(self) -> list[str]:
+        return _image_names(self.members(), self.prefix)
+
+    def describe(self, name: str) -> str:
+        return str(self.path / (self.prefix + name))
+
+    def read(self, name: str) -> bytes:
+        return (self.path / (self.prefix + name)).read_bytes()
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        content = self.read(name)
+        return len(content), zlib.crc32(content)
+
+
+@dataclass(frozen=True)
+class _Zip:
+    """Image files in a zip. Holds no handle, so that it can be pickled and used after a fork."""
+
+    path: Path
+    stamp: tuple[int, int]
+    prefix: str = ""
+
+    def members(self) -> list[str]:
+        return self._handle().namelist()
+
+    def names(self) -> list[str]:
+        return _image_names(self.members(), self.prefix)
+
+    def describe(self, name: str) -> str:
+        return f"{name} in {self.path}"
+
+    def read(self, name: str) -> bytes:
+        return self._handle().read(self.prefix + name)
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        member = self._handle().getinfo(self.prefix + name)
+        return member.file_size, member.CRC
+
+    def _handle(self) -> zipfile.ZipFile:
+        return _open_zip(self.path, self.stamp, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _open_zip(path: Path, stamp: tuple[int, int], process: int) -> zipfile.ZipFile:
+    """One handle a process (a forked one would share the position in the file) and a state of the file."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a complete zip ({error}); copy or build it again") from error
+
+
+def _find_files(source: Path) -> _Folder | _Zip:
+    if source.is_dir():
+        files = _Folder(source)
+        if not files.names() and (source / "images.zip").is_file():
+            files = _zip(source / "images.zip")
+    elif source.is_file():
+        files = _zip(source)
+    else:
+        raise FileNotFoundError(
+            f"there is no folder or zip {source}; give a folder of images, a zip of images, or {BUNDLED!r}"
+        )
+    names = files.names()
+    if not names:
+        raise ValueError(f"{source} holds no images; give a folder or a zip with {', '.join(SUFFIXES)} files")
+    return replace(files, prefix=_common_folder(names))
+
+
+def _zip(path: Path) -> _Zip:
+    state = path.stat()
+    return _Zip(path.resolve(), (state.st_mtime_ns, state.st_size))
+
+
+def _image_names(members: Iterable[str], prefix: str) -> list[str]:
+    """Sorted names of the images, without hidden files and the metadata folder of macOS zips."""
+    return sorted(
+        member.removeprefix(prefix)
+        for member in members
+        if member.lower().endswith(SUFFIXES)
+        and not any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
+    )
+
+
+def _common_folder(names: Iterable[str]) -> str:
+    folders = {posixpath.dirname(name) for name in names}
+    common = posixpath.commonpath(folders) if folders else ""
+    return common and common + "/"
+
+
+def _find_labels(files: _Folder | _Zip) -> tuple[str, bytes] | None:
+    """Place and content of the label file that belongs to the images."""
+    if isinstance(files, _Zip):
+        inside = {posixpath.basename(member): member for member in files.members()}
+        for name in LABEL_FILES:
+            if name in inside:
+                return f"{files.path}/{inside[name]}", replace(files, prefix="").read(inside[name])
+        candidates = [files.path.parent / name for name in LABEL_FILES]
+    else:
+        beside = files.path.resolve().parent / "list_attr_celeba.txt"
+        candidates = [*(files.path / name for name in LABEL_FILES), beside]
+    return next(((str(path), path.read_bytes()) for path in candidates if path.is_file()), None)
+
+
+def _given_labels(path: Path) -> tuple[str, bytes]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no label file {path}; give a CSV file or CelebA's list_attr_celeba.txt")
+    return str(path), path.read_bytes()
+
+
+def _read_csv(content: bytes, where: str) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(
+            io.BytesIO(content), converters={0: str}, float_precision="round_trip", encoding="utf-8-sig"
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where} cannot be read as CSV ({' '.join(str(error).split())}); correct it") from error
+    return _to_numbers(table.set_index(table.columns[0]), where)
+
+
+def _read_list(content: bytes, where: str) -> pd.DataFrame:
+    """CelebA's list: the count (may be missing), the names, then a line an image."""
+    lines = content.decode("utf-8-sig", errors="replace").split("\n")
+    rows = [fields for line in lines if (fields := line.split())]
+    count = int(rows.pop(0)[0]) if rows and len(rows[0]) == 1 and rows[0][0].isdigit() else None
+    if len(rows) < 2:
+        raise ValueError(f"{where} has no rows; CelebA's list has a line of names, then a line an image")
+    names, rows = rows[0], rows[1:]
+    if len(names) == len(rows[0]):
+        names = names[1:]
+    if count not in (None, len(rows)):
+        raise ValueError(f"{where} announces {count} rows and has {len(rows)}; copy it again")
+    for fields in rows:
+        if len(fields) != len(names) + 1:
+            raise ValueError(
+                f"row {fields[0]} of {where} has {len(fields) - 1} values for {len(names)} attributes; correct it"
+            )
+    index = pd.Index([fields[0] for fields in rows])
+    return _to_numbers(pd.DataFrame([fields[1:] for fields in rows], index=index, columns=names), where)
+
+
+def _to_numbers(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Numeric columns; those of -1 and 1 become 0 and 1."""
+    return pd.DataFrame(
+        {name: _to_number(column, where) for name, column in table.items()}, index=table.index.str.strip()
+    )
+
+
+def _to_number(column: pd.Series, where: str) -> np.ndarray:
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = numbers.isna() & column.notna()
+    if wrong.any():
+        row = wrong.idxmax()
+        raise ValueError(
+            f"column {column.name} of {where} holds {column[wrong].iloc[0]!r} in row {row}; labels are numbers or empty"
+        )
+    if numbers.dtype == bool:
+        numbers = numbers.astype(int)
+    values = set(numbers.dropna())
+    if -1 in values and values <= {-1, 1}:
+        numbers = (numbers + 1) // 2
+    return numbers.to_numpy()
+
+
+def _match(table: pd.DataFrame, names: list[str], where: str, *, spare_rows: bool) -> pd.DataFrame:
+    """Rows in the order of the images."""
+    table.index = table.index.str.removeprefix(_common_folder(table.index))
+    table.index.name = "file"
+    repeated = table.index[table.index.duplicated()].unique()
+    if len(repeated):
+        raise ValueError(f"{where} has more than one row for {_some(repeated)}; keep one each")
+    images = pd.Index(names)
+    unlabelled, imageless = images.difference(table.index), table.index.difference(images)
+    if len(unlabelled) or (len(imageless) and not spare_rows):
+        raise ValueError(
+            f"{where} does not match the images: {len(unlabelled)} of {len(images)} images have no row "
+            f"({_some(unlabelled)}) and {len(imageless)} of {len(table)} rows have no image ({_some(imageless)}); "
+            "the first column must hold the file names"
+        )
+    return table.loc[names]
+
+
+def _some(names: pd.Index) -> str:
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "") if len(names) else "none"

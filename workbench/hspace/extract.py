@@ -1,0 +1,212 @@
+"""Extraction of h-space to disk: from seeds by sampling, from images by DDIM inversion."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from workbench import __version__, paths
+from workbench.diffusion.models import Model
+from workbench.diffusion.noise import check_seeds
+from workbench.diffusion.sampling import Trajectory, invert, progress_bar, sample
+from workbench.hspace.store import DTYPES, HStore, create_store, key_of, open_store, read_store, write_chunk
+
+CHUNK_BYTES = 2**28
+"""Upper bound of the h of one chunk of samples in memory (float32)."""
+
+
+def extract(
+    model: Model,
+    n: int | None = None,
+    *,
+    seeds: Iterable[int] | None = None,
+    images: bool | torch.Tensor | Sequence = True,
+    steps: int | Sequence[int] = 50,
+    eta: float | Sequence[float] = 1.0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    dtype: str = "float16",
+    record_x: bool = False,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> HStore:
+    """Record h_t of many samples at every visited timestep, on disk.
+
+    Asking again with the same inputs returns the finished store at once; a call that was cut short, even by a kill,
+    resumes and repeats at most one chunk of samples. Memory does not grow with n.
+
+    Parameters
+    ----------
+    model : Model
+        Its tap says where h is read: `extract(model.tapped("middle"), ...)`.
+    n : int, optional
+        Number of samples; their seeds are `seed`, `seed` + 1, ...
+    seeds : iterable of int, optional
+        Instead of n: the seeds themselves.
+    images : bool, Tensor of shape (n, C, H, W) in [-1, 1], or LabelledImages; default True
+        True keeps the generated images beside h, False leaves them out. Images are inverted (DDIM, eta 0) instead of
+        sampling new ones, and kept.
+    steps : int or sequence of int, default 50
+        Number of visited timesteps, or the timesteps, decreasing.
+    eta : float or sequence of float, default 1
+        0 is DDIM, 1 has the variance of DDPM. Not used for inversion.
+    seed : int, default 0
+        First seed.
+    out : path, optional
+        Where to put the store; by default under `data/cache/`, named by all inputs.
+    dtype : {"float16", "float32"}
+        Of h on disk. A value that float16 can't hold is an error, not an infinity.
+    record_x : bool
+        Keep x_t of every timestep too.
+    batch_size : int, optional
+        Samples a pass; chosen by the model if not given.
+    progress : bool
+
+    Returns
+    -------
+    HStore
+
+    Raises
+    ------
+    ValueError
+        If the inputs don't fit the model or each other, or `out` holds a store of other inputs.
+    RuntimeError
+        If another process is extracting to the same store.
+    OSError
+        If the disk is full. The store stays resumable.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    source = None if isinstance(images, bool) else images
+    if source is None:
+        seeds = _seeds(n, seeds, seed)
+        origin = {"seeds": _describe(seeds)}
+    else:
+        if n is not None or seeds is not None:
+            raise ValueError("give n or seeds to sample new images, or images to invert, not both")
+        source = source.at_size(model.image_shape[1]) if hasattr(source, "at_size") else torch.as_tensor(source)
+        origin = {"images": _fingerprint(source)}
+        eta = 0.0
+    count = len(seeds) if source is None else len(source)
+    timesteps = model.schedule.timesteps(steps)
+    provenance = {
+        "workbench": __version__,
+        "model": model.provenance(),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "n": count,
+        **origin,
+        "timesteps": list(timesteps),
+        "etas": list(model.schedule.etas(eta, len(timesteps))),
+        "dtype": dtype,
+        "keeps": ["h", *(["x0"] if images is not False else []), *(["x"] if record_x else [])],
+        "chunk": _chunk_size(model, len(timesteps), count, record_x=record_x),
+    }
+    name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
+    path = paths.cache() / name if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        with lock.acquire(timeout=0):
+            return _extract(model, path, provenance, seeds, source, batch_size, progress)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is extracting to {path}; wait for it to end, or choose another path with out="
+        ) from error
+
+
+def _extract(model, path, provenance, seeds, source, batch_size, progress) -> HStore:
+    if path.exists():
+        store = read_store(path)
+        _refuse_other_inputs(store, provenance)
+        if store.complete:
+            return replace(store, cached=True)
+    else:
+        store = create_store(path, provenance, _layout(model, provenance, inverted=source is not None))
+        if seeds is not None:
+            store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
+    size, n, timesteps = provenance["chunk"], provenance["n"], provenance["timesteps"]
+    todo = [slice(c * size, min((c + 1) * size, n)) for c in np.flatnonzero(store.group["done"][:] == 0)]
+    options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"], "batch_size": batch_size}
+    with progress_bar(n, len(timesteps), "extracting", show=progress) as bar:
+        bar.update((n - sum(rows.stop - rows.start for rows in todo)) * len(timesteps))
+        for rows in todo:
+            if source is None:
+                run = sample(model, seeds[rows], eta=provenance["etas"], progress=bar, **options)
+            else:
+                run = invert(model, source[rows], progress=bar, **options)
+            write_chunk(store, rows.start // size, {name: _value(run, name) for name in _arrays(store)})
+    return open_store(path)
+
+
+def _arrays(store: HStore) -> list[str]:
+    return [name for name in ("h", "x", "x0", "x_T") if name in store.group]
+
+
+def _value(run: Trajectory, name: str) -> np.ndarray:
+    """A quantity of a run, sample first."""
+    if name in ("h", "x"):
+        return getattr(run, name).values.transpose(0, 1).numpy()
+    return getattr(run, name).numpy()
+
+
+def _layout(model: Model, provenance: dict, *, inverted: bool) -> dict[str, tuple[tuple[int, ...], str]]:
+    n, steps, dtype = provenance["n"], len(provenance["timesteps"]), provenance["dtype"]
+    layout = {"h": ((n, steps, *model.h_shape), dtype)}
+    if "x" in provenance["keeps"]:
+        layout["x"] = ((n, steps, *model.image_shape), dtype)
+    if "x0" in provenance["keeps"]:
+        layout["x0"] = ((n, *model.image_shape), "float32")
+    if inverted:
+        layout["x_T"] = ((n, *model.image_shape), "float32")
+    else:
+        layout["seeds"] = ((n,), "uint64")
+    return layout
+
+
+def _chunk_size(model: Model, steps: int, n: int, *, record_x: bool) -> int:
+    values = np.prod(model.h_shape) + record_x * np.prod(model.image_shape)
+    fits = max(1, int(CHUNK_BYTES // (4 * steps * values)))
+    return min(n, 64, 2 ** (fits.bit_length() - 1))
+
+
+def _seeds(n: int | None, seeds: Iterable[int] | None, seed: int) -> tuple[int, ...]:
+    if (n is None) == (seeds is None):
+        raise ValueError("give either n, the number of samples, or seeds, or images to invert")
+    if seeds is None and n < 1:
+        raise ValueError(f"n is {n}; extract at least one sample")
+    return check_seeds(range(seed, seed + n) if seeds is None else seeds)
+
+
+def _describe(seeds: tuple[int, ...]) -> dict:
+    """Seeds in few words: a range, or a hash of the list (the list itself is in the store)."""
+    first, n = seeds[0], len(seeds)
+    if seeds == tuple(range(first, first + n)):
+        return {"first": first, "n": n}
+    return {"sha256": hashlib.sha256(np.array(seeds, dtype=np.uint64).tobytes()).hexdigest(), "n": n}
+
+
+def _fingerprint(images) -> dict:
+    if hasattr(images, "fingerprint"):
+        return {"fingerprint": images.fingerprint, "n": len(images)}
+    return {"fingerprint": hashlib.sha256(images.float().contiguous().numpy().data).hexdigest(), "n": len(images)}
+
+
+def _refuse_other_inputs(store: HStore, provenance: dict) -> None:
+    for name, wanted in provenance.items():
+        found = store.provenance.get(name)
+        if found != wanted and not (name == "model" and {**found, "name": ""} == {**wanted, "name": ""}):
+            raise ValueError(
+                f"{store.path} holds an extraction of other inputs: its {name} is {_brief(found)}, asked for is "
+                f"{_brief(wanted)}; choose another path, or delete it"
+            )
+
+
+def _brief(value) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

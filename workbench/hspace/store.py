@@ -1,0 +1,317 @@
+"""Extracted h-spaces on disk.
+
+A store is a Zarr v3 group. One shard holds all timesteps of a chunk of samples, so adding a chunk writes one file;
+inside it each timestep is a chunk of its own, so reading one timestep of all samples reads nothing else.
+
+| array | shape | |
+|---|---|---|
+| h | (n, steps, C, h, w) | bottleneck activations h_t |
+| x0 | (n, C, H, W) | images in [-1, 1], if kept |
+| x_T | (n, C, H, W) | starting noise, of inverted images |
+| x | (n, steps, C, H, W) | x_t, if recorded |
+| seeds | (n,) | of generated samples |
+| done | (chunks,) | 1 where a chunk of samples is complete |
+
+The group's attributes hold all inputs that determine the content.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import zarr
+from zarr.errors import BaseZarrError
+
+from workbench.diffusion.schedule import index_of
+
+FORMAT, VERSION = "hspace-store", 1
+DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True, eq=False)
+class HStore:
+    """An extracted h-space: h_t of n samples at every visited timestep, their images, and where they came from.
+
+    Attributes
+    ----------
+    path : Path
+    provenance : dict
+        All inputs of the extraction: model, seeds or images, timesteps, etas, dtype.
+    cached : bool
+        True if `extract` found it finished and computed nothing.
+    """
+
+    path: Path
+    provenance: dict = field(repr=False)
+    group: zarr.Group = field(repr=False)
+    cached: bool = False
+
+    def __len__(self) -> int:
+        return self.group["h"].shape[0]
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Visited timesteps, noisiest first."""
+        return tuple(self.provenance["timesteps"])
+
+    @property
+    def h_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one h_t."""
+        return tuple(self.group["h"].shape[2:])
+
+    @property
+    def seeds(self) -> tuple[int, ...] | None:
+        """Seeds of the samples in their order; None for inverted images."""
+        return tuple(int(s) for s in self.group["seeds"][:]) if "seeds" in self.group else None
+
+    @property
+    def images(self) -> zarr.Array:
+        """The images: array of shape (n, C, H, W), values in [-1, 1], read from disk where it is sliced.
+
+        Raises
+        ------
+        ValueError
+            If the store was made without images.
+        """
+        return self._array("x0", "extract with images=True to keep them")
+
+    @property
+    def x_T(self) -> zarr.Array:
+        """Starting noise of inverted images: array of shape (n, C, H, W), float32."""
+        return self._array("x_T", "only stores of inverted images keep it; a seed gives it for generated ones")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample is there."""
+        return bool(self.group["done"][:].all())
+
+    def at(self, t: int, *, space: str = "h") -> np.ndarray:
+        """All samples at timestep `t`, flattened.
+
+        Parameters
+        ----------
+        t : int
+        space : {"h", "x"}
+            h_t, or x_t if it was recorded.
+
+        Returns
+        -------
+        ndarray of shape (n, C*h*w), float32
+
+        Raises
+        ------
+        ValueError
+            If `t` was not visited, or x_t was not recorded.
+        """
+        values = np.empty((len(self), int(np.prod(self._of(space).shape[2:]))), dtype=np.float32)
+        for rows, batch in self._chunks(t, space):
+            values[rows] = batch
+        return values
+
+    def batches(self, t: int, *, space: str = "h") -> Iterator[np.ndarray]:
+        """The samples at timestep `t` in the order of the store, a chunk at a time.
+
+        Yields
+        ------
+        ndarray of shape (at most `chunk`, C*h*w), float32
+        """
+        return (batch for _, batch in self._chunks(t, space))
+
+    def _chunks(self, t: int, space: str) -> Iterator[tuple[slice, np.ndarray]]:
+        array = self._of(space)
+        i = index_of(t, self.timesteps)
+        size = self.provenance["chunk"]
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            try:
+                values = array[rows, i]
+            except (ValueError, RuntimeError, BaseZarrError) as error:
+                raise ValueError(
+                    f"{self.path} is corrupt: samples {start}..{rows.stop - 1} of {space} can't be read; "
+                    "delete it and extract again"
+                ) from error
+            yield rows, values.reshape(len(values), -1).astype(np.float32)
+
+    def _of(self, space: str) -> zarr.Array:
+        if space not in ("h", "x"):
+            raise ValueError(f'space {space!r} is not known; it is "h" or "x"')
+        return self._array(space, "extract with record_x=True to keep x_t")
+
+    def _array(self, name: str, remedy: str) -> zarr.Array:
+        if name not in self.group:
+            raise ValueError(f"{self.path} has no {name}; {remedy}")
+        return self.group[name]
+
+    def summary(self) -> pd.DataFrame:
+        """What is in the store: one row an array, with its shape, axes, dtype and size on disk."""
+        axes = {"h": "sample, timestep, C, h, w", "x": "sample, timestep, C, H, W", "x0": "sample, C, H, W"}
+        axes |= {"x_T": "sample, C, H, W", "seeds": "sample", "done": "chunk"}
+        rows = {
+            name: {
+                "shape": array.shape,
+                "axes": axes[name],
+                "dtype": str(array.dtype),
+                "MB on disk": round(array.nbytes_stored() / 1e6, 2),
+            }
+            for name, array in sorted(self.group.arrays())
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def __repr__(self) -> str:
+        model, t = self.provenance["model"], self.timesteps
+        state = ", from the cache" if self.cached else "" if self.complete else ", INCOMPLETE"
+        origin = "inverted images" if self.seeds is None else "generated samples"
+        return (
+            f"HStore({model['name']!r}, {len(self)} {origin}, {len(t)} steps t={t[0]}..{t[-1]}, "
+            f"h {self.h_shape} {model['tap']!r} the mid block, {self.group['h'].dtype}{state})"
+        )
+
+
+def open_store(path: str | Path) -> HStore:
+    """Open a finished store.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    HStore
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at `path`.
+    ValueError
+        If it is not a store, is corrupt, of another format version, or not finished.
+    """
+    store = read_store(path)
+    if not store.complete:
+        done = int(store.group["done"][:].sum()) * store.provenance["chunk"]
+        raise ValueError(
+            f"{path} is not finished (about {min(done, len(store))} of {len(store)} samples); "
+            "make the same call to extract again and it resumes"
+        )
+    return store
+
+
+def read_store(path: str | Path) -> HStore:
+    """Open a store that may not be finished; raises as `open_store` otherwise."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no store at {path}; make one with extract")
+    try:
+        group = zarr.open_group(path, mode="r+")
+        attributes = dict(group.attrs)
+        if attributes.get("format") != FORMAT:
+            raise ValueError(f"{path} is a Zarr group but not a store of the workbench; choose another path")
+        if attributes.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has store format {attributes.get('version')}, this version reads {VERSION}; extract again"
+            )
+        store = HStore(path, attributes["provenance"], group)
+        arrays = {name for name, _ in group.arrays()}
+        if {"h", "done"} - arrays or group["h"].shape[1] != len(store.timesteps):
+            raise ValueError(f"{path} is corrupt: its arrays don't match its description; delete it and extract again")
+        shards = sum(file.is_file() for file in (path / "h" / "c").rglob("*"))
+        if shards < int(group["done"][:].sum()):
+            raise ValueError(f"{path} is corrupt: files of finished samples are missing; delete it and extract again")
+    except (BaseZarrError, KeyError, OSError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"{path} can't be read as a store ({type(error).__name__}); delete it and extract again, "
+            "or choose another path"
+        ) from error
+    return store
+
+
+def create_store(path: Path, provenance: dict, arrays: dict[str, tuple[tuple[int, ...], str]]) -> HStore:
+    """Lay out an empty store; it appears at `path` whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    provenance : dict
+        With "chunk", the number of samples that are written at once.
+    arrays : dict of name -> (shape, dtype)
+        The first axis of each is the sample.
+    """
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    attributes = {"format": FORMAT, "version": VERSION, "provenance": provenance}
+    group = zarr.create_group(partial, zarr_format=3, attributes=attributes)
+    size = provenance["chunk"]
+    n = arrays["h"][0][0]
+    for name, (shape, dtype) in arrays.items():
+        per_step = name in ("h", "x")
+        group.create_array(
+            name,
+            shape=shape,
+            dtype=dtype,
+            chunks=(min(size, n), 1, *shape[2:]) if per_step else (min(size, n), *shape[1:]),
+            shards=(min(size, n), *shape[1:]) if per_step else None,
+            # Activations and noise do not compress; images do.
+            compressors="auto" if name == "x0" else None,
+        )
+    group.create_array("done", shape=(-(-n // size),), dtype="uint8", chunks=(1,), compressors=None)
+    os.replace(partial, path)
+    return read_store(path)
+
+
+def write_chunk(store: HStore, chunk: int, values: dict[str, np.ndarray]) -> None:
+    """Write one chunk of samples, then mark it as done.
+
+    Parameters
+    ----------
+    store : HStore
+    chunk : int
+        Its number.
+    values : dict of name -> ndarray of shape (samples of the chunk, ...)
+
+    Raises
+    ------
+    ValueError
+        If a value does not fit the store's dtype; the message names sample and timestep.
+    OSError
+        If the disk is full; what was done before stays, and the same call resumes.
+    """
+    start = chunk * store.provenance["chunk"]
+    try:
+        for name, value in values.items():
+            stored = value.astype(store.group[name].dtype)
+            if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+                _refuse(store, name, value, stored, start)
+            store.group[name][start : start + len(stored)] = stored
+        store.group["done"][chunk] = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full after {start} of {len(store)} samples; free some space and make the same call again, "
+            "it resumes there",
+            str(store.path),
+        ) from error
+
+
+def _refuse(store: HStore, name: str, value: np.ndarray, stored: np.ndarray, start: int) -> None:
+    where = np.argwhere(~np.isfinite(stored))[0]
+    at = f"sample {start + where[0]}" + (f", timestep {store.timesteps[where[1]]}" if name in ("h", "x") else "")
+    worst = value[tuple(where)]
+    remedy = 'extract with dtype="float32"' if np.isfinite(worst) else "the model gives no finite value there"
+    raise ValueError(f"{name} of {at} is {worst:g}, which {stored.dtype} can't hold; {remedy}")
+
+
+def key_of(provenance: dict) -> str:
+    """Name of a set of inputs: 16 hexadecimal digits of a SHA-256. The model's name is no input, its weights are."""
+    inputs = {**provenance, "model": {k: v for k, v in provenance["model"].items() if k != "name"}}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
