@@ -21,6 +21,11 @@ _WHERE = {
     "datasets.labelled": ("LabelledImages", "load_image", "load_images"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
+    "directions.direction": ("Direction", "load_direction", "random_like"),
+    "directions.jacobian": ("find_jacobian", "find_pullback"),
+    "directions.pca": ("find_pca",),
+    "editing.edit": ("edit",),
+    "editing.grid": ("EditGrid", "edit_grid"),
     "report.notebooks": ("report", "run_notebook"),
 }
 _MODULES = {"plots": "report.plots", "paths": "paths"}

@@ -76,7 +76,8 @@ class Factors:
     Attributes
     ----------
     hair, hair_color, mouth, beard, glasses, eyes, eyebrows, skin, shirt : str
-        Parts and colours; "NONE" for no hair, no beard or no glasses. A beard has the colour of the hair.
+        Parts and colours; "NONE" for no hair, no beard or no glasses. A beard has the colour of the hair. The shirt
+        lies below the crop: it does not show.
     background : tuple of 3 int
         RGB in 0..255.
     tilt : float

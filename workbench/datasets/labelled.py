@@ -222,9 +222,7 @@ class LabelledImages:
         return image
 
 
-def load_images(
-    source: str | Path, *, size: int | None = None, labels: str | Path | None = None
-) -> LabelledImages:
+def load_images(source: str | Path, *, size: int | None = None, labels: str | Path | None = None) -> LabelledImages:
     """Open a set of images with its labels; images are decoded later, when they are asked for.
 
     Labels are looked for inside of the folder or zip, then beside the zip; CelebA's list also beside the folder. Names
@@ -484,34 +482,41 @@ def _given_labels(path: Path) -> tuple[str, bytes]:
 
 
 def _read_csv(content: bytes, where: str) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(
-            io.BytesIO(content), converters={0: str}, float_precision="round_trip", encoding="utf-8-sig"
-        )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where} cannot be read as CSV ({' '.join(str(error).split())}); correct it") from error
+    table = _parse(content, where)
     return _to_numbers(table.set_index(table.columns[0]), where)
 
 
 def _read_list(content: bytes, where: str) -> pd.DataFrame:
     """CelebA's list: the count (may be missing), the names, then a line an image."""
-    lines = content.decode("utf-8-sig", errors="replace").split("\n")
-    rows = [fields for line in lines if (fields := line.split())]
-    count = int(rows.pop(0)[0]) if rows and len(rows[0]) == 1 and rows[0][0].isdigit() else None
-    if len(rows) < 2:
+    head = [line.split() for line in content[:100_000].decode("utf-8-sig", "replace").split("\n")[:3]]
+    count = int(head.pop(0)[0]) if len(head[0]) == 1 and head[0][0].isdigit() else None
+    if len(head) < 2 or not head[1]:
         raise ValueError(f"{where} has no rows; CelebA's list has a line of names, then a line an image")
-    names, rows = rows[0], rows[1:]
-    if len(names) == len(rows[0]):
-        names = names[1:]
-    if count not in (None, len(rows)):
-        raise ValueError(f"{where} announces {count} rows and has {len(rows)}; copy it again")
-    for fields in rows:
-        if len(fields) != len(names) + 1:
-            raise ValueError(
-                f"row {fields[0]} of {where} has {len(fields) - 1} values for {len(names)} attributes; correct it"
-            )
-    index = pd.Index([fields[0] for fields in rows])
-    return _to_numbers(pd.DataFrame([fields[1:] for fields in rows], index=index, columns=names), where)
+    names, first_row = head[:2]
+    if len(names) < len(first_row):
+        names = ["file", *names]
+    skipped = 1 if count is None else 2
+    table = _parse(content, where, sep=r"\s+", header=None, names=names, skiprows=skipped).set_index(names[0])
+    if count not in (None, len(table)):
+        raise ValueError(f"{where} announces {count} rows and has {len(table)}; copy it again")
+    short = table.index[table.isna().any(axis=1)]
+    if len(short):
+        raise ValueError(f"{where} has too few values in {_some(short)}; give {len(names) - 1} a row")
+    return _to_numbers(table, where)
+
+
+def _parse(content: bytes, where: str, **options) -> pd.DataFrame:
+    """File names in the first column as text, whatever they look like."""
+    try:
+        table = pd.read_csv(
+            io.BytesIO(content), converters={0: str}, float_precision="round_trip", encoding="utf-8-sig", **options
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where} cannot be read as a table ({' '.join(str(error).split())}); correct it") from error
+    # pandas takes surplus columns for an index.
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f"{where} has rows with more values than the {table.shape[1]} columns it names; correct it")
+    return table
 
 
 def _to_numbers(table: pd.DataFrame, where: str) -> pd.DataFrame:

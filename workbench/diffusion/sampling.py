@@ -390,7 +390,7 @@ def _run(
     h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
-        for batch in _batches(n, plan.batch_size):
+        for batch in batches(n, plan.batch_size):
             seeds = None if plan.seeds is None else plan.seeds[batch]
 
             def noise(i: int, seeds=seeds) -> torch.Tensor:
@@ -475,7 +475,7 @@ def invert(
     h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
     with progress_bar(n, len(pairs), "inverting", show=progress) as bar, torch.inference_mode():
-        for batch in _batches(n, batch_size):
+        for batch in batches(n, batch_size):
             x_t = images[batch].to(device)
             for i, (t, t_prev) in reversed(list(enumerate(pairs))):
                 bottleneck = model.encode(x_t, max(t_prev, 0))
@@ -535,7 +535,8 @@ def _check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
     return min(n, batch_size or model.batch_size())
 
 
-def _batches(n: int, size: int) -> list[slice]:
+def batches(n: int, size: int) -> list[slice]:
+    """0..n-1 in slices of at most `size`."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 

@@ -130,7 +130,7 @@ class NotebookFailed(RuntimeError):
 
 def list_notebooks() -> list[str]:
     """Names of the staged notebooks, in the order in which they build on each other."""
-    return sorted(path.stem for path in paths.notebooks().glob("*.ipynb"))
+    return sorted(path.stem for path in paths.notebooks().glob("[!.]*.ipynb"))
 
 
 def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
@@ -367,7 +367,7 @@ def write_index() -> Path:
     good = {path.stem: path for path in folder.glob("*.ipynb")}
     bad = {path.stem: path for path in (folder / "failed").glob("*.ipynb")}
     cards = [_card(good.get(name), bad.get(name)) for name in sorted(good.keys() | bad.keys())]
-    words = f"{len(good)} reports" + (f", {len(bad)} failed" if bad else "")
+    words = f"{len(good)} complete" + (f", {len(bad)} failed" if bad else "")
     text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -394,6 +394,12 @@ def write_index() -> Path:
 
 class _Renderer(IPythonRenderer):
     """Markdown with formulas as MathML; one that cannot be converted stays readable as LaTeX code."""
+
+    def inline_html(self, html: str) -> str:
+        return super().inline_html(html) if "<img" in html else html  # embedding would close each tag that it parses
+
+    def block_html(self, html: str) -> str:
+        return super().block_html(html) if "<img" in html else html
 
     def inline_math(self, body: str) -> str:
         return _formula(body, "inline")
@@ -586,7 +592,7 @@ def _braced(path: Path) -> str:
 
 def _problem(failure: Mapping) -> str:
     lines = failure["evalue"].strip().splitlines()
-    return f"{failure['ename']}: {lines[0][:300]}" if lines else failure["ename"]
+    return f"{failure['ename']}: {lines[0][:300].rstrip('.')}" if lines else failure["ename"]
 
 
 def _provenance(name: str, parameters: dict, seconds: float) -> dict:
@@ -688,7 +694,8 @@ def _card(good: Path | None, bad: Path | None) -> str:
     name = (good or bad).stem
     folder = "" if good else "failed/"
     picture = _thumbnail(notebook)
-    image = f'<img src="{picture}" alt="first figure of {html.escape(name)}" />' if picture else ""
+    alt = f"first figure of {html.escape(name)}"
+    image = f'<div class="picture"><img src="{picture}" alt="{alt}" /></div>' if picture else ""
     parameters = ", ".join(f"{key} = {value!r}" for key, value in record.get("parameters", {}).items())
     facts = [record.get("date", ""), _duration(record["seconds"]) if "seconds" in record else ""]
     links = f'<a href="{folder}{name}.html">report</a><a href="{folder}{name}.ipynb">notebook</a>'
@@ -700,7 +707,7 @@ def _card(good: Path | None, bad: Path | None) -> str:
         problem = f'<p class="problem">Failed on {record.get("date", "")}: {what}. '
         problem += f'<a href="failed/{name}.html">See the notebook as far as it ran.</a>{last}</p>'
     return f"""<article class="card{" failed" if bad else ""}">
-<div class="picture">{image}</div>
+{image}
 <div class="words">
 <h2>{html.escape(_title(notebook) or name)}</h2>
 {problem}

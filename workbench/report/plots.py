@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import matplotlib
 import numpy as np
+from IPython.display import display
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
@@ -63,8 +64,15 @@ class HoverFigure(go.Figure):
 
     def to_html(self, **kwargs) -> str:
         """As plotly's `Figure.to_html`, with the thumbnails on hover."""
-        kwargs.setdefault("post_script", _TOOLTIP_SCRIPT)
-        return super().to_html(**kwargs)
+        return super().to_html(**{"post_script": _TOOLTIP_SCRIPT} | kwargs)
+
+    def write_html(self, file, **kwargs) -> None:
+        """As plotly's `Figure.write_html`, with the thumbnails on hover."""
+        super().write_html(file, **{"post_script": _TOOLTIP_SCRIPT} | kwargs)
+
+    def show(self) -> None:
+        """Display the figure in a notebook."""
+        display(self)
 
 
 _TOOLTIP_SCRIPT = """
@@ -158,7 +166,7 @@ def image_grid(
         step_x, step_y = width + gap, height + gap + title_space
         total_x, total_y = columns * step_x - gap, rows * step_y - gap
         inches = cell / width / dpi
-        figure = Figure(figsize=(total_x * inches, total_y * inches), layout="none")
+        figure = Figure(figsize=(total_x * inches, total_y * inches))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, total_x), ylim=(total_y, 0), frame_on=False)
         axes.grid(False)
         for i, picture in enumerate(pictures):
@@ -234,7 +242,7 @@ def line(
             raise ValueError(f"low is above high in the interval of {name!r}; swap them")
 
     with style.context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8))
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         for name, values in lines.items():
             (drawn,) = axes.plot(x, values, label=name)
@@ -290,7 +298,7 @@ def scatter(
     pictures = None if images is None else _pictures(_numpy(images), "images", len(points))
 
     with style.context(STYLE):
-        figure = Figure(figsize=(6.8, 6.0))
+        figure = Figure(figsize=(6.8, 6.0), layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         size = float(np.clip(900 / len(points), 6, 30))
         edge = [PALETTE[0]] * len(points)
@@ -455,7 +463,7 @@ def unet_diagram(
     x_low, x_high, y_low, y_high = -half - 1.15, 2 * middle + half + 1.15, y_h - 0.42, 0.72
 
     with style.context(STYLE):
-        figure = Figure(figsize=(x_high - x_low, y_high - y_low), layout="none")
+        figure = Figure(figsize=(x_high - x_low, y_high - y_low))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(x_low, x_high), ylim=(y_low, y_high))
         axes.set_axis_off()
 

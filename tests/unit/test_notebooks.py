@@ -1,0 +1,357 @@
+"""Notebooks run with checked parameters, and a report is replaced only by a complete one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from workbench.report import notebooks
+
+PARAMETERS = """model_name: str = "avataaars32"  # a bundled name or a folder
+steps: int = 20
+seed: int = 0
+eta: float = 0.0  # 0 is DDIM
+images: bool = True
+scales: list = [-1, 1]
+levels: list[float] = [0.5]"""
+
+
+def write_notebook(path: Path, *cells: str, title: str = "A title", parameters: str = PARAMETERS) -> Path:
+    first = [new_markdown_cell(f"# {title}"), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=first + [new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel})
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home of the workbench, with a space and braces in its path, which papermill takes for a format."""
+    home = tmp_path / "a {home}"
+    for folder in ("data", "notebooks", "profiles", "reports"):
+        (home / folder).mkdir(parents=True)
+    monkeypatch.setenv("WORKBENCH_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def notebook(home):
+    return write_notebook(home / "notebooks" / "10_first.ipynb", "print('sum', steps + 1, eta, scales)")
+
+
+def output_of(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+class TestParameters:
+    def test_names_types_defaults_and_help_are_read(self, notebook):
+        found = notebooks.notebook_parameters("10_first")
+        assert list(found) == ["model_name", "steps", "seed", "eta", "images", "scales", "levels"]
+        assert found["steps"] == notebooks.Parameter("steps", "int", 20, "")
+        assert found["model_name"].help == "a bundled name or a folder"
+        assert found["scales"].default == [-1, 1]
+        assert found["levels"].type == "list[float]"
+
+    def test_without_annotation_the_default_gives_the_type(self, home):
+        write_notebook(home / "notebooks" / "11_plain.ipynb", parameters='steps = 5\nname = "x"\nratio = 0.5')
+        assert [each.type for each in notebooks.notebook_parameters("11").values()] == ["int", "str", "float"]
+
+    def test_words_of_a_command_line_are_read_by_the_declared_type(self, notebook):
+        words = ["model_name=007", "steps=5", "eta=1", "images=false", "scales=-2,0,2", "levels=[1, 0.25]"]
+        values = notebooks.parse_parameters("10", words)
+        assert values == {
+            "model_name": "007",
+            "steps": 5,
+            "eta": 1.0,
+            "images": False,
+            "scales": [-2, 0, 2],
+            "levels": [1.0, 0.25],
+        }
+        assert isinstance(values["eta"], float)
+
+    def test_text_may_hold_an_equals_sign(self, notebook):
+        assert notebooks.parse_parameters("10", ["model_name=a=b"]) == {"model_name": "a=b"}
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("steps", "write name=value"),
+            ("sed=1", "did you mean seed"),
+            ("steps=many", "must be int, like its default 20"),
+            ("steps=2.5", "must be int"),
+            ("images=perhaps", "true or false"),
+            ("eta=nan", "must be float"),
+            ("levels=[a]", "must be list"),
+        ],
+    )
+    def test_bad_words_are_sentences(self, notebook, word, message):
+        with pytest.raises(ValueError, match=message):
+            notebooks.run_notebook("10", notebooks.parse_parameters("10", [word]), progress=False)
+
+    @pytest.mark.parametrize(
+        ("parameters", "message"),
+        [
+            ({"sed": 4}, r"no parameter 'sed'; it takes model_name, steps, seed, .* \(did you mean seed\?\)"),
+            ({"steps": "20"}, r"steps of 10_first is '20' \(str\); it must be int, like its default 20"),
+            ({"steps": 2.0}, r"2.0 \(float\); it must be int"),
+            ({"steps": True}, r"True \(bool\); it must be int"),
+            ({"images": 1}, r"1 \(int\); it must be bool"),
+            ({"model_name": None}, "it must be str"),
+            ({"scales": "[-1]"}, "it must be list"),
+            ({"eta": float("inf")}, "it must be float"),
+            ({"levels": [0.5, "a"]}, "it must be float"),
+            ({"scales": [object()]}, "plain value"),
+        ],
+    )
+    def test_unknown_and_mistyped_ones_are_refused_before_anything_runs(self, home, notebook, parameters, message):
+        with pytest.raises(ValueError, match=message):
+            notebooks.run_notebook("10_first", parameters, progress=False)
+        assert list((home / "reports").iterdir()) == []
+
+
+class TestNames:
+    def test_are_in_order(self, home, notebook):
+        write_notebook(home / "notebooks" / "00_start.ipynb")
+        assert notebooks.list_notebooks() == ["00_start", "10_first"]
+
+    def test_unknown_or_ambiguous_ones_are_refused(self, home, notebook):
+        write_notebook(home / "notebooks" / "11_second.ipynb")
+        with pytest.raises(ValueError, match="is none of 10_first, 11_second.*did you mean 10_first"):
+            notebooks.notebook_parameters("10_frist")
+        with pytest.raises(ValueError, match="fits 10_first, 11_second"):
+            notebooks.notebook_parameters("1")
+        with pytest.raises(FileNotFoundError, match="there is no notebook"):
+            notebooks.notebook_parameters("elsewhere.ipynb")
+
+
+@pytest.mark.slow
+class TestRun:
+    def test_runs_with_the_given_values_and_says_how(self, home, notebook):
+        given = {"steps": np.int64(4), "eta": 1, "scales": (0, np.float32(0.5)), "model_name": Path("some/where")}
+        report = notebooks.run_notebook("10", given, progress=False)
+        assert report.notebook == home / "reports" / "10_first.ipynb"
+        assert "sum 5 1.0 [0, 0.5]" in output_of(report.notebook)
+        assert report.parameters["model_name"] == "some/where" and report.parameters["seed"] == 0
+        assert 0 < report.seconds < 120
+        assert "\n" not in repr(report)
+
+        page = report.html.read_text(encoding="utf-8")
+        footer = page[page.index("report-footer") :]
+        for expected in ("steps = 4", "eta = 1.0", "seed = 0", "torch 2.", "hspace-workbench", "UTC", "unknown"):
+            assert expected in footer
+        assert re.search(r"\d+\.\d s<", footer)
+        assert not re.search(r'(src|href)="(https?:)?//', page)
+        assert "A title" in (home / "reports" / "index.html").read_text(encoding="utf-8")
+        assert sorted(path.name for path in (home / "reports").iterdir()) == [
+            "10_first.html",
+            "10_first.ipynb",
+            "index.html",
+        ]
+        assert str(home) not in json.dumps(nbformat.read(report.notebook, as_version=4).metadata)
+
+    def test_a_failure_is_kept_apart_and_the_last_good_report_stays(self, home):
+        source = home / "notebooks" / "10_first.ipynb"
+        write_notebook(source, "print('one')", "if steps > 20:\n    raise KeyError('too many')", "print('three')")
+        good = notebooks.run_notebook("10", progress=False)
+        kept = good.notebook.read_bytes(), good.html.read_bytes()
+
+        with pytest.raises(notebooks.NotebookFailed, match="10_first failed in cell 3 .KeyError: 'too many'") as caught:
+            notebooks.run_notebook("10", {"steps": 21}, progress=False)
+        failure = caught.value
+        assert (failure.name, failure.cell, failure.ename, failure.evalue) == ("10_first", 3, "KeyError", "'too many'")
+        assert failure.path == home / "reports" / "failed" / "10_first.html"
+        assert "too many" in failure.path.read_text(encoding="utf-8")
+        assert output_of(failure.path.with_suffix(".ipynb")).strip() == "one"
+        assert (good.notebook.read_bytes(), good.html.read_bytes()) == kept
+        index = (home / "reports" / "index.html").read_text(encoding="utf-8")
+        assert "card failed" in index and 'href="failed/10_first.html"' in index and 'href="10_first.html"' in index
+
+        notebooks.run_notebook("10", progress=False)
+        assert list((home / "reports" / "failed").iterdir()) == [], "a later success clears the failure"
+        assert "card failed" not in (home / "reports" / "index.html").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("cell", "ename"),
+        [("import time\ntime.sleep(60)", "CellTimeoutError"), ("import os\nos._exit(3)", "DeadKernelError")],
+    )
+    def test_a_hung_cell_and_a_dead_kernel_are_failures(self, home, cell, ename):
+        write_notebook(home / "notebooks" / "10_first.ipynb", "x = 1", cell)
+        with pytest.raises(notebooks.NotebookFailed) as caught:
+            notebooks.run_notebook("10", progress=False, timeout=2)
+        assert (caught.value.ename, caught.value.cell) == (ename, 3)
+        assert caught.value.path.exists()
+
+    def test_an_interrupt_leaves_nothing_half_written(self, home):
+        started = home / "started"
+        cell = f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)"
+        write_notebook(home / "notebooks" / "10_first.ipynb", cell)
+        code = "from workbench.report import notebooks; notebooks.run_notebook('10', progress=False)"
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert "KeyboardInterrupt" in errors
+        assert list((home / "reports").iterdir()) == []
+
+    def test_a_kernel_that_does_not_start_is_tried_once_more(self, notebook, monkeypatch):
+        calls = []
+        execute = notebooks.papermill.execute_notebook
+
+        def fail_once(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 1:
+                raise RuntimeError("Kernel died before replying to kernel_info")
+            return execute(*args, **kwargs)
+
+        monkeypatch.setattr(notebooks.papermill, "execute_notebook", fail_once)
+        assert notebooks.run_notebook("10", progress=False).notebook.exists()
+        assert len(calls) == 2
+
+    def test_any_place_will_do(self, home, tmp_path):
+        source = write_notebook(tmp_path / "mine.ipynb", "print(steps)")
+        report = notebooks.run_notebook(source, out=tmp_path / "out" / "result.ipynb", progress=False)
+        assert report.html == tmp_path / "out" / "result.html" and report.html.exists()
+        assert list((home / "reports").iterdir()) == []
+        with pytest.raises(ValueError, match="must end in .ipynb"):
+            notebooks.run_notebook(source, out=tmp_path / "result.html", progress=False)
+
+
+class TestHtml:
+    """What the exporter makes of outputs, without running anything."""
+
+    @staticmethod
+    def export(tmp_path, *cells, **kwargs) -> str:
+        nbformat.write(new_notebook(cells=list(cells)), tmp_path / "n.ipynb")
+        page = notebooks.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", footer={"Made": "by <hand>"}, **kwargs)
+        return page.read_text(encoding="utf-8")
+
+    @staticmethod
+    def cell_with(data: dict) -> nbformat.NotebookNode:
+        output = nbformat.v4.new_output("display_data", data=data)
+        return new_code_cell("draw()", outputs=[output], execution_count=1)
+
+    def test_formulas_become_mathml(self, home, tmp_path):
+        text = r"Inline $x_t$, and $$\sqrt{\bar\alpha_t}$$ and \begin{align*} a &= b \\ c &= d \end{align*}"
+        page = self.export(tmp_path, new_markdown_cell(text), self.cell_with({"text/latex": r"$\eta = 0$"}))
+        assert page.count("<math") == 4
+        assert "<msqrt>" in page and "<mtable" in page
+        assert "$" not in page.partition("<main>")[2]
+
+    @pytest.mark.parametrize("latex", [r"\unknown{x}", r"\frac{1}{", "a < b &"])
+    def test_a_formula_that_cannot_be_converted_stays_readable(self, home, tmp_path, latex):
+        page = self.export(tmp_path, new_markdown_cell(f"See ${latex}$."))
+        shown = latex.replace("&", "&amp;").replace("<", "&lt;")
+        assert f'<code class="latex">{shown}</code>' in page
+
+    def test_plotly_figures_share_one_copy_of_the_library(self, home, tmp_path):
+        from plotly import graph_objects as go
+
+        from workbench.report import plots
+
+        figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
+        plain = self.cell_with({"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": "f"})
+        hover = plots.scatter_hover(np.zeros((2, 2)), np.zeros((2, 3, 8, 8)), xlabel="x", ylabel="y")
+        page = self.export(tmp_path, plain, self.cell_with(hover._repr_mimebundle_()), plain)
+        assert page.count("Plotly.newPlot(") >= 3
+        assert page.count(notebooks.get_plotlyjs()[:300]) == 1
+        assert "Plotly" not in self.export(tmp_path, new_markdown_cell("no figure"))
+
+    def test_scripts_from_the_network_are_taken_out(self, home, tmp_path):
+        page = self.export(
+            tmp_path, self.cell_with({"text/html": '<script src="https://cdn/x.js"></script><b>bold</b>'})
+        )
+        assert "cdn" not in page and "<b>bold</b>" in page
+
+    def test_progress_bars_go_and_widgets_show_their_picture(self, home, tmp_path):
+        view = {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}}
+        png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+        page = self.export(
+            tmp_path,
+            self.cell_with(view | {"text/plain": "0%| | 0/5"}),
+            self.cell_with(view | {"text/plain": "EditStudio", "image/png": png}),
+        )
+        assert "0/5" not in page
+        assert page.count(png) == 1
+
+    def test_only_the_last_state_of_a_line_is_shown(self, home, tmp_path):
+        output = nbformat.v4.new_output("stream", name="stderr", text=" 10%\r 50%\r100%\nwarning: careful\n")
+        page = self.export(tmp_path, new_code_cell("x", outputs=[output], execution_count=1))
+        assert "50%" not in page and "100%" in page and "warning: careful" in page
+
+    def test_code_is_folded_or_left_out(self, home, tmp_path):
+        cell = self.cell_with({"text/plain": "result"})
+        assert '<details class="code">' in self.export(tmp_path, cell)
+        without = self.export(tmp_path, cell, keep_code=False)
+        assert "draw()" not in re.sub("<[^>]*>", "", without) and "result" in without and "<button" not in without
+
+    def test_words_are_escaped_and_inline_html_stays(self, home, tmp_path):
+        page = self.export(tmp_path, new_markdown_cell("# A <i>b</i>\n\nSome <b>bold</b> words"))
+        assert "by &lt;hand&gt;" in page
+        assert "<b>bold</b>" in page
+
+
+class TestProfile:
+    @pytest.fixture
+    def two(self, home):
+        write_notebook(home / "notebooks" / "10_first.ipynb", "print('n', n)", parameters="model_name = 'a'\nn = 1")
+        write_notebook(home / "notebooks" / "20_second.ipynb", "print('k', k)", "1 / k", parameters="k = 1\nseed = 0")
+        return home
+
+    @staticmethod
+    def write_profile(home: Path, text: str) -> None:
+        (home / "profiles" / "quick.yaml").write_text(text, encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("notebooks: {10_frist: {n: 2}}", "names a notebook '10_frist'; there are 10_first, 20_second"),
+            ("notebooks: {10_first: {m: 2}}", "10_first has no parameter 'm'"),
+            ("notebooks: {10_first: {n: many}}", "must be int"),
+            ("common: {modl_name: b}", "no notebook has the common parameter 'modl_name'"),
+            ("common: {model_name: 3}", "must be str"),
+            ("notebook: {}", "must be a mapping of common, notebooks, timeout"),
+            ("timeout: long", "number of seconds"),
+        ],
+    )
+    def test_is_checked_before_anything_runs(self, two, text, message):
+        self.write_profile(two, text)
+        with pytest.raises(ValueError, match=message):
+            notebooks.report("quick", progress=False)
+        assert list((two / "reports").iterdir()) == []
+
+    def test_unknown_profile_lists_the_known(self, two):
+        self.write_profile(two, "")
+        with pytest.raises(FileNotFoundError, match="no profile 'full'; the profiles are quick"):
+            notebooks.report("full", progress=False)
+
+    @pytest.mark.slow
+    def test_a_report_goes_on_after_a_failure_and_then_raises(self, two):
+        self.write_profile(two, "common: {seed: 5}\nnotebooks:\n  10_first: {n: 7}\n  20_second: {k: 0}\n")
+        write_notebook(two / "notebooks" / "30_third.ipynb", "print('third')", title="Third & last")
+        with pytest.raises(notebooks.NotebookFailed, match="20_second failed in cell 3 .ZeroDivisionError"):
+            notebooks.report("quick", progress=False)
+        assert "n 7" in output_of(two / "reports" / "10_first.ipynb")
+        assert "third" in output_of(two / "reports" / "30_third.ipynb")
+        index = (two / "reports" / "index.html").read_text(encoding="utf-8")
+        assert "2 complete, 1 failed" in index and "seed = 5" in index and "Third &amp; last" in index
+
+        self.write_profile(two, "")
+        (only,) = notebooks.report("quick", only="20", progress=False)
+        assert only.name == "20_second"
+        index = (two / "reports" / "index.html").read_text(encoding="utf-8")
+        assert "3 complete" in index and "failed" not in index.partition("<body>")[2]
+        assert "Third &amp; last" in index, "earlier reports stay listed"

@@ -1,0 +1,339 @@
+"""Figures show the data that they are given, and refuse data that they would show wrongly."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from PIL import Image
+from plotly import graph_objects as go
+
+from workbench.report import plots
+
+
+@pytest.fixture
+def images():
+    """12 images of 3 x 8 x 8; image i is grey of level i / 11, but for a white pixel at row 2, column 5."""
+    levels = np.linspace(-1, 1, 12, dtype=np.float32)[:, None, None, None]
+    images = np.broadcast_to(levels, (12, 3, 8, 8)).copy()
+    images[:, :, 2, 5] = 1.0
+    return images
+
+
+def drawn(figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
+
+
+def texts(figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+class TestImageGrid:
+    def test_holds_each_image_once_with_its_values(self, images):
+        figure = plots.image_grid(images, columns=5)
+        (axes,) = figure.axes
+        assert len(axes.images) == 12
+        for i, shown in enumerate(axes.images):
+            pixels = np.asarray(shown.get_array())
+            assert pixels.shape == (8, 8, 3)
+            assert pixels[0, 0] == pytest.approx([round(255 * i / 11)] * 3, abs=1)
+            assert (pixels[2, 5] == 255).all()
+
+    def test_fills_rows_first(self, images):
+        extents = [shown.get_extent() for shown in plots.image_grid(images, columns=5).axes[0].images]
+        assert [e[0] for e in extents[:3]] == sorted(e[0] for e in extents[:3])
+        assert extents[5][0] == extents[0][0]
+        assert extents[5][3] > extents[0][3]
+
+    def test_every_pixel_is_drawn_as_one_sharp_square(self, images):
+        checks = np.indices((8, 8)).sum(0) % 2 * 2.0 - 1.0
+        picture = drawn(plots.image_grid(np.broadcast_to(checks, (1, 3, 8, 8))))
+        inner = picture[20:-20, 20:-20, 0]
+        assert np.isin(inner, (0, 255)).mean() > 0.99
+        edges = np.flatnonzero(np.diff(inner[len(inner) // 2].astype(int)))
+        assert len(set(np.diff(edges))) == 1
+
+    def test_orientation_and_colour_survive_drawing(self):
+        image = -np.ones((1, 3, 32, 32))
+        image[0, 0, :16, :16] = 1
+        picture = drawn(plots.image_grid(image))
+        height, width = picture.shape[:2]
+        assert picture[height // 4, width // 4].tolist() == [255, 0, 0]
+        assert picture[3 * height // 4, 3 * width // 4].tolist() == [0, 0, 0]
+
+    def test_rows_and_columns_carry_their_labels(self, images):
+        figure = plots.image_grid(
+            images.reshape(3, 4, 3, 8, 8),
+            row_labels=["plain", "smile", "beard"],
+            column_labels=["-3", "-1", "1", "3"],
+            caption="Edits of one sample.",
+        )
+        (axes,) = figure.axes
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["plain", "smile", "beard"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["-3", "-1", "1", "3"]
+        assert len(axes.images) == 12
+        assert "Edits of one sample." in texts(figure)
+
+    def test_titles(self, images):
+        assert "seed 11" in texts(plots.image_grid(images, titles=[f"seed {i}" for i in range(12)]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_takes_tensors(self, images, dtype):
+        shown = plots.image_grid(torch.tensor(images).to(dtype)).axes[0].images
+        assert np.asarray(shown[11].get_array())[0, 0, 0] == 255
+
+    def test_clips_noisy_images(self, images):
+        shown = plots.image_grid(images * 4).axes[0].images
+        assert np.asarray(shown[0].get_array())[0, 0, 0] == 0
+
+    def test_takes_grey_images(self, images):
+        assert np.asarray(plots.image_grid(images[:, :1]).axes[0].images[0].get_array()).shape == (8, 8, 3)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x: x[0], "must be \\(n, C, H, W\\)"),
+            (lambda x: x[:0], "at least one image"),
+            (lambda x: x.transpose(0, 2, 3, 1), "1 or 3 channels"),
+            (lambda x: (x * 127.5 + 127.5).astype(np.uint8), "x / 127.5 - 1"),
+            (lambda x: x * 127.5 + 127.5, "must be in \\[-1, 1\\]"),
+            (lambda x: np.where(x == 1, np.nan, x), "NaN or infinite"),
+        ],
+    )
+    def test_refuses_what_is_no_image(self, images, change, message):
+        with pytest.raises(ValueError, match=message):
+            plots.image_grid(change(images))
+
+    def test_refuses_labels_that_do_not_match(self, images):
+        with pytest.raises(ValueError, match="titles has 2 entries for 12 images"):
+            plots.image_grid(images, titles=["a", "b"])
+        with pytest.raises(ValueError, match="columns is 0"):
+            plots.image_grid(images, columns=0)
+        with pytest.raises(ValueError, match="leave out the argument `columns`"):
+            plots.image_grid(images.reshape(3, 4, 3, 8, 8), columns=2)
+
+
+class TestLine:
+    def test_draws_the_values_and_the_band(self):
+        x = np.arange(5)
+        figure = plots.line(x, x**2, low=x**2 - 1, high=x**2 + 1, xlabel="timestep t", ylabel="norm", reverse_x=True)
+        (axes,) = figure.axes
+        assert axes.lines[0].get_ydata().tolist() == [0, 1, 4, 9, 16]
+        band = axes.collections[0].get_paths()[0].vertices
+        assert band[:, 1].min() == -1 and band[:, 1].max() == 17
+        assert axes.get_xlabel() == "timestep t" and axes.get_ylabel() == "norm"
+        assert axes.xaxis_inverted()
+        assert axes.get_legend() is None
+
+    def test_several_lines_are_named(self):
+        x = np.arange(3)
+        figure = plots.line(x, {"h": x, "skips": 2 * x}, low={"h": x - 1}, high={"h": x + 1}, xlabel="t", ylabel="norm")
+        axes = figure.axes[0]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["h", "skips"]
+        assert len(axes.collections) == 1
+        assert axes.lines[0].get_color() != axes.lines[1].get_color()
+        labelled = plots.line(x, np.stack([x, x]), labels=["a", "b"], xlabel="t", ylabel="norm").axes[0]
+        assert [text.get_text() for text in labelled.get_legend().get_texts()] == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("y", "extra", "message"),
+        [
+            ([1, 2], {}, "they must be equal"),
+            ([1, 2, np.nan], {}, "NaN or infinite"),
+            ([1, 2, 3], {"low": [0, 0, 0]}, "needs both ends"),
+            ([1, 2, 3], {"low": [0, 9, 0], "high": [4, 4, 4]}, "low is above high"),
+            ({"a": [1, 2, 3]}, {"low": {"b": [0] * 3}, "high": {"b": [1] * 3}}, "'b' is not in all three"),
+            ([[1, 2, 3]], {"labels": ["a", "b"]}, "2 entries for 1 lines"),
+        ],
+    )
+    def test_refuses_what_does_not_match(self, y, extra, message):
+        with pytest.raises(ValueError, match=message):
+            plots.line([0, 1, 2], y, xlabel="x", ylabel="y", **extra)
+
+
+class TestScatter:
+    def test_shows_every_point_and_a_colour_bar(self, images):
+        points = np.random.default_rng(0).normal(size=(12, 2))
+        color = np.arange(12.0)
+        figure = plots.scatter(points, color=color, xlabel="PC 1", ylabel="PC 2", color_label="score")
+        (dots,) = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+        assert np.allclose(dots.get_offsets(), points)
+        assert np.allclose(dots.get_array(), color)
+        assert "score" in texts(figure)
+
+    def test_words_get_a_legend(self):
+        figure = plots.scatter(np.eye(3, 2), color=["cat", "dog", "cat"], xlabel="x", ylabel="y", color_label="animal")
+        legend = figure.axes[0].get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == ["cat", "dog"]
+        assert legend.get_title().get_text() == "animal"
+
+    def test_thumbnails_do_not_overlap_and_lie_on_their_points(self, images):
+        rng = np.random.default_rng(1)
+        points = np.concatenate([rng.normal(size=(300, 2)) * [5, 1], [[40.0, 0.0]]])
+        pictures = np.concatenate([np.zeros((300, 3, 8, 8)), np.ones((1, 3, 8, 8))])
+        axes = plots.scatter(points, images=pictures, xlabel="x", ylabel="y", n_thumbnails=25).axes[0]
+        boxes = np.array([shown.get_extent() for shown in axes.images])
+        assert 5 < len(boxes) <= 25
+        for i, a in enumerate(boxes):
+            for b in boxes[i + 1 :]:
+                assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
+        centres = np.stack([boxes[:, :2].mean(1), boxes[:, 2:].mean(1)], 1)
+        assert (np.abs(centres[:, None] - points[None]).max(-1).min(1) < 1e-9).all()
+        assert np.allclose(centres[0], [40, 0]), "the outlier is shown"
+        assert np.asarray(axes.images[0].get_array()).min() == 255, "with its own picture"
+
+    def test_thumbnails_are_square_on_the_page(self, images):
+        figure = plots.scatter(np.random.default_rng(0).normal(size=(12, 2)), images=images, xlabel="x", ylabel="y")
+        figure._repr_png_()
+        box = figure.axes[0].images[0].get_window_extent()
+        assert box.width == pytest.approx(box.height, rel=0.02)
+
+    def test_one_point_will_do(self, images):
+        assert len(plots.scatter([[1.0, 2.0]], images=images[:1], xlabel="x", ylabel="y").axes[0].images) == 1
+
+    @pytest.mark.parametrize("function", [plots.scatter, plots.scatter_hover])
+    @pytest.mark.parametrize(
+        ("points", "extra", "message"),
+        [
+            (np.zeros((12, 5)), {}, "points has shape"),
+            (np.zeros((0, 2)), {}, "at least one point"),
+            (np.full((12, 2), np.inf), {}, "NaN or infinite"),
+            (np.zeros((11, 2)), {}, "12 images for 11 points"),
+            (np.zeros((12, 2)), {"color": np.zeros(3)}, "one value a point"),
+            (np.zeros((12, 2)), {"color": [str(i) for i in range(12)]}, "12 categories"),
+        ],
+    )
+    def test_refuses_what_does_not_match(self, images, function, points, extra, message):
+        with pytest.raises(ValueError, match=message):
+            function(points, images=images, xlabel="x", ylabel="y", **extra)
+
+
+class TestScatterHover:
+    def test_each_point_carries_its_own_thumbnail(self, images):
+        points = np.random.default_rng(0).normal(size=(12, 2))
+        figure = plots.scatter_hover(
+            points, images, xlabel="PC 1", ylabel="PC 2", text=[f"face {i}" for i in range(12)]
+        )
+        (trace,) = figure.data
+        assert np.allclose(np.stack([trace.x, trace.y], 1), points)
+        for i, (uri, text) in enumerate(trace.customdata):
+            pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+            assert pixels[0, 0] == pytest.approx([round(255 * i / 11)] * 3, abs=1)
+            assert text == f"face {i}"
+
+    def test_displays_as_html_that_needs_no_network(self, images):
+        figure = plots.scatter_hover(np.zeros((12, 2)), images, xlabel="x", ylabel="y")
+        bundle = figure._repr_mimebundle_()
+        assert set(bundle) == {"text/html", "text/plain"}
+        assert "plotly_hover" in bundle["text/html"]
+        assert not re.search(r"<script[^>]*\ssrc=", bundle["text/html"])
+
+    def test_categories_and_space(self, images):
+        figure = plots.scatter_hover(
+            np.zeros((12, 3)), images, color=np.arange(12) % 2 == 0, xlabel="x", ylabel="y", zlabel="z", title="T"
+        )
+        assert [trace.name for trace in figure.data] == ["False", "True"]
+        assert all(isinstance(trace, go.Scatter3d) for trace in figure.data)
+        assert figure.layout.title.text == "T"
+        assert {text for trace in figure.data for _, text in trace.customdata} == {
+            f"sample {i}\ncolour: {i % 2 == 0}" for i in range(12)
+        }
+
+    def test_large_images_are_reduced(self):
+        figure = plots.scatter_hover(np.zeros((1, 2)), np.zeros((1, 3, 256, 256)), xlabel="x", ylabel="y")
+        uri = figure.data[0].customdata[0][0]
+        assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (64, 64)
+
+
+class TestUnetDiagram:
+    @pytest.mark.parametrize(("tap", "where"), [("before", "input"), ("middle", "inside"), ("after", "output")])
+    def test_marks_the_tap_and_writes_the_shapes(self, tap, where):
+        figure = plots.unet_diagram(
+            "avataaars32", image_shape=(3, 32, 32), h_shape=(144, 8, 8), tap=tap, widths=[48, 96, 144]
+        )
+        words = texts(figure)
+        assert f"h-space: {where} of the mid block" in words
+        for expected in ("avataaars32", "3×32×32", "48×32×32", "96×16×16", "144×8×8 = 9,216 numbers"):
+            assert expected in words
+        assert words.count("down ") == 3 and words.count("up ") == 3
+
+    def test_moves_the_mark_with_the_tap(self):
+        kwargs = dict(image_shape=(3, 32, 32), h_shape=(144, 8, 8), widths=[48, 96])
+        marks = [plots.unet_diagram("m", tap=tap, **kwargs).axes[0].lines[0] for tap in ("before", "middle", "after")]
+        positions = [mark.get_xdata()[0] for mark in marks]
+        assert positions[0] < positions[1] < positions[2]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"tap": "end"}, "'before', 'middle' or 'after'"),
+            ({"h_shape": (144, 8)}, "h_shape is"),
+            ({"widths": []}, "empty"),
+        ],
+    )
+    def test_refuses_other_names_and_shapes(self, change, message):
+        kwargs = dict(image_shape=(3, 32, 32), h_shape=(144, 8, 8), tap="after", widths=[48]) | change
+        with pytest.raises(ValueError, match=message):
+            plots.unet_diagram("m", **kwargs)
+
+
+class TestSaveFigure:
+    @pytest.mark.parametrize("given", ["figure", "figure.pdf", "figure.PNG", "deep/figure.svg"])
+    def test_writes_three_formats(self, tmp_path, given):
+        figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")
+        written = plots.save_figure(figure, tmp_path / given)
+        assert [path.name for path in written] == ["figure.pdf", "figure.svg", "figure.png"]
+        assert written[0].read_bytes().startswith(b"%PDF")
+        assert b"/FontFile2" in written[0].read_bytes(), "TrueType fonts are embedded"
+        assert b"<svg" in written[1].read_bytes() and b"<text" not in written[1].read_bytes(), "text is outlines"
+        assert Image.open(written[2]).info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
+
+    def test_a_dot_in_the_name_is_kept(self, tmp_path):
+        figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")
+        assert plots.save_figure(figure, tmp_path / "t0.5")[0].name == "t0.5.pdf"
+
+    def test_the_same_figure_gives_the_same_bytes(self, tmp_path, images):
+        first, second = (
+            plots.save_figure(plots.image_grid(images, caption="c"), tmp_path / name) for name in ("a", "b")
+        )
+        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+    def test_plotly_becomes_one_file_without_network(self, tmp_path, images):
+        figure = plots.scatter_hover(np.zeros((12, 2)), images, xlabel="x", ylabel="y")
+        (path,) = plots.save_figure(figure, tmp_path / "hover.pdf")
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "hover.html" and "plotly_hover" in text
+        assert not re.search(r"<script[^>]*\ssrc=", text)
+
+    def test_a_failure_leaves_the_old_files(self, tmp_path):
+        (tmp_path / "f.pdf").write_text("old")
+        figure = plots.line([0, 1], [0, 1], xlabel="$\\unknown$", ylabel="y")
+        with pytest.raises(ValueError):
+            plots.save_figure(figure, tmp_path / "f")
+        assert [path.name for path in tmp_path.iterdir()] == ["f.pdf"]
+        assert (tmp_path / "f.pdf").read_text() == "old"
+
+    def test_refuses_what_is_no_figure(self, tmp_path):
+        with pytest.raises(ValueError, match="got ndarray"):
+            plots.save_figure(np.zeros(3), tmp_path / "f")
+
+
+def test_figures_change_no_settings_outside(images):
+    before = json.dumps({key: str(value) for key, value in matplotlib.rcParams.items()})
+    plots.image_grid(images)
+    plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")._repr_png_()
+    assert json.dumps({key: str(value) for key, value in matplotlib.rcParams.items()}) == before
+
+
+def test_the_style_uses_the_palette():
+    with matplotlib.style.context(plots.STYLE):
+        cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    assert cycle == list(plots.PALETTE)

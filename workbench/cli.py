@@ -1,0 +1,226 @@
+"""The `workbench` command: thin shells around the functions of the package.
+
+Errors of the user's making are one sentence on stderr and exit status 2; a notebook that fails is status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+EXAMPLES = """examples:
+  workbench models                                  what can be loaded
+  workbench sample avataaars32 --seeds 0-15 -o samples.png
+  workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
+  workbench params 10_extract                       parameters of a notebook
+  workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
+  workbench report --profile quick                  all of them, and reports/index.html
+  workbench data avataaars --n 2000 --part 10       draw the bundled images again
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.action(arguments) or 0
+    except KeyboardInterrupt:
+        print("workbench: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if arguments.debug:
+            raise
+        # An OSError's own text leads with its number; the sentence is in strerror where there is one.
+        sentence = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"workbench: {sentence}", file=sys.stderr)
+        return 1 if type(error).__name__ == "NotebookFailed" else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="workbench",
+        description="Explore the bottleneck space (h-space) of pixel diffusion models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, action, text: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(action=action)
+        return made
+
+    command("models", _models, "list models that load without a network", "workbench models")
+
+    sample = command("sample", _sample, "generate images", "workbench sample avataaars32 --seeds 0-15 -o samples.png")
+    _add_model(sample)
+    sample.add_argument("--seeds", type=_seeds, default=range(16), help="e.g. 0-15 or 3,7,11 (default 0-15)")
+    sample.add_argument("-o", "--out", type=Path, default=Path("samples.png"), help="PNG file (default samples.png)")
+
+    extract = command(
+        "extract",
+        _extract,
+        "record the h-space of many samples on disk",
+        "workbench extract avataaars32 --n 512 --steps 50",
+    )
+    _add_model(extract)
+    extract.add_argument("--n", type=int, help="number of samples (default 512, or all images)")
+    extract.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+    extract.add_argument("--images", help="invert these instead: avataaars, a folder or a zip file of images")
+    extract.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
+    extract.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of h on disk")
+    extract.add_argument("--record-x", action="store_true", help="keep x_t too")
+    extract.add_argument("-o", "--out", type=Path, help="store (default: under data/cache)")
+
+    store = command("store", _store, "describe an extracted store", "workbench store data/cache/NAME.zarr")
+    store.add_argument("path", type=Path)
+
+    data = command("data", _data, "draw images of the bundled domain", "workbench data avataaars --n 2000 --part 10")
+    data.add_argument("name", choices=("avataaars",))
+    data.add_argument("--n", type=int, default=2000, help="number of images (default 2000)")
+    data.add_argument("--part", type=int, default=10, help="0 and 1 are for training, 10 and up held out (default 10)")
+    data.add_argument("-o", "--out", type=Path, help="folder (default: avataaars-part<PART>)")
+
+    params = command("params", _params, "list notebooks, or the parameters of one", "workbench params 10_extract")
+    params.add_argument("notebook", nargs="?")
+
+    run = command("run", _run, "run one notebook as a report", "workbench run 10_extract -p n 512 -p steps 20")
+    run.add_argument("notebook", help="name or its number, e.g. 10_extract or 10")
+    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    run.add_argument("-o", "--out", type=Path, help="executed notebook (default: reports/NAME.ipynb)")
+
+    report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
+    report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
+    report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="bundled name, diffusers folder or hub id")
+    parser.add_argument("--steps", type=int, default=50, help="visited timesteps (default 50)")
+    parser.add_argument("--eta", type=float, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the network's arithmetic")
+    parser.add_argument("--batch-size", type=int, help="samples a pass (default: by the model)")
+
+
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0-15 or 3,7,11")
+    spans = [part.partition("-") for part in text.split(",")]
+    return [s for first, _, last in spans for s in range(int(first), int(last or first) + 1)]
+
+
+def _load(arguments: argparse.Namespace):
+    import workbench as wb
+
+    return wb.load_model(arguments.model, device=arguments.device, dtype=arguments.precision)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    for row in wb.list_models():
+        channels, height, width = row["images"]
+        print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    run = wb.sample(
+        _load(arguments),
+        arguments.seeds,
+        steps=arguments.steps,
+        eta=arguments.eta,
+        batch_size=arguments.batch_size,
+    )
+    figure = wb.plots.image_grid(run.x0, titles=[str(s) for s in run.seeds])
+    figure.savefig(arguments.out, dpi=150, format="png")
+    print(f"{run}\n{arguments.out.resolve()}")
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    source: dict = {"n": arguments.n or 512, "seed": arguments.seed, "eta": arguments.eta}
+    if arguments.images is not None:
+        images = wb.load_images(arguments.images)
+        source = {"images": images.select(range(arguments.n)) if arguments.n else images}
+    store = wb.extract(
+        _load(arguments).tapped(arguments.tap),
+        steps=arguments.steps,
+        out=arguments.out,
+        dtype=arguments.dtype,
+        record_x=arguments.record_x,
+        batch_size=arguments.batch_size,
+        **source,
+    )
+    print(f"{store}\n{store.path}")
+
+
+def _store(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    store = wb.open_store(arguments.path)
+    print(f"{store}\n{store.summary().to_string()}")
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from workbench.datasets import avataaars
+
+    out = arguments.out or Path(f"avataaars-part{arguments.part}")
+    print(avataaars.build(arguments.n, part=arguments.part, out=out).resolve())
+
+
+def _params(arguments: argparse.Namespace) -> None:
+    from workbench.report import notebooks
+
+    if arguments.notebook is None:
+        print("\n".join(notebooks.list_notebooks()))
+        return
+    for parameter in notebooks.notebook_parameters(arguments.notebook).values():
+        print(f"{parameter.name:16s} {parameter.type:6s} {parameter.default!s:20s} {parameter.help}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from workbench.report import notebooks
+
+    given = [f"{name}={value}" for name, value in arguments.parameter]
+    parameters = notebooks.parse_parameters(arguments.notebook, given)
+    print(notebooks.run_notebook(arguments.notebook, parameters, arguments.out).html)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from workbench import paths
+    from workbench.report import notebooks
+
+    before, start = _finished_stores(), time.monotonic()
+    notebooks.report(arguments.profile, only=arguments.only)
+    made = len(_finished_stores() - before)
+    cache = f"{made} extractions were made and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
+    print(f"extractions: {cache}")
+    print(f"report: {paths.reports() / 'index.html'} ({time.monotonic() - start:.0f} s)")
+
+
+def _finished_stores() -> set[Path]:
+    from workbench import paths
+
+    return set(paths.cache().glob("*.zarr"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,544 @@
+"""Directions in h-space: what is added to h_t at every timestep, and what one unit of it means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from workbench.diffusion.models import Model
+from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.hspace.store import HStore
+
+FORMAT, VERSION = "hspace-direction", "1"
+
+NEGLIGIBLE = 1e-6
+"""Part of a length below which float32 can't tell a difference from zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """An edit of h: one direction a timestep and the length of its step.
+
+    One unit of scale moves h_t by one standard deviation of the population's projection on the direction, for every
+    method, so that methods compare. Sums and projections change lengths; `calibrated` measures them again.
+
+    Attributes
+    ----------
+    unit : Tensor of shape (T, C, h, w), float32, on the CPU
+        Each unit[i] has length 1, or 0 where the direction does nothing.
+    sigma : Tensor of shape (T,), float32, not negative
+        Length of one unit of scale at each timestep.
+    timesteps : tuple of int
+        Visited timesteps, noisiest first.
+    name : str
+    provenance : dict
+        What it was made from, as JSON can hold it: "model" (`Model.provenance()`), "etas", "method", "parameters" and
+        "seeds".
+    extras : dict of str -> float
+        What its method measured, such as a singular value.
+    """
+
+    unit: torch.Tensor = field(repr=False)
+    sigma: torch.Tensor = field(repr=False)
+    timesteps: tuple[int, ...]
+    name: str
+    provenance: dict = field(repr=False)
+    extras: dict[str, float] = field(default_factory=dict, repr=False)
+
+    __array_ufunc__ = None  # numpy numbers leave the product to __rmul__
+
+    def __post_init__(self) -> None:
+        unit = torch.as_tensor(self.unit, dtype=torch.float32).detach().cpu()
+        sigma = torch.as_tensor(self.sigma, dtype=torch.float32).detach().cpu()
+        timesteps = tuple(int(t) for t in self.timesteps)
+        if unit.ndim != 4 or len(unit) != len(timesteps) or sigma.shape != (len(timesteps),):
+            raise ValueError(
+                f"a direction at {len(timesteps)} timesteps has unit vectors of shape ({len(timesteps)}, C, h, w) and "
+                f"{len(timesteps)} sigmas, not {tuple(unit.shape)} and {tuple(sigma.shape)}"
+            )
+        if not timesteps or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
+            raise ValueError(f"the timesteps of a direction are decreasing, not {list(timesteps)[:8]}")
+        lengths = unit.flatten(1).norm(dim=1)
+        if not (((lengths - 1).abs() < 1e-3) | (lengths == 0)).all():
+            raise ValueError("the unit vectors of a direction have length 1 or 0; use Direction.from_delta for others")
+        if not torch.isfinite(sigma).all() or (sigma < 0).any():
+            raise ValueError("the sigmas of a direction are finite and not negative")
+        for name, value in (("unit", unit), ("sigma", sigma), ("timesteps", timesteps)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_delta(
+        cls,
+        delta: torch.Tensor,
+        *,
+        timesteps: Sequence[int],
+        name: str,
+        provenance: dict,
+        extras: dict[str, float] | None = None,
+    ) -> Direction:
+        """The direction whose unit of scale adds `delta` to h.
+
+        Parameters
+        ----------
+        delta : Tensor of shape (T, C, h, w)
+        timesteps, name, provenance, extras
+            As the attributes.
+
+        Returns
+        -------
+        Direction
+        """
+        delta = torch.as_tensor(delta).double()
+        length = delta.flatten(1).norm(dim=1)
+        unit = delta / torch.where(length > 0, length, 1.0).view(-1, 1, 1, 1)
+        return cls(unit, length, tuple(timesteps), name, provenance, extras or {})
+
+    def delta(self, scale: float = 1.0) -> torch.Tensor:
+        """What `scale` units add to h at every timestep, ready for `sample(delta_h=...)`.
+
+        Returns
+        -------
+        Tensor of shape (T, C, h, w), float32
+        """
+        return (scale * self.sigma).view(-1, 1, 1, 1) * self.unit
+
+    def at(self, t: int) -> torch.Tensor:
+        """What one unit of scale adds to h_t.
+
+        Returns
+        -------
+        Tensor of shape (C, h, w), float32
+
+        Raises
+        ------
+        ValueError
+            If the direction has no timestep `t`.
+        """
+        i = index_of(t, self.timesteps)
+        return self.sigma[i] * self.unit[i]
+
+    @property
+    def h_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the h_t that it edits."""
+        return tuple(self.unit.shape[1:])
+
+    def __neg__(self) -> Direction:
+        return replace(
+            self,
+            unit=-self.unit,
+            name=f"-{_bracketed(self.name)}",
+            provenance=_derived("product", {"factor": -1.0}, self),
+        )
+
+    def __mul__(self, factor: float) -> Direction:
+        """The direction whose unit of scale is `factor` units of this one."""
+        if not isinstance(factor, Real):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a direction can't be multiplied by {factor}; give a finite number")
+        return self._moved(
+            self._wide() * float(factor),
+            name=f"{factor:g} {_bracketed(self.name)}",
+            provenance=_derived("product", {"factor": float(factor)}, self),
+        )
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Direction) -> Direction:
+        """The direction that adds what both add, unit for unit of scale."""
+        if not isinstance(other, Direction):
+            return NotImplemented
+        self._check_same_space(other)
+        return self._moved(
+            self._wide() + other._wide(),
+            name=f"{_bracketed(self.name)} + {_bracketed(other.name)}",
+            provenance=_derived("sum", {}, self, other),
+        )
+
+    def __sub__(self, other: Direction) -> Direction:
+        if not isinstance(other, Direction):
+            return NotImplemented
+        self._check_same_space(other)
+        return self._moved(
+            self._wide() - other._wide(),
+            name=f"{_bracketed(self.name)} - {_bracketed(other.name)}",
+            provenance=_derived("difference", {}, self, other),
+        )
+
+    def orthogonal_to(self, *others: Direction, per_step: bool = False) -> Direction:
+        """What is left of this direction outside of the span of all the others (Haas et al. eq. 12).
+
+        v_perp = (I - V (V'V)^-1 V') v, with the others as the columns of V. All are removed at once: removing one
+        after the other leaves a part of the first wherever the others are not orthogonal to each other.
+
+        Parameters
+        ----------
+        *others : Direction
+        per_step : bool, default False
+            Project each timestep by itself. By default inner products run over all timesteps, as in the paper.
+
+        Returns
+        -------
+        Direction
+            One unit of it is what is left of one unit; `calibrated` makes that one sigma again.
+
+        Raises
+        ------
+        ValueError
+            If a direction is of another model, tap or timesteps, or nothing is left.
+        """
+        if not others:
+            raise ValueError("orthogonal_to needs at least one other direction")
+        for other in others:
+            self._check_same_space(other)
+        layout = (len(self.timesteps), -1) if per_step else (1, -1)
+        v = self._wide().reshape(*layout)
+        rest = _outside(v, torch.stack([other._wide().reshape(*layout) for other in others], dim=1))
+        names = ", ".join(_bracketed(other.name) for other in others)
+        if not rest.any():
+            raise ValueError(f"nothing is left of {self.name}: it lies in the span of {names}")
+        return self._moved(
+            rest.reshape(self.unit.shape),
+            name=f"{_bracketed(self.name)} ⟂ {names}",
+            provenance=_derived("orthogonal", {"per_step": per_step}, self, *others),
+        )
+
+    def restricted_to(self, t_range: tuple[int, int]) -> Direction:
+        """The direction within a range of timesteps, and nothing outside of it.
+
+        Parameters
+        ----------
+        t_range : (t_high, t_low)
+            Both included; the noisier one first.
+
+        Raises
+        ------
+        ValueError
+            If no timestep of the direction is in that range.
+        """
+        t_high, t_low = t_range
+        inside = torch.tensor([t_low <= t <= t_high for t in self.timesteps])
+        if not inside.any():
+            raise ValueError(
+                f"no timestep of {self.name} lies in {t_high}..{t_low}; it has {len(self.timesteps)}, "
+                f"{self.timesteps[0]}..{self.timesteps[-1]}, and the range is (noisier, cleaner)"
+            )
+        return replace(
+            self,
+            unit=self.unit * inside.view(-1, 1, 1, 1),
+            sigma=self.sigma * inside,
+            name=f"{_bracketed(self.name)} [{t_high}..{t_low}]",
+            provenance=_derived("restricted", {"t_range": [int(t_high), int(t_low)]}, self),
+        )
+
+    def resampled(self, steps: int | Sequence[int]) -> Direction:
+        """The direction for another number of steps.
+
+        Each new timestep takes the unit vector of the nearest old one (of two, the noisier) and a sigma that is
+        interpolated linearly between the old ones, constant beyond both ends.
+
+        Parameters
+        ----------
+        steps : int or sequence of int
+            As in `sample`: their number, placed by the model's schedule, or the timesteps, decreasing.
+
+        Returns
+        -------
+        Direction
+        """
+        timesteps = _schedule_of(self.provenance).timesteps(steps)
+        old = np.array(self.timesteps)
+        nearest = [int(np.abs(old - t).argmin()) for t in timesteps]
+        sigma = np.interp(timesteps, old[::-1], self.sigma.numpy()[::-1])
+        acts = self.unit[nearest].flatten(1).any(dim=1)
+        return replace(
+            self,
+            unit=self.unit[nearest],
+            sigma=torch.from_numpy(sigma) * acts,
+            timesteps=timesteps,
+            provenance=_derived("resampled", {"from": list(self.timesteps)}, self),
+        )
+
+    def cosine(self, other: Direction, *, per_step: bool = False) -> float | torch.Tensor:
+        """Cosine of the angle to another direction.
+
+        Parameters
+        ----------
+        other : Direction
+        per_step : bool, default False
+            One value a timestep. By default one, over all timesteps, in which longer steps weigh more.
+
+        Returns
+        -------
+        float, or Tensor of shape (T,), values in [-1, 1]
+            NaN where one of both is zero.
+        """
+        self._check_same_space(other)
+        layout = (len(self.timesteps), -1) if per_step else (1, -1)
+        a, b = self._wide().reshape(*layout), other._wide().reshape(*layout)
+        cosines = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1.0, 1.0)
+        return cosines.float() if per_step else float(cosines)
+
+    def calibrated(self, store: HStore, *, progress: bool = True) -> Direction:
+        """The same direction with one unit of scale equal to one sigma of a population.
+
+        Parameters
+        ----------
+        store : HStore
+            The population: sigma becomes the standard deviation (n - 1 in the denominator) of the projection of its
+            h_t on the unit vector. Read chunk by chunk.
+        progress : bool
+
+        Returns
+        -------
+        Direction
+
+        Raises
+        ------
+        ValueError
+            If the store is of another model or tap, lacks a timestep, or has fewer than two samples.
+        """
+        _refuse_other_space(self, store.provenance["model"], f"{store.path}")
+        if len(store) < 2:
+            raise ValueError("a store of one sample has no standard deviation; calibrate with at least two")
+        sigma = [
+            np.concatenate([batch @ unit for batch in store.batches(t)]).std(ddof=1, dtype=np.float64)
+            for t, unit in tqdm(
+                list(zip(self.timesteps, self.unit.flatten(1).numpy(), strict=True)),
+                desc="calibrating",
+                disable=not progress,
+                delay=2,
+                leave=False,
+            )
+        ]
+        origin = {key: store.provenance[key] for key in ("n", "seeds", "images", "etas") if key in store.provenance}
+        return replace(
+            self, sigma=torch.tensor(sigma), provenance=_derived("calibrated", {"population": origin}, self)
+        )
+
+    def check_fits(self, model: Model, timesteps: Sequence[int] | None = None) -> None:
+        """Refuse a model, or the timesteps of a run, that the direction was not made for.
+
+        Parameters
+        ----------
+        model : Model
+        timesteps : sequence of int, optional
+            Those of the run that is to be edited.
+
+        Raises
+        ------
+        ValueError
+            Naming what differs: weights, tap or timesteps.
+        """
+        _refuse_other_space(self, model.provenance(), "this model")
+        if timesteps is not None and tuple(timesteps) != self.timesteps:
+            raise ValueError(
+                f"{self.name} has {_visits(self.timesteps)}, the run has {_visits(tuple(timesteps))}; "
+                "use direction.resampled(run.timesteps)"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the direction to a safetensors file with its provenance in the header; whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            The suffix is usually `.safetensors`.
+
+        Returns
+        -------
+        Path
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"unit": self.unit.contiguous(), "sigma": self.sigma.contiguous()}
+        about = {
+            "name": self.name,
+            "timesteps": list(self.timesteps),
+            "provenance": self.provenance,
+            "extras": self.extras,
+            "sha256": _digest(tensors),
+        }
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        try:
+            save_file(tensors, partial, metadata={"format": FORMAT, "version": VERSION, "direction": json.dumps(about)})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def __repr__(self) -> str:
+        model, method = self.provenance["model"], self.provenance["method"]
+        return (
+            f"Direction({self.name!r}, {method}, {model['name']!r}, {_visits(self.timesteps)}, "
+            f"h {self.h_shape} {model['tap']!r} the mid block, sigma {self.sigma[0]:.3g}..{self.sigma[-1]:.3g})"
+        )
+
+    def _wide(self) -> torch.Tensor:
+        """delta of scale 1 in float64."""
+        return self.sigma.double().view(-1, 1, 1, 1) * self.unit.double()
+
+    def _moved(self, delta: torch.Tensor, *, name: str, provenance: dict) -> Direction:
+        return Direction.from_delta(delta, timesteps=self.timesteps, name=name, provenance=provenance)
+
+    def _check_same_space(self, other: Direction) -> None:
+        _refuse_other_space(self, other.provenance["model"], other.name)
+        if other.timesteps != self.timesteps:
+            raise ValueError(
+                f"{self.name} has {_visits(self.timesteps)}, {other.name} has {_visits(other.timesteps)}; "
+                "bring one to the other's with resampled"
+            )
+
+
+def load_direction(path: str | Path, *, model: Model | None = None) -> Direction:
+    """Read a direction that `Direction.save` wrote.
+
+    Parameters
+    ----------
+    path : path
+    model : Model, optional
+        Refuse a direction of other weights or another tap.
+
+    Returns
+    -------
+    Direction
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is corrupt, is not a direction, or is one of another model or tap.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no direction at {path}; direction.save writes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file but not a direction of the workbench")
+            if metadata.get("version") != VERSION:
+                raise ValueError(f"{path} has direction format {metadata.get('version')}, this version reads {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in ("unit", "sigma")}
+        about = json.loads(metadata["direction"])
+        if about["sha256"] != _digest(tensors):
+            raise ValueError(f"{path} is corrupt: its values don't match their checksum; make the direction again")
+        found = Direction(
+            tensors["unit"],
+            tensors["sigma"],
+            tuple(about["timesteps"]),
+            about["name"],
+            about["provenance"],
+            about["extras"],
+        )
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} can't be read as a direction ({type(error).__name__}); it is truncated or of another kind"
+        ) from error
+    if model is not None:
+        found.check_fits(model)
+    return found
+
+
+def random_like(direction: Direction, *, seed: int) -> Direction:
+    """A random direction with the same length of a step at every timestep: the control of any found direction.
+
+    Parameters
+    ----------
+    direction : Direction
+    seed : int
+
+    Returns
+    -------
+    Direction
+        Of independent Gaussian vectors, normalised, one a timestep; zero where `direction` is.
+    """
+    values = np.random.default_rng(seed).standard_normal(direction.unit.shape)
+    acts = direction.unit.flatten(1).any(dim=1)
+    unit = torch.from_numpy(values) * acts.view(-1, 1, 1, 1)
+    length = unit.flatten(1).norm(dim=1)
+    return replace(
+        direction,
+        unit=unit / torch.where(acts, length, 1.0).view(-1, 1, 1, 1),
+        name=f"random {seed} like {_bracketed(direction.name)}",
+        provenance=_derived("random", {"seed": seed}, direction),
+        extras={},
+    )
+
+
+def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The part of each v outside of the span of its others; exactly zero where float32 holds nothing more.
+
+    v : (m, d), others : (m, k, d), float64.
+    """
+    lengths = others.norm(dim=2, keepdim=True)
+    scaled = others / torch.where(lengths > 0, lengths, 1.0)
+    basis, singular, _ = torch.linalg.svd(scaled.transpose(1, 2), full_matrices=False)
+    basis = basis * (singular > NEGLIGIBLE * singular[:, :1]).unsqueeze(1)
+    rest = v.unsqueeze(2)
+    for _ in range(2):  # the second pass removes what rounding left
+        rest = rest - basis @ (basis.transpose(1, 2) @ rest)
+    rest = rest.squeeze(2)
+    return rest * (rest.norm(dim=1) > NEGLIGIBLE * v.norm(dim=1)).unsqueeze(1)
+
+
+def _derived(method: str, parameters: dict, *operands: Direction) -> dict:
+    """Provenance of what was made from other directions; theirs is inside."""
+    sources = [{"name": d.name, **{k: v for k, v in d.provenance.items() if k != "model"}} for d in operands]
+    first = operands[0].provenance
+    shared = {
+        key: first.get(key) if all(d.provenance.get(key) == first.get(key) for d in operands) else None
+        for key in ("etas", "seeds")
+    }
+    return {"model": first["model"], "method": method, "parameters": {**parameters, "of": sources}, **shared}
+
+
+def _refuse_other_space(direction: Direction, model: dict, whose: str) -> None:
+    own = direction.provenance["model"]
+    if own["hash"] != model["hash"]:
+        raise ValueError(
+            f"{direction.name} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to "
+            f"{model['name']!r} (weights {model['hash']}); directions don't carry over between models"
+        )
+    if own["tap"] != model["tap"]:
+        raise ValueError(
+            f"{direction.name} edits h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
+            f"use model.tapped({own['tap']!r})"
+        )
+
+
+def _schedule_of(provenance: dict) -> NoiseSchedule:
+    """A schedule with the spacing of the model's; only its timesteps mean something."""
+    schedule = provenance["model"]["schedule"]
+    return NoiseSchedule(np.linspace(1.0, 0.5, schedule["T"]), spacing=schedule["spacing"], offset=schedule["offset"])
+
+
+def _visits(timesteps: tuple[int, ...]) -> str:
+    if len(timesteps) == 1:
+        return f"1 step t={timesteps[0]}"
+    return f"{len(timesteps)} steps t={timesteps[0]}..{timesteps[-1]}"
+
+
+def _bracketed(name: str) -> str:
+    return f"({name})" if " " in name else name
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Edits of a trajectory: a direction added to h, or another sample's h in its place."""
+
+from __future__ import annotations
+
+import torch
+
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import HEdit, Trajectory, replay
+from workbench.diffusion.schedule import NoiseSchedule
+from workbench.directions.direction import Direction
+
+
+def edit(
+    model: Model,
+    run: Trajectory,
+    direction: Direction | Trajectory,
+    *,
+    scale: float = 1.0,
+    mode: str = "add",
+    asymmetric: bool = False,
+    t_range: tuple[int, int] | None = None,
+    gain: str | None = None,
+    record_h: bool = False,
+    progress: bool = True,
+) -> Trajectory:
+    """Run a trajectory again with its h edited: same x_T, same noise.
+
+    h_t <- h_t + scale * sigma_t * v_t (Haas et al. eq. 6)
+
+    Parameters
+    ----------
+    model : Model
+        The model that the run comes from, at the tap of the direction.
+    run : Trajectory
+        Not edited yet.
+    direction : Direction, or Trajectory with recorded h
+        For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`.
+    scale : float, default 1
+        In standard deviations of the population's projection. For "slerp" the weight of the donor, in [0, 1]. Not
+        used by "replace".
+    mode : {"add", "replace", "slerp"}
+        "replace" is the swap of Haas et al. Fig. 2a, "slerp" the normalised interpolation of InjectFusion.
+    asymmetric : bool
+        Edit P_t alone (Asyrp eq. 5); by default P_t and D_t (symmetric, Haas et al.).
+    t_range : (int, int), optional
+        (from, to): the edit acts at from >= t >= to. By default at all timesteps.
+    gain : {None, "match"}
+        "match" scales an asymmetric edit, step by step, to the first-order effect of the symmetric one.
+    record_h : bool
+        Keep the network's own h_t of the edited run.
+    progress : bool
+
+    Returns
+    -------
+    Trajectory
+        Its x0 are the edited images. Scale 0 gives the unedited ones, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        If the direction belongs to another model, tap or number of steps, or the run is edited already.
+    """
+    change = plan_edit(
+        model, run, direction, scale=scale, mode=mode, asymmetric=asymmetric, t_range=t_range, gain=gain
+    )
+    return replay(run, edit=change, record_h=record_h, progress=progress)
+
+
+def plan_edit(
+    model: Model,
+    run: Trajectory,
+    direction: Direction | Trajectory,
+    *,
+    scale: float = 1.0,
+    mode: str = "add",
+    asymmetric: bool = False,
+    t_range: tuple[int, int] | None = None,
+    gain: str | None = None,
+) -> HEdit:
+    """What `edit` will do to h, without doing it; parameters and errors as there."""
+    check_run(model, run)
+    gains = step_gains(run, asymmetric, gain)
+    if mode == "add":
+        values = _delta_of(model, run, direction, scale) * gains[:, None, None, None, None]
+    else:
+        values = _donor_h(run, direction)
+    weight = scale if mode == "slerp" else 1.0
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
+    return HEdit(values, mode=mode, active=active_steps(run, t_range), asymmetric=asymmetric, weight=weight)
+
+
+def check_run(model: Model, run: Trajectory) -> None:
+    """Refuse a run of another model, or one that is edited already."""
+    if run.model.hash != model.hash or run.model.tap != model.tap:
+        raise ValueError(
+            f"the run comes from {run.model.name!r} tapped {run.model.tap!r} the mid block (weights {run.model.hash}), "
+            f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
+        )
+    if run.edit is not None:
+        raise ValueError("this run is edited already; edit the plain run, with the sum of both directions")
+
+
+def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool, ...]:
+    """Which steps of a run lie in the range (from, to), from >= t >= to.
+
+    Raises
+    ------
+    ValueError
+        If none does.
+    """
+    if t_range is None:
+        return (True,) * run.steps
+    high, low = t_range
+    active = tuple(low <= t <= high for t in run.timesteps)
+    if not any(active):
+        raise ValueError(
+            f"no visited timestep lies in t_range {high}..{low}; this run visits {run.timesteps[0]}, ..., "
+            f"{run.timesteps[-1]} (give the noisier end first)"
+        )
+    return active
+
+
+def match_gain(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> float:
+    """Factor that gives an asymmetric edit the first-order effect of the symmetric one at a step.
+
+    A change of eps moves x_prev by c_P + c_D if it enters P_t and D_t, and by c_P if it enters P_t alone:
+    c_P = -sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar), c_D = sqrt(1 - alpha_bar_prev - sigma^2). The two have
+    opposite signs, so the asymmetric edit is the stronger one, the more so the smaller the step (Asyrp, Theorem 1).
+
+    Parameters
+    ----------
+    schedule : NoiseSchedule
+    pair : (int, int)
+        (t, t_prev)
+    eta : float in [0, 1]
+
+    Returns
+    -------
+    float
+        |c_P + c_D| / |c_P|, in (0, 1].
+    """
+    t, t_prev = pair
+    a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    c_p = -((a_prev * (1.0 - a) / a) ** 0.5)
+    c_d = (1.0 - a_prev - schedule.sigma(t, t_prev, eta) ** 2) ** 0.5
+    return abs(c_p + c_d) / abs(c_p)
+
+
+def step_gains(run: Trajectory, asymmetric: bool, gain: str | None) -> torch.Tensor:
+    """What an added edit is multiplied by at every step: `match_gain` if asked for, else 1; shape (steps,)."""
+    if gain not in (None, "match"):
+        raise ValueError(f'gain {gain!r} is not known; it is None or "match"')
+    if gain is None or not asymmetric:
+        return torch.ones(run.steps)
+    steps = zip(pairs_of(run), run.etas, strict=True)
+    return torch.tensor([match_gain(run.model.schedule, pair, eta=eta) for pair, eta in steps])
+
+
+def pairs_of(run: Trajectory) -> list[tuple[int, int]]:
+    """(t, t_prev) of every step of a run."""
+    return run.model.schedule.pairs(run.timesteps)
+
+
+def _delta_of(model: Model, run: Trajectory, direction: Direction, scale: float) -> torch.Tensor:
+    if not isinstance(direction, Direction):
+        raise ValueError(f'mode "add" takes a Direction, not a {type(direction).__name__}')
+    direction.check_fits(model, run.timesteps)
+    return direction.delta(scale)[:, None]
+
+
+def _donor_h(run: Trajectory, donor: Trajectory) -> torch.Tensor:
+    h = donor.h if isinstance(donor, Trajectory) else None
+    if h is None:
+        raise ValueError('modes "replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)')
+    if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
+        raise ValueError(
+            f"the donor has {len(donor)} samples at {donor.steps} timesteps; it needs 1 or {len(run)} samples "
+            f"and the run's own {run.steps} timesteps"
+        )
+    return h.values
