@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -15,7 +16,14 @@ _FORMULAS = "() => [...document.querySelectorAll('math')].map((math) => math.get
 
 
 def check_report(
-    html_path: Path, *, images: int, plotly: int, hover: int = 0, formulas: int = 0, screenshot: Path | None = None
+    html_path: Path,
+    *,
+    images: int,
+    plotly: int,
+    hover: int = 0,
+    formulas: int = 0,
+    screenshot: Path | None = None,
+    patience: int = 20_000,
 ) -> None:
     """Open a report offline and assert that nothing of it is missing.
 
@@ -30,8 +38,10 @@ def check_report(
         Formulas that it must show, at least.
     screenshot : Path, optional
         Where to write a picture of the whole page, for people.
+    patience : int
+        Milliseconds to wait for a figure or a thumbnail to appear.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import TimeoutError, sync_playwright
 
     requests, errors = [], []
     with sync_playwright() as playwright:
@@ -42,9 +52,8 @@ def check_report(
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(Path(html_path).absolute().as_uri(), wait_until="load")
-        if plotly:
-            page.wait_for_selector(".js-plotly-plot .main-svg", timeout=20_000)
-            page.wait_for_timeout(300)
+        with suppress(TimeoutError):  # the assertions below say what is missing
+            page.wait_for_function(f"({_PLOTS})().filter(([count]) => count).length >= {plotly}", timeout=patience)
         if screenshot is not None:
             page.screenshot(path=screenshot, full_page=True)
 
@@ -59,10 +68,11 @@ def check_report(
         drawn = page.evaluate(_FORMULAS)
         assert len(drawn) >= formulas, f"{len(drawn)} formulas, expected {formulas}"
         assert all(width > 0 for width in drawn), f"an empty formula: {drawn}"
+        unconverted = page.locator("code.latex").all_inner_texts()
+        assert not unconverted, f"formulas that stayed LaTeX: {unconverted}"
         text = page.inner_text("main")
         assert "$$" not in text and "\\begin{" not in text, "a formula is still LaTeX"
 
-        tips = page.locator(".hover-thumbnail")
         plots_with_tips = page.locator(".js-plotly-plot:has(.hover-thumbnail):has(.scatterlayer)")
         assert plots_with_tips.count() == hover, f"{plots_with_tips.count()} figures with thumbnails, expected {hover}"
         for i in range(hover):
@@ -71,13 +81,13 @@ def check_report(
             plot.scroll_into_view_if_needed()
             point = plot.locator(".scatterlayer .points path").first.bounding_box()
             page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2, steps=3)
-            plot.locator(".hover-thumbnail img").wait_for(state="visible", timeout=5_000)
+            plot.locator(".hover-thumbnail img").wait_for(state="visible", timeout=patience)
             width = plot.locator(".hover-thumbnail img").evaluate(
                 "async (img) => { await img.decode(); return img.naturalWidth; }"
             )
             assert width > 1, "the thumbnail on hover is empty"
             page.mouse.move(5, 5)
-            tips.nth(i).wait_for(state="hidden", timeout=5_000)
+            plot.locator(".hover-thumbnail").wait_for(state="hidden", timeout=patience)
         browser.close()
 
     outside = [url for url in requests if not url.startswith(("file:", "data:", "blob:", "about:"))]

@@ -93,7 +93,7 @@ class TestParameters:
             ("steps=2.5", "must be int"),
             ("images=perhaps", "true or false"),
             ("eta=nan", "must be float"),
-            ("levels=[a]", "must be list"),
+            ("levels=[a]", r"'a' \(str\); it must be list\[float\]"),
         ],
     )
     def test_bad_words_are_sentences(self, notebook, word, message):
@@ -111,7 +111,7 @@ class TestParameters:
             ({"model_name": None}, "it must be str"),
             ({"scales": "[-1]"}, "it must be list"),
             ({"eta": float("inf")}, "it must be float"),
-            ({"levels": [0.5, "a"]}, "it must be float"),
+            ({"levels": [0.5, "a"]}, r"it must be list\[float\]"),
             ({"scales": [object()]}, "plain value"),
         ],
     )
@@ -134,6 +134,20 @@ class TestNames:
             notebooks.notebook_parameters("1")
         with pytest.raises(FileNotFoundError, match="there is no notebook"):
             notebooks.notebook_parameters("elsewhere.ipynb")
+
+
+def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
+    def git(*words):
+        subprocess.run(["git", "-C", str(home), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    assert notebooks._commit() == "unknown"
+    git("init", "--quiet")
+    (home / "file").write_text("1")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "one")
+    assert re.fullmatch(r"[0-9a-f]{12}", notebooks._commit())
+    (home / "file").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{12} with uncommitted changes", notebooks._commit())
 
 
 @pytest.mark.slow
@@ -265,8 +279,8 @@ class TestHtml:
         figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
         plain = self.cell_with({"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": "f"})
         hover = plots.scatter_hover(np.zeros((2, 2)), np.zeros((2, 3, 8, 8)), xlabel="x", ylabel="y")
-        page = self.export(tmp_path, plain, self.cell_with(hover._repr_mimebundle_()), plain)
-        assert page.count("Plotly.newPlot(") >= 3
+        page = self.export(tmp_path, plain, self.cell_with(hover._repr_mimebundle_()))
+        assert page.count("Plotly.newPlot(") >= 2
         assert page.count(notebooks.get_plotlyjs()[:300]) == 1
         assert "Plotly" not in self.export(tmp_path, new_markdown_cell("no figure"))
 

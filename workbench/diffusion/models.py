@@ -70,6 +70,11 @@ class Model:
         return (self.unet.unet.config.block_out_channels[-1], height >> halvings, width >> halvings)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of channels at every resolution, finest first."""
+        return tuple(self.unet.unet.config.block_out_channels)
+
+    @property
     def parameters(self) -> int:
         """Number of weights."""
         return sum(p.numel() for p in self.unet.unet.parameters())

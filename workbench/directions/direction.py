@@ -323,9 +323,11 @@ class Direction:
                 leave=False,
             )
         ]
-        origin = {key: store.provenance[key] for key in ("n", "seeds", "images", "etas") if key in store.provenance}
+        population = {"n": len(store), **{k: v for k, v in origin_of(store).items() if k != "model"}}
         return replace(
-            self, sigma=torch.tensor(sigma), provenance=_derived("calibrated", {"population": origin}, self)
+            self,
+            sigma=torch.tensor(sigma),
+            provenance=_derived("calibrated", {"population": population}, self),
         )
 
     def check_fits(self, model: Model, timesteps: Sequence[int] | None = None) -> None:
@@ -477,6 +479,18 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
         provenance=_derived("random", {"seed": seed}, direction),
         extras={},
     )
+
+
+def origin_of(store: HStore) -> dict:
+    """What the provenance of a direction says about the samples that it was found in.
+
+    Returns
+    -------
+    dict
+        "model", "etas" and "seeds"; of inverted images "seeds" is None and "images" has their fingerprint.
+    """
+    known = {key: store.provenance[key] for key in ("model", "etas")} | {"seeds": store.provenance.get("seeds")}
+    return known | {key: store.provenance[key] for key in ("images",) if key in store.provenance}
 
 
 def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -517,7 +517,7 @@ def _typed(value: object, kind: str, parameter: Parameter, notebook: str) -> obj
         fits = False
     if not fits:
         given = f"{value!r} ({type(value).__name__})"
-        expected = f"{kind}, like its default {parameter.default!r}"
+        expected = f"{parameter.type}, like its default {parameter.default!r}"
         raise ValueError(f"parameter {parameter.name} of {notebook} is {given}; it must be {expected}")
     if outer == "list" and inner:
         return [_typed(item, inner.rstrip("]"), parameter, notebook) for item in value]

@@ -24,7 +24,19 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 from plotly import graph_objects as go
 
-__all__ = ["PALETTE", "HoverFigure", "image_grid", "line", "save_figure", "scatter", "scatter_hover", "unet_diagram"]
+from workbench.editing.grid import EditGrid
+
+__all__ = [
+    "PALETTE",
+    "HoverFigure",
+    "edit_grid",
+    "image_grid",
+    "line",
+    "save_figure",
+    "scatter",
+    "scatter_hover",
+    "unet_diagram",
+]
 
 STYLE = Path(__file__).with_name("hspace.mplstyle")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -183,6 +195,22 @@ def image_grid(
             wrapped = _wrap(caption, max(figure.get_figwidth(), 3.0))
             axes.annotate(wrapped, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **_CAPTION)
     return figure
+
+
+def edit_grid(grid: EditGrid, *, caption: str | None = None) -> Figure:
+    """A grid of edits: samples and directions down, scales across.
+
+    Parameters
+    ----------
+    grid : EditGrid
+        From `workbench.edit_grid`.
+    caption : str, optional
+
+    Returns
+    -------
+    matplotlib Figure
+    """
+    return image_grid(grid.images, row_labels=grid.row_labels, column_labels=grid.column_labels, caption=caption)
 
 
 def line(

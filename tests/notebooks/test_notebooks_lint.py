@@ -1,0 +1,84 @@
+"""The staged notebooks keep the form that reports, readers and reviews rely on."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import nbformat
+import pytest
+
+from workbench import paths
+from workbench.report.notebooks import list_notebooks, notebook_parameters
+
+MOST_LINES = 12
+PLAIN = re.compile(r"(int|float|str|bool|list|list\[(int|float|str|bool)\])")
+FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+pytestmark = pytest.mark.parametrize("name", list_notebooks())
+
+
+def read(name):
+    return nbformat.read(paths.notebooks() / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(name):
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def test_is_numbered_by_stage(name):
+    assert re.fullmatch(r"\d\d_[a-z0-9_]+", name)
+
+
+def test_is_stripped(name):
+    notebook = read(name)
+    assert "papermill" not in notebook.metadata and "widgets" not in notebook.metadata
+    for cell in code_cells(name):
+        assert cell.outputs == [] and cell.execution_count is None, cell.source
+        assert not set(cell.metadata) - {"tags"}, f"metadata other than tags: {dict(cell.metadata)}"
+
+
+def test_names_the_kernel(name):
+    assert read(name).metadata.kernelspec.name == "python3"
+
+
+def test_begins_with_its_title(name):
+    first = read(name).cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \S", first.source)
+
+
+def test_parameters_are_the_first_code_cell(name):
+    tagged = [i for i, cell in enumerate(code_cells(name)) if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [0]
+
+
+def test_every_parameter_is_plain_and_seen_by_papermill(name):
+    """papermill overlooks a line with a second "=", or with an annotation that is not a plain word."""
+    written = []
+    for statement in ast.parse(code_cells(name)[0].source).body:
+        assert isinstance(statement, ast.AnnAssign), f"not an annotated parameter: {ast.unparse(statement)}"
+        assert PLAIN.fullmatch(ast.unparse(statement.annotation)), ast.unparse(statement)
+        ast.literal_eval(statement.value)
+        written.append(statement.target.id)
+    found = notebook_parameters(name)
+    assert list(found) == written
+    assert {"model_name", "steps", "seed"} <= set(found)
+    for parameter in found.values():
+        assert isinstance(parameter.default, dict(int=int, float=float, str=str, bool=bool).get(parameter.type, list))
+        assert parameter.help, f"{parameter.name} has no comment that says what it is"
+
+
+def test_cells_are_short_and_hold_no_machinery(name):
+    for cell in code_cells(name):
+        source = cell.source
+        assert 0 < len(source.splitlines()) <= MOST_LINES, source
+        assert not re.search(r"^\s*[%!]", source, re.MULTILINE), f"a magic or a shell command: {source}"
+        tree = ast.parse(source)
+        assert not any(isinstance(node, FORBIDDEN) for node in ast.walk(tree)), f"a def or class: {source}"
+        assert "sys.path" not in ast.unparse(tree), source
+
+
+def test_prose_stands_before_code(name):
+    """At most three code cells in a row: a reader meets a sentence before the next step."""
+    kinds = "".join("m" if cell.cell_type == "markdown" else "c" for cell in read(name).cells)
+    assert kinds.startswith("m") and "cccc" not in kinds, kinds

@@ -1,0 +1,182 @@
+"""Edits and grids: one noise, one edit, all cells alike."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from workbench.diffusion.noise import step_noise
+from workbench.directions.direction import Direction, random_like
+from workbench.editing.edit import edit, match_gain, plan_edit
+from workbench.editing.grid import EditGrid, edit_grid
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return wb.sample(tiny, range(3), steps=STEPS, record_h=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def direction(tiny, run):
+    """A random direction whose unit of scale is as long as h itself."""
+    generator = torch.Generator().manual_seed(1)
+    unit = torch.randn(STEPS, *tiny.h_shape, generator=generator)
+    unit /= unit.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    sigma = run.h.values.flatten(2).norm(dim=2).mean(dim=1)
+    provenance = {"model": tiny.provenance(), "etas": list(run.etas), "method": "planted", "parameters": {}, "seeds": []}
+    return Direction(unit, sigma, run.timesteps, "planted", provenance)
+
+
+def naive_edit(model, run, delta, *, asymmetric):
+    """The reverse process with two whole passes a step where one would do."""
+    schedule, x_t = model.schedule, run.x_T.clone()
+    with torch.inference_mode():
+        for i, (t, t_prev) in enumerate(schedule.pairs(run.timesteps)):
+            plain = model(x_t, t)
+            edited = model.decode(model.encode(x_t, t), delta[i])
+            a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+            sigma = schedule.sigma(t, t_prev, run.etas[i])
+            p_t = (x_t - math.sqrt(1 - a) * edited) / math.sqrt(a)
+            d_t = math.sqrt(1 - a_prev - sigma**2) * (plain if asymmetric else edited)
+            x_t = math.sqrt(a_prev) * p_t + d_t + sigma * step_noise(run.seeds, run.x_T.shape[1:], t=t)
+    return x_t
+
+
+def test_scale_zero_is_the_unedited_image_bit_for_bit(tiny, run, direction):
+    assert torch.equal(edit(tiny, run, direction, scale=0.0, progress=False).x0, run.x0)
+
+
+def test_an_edit_changes_the_image_and_its_negative_changes_it_otherwise(tiny, run, direction):
+    plus = edit(tiny, run, direction, scale=2.0, progress=False).x0
+    minus = edit(tiny, run, direction, scale=-2.0, progress=False).x0
+    assert (plus - run.x0).abs().max() > 1e-3
+    assert (plus - minus).abs().max() > (plus - run.x0).abs().max()
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_an_edit_is_the_equation(tiny, run, direction, asymmetric):
+    got = edit(tiny, run, direction, scale=1.5, asymmetric=asymmetric, progress=False).x0
+    torch.testing.assert_close(got, naive_edit(tiny, run, direction.delta(1.5), asymmetric=asymmetric), atol=1e-4, rtol=1e-4)
+
+
+def test_the_recorded_h_is_the_networks_own_not_the_edited_one(tiny, run, direction):
+    edited = edit(tiny, run, direction, scale=1.0, record_h=True, progress=False)
+    assert torch.equal(edited.h.values[0], run.h.values[0])
+    assert not torch.equal(edited.h.values[1], run.h.values[1])
+
+
+def test_t_range_limits_the_edit_to_its_timesteps(tiny, run, direction):
+    t = run.timesteps
+    late = edit(tiny, run, direction, t_range=(t[3], t[4]), record_h=True, progress=False)
+    assert torch.equal(late.h.values[:4], run.h.values[:4])
+    assert (late.x0 - run.x0).abs().max() > 1e-4
+    by_direction = edit(tiny, run, direction.restricted_to((t[3], t[4])), progress=False)
+    torch.testing.assert_close(by_direction.x0, late.x0)
+
+
+def test_replacing_h_by_its_own_changes_nothing_and_by_anothers_does(tiny, run):
+    itself = edit(tiny, run, run, mode="replace", progress=False).x0
+    torch.testing.assert_close(itself, run.x0, atol=1e-5, rtol=1e-5)
+    assert (edit(tiny, run, run[0], mode="replace", progress=False).x0[1] - run.x0[1]).abs().max() > 1e-3
+
+
+def test_slerp_of_weight_zero_changes_nothing(tiny, run):
+    torch.testing.assert_close(
+        edit(tiny, run, run[0], mode="slerp", scale=0.0, progress=False).x0, run.x0, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "eta", "median"), [(10, 0, 2.0), (10, 1, 1.3), (50, 0, 7.9), (50, 1, 4.2), (100, 0, 15), (1000, 1, 74)]
+)
+def test_the_gain_is_the_table_of_symmetric_against_asymmetric_effects(steps, eta, median):
+    schedule = wb.NoiseSchedule.linear()
+    ratios = [1 / match_gain(schedule, pair, eta=eta) for pair in schedule.pairs(steps)[:-1]]
+    assert np.median(ratios) == pytest.approx(median, rel=0.06)
+
+
+def test_matched_gain_brings_an_asymmetric_edit_to_the_symmetric_ones_size(tiny, run, direction):
+    def size(**options):
+        return (edit(tiny, run, direction, scale=0.05, progress=False, **options).x0 - run.x0).norm().item()
+
+    symmetric, asymmetric, matched = size(), size(asymmetric=True), size(asymmetric=True, gain="match")
+    assert abs(math.log(matched / symmetric)) < abs(math.log(asymmetric / symmetric))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"asymmetric": True}, {"asymmetric": True, "gain": "match"}, {"t_range": (500, 0)}]
+)
+def test_a_grid_is_its_cells_one_by_one(tiny, run, direction, options):
+    other = random_like(direction, seed=3)
+    grid = edit_grid(tiny, run, [direction, other], scales=[-1, 0, 2], batch_size=4, progress=False, **options)
+    assert grid.images.shape == (6, 3, *tiny.image_shape)
+    for d, chosen in enumerate((direction, other)):
+        for c, scale in enumerate((-1, 0, 2)):
+            alone = edit(tiny, run, chosen, scale=scale, progress=False, **options).x0
+            torch.testing.assert_close(grid.images[3 * d : 3 * d + 3, c], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_before_the_edit_are_shared(tiny, run, direction, monkeypatch):
+    passes = []
+    encode = type(tiny).encode
+    monkeypatch.setattr(type(tiny), "encode", lambda self, x, t: passes.append((t, len(x))) or encode(self, x, t))
+    last = run.timesteps[-1]
+    edit_grid(tiny, run, direction, scales=[1, 2, 3, 4], t_range=(last, last), batch_size=64, progress=False)
+    samples_at = {t: sum(n for visited, n in passes if visited == t) for t in run.timesteps}
+    assert samples_at == {**dict.fromkeys(run.timesteps[:-1], 3), last: 12}
+
+
+def test_the_middle_column_is_the_sample_itself(tiny, run, direction):
+    grid = edit_grid(tiny, run, direction, scales=[-1, 0, 1], progress=False)
+    assert torch.equal(grid.images[:, 1], run.x0)
+
+
+def test_an_inverted_image_at_scale_zero_is_its_reconstruction(tiny, run, direction):
+    inverted = wb.invert(tiny, run.x0.clamp(-1, 1), steps=STEPS, progress=False)
+    grid = edit_grid(tiny, inverted, direction, scales=[0], progress=False)
+    torch.testing.assert_close(grid.images[:, 0], wb.replay(inverted, progress=False).x0, atol=1e-5, rtol=1e-5)
+
+
+def test_a_grid_survives_its_file(tiny, run, direction, tmp_path):
+    grid = edit_grid(tiny, run[:1], direction, scales=[0, 1], progress=False)
+    again = EditGrid.load(grid.save(tmp_path / "grid.safetensors"))
+    assert torch.equal(again.images, grid.images)
+    assert (again.row_labels, again.column_labels, again.provenance) == (
+        grid.row_labels,
+        grid.column_labels,
+        grid.provenance,
+    )
+    with pytest.raises(ValueError, match="not a saved edit grid"):
+        EditGrid.load(direction.save(tmp_path / "direction.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, r, d: edit(m, r, d, t_range=(0, 500)), "noisier end first"),
+        (lambda m, r, d: edit(m, r, d, mode="sharpen"), "mode|donor"),
+        (lambda m, r, d: edit(m, r, d, gain="big", asymmetric=True), "gain"),
+        (lambda m, r, d: edit(m, r, d, mode="replace"), "donor"),
+        (lambda m, r, d: edit(m, r, r[:2], mode="replace"), "donor has 2"),
+        (lambda m, r, d: edit(m, r, r, mode="slerp", scale=2), "weight"),
+        (lambda m, r, d: edit(m.tapped("before"), r, d), "tap"),
+        (lambda m, r, d: edit(m, edit(m, r, d, progress=False), d), "edited already"),
+        (lambda m, r, d: edit(m, wb.sample(m, [1], steps=4, progress=False), d), "steps|timesteps"),
+        (lambda m, r, d: edit_grid(m, r, []), "at least one direction"),
+        (lambda m, r, d: edit_grid(m, r, d, scales=[]), "at least one"),
+    ],
+)
+def test_bad_input_is_a_sentence(tiny, run, direction, change, message):
+    with pytest.raises(ValueError, match=message):
+        change(tiny, run, direction)
+
+
+def test_a_plan_is_an_edit_that_has_not_run(tiny, run, direction):
+    plan = plan_edit(tiny, run, direction, scale=2.0)
+    torch.testing.assert_close(plan.values[:, 0], direction.delta(2.0))

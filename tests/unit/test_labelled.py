@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from workbench.datasets import labelled
+from workbench.datasets.labelled import load_image, load_images, to_tensor
+
+
+def picture(seed: int, width: int = 12, height: int = 12) -> Image.Image:
+    """Smooth in one channel, random in the others."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values[..., 0] = np.linspace(0, 255, width)
+    return Image.fromarray(values)
+
+
+def expected(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five 12x12 images, `a.png` ... `e.png`, with labels in another order."""
+    root = tmp_path / "faces"
+    root.mkdir()
+    for i, name in enumerate("abcde"):
+        picture(i).save(root / f"{name}.png")
+    (root / "attributes.csv").write_text(
+        "file,Smiling,Beard,Tilt\ne.png,1,1,0.5\nd.png,0,-1,\nc.png,1,1,-2.25\nb.png,0,-1,3\na.png,1,-1,0.1\n"
+    )
+    return root
+
+
+def zip_of(folder: Path, target: Path, *, under: str = "") -> Path:
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(folder.glob("*.png")):
+            archive.write(path, under + path.name)
+    return target
+
+
+# Conversion
+
+
+def test_values_are_minus_one_to_one():
+    black, gray, white = (to_tensor(Image.new("RGB", (2, 2), (v, v, v))) for v in (0, 51, 255))
+    assert (black == -1).all() and (white == 1).all()
+    torch.testing.assert_close(gray, torch.full((3, 2, 2), -0.6))
+    assert black.dtype == torch.float32
+
+
+def test_channels_come_first_and_rows_stay_rows():
+    image = Image.new("RGB", (2, 2))
+    image.putpixel((1, 0), (255, 0, 0))
+    tensor = to_tensor(image)
+    assert tensor[0, 0, 1] == 1 and (tensor == 1).sum() == 1
+
+
+@pytest.mark.parametrize("size", [5, 12, 30])
+def test_resize_is_pillows_antialiased_bicubic(size):
+    image = picture(0)
+    assert torch.equal(to_tensor(image, size), expected(image.resize((size, size), Image.Resampling.BICUBIC)))
+
+
+def test_shrinking_is_antialiased():
+    """A fine checkerboard becomes its mean, not a sample of it."""
+    board = Image.fromarray((np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    assert to_tensor(board, 8)[:, 1:-1, 1:-1].abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("width", "height", "box"), [(20, 12, (4, 0, 16, 12)), (12, 21, (0, 4, 12, 16))])
+def test_the_centre_square_is_cropped(width, height, box):
+    image = picture(1, width, height)
+    assert torch.equal(to_tensor(image), expected(image.crop(box)))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = picture(2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side, to be shown turned 90 degrees clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(load_image(tmp_path / "turned.png"), expected(image.rotate(-90)))
+
+
+def test_transparency_is_composited_on_white():
+    image = Image.new("RGBA", (3, 3), (0, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 51))
+    tensor = to_tensor(image)
+    assert (tensor[:, 2, 2] == 1).all()
+    assert tensor[:, 0, 0].tolist() == [1, -1, -1]
+    torch.testing.assert_close(tensor[:, 0, 1], torch.full((3,), 204 / 127.5 - 1))
+
+
+def test_transparency_of_a_palette_is_composited_on_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    image.info["transparency"] = 1
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    assert to_tensor(Image.open(buffer))[:, 0, 0].tolist() == [1, -1, -1]
+    image = Image.new("P", (1, 1), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.info["transparency"] = 1
+    assert to_tensor(image)[:, 0, 0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA"])
+def test_every_mode_becomes_three_channels_of_its_colors(mode):
+    image = picture(3).convert("L" if mode in ("L", "LA", "1") else "RGB").convert(mode)
+    assert torch.equal(to_tensor(image), expected(image))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 257, 32768, 65535]] * 4, np.uint16)).save(tmp_path / "deep.png")
+    tensor = load_image(tmp_path / "deep.png")
+    expected_row = torch.tensor([0, 1, 128, 255]) / 127.5 - 1
+    torch.testing.assert_close(tensor, expected_row.expand(3, 4, 4))
+
+
+def test_32_bits_are_refused():
+    with pytest.raises(ValueError, match="32-bit"):
+        to_tensor(Image.new("F", (4, 4)))
+
+
+def test_a_path_and_its_image_give_the_same(folder):
+    path = folder / "a.png"
+    assert torch.equal(to_tensor(path, 7), to_tensor(Image.open(path), 7))
+    assert torch.equal(to_tensor(str(path)), load_image(path))
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_below_one_is_refused(size, folder):
+    for call in (
+        lambda: to_tensor(picture(0), size),
+        lambda: load_image(folder / "a.png", size),
+        lambda: load_images(folder, size=size),
+        lambda: load_images(folder).at_size(size),
+    ):
+        with pytest.raises(ValueError, match=f"size is {size}"):
+            call()
+
+
+# Sources and access
+
+
+def test_a_folder_gives_images_and_labels_in_one_order(folder):
+    images = load_images(folder, size=8)
+    assert len(images) == 5
+    assert list(images.labels.index) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert images.names == ["Smiling", "Beard", "Tilt"]
+    for i, tensor in enumerate(images):
+        assert torch.equal(tensor, to_tensor(picture(i), 8))
+    assert repr(images) == "LabelledImages(5 images, 8x8, 3 attributes: Smiling, Beard, Tilt)"
+
+
+def test_minus_one_becomes_zero_and_real_values_stay(folder):
+    labels = load_images(folder).labels
+    assert labels["Smiling"].tolist() == [1, 0, 1, 0, 1]
+    assert labels["Beard"].tolist() == [0, 0, 1, 0, 1]
+    assert labels["Tilt"].tolist()[:3] == [0.1, 3, -2.25] and np.isnan(labels["Tilt"].iloc[3])
+
+
+def test_constant_columns_and_gaps_in_binary_ones_are_kept(folder):
+    (folder / "attributes.csv").write_text(
+        "file,Ones,Minus,Gap,Three,Flag\n"
+        + "".join(
+            f"{name}.png,1,-1,{gap},{three},True\n"
+            for name, gap, three in zip("abcde", ["", -1, 1, 1, -1], [-1, 0, 1, 0, 1], strict=True)
+        )  # noqa: E501  # fmt: skip
+    )
+    labels = load_images(folder).labels
+    assert labels["Ones"].tolist() == [1] * 5 and labels["Minus"].tolist() == [0] * 5
+    assert labels["Gap"].tolist()[1:] == [0, 1, 1, 0] and np.isnan(labels["Gap"].iloc[0])
+    assert labels["Three"].tolist() == [-1, 0, 1, 0, 1]
+    assert labels["Flag"].tolist() == [1] * 5
+
+
+def test_every_kind_of_index(folder):
+    images = load_images(folder)
+    every = torch.stack(list(images))
+    assert every.shape == (5, 3, 12, 12) and every.dtype == torch.float32
+    assert torch.equal(images[2], every[2]) and torch.equal(images[-1], every[4])
+    assert torch.equal(images[np.int64(1)], every[1])
+    assert torch.equal(images[1:4], every[1:4]) and torch.equal(images[::-2], every[[4, 2, 0]])
+    assert torch.equal(images[[3, 0, 3]], every[[3, 0, 3]])
+    assert torch.equal(images[images.label("Smiling") == 1], every[[0, 2, 4]])
+    assert torch.equal(images[torch.tensor([4])], every[[4]])
+    assert images[[]].shape == (0, 3, 12, 12) and images[5:].shape == (0, 3, 12, 12)
+
+
+@pytest.mark.parametrize("index", [5, -6, [0, 9], [True, False], [0.5]])
+def test_an_image_that_does_not_exist_is_refused(index, folder):
+    with pytest.raises(IndexError, match="there are 5 images"):
+        load_images(folder)[index]
+
+
+def test_select_keeps_labels_and_images_together(folder):
+    images = load_images(folder, size=6)
+    bearded = images.select(images.label("Beard") == 1)
+    assert list(bearded.labels.index) == ["c.png", "e.png"]
+    assert torch.equal(bearded[:], images[[2, 4]])
+    assert list(images.select([3, 1]).select([1]).labels.index) == ["b.png"]
+    assert len(images.select([])) == 0
+
+
+def test_at_size_changes_the_size_alone(folder):
+    images = load_images(folder, size=6)
+    larger = images.at_size(9)
+    assert (images.size, larger.size, images.at_size(None).size) == (6, 9, 12)
+    assert torch.equal(larger[0], to_tensor(picture(0), 9)) and larger.labels.equals(images.labels)
+
+
+def test_batches_stream_everything_once_in_order(folder):
+    images = load_images(folder)
+    batches = list(images.batches(2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat(batches), images[:])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        images.batches(0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_what_is_asked_for_is_decoded(packed, folder, tmp_path, monkeypatch):
+    source = zip_of(folder, tmp_path / "faces.zip") if packed else folder
+    decoded = []
+    convert = labelled.to_tensor
+    monkeypatch.setattr(labelled, "to_tensor", lambda *given: decoded.append(1) or convert(*given))
+    images = load_images(source, size=8)
+    chosen = images.select([0, 1, 2]).at_size(4)
+    chosen.fingerprint  # noqa: B018
+    batches = images.batches(2)
+    assert len(decoded) == 0
+    chosen[1]
+    assert len(decoded) == 1
+    next(batches)
+    assert len(decoded) == 3
+
+
+def test_a_damaged_image_does_not_hinder_the_others(folder):
+    """Nothing but the asked image is read: a source is never loaded as a whole."""
+    (folder / "e.png").write_bytes(b"nothing")
+    images = load_images(folder, size=8)
+    assert images[:4].shape == (4, 3, 8, 8)
+
+
+def test_a_zip_equals_its_folder(folder, tmp_path):
+    loose = load_images(folder)
+    beside = tmp_path / "packed"
+    beside.mkdir()
+    (beside / "attributes.csv").write_bytes((folder / "attributes.csv").read_bytes())
+    zip_of(folder, beside / "images.zip")
+    inside = zip_of(folder, tmp_path / "all.zip", under="faces/")
+    with zipfile.ZipFile(inside, "a") as archive:
+        archive.write(folder / "attributes.csv", "faces/attributes.csv")
+        archive.writestr("__MACOSX/faces/._a.png", b"metadata")
+    for source in (beside, beside / "images.zip", inside, str(inside)):
+        packed = load_images(source)
+        assert packed.labels.equals(loose.labels)
+        assert torch.equal(packed[:], loose[:])
+        assert packed.fingerprint == loose.fingerprint
+
+
+def test_images_of_nested_folders_are_found_without_the_common_one(folder, tmp_path):
+    root = tmp_path / "root"
+    for part, name in (("train", "a"), ("test", "b")):
+        (root / "all" / part).mkdir(parents=True)
+        picture(0).save(root / "all" / part / f"{name}.png")
+    (root / ".hidden").mkdir()
+    picture(0).save(root / ".hidden" / "c.png")
+    assert list(load_images(root).labels.index) == ["test/b.png", "train/a.png"]
+    (root / "attributes.csv").write_text("file,A\nall/train/a.png,1\nall/test/b.png,0\n")
+    assert load_images(root).labels["A"].tolist() == [0, 1]
+    assert load_images(root)[0].shape == (3, 12, 12)
+
+
+def test_a_folder_without_labels_is_allowed(folder):
+    (folder / "attributes.csv").unlink()
+    images = load_images(folder)
+    assert images.labels.shape == (5, 0) and images.names == []
+    assert images[:2].shape == (2, 3, 12, 12)
+    with pytest.raises(ValueError, match="no label file"):
+        images.label("Smiling")
+
+
+LIST = "a.png  1 -1\nb.png -1 -1\nc.png  1  1\nd.png -1  1\ne.png  1 -1\n"
+
+
+@pytest.mark.parametrize("head", ["5\nSmiling Beard \n", "Smiling Beard\n", "image_id Smiling Beard\n"])
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_celebas_list_is_read_with_and_without_its_count(head, place, folder):
+    (folder / "attributes.csv").unlink()
+    target = folder if place == "inside" else folder.parent
+    (target / "list_attr_celeba.txt").write_text(head + LIST)
+    labels = load_images(folder).labels
+    assert list(labels.columns) == ["Smiling", "Beard"]
+    assert labels["Smiling"].tolist() == [1, 0, 1, 0, 1] and labels["Beard"].tolist() == [0, 0, 1, 1, 0]
+
+
+def test_celebas_list_may_cover_more_images_than_there_are(folder):
+    (folder / "attributes.csv").unlink()
+    (folder / "list_attr_celeba.txt").write_text("6\nSmiling Beard\n" + LIST + "f.png 1 1\n")
+    assert load_images(folder).labels.shape == (5, 2)
+    (folder / "list_attr_celeba.txt").write_text("Smiling Beard\n" + LIST.split("e.png")[0])
+    with pytest.raises(ValueError, match=r"1 of 5 images have no row \(e.png\)"):
+        load_images(folder)
+
+
+def test_labels_can_be_named(folder, tmp_path):
+    other = tmp_path / "list.txt"
+    other.write_text("Only Other\n" + LIST)
+    assert load_images(folder, labels=other).names == ["Only", "Other"]
+    other = tmp_path / "table.csv"
+    other.write_text("image_id,Third\n" + "".join(f"{name}.png,{i}\n" for i, name in enumerate("abcde")))
+    assert load_images(folder, labels=str(other)).labels["Third"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_label_gives_the_column_and_lists_the_known_ones_otherwise(folder):
+    images = load_images(folder)
+    assert images.label("Beard").equals(images.labels["Beard"])
+    with pytest.raises(ValueError, match="no attribute 'Beards'; the known ones are Smiling, Beard, Tilt"):
+        images.label("Beards")
+
+
+def test_the_bundled_images_load_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    images = load_images("avataaars", size=32)
+    assert len(images) == 2000 and images.names[0] == "Smiling" and images.names[-1] == "Tilt"
+    batch = images[:8]
+    assert batch.shape == (8, 3, 32, 32) and -1 <= batch.min() < -0.5 and 0.5 < batch.max() <= 1
+    assert images.at_size(None).size == 64
+    binary = images.labels.drop(columns="Tilt")
+    assert binary.isin([0, 1]).all(axis=None) and len(binary.columns) == 14
+    assert pd.api.types.is_float_dtype(images.label("Tilt"))
+
+
+def read_in_child(images, start: int) -> tuple[int, torch.Tensor]:
+    return os.getpid(), images[start : start + 50]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_the_same_zip(method):
+    """An inherited handle would share its position with the parent; the reads of both would mix."""
+    images = load_images("avataaars", size=16)
+    here = images[:100]
+    with ProcessPoolExecutor(2, mp_context=get_context(method)) as pool:
+        jobs = [pool.submit(read_in_child, images, start) for start in (0, 50)]
+        assert torch.equal(images[:100], here)
+        results = [job.result() for job in jobs]
+    assert torch.equal(torch.cat([tensor for _, tensor in results]), here)
+    assert os.getpid() not in {process for process, _ in results}
+
+
+def test_a_record_survives_pickling_after_use(folder, tmp_path):
+    images = load_images(zip_of(folder, tmp_path / "faces.zip"))
+    before = images[:]
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again[:], before) and again.fingerprint == images.fingerprint
+
+
+# Fingerprint
+
+
+def test_the_fingerprint_is_stable(folder):
+    print_ = load_images(folder).fingerprint
+    assert len(print_) == 64 and int(print_, 16) >= 0
+    os.utime(folder / "a.png", (0, 0))
+    (folder / "attributes.csv").unlink()
+    assert load_images(folder).fingerprint == print_
+    assert load_images(folder, size=12).fingerprint == print_
+
+
+def test_the_fingerprint_changes_with_content_name_order_selection_and_size(folder):
+    images = load_images(folder)
+    prints = {images.fingerprint, images.at_size(8).fingerprint}
+    prints |= {images.select([0, 1]).fingerprint, images.select([1, 0]).fingerprint}
+    (folder / "attributes.csv").unlink()
+    (folder / "e.png").rename(folder / "f.png")
+    prints.add(load_images(folder).fingerprint)
+    content = bytearray((folder / "f.png").read_bytes())
+    content[-1] ^= 1
+    (folder / "f.png").write_bytes(content)
+    prints.add(load_images(folder).fingerprint)
+    assert len(prints) == 6
+
+
+def test_a_replaced_zip_is_read_anew(folder, tmp_path):
+    target = zip_of(folder, tmp_path / "faces.zip")
+    before = load_images(target)
+    first = before[0]
+    picture(9).save(folder / "a.png")
+    os.replace(zip_of(folder, tmp_path / "new.zip"), target)
+    after = load_images(target)
+    assert torch.equal(after[0], expected(picture(9))) and not torch.equal(after[0], first)
+    assert after.fingerprint != before.fingerprint
+
+
+# Bad input
+
+
+def sentence(failure) -> str:
+    text = str(failure.value)
+    assert "\n" not in text and len(text) > 20
+    return text
+
+
+@pytest.mark.parametrize("call", [load_images, load_image])
+def test_a_missing_source_is_named(call, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere") as failure:
+        call(tmp_path / "nowhere")
+    sentence(failure)
+
+
+def test_a_missing_label_file_is_named(folder):
+    with pytest.raises(FileNotFoundError, match="nolabels.csv") as failure:
+        load_images(folder, labels=folder / "nolabels.csv")
+    sentence(failure)
+
+
+def test_a_source_without_images_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("notes.txt", "no image")
+    for source in (tmp_path, tmp_path / "empty.zip"):
+        with pytest.raises(ValueError, match="holds no images") as failure:
+            load_images(source)
+        sentence(failure)
+
+
+def test_a_truncated_zip_is_refused(folder, tmp_path):
+    target = zip_of(folder, tmp_path / "faces.zip")
+    target.write_bytes(target.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"faces\.zip is not a complete zip") as failure:
+        load_images(target)
+    sentence(failure)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"GIF89a", lambda b: b"\0" * 99]
+)
+def test_a_damaged_image_is_named(damage, folder):
+    path = folder / "b.png"
+    path.write_bytes(damage(path.read_bytes()))
+    images = load_images(folder)
+    for call in (lambda: images[1], lambda: images[:], lambda: list(images.batches(4)), lambda: load_image(path)):
+        with pytest.raises(ValueError, match=r"b\.png cannot be decoded") as failure:
+            call()
+        sentence(failure)
+
+
+def test_a_damaged_first_image_is_named_when_its_size_is_needed(folder):
+    (folder / "a.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
+        load_images(folder)[2:3]
+
+
+def test_a_damaged_member_of_a_zip_is_named(folder, tmp_path):
+    target = zip_of(folder, tmp_path / "faces.zip")
+    with zipfile.ZipFile(target) as archive:
+        start = archive.getinfo("c.png").header_offset + 60
+    content = bytearray(target.read_bytes())
+    content[start : start + 20] = bytes(20)
+    target.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.png in .*faces\.zip cannot be decoded") as failure:
+        load_images(target)[2]
+    sentence(failure)
+
+
+def test_images_of_several_sizes_need_a_size(folder):
+    picture(0, 20, 16).save(folder / "d.png")
+    images = load_images(folder)
+    with pytest.raises(ValueError, match=r"d\.png is 16 pixels wide .* the first image 12; .*size=64") as failure:
+        images[:]
+    sentence(failure)
+    assert images.at_size(10)[:].shape == (5, 3, 10, 10)
+
+
+def test_rows_that_do_not_match_are_counted_on_both_sides(folder):
+    rows = "".join(f"{name}.png,1\n" for name in "abxyzuv")
+    (folder / "attributes.csv").write_text("file,A\n" + rows)
+    with pytest.raises(ValueError) as failure:
+        load_images(folder)
+    text = sentence(failure)
+    assert "3 of 5 images have no row (c.png, d.png, e.png)" in text
+    assert "5 of 7 rows have no image (u.png, v.png, x.png, ...)" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,A\na.png,1\nb.png,0\na.png,0\nc.png,1\nd.png,1\ne.png,1\n", r"more than one row for a\.png"),
+        ("file,A,B\na.png,1,1\nb.png,0,yes\nc.png,1,1\nd.png,1,1\ne.png,1,1\n", r"column B .*'yes' in row b\.png"),
+        ("", "cannot be read as a table"),
+        ("file,A\n", "5 of 5 images have no row"),
+        ("file,A\na.png,1,7\nb.png,1,7\n", "more values than the 2 columns"),
+        ("file,A\na.png,1\nb.png,1,7\n", "cannot be read as a table"),
+        ("A,file\n1,a.png\n0,b.png\n", r"column file .*'a\.png' in row 1"),
+    ],
+)
+def test_a_bad_table_is_a_sentence(content, message, folder):
+    (folder / "attributes.csv").write_text(content)
+    with pytest.raises(ValueError, match=message) as failure:
+        load_images(folder)
+    assert "attributes.csv" in sentence(failure)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("9\nA B\n" + LIST, "announces 9 rows and has 5"),
+        ("A B\n" + LIST.replace("d.png -1  1", "d.png -1"), r"too few values in d\.png"),
+        ("A B\n" + LIST.replace("d.png -1  1", "d.png -1  1 1"), "cannot be read as a table"),
+        ("A\n" + LIST, "more values than the 2 columns"),
+        ("A B\n" + LIST.replace("d.png -1  1", "d.png -1  no"), r"column B .*'no' in row d\.png"),
+        ("5\n", "has no rows"),
+        ("", "has no rows"),
+    ],
+)
+def test_a_bad_celeba_list_is_a_sentence(content, message, folder):
+    (folder / "attributes.csv").unlink()
+    (folder / "list_attr_celeba.txt").write_text(content)
+    with pytest.raises(ValueError, match=message) as failure:
+        load_images(folder)
+    assert "list_attr_celeba.txt" in sentence(failure)
+
+
+def test_file_names_that_look_like_numbers_stay_text(tmp_path):
+    for name in ("001", "002"):
+        picture(0).save(tmp_path / f"{name}.png")
+    (tmp_path / "attributes.csv").write_text("file,A\n001.png,1\n 002.png ,0\n")
+    assert load_images(tmp_path).labels["A"].to_dict() == {"001.png": 1, "002.png": 0}

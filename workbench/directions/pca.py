@@ -1,0 +1,291 @@
+"""Principal components of h-space (Haas et al., unsupervised directions)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA, IncrementalPCA
+from tqdm.auto import tqdm
+
+from workbench.directions.direction import Direction, origin_of
+from workbench.hspace.store import HStore
+
+IN_MEMORY_BYTES = 2**31
+"""The h of one timestep up to this size is decomposed at once, a larger one `BLOCK_ROWS` samples at a time."""
+
+BLOCK_ROWS = 1000
+
+SPARE = 5
+"""Components found beyond k: they keep the first k accurate, and one of them may be the match of a neighbour's."""
+
+JOINT_RANK = 64
+"""Components that stand for a timestep in a joint PCA, at least."""
+
+RESAMPLES = 400
+
+
+@dataclass(frozen=True, eq=False)
+class PrincipalComponents(Sequence):
+    """Principal components as a sequence of `Direction`, and how far they can be trusted.
+
+    Attributes
+    ----------
+    directions : tuple of Direction, k of them
+    explained_variance_ratio : ndarray of shape (T, k), values in [0, 1]
+        Share of the variance of h_t along the component.
+    explained_variance_interval : ndarray of shape (T, k, 2)
+        95% bootstrap interval of that share: the samples are drawn again, the axes stay.
+    matched_cosine : ndarray of shape (T-1, k), values in [0, 1]
+        |cos| between a component at neighbouring timesteps. Where it is low, the component is not the same one.
+    mean : Tensor of shape (T, C, h, w), float32
+    scores : ndarray of shape (n, T, k), float32
+        Projections of the centred h_t; divided by sigma they are in units of scale.
+    shared_scores : ndarray of shape (n, k), float32, or None
+        Of a joint PCA: one score a sample, in standard deviations.
+    """
+
+    directions: tuple[Direction, ...]
+    explained_variance_ratio: np.ndarray = field(repr=False)
+    explained_variance_interval: np.ndarray = field(repr=False)
+    matched_cosine: np.ndarray = field(repr=False)
+    mean: torch.Tensor = field(repr=False)
+    scores: np.ndarray = field(repr=False)
+    shared_scores: np.ndarray | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def __getitem__(self, which: int | slice) -> Direction | list[Direction]:
+        return list(self.directions[which]) if isinstance(which, slice) else self.directions[which]
+
+    def __repr__(self) -> str:
+        t, shares = self.directions[0].timesteps, self.explained_variance_ratio.mean(axis=0)
+        return (
+            f"PrincipalComponents({len(self)} of {len(self.scores)} samples, {len(t)} steps t={t[0]}..{t[-1]}, "
+            f"{'joint, ' if self.shared_scores is not None else ''}{shares.sum():.0%} of the variance, "
+            f"the first {shares[0]:.0%})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Decomposition of one timestep: components (m, d), scores (n, m), energy |h - mean|^2 (n,), mean (d,)."""
+
+    components: np.ndarray
+    scores: np.ndarray
+    energy: np.ndarray
+    mean: np.ndarray
+
+
+def find_pca(
+    store: HStore,
+    k: int = 10,
+    *,
+    joint: bool = False,
+    n: int | None = None,
+    align: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> PrincipalComponents:
+    """Principal components of h_t, one direction a component (Haas et al., section on unsupervised directions).
+
+    By default every timestep has a PCA of its own, as in the paper. Their order and signs are then made to agree:
+    from the noisiest timestep on, components are matched with those of the timestep before by |cos| (Hungarian
+    method) and turned to point the same way, and the chains that explain most, on average over timesteps, come first.
+
+    With `joint`, one PCA over all timesteps together, each scaled to a total variance of 1, gives one set of scores;
+    the direction at t is the regression of h_t on them. Each timestep is represented by its leading components there
+    (64, or 2k if that is more), which is exact if there are no others.
+
+    The direction has length 1 and sigma is the standard deviation of its scores, so that scale is in standard
+    deviations. The decomposition is scikit-learn's `PCA` (exact for small matrices, randomized with power iterations
+    for large ones), or its `IncrementalPCA` where the h_t of all samples exceeds 2 GiB.
+
+    Parameters
+    ----------
+    store : HStore
+    k : int, default 10
+        Number of components; at most n - 1 and C*h*w.
+    joint : bool, default False
+    n : int, optional
+        Use the first n samples; by default all.
+    align : bool, default True
+        Match components between timesteps. Without, component j is the j-th by variance at each timestep and its
+        largest coefficient is positive.
+    seed : int, default 0
+        Of the randomized decomposition and the bootstrap.
+    progress : bool
+
+    Returns
+    -------
+    PrincipalComponents
+        A sequence of k directions.
+
+    Raises
+    ------
+    ValueError
+        If k or n is out of range, or h holds a NaN or does not vary; the message names timestep and sample.
+    """
+    n, d = len(store) if n is None else n, int(np.prod(store.h_shape))
+    if not 2 <= n <= len(store):
+        raise ValueError(f"n is {n}; a PCA of this store takes 2 to {len(store)} samples")
+    if not 1 <= k <= min(n - 1, d):
+        raise ValueError(f"k is {k}; {n} samples of {d} values have 1 to {min(n - 1, d)} components")
+    m = min(max(JOINT_RANK, 2 * k) if joint else k + SPARE, n - 1, d)
+    bar = tqdm(store.timesteps, desc="PCA", unit=" timesteps", disable=not progress, delay=2, leave=False)
+    fits = [_fit(store, t, n, m, seed) for t in bar]
+    if joint:
+        units, scores, shared = _joint(fits, k, seed)
+    else:
+        units, scores = _per_timestep(fits, k, align=align)
+        shared = None
+    shares, intervals = _explained(scores, np.stack([fit.energy for fit in fits], axis=1), seed)
+    shape = (len(fits), *store.h_shape)
+    parameters = {"k": k, "joint": joint, "n": n, "align": align, "seed": seed}
+    directions = tuple(
+        Direction(
+            unit=torch.from_numpy(units[:, j].reshape(shape)),
+            sigma=torch.from_numpy(scores[:, :, j].std(axis=0, ddof=1, dtype=np.float64)),
+            timesteps=store.timesteps,
+            name=f"PC{j + 1}",
+            provenance=origin_of(store) | {"method": "pca", "parameters": {"component": j + 1, **parameters}},
+            extras={"explained_variance_ratio": float(shares[:, j].mean())},
+        )
+        for j in range(k)
+    )
+    return PrincipalComponents(
+        directions=directions,
+        explained_variance_ratio=shares,
+        explained_variance_interval=intervals,
+        matched_cosine=np.abs((units[1:] * units[:-1]).sum(axis=2)).clip(max=1.0),
+        mean=torch.from_numpy(np.stack([fit.mean for fit in fits]).astype(np.float32).reshape(shape)),
+        scores=scores,
+        shared_scores=shared,
+    )
+
+
+def _fit(store: HStore, t: int, n: int, m: int, seed: int) -> _Fit:
+    """The leading m components of h_t; a second pass over the store gives their scores."""
+    if 4 * n * int(np.prod(store.h_shape)) <= IN_MEMORY_BYTES:
+        (h,) = _blocks(store, t, n, n)
+        mean = h.mean(axis=0, dtype=np.float64)
+        h -= mean.astype(np.float32)
+        # Fitting in place: at this size a copy is most of the memory.
+        components = PCA(m, copy=False, random_state=seed).fit(h).components_
+        del h
+    else:
+        estimator = IncrementalPCA(m, copy=False)
+        for block in _blocks(store, t, n, max(BLOCK_ROWS, m)):
+            estimator.partial_fit(block)
+        components, mean = estimator.components_, estimator.mean_
+    components = components.astype(np.float32)
+    scores, energy = [], []
+    for block in _blocks(store, t, n, BLOCK_ROWS):
+        block -= mean.astype(np.float32)
+        scores.append(block @ components.T)
+        energy.append(np.einsum("ij,ij->i", block, block))
+    if not np.concatenate(energy).any():
+        raise ValueError(f"h at timestep {t} is the same for all {n} samples; there is no variance to decompose")
+    return _Fit(components, np.concatenate(scores), np.concatenate(energy), mean)
+
+
+def _blocks(store: HStore, t: int, n: int, rows: int) -> Iterator[np.ndarray]:
+    """The first n samples of h_t, `rows` at a time; each block is the caller's to change."""
+    block, filled, start = None, 0, 0
+    for batch in store.batches(t):
+        while len(batch) and start < n:
+            if block is None:
+                block, filled = np.empty((min(rows, n - start), batch.shape[1]), dtype=np.float32), 0
+            part = batch[: len(block) - filled]
+            if not np.isfinite(part).all():
+                sample = start + filled + int(np.argwhere(~np.isfinite(part))[0, 0])
+                raise ValueError(f"h of sample {sample} at timestep {t} is not finite; extract the store again")
+            block[filled : filled + len(part)] = part
+            filled, batch = filled + len(part), batch[len(part) :]
+            if filled == len(block):
+                start += filled
+                yield block
+                block = None
+        if start >= n:
+            return
+
+
+def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Units of shape (T, k, d) and scores of shape (n, T, k)."""
+    order, signs = _chain([fit.components for fit in fits], align=align)
+    if align:
+        chained = [fit.scores.var(axis=0)[o] / fit.energy.sum() for fit, o in zip(fits, order, strict=True)]
+        first = np.argsort(-np.mean(chained, axis=0), kind="stable")
+        order, signs = order[:, first], signs[:, first]
+    picked = list(zip(fits, order[:, :k], signs[:, :k], strict=True))
+    units = np.stack([fit.components[o] * s[:, None] for fit, o, s in picked])
+    return units, np.stack([fit.scores[:, o] * s for fit, o, s in picked], axis=1)
+
+
+def _chain(components: list[np.ndarray], *, align: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Order and signs that make the components of neighbouring timesteps agree.
+
+    Parameters
+    ----------
+    components : list of ndarray of shape (m, d), unit rows, noisiest timestep first
+    align : bool
+        If false, the given order, and signs that make each largest coefficient positive.
+
+    Returns
+    -------
+    order : ndarray of shape (T, m), int
+    signs : ndarray of shape (T, m), -1 or 1
+    """
+    order, signs = [np.arange(len(components[0]))], [_largest_positive(components[0])]
+    for before, here in zip(components, components[1:], strict=False):
+        if align:
+            cosines = (before[order[-1]] * signs[-1][:, None]) @ here.T
+            _, matched = linear_sum_assignment(np.abs(cosines), maximize=True)
+            order.append(matched)
+            signs.append(np.where(cosines[np.arange(len(matched)), matched] < 0, -1.0, 1.0).astype(np.float32))
+        else:
+            order.append(order[0])
+            signs.append(_largest_positive(here))
+    return np.stack(order), np.stack(signs)
+
+
+def _largest_positive(rows: np.ndarray) -> np.ndarray:
+    """Sign of the largest coefficient of each row."""
+    largest = rows[np.arange(len(rows)), np.abs(rows).argmax(axis=1)]
+    return np.where(largest < 0, -1.0, 1.0).astype(np.float32)
+
+
+def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units of shape (T, k, d), scores of shape (n, T, k), and shared scores of shape (n, k) with variance 1."""
+    n = len(fits[0].scores)
+    standardised = np.concatenate([fit.scores / np.sqrt(fit.energy.sum() / (n - 1)) for fit in fits], axis=1)
+    shared = PCA(k, random_state=seed).fit_transform(standardised)
+    shared /= shared.std(axis=0, ddof=1)
+    loadings = [fit.scores.T @ shared for fit in fits]
+    loadings = [b / np.linalg.norm(b, axis=0) for b in loadings]
+    units = np.stack([b.T @ fit.components for fit, b in zip(fits, loadings, strict=True)])
+    scores = np.stack([fit.scores @ b for fit, b in zip(fits, loadings, strict=True)], axis=1)
+    signs = _largest_positive(units[0])
+    return units * signs[:, None], scores * signs, shared * signs
+
+
+def _explained(scores: np.ndarray, energy: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each timestep's variance along each component, (T, k), and its bootstrap interval, (T, k, 2).
+
+    Scores of shape (n, T, k) and energies |h - mean|^2 of shape (n, T) give both, the data are not needed again: with
+    c_i the number of times that sample i is drawn, the share is (sum c s^2 - (sum c s)^2 / n) / sum c |h - mean|^2.
+    """
+    n, steps, k = scores.shape
+    flat = scores.reshape(n, -1).astype(np.float64)
+
+    def share(counts: np.ndarray) -> np.ndarray:
+        along = counts @ flat**2 - (counts @ flat) ** 2 / n
+        return along.reshape(len(counts), steps, k) / (counts @ energy)[:, :, None]
+
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]).astype(np.float64)
+    return share(np.ones((1, n)))[0], np.moveaxis(np.quantile(share(drawn), (0.025, 0.975), axis=0), 0, -1)
