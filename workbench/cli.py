@@ -159,7 +159,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     source: dict = {"n": arguments.n or 512, "seed": arguments.seed, "eta": arguments.eta}
     if arguments.images is not None:
         images = wb.load_images(arguments.images)
-        source = {"images": images.select(range(arguments.n)) if arguments.n else images}
+        source = {"images": images.select(slice(arguments.n))}
     store = wb.extract(
         _load(arguments).tapped(arguments.tap),
         steps=arguments.steps,

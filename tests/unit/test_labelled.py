@@ -5,16 +5,15 @@ import os
 import pickle
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from workbench.datasets import labelled
+from workbench.datasets import avataaars, labelled
 from workbench.datasets.labelled import load_image, load_images, to_tensor
 
 
@@ -175,10 +174,11 @@ def test_minus_one_becomes_zero_and_real_values_stay(folder):
 def test_constant_columns_and_gaps_in_binary_ones_are_kept(folder):
     (folder / "attributes.csv").write_text(
         "file,Ones,Minus,Gap,Three,Flag\n"
-        + "".join(
-            f"{name}.png,1,-1,{gap},{three},True\n"
-            for name, gap, three in zip("abcde", ["", -1, 1, 1, -1], [-1, 0, 1, 0, 1], strict=True)
-        )  # noqa: E501  # fmt: skip
+        "a.png,1,-1,,-1,True\n"
+        "b.png,1,-1,-1,0,True\n"
+        "c.png,1,-1,1,1,True\n"
+        "d.png,1,-1,1,0,True\n"
+        "e.png,1,-1,-1,1,True\n"
     )
     labels = load_images(folder).labels
     assert labels["Ones"].tolist() == [1] * 5 and labels["Minus"].tolist() == [0] * 5
@@ -342,23 +342,23 @@ def test_the_bundled_images_load_by_name(monkeypatch, tmp_path):
     assert images.at_size(None).size == 64
     binary = images.labels.drop(columns="Tilt")
     assert binary.isin([0, 1]).all(axis=None) and len(binary.columns) == 14
-    assert pd.api.types.is_float_dtype(images.label("Tilt"))
+    assert images.label("Tilt").tolist() == [avataaars.factors(10, i).tilt for i in range(2000)]
 
 
-def read_in_child(images, start: int) -> tuple[int, torch.Tensor]:
-    return os.getpid(), images[start : start + 50]
+def read_in_child(images, start: int) -> tuple[int, np.ndarray]:
+    return os.getpid(), images[start : start + 50].numpy()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_read_the_same_zip(method):
+@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="this system cannot fork")
+def test_forked_processes_read_the_same_zip():
     """An inherited handle would share its position with the parent; the reads of both would mix."""
     images = load_images("avataaars", size=16)
     here = images[:100]
-    with ProcessPoolExecutor(2, mp_context=get_context(method)) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         jobs = [pool.submit(read_in_child, images, start) for start in (0, 50)]
         assert torch.equal(images[:100], here)
         results = [job.result() for job in jobs]
-    assert torch.equal(torch.cat([tensor for _, tensor in results]), here)
+    assert np.array_equal(np.concatenate([values for _, values in results]), here.numpy())
     assert os.getpid() not in {process for process, _ in results}
 
 
@@ -446,12 +446,11 @@ def test_a_truncated_zip_is_refused(folder, tmp_path):
     sentence(failure)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"GIF89a", lambda b: b"\0" * 99]
-)
-def test_a_damaged_image_is_named(damage, folder):
+@pytest.mark.parametrize("kept", ["half", "nothing", "a header", "zeros"])
+def test_a_damaged_image_is_named(kept, folder):
     path = folder / "b.png"
-    path.write_bytes(damage(path.read_bytes()))
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes({"half": half, "nothing": b"", "a header": b"GIF89a", "zeros": bytes(99)}[kept])
     images = load_images(folder)
     for call in (lambda: images[1], lambda: images[:], lambda: list(images.batches(4)), lambda: load_image(path)):
         with pytest.raises(ValueError, match=r"b\.png cannot be decoded") as failure:
@@ -535,7 +534,7 @@ def test_a_bad_celeba_list_is_a_sentence(content, message, folder):
     assert "list_attr_celeba.txt" in sentence(failure)
 
 
-def test_file_names_that_look_like_numbers_stay_text(tmp_path):
+def test_leading_zeros_count_in_file_names_and_spaces_around_them_do_not(tmp_path):
     for name in ("001", "002"):
         picture(0).save(tmp_path / f"{name}.png")
     (tmp_path / "attributes.csv").write_text("file,A\n001.png,1\n 002.png ,0\n")

@@ -177,6 +177,15 @@ class LabelledImages:
         ----------
         size : int or None
             Side in pixels; None for the native size.
+
+        Returns
+        -------
+        LabelledImages
+
+        Raises
+        ------
+        ValueError
+            If the size is below 1.
         """
         return replace(self, _size=_checked(size))
 
@@ -187,6 +196,10 @@ class LabelledImages:
         ----------
         indices : slice, sequence of int or boolean mask of length n
             A pandas Series counts by position.
+
+        Returns
+        -------
+        LabelledImages
 
         Raises
         ------
@@ -508,9 +521,7 @@ def _read_list(content: bytes, where: str) -> pd.DataFrame:
 def _parse(content: bytes, where: str, **options) -> pd.DataFrame:
     """File names in the first column as text, whatever they look like."""
     try:
-        table = pd.read_csv(
-            io.BytesIO(content), converters={0: str}, float_precision="round_trip", encoding="utf-8-sig", **options
-        )
+        table = pd.read_csv(io.BytesIO(content), converters={0: str}, encoding="utf-8-sig", **options)
     except (ValueError, OSError) as error:
         raise ValueError(f"{where} cannot be read as a table ({' '.join(str(error).split())}); correct it") from error
     # pandas takes surplus columns for an index.

@@ -1,0 +1,65 @@
+"""What the tests share: the bundled model, a tiny network, and a cache of their own."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+import workbench as wb
+
+
+def random_unet(*, seed: int = 0, **config) -> UNet2DModel:
+    """An untrained U-Net of 8 x 8 pixels with a few thousand weights, the same for the same seed."""
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        **config,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DModel(**config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def make_unet():
+    """`random_unet`, for tests that need another configuration."""
+    return random_unet
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A wrapped untrained network: everything but good images, in milliseconds."""
+    return wb.wrap(random_unet(), DDPMScheduler(), name="tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The bundled model."""
+    return wb.load_model("avataaars32", device="cpu")
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """The tiny network as a model folder with unet/ and scheduler/."""
+    folder = tmp_path / "tiny"
+    random_unet().save_pretrained(folder / "unet")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder in place of data/cache."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr("workbench.paths.cache", lambda: folder)
+    return folder

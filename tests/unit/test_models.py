@@ -1,0 +1,339 @@
+"""Loading: every layout of a model folder, and a sentence for everything that is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import time
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+import workbench as wb
+from workbench import paths
+from workbench.diffusion.checkpoints import hash_weights
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def images_for(model, n: int = 2) -> torch.Tensor:
+    return torch.randn(n, *model.image_shape, generator=torch.Generator().manual_seed(0))
+
+
+def edit_json(path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def use_bin(folder, change=lambda state: state) -> None:
+    """Replace the safetensors file by a .bin file."""
+    state = load_file(folder / "unet" / WEIGHTS)
+    (folder / "unet" / WEIGHTS).unlink()
+    torch.save(change(state), folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+# What loads
+
+
+def test_the_bundled_model_is_a_ddpm_with_clipping_off_and_says_so(model):
+    assert model.image_shape[0] == 3
+    assert model.schedule.T == 1000
+    assert model.tap == "after"
+    assert "clip_sample off" in repr(model)
+    assert "\n" not in repr(model)
+    assert f"weights {model.hash}" in repr(model)
+
+
+def test_the_bundled_folder_is_the_network_that_diffusers_loads(model):
+    pipeline = DDPMPipeline.from_pretrained(paths.models() / "avataaars32")
+    x_t = images_for(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x_t, 500), pipeline.unet(x_t, 500).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_with_unet_and_scheduler_loads(tiny, tiny_folder):
+    loaded = wb.load_model(tiny_folder, device="cpu")
+    assert (loaded.name, loaded.hash) == ("tiny", tiny.hash)
+    assert torch.equal(loaded(images_for(tiny), 30), tiny(images_for(tiny), 30))
+
+
+def test_a_flat_folder_loads_as_the_google_repositories_have_it(tiny, tmp_path, make_unet):
+    make_unet().save_pretrained(tmp_path / "flat")
+    DDPMScheduler().save_pretrained(tmp_path / "flat")
+    assert wb.load_model(str(tmp_path / "flat"), device="cpu").hash == tiny.hash
+
+
+def test_a_relative_folder_loads_from_any_directory(tiny, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    assert wb.load_model("./tiny", device="cpu").hash == tiny.hash
+
+
+def test_old_attention_names_in_a_bin_file_are_brought_up_to_date(tiny, tiny_folder):
+    new_to_old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def old(name: str) -> str:
+        for new, before in new_to_old.items():
+            name = name.replace(new, before)
+        return name
+
+    use_bin(tiny_folder, lambda state: {old(name): tensor for name, tensor in state.items()})
+    assert wb.load_model(tiny_folder, device="cpu").hash == tiny.hash
+
+
+def test_the_hash_is_the_weights_own(tiny, make_unet):
+    assert wb.wrap(make_unet(), DDPMScheduler(), name="other name", device="cpu").hash == tiny.hash
+    assert wb.wrap(make_unet(seed=1), DDPMScheduler(), name="tiny", device="cpu").hash != tiny.hash
+    changed = make_unet()
+    with torch.no_grad():
+        changed.conv_out.bias[0] += 1e-3
+    assert hash_weights(changed) != hash_weights(make_unet())
+    assert hash_weights(make_unet().to(memory_format=torch.channels_last)) == hash_weights(make_unet())
+    assert len(tiny.hash) == 16
+    assert int(tiny.hash, 16) >= 0
+
+
+def test_wrap_copies_so_that_your_network_stays_as_it_is(make_unet):
+    unet = make_unet().train().requires_grad_(True)
+    wrapped = wb.wrap(unet, DDPMScheduler(), name="copy", device="cpu")
+    before = wrapped(images_for(wrapped), 5)
+    assert unet.training
+    assert all(p.requires_grad for p in unet.parameters())
+    with torch.no_grad():
+        unet.conv_in.weight.zero_()
+    assert torch.equal(wrapped(images_for(wrapped), 5), before)
+    assert not any(p.requires_grad for p in wrapped.unet.unet.parameters())
+    assert not wrapped.unet.unet.training
+
+
+def test_the_schedule_is_the_schedulers(make_unet):
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", num_train_timesteps=400)
+    schedule = wb.wrap(make_unet(), scheduler, name="cosine", device="cpu").schedule
+    assert (schedule.T, schedule.spacing) == (400, "trailing")
+    torch.testing.assert_close(torch.from_numpy(schedule.alpha_bars.copy()), scheduler.alphas_cumprod.double())
+
+
+def test_lower_precision_agrees_and_gives_float32(tiny_folder, tiny):
+    low = wb.load_model(tiny_folder, device="cpu", dtype="bfloat16")
+    x_t = images_for(tiny)
+    eps, h = low(x_t, 500), low.encode(x_t, 500).h
+    assert eps.dtype == h.dtype == torch.float32
+    # bfloat16 has 8 bits: 0.4% a rounding, some dozens of them.
+    torch.testing.assert_close(eps, tiny(x_t, 500), atol=0.05, rtol=0.05)
+    assert not torch.equal(eps, tiny(x_t, 500))
+    assert "bfloat16" in repr(low)
+    assert low.hash == tiny.hash
+    assert low.tapped("before").dtype == torch.bfloat16
+
+
+def test_a_tapped_model_is_the_same_weights_elsewhere(tiny):
+    before = tiny.tapped("before")
+    assert (before.tap, before.hash, before.unet.unet) == ("before", tiny.hash, tiny.unet.unet)
+    assert torch.equal(before(images_for(tiny), 5), tiny(images_for(tiny), 5))
+    assert before.provenance() == {**tiny.provenance(), "tap": "before"}
+
+
+def test_the_list_of_models_names_the_bundled_ones():
+    found = {entry["name"]: entry for entry in wb.list_models()}
+    assert found["avataaars32"]["where"] == "bundled"
+    assert found["avataaars32"]["images"] == (3, 32, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a CUDA device, and there is none")
+def test_a_seed_is_the_same_image_on_the_cpu_and_on_cuda(model):
+    gpu = wb.load_model("avataaars32", device="cuda")
+    options = {"seeds": range(4), "steps": 20, "eta": 1.0, "record_h": True, "progress": False}
+    on_cpu, on_gpu = wb.sample(model, **options), wb.sample(gpu, **options)
+    assert on_gpu.x0.device.type == "cpu"
+    # Twenty steps of float32 (TF32 in convolutions) on images in [-1, 1].
+    torch.testing.assert_close(on_gpu.x0, on_cpu.x0, atol=0.05, rtol=0)
+    torch.testing.assert_close(on_gpu.h.values[0], on_cpu.h.values[0], atol=0.05, rtol=0.05)
+
+
+# What does not
+
+
+def test_a_name_that_is_none_lists_the_bundled_models():
+    with pytest.raises(FileNotFoundError, match="no model 'avatars'; bundled: .*avataaars32"):
+        wb.load_model("avatars")
+    with pytest.raises(FileNotFoundError, match="bundled: .*avataaars32"):
+        wb.load_model("/no/such/folder")
+
+
+def test_a_hub_id_without_a_network_says_how_to_fetch_it_at_once():
+    start = time.perf_counter()
+    with pytest.raises(FileNotFoundError, match="hf download nobody/no-such-ddpm") as error:
+        wb.load_model("nobody/no-such-ddpm")
+    assert "avataaars32" in str(error.value)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_single_file_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match="is a single file; give a diffusers model folder"):
+        wb.load_model(tiny_folder / "unet" / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("unet/config.json", "has no unet/config.json"),
+        (f"unet/{WEIGHTS}", f"no weights; expected {WEIGHTS}"),
+        ("scheduler/scheduler_config.json", "has no scheduler_config.json"),
+    ],
+)
+def test_a_missing_part_is_named(tiny_folder, missing, message):
+    (tiny_folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        wb.load_model(tiny_folder)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no unet/config.json and no config.json"):
+        wb.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\udc80"])
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_config_that_is_no_json_object_is_named(tiny_folder, name, content):
+    (tiny_folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=os.path.basename(name)):
+        wb.load_model(tiny_folder)
+
+
+def test_a_truncated_weights_file_is_refused(tiny_folder):
+    weights = tiny_folder / "unet" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} can't be read as weights; it is truncated"):
+        wb.load_model(tiny_folder)
+
+
+def test_a_truncated_bin_file_is_refused(tiny_folder):
+    use_bin(tiny_folder)
+    weights = tiny_folder / "unet" / "diffusion_pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ValueError, match="can't be read as weights"):
+        wb.load_model(tiny_folder)
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], {"state_dict": {}}, torch.zeros(2)])
+def test_a_bin_file_of_something_else_is_refused(tiny_folder, wrong):
+    use_bin(tiny_folder, lambda state: wrong)
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin"):
+        wb.load_model(tiny_folder)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_a_pickle_is_refused_and_not_executed(tiny_folder, tmp_path, write):
+    (tiny_folder / "unet" / WEIGHTS).unlink()
+    write({"weight": Malicious(tmp_path / "executed")}, tiny_folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="can't be read as weights"):
+        wb.load_model(tiny_folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_and_named(tiny_folder, value):
+    path = tiny_folder / "unet" / WEIGHTS
+    state = load_file(path)
+    state["conv_in.weight"][0, 0, 0, :2] = value
+    save_file(state, path)
+    with pytest.raises(ValueError, match="2 of 216 values of conv_in.weight"):
+        wb.load_model(tiny_folder)
+
+
+def test_weights_of_other_widths_name_the_first_that_does_not_fit(tiny_folder):
+    edit_json(tiny_folder / "unet" / "config.json", block_out_channels=[12, 16])
+    with pytest.raises(ValueError, match=r"conv_in.weight is \(8, 3, 3, 3\) in the file and \(12, 3, 3, 3\) in the con"):
+        wb.load_model(tiny_folder)
+
+
+def test_missing_and_additional_weights_are_named(tiny_folder):
+    path = tiny_folder / "unet" / WEIGHTS
+    state = load_file(path)
+    save_file({**state, "extra.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="extra.weight has no place"):
+        wb.load_model(tiny_folder)
+    save_file({k: v for k, v in state.items() if k != "conv_out.bias"}, path)
+    with pytest.raises(ValueError, match=r"conv_out.bias \(3,\) is missing"):
+        wb.load_model(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_out_channels": [8]}, {"down_block_types": ["NoSuchBlock", "DownBlock2D"]}, {"norm_num_groups": 5}],
+)
+def test_a_config_that_describes_no_network_is_refused(tiny_folder, changes):
+    edit_json(tiny_folder / "unet" / "config.json", **changes)
+    with pytest.raises(ValueError, match="does not describe a U-Net that diffusers can build"):
+        wb.load_model(tiny_folder)
+
+
+def test_a_config_without_a_mid_block_is_refused(tiny_folder, make_unet):
+    shutil.rmtree(tiny_folder / "unet")
+    make_unet(mid_block_type=None).save_pretrained(tiny_folder / "unet")
+    with pytest.raises(ValueError, match="has no middle block"):
+        wb.load_model(tiny_folder)
+
+
+def test_another_kind_of_network_is_refused(tiny_folder):
+    edit_json(tiny_folder / "unet" / "config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(ValueError, match="describes UNet2DConditionModel; the workbench takes unconditional pixel"):
+        wb.load_model(tiny_folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "vqvae", "text_encoder"])
+def test_a_latent_diffusion_model_is_refused_with_what_is_supported(tiny_folder, part):
+    index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], part: ["diffusers", "VQModel"]}
+    (tiny_folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"latent-diffusion model \(it has {part}\).*denoise pixels"):
+        wb.load_model(tiny_folder)
+
+
+@pytest.mark.parametrize("predicts", ["v_prediction", "sample"])
+def test_a_model_that_predicts_something_else_is_refused(tiny_folder, predicts):
+    edit_json(tiny_folder / "scheduler" / "scheduler_config.json", prediction_type=predicts)
+    with pytest.raises(ValueError, match=f"predicts '{predicts}'"):
+        wb.load_model(tiny_folder)
+
+
+def test_a_scheduler_without_alpha_bar_is_refused(make_unet, tiny_folder):
+    """Its config would otherwise be filled up with DDPM's defaults, and the images would be noise."""
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        wb.wrap(make_unet(), FlowMatchEulerDiscreteScheduler(), name="flow")
+    shutil.rmtree(tiny_folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tiny_folder / "scheduler")
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        wb.load_model(tiny_folder)
+
+
+def test_a_network_without_an_image_size_is_refused(make_unet):
+    with pytest.raises(ValueError, match="sample_size"):
+        wb.wrap(make_unet(sample_size=None), DDPMScheduler(), name="no size")
+
+
+def test_an_unknown_precision_is_refused_and_the_known_ones_are_listed(tiny_folder):
+    with pytest.raises(ValueError, match="'int8' is not known; it is one of float32, bfloat16, float16"):
+        wb.load_model(tiny_folder, dtype="int8")
+
+
+@pytest.mark.parametrize("device", ["cuda", "warp-drive"])
+def test_a_device_that_is_not_there_is_refused(tiny_folder, device):
+    if device == "cuda" and torch.cuda.is_available():
+        device = "cuda:99"
+    with pytest.raises(ValueError, match=f"device '{device}'"):
+        wb.load_model(tiny_folder, device=device)
+
+
+def test_a_network_is_a_unet2dmodel(tiny):
+    assert isinstance(tiny.unet.unet, UNet2DModel)

@@ -1,0 +1,226 @@
+"""The noise schedule against diffusers' DDIMScheduler, the papers' tables, and its own promises."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from workbench.diffusion.schedule import NoiseSchedule, index_of
+
+SHAPE = (2, 3, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def linear() -> NoiseSchedule:
+    return NoiseSchedule.linear()
+
+
+def oracle(spacing: str, steps: int, *, betas: str = "linear") -> tuple[NoiseSchedule, DDIMScheduler]:
+    scheduler = DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule=betas, clip_sample=False, timestep_spacing=spacing
+    )
+    scheduler.set_timesteps(steps)
+    # Both compute in float64, so that they can be compared to the last digits.
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    return NoiseSchedule(scheduler.alphas_cumprod.numpy(), spacing=spacing), scheduler
+
+
+def draw(seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [1, 5, 10, 50, 250, 1000])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_every_step_is_diffusers_ddim_step(spacing, steps, eta):
+    schedule, scheduler = oracle(spacing, steps)
+    pairs = schedule.pairs(steps)
+    assert [t for t, _ in pairs] == scheduler.timesteps.tolist()
+    x_t, eps, noise = draw(0).double(), draw(1).double(), draw(2).double()
+    for t, t_prev in pairs[:: max(1, steps // 25)] + pairs[-1:]:
+        expected = scheduler.step(eps, t, x_t, eta=eta, variance_noise=noise if eta else None)
+        ours = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=noise)
+        torch.testing.assert_close(ours, expected.prev_sample, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(schedule.predict_x0(x_t, eps, t), expected.pred_original_sample)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50, 333])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_t_prev_is_the_next_visited_timestep_whatever_the_spacing(spacing, steps):
+    schedule, scheduler = oracle(spacing, steps)
+    visited = schedule.timesteps(steps)
+    assert list(visited) == scheduler.timesteps.tolist()
+    assert [p for _, p in schedule.pairs(steps)] == [*visited[1:], -1]
+
+
+def test_steps_offset_shifts_the_leading_spacing_as_in_diffusers():
+    scheduler = DDIMScheduler(steps_offset=1)
+    scheduler.set_timesteps(50)
+    schedule = NoiseSchedule(scheduler.alphas_cumprod.double().numpy(), offset=1)
+    assert list(schedule.timesteps(50)) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_noise_of_a_step_is_real_and_its_parts_add_up_to_the_marginal(betas):
+    """sigma^2 + D^2 = 1 - alpha_bar_prev, for any schedule, number of steps and eta."""
+    schedule, _ = oracle("trailing", 10, betas=betas)
+    one = torch.ones(1)
+    for steps in (1, 3, 10, 77, 1000):
+        for t, t_prev in schedule.pairs(steps):
+            for eta in (0.0, 0.5, 1.0):
+                sigma = schedule.sigma(t, t_prev, eta)
+                direction = schedule.direction_to_xt(one, t, t_prev, eta=eta).item()
+                assert 0.0 <= sigma <= 1.0
+                assert sigma**2 + direction**2 == pytest.approx(1 - schedule.alpha_bar(t_prev), abs=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_the_asymmetric_step_with_equal_eps_is_the_plain_step(linear, eta):
+    x_t, eps, noise = draw(0), draw(1), draw(2)
+    plain = linear.ddim_step(x_t, eps, (500, 480), eta=eta, noise=noise)
+    assert torch.equal(linear.ddim_step(x_t, eps, (500, 480), eta=eta, noise=noise, eps_direction=eps), plain)
+
+
+def test_the_asymmetric_step_splits_the_change_between_p_and_d(linear):
+    """A change of eps moves P_t by c_P and D_t by c_D; the symmetric step by their sum (Asyrp, theorem 1)."""
+    t, t_prev = 500, 480
+    x_t, eps, change = draw(0).double(), draw(1).double(), draw(2).double()
+    a, a_prev = linear.alpha_bar(t), linear.alpha_bar(t_prev)
+    c_p, c_d = -math.sqrt(a_prev * (1 - a) / a), math.sqrt(1 - a_prev)
+    plain = linear.ddim_step(x_t, eps, (t, t_prev))
+    asymmetric = linear.ddim_step(x_t, eps + change, (t, t_prev), eps_direction=eps)
+    symmetric = linear.ddim_step(x_t, eps + change, (t, t_prev))
+    torch.testing.assert_close(asymmetric - plain, c_p * change)
+    torch.testing.assert_close(symmetric - plain, (c_p + c_d) * change)
+
+
+@pytest.mark.parametrize(
+    ("steps", "eta", "first", "median", "largest"),
+    [
+        (10, 0, 1.7, 2.0, 2.6),
+        (10, 1, 1.2, 1.3, 1.6),
+        (25, 0, 3.2, 4.2, 5.6),
+        (25, 1, 1.9, 2.4, 3.1),
+        (50, 0, 5.6, 7.9, 10.6),
+        (50, 1, 3.1, 4.2, 5.6),
+        (100, 0, 11, 15, 21),
+        (100, 1, 5.5, 7.9, 10.6),
+        (1000, 0, 99, 148, 202),
+        (1000, 1, 50, 74, 101),
+    ],
+)
+def test_how_much_more_an_asymmetric_edit_does_follows_from_the_schedule(linear, steps, eta, first, median, largest):
+    """|c_P / (c_P + c_D)| over the steps, measured by moving eps by one."""
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    ratios = []
+    for pair in linear.pairs(steps)[:-1]:
+        asymmetric = linear.ddim_step(zero, one, pair, eta=eta, noise=zero, eps_direction=zero)
+        symmetric = linear.ddim_step(zero, one, pair, eta=eta, noise=zero)
+        ratios.append(abs(asymmetric / symmetric).item())
+    # The table gives two digits.
+    assert ratios[0] == pytest.approx(first, rel=0.05)
+    assert np.median(ratios) == pytest.approx(median, rel=0.05)
+    assert max(ratios) == pytest.approx(largest, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("t", "radius"),
+    [(999, 443.4), (800, 443.2), (700, 442.3), (600, 439.4), (550, 436.3), (500, 431.2), (450, 423.4), (400, 412.3)]
+    + [(300, 377.3), (200, 326.0)],
+)
+def test_the_radius_of_x_t_follows_from_alpha_bar(linear, t, radius):
+    """Images of 256 x 256 with mean square 0.3."""
+    a = linear.alpha_bar(t)
+    assert math.sqrt(3 * 256**2 * (a * 0.3 + 1 - a)) == pytest.approx(radius, abs=0.06)
+
+
+def test_alpha_bar_and_snr_at_known_timesteps(linear):
+    assert linear.alpha_bar(500) == pytest.approx(0.0778, abs=5e-5)
+    assert linear.snr(500) == pytest.approx(0.084, abs=5e-4)
+    assert linear.alpha_bar(-1) == 1.0
+    assert linear.snr(-1) == math.inf
+
+
+def test_adding_noise_and_predicting_the_image_are_inverse(linear):
+    x0, noise = draw(0).double(), draw(1).double()
+    for t in (0, 300, 999):
+        torch.testing.assert_close(linear.predict_x0(linear.add_noise(x0, noise, t), noise, t), x0)
+
+
+def test_the_predicted_image_is_not_clipped(linear):
+    assert linear.predict_x0(torch.ones(1), -torch.ones(1), 999).item() > 100
+
+
+def test_the_last_step_adds_no_noise_and_needs_none(linear):
+    x_t, eps = draw(0), draw(1)
+    assert linear.sigma(20, -1, 1.0) == 0.0
+    assert torch.equal(linear.ddim_step(x_t, eps, (20, -1), eta=1.0), linear.predict_x0(x_t, eps, 20))
+
+
+def test_a_step_that_needs_noise_says_so(linear):
+    with pytest.raises(ValueError, match="500 -> 480 with eta 0.5 adds noise"):
+        linear.ddim_step(draw(0), draw(1), (500, 480), eta=0.5)
+
+
+def test_a_list_of_timesteps_is_taken_as_it_is(linear):
+    assert linear.timesteps([900, 450, 3]) == (900, 450, 3)
+    assert linear.pairs((900, 3)) == [(900, 3), (3, -1)]
+    assert linear.timesteps(np.array([7, 2])) == (7, 2)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_an_impossible_number_of_steps_is_refused(linear, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; .* takes 1 to 1000 steps"):
+        linear.timesteps(steps)
+
+
+@pytest.mark.parametrize("visited", [[1, 2], [500, 500], [1000, 0], [5, -1], []])
+def test_a_list_that_does_not_decrease_within_the_schedule_is_refused(linear, visited):
+    with pytest.raises(ValueError, match="strictly decreasing within 999..0"):
+        linear.timesteps(visited)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan"), [0.0, 0.5, 2.0]])
+def test_an_eta_out_of_range_is_refused(linear, eta):
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
+        linear.etas(eta, 3)
+
+
+def test_an_eta_list_has_one_value_a_step(linear):
+    assert linear.etas([1, 0.5, 0], 3) == (1.0, 0.5, 0.0)
+    assert linear.etas(1, 3) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="2 values for 3 steps"):
+        linear.etas([0, 1], 3)
+
+
+def test_an_unvisited_timestep_names_its_neighbours(linear):
+    with pytest.raises(ValueError) as error:
+        index_of(610, linear.timesteps(50), trained=linear.T)
+    assert str(error.value) == (
+        "timestep 610 was not visited; 50 steps of 1000 visit 980, 960, ..., 0 (nearest 620 or 600)"
+    )
+    with pytest.raises(ValueError, match=r"\(nearest 980\)"):
+        index_of(999, linear.timesteps(50))
+    with pytest.raises(ValueError, match="timestep 600.5"):
+        index_of(600.5, linear.timesteps(50))
+    assert index_of(600, linear.timesteps(50)) == 19
+
+
+@pytest.mark.parametrize("alpha_bars", [[0.5, 0.9], [0.5], [1.2, 0.5], [0.5, -0.1], [[0.9, 0.5]], [0.9, float("nan")]])
+def test_a_schedule_that_is_not_one_is_refused(alpha_bars):
+    with pytest.raises(ValueError, match="decreasing"):
+        NoiseSchedule(np.array(alpha_bars))
+
+
+def test_an_unknown_spacing_is_refused_and_the_known_ones_are_listed(linear):
+    with pytest.raises(ValueError, match="leading, trailing, linspace"):
+        NoiseSchedule(linear.alpha_bars, spacing="karras")
+
+
+def test_a_schedule_can_not_be_changed(linear):
+    with pytest.raises(ValueError, match="read-only"):
+        linear.alpha_bars[0] = 0.5
