@@ -200,6 +200,13 @@ def check_samples(h: Any, *, t: int | None = None, fewest: int = 2) -> np.ndarra
     return h
 
 
+def pairs_of(by_t: Any) -> Iterable[tuple[int, Any]]:
+    """(t, array) pairs of a store (or what has `timesteps` and `at(t)`), a mapping, or an iterable of such pairs."""
+    if hasattr(by_t, "timesteps") and hasattr(by_t, "at"):
+        return ((t, by_t.at(t)) for t in by_t.timesteps)
+    return by_t.items() if isinstance(by_t, Mapping) else by_t
+
+
 def over_timesteps(
     h_by_t: Any, *, fewest: int = 2, samples: int = 2, progress: str | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -224,15 +231,8 @@ def over_timesteps(
     ValueError
         If there are too few timesteps, their numbers of samples differ, or a sample is not finite.
     """
-    total = None
-    if hasattr(h_by_t, "timesteps") and hasattr(h_by_t, "at"):
-        total, pairs = len(h_by_t.timesteps), ((t, h_by_t.at(t)) for t in h_by_t.timesteps)
-    elif isinstance(h_by_t, Mapping):
-        total, pairs = len(h_by_t), h_by_t.items()
-    else:
-        pairs = iter(h_by_t)
     seen, n = 0, None
-    for t, h in tqdm(pairs, total=total, desc=progress, disable=progress is None, delay=2, leave=False):
+    for t, h in tqdm(pairs_of(h_by_t), desc=progress, disable=progress is None, delay=2, leave=False):
         h = check_samples(h, t=t, fewest=samples)
         n = len(h) if n is None else n
         if len(h) != n:
@@ -410,22 +410,20 @@ def _embed(
         raise ValueError(f"k is {k}; {n} samples of {d} values have 1 to {min(n - 1, d)} components")
     if method != "pca":
         _check_neighbours(neighbours, n)
-    pca = PCA(k if method == "pca" else min(max(n_pcs, k), n - 1, d), random_state=seed, **_only(method, "pca", options))
+        n_pcs = min(max(n_pcs, k), n - 1, d)
+    linear = method == "pca"
+    pca = PCA(k if linear else n_pcs, random_state=seed, **(options if linear else {}))
     scores = pca.fit_transform(h)
     parameters = {"k": k, "seed": seed, **options}
-    if method == "pca":
+    if linear:
         points, backend, ratio = scores, "scikit-learn", pca.explained_variance_ratio_.astype(np.float64)
     else:
         make = {"umap": _umap, "pacmap": _pacmap, "tsne": _tsne}[method]
         estimator, backend = make(k, seed, neighbours, options)
         points, ratio = estimator.fit_transform(scores), None
-        parameters |= {"n_pcs": pca.n_components_, "neighbours": neighbours}
+        parameters |= {"n_pcs": n_pcs, "neighbours": neighbours}
     points = np.asarray(points, dtype=np.float64)
     return Embedding(points, method, backend, ratio, float(pca.explained_variance_ratio_.sum()), parameters)
-
-
-def _only(method: str, wanted: str, options: dict[str, Any]) -> dict[str, Any]:
-    return options if method == wanted else {}
 
 
 def _umap(k: int, seed: int, neighbours: int, options: dict[str, Any]) -> tuple[Any, str]:
@@ -453,9 +451,10 @@ def _tsne(k: int, seed: int, neighbours: int, options: dict[str, Any]) -> tuple[
     return TSNE(n_components=k, random_state=seed, **settings | options), "scikit-learn"
 
 
-def _check_neighbours(neighbours: int, most: int, *, of: str = "samples") -> None:
-    if not 1 <= neighbours < most:
-        raise ValueError(f"neighbours is {neighbours}; with {most} {of} it is 1 to {most - 1}")
+def _check_neighbours(neighbours: int, n: int, *, fewest: int = 1, most: int | None = None) -> None:
+    most = n - 1 if most is None else most
+    if not fewest <= neighbours <= most:
+        raise ValueError(f"neighbours is {neighbours}; with {n} samples it is {fewest} to {most}")
 
 
 def quality(
@@ -510,7 +509,7 @@ def quality(
         rows = np.sort(rng.permutation(len(h))[:most])
         h, points, by_name = h[rows], points[rows], {name: values[rows] for name, values in by_name.items()}
     n = len(h)
-    _check_neighbours(neighbours, -(-n // 2), of="half-samples' members")
+    _check_neighbours(neighbours, n, most=(n - 1) // 2)
     far, near = distances_of(gram(h)), distances_of(gram(points))
 
     def measure(rows: np.ndarray, k: int) -> dict[tuple[str, str, str], float]:
@@ -657,9 +656,9 @@ def _two_nn(distances: np.ndarray, discard: float = 0.1) -> float:
     nearest = _sorted_neighbours(distances, 2)
     n = len(nearest)
     log_mu = np.sort(np.log(nearest[:, 1] / nearest[:, 0]))
-    kept = slice(0, max(2, int(n * (1 - discard))))
-    survival = -np.log1p(-np.arange(1, n + 1)[kept] / (n + 1))
-    return float(log_mu[kept] @ survival / (log_mu[kept] @ log_mu[kept]))
+    kept = int(n * (1 - discard))
+    cumulative = np.arange(1, kept + 1) / (n + 1)
+    return float(log_mu[:kept] @ -np.log(1 - cumulative) / (log_mu[:kept] ** 2).sum())
 
 
 def levina_bickel(h: Any, *, neighbours: int = 10) -> float:
@@ -687,8 +686,8 @@ def levina_bickel(h: Any, *, neighbours: int = 10) -> float:
 
 
 def _levina_bickel(distances: np.ndarray, neighbours: int) -> float:
-    _check_neighbours(neighbours, len(distances))
-    nearest = _sorted_neighbours(distances, max(neighbours, 2))
+    _check_neighbours(neighbours, len(distances), fewest=2)
+    nearest = _sorted_neighbours(distances, neighbours)
     return float(1.0 / np.log(nearest[:, -1:] / nearest[:, :-1]).mean())
 
 
@@ -769,7 +768,7 @@ def _dimensions(h: np.ndarray, *, neighbours: int, resamples: int, seed: int) ->
         }
 
     n = len(h)
-    _check_neighbours(neighbours, n // 2, of="half-samples' members")
+    _check_neighbours(neighbours, n, fewest=2, most=n // 2 - 1)
     values = measure(np.arange(n))
     halves = [measure(rows) for rows in _half_samples(n, resamples, np.random.default_rng(seed))]
     rows = [(name, value, *_interval(value, [half[name] for half in halves]), n) for name, value in values.items()]
@@ -1001,10 +1000,7 @@ def cka_over_time(h_by_t: Any, *, debiased: bool = True) -> pd.DataFrame:
 
 def _similarity_vector(h: np.ndarray, *, debiased: bool) -> np.ndarray:
     """The centred inner products as a vector of length 1, so that CKA is a dot product."""
-    if debiased:
-        products = _u_centre(gram(h))
-    else:
-        products = gram(h)
+    products = _u_centre(gram(h)) if debiased else gram(h)
     length = np.linalg.norm(products)
     if length == 0:
         raise ValueError("all samples are the same; CKA needs samples that differ")

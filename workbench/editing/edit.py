@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import HEdit, Trajectory, replay
+from workbench.diffusion.sampling import EDIT_MODES, HEdit, Trajectory, replay
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.direction import Direction
 
@@ -80,6 +80,8 @@ def plan_edit(
     """What `edit` will do to h, without doing it; parameters and errors as there."""
     check_run(model, run)
     gains = step_gains(run, asymmetric, gain)
+    if mode not in EDIT_MODES:
+        raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(EDIT_MODES)}")
     if mode == "add":
         values = _delta_of(model, run, direction, scale) * gains[:, None, None, None, None]
     else:

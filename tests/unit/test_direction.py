@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from workbench.diffusion.schedule import NoiseSchedule
+from workbench.directions.direction import Direction, load_direction, random_like
+from workbench.hspace.store import HStore, create_store, open_store, write_chunk
+
+TIMESTEPS = (750, 500, 250, 0)
+SHAPE = (3, 2, 2)
+MODEL = {"name": "tiny", "hash": "0123456789abcdef", "tap": "after", "schedule": NoiseSchedule.linear().provenance()}
+PROVENANCE = {"model": MODEL, "etas": [1.0] * 4, "method": "planted", "parameters": {"k": 3}, "seeds": {"first": 0}}
+
+
+def make_direction(seed: int, *, model: dict = MODEL, timesteps=TIMESTEPS) -> Direction:
+    delta = torch.from_numpy(np.random.default_rng(seed).standard_normal((len(timesteps), *SHAPE)))
+    provenance = {**PROVENANCE, "model": model}
+    return Direction.from_delta(delta, timesteps=timesteps, name=f"d{seed}", provenance=provenance)
+
+
+def make_model(**changes) -> SimpleNamespace:
+    return SimpleNamespace(provenance=lambda: {**MODEL, **changes})
+
+
+def make_store(path: Path, h: np.ndarray, *, chunk: int = 4, model: dict = MODEL) -> HStore:
+    """A store of h with shape (n, T, C, h, w)."""
+    n = len(h)
+    provenance = {
+        "model": model,
+        "n": n,
+        "seeds": {"first": 0, "n": n},
+        "timesteps": list(TIMESTEPS),
+        "etas": [1.0] * 4,
+        "dtype": "float32",
+        "chunk": chunk,
+    }
+    store = create_store(path, provenance, {"h": (h.shape, "float32"), "seeds": ((n,), "uint64")})
+    for i, start in enumerate(range(0, n, chunk)):
+        rows = slice(start, min(start + chunk, n))
+        write_chunk(store, i, {"h": h[rows], "seeds": np.arange(n, dtype=np.uint64)[rows]})
+    return open_store(path)
+
+
+def dot(a: Direction, b: Direction) -> float:
+    return float((a.delta().double() * b.delta().double()).sum())
+
+
+def test_delta_is_scale_times_sigma_times_unit():
+    unit = torch.zeros(2, 1, 1, 2)
+    unit[0, 0, 0, 0], unit[1, 0, 0, 1] = 1.0, -1.0
+    d = Direction(unit, torch.tensor([2.0, 0.5]), (10, 0), "d", PROVENANCE)
+    assert d.delta(3.0).flatten().tolist() == [6.0, 0.0, 0.0, -1.5]
+    assert d.at(10).flatten().tolist() == [2.0, 0.0]
+    assert not d.delta(0.0).any()
+
+
+def test_at_names_the_nearest_timesteps_of_one_that_it_lacks():
+    with pytest.raises(ValueError, match="timestep 600 was not visited.*750 or 500"):
+        make_direction(0).at(600)
+
+
+def test_from_delta_splits_length_and_unit_and_keeps_zeros():
+    delta = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    delta[2] = 0
+    d = Direction.from_delta(delta, timesteps=TIMESTEPS, name="d", provenance=PROVENANCE)
+    torch.testing.assert_close(d.delta(), delta)
+    torch.testing.assert_close(d.unit.flatten(1).norm(dim=1), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    assert d.sigma[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit": torch.full((4, *SHAPE), 1.0)}, "length 1 or 0"),
+        ({"unit": torch.full((4, *SHAPE), torch.nan)}, "length 1 or 0"),
+        ({"sigma": torch.ones(3)}, "4 sigmas"),
+        ({"sigma": -torch.ones(4)}, "not negative"),
+        ({"timesteps": (0, 250, 500, 750)}, "decreasing"),
+        ({"timesteps": (500, 0)}, "2 timesteps"),
+    ],
+)
+def test_a_direction_that_contradicts_itself_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(make_direction(0), **change)
+
+
+def test_arithmetic_is_that_of_the_deltas():
+    a, b = make_direction(0), make_direction(1)
+    torch.testing.assert_close((a + b).delta(), a.delta() + b.delta())
+    torch.testing.assert_close((a - b).delta(2.0), 2 * a.delta() - 2 * b.delta())
+    torch.testing.assert_close((-a).delta(), -a.delta())
+    torch.testing.assert_close((-1.5 * a).delta(), -1.5 * a.delta())
+    torch.testing.assert_close((a * np.float64(0.5) + 2 * (a - b)).delta(), 2.5 * a.delta() - 2 * b.delta())
+    assert ((-1.5 * a).sigma > 0).all()
+    assert not (a - a).delta().any()
+
+
+def test_arithmetic_records_its_operands():
+    combined = 2 * make_direction(0) - make_direction(1)
+    first, second = combined.provenance["parameters"]["of"]
+    assert combined.name == "(2 d0) - d1"
+    assert first["parameters"]["of"][0]["parameters"] == {"k": 3} and first["parameters"]["factor"] == 2
+    assert second["name"] == "d1" and combined.provenance["model"] == MODEL
+
+
+def test_arithmetic_with_other_things_is_refused():
+    with pytest.raises(TypeError):
+        make_direction(0) + 1
+    with pytest.raises(TypeError):
+        make_direction(0) * make_direction(1)
+    with pytest.raises(ValueError, match="finite"):
+        make_direction(0) * float("nan")
+
+
+@pytest.mark.parametrize("combine", [lambda a, b: a + b, lambda a, b: a - b, Direction.orthogonal_to, Direction.cosine])
+def test_directions_of_other_models_taps_or_timesteps_do_not_mix(combine):
+    a = make_direction(0)
+    with pytest.raises(ValueError, match="weights ffff"):
+        combine(a, make_direction(1, model={**MODEL, "hash": "ffff"}))
+    with pytest.raises(ValueError, match="'middle'"):
+        combine(a, make_direction(1, model={**MODEL, "tap": "middle"}))
+    with pytest.raises(ValueError, match="2 steps t=500..0.*resampled"):
+        combine(a, make_direction(1, timesteps=(500, 0)))
+
+
+def test_orthogonal_to_removes_the_span_of_all_others_at_once():
+    v, a, b = make_direction(0), make_direction(1), make_direction(2) + 3 * make_direction(1)
+    rest = v.orthogonal_to(a, b)
+    assert abs(rest.cosine(a)) < 1e-6 and abs(rest.cosine(b)) < 1e-6
+    one_by_one = v.orthogonal_to(a).orthogonal_to(b)
+    assert abs(one_by_one.cosine(a)) > 1e-3
+    # What was removed lies in the span, so the rest is the least-squares residual.
+    basis = torch.stack([a.delta().flatten(), b.delta().flatten()], dim=1).double()
+    fitted = basis @ torch.linalg.lstsq(basis, v.delta().flatten().double()[:, None]).solution
+    torch.testing.assert_close(rest.delta().flatten().double(), v.delta().flatten() - fitted[:, 0], atol=1e-6, rtol=0)
+
+
+def test_orthogonal_to_one_is_the_papers_formula():
+    v, a = make_direction(0), make_direction(1)
+    expected = v.delta() - dot(v, a) / dot(a, a) * a.delta()
+    torch.testing.assert_close(v.orthogonal_to(a).delta(), expected)
+
+
+def test_orthogonal_to_is_idempotent_and_does_not_depend_on_order_length_or_repetition():
+    v, a, b = make_direction(0), make_direction(1), make_direction(2)
+    rest = v.orthogonal_to(a, b).delta()
+    for other in (v.orthogonal_to(a, b).orthogonal_to(a, b), v.orthogonal_to(b, -100 * a), v.orthogonal_to(a, b, a)):
+        torch.testing.assert_close(other.delta(), rest, atol=1e-6, rtol=0)
+
+
+def test_orthogonal_per_step_holds_at_each_timestep_where_the_whole_one_does_not():
+    v, a, b = make_direction(0), make_direction(1), make_direction(2)
+    per_step = v.orthogonal_to(a, b, per_step=True)
+    assert per_step.cosine(a, per_step=True).abs().max() < 1e-6
+    assert per_step.cosine(b, per_step=True).abs().max() < 1e-6
+    assert v.orthogonal_to(a, b).cosine(a, per_step=True).abs().max() > 1e-2
+
+
+def test_orthogonal_to_a_direction_that_acts_elsewhere_changes_nothing():
+    v, a = make_direction(0).restricted_to((750, 500)), make_direction(1).restricted_to((250, 0))
+    torch.testing.assert_close(v.orthogonal_to(a, per_step=True).delta(), v.delta())
+
+
+def test_orthogonal_to_its_own_span_is_refused():
+    v, a = make_direction(0), make_direction(1)
+    with pytest.raises(ValueError, match="nothing is left of d0.*span of"):
+        v.orthogonal_to(a, 2 * v - a)
+    with pytest.raises(ValueError, match="at least one"):
+        v.orthogonal_to()
+
+
+def test_restricted_to_includes_both_ends_and_is_zero_outside():
+    d = make_direction(0)
+    part = d.restricted_to((500, 250))
+    assert not part.delta()[[0, 3]].any() and not part.unit[[0, 3]].any() and not part.sigma[[0, 3]].any()
+    assert torch.equal(part.delta()[1:3], d.delta()[1:3])
+    with pytest.raises(ValueError, match="no timestep of d0 lies in 250..500"):
+        d.restricted_to((250, 500))
+
+
+def test_resampled_to_its_own_timesteps_is_the_same_direction():
+    d = make_direction(0)
+    for same in (d.resampled(TIMESTEPS), d.resampled(4)):
+        assert same.timesteps == TIMESTEPS
+        torch.testing.assert_close(same.delta(), d.delta())
+
+
+def test_resampled_takes_the_nearest_unit_and_interpolates_sigma():
+    d = make_direction(0)
+    new = d.resampled((900, 700, 375, 100))
+    assert torch.equal(new.unit, d.unit[[0, 0, 1, 3]])
+    s = d.sigma
+    expected = torch.stack([s[0], 0.8 * s[0] + 0.2 * s[1], (s[1] + s[2]) / 2, 0.4 * s[2] + 0.6 * s[3]])
+    torch.testing.assert_close(new.sigma, expected)
+    assert d.resampled(10).timesteps == NoiseSchedule.linear().timesteps(10)
+
+
+def test_resampled_keeps_a_restricted_direction_silent_outside_of_its_range():
+    part = make_direction(0).restricted_to((750, 500)).resampled(8)
+    assert ((part.sigma > 0) == (part.unit.flatten(1).norm(dim=1) > 0)).all()
+    assert not part.delta()[[t < 375 for t in part.timesteps]].any()
+
+
+def test_cosine_of_known_angles():
+    a, b = make_direction(0), make_direction(1)
+    assert a.cosine(3 * a) == pytest.approx(1) and a.cosine(-a) == pytest.approx(-1)
+    b = b.orthogonal_to(a)
+    mixed = 3 * a + 3 * (a.sigma.norm() / b.sigma.norm()).item() * b
+    assert mixed.cosine(a) == pytest.approx(0.5**0.5)
+    per_step = a.cosine(a.restricted_to((750, 500)), per_step=True)
+    torch.testing.assert_close(per_step, torch.tensor([1, 1, torch.nan, torch.nan]), equal_nan=True)
+
+
+def test_calibrated_makes_one_unit_of_scale_one_sigma_of_the_population(tmp_path):
+    h = np.random.default_rng(0).standard_normal((30, 4, *SHAPE)).astype(np.float32) * 5 + 100
+    d = (make_direction(0) + 4 * make_direction(1)).restricted_to((500, 0))
+    done = d.calibrated(make_store(tmp_path / "a.zarr", h, chunk=7), progress=False)
+    for i, t in enumerate(TIMESTEPS[1:], start=1):
+        projection = h[:, i].reshape(30, -1).astype(np.float64) @ done.unit[i].flatten().double().numpy()
+        assert float(done.sigma[done.timesteps.index(t)]) == pytest.approx(projection.std(ddof=1), rel=1e-4)
+    assert done.sigma[0] == 0
+    assert torch.equal(done.unit, d.unit)
+    other = d.calibrated(make_store(tmp_path / "b.zarr", h, chunk=30), progress=False)
+    torch.testing.assert_close(other.sigma, done.sigma)
+
+
+def test_calibrated_refuses_a_store_of_another_model(tmp_path):
+    h = np.ones((2, 4, *SHAPE), dtype=np.float32)
+    with pytest.raises(ValueError, match="weights ffff"):
+        make_direction(0).calibrated(make_store(tmp_path / "a.zarr", h, model={**MODEL, "hash": "ffff"}))
+    with pytest.raises(ValueError, match="at least two"):
+        make_direction(0).calibrated(make_store(tmp_path / "b.zarr", h[:1]))
+
+
+def test_check_fits_names_what_differs():
+    d = make_direction(0)
+    d.check_fits(make_model(name="renamed"), TIMESTEPS)
+    with pytest.raises(ValueError, match="weights 0123456789abcdef.*weights ffff"):
+        d.check_fits(make_model(hash="ffff"))
+    with pytest.raises(ValueError, match=r"'before'.*model.tapped\('after'\)"):
+        d.check_fits(make_model(tap="before"))
+    with pytest.raises(ValueError, match="4 steps t=750..0, the run has 2 steps t=500..0.*resampled"):
+        d.check_fits(make_model(), (500, 0))
+
+
+def test_a_saved_direction_comes_back_whole(tmp_path):
+    d = replace(make_direction(0) - make_direction(1), extras={"singular_value": 2.5})
+    path = d.save(tmp_path / "sub" / "d.safetensors")
+    back = load_direction(path, model=make_model())
+    assert torch.equal(back.unit, d.unit) and torch.equal(back.sigma, d.sigma)
+    assert (back.timesteps, back.name, back.provenance, back.extras) == (d.timesteps, d.name, d.provenance, d.extras)
+    assert [p.name for p in path.parent.iterdir()] == ["d.safetensors"]
+
+
+def test_the_header_of_a_saved_direction_holds_its_provenance(tmp_path):
+    with safe_open(make_direction(0).save(tmp_path / "d.safetensors"), framework="pt") as file:
+        assert json.loads(file.metadata()["direction"])["provenance"] == PROVENANCE
+
+
+def test_a_failed_save_leaves_the_last_good_file(tmp_path):
+    path = make_direction(0).save(tmp_path / "d.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        replace(make_direction(1), extras={"x": object()}).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_a_direction_of_another_model_or_tap_is_refused(tmp_path):
+    path = make_direction(0).save(tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match="don't carry over"):
+        load_direction(path, model=make_model(hash="ffff"))
+    with pytest.raises(ValueError, match="'middle'"):
+        load_direction(path, model=make_model(tap="middle"))
+
+
+def test_foreign_and_corrupt_files_are_refused(tmp_path):
+    path = tmp_path / "d.safetensors"
+    with pytest.raises(FileNotFoundError, match="no direction"):
+        load_direction(path)
+    save_file({"unit": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a direction of the workbench"):
+        load_direction(path)
+    path.write_text("not safetensors at all")
+    with pytest.raises(ValueError, match="truncated or of another kind"):
+        load_direction(path)
+    whole = make_direction(0).save(path).read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="truncated or of another kind"):
+        load_direction(path)
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ValueError, match="checksum"):
+        load_direction(path)
+
+
+def test_random_like_has_the_same_lengths_and_another_way():
+    shape = (4, 64, 8, 8)
+    delta = torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
+    d = Direction.from_delta(delta, timesteps=TIMESTEPS, name="d", provenance=PROVENANCE).restricted_to((750, 250))
+    control = random_like(d, seed=3)
+    assert torch.equal(control.sigma, d.sigma)
+    torch.testing.assert_close(control.delta().flatten(1).norm(dim=1), d.delta().flatten(1).norm(dim=1))
+    assert torch.equal(control.delta(), random_like(d, seed=3).delta())
+    # In 4096 dimensions the cosine of random directions has a standard deviation of 1/64.
+    assert control.cosine(d, per_step=True)[:3].abs().max() < 5 / 64
+    assert control.cosine(random_like(d, seed=4), per_step=True)[:3].abs().max() < 5 / 64
+    assert float((control.unit[0] * control.unit[1]).sum().abs()) < 5 / 64
+
+
+def test_random_like_does_not_touch_the_global_generators():
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    random_like(make_direction(0), seed=0)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+def test_repr_is_one_line_with_name_method_and_model():
+    text = repr(make_direction(0))
+    assert "\n" not in text
+    assert all(part in text for part in ("'d0'", "planted", "'tiny'", "4 steps t=750..0", "'after'"))

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from workbench.diffusion.schedule import NoiseSchedule
+from workbench.directions import pca
+from workbench.directions.direction import Direction
+from workbench.directions.pca import find_pca
+from workbench.hspace.store import HStore, create_store, open_store, write_chunk
+
+SHAPE = (5, 2, 2)
+D = 20
+MODEL = {"name": "tiny", "hash": "0123456789abcdef", "tap": "after", "schedule": NoiseSchedule.linear().provenance()}
+
+
+def make_store(path: Path, h: np.ndarray, *, chunk: int = 16) -> HStore:
+    """A store of h with shape (n, T, C*h*w)."""
+    n, steps, d = h.shape
+    h = h.reshape(n, steps, d // 4, 2, 2)
+    provenance = {
+        "model": MODEL,
+        "seeds": {"first": 0, "n": n},
+        "timesteps": [100 * i for i in reversed(range(steps))],
+        "etas": [1.0] * steps,
+        "dtype": "float32",
+        "chunk": chunk,
+    }
+    store = create_store(path, provenance, {"h": (h.shape, "float32"), "seeds": ((n,), "uint64")})
+    for i, start in enumerate(range(0, n, chunk)):
+        rows = slice(start, min(start + chunk, n))
+        write_chunk(store, i, {"h": h[rows].astype(np.float32), "seeds": np.arange(n, dtype=np.uint64)[rows]})
+    return open_store(path)
+
+
+def planted(n: int = 300, d: int = D, *, steps: int = 3, noise: float = 0.1, seed: int = 0):
+    """h = mean + sum_j sigma_tj z_j axis_tj + noise; axes drift slowly over t, standard deviations decrease in j.
+
+    Returns h of shape (n, T, d), axes (T, 4, d), sigmas (T, 4) and factors z (n, 4).
+    """
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal((n, 4))
+    z = np.linalg.qr(z - z.mean(axis=0))[0] * (n - 1) ** 0.5
+    base, drift = rng.standard_normal((4, d)), rng.standard_normal((4, d))
+    axes = np.stack([np.linalg.qr((base + 0.15 * i * drift).T)[0].T for i in range(steps)])
+    sigmas = np.array([8.0, 5.0, 3.0, 2.0]) * (1 + 0.5 * np.arange(steps))[:, None]
+    h = np.einsum("nj,tj,tjd->ntd", z, sigmas, axes) + noise * rng.standard_normal((n, steps, d)) + 3.0
+    return h, axes, sigmas, z
+
+
+def units_of(pcs) -> np.ndarray:
+    """(T, k, d)."""
+    return torch.stack([pc.unit.flatten(1) for pc in pcs], dim=1).numpy()
+
+
+def test_components_are_those_of_scikit_learn(tmp_path):
+    h = np.random.default_rng(0).standard_normal((60, 3, D)) * np.linspace(3, 0.5, D) + 2
+    pcs = find_pca(make_store(tmp_path / "h.zarr", h), 6, align=False)
+    for i in range(3):
+        reference = PCA(6, svd_solver="full").fit(h[:, i])
+        cosines = np.abs((units_of(pcs)[i] * reference.components_).sum(axis=1))
+        np.testing.assert_allclose(cosines, 1, atol=1e-5)
+        np.testing.assert_allclose([pc.sigma[i] for pc in pcs], reference.explained_variance_**0.5, rtol=1e-5)
+        np.testing.assert_allclose(pcs.explained_variance_ratio[i], reference.explained_variance_ratio_, rtol=1e-5)
+        np.testing.assert_allclose(pcs.mean[i].flatten(), reference.mean_, rtol=1e-5)
+        np.testing.assert_allclose(np.abs(pcs.scores[:, i]), np.abs(reference.transform(h[:, i])), atol=1e-3, rtol=0)
+
+
+def test_planted_components_are_found_with_their_sigma(tmp_path):
+    h, axes, sigmas, _ = planted()
+    pcs = find_pca(make_store(tmp_path / "h.zarr", h), 4)
+    assert np.abs((units_of(pcs) * axes).sum(axis=2)).min() > 0.999
+    np.testing.assert_allclose(torch.stack([pc.sigma for pc in pcs], dim=1), sigmas, rtol=0.02)
+
+
+def test_a_large_matrix_takes_the_randomized_route_and_agrees_with_the_exact_one(tmp_path):
+    h, axes, _, _ = planted(n=520, d=600, steps=1)
+    pcs = find_pca(make_store(tmp_path / "h.zarr", h, chunk=200), 4)
+    exact = PCA(4, svd_solver="full").fit(h[:, 0]).components_
+    assert np.abs((units_of(pcs)[0] * exact).sum(axis=1)).min() > 0.9999
+
+
+def test_one_unit_of_scale_is_one_standard_deviation_of_the_scores(tmp_path):
+    h, *_ = planted()
+    store = make_store(tmp_path / "h.zarr", h)
+    for pcs in (find_pca(store, 3), find_pca(store, 3, joint=True)):
+        for j, pc in enumerate(pcs):
+            np.testing.assert_allclose((pcs.scores[:, :, j] / pc.sigma.numpy()).std(axis=0, ddof=1), 1, rtol=1e-5)
+            torch.testing.assert_close(pc.calibrated(store).sigma, pc.sigma, rtol=1e-4, atol=0)
+            projected = np.einsum("ntd,td->nt", h - h.mean(axis=0), pc.unit.flatten(1).numpy())
+            np.testing.assert_allclose(pcs.scores[:, :, j], projected, atol=1e-3)
+
+
+def test_order_swapped_and_signs_flipped_between_timesteps_are_repaired(tmp_path):
+    _, axes, _, z = planted(steps=3)
+    # At the middle timestep the second factor gets the largest variance and the first one the smallest.
+    sigmas = np.array([[8, 5, 3, 2], [2, 9, 5, 3], [8, 5, 3, 2]], dtype=float)
+    h = np.einsum("nj,tj,tjd->ntd", z, sigmas, axes)
+    store = make_store(tmp_path / "h.zarr", h)
+    aligned, plain = find_pca(store, 4), find_pca(store, 4, align=False)
+    cosines = (units_of(aligned) * axes).sum(axis=2)
+    assert np.abs(cosines).min() > 0.99
+    assert (np.sign(cosines) == np.sign(cosines[0])).all()
+    assert aligned.matched_cosine.shape == (2, 4) and aligned.matched_cosine.min() > 0.8
+    assert plain.matched_cosine.min() < 0.5
+    assert (np.diff(plain.explained_variance_ratio, axis=1) < 0).all()
+    np.testing.assert_allclose(torch.stack([pc.sigma for pc in aligned], dim=1), sigmas, rtol=0.01)
+
+
+def test_a_component_is_matched_even_if_it_falls_out_of_the_first_k_for_a_while(tmp_path):
+    _, axes, _, z = planted(steps=3)
+    sigmas = np.array([[8, 2, 1.5, 1], [1, 3, 2, 1.5], [8, 2, 1.5, 1]])
+    pcs = find_pca(make_store(tmp_path / "h.zarr", np.einsum("nj,tj,tjd->ntd", z, sigmas, axes)), 1)
+    assert np.abs((units_of(pcs)[:, 0] * axes[:, 0]).sum(axis=1)).min() > 0.99
+
+
+def test_a_factor_that_appears_late_is_not_lost_to_one_that_matters_early_only(tmp_path):
+    _, axes, _, z = planted(steps=3)
+    sigmas = np.array([[8, 2, 1.5, 0.1], [3, 2, 1.5, 20], [3, 2, 1.5, 20]])
+    pcs = find_pca(make_store(tmp_path / "h.zarr", np.einsum("nj,tj,tjd->ntd", z, sigmas, axes)), 1)
+    assert abs((units_of(pcs)[2, 0] * axes[2, 3]).sum()) > 0.99
+
+
+def test_alignment_does_not_depend_on_signs_and_order_that_a_decomposition_returns():
+    _, axes, _, _ = planted(steps=5)
+    rng = np.random.default_rng(1)
+
+    def aligned(components):
+        order, signs = pca._chain(components)
+        return np.stack([c[o] * s[:, None] for c, o, s in zip(components, order, signs, strict=True)])
+
+    shuffled = [axes[0], *(a[rng.permutation(4)] for a in axes[1:])]
+    flipped = [a * rng.choice([-1.0, 1.0], size=(4, 1)) for a in shuffled]
+    np.testing.assert_allclose(aligned(flipped), aligned(list(axes)))
+
+
+def test_result_does_not_depend_on_the_chunks_of_the_store(tmp_path):
+    h, *_ = planted()
+    one, other = (find_pca(make_store(tmp_path / f"{c}.zarr", h, chunk=c), 4) for c in (7, 300))
+    np.testing.assert_allclose(units_of(one), units_of(other), atol=1e-5)
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [50, 64, 299])
+def test_blocks_of_samples_give_the_components_of_the_whole(tmp_path, monkeypatch, rows):
+    """A matrix above the limit is decomposed block by block."""
+    h, *_ = planted()
+    store = make_store(tmp_path / "h.zarr", h)
+    whole = find_pca(store, 4)
+    monkeypatch.setattr(pca, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(pca, "BLOCK_ROWS", rows)
+    blocks = find_pca(store, 4)
+    assert (units_of(blocks) * units_of(whole)).sum(axis=2).min() > 0.999
+    np.testing.assert_allclose(blocks.explained_variance_ratio, whole.explained_variance_ratio, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("chunk", "rows", "n"), [(7, 5, 40), (7, 7, 40), (16, 40, 40), (16, 15, 33), (3, 100, 2)])
+def test_blocks_hold_the_first_n_samples_in_order(tmp_path, chunk, rows, n):
+    h = np.random.default_rng(0).standard_normal((40, 2, D)).astype(np.float32)
+    blocks = list(pca._blocks(make_store(tmp_path / "h.zarr", h, chunk=chunk), 0, n, rows))
+    np.testing.assert_array_equal(np.concatenate(blocks), h[:n, 1])
+    assert {len(b) for b in blocks[:-1]} <= {rows} and len(blocks[-1]) <= rows
+
+
+def test_joint_is_the_pca_of_the_standardised_concatenation(tmp_path):
+    h, axes, _, z = planted()
+    pcs = find_pca(make_store(tmp_path / "h.zarr", h), 4, joint=True)
+    standardised = h / np.sqrt(h.var(axis=0, ddof=1).sum(axis=1))[:, None]
+    reference = PCA(4, svd_solver="full").fit_transform(standardised.reshape(len(h), -1))
+    correlation = np.corrcoef(pcs.shared_scores.T, reference.T)[:4, 4:]
+    np.testing.assert_allclose(np.abs(np.diag(correlation)), 1, atol=1e-4)
+    # The direction at t is the regression of h_t on the shared scores.
+    slopes = np.einsum("ntd,nj->tjd", h - h.mean(axis=0), pcs.shared_scores)
+    slopes /= np.linalg.norm(slopes, axis=2, keepdims=True)
+    np.testing.assert_allclose(units_of(pcs), slopes, atol=1e-3)
+    np.testing.assert_allclose(pcs.shared_scores.std(axis=0, ddof=1), 1, rtol=1e-5)
+    assert np.abs((units_of(pcs) * axes).sum(axis=2)).min() > 0.99
+
+
+def test_joint_scores_follow_one_factor_through_a_swap_of_order(tmp_path):
+    _, axes, _, z = planted(steps=2)
+    sigmas = np.array([[8, 2, 1, 0.5], [3, 5, 1, 0.5]])
+    pcs = find_pca(make_store(tmp_path / "h.zarr", np.einsum("nj,tj,tjd->ntd", z, sigmas, axes)), 1, joint=True)
+    assert abs(np.corrcoef(pcs.shared_scores[:, 0], z[:, 0])[0, 1]) > 0.99
+
+
+def test_the_interval_covers_the_share_and_shrinks_with_n(tmp_path):
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((1600, 1, D)) * np.array([4.0, 2.0] + [0.5] * (D - 2))
+    store = make_store(tmp_path / "h.zarr", h, chunk=200)
+    many, few = find_pca(store, 2), find_pca(store, 2, n=100)
+    for pcs in (many, few):
+        low, high = pcs.explained_variance_interval[..., 0], pcs.explained_variance_interval[..., 1]
+        assert (low < pcs.explained_variance_ratio).all() and (pcs.explained_variance_ratio < high).all()
+    width = [np.ptp(pcs.explained_variance_interval[0, 0]) for pcs in (many, few)]
+    # Widths go with 1 / sqrt(n): a factor of 4 here.
+    assert 2.5 < width[1] / width[0] < 6.5
+    # Delta method for a / (a + sum b): a Gaussian's variances have standard errors sqrt(2/n) a and sqrt(2/n) b.
+    a, others = 16.0, np.array([4.0] + [0.25] * (D - 2))
+    error = np.sqrt(2 / 1600 * (a**2 * others.sum() ** 2 + a**2 * (others**2).sum())) / (a + others.sum()) ** 2
+    assert width[0] == pytest.approx(2 * 1.96 * error, rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_result(tmp_path):
+    store = make_store(tmp_path / "h.zarr", planted()[0])
+    one, other = find_pca(store, 3), find_pca(store, 3)
+    assert np.array_equal(units_of(one), units_of(other))
+    assert np.array_equal(one.explained_variance_interval, other.explained_variance_interval)
+
+
+def test_result_is_a_sequence_of_directions_with_provenance(tmp_path):
+    store = make_store(tmp_path / "h.zarr", planted()[0])
+    pcs = find_pca(store, 4, n=200)
+    assert isinstance(pcs, Sequence) and len(pcs) == 4
+    assert [pc.name for pc in pcs] == ["PC1", "PC2", "PC3", "PC4"]
+    assert [pc.name for pc in pcs[1:3]] == ["PC2", "PC3"] and pcs[-1] is pcs[3]
+    assert all(isinstance(pc, Direction) for pc in pcs)
+    assert pcs[1].h_shape == SHAPE and pcs[1].timesteps == store.timesteps
+    provenance = pcs[1].provenance
+    assert provenance["model"] == MODEL and provenance["seeds"] == {"first": 0, "n": 300}
+    assert provenance["method"] == "pca"
+    assert provenance["parameters"] == {"component": 2, "k": 4, "joint": False, "n": 200, "align": True, "seed": 0}
+    assert pcs.scores.shape == (200, 3, 4) and pcs.explained_variance_interval.shape == (3, 4, 2)
+    assert "\n" not in repr(pcs) and "4 of 200 samples" in repr(pcs)
+
+
+def test_a_store_of_one_timestep_has_no_neighbours(tmp_path):
+    pcs = find_pca(make_store(tmp_path / "h.zarr", planted(steps=1)[0]), 2)
+    assert pcs.matched_cosine.shape == (0, 2) and len(pcs[0].timesteps) == 1
+
+
+def test_k_and_n_out_of_range_are_refused(tmp_path):
+    store = make_store(tmp_path / "h.zarr", planted(n=12)[0])
+    assert len(find_pca(store, 11)) == 11
+    with pytest.raises(ValueError, match="k is 12; 12 samples of 20 values have 1 to 11 components"):
+        find_pca(store, 12)
+    with pytest.raises(ValueError, match="k is 0"):
+        find_pca(store, 0)
+    with pytest.raises(ValueError, match="k is 5; 4 samples"):
+        find_pca(store, 5, n=4)
+    with pytest.raises(ValueError, match="n is 13; .* 2 to 12 samples"):
+        find_pca(store, 2, n=13)
+
+
+def test_a_value_that_is_not_finite_names_sample_and_timestep(tmp_path):
+    store = make_store(tmp_path / "h.zarr", planted(n=40)[0])
+    store.group["h"][21, 1, 2, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="sample 21 at timestep 100 is not finite"):
+        find_pca(store, 2)
+    find_pca(store, 2, n=20)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_h_that_does_not_vary_is_refused(tmp_path):
+    h = planted(n=20)[0]
+    h[:, 1] = 0.3
+    with pytest.raises(ValueError, match="timestep 100 is the same for all 20 samples"):
+        find_pca(make_store(tmp_path / "h.zarr", h), 2)

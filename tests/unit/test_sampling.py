@@ -1,0 +1,427 @@
+"""Sampling, replay, edits of h and inversion, against loops that are written out here."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from workbench.diffusion.noise import initial_noise, step_noise
+from workbench.diffusion.sampling import HEdit, batches, progress_bar, slerp
+
+STEPS = 4
+
+
+def sample(model, seeds=range(3), **options):
+    return wb.sample(model, seeds, **{"steps": STEPS, "progress": False, **options})
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return sample(tiny, record_h=True, record_x=True)
+
+
+def naive(model, run, *, delta=None, asymmetric=False):
+    """The reverse process with two whole passes a step, the equations written out."""
+    x_t, schedule = run.x_T.clone(), model.schedule
+    with torch.inference_mode():
+        for i, (t, t_prev) in enumerate(schedule.pairs(run.timesteps)):
+            plain = model(x_t, t)
+            eps = plain if delta is None else model.decode(model.encode(x_t, t), delta[i])
+            a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+            sigma = run.etas[i] * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+            p_t = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
+            d_t = math.sqrt(1 - a_prev - sigma**2) * (plain if asymmetric else eps)
+            x_t = math.sqrt(a_prev) * p_t + d_t + sigma * step_noise(run.seeds, run.x_T.shape[1:], t=t)
+    return x_t
+
+
+def close(a, b):
+    # Untrained networks leave images with values in the tens.
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# A seed is a sample
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0, [1.0, 0.5, 0.0, 0.0]])
+def test_a_run_is_the_equation(tiny, eta):
+    run = sample(tiny, eta=eta)
+    assert run.etas == ((float(eta),) * STEPS if isinstance(eta, float) else tuple(eta))
+    assert torch.equal(run.x_T, initial_noise(range(3), tiny.image_shape))
+    close(run.x0, naive(tiny, run))
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny, run):
+    for batch_size in (1, 2, 3, 50):
+        close(sample(tiny, batch_size=batch_size).x0, run.x0)
+    close(sample(tiny, [2]).x0[0], run.x0[2])
+
+
+def test_the_bundled_models_sample_does_not_depend_on_its_batch(model):
+    together = sample(model, [3, 8, 1], steps=3)
+    torch.testing.assert_close(sample(model, [8], steps=3).x0[0], together.x0[1], atol=1e-4, rtol=0)
+
+
+def test_a_sample_does_not_depend_on_the_order_of_seeds(tiny, run):
+    shuffled = sample(tiny, [2, 0, 1], record_h=True)
+    close(shuffled.x0, run.x0[[2, 0, 1]])
+    close(shuffled.h.values, run.h.values[:, [2, 0, 1]])
+
+
+def test_different_seeds_and_different_eta_are_different_images(tiny, run):
+    assert (run.x0[0] - run.x0[1]).abs().max() > 0.1
+    assert (sample(tiny, eta=0.0).x0 - run.x0).abs().max() > 0.1
+
+
+def test_the_noise_of_a_timestep_does_not_depend_on_which_others_are_visited(tiny):
+    a, b = sample(tiny, steps=[900, 500, 100]), sample(tiny, steps=[700, 500])
+    assert torch.equal(a.noise[1], step_noise(range(3), tiny.image_shape, t=500))
+    assert torch.equal(a.noise[1][:, :1], b.noise[1][:, :1]) or b.noise[1].abs().sum() == 0
+
+
+def test_the_last_step_and_deterministic_steps_add_no_noise(tiny):
+    run = sample(tiny, eta=[1.0, 0.0, 1.0, 1.0])
+    assert [z.abs().sum().item() > 0 for z in run.noise] == [True, False, True, False]
+
+
+def test_no_noise_is_kept(run):
+    """Memory must not grow with steps unless h or x_t is asked for."""
+    bare = sample(run.model)
+    kept = {f.name: getattr(bare, f.name) for f in fields(bare)}
+    assert sum(v.numel() for v in kept.values() if torch.is_tensor(v)) == 2 * bare.x0.numel()
+    assert bare.h is bare.x is None
+
+
+def test_python_memory_does_not_grow_with_steps(tiny):
+    def peak(steps: int) -> int:
+        sample(tiny, steps=steps)
+        tracemalloc.start()
+        sample(tiny, range(64), steps=steps)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    # numpy reports its arrays to tracemalloc: 64 samples' noise of 40 steps would be 2 MB.
+    assert peak(40) < peak(4) + 500_000
+
+
+# Replay
+
+
+def test_replay_is_exact_to_the_bit(tiny, run):
+    again = wb.replay(run, record_h=True, record_x=True, progress=False)
+    assert torch.equal(again.x0, run.x0)
+    assert torch.equal(again.h.values, run.h.values)
+    assert torch.equal(again.x.values, run.x.values)
+    assert torch.equal(wb.replay(sample(tiny, range(5), batch_size=2), progress=False).x0, sample(tiny, range(5), batch_size=2).x0)
+
+
+def test_replay_of_an_edited_run_is_the_edited_image(tiny):
+    edited = sample(tiny, delta_h=torch.ones(STEPS, *tiny.h_shape))
+    assert torch.equal(wb.replay(edited, progress=False).x0, edited.x0)
+
+
+@pytest.mark.parametrize(
+    ("index", "positions"),
+    [(0, [0]), (-1, [2]), (np.int64(1), [1]), (slice(1, None), [1, 2]), ([2, 0], [2, 0]), (range(2), [0, 1])],
+)
+def test_a_part_of_a_run_is_a_run_of_these_samples(tiny, index, positions):
+    run = sample(tiny, record_h=True, record_x=True, delta_h=torch.ones(STEPS, 3, *tiny.h_shape))
+    part = run[index]
+    assert len(part) == len(positions)
+    assert part.seeds == tuple(positions)
+    assert torch.equal(part.x0, run.x0[positions])
+    assert torch.equal(part.x_T, run.x_T[positions])
+    assert torch.equal(part.h.values, run.h.values[:, positions])
+    assert torch.equal(part.x.values, run.x.values[:, positions])
+    assert part.edit.values.shape[1] == len(positions)
+    close(wb.replay(part, progress=False).x0, part.x0)
+
+
+def test_a_position_that_is_not_there_is_an_index_error(run):
+    with pytest.raises(IndexError):
+        run[3]
+    assert [r.seeds for r in run] == [(0,), (1,), (2,)]
+
+
+def test_records_are_in_the_order_of_samples_and_timesteps(tiny, run):
+    assert tuple(run.h.values.shape) == (STEPS, 3, *tiny.h_shape)
+    assert tuple(run.x.values.shape) == (STEPS, 3, *tiny.image_shape)
+    assert run.h.timesteps == run.timesteps == tiny.schedule.timesteps(STEPS)
+    assert torch.equal(run.x.values[0], run.x_T)
+    for i, t in enumerate(run.timesteps):
+        close(tiny.encode(run.x.values[i], t).h, run.h.values[i])
+        assert np.array_equal(run.h.at(t), run.h.values[i].reshape(3, -1).numpy())
+        assert run.h.at(t).dtype == np.float32
+
+
+def test_x_t_is_the_same_kept_or_computed_again(tiny, run):
+    bare = sample(tiny)
+    for t in run.timesteps:
+        assert torch.equal(bare.x_at(t), run.x_at(t))
+    edited = sample(tiny, delta_h=torch.ones(STEPS, *tiny.h_shape), record_x=True)
+    for t in run.timesteps:
+        assert torch.equal(sample(tiny, delta_h=torch.ones(STEPS, *tiny.h_shape)).x_at(t), edited.x_at(t))
+
+
+def test_an_unvisited_timestep_is_refused_with_its_neighbours(run):
+    message = r"timestep 610 was not visited; 4 steps of 1000 visit 750, 500, 250, 0 \(nearest 750 or 500\)"
+    for ask in (run.h.at, run.x.at, run.x_at):
+        with pytest.raises(ValueError, match="timestep 610 was not visited; 4 steps"):
+            ask(610)
+    with pytest.raises(ValueError, match=message):
+        run.x_at(610)
+
+
+def test_results_can_be_differentiated_by_their_user(tiny, run):
+    """Inference mode stays inside: its tensors could not enter a Jacobian."""
+    assert not run.x0.is_inference()
+    assert not run.h.values.is_inference()
+    assert not run.x_at(500).is_inference()
+
+
+def test_the_reprs_are_one_line_and_say_what_is_there(run):
+    assert repr(run) == "Trajectory('tiny', 3 samples, seeds 0..2, 4 steps t=750..0, eta 1, records h, x)"
+    assert repr(run.h) == "StepRecord((4, 3, 16, 4, 4), t=750..0)"
+    assert "seeds 1234567890123" in repr(sample(run.model, 1234567890123))
+
+
+# Edits of h
+
+
+def test_adding_zero_changes_nothing_to_the_bit_and_adding_something_does(tiny, run):
+    zero = torch.zeros(STEPS, *tiny.h_shape)
+    assert torch.equal(sample(tiny, delta_h=zero).x0, run.x0)
+    plus, minus = sample(tiny, delta_h=zero + 1).x0, sample(tiny, delta_h=zero - 1).x0
+    assert (plus - run.x0).abs().max() > 1e-3
+    assert (plus - minus).abs().max() > 1e-3
+
+
+def test_delta_h_can_differ_from_sample_to_sample(tiny, run):
+    delta = torch.zeros(STEPS, 3, *tiny.h_shape)
+    delta[:, 1] = 1.0
+    edited = sample(tiny, delta_h=delta).x0
+    close(edited[[0, 2]], run.x0[[0, 2]])
+    assert (edited[1] - run.x0[1]).abs().max() > 1e-3
+    close(sample(tiny, delta_h=delta, batch_size=1).x0, edited)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("tap", ["before", "middle", "after"])
+def test_an_edit_is_the_equation(tiny, tap, eta, asymmetric):
+    """Symmetric: Haas et al. eq. 6. Asymmetric: Asyrp eq. 5, here with two full passes a step."""
+    model = tiny.tapped(tap)
+    run = sample(model, eta=eta)
+    delta = torch.randn(STEPS, *model.h_shape, generator=torch.Generator().manual_seed(0))
+    edited = wb.replay(run, edit=HEdit(delta[:, None], asymmetric=asymmetric), progress=False).x0
+    close(edited, naive(model, run, delta=delta, asymmetric=asymmetric))
+    assert (edited - naive(model, run, delta=delta, asymmetric=not asymmetric)).abs().max() > 1e-3
+
+
+def test_an_edit_acts_at_its_active_steps_alone(tiny, run):
+    delta = torch.ones(STEPS, 1, *tiny.h_shape)
+    active = (False, True, False, False)
+    edited = wb.replay(run, edit=HEdit(delta, active=active), record_x=True, progress=False)
+    assert torch.equal(edited.x.values[:2], run.x.values[:2])
+    assert (edited.x.values[2] - run.x.values[2]).abs().max() > 1e-4
+    masked = delta * torch.tensor(active).view(-1, 1, 1, 1, 1)
+    close(edited.x0, wb.replay(run, edit=HEdit(masked), progress=False).x0)
+
+
+H = torch.tensor([[3.0, 4.0], [1.0, 0.0]]).view(2, 2, 1, 1)
+OTHER = torch.tensor([[[0.0, 2.0]], [[5.0, 5.0]]]).view(2, 1, 2, 1, 1)
+
+
+def test_the_modes_of_an_edit_on_numbers_that_can_be_checked_by_hand():
+    both = slice(0, 2)
+    assert torch.equal(HEdit(OTHER)(0, H, both), H + torch.tensor([0.0, 2.0]).view(1, 2, 1, 1))
+    assert HEdit(OTHER, mode="replace")(0, H, both).flatten(1).tolist() == [[0.0, 2.0], [0.0, 2.0]]
+    # Half-way from (1, 0) to the direction of (0, 2), at the norm of (1, 0).
+    half = HEdit(OTHER, mode="slerp", weight=0.5)(0, H, both)
+    assert half[1].flatten().tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)], abs=1e-6)
+    assert half.flatten(1).norm(dim=1).tolist() == pytest.approx([5.0, 1.0], rel=1e-6)
+    whole = HEdit(OTHER, mode="slerp", weight=1.0)(0, H, both)
+    assert whole.flatten(1).tolist() == [pytest.approx([0, 5], abs=1e-5), pytest.approx([0, 1], abs=1e-6)]
+    torch.testing.assert_close(HEdit(OTHER, mode="slerp", weight=0.0)(0, H, both), H)
+    assert HEdit(OTHER, active=(False, True))(0, H, both) is None
+    assert HEdit(OTHER, active=(False, True))(1, H, both) is not None
+
+
+def test_an_edit_of_many_samples_takes_those_of_the_batch():
+    values = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(1, 3, 2, 1, 1)
+    assert HEdit(values)(0, torch.zeros(1, 2, 1, 1), slice(2, 3)).flatten().tolist() == [2.0, 2.0]
+    assert HEdit(values)[[0, 2]].values[0, :, 0, 0, 0].tolist() == [0.0, 2.0]
+    assert HEdit(values)[1:2].values.shape[1] == 1
+
+
+def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
+    a = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(1)) * 7
+    for weight in (0.0, 0.3, 1.0):
+        torch.testing.assert_close(slerp(a, b, weight).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+        torch.testing.assert_close(slerp(a, 3 * a, weight), a)
+    assert torch.isfinite(slerp(a, a + 1e-6 * b, 0.5)).all()
+
+
+def test_replacing_h_by_its_own_is_the_same_image_and_by_anothers_is_not(tiny, run):
+    itself = wb.replay(run, edit=HEdit(run.h.values, mode="replace"), progress=False).x0
+    assert torch.equal(itself, run.x0)
+    swapped = wb.replay(run, edit=HEdit(run.h.values.flip(1), mode="replace"), progress=False).x0
+    assert (swapped[0] - run.x0[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 4, 4), (4, 16, 4), (4, 2, 16, 4, 4), (4, 16, 2, 2), (16, 4, 4)])
+def test_a_delta_h_of_another_shape_is_refused_with_the_right_ones(tiny, shape):
+    with pytest.raises(ValueError, match=r"this run takes \(4, 16, 4, 4\) or \(4, 3, 16, 4, 4\)"):
+        sample(tiny, delta_h=torch.zeros(shape))
+
+
+def test_an_edit_that_does_not_fit_the_run_is_refused(tiny, run):
+    with pytest.raises(ValueError, match="5 steps|5, 1, 16"):
+        wb.replay(run, edit=HEdit(torch.zeros(5, 1, *tiny.h_shape)), progress=False)
+    with pytest.raises(ValueError, match="2 samples|4, 2, 16"):
+        wb.replay(run, edit=HEdit(torch.zeros(4, 2, *tiny.h_shape)), progress=False)
+    with pytest.raises(ValueError, match="add, replace, slerp"):
+        HEdit(OTHER, mode="multiply")
+    with pytest.raises(ValueError, match=r"steps, 1 or n, C, h, w"):
+        HEdit(H)
+    with pytest.raises(ValueError, match="active"):
+        HEdit(OTHER, active=(True,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "takes 1 to 1000 steps"),
+        ({"steps": 1001}, "takes 1 to 1000 steps"),
+        ({"seeds": [-1]}, "seeds must be integers"),
+        ({"seeds": [1, 1]}, "appears more than once"),
+        ({"seeds": []}, "no seeds"),
+        ({"eta": 2.0}, "eta must lie"),
+        ({"eta": [1.0]}, "1 values for 4 steps"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_bad_input_is_a_sentence(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny, **options)
+
+
+# Inversion
+
+
+@pytest.fixture(scope="module")
+def faces(model):
+    """Two images of the bundled model's own domain."""
+    return sample(model, range(2), steps=10, eta=0.0).x0.clamp(-1, 1)
+
+
+def round_trip(model, images, **options) -> float:
+    inverted = wb.invert(model, images, progress=False, **options)
+    return (wb.replay(inverted, progress=False).x0 - images).square().mean().sqrt().item()
+
+
+@pytest.mark.slow
+def test_the_round_trip_gets_better_with_steps_and_with_fixed_point_iterations(model, faces):
+    few, more = round_trip(model, faces, steps=5), round_trip(model, faces, steps=20)
+    fixed = round_trip(model, faces, steps=5, method="fixed-point", iterations=4)
+    assert more < 0.7 * few
+    assert fixed < 0.7 * few
+    assert more < 0.2
+
+
+def test_a_linear_model_is_inverted_exactly_by_fixed_points(tiny, monkeypatch):
+    """eps = c x_t: the step is a multiplication, so that inverse and reconstruction are known."""
+    c = 0.3
+    monkeypatch.setattr(type(tiny), "decode", lambda self, b, delta_h=None: c * b.skips)
+    monkeypatch.setattr(type(tiny), "encode", lambda self, x, t: _State(x))
+    monkeypatch.setattr(type(tiny), "__call__", lambda self, x, t: c * x)
+    images = torch.rand(2, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inverted = wb.invert(tiny, images, steps=50, method="fixed-point", iterations=60, progress=False)
+    factor = 1.0
+    for t, t_prev in tiny.schedule.pairs(50):
+        a, a_prev = tiny.schedule.alpha_bar(t), tiny.schedule.alpha_bar(t_prev)
+        factor *= math.sqrt(a_prev) * (1 - c * math.sqrt(1 - a)) / math.sqrt(a) + c * math.sqrt(1 - a_prev)
+    torch.testing.assert_close(inverted.x_T * factor, images, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(wb.replay(inverted, progress=False).x0, images, atol=1e-4, rtol=1e-3)
+
+
+class _State:
+    def __init__(self, x):
+        self.skips = self.h = x
+
+
+def test_inversion_is_the_ddim_equation_backwards(tiny):
+    images = torch.rand(2, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x_t, schedule = images, tiny.schedule
+    with torch.inference_mode():
+        for t, t_prev in reversed(schedule.pairs(STEPS)):
+            eps = tiny(x_t, max(t_prev, 0))
+            a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+            x_t = math.sqrt(a) * (x_t - math.sqrt(1 - a_prev) * eps) / math.sqrt(a_prev) + math.sqrt(1 - a) * eps
+    close(wb.invert(tiny, images, steps=STEPS, progress=False).x_T, x_t)
+
+
+@pytest.mark.parametrize("method", ["ddim", "fixed-point"])
+def test_the_recorded_h_is_the_networks_at_the_recorded_x_t(tiny, run, method):
+    images = run.x0.clamp(-1, 1)
+    inverted = wb.invert(tiny, images, steps=STEPS, method=method, record_h=True, record_x=True, progress=False)
+    assert torch.equal(inverted.x.values[0], inverted.x_T)
+    for i, t in enumerate(inverted.timesteps):
+        assert torch.equal(tiny.encode(inverted.x.values[i], t).h, inverted.h.values[i])
+        assert torch.equal(inverted.x_at(t), inverted.x.values[i])
+
+
+def test_an_inverted_run_knows_what_it_is(tiny, run):
+    inverted = wb.invert(tiny, run.x0.clamp(-1, 1), steps=STEPS, progress=False)
+    assert inverted.seeds is None
+    assert inverted.etas == (0.0,) * STEPS
+    assert torch.equal(inverted.x0, run.x0.clamp(-1, 1))
+    assert "inverted" in repr(inverted)
+    assert inverted.noise.abs().sum() == 0
+    assert len(inverted[:2]) == 2
+    with pytest.raises(ValueError, match="record_x=True"):
+        inverted.x_at(500)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 16, 16), r"shape \(2, 3, 16, 16\); tiny takes \(n, 3, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"tiny takes \(n, 3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), r"shape \(0, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "x / 127.5 - 1"),
+        (torch.full((1, 3, 8, 8), 255.0), "x / 127.5 - 1"),
+        (torch.full((1, 3, 8, 8), float("nan")), "finite floats"),
+    ],
+)
+def test_images_that_are_none_of_the_models_are_refused(tiny, images, message):
+    with pytest.raises(ValueError, match=message):
+        wb.invert(tiny, images, progress=False)
+
+
+def test_an_unknown_method_of_inversion_is_refused(tiny):
+    with pytest.raises(ValueError, match="'null-text' is not known; it is one of ddim, fixed-point"):
+        wb.invert(tiny, torch.zeros(1, *tiny.image_shape), method="null-text")
+
+
+# Batches and bars
+
+
+def test_batches_cover_every_sample_once():
+    assert [(b.start, b.stop) for b in batches(5, 2)] == [(0, 2), (2, 4), (4, 5)]
+    assert batches(0, 2) == []
+
+
+def test_a_bar_counts_images_not_steps(tiny, capsys):
+    with progress_bar(3, STEPS, "sampling", show=True) as bar:
+        sample(tiny, progress=bar)
+        assert bar.n == bar.total == 3 * STEPS
+    assert capsys.readouterr().out == ""
