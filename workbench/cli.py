@@ -148,7 +148,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         eta=arguments.eta,
         batch_size=arguments.batch_size,
     )
-    figure = wb.plots.image_grid(run.x0, titles=[str(s) for s in run.seeds])
+    figure = wb.plots.image_grid(run.x0.clamp(-1, 1), titles=[str(s) for s in run.seeds])
     figure.savefig(arguments.out, dpi=150, format="png")
     print(f"{run}\n{arguments.out.resolve()}")
 

@@ -1,0 +1,134 @@
+"""The command line: what it prints, and that a mistake is one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from PIL import Image
+
+from workbench import cli, paths
+from workbench.hspace.store import open_store
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def no_traces(tmp_path, monkeypatch, cache):
+    """An empty working folder; the test fails if a failed command leaves anything in it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    assert list(folder.iterdir()) == []
+    assert not list(cache.glob("*.zarr"))
+
+
+def test_help_shows_examples_and_loads_no_heavy_package():
+    code = "import sys, workbench.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'diffusers', 'zarr', 'matplotlib', 'papermill'} & set(sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "examples:" in shown and "workbench extract" in shown
+
+
+@pytest.mark.parametrize("command", ["models", "sample", "extract", "store", "data", "params", "run", "report"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  workbench {command}" in capsys.readouterr().out
+
+
+def test_models_lists_the_bundled_one(capsys):
+    status, out, _ = run(capsys, "models")
+    assert status == 0
+    assert "avataaars32" in out and "3 x 32 x 32" in out
+
+
+def test_sample_writes_a_picture(tiny_folder, tmp_path, capsys):
+    picture = tmp_path / "new" / "samples.png"
+    status, out, _ = run(capsys, "sample", tiny_folder, "--seeds", "0-2,7", "--steps", 2, "-o", picture)
+    assert status == 0 and "4 samples" in out
+    assert Image.open(picture).width > 100
+
+
+def test_extract_then_store(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "h.zarr"
+    arguments = ("extract", tiny_folder, "--n", 3, "--steps", 2, "--tap", "before", "-o", path)
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0 and "from the cache" not in out
+    assert len(open_store(path)) == 3
+    assert "from the cache" in run(capsys, *arguments)[1]
+    status, out, _ = run(capsys, "store", path)
+    assert status == 0 and "'before' the mid block" in out and "float16" in out
+
+
+def test_extract_of_real_images(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "h.zarr"
+    status, out, _ = run(capsys, "extract", tiny_folder, "--images", "avataaars", "--n", 2, "--steps", 2, "-o", path)
+    assert status == 0 and "2 inverted images" in out
+
+
+def test_params_lists_notebooks_and_their_parameters(capsys):
+    assert "00_quickstart" in run(capsys, "params")[1]
+    assert "model_name" in run(capsys, "params", "10_extract")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sample", "nope"), "bundled: avataaars32"),
+        (("sample", "avataaars32", "--steps", 1001), "1 to 1000 steps"),
+        (("sample", "avataaars32", "--steps", 0), "1 to 1000 steps"),
+        (("sample", "avataaars32", "--eta", 2), "eta"),
+        (("extract", "avataaars32", "--n", -5), "at least one sample"),
+        (("extract", "avataaars32", "--n", 5, "--seed", -1), "seeds"),
+        (("extract", "avataaars32", "--images", "missing"), "missing"),
+        (("store", "missing.zarr"), "there is no store"),
+        (("params", "99_nothing"), "99_nothing"),
+        (("run", "10_extract", "-p", "stepss", 4), "steps"),
+        (("run", "10_extract", "-p", "n", "many"), "n"),
+        (("report", "--profile", "nope"), "nope"),
+        (("report", "--only", "99_nothing"), "99_nothing"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, words, no_traces, capsys):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("workbench: ") and words in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["sample", "nope", "--debug"])
+
+
+@pytest.mark.parametrize("text", ["a", "-1", "3-", "1,,2"])
+def test_a_list_of_seeds_that_is_none_is_refused(text):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "avataaars32", f"--seeds={text}"])
+    assert stop.value.code == 2
+
+
+def test_a_failing_notebook_is_status_1(tmp_path, monkeypatch, capsys):
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("seed: int = 0  # a seed", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("1 / 0"),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    source = tmp_path / "broken.ipynb"
+    nbformat.write(notebook, source)
+    monkeypatch.setattr(paths, "reports", lambda: tmp_path / "reports")
+    status, _, err = run(capsys, "run", source)
+    assert status == 1 and "ZeroDivisionError" in err
+    assert list((tmp_path / "reports" / "failed").glob("broken*.ipynb"))
