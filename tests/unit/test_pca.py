@@ -168,18 +168,26 @@ def test_blocks_hold_the_first_n_samples_in_order(tmp_path, chunk, rows, n):
 
 
 def test_joint_is_the_pca_of_the_standardised_concatenation(tmp_path):
-    h, axes, _, z = planted()
-    pcs = find_pca(make_store(tmp_path / "h.zarr", h), 4, joint=True)
-    standardised = h / np.sqrt(h.var(axis=0, ddof=1).sum(axis=1))[:, None]
-    reference = PCA(4, svd_solver="full").fit_transform(standardised.reshape(len(h), -1))
-    correlation = np.corrcoef(pcs.shared_scores.T, reference.T)[:4, 4:]
-    np.testing.assert_allclose(np.abs(np.diag(correlation)), 1, atol=1e-4)
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((60, 1, D)) * np.linspace(3, 0.5, D) + rng.standard_normal((60, 3, D))
+    h *= np.array([1.0, 5.0, 25.0])[:, None]
+    pcs = find_pca(make_store(tmp_path / "h.zarr", h), 6, joint=True)
+    centred = h - h.mean(axis=0)
+    standardised = centred / np.sqrt(h.var(axis=0, ddof=1).sum(axis=1))[:, None]
+    reference = PCA(6, svd_solver="full").fit_transform(standardised.reshape(60, -1))
+    correlation = np.diag(np.corrcoef(pcs.shared_scores.T, reference.T)[:6, 6:])
+    np.testing.assert_allclose(np.abs(correlation), 1, atol=1e-4)
+    np.testing.assert_allclose(pcs.shared_scores.std(axis=0, ddof=1), 1, rtol=1e-5)
     # The direction at t is the regression of h_t on the shared scores.
-    slopes = np.einsum("ntd,nj->tjd", h - h.mean(axis=0), pcs.shared_scores)
+    slopes = np.einsum("ntd,nj->tjd", centred, pcs.shared_scores)
     slopes /= np.linalg.norm(slopes, axis=2, keepdims=True)
     np.testing.assert_allclose(units_of(pcs), slopes, atol=1e-3)
-    np.testing.assert_allclose(pcs.shared_scores.std(axis=0, ddof=1), 1, rtol=1e-5)
-    assert np.abs((units_of(pcs) * axes).sum(axis=2)).min() > 0.99
+    np.testing.assert_allclose(pcs.scores, np.einsum("ntd,tjd->ntj", centred, units_of(pcs)), rtol=1e-3, atol=1e-3)
+    assert (pca._largest_positive(units_of(pcs)[0]) == 1).all()
+    # What all shared scores explain together is the R^2 of the regression.
+    fitted = np.einsum("nj,mj,mtd->ntd", pcs.shared_scores, pcs.shared_scores, centred) / 59
+    r_squared = (fitted**2).sum(axis=(0, 2)) / (centred**2).sum(axis=(0, 2))
+    np.testing.assert_allclose(pcs.explained_variance_ratio.sum(axis=1), r_squared, rtol=1e-3)
 
 
 def test_joint_scores_follow_one_factor_through_a_swap_of_order(tmp_path):
@@ -204,6 +212,18 @@ def test_the_interval_covers_the_share_and_shrinks_with_n(tmp_path):
     a, others = 16.0, np.array([4.0] + [0.25] * (D - 2))
     error = np.sqrt(2 / 1600 * (a**2 * others.sum() ** 2 + a**2 * (others**2).sum())) / (a + others.sum()) ** 2
     assert width[0] == pytest.approx(2 * 1.96 * error, rel=0.2)
+
+
+def test_the_interval_is_the_bootstrap_of_the_samples():
+    rng = np.random.default_rng(1)
+    h = rng.standard_normal((8, 2, 3))
+    h -= h.mean(axis=0)
+    shares, interval = pca._explained(h[..., :1], h[..., :1], (h**2).sum(axis=2), seed=5)
+    np.testing.assert_allclose(shares[:, 0], h[..., 0].var(axis=0) / h.var(axis=0).sum(axis=1))
+    rng = np.random.default_rng(5)
+    drawn = [h[rng.integers(8, size=8)] for _ in range(pca.RESAMPLES)]
+    expected = [d[..., 0].var(axis=0) / (d**2).sum(axis=2).mean(axis=0) for d in drawn]
+    np.testing.assert_allclose(interval[:, 0], np.quantile(expected, (0.025, 0.975), axis=0).T)
 
 
 def test_the_same_seed_gives_the_same_result(tmp_path):
@@ -247,7 +267,10 @@ def test_k_and_n_out_of_range_are_refused(tmp_path):
         find_pca(store, 2, n=13)
 
 
-def test_a_value_that_is_not_finite_names_sample_and_timestep(tmp_path):
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_a_value_that_is_not_finite_names_sample_and_timestep(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(pca, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(pca, "BLOCK_ROWS", 9)
     store = make_store(tmp_path / "h.zarr", planted(n=40)[0])
     store.group["h"][21, 1, 2, 0, 0] = np.nan
     with pytest.raises(ValueError, match="sample 21 at timestep 100 is not finite"):

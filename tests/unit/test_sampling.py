@@ -82,7 +82,8 @@ def test_different_seeds_and_different_eta_are_different_images(tiny, run):
 def test_the_noise_of_a_timestep_does_not_depend_on_which_others_are_visited(tiny):
     a, b = sample(tiny, steps=[900, 500, 100]), sample(tiny, steps=[700, 500])
     assert torch.equal(a.noise[1], step_noise(range(3), tiny.image_shape, t=500))
-    assert torch.equal(a.noise[1][:, :1], b.noise[1][:, :1]) or b.noise[1].abs().sum() == 0
+    assert torch.equal(b.noise[0], step_noise(range(3), tiny.image_shape, t=700))
+    assert b.noise[1].abs().sum() == 0
 
 
 def test_the_last_step_and_deterministic_steps_add_no_noise(tiny):
@@ -119,7 +120,8 @@ def test_replay_is_exact_to_the_bit(tiny, run):
     assert torch.equal(again.x0, run.x0)
     assert torch.equal(again.h.values, run.h.values)
     assert torch.equal(again.x.values, run.x.values)
-    assert torch.equal(wb.replay(sample(tiny, range(5), batch_size=2), progress=False).x0, sample(tiny, range(5), batch_size=2).x0)
+    uneven = sample(tiny, range(5), batch_size=2)
+    assert torch.equal(wb.replay(uneven, progress=False).x0, uneven.x0)
 
 
 def test_replay_of_an_edited_run_is_the_edited_image(tiny):
@@ -272,7 +274,7 @@ def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
 
 def test_replacing_h_by_its_own_is_the_same_image_and_by_anothers_is_not(tiny, run):
     itself = wb.replay(run, edit=HEdit(run.h.values, mode="replace"), progress=False).x0
-    assert torch.equal(itself, run.x0)
+    close(itself, run.x0)
     swapped = wb.replay(run, edit=HEdit(run.h.values.flip(1), mode="replace"), progress=False).x0
     assert (swapped[0] - run.x0[0]).abs().max() > 1e-3
 
@@ -317,24 +319,19 @@ def test_bad_input_is_a_sentence(tiny, options, message):
 # Inversion
 
 
-@pytest.fixture(scope="module")
-def faces(model):
-    """Two images of the bundled model's own domain."""
-    return sample(model, range(2), steps=10, eta=0.0).x0.clamp(-1, 1)
-
-
 def round_trip(model, images, **options) -> float:
     inverted = wb.invert(model, images, progress=False, **options)
     return (wb.replay(inverted, progress=False).x0 - images).square().mean().sqrt().item()
 
 
 @pytest.mark.slow
-def test_the_round_trip_gets_better_with_steps_and_with_fixed_point_iterations(model, faces):
-    few, more = round_trip(model, faces, steps=5), round_trip(model, faces, steps=20)
-    fixed = round_trip(model, faces, steps=5, method="fixed-point", iterations=4)
-    assert more < 0.7 * few
-    assert fixed < 0.7 * few
-    assert more < 0.2
+def test_the_round_trip_gets_better_with_steps_and_with_fixed_point_iterations(model):
+    images = wb.load_images("avataaars", size=model.image_shape[1])[:2]
+    few, more = round_trip(model, images, steps=5), round_trip(model, images, steps=20)
+    once, often = (round_trip(model, images, steps=5, method="fixed-point", iterations=k) for k in (1, 4))
+    assert more < 0.8 * few
+    assert often < once < few
+    assert often < 0.5 * few
 
 
 def test_a_linear_model_is_inverted_exactly_by_fixed_points(tiny, monkeypatch):

@@ -16,17 +16,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import linalg, stats
 from scipy.special import gammaln
-from sklearn.linear_model import RidgeClassifierCV
 from sklearn.metrics import confusion_matrix
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedKFold
 
 from workbench.analysis.geometry import check_labels, check_samples, distances_of, gram, over_timesteps, pairs_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-RIDGES = tuple(10.0**power for power in range(-4, 5))
-"""Strengths of the probe's penalty that each fold chooses from, in units of the mean squared length of a sample."""
 
 
 def marginal_radius(alpha_bar: float, *, mean_square: float, d: int) -> float:
@@ -728,7 +725,8 @@ class Separability:
     balanced_accuracy : float in [0, 1]
         Mean of the groups' recalls.
     interval : (float, float)
-        95% Wilson interval, for `n_effective` trials. It takes the folds' predictions as independent.
+        95% Wilson interval, for `n_effective` trials. It takes the predictions as independent; at chance they are not
+        quite, and results spread 1.2 to 1.3 times as far (measured on noise, n = 100 to 500).
     chance : float
         One over the number of groups.
     accuracy : float in [0, 1]
@@ -776,9 +774,10 @@ class Separability:
 def separability(h: Any, labels: Any, *, folds: int = 5, seed: int = 0, shuffled: bool = False) -> Separability:
     """Cross-validated accuracy of a linear probe.
 
-    The probe is a ridge classifier with balanced classes (least squares on +-1, the regularised form of Fisher's
-    discriminant); each fold chooses the penalty by leave-one-out on its own training samples. It only sees inner
-    products, so it runs on n coordinates in the span of the samples instead of d, with the same result.
+    The probe is Fisher's linear discriminant with groups of equal weight, and the covariance within groups shrunk
+    towards a multiple of the identity as Ledoit & Wolf (2004) do, from the training samples alone. With few samples it
+    comes close to the difference of the groups' means. It is the same in every orthonormal basis, so it runs on the n
+    coordinates of the samples' span instead of d, with the same result.
 
     A high accuracy says something beside the controls alone: shuffled labels, pixels, and forward-diffused images.
 
@@ -804,7 +803,7 @@ def separability(h: Any, labels: Any, *, folds: int = 5, seed: int = 0, shuffled
     """
     h = check_samples(h)
     (values,) = check_labels({getattr(labels, "name", None) or "label": labels}, len(h)).values()
-    return _probe(_span(h), values, folds=folds, seed=seed, shuffled=shuffled)
+    return _probe(_span(h), values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
 
 
 def separability_over_time(
@@ -838,7 +837,7 @@ def separability_over_time(
         for (name, values), shuffled in itertools.product(
             check_labels(labels, len(h)).items(), (False, True) if control else (False,)
         ):
-            probe = _probe(span, values, folds=folds, seed=seed, shuffled=shuffled)
+            probe = _probe(span, values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
             rows.append({"t": t, "attribute": name} | probe.row())
     return pd.DataFrame(rows)
 
@@ -856,7 +855,7 @@ def _span(h: np.ndarray) -> np.ndarray:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def _probe(span: np.ndarray, labels: np.ndarray, *, folds: int, seed: int, shuffled: bool) -> Separability:
+def _probe(span: np.ndarray, labels: np.ndarray, *, d: int, folds: int, seed: int, shuffled: bool) -> Separability:
     names, groups, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     if not 2 <= folds <= sizes.min():
         smallest = int(np.argmin(sizes))
@@ -866,8 +865,9 @@ def _probe(span: np.ndarray, labels: np.ndarray, *, folds: int, seed: int, shuff
         )
     if shuffled:
         groups = np.random.default_rng(seed).permutation(groups)
-    probe = RidgeClassifierCV(alphas=RIDGES, class_weight="balanced")
-    predicted = cross_val_predict(probe, span, groups, cv=StratifiedKFold(folds, shuffle=True, random_state=seed))
+    predicted = np.empty_like(groups)
+    for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(span, groups):
+        predicted[test] = _discriminate(span[train], groups[train], span[test], d)
     recalls = np.diag(confusion_matrix(groups, predicted, normalize="true"))
     balanced, effective = float(recalls.mean()), float(len(sizes) ** 2 / (1 / sizes).sum())
     return Separability(
@@ -880,6 +880,23 @@ def _probe(span: np.ndarray, labels: np.ndarray, *, folds: int, seed: int, shuff
         correct=predicted == groups,
         shuffled=shuffled,
     )
+
+
+def _discriminate(train: np.ndarray, groups: np.ndarray, test: np.ndarray, d: int) -> np.ndarray:
+    """Groups of the test samples by the shrunk linear discriminant; `d` counts the coordinates that are 0 as well."""
+    means = np.stack([train[groups == group].mean(axis=0) for group in range(groups.max() + 1)])
+    within = train - means[groups]
+    n = len(within)
+    covariance = within.T @ within / n
+    trace, square = np.trace(covariance), (covariance**2).sum()
+    # Ledoit & Wolf 2004: how far the covariance is from the truth, and from the multiple of the identity.
+    error = ((within**2).sum(axis=1) ** 2).sum() / n**2 - square / n
+    distance = square - trace**2 / d
+    shrinkage = min(error / distance, 1.0) if distance > 0 else 1.0
+    covariance *= 1.0 - shrinkage
+    covariance[np.diag_indices_from(covariance)] += shrinkage * trace / d if trace > 0 else 1.0
+    weights = linalg.solve(covariance, means.T, assume_a="pos")
+    return (test @ weights - (means.T * weights).sum(axis=0) / 2).argmax(axis=1)
 
 
 def _wilson(share: float, n: float) -> tuple[float, float]:

@@ -13,7 +13,6 @@ twice is its own nearest neighbour.
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -922,12 +921,13 @@ def _principal_axes(h: np.ndarray, products: np.ndarray, k: int) -> np.ndarray:
 
 
 def _angles(axes: dict[Any, np.ndarray], within: np.ndarray, *, seed: int) -> Angles:
-    names = tuple(axes)
-    k, d = axes[names[0]].shape
-    angles = np.zeros((len(names), len(names), k))
-    pairs = list(itertools.combinations(range(len(names)), 2))
-    for i, j in tqdm(pairs, desc="angles", delay=2, leave=False):
-        angles[i, j] = angles[j, i] = subspace_angles(axes[names[i]], axes[names[j]])
+    names, bases = tuple(axes), np.stack(list(axes.values()))
+    m, k, d = bases.shape
+    angles = np.zeros((m, m, k))
+    for i in range(m):
+        # The bases are orthonormal, so their cosines are singular values; scipy would factorise both for every pair.
+        cosines = np.linalg.svd(bases[i] @ bases[i + 1 :].transpose(0, 2, 1), compute_uv=False)
+        angles[i, i + 1 :] = angles[i + 1 :, i] = np.degrees(np.arccos(np.minimum(cosines, 1.0)))
     rng = np.random.default_rng(seed)
     chance = np.mean([subspace_angles(*rng.standard_normal((2, k, d))) for _ in range(8)])
     return Angles(names, angles, within, float(chance))

@@ -15,7 +15,8 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +26,8 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
+
+from workbench import paths
 
 SIZE = 64
 TRAIN_PARTS = (0, 1)
@@ -62,9 +65,25 @@ BACKGROUNDS = (
 )
 SHIRTS = ("BLUE_02", "RED", "GRAY_02", "PASTEL_GREEN", "WHITE", "BLACK")
 
+REGIONS = ("mouth", "eyes", "brows", "hair", "beard", "glasses")
+"""Names that `region_mask` takes."""
+
 _PART_STRIDE = 1_000_000
 _MOST_IMAGES = 100_000
 _POOL_FROM = 100
+
+_CENTER = (99, 110)
+_CROP = (33, 8, 165, 140)
+_REGION_FACTORS = {
+    "mouth": ("mouth", SMILES + OTHER_MOUTHS),
+    "eyes": ("eyes", tuple(EYES)),
+    "brows": ("eyebrows", tuple(EYEBROWS)),
+    "hair": ("hair", ("NONE", *LONG_HAIR, *SHORT_HAIR)),
+    "beard": ("beard", ("NONE", *BEARDS)),
+    "glasses": ("glasses", ("NONE", *EYEGLASSES, *SUNGLASSES)),
+}
+_VISIBLE = 8
+_COVERED = 0.1
 
 Option = TypeVar("Option")
 
@@ -198,30 +217,10 @@ def render(factors: Factors) -> Image.Image:
     ImportError
         If the extra `[data]` or the cairo system library is missing.
     """
-    python_avatars, cairosvg = _import_extra()
-    svg = python_avatars.Avatar(
-        style=python_avatars.AvatarStyle.TRANSPARENT,
-        top=python_avatars.HairType[factors.hair],
-        hair_color=python_avatars.HairColor[factors.hair_color],
-        facial_hair=python_avatars.FacialHairType[factors.beard],
-        facial_hair_color=python_avatars.HairColor[factors.hair_color],
-        accessory=python_avatars.AccessoryType[factors.glasses],
-        mouth=python_avatars.MouthType[factors.mouth],
-        eyes=python_avatars.EyeType[factors.eyes],
-        eyebrows=python_avatars.EyebrowType[factors.eyebrows],
-        nose=python_avatars.NoseType.DEFAULT,
-        skin_color=python_avatars.SkinColor[factors.skin],
-        # Given on purpose: the default is a random one, chosen when the package is imported.
-        clothing=python_avatars.ClothingType.SHIRT_CREW_NECK,
-        clothing_color=python_avatars.ClothingColor[factors.shirt],
-    ).render()
-    png = cairosvg.svg2png(bytestring=_free_hair_color(svg), output_width=198, output_height=210)
-    avatar = Image.open(io.BytesIO(png)).convert("RGBA")
-    avatar = avatar.rotate(factors.tilt, Image.Resampling.BICUBIC, center=(99, 110))
+    avatar = _rasterise(factors).rotate(factors.tilt, Image.Resampling.BICUBIC, center=_CENTER)
     picture = Image.new("RGBA", avatar.size, factors.background)
     picture.alpha_composite(avatar)
-    face = picture.convert("RGB").crop((33, 8, 165, 140))
-    return face.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return picture.convert("RGB").crop(_CROP).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def draw(part: int, i: int) -> tuple[Image.Image, dict[str, int | float]]:
@@ -314,6 +313,84 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
     return out
 
 
+def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray:
+    """Where a part of the face can be: the pixels that change when that factor alone changes.
+
+    The mask is that of the factor, over all of its options, not of one picture's mouth or hair: use it to keep a
+    Jacobian direction to one part. It turns with the head as `render` turns it. Regions overlap: a beard surrounds the
+    mouth, glasses lie over the eyes. Reads `data/avataaars/regions.npz`; needs no extra.
+
+    Parameters
+    ----------
+    name : str
+        One of `REGIONS`.
+    size : int
+        Side of the picture in pixels, 1 or more.
+    tilt : float
+        Rotation of the head in degrees, counter-clockwise, as in `Factors` and `attributes`.
+
+    Returns
+    -------
+    ndarray of bool, shape (size, size)
+        True where the region covers a tenth of the pixel or more: with a half, a fifth of a change of the brows would
+        fall outside at 32 pixels.
+
+    Raises
+    ------
+    ValueError
+        If there is no such region, or the size is below 1.
+    FileNotFoundError
+        If the file of the regions is missing.
+    """
+    if name not in REGIONS:
+        raise ValueError(f"there is no region {name!r}; the regions are {', '.join(REGIONS)}")
+    if size < 1:
+        raise ValueError(f"size is {size}; give a number of pixels of 1 or more")
+    upright = _read_regions(paths.data() / "avataaars" / "regions.npz")[name]
+    face = upright.rotate(tilt, Image.Resampling.BILINEAR, center=_CENTER).crop(_CROP)
+    return np.asarray(face.resize((size, size), Image.Resampling.BOX)) >= _COVERED * 255
+
+
+def build_regions(out: str | Path, *, progress: bool = True) -> Path:
+    """Draw the regions that `region_mask` reads and write them as `regions.npz`.
+
+    A bare PALE head, upright, is drawn at 198x210 with every option of a factor; the region is where any two of the
+    drawings differ by more than 8 of 255, united over all hairs that the head can wear. The whole canvas is kept, as
+    turning brings parts of it into the crop. The same call writes the same bytes with the same versions of cairo,
+    Pillow and numpy.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder; made if missing. The file is written beside and renamed when it is complete.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Path
+        The file: one bool array of shape (210, 198) for each of `REGIONS`, without pickles.
+
+    Raises
+    ------
+    ImportError
+        If the extra `[data]` or the cairo system library is missing.
+    """
+    drawn = tqdm(_REGION_FACTORS.items(), "regions", unit="region", disable=not progress)
+    regions = {name: _draw_region(factor, options) for name, (factor, options) in drawn}
+    file = Path(out) / "regions.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.part")
+    try:
+        with beside.open("wb") as written:
+            np.savez_compressed(written, **regions)
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+    _read_regions.cache_clear()
+    return file
+
+
 def _happens(rng: np.random.Generator, probability: float) -> bool:
     return bool(rng.random() < probability)
 
@@ -333,6 +410,66 @@ def _pick_glasses(rng: np.random.Generator, p_clear: float) -> str:
     if u < p_clear + 0.08:
         return _pick(rng, SUNGLASSES)
     return "NONE"
+
+
+def _rasterise(factors: Factors) -> Image.Image:
+    """Draw the upright avatar on a transparent ground: RGBA, 198x210."""
+    python_avatars, cairosvg = _import_extra()
+    svg = python_avatars.Avatar(
+        style=python_avatars.AvatarStyle.TRANSPARENT,
+        top=python_avatars.HairType[factors.hair],
+        hair_color=python_avatars.HairColor[factors.hair_color],
+        facial_hair=python_avatars.FacialHairType[factors.beard],
+        facial_hair_color=python_avatars.HairColor[factors.hair_color],
+        accessory=python_avatars.AccessoryType[factors.glasses],
+        mouth=python_avatars.MouthType[factors.mouth],
+        eyes=python_avatars.EyeType[factors.eyes],
+        eyebrows=python_avatars.EyebrowType[factors.eyebrows],
+        nose=python_avatars.NoseType.DEFAULT,
+        skin_color=python_avatars.SkinColor[factors.skin],
+        # Given on purpose: the default is a random one, chosen when the package is imported.
+        clothing=python_avatars.ClothingType.SHIRT_CREW_NECK,
+        clothing_color=python_avatars.ClothingColor[factors.shirt],
+    ).render()
+    png = cairosvg.svg2png(bytestring=_free_hair_color(svg), output_width=198, output_height=210)
+    return Image.open(io.BytesIO(png)).convert("RGBA")
+
+
+def _draw_region(factor: str, options: Sequence[str]) -> np.ndarray:
+    """Pixels of the canvas, bool (210, 198), that differ by more than 8 of 255 between options, under any hair."""
+    bare = Factors(
+        hair="NONE",
+        hair_color="BLACK",
+        mouth="DEFAULT",
+        beard="NONE",
+        glasses="NONE",
+        eyes="DEFAULT",
+        eyebrows="DEFAULT",
+        skin="PALE",
+        background=BACKGROUNDS[0],
+        tilt=0.0,
+        shirt="RED",
+    )
+    # The hair moves glasses and beard by a pixel or two.
+    heads = [bare] if factor == "hair" else [replace(bare, hair=hair) for hair in _REGION_FACTORS["hair"][1]]
+    differs = []
+    for head in heads:
+        avatars = [_rasterise(replace(head, **{factor: option})) for option in options]
+        # Premultiplied, as the colour of a transparent pixel means nothing.
+        pixels = np.stack([np.asarray(avatar.convert("RGBa")) for avatar in avatars])
+        differs.append(np.ptp(pixels, axis=0).max(axis=-1) > _VISIBLE)
+    return np.any(differs, axis=0)
+
+
+@lru_cache
+def _read_regions(file: Path) -> dict[str, Image.Image]:
+    """Masks of the upright avatar: L, 198x210, 0 or 255."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no {file}; restore it or make it again with build_regions({str(file.parent)!r})"
+        )
+    with np.load(file) as regions:
+        return {name: Image.fromarray(regions[name].astype(np.uint8) * 255) for name in REGIONS}
 
 
 def _free_hair_color(svg: str) -> bytes:

@@ -15,11 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model
-from workbench.diffusion.noise import check_seeds, initial_noise, step_noise
+from workbench.diffusion.noise import FORWARD, check_seeds, initial_noise, normal, step_noise
 from workbench.diffusion.schedule import CLEAN, index_of
 
 EDIT_MODES = ("add", "replace", "slerp")
-INVERSIONS = ("ddim", "fixed-point")
+INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +154,10 @@ class Trajectory:
         The network's own h_t (before any edit) and x_t, if they were recorded.
     edit : HEdit, optional
         What was done to h.
+    stored_noise : Tensor of shape (steps, n, C, H, W), float32, on the CPU, optional
+        z_t that no seed gives: those of an edit-friendly inversion.
+    residual : Tensor of shape (n, C, H, W), float32, on the CPU, optional
+        Inverted images less their reconstruction.
     batch_size : int
         Samples a pass; replay in the same batches is exact to the bit.
     """
@@ -167,6 +171,8 @@ class Trajectory:
     h: StepRecord | None = None
     x: StepRecord | None = None
     edit: HEdit | None = None
+    stored_noise: torch.Tensor | None = field(default=None, repr=False)
+    residual: torch.Tensor | None = field(default=None, repr=False)
     batch_size: int = 1
 
     def __len__(self) -> int:
@@ -188,6 +194,8 @@ class Trajectory:
             h=None if self.h is None else self.h[samples],
             x=None if self.x is None else self.x[samples],
             edit=None if self.edit is None else self.edit[samples],
+            stored_noise=None if self.stored_noise is None else self.stored_noise[:, samples],
+            residual=None if self.residual is None else self.residual[samples],
         )
 
     @property
@@ -198,12 +206,23 @@ class Trajectory:
     @property
     def noise(self) -> torch.Tensor:
         """z_t of every step, made again from the seeds; shape (steps, n, C, H, W), zero where a step adds none."""
-        return torch.stack([self._noise_at(i) for i in range(self.steps)])
+        return torch.stack([self.noise_at(i) for i in range(self.steps)])
 
-    def _noise_at(self, i: int) -> torch.Tensor:
-        if self.etas[i] == 0.0 or self.seeds is None:
-            return torch.zeros_like(self.x_T)
-        return step_noise(self.seeds, self.x_T.shape[1:], t=self.timesteps[i])
+    def noise_at(self, i: int, samples: slice | Sequence[int] | torch.Tensor = slice(None)) -> torch.Tensor:
+        """z_t of step `i` for the samples at these positions: kept by an inversion, or made again from the seeds.
+
+        Returns
+        -------
+        Tensor of shape (len(samples), C, H, W), float32, on the CPU
+            Zero where the step adds none.
+        """
+        if self.stored_noise is not None:
+            return self.stored_noise[i, samples]
+        t_prev = (*self.timesteps, CLEAN)[i + 1]
+        if self.seeds is None or self.model.schedule.sigma(self.timesteps[i], t_prev, self.etas[i]) == 0.0:
+            return torch.zeros_like(self.x_T[samples])
+        seeds = [self.seeds[p] for p in torch.arange(len(self))[samples].tolist()]
+        return step_noise(seeds, self.x_T.shape[1:], t=self.timesteps[i])
 
     def x_at(self, t: int) -> torch.Tensor:
         """x_t of every sample: kept if the run recorded it, else computed again.
@@ -220,9 +239,24 @@ class Trajectory:
         i = index_of(t, self.timesteps, trained=self.model.schedule.T)
         if self.x is not None:
             return self.x.values[i]
-        if self.seeds is None:
+        if i == 0:
+            return self.x_T
+        if self.seeds is None and self.stored_noise is None:
             raise ValueError("an inverted run does not know its x_t; call invert(..., record_x=True)")
         return _run(self, stop=i, progress=False).x0
+
+    def round_trip_error(self) -> np.ndarray:
+        """How well an inversion reconstructs its images.
+
+        Returns
+        -------
+        ndarray of shape (n,), float64, dB
+            Peak signal-to-noise ratio 10 log10(4 / mean squared error) of each image, the peak-to-peak range being 2;
+            inf for an exact reconstruction. Without a `residual` it takes one replay.
+        """
+        residual = self.x0 - replay(self, progress=False).x0 if self.residual is None else self.residual
+        with np.errstate(divide="ignore"):
+            return 10.0 * np.log10(4.0 / residual.double().square().flatten(1).mean(dim=1).numpy())
 
     def __repr__(self) -> str:
         origin = "inverted" if self.seeds is None else f"seeds {_shorten(self.seeds)}"
@@ -230,12 +264,14 @@ class Trajectory:
         return (
             f"Trajectory({self.model.name!r}, {len(self)} samples, {origin}, {self.steps} steps "
             f"t={self.timesteps[0]}..{self.timesteps[-1]}, eta {_shorten(self.etas)}"
-            f"{', records ' + kept if kept else ''}{f', {self.edit}' if self.edit else ''})"
+            f"{', records ' + kept if kept else ''}{f', {self.edit}' if self.edit else ''}"
+            f"{'' if self.residual is None else f', round trip {np.median(self.round_trip_error()):.1f} dB'})"
         )
 
 
 def _shorten(values: Sequence) -> str:
-    return f"{values[0]:g}" if len(set(values)) == 1 else f"{values[0]:g}..{values[-1]:g}"
+    first, last = (f"{v:g}" if isinstance(v, float) else str(v) for v in (values[0], values[-1]))
+    return first if len(set(values)) == 1 else f"{first}..{last}"
 
 
 def sample(
@@ -298,6 +334,7 @@ def replay(
     run: Trajectory,
     *,
     edit: HEdit | None = None,
+    residual: bool = False,
     record_h: bool = False,
     record_x: bool = False,
     progress: bool | tqdm = True,
@@ -310,15 +347,26 @@ def replay(
         Of an inversion, the replay's x0 is the reconstruction.
     edit : HEdit, optional
         In place of the run's own edit.
+    residual : bool
+        Add what an inversion's reconstruction lacks: without an edit x0 is then the inverted image itself, up to one
+        rounding.
     record_h, record_x, progress
         As in `sample`.
 
     Returns
     -------
     Trajectory
+
+    Raises
+    ------
+    ValueError
+        If a residual is asked for that the run does not have.
     """
+    if residual and run.residual is None:
+        raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
     plan = run if edit is None else replace(run, edit=edit)
-    return _run(plan, record_h=record_h, record_x=record_x, progress=progress)
+    again = _run(plan, record_h=record_h, record_x=record_x, progress=progress)
+    return replace(again, x0=again.x0 + run.residual) if residual else again
 
 
 def denoise(
@@ -391,11 +439,6 @@ def _run(
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
         for batch in batches(n, plan.batch_size):
-            seeds = None if plan.seeds is None else plan.seeds[batch]
-
-            def noise(i: int, seeds=seeds) -> torch.Tensor:
-                return step_noise(seeds, model.image_shape, t=plan.timesteps[i]).to(device)
-
             def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor, batch=batch) -> None:
                 if h is not None:
                     h[i, batch] = h_t.cpu()
@@ -408,7 +451,7 @@ def _run(
                 plan.x_T[batch].to(device),
                 pairs=pairs,
                 etas=plan.etas[: len(pairs)],
-                noise=noise,
+                noise=lambda i, b=batch: plan.noise_at(i, b).to(device),
                 edit_h=None if plan.edit is None else lambda i, h_t, b=batch: plan.edit(i, h_t, b),
                 asymmetric=plan.edit is not None and plan.edit.asymmetric,
                 on_step=on_step,
@@ -429,16 +472,26 @@ def invert(
     steps: int | Sequence[int] = 50,
     method: str = "ddim",
     iterations: int = 5,
+    eta: float | Sequence[float] = 1.0,
+    seed: int = 0,
+    residual: bool = False,
     record_h: bool = False,
     record_x: bool = False,
     batch_size: int | None = None,
     progress: bool | tqdm = True,
 ) -> Trajectory:
-    """Run the deterministic reverse process backwards, from images to the x_T that would give them (eta 0).
+    """Find the x_T, and for eta > 0 the noise of every step, from which the reverse process gives these images.
 
-    The step from t_prev to t solves x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" takes eps at (x_prev, t_prev)
-    instead, one network pass a step and first-order accurate; "fixed-point" starts there and then iterates
-    x_t <- the solution with eps at the last (x_t, t), `iterations` passes more a step.
+    "ddim" and "fixed-point" run the deterministic process (eta 0) backwards: the step from t_prev to t solves
+    x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" takes eps at (x_prev, t_prev) instead, one network pass a step and
+    first-order accurate; "fixed-point" starts there and then iterates x_t <- the solution with eps at the last
+    (x_t, t), `iterations` passes more a step.
+
+    "edit-friendly" (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140) draws every x_t of the forward process
+    with noise of its own, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t, and stores the step noises
+    z_t = (x_prev - mu_t(x_t)) / sigma_t that lead from one to the next. It goes from the noisiest step on, and each
+    x_prev is what the step gives with the stored z_t, so that a replay visits the same x_t to the bit. The last step
+    adds no noise: the reconstruction is P_t at the least noisy timestep, and the residual the rest.
 
     Parameters
     ----------
@@ -446,9 +499,15 @@ def invert(
     images : Tensor of shape (n, C, H, W), values in [-1, 1]
     steps : int or sequence of int, default 50
         As in `sample`. Reconstruction gets better with more of them.
-    method : {"ddim", "fixed-point"}
+    method : {"ddim", "fixed-point", "edit-friendly"}
     iterations : int, default 5
         For "fixed-point".
+    eta : float or sequence of float (one a step), values in (0, 1], default 1
+        For "edit-friendly"; the others have eta 0.
+    seed : int, default 0
+        For "edit-friendly": the n_t of the image at position p come from seed + p.
+    residual : bool
+        Also reconstruct the images, and keep what is missing; "edit-friendly" always does, at no cost.
     record_h, record_x : bool
         Keep h_t, x_t at every visited timestep; both are exact, h_t is the network's at (x_t, t).
     batch_size, progress
@@ -457,49 +516,90 @@ def invert(
     Returns
     -------
     Trajectory
-        With eta 0 and no seeds; x0 holds `images`, and `replay` gives their reconstruction.
+        With no seeds; x0 holds `images`, `replay` gives their reconstruction and `round_trip_error` its PSNR.
 
     Raises
     ------
     ValueError
-        If the images are not of the model's shape and range, or the method is not known.
+        If the images are not of the model's shape and range, the method is not known, or eta is 0 where it can't be.
     """
     images = _check_images(images, model)
     if method not in INVERSIONS:
         raise ValueError(f"method {method!r} is not known; it is one of {', '.join(INVERSIONS)}")
-    schedule, device, n = model.schedule, model.device, len(images)
-    visited = schedule.timesteps(steps)
-    pairs = schedule.pairs(visited)
-    batch_size = _check_batch_size(batch_size, model, n)
-    x_T = torch.empty_like(images)
-    h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
-    x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
-    with progress_bar(n, len(pairs), "inverting", show=progress) as bar, torch.inference_mode():
-        for batch in batches(n, batch_size):
-            x_t = images[batch].to(device)
-            for i, (t, t_prev) in reversed(list(enumerate(pairs))):
-                bottleneck = model.encode(x_t, max(t_prev, 0))
-                if h is not None and t_prev != CLEAN:
-                    h[i + 1, batch] = bottleneck.h.cpu()
-                x_prev, x_t = x_t, _ddim_inverse(model, x_t, model.decode(bottleneck), (t, t_prev))
-                for _ in range(iterations if method == "fixed-point" else 0):
-                    x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
-                if x is not None:
-                    x[i, batch] = x_t.cpu()
-                bar.update(batch.stop - batch.start)
-            if h is not None:
-                h[0, batch] = model.encode(x_t, pairs[0][0]).h.cpu()
-            x_T[batch] = x_t.cpu()
-    return Trajectory(
+    visited = model.schedule.timesteps(steps)
+    edit_friendly = method == "edit-friendly"
+    etas = model.schedule.etas(eta if edit_friendly else 0.0, len(visited))
+    if edit_friendly and min(etas) == 0.0:
+        raise ValueError('an edit-friendly inversion needs an eta in (0, 1], not 0; for eta 0 use method="ddim"')
+    n, shape = len(images), (len(visited), len(images))
+    inverted = Trajectory(
         model=model,
-        x_T=x_T,
+        x_T=torch.empty_like(images),
         x0=images,
         timesteps=visited,
-        etas=(0.0,) * len(visited),
-        h=None if h is None else StepRecord(h, visited),
-        x=None if x is None else StepRecord(x, visited),
-        batch_size=batch_size,
+        etas=etas,
+        h=StepRecord(torch.empty(*shape, *model.h_shape), visited) if record_h else None,
+        x=StepRecord(torch.empty(*shape, *model.image_shape), visited) if record_x else None,
+        stored_noise=torch.zeros(*shape, *model.image_shape) if edit_friendly else None,
+        residual=torch.empty_like(images) if edit_friendly else None,
+        batch_size=_check_batch_size(batch_size, model, n),
     )
+    seeds = check_seeds(range(seed, seed + n))
+    with progress_bar(n, len(visited), "inverting", show=progress) as bar, torch.inference_mode():
+        for batch in batches(n, inverted.batch_size):
+            if edit_friendly:
+                _fill_edit_friendly(inverted, batch, seeds[batch], bar)
+            else:
+                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, bar)
+    if residual and not edit_friendly:
+        inverted = replace(inverted, residual=images - replay(inverted, progress=progress).x0)
+    return inverted
+
+
+def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, bar: tqdm) -> None:
+    """Invert the images of a batch by DDIM backwards, from clean to noisy."""
+    model, h, x = inverted.model, inverted.h, inverted.x
+    pairs = model.schedule.pairs(inverted.timesteps)
+    x_t = inverted.x0[batch].to(model.device)
+    for i, (t, t_prev) in reversed(list(enumerate(pairs))):
+        bottleneck = model.encode(x_t, max(t_prev, 0))
+        if h is not None and t_prev != CLEAN:
+            h.values[i + 1, batch] = bottleneck.h.cpu()
+        x_prev, x_t = x_t, _ddim_inverse(model, x_t, model.decode(bottleneck), (t, t_prev))
+        for _ in range(iterations):
+            x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
+        if x is not None:
+            x.values[i, batch] = x_t.cpu()
+        bar.update(batch.stop - batch.start)
+    if h is not None:
+        h.values[0, batch] = model.encode(x_t, pairs[0][0]).h.cpu()
+    inverted.x_T[batch] = x_t.cpu()
+
+
+def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int], bar: tqdm) -> None:
+    """Find the step noises of a batch, from noisy to clean."""
+    model, schedule, x0 = inverted.model, inverted.model.schedule, inverted.x0[batch]
+
+    def forward(t: int) -> torch.Tensor:
+        return schedule.add_noise(x0, normal(seeds, model.image_shape, stream=FORWARD, t=t), t).to(model.device)
+
+    x_t = forward(inverted.timesteps[0])
+    inverted.x_T[batch] = x_t.cpu()
+    for i, (t, t_prev) in enumerate(schedule.pairs(inverted.timesteps)):
+        bottleneck, eta = model.encode(x_t, t), inverted.etas[i]
+        eps, z = model.decode(bottleneck), None
+        if inverted.h is not None:
+            inverted.h.values[i, batch] = bottleneck.h.cpu()
+        if inverted.x is not None:
+            inverted.x.values[i, batch] = x_t.cpu()
+        sigma = schedule.sigma(t, t_prev, eta)
+        if sigma > 0.0:
+            mu = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=torch.zeros_like(x_t))
+            z = (forward(t_prev) - mu) / sigma
+            inverted.stored_noise[i, batch] = z.cpu()
+        x_t = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=z)
+        bar.update(batch.stop - batch.start)
+    inverted.residual[batch] = x0 - x_t.cpu()
 
 
 def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:

@@ -36,7 +36,7 @@ class PrincipalComponents(Sequence):
     ----------
     directions : tuple of Direction, k of them
     explained_variance_ratio : ndarray of shape (T, k), values in [0, 1]
-        Share of the variance of h_t along the component.
+        Share of the variance of h_t that the component explains; of a joint PCA, by its shared scores.
     explained_variance_interval : ndarray of shape (T, k, 2)
         95% bootstrap interval of that share: the samples are drawn again, the axes stay.
     matched_cosine : ndarray of shape (T-1, k), values in [0, 1]
@@ -143,7 +143,8 @@ def find_pca(
     else:
         units, scores = _per_timestep(fits, k, align=align)
         shared = None
-    shares, intervals = _explained(scores, np.stack([fit.energy for fit in fits], axis=1), seed)
+    energy = np.stack([fit.energy for fit in fits], axis=1)
+    shares, intervals = _explained(scores, shared if joint else scores, energy, seed)
     shape = (len(fits), *store.h_shape)
     parameters = {"k": k, "joint": joint, "n": n, "align": align, "seed": seed}
     directions = tuple(
@@ -273,18 +274,29 @@ def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     return units * signs[:, None], scores * signs, shared * signs
 
 
-def _explained(scores: np.ndarray, energy: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each timestep's variance along each component, (T, k), and its bootstrap interval, (T, k, 2).
+def _explained(scores: np.ndarray, factors: np.ndarray, energy: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each timestep's variance that each factor explains, (T, k), and its bootstrap interval, (T, k, 2).
 
-    Scores of shape (n, T, k) and energies |h - mean|^2 of shape (n, T) give both, the data are not needed again: with
-    c_i the number of times that sample i is drawn, the share is (sum c s^2 - (sum c s)^2 / n) / sum c |h - mean|^2.
+    The share is cov(s, z)^2 / var(z) of the total variance, for scores s of shape (n, T, k) along the direction of the
+    regression of h_t on the factor z; a timestep's own component is its own factor, and then it is var(s). The total
+    comes from the energies |h - mean|^2 of shape (n, T), so that the data are not needed again.
     """
-    n, steps, k = scores.shape
-    flat = scores.reshape(n, -1).astype(np.float64)
+    n = len(scores)
+    s = scores.astype(np.float64)
+    z = factors.astype(np.float64)
+    if z.ndim == 2:
+        z = z[:, None]
+
+    def weighted(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.tensordot(counts, values, axes=1) / n
 
     def share(counts: np.ndarray) -> np.ndarray:
-        along = counts @ flat**2 - (counts @ flat) ** 2 / n
-        return along.reshape(len(counts), steps, k) / (counts @ energy)[:, :, None]
+        mean_s, mean_z = weighted(counts, s), weighted(counts, z)
+        covariance = weighted(counts, s * z) - mean_s * mean_z
+        variance = np.broadcast_to(weighted(counts, z**2) - mean_z**2, covariance.shape)
+        # A draw of one sample alone, likely where there are few, explains nothing.
+        explained = np.divide(covariance**2, variance, out=np.zeros_like(covariance), where=variance > 0)
+        return explained / weighted(counts, energy)[:, :, None]
 
     rng = np.random.default_rng(seed)
     drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]).astype(np.float64)

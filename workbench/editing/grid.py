@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from workbench.diffusion.models import Model
-from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import Trajectory, batches, denoise, progress_bar
 from workbench.directions.direction import Direction
 from workbench.editing.edit import active_steps, check_run, pairs_of, step_gains
@@ -164,7 +163,6 @@ def _advance(
 ) -> torch.Tensor:
     """Steps `span` of the samples at positions `samples`, from x_t, with delta_h (n, steps, C, h, w) added to h."""
     model = runs.model
-    seeds = None if runs.seeds is None else [runs.seeds[s] for s in samples.tolist()]
     add = None if delta_h is None else lambda i, h: h + delta_h[:, span[i]].to(h)
     with torch.inference_mode():
         return denoise(
@@ -172,7 +170,7 @@ def _advance(
             x_t.to(model.device),
             pairs=[pairs_of(runs)[i] for i in span],
             etas=[runs.etas[i] for i in span],
-            noise=lambda i: step_noise(seeds, model.image_shape, t=runs.timesteps[span[i]]).to(model.device),
+            noise=lambda i: runs.noise_at(span[i], samples).to(model.device),
             edit_h=add,
             asymmetric=asymmetric,
             on_step=None if bar is None else lambda *_: bar.update(len(samples)),

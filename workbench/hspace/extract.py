@@ -128,8 +128,8 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress) -> HS
             return replace(store, cached=True)
     else:
         store = create_store(path, provenance, _layout(model, provenance, inverted=source is not None))
-        if seeds is not None:
-            store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
+    if seeds is not None:
+        store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
     size, n, timesteps = provenance["chunk"], provenance["n"], provenance["timesteps"]
     todo = [slice(c * size, min((c + 1) * size, n)) for c in np.flatnonzero(store.group["done"][:] == 0)]
     options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"], "batch_size": batch_size}

@@ -1,0 +1,164 @@
+"""Effects of edits, with a classifier that is a known function of the pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import workbench as wb
+from workbench.directions.direction import Direction
+from workbench.editing import effects as module
+from workbench.editing.edit import edit
+from workbench.editing.effects import Effects, disentangling_table, matched_scale, measure_effects
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return wb.sample(tiny, [4, 9, 2, 7, 5, 0], steps=STEPS, record_h=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def directions(tiny, run):
+    """Two random directions, each as long as h itself, with a part in common."""
+    generator = torch.Generator().manual_seed(1)
+    one, two = torch.randn(2, STEPS, *tiny.h_shape, generator=generator)
+    length = run.h.values.flatten(2).norm(dim=2).mean(dim=1).view(-1, 1, 1, 1) / one[0].numel() ** 0.5
+    provenance = {"model": tiny.provenance(), "etas": list(run.etas), "method": "planted", "seeds": []}
+    return {
+        name: Direction.from_delta(delta * length, timesteps=run.timesteps, name=name, provenance=provenance)
+        for name, delta in {"red": one, "green": two + 0.5 * one}.items()
+    }
+
+
+def brightness(images):
+    """Mean of the red and of the green channel, and a constant: linear in the pixels."""
+    means = images.double().mean(dim=(2, 3)).numpy()
+    return pd.DataFrame({"red": means[:, 0], "green": means[:, 1], "none": 0.25})
+
+
+def test_effects_are_the_scores_of_the_edits_one_by_one(tiny, run, directions):
+    found = measure_effects(tiny, run, directions, brightness, scales=[-1, 2], progress=False)
+    assert found.directions == ["red", "green"] and found.scales == [-1.0, 2.0]
+    assert len(found.table) == 2 * 2 * 6 * 3
+    assert list(found.table.columns) == ["direction", "scale", "seed", "attribute", "before", "after"]
+    for name, direction in directions.items():
+        for scale in (-1, 2):
+            before, after = found.scores(name, scale)
+            assert list(before.index) == list(run.seeds)
+            np.testing.assert_allclose(before, brightness(run.x0), atol=1e-6)
+            edited = edit(tiny, run, direction, scale=scale, progress=False).x0
+            np.testing.assert_allclose(after, brightness(edited), atol=1e-4)
+            assert (after["red"] - before["red"]).abs().max() > 1e-3
+
+
+def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny, run, directions, monkeypatch):
+    options = {"scales": [1], "progress": False}
+    whole = measure_effects(tiny, run, directions, brightness, **options)
+    sizes = []
+    monkeypatch.setattr(module, "IMAGE_BYTES", 4 * 2 * 2 * int(np.prod(tiny.image_shape)))
+
+    def counted(images):
+        sizes.append(len(images))
+        return brightness(images)
+
+    parts = measure_effects(tiny, run, directions, counted, **options)
+    assert max(sizes) == 4
+    order = ["direction", "scale", "seed", "attribute"]
+    pd.testing.assert_frame_equal(
+        parts.table.sort_values(order, ignore_index=True), whole.table.sort_values(order, ignore_index=True), atol=1e-5
+    )
+    pd.testing.assert_frame_equal(parts.scores("red", 1.0)[1], whole.scores("red", 1.0)[1], atol=1e-5)
+
+
+def test_scale_zero_has_no_effect(tiny, run, directions):
+    table = measure_effects(tiny, run, directions["red"], brightness, scales=[0, 1], progress=False).table
+    still = table[table["scale"] == 0]
+    assert (still["before"] == still["after"]).all()
+
+
+def test_an_inverted_image_is_compared_with_its_reconstruction(tiny, run, directions):
+    inverted = wb.invert(tiny, run.x0[:2].clamp(-1, 1), steps=STEPS, progress=False)
+    found = measure_effects(tiny, inverted, directions["red"], brightness, scales=[1], progress=False)
+    before, _ = found.scores("red", 1)
+    np.testing.assert_allclose(before, brightness(wb.replay(inverted, progress=False).x0), atol=1e-5)
+    assert list(before.index) == [0, 1]
+    assert np.abs(before["red"] - brightness(inverted.x0)["red"].to_numpy()).max() > 1e-5
+
+
+def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
+    found = measure_effects(tiny, run, directions, brightness, scales=[1, 2], progress=False)
+    matrix = found.matrix({"red": 1.0, "green": 2.0}).mean
+    for name, scale in (("red", 1.0), ("green", 2.0)):
+        rows = found.table[(found.table["direction"] == name) & (found.table["scale"] == scale)]
+        for attribute, part in rows.groupby("attribute"):
+            assert matrix.loc[name, attribute] == pytest.approx((part["after"] - part["before"]).mean())
+    assert matrix["none"].eq(0).all()
+
+
+def planted(after_by_scale):
+    """Effects of one direction on ten samples without the attribute: so many of them have it after each scale."""
+    rows = [
+        {"direction": "A", "scale": scale, "seed": seed, "attribute": "A", "before": 0.1, "after": float(seed < hits)}
+        for scale, hits in after_by_scale.items()
+        for seed in range(10)
+    ]
+    return Effects(pd.DataFrame(rows))
+
+
+def test_the_matched_scale_is_the_smallest_that_succeeds():
+    effects = planted({3.0: 10, -4.0: 10, 1.0: 5, 2.0: 8})
+    assert matched_scale(effects, "A") == 2.0
+    assert matched_scale(effects, "A", success=0.5) == 1.0
+    assert matched_scale(effects, "A", success=0.9) == 3.0
+    assert [rate.value for rate in effects.success("A").values()] == [1.0, 0.5, 0.8, 1.0]
+    with pytest.raises(ValueError, match=r"to 80% of the samples without it; the best is 2 with 60% \(n=10\)"):
+        matched_scale(planted({1.0: 5, 2.0: 6}), "A")
+    with pytest.raises(ValueError, match="no scale of at least 0"):
+        matched_scale(planted({-1.0: 10}), "A")
+
+
+def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, directions):
+    options = {"scales": [1.0], "success": 0.0, "progress": False}
+    shifted = lambda images: brightness(images) - 5.0  # noqa: E731 - no sample has an attribute
+    table = disentangling_table(tiny, run, directions, shifted, repeats=3, **options)
+    apart = {"red": directions["red"].orthogonal_to(directions["green"])}
+    apart["green"] = directions["green"].orthogonal_to(directions["red"])
+    for variant, used in (("original", directions), ("disentangled", apart)):
+        for name, direction in used.items():
+            edited = edit(tiny, run, direction, progress=False).x0
+            change = (
+                (brightness(edited) - brightness(run.x0))[["red", "green"]].to_numpy().reshape(3, 2, 2).mean(axis=1)
+            )
+            np.testing.assert_allclose(table.matrix(variant).loc[name], change.mean(axis=0), atol=1e-4)
+            np.testing.assert_allclose(table.matrix(variant, "std").loc[name], change.std(axis=0, ddof=1), atol=1e-4)
+        matrix = table.matrix(variant).abs()
+        expected = [matrix.loc["red", "green"] / matrix.loc["red", "red"]]
+        expected += [matrix.loc["green", "red"] / matrix.loc["green", "green"]]
+        np.testing.assert_allclose(table.entanglement[variant], expected, rtol=1e-6)
+    falls = 1 - table.entanglement["disentangled"] / table.entanglement["original"]
+    np.testing.assert_allclose(table.entanglement["reduction"], falls)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, r, d: measure_effects(m, r, [], brightness), "at least one direction"),
+        (lambda m, r, d: measure_effects(m, r, d, brightness, scales=[]), "at least one scale"),
+        (lambda m, r, d: measure_effects(m, r, [d["red"], d["red"]], brightness), "two directions are named 'red'"),
+        (lambda m, r, d: measure_effects(m, r, d, lambda x: x.mean(1), progress=False), "DataFrame with one row"),
+        (lambda m, r, d: measure_effects(m, r, d, lambda x: brightness(x[:1]), progress=False), "for 6 images"),
+        (lambda m, r, d: measure_effects(m.tapped("before"), r, d, brightness), "tap"),
+        (lambda m, r, d: measure_effects(m, wb.sample(m, [1], steps=3, progress=False), d, brightness), "resampled"),
+        (lambda m, r, d: disentangling_table(m, r, {"red": d["red"]}, brightness), "1 direction given"),
+        (lambda m, r, d: disentangling_table(m, r, d, brightness, repeats=4), "6 samples can't be split in 4"),
+        (lambda m, r, d: disentangling_table(m, r, d | {"hat": d["red"]}, brightness, repeats=2), "attribute 'hat'"),
+        (lambda m, r, d: planted({1.0: 5}).scores("A", 2.0), "no edit along 'A' at scale 2; measured are A at 1"),
+    ],
+)
+def test_bad_input_is_a_sentence(tiny, run, directions, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny, run, directions)

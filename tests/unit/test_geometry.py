@@ -1,0 +1,404 @@
+"""Geometry: planted shapes are found, library oracles agree, and what can't be answered is refused in a sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import linalg
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import NearestNeighbors
+
+from workbench.analysis import geometry
+from workbench.analysis.geometry import (
+    angles_over_time,
+    attribute_angles,
+    cka_over_time,
+    difference_directions,
+    dimensions,
+    dimensions_over_time,
+    embed,
+    embed_jointly,
+    gram,
+    levina_bickel,
+    linear_cka,
+    participation_ratio,
+    quality,
+    subspace_angles,
+    two_nn,
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """120 samples in three groups, 30 dimensions: far apart in the first two, noise elsewhere."""
+    rng = np.random.default_rng(1)
+    groups = np.repeat([0, 1, 2], 40)
+    h = rng.standard_normal((120, 30))
+    h[:, :2] += 12 * np.array([[0, 0], [1, 0], [0, 1]])[groups]
+    return h.astype(np.float32), groups
+
+
+class Store:
+    """What the module needs of a store."""
+
+    def __init__(self, by_t):
+        self.by_t, self.timesteps = by_t, tuple(by_t)
+
+    def at(self, t):
+        return self.by_t[t]
+
+
+def flat(rng, n, dim, d):
+    """n samples of an isotropic Gaussian of dimension `dim` in d coordinates."""
+    basis = np.linalg.qr(rng.standard_normal((d, dim)))[0]
+    return rng.standard_normal((n, dim)) @ basis.T
+
+
+def test_gram_is_the_inner_product_over_all_blocks(rng, monkeypatch):
+    monkeypatch.setattr(geometry, "CHUNK", 7)
+    h = rng.standard_normal((6, 50)) + 3
+    centred = h - h.mean(axis=0)
+    np.testing.assert_allclose(gram(h), centred @ centred.T, atol=1e-12)
+    np.testing.assert_allclose(gram(h, centred=False), h @ h.T, atol=1e-12)
+
+
+def test_pca_map_agrees_with_the_singular_vectors(blobs):
+    h, _ = blobs
+    found = embed(h, k=3)
+    u, s, _ = np.linalg.svd(h - h.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(found.points), np.abs(u * s)[:, :3], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.explained_variance_ratio, s[:3] ** 2 / (s**2).sum(), rtol=1e-4)
+    assert found.variance_kept == pytest.approx(found.explained_variance_ratio.sum())
+    assert found.axes == ["PC 1", "PC 2", "PC 3"]
+
+
+def test_an_embedding_is_a_table_to_plot(blobs):
+    h, groups = blobs
+    frame = embed(h.reshape(120, 5, 3, 2)).frame(group=groups)
+    assert list(frame) == ["sample", "PC 1", "PC 2", "group"] and len(frame) == 120
+
+
+def test_umap_is_the_same_for_the_same_seed_and_keeps_neighbours(blobs):
+    h, groups = blobs
+    first, again, other = (embed(h, method="umap", seed=seed, min_dist=0.2) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.points, again.points)
+    assert not np.array_equal(first.points, other.points)
+    assert first.backend == "umap-learn" and first.explained_variance_ratio is None
+    assert silhouette_score(first.points, groups) > 0.5
+
+
+def test_tsne_is_the_same_for_the_same_seed_and_keeps_groups_apart(blobs):
+    h, groups = blobs
+    first, again = (embed(h, method="tsne", seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first.points, again.points)
+    assert silhouette_score(first.points, groups) > 0.4
+
+
+def test_umap_runs_on_cuml_where_it_is_installed(blobs, monkeypatch):
+    calls = []
+
+    class UMAP:
+        def __init__(self, **settings):
+            calls.append(settings)
+
+        def fit_transform(self, scores):
+            return scores[:, :2]
+
+    manifold = types.ModuleType("cuml.manifold")
+    manifold.UMAP = UMAP
+    monkeypatch.setitem(sys.modules, "cuml", types.ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.manifold", manifold)
+    found = embed(blobs[0], method="umap", seed=4, neighbours=9)
+    assert found.backend == "cuml"
+    assert calls == [{"n_components": 2, "n_neighbors": 9, "random_state": 4}]
+
+
+def test_joint_map_places_every_timestep_by_one_fit(rng):
+    base = rng.standard_normal((25, 40))
+    by_t = {t: base * scale + shift for t, scale, shift in ((900, 1.0, 0.0), (500, 2.0, 1.0), (0, 3.0, 5.0))}
+    joint = embed_jointly(Store(by_t), k=2)
+    pca = PCA(2, svd_solver="full").fit(np.concatenate(list(by_t.values())))
+    for t, h in by_t.items():
+        np.testing.assert_allclose(np.abs(joint[t]), np.abs(pca.transform(h)), atol=1e-6)
+    assert joint.paths.shape == (25, 3, 2) and joint.timesteps == (900, 500, 0)
+    np.testing.assert_array_equal(joint.paths[4, 1], joint[500][4])
+    frame = joint.frame(label=np.arange(25))
+    row = frame[(frame["t"] == 0) & (frame["sample"] == 4)].iloc[0]
+    np.testing.assert_array_equal(row[["PC 1", "PC 2"]].astype(float), joint[0][4])
+    assert row["label"] == 4
+
+
+def test_centring_each_timestep_leaves_only_differences_between_samples(rng):
+    base = rng.standard_normal((25, 40))
+    joint = embed_jointly({t: base * (t + 1) + 10 * t for t in range(3)}, centre="timestep")
+    np.testing.assert_allclose(joint[0], joint[2], atol=1e-6)
+
+
+def test_the_identity_map_is_trusted_fully_and_a_random_one_at_chance(rng):
+    h = rng.standard_normal((200, 3))
+    same = quality(h, h, resamples=5).set_index("measure")
+    assert same["value"].tolist() == [1.0, 1.0]
+    means = {}
+    for _ in range(10):
+        random = quality(h, rng.standard_normal((200, 2)), resamples=2).set_index("measure")
+        for measure in random.index:
+            means.setdefault(measure, []).append(random.loc[measure, "value"] - random.loc[measure, "chance"])
+    for measure, gaps in means.items():
+        assert abs(np.mean(gaps)) < 4 * np.std(gaps) / np.sqrt(len(gaps)) + 1e-3, measure
+
+
+def test_neighbourhood_preservation_counts_shared_neighbours(rng):
+    h = rng.standard_normal((60, 10))
+    points = h[:, :2]
+    found = quality(h, points, neighbours=6, resamples=2).set_index("measure").loc["neighbourhood preservation"]
+    sets = [NearestNeighbors(n_neighbors=6).fit(x).kneighbors(return_distance=False) for x in (h, points)]
+    expected = np.mean([len(set(a) & set(b)) / 6 for a, b in zip(*sets, strict=True)])
+    assert found["value"] == pytest.approx(expected)
+    assert found["chance"] == pytest.approx(6 / 59)
+
+
+def test_silhouette_is_given_for_the_map_and_for_h(blobs):
+    h, groups = blobs
+    labels = pd.DataFrame({"group": groups, "noise": np.arange(120) % 2})
+    table = quality(h, embed(h), labels=labels, resamples=20)
+    found = table[table["measure"] == "silhouette"].set_index(["attribute", "space"])
+    assert found.loc[("group", "map"), "value"] == pytest.approx(silhouette_score(embed(h).points, groups))
+    assert found.loc[("group", "h"), "value"] == pytest.approx(silhouette_score(h, groups), abs=1e-5)
+    assert abs(found.loc[("noise", "map"), "value"]) < 0.05
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+
+
+def test_half_sample_intervals_cover_the_spread_between_samples(rng):
+    """The interval is as wide as the statistic varies from one set of samples to the next."""
+    draws = [rng.standard_normal((150, 6)) for _ in range(40)]
+    tables = [quality(h, h[:, :2], resamples=60).set_index("measure").loc["trustworthiness"] for h in draws]
+    spread = np.std([table["value"] for table in tables])
+    width = np.mean([table["high"] - table["low"] for table in tables]) / (2 * 1.96)
+    assert 0.6 < width / spread < 1.6
+
+
+def test_groups_of_one_sample_are_left_out_of_the_silhouette(blobs):
+    h, groups = blobs
+    lone = np.where(np.arange(120) == 7, 9, groups)
+    table = quality(h, h[:, :2], labels=lone, resamples=2)
+    found = table[(table["measure"] == "silhouette") & (table["space"] == "map")]["value"].item()
+    kept = np.arange(120) != 7
+    assert found == pytest.approx(silhouette_score(h[kept, :2], groups[kept]), abs=1e-5)
+
+
+def test_participation_ratio_by_hand_and_against_the_covariance(rng):
+    h = np.array([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    assert participation_ratio(h, corrected=False) == pytest.approx(2.0)
+    x = rng.standard_normal((50, 8)) * np.arange(1, 9)
+    values = np.linalg.eigvalsh(np.cov(x.T))
+    assert participation_ratio(x, corrected=False) == pytest.approx(values.sum() ** 2 / (values**2).sum())
+
+
+@pytest.mark.parametrize("n", [60, 400])
+def test_corrected_participation_ratio_does_not_depend_on_the_number_of_samples(n, rng):
+    spectrum = np.sqrt(np.geomspace(1, 0.01, 300))
+    truth = (spectrum**2).sum() ** 2 / (spectrum**4).sum()
+    found = [participation_ratio(rng.standard_normal((n, 300)) * spectrum) for _ in range(20)]
+    assert np.mean(found) == pytest.approx(truth, abs=4 * np.std(found) / np.sqrt(20) + 0.02 * truth)
+    assert participation_ratio(rng.standard_normal((60, 300)) * spectrum, corrected=False) < 0.6 * truth
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_both_estimators_find_a_planted_dimension(dim, rng):
+    h = flat(rng, 800, dim, 50)
+    assert two_nn(h) == pytest.approx(dim, rel=0.12)
+    assert levina_bickel(h) == pytest.approx(dim, rel=0.1)
+
+
+def test_a_curved_sheet_has_dimension_two_and_more_principal_directions(rng):
+    angle, height = rng.uniform(0, 9, 800), rng.uniform(0, 9, 800)
+    h = np.stack([angle * np.cos(angle), height, angle * np.sin(angle)], axis=1)
+    assert two_nn(h) == pytest.approx(2, rel=0.12) and levina_bickel(h) == pytest.approx(2, rel=0.12)
+    assert participation_ratio(h) > 2.5
+
+
+def test_levina_bickel_is_the_inverse_of_the_mean_log_ratio(rng):
+    h = rng.standard_normal((40, 4))
+    t = NearestNeighbors(n_neighbors=6).fit(h).kneighbors()[0]
+    inverses = [np.mean([np.log(row[5] / row[j]) for j in range(5)]) for row in t]
+    assert levina_bickel(h, neighbours=6) == pytest.approx(1 / np.mean(inverses))
+
+
+def test_two_nn_is_the_slope_of_the_papers_plot(rng):
+    h = rng.standard_normal((100, 4))
+    t = NearestNeighbors(n_neighbors=2).fit(h).kneighbors()[0]
+    x = np.log(np.sort(t[:, 1] / t[:, 0])[:90])
+    y = -np.log(1 - np.arange(1, 91) / 101)
+    assert two_nn(h) == pytest.approx(np.linalg.lstsq(x[:, None], y, rcond=None)[0].item())
+
+
+def test_dimensions_over_time_are_those_of_each_timestep_with_intervals(rng):
+    by_t = {800: flat(rng, 120, 3, 30), 0: flat(rng, 120, 6, 30)}
+    table = dimensions_over_time(Store(by_t), resamples=20)
+    assert list(table) == ["t", "estimator", "value", "low", "high", "n"]
+    for t, h in by_t.items():
+        one = dimensions(h, resamples=20)
+        pd.testing.assert_frame_equal(table[table["t"] == t].drop(columns="t").reset_index(drop=True), one)
+        assert ((one["low"] < one["value"]) & (one["value"] < one["high"])).all()
+    assert two_nn(by_t[0]) == pytest.approx(table.query("t == 0 and estimator == 'TwoNN'")["value"].item())
+
+
+def test_angles_of_known_subspaces():
+    basis = np.eye(5)
+    tilted = np.stack([basis[0], np.cos(0.5) * basis[1] + np.sin(0.5) * basis[2]])
+    np.testing.assert_allclose(subspace_angles(basis[:2], tilted), [0, np.degrees(0.5)], atol=1e-6)
+    np.testing.assert_allclose(subspace_angles(basis[:2], 3 * basis[3:]), [90, 90])
+    np.testing.assert_allclose(subspace_angles(basis[:2], [[1, 1, 0, 0, 0], [1, -1, 0, 0, 0]]), [0, 0], atol=1e-6)
+
+
+def test_angles_over_time_follow_a_rotated_plane(rng):
+    """A plane turned by 30 degrees about one of its axes has principal angles 0 and 30."""
+    scores = rng.standard_normal((80, 2)) * [3, 2]
+    basis = np.eye(12)
+    turned = np.stack([basis[0], np.cos(np.pi / 6) * basis[1] + np.sin(np.pi / 6) * basis[2]])
+    found = angles_over_time({900: scores @ basis[:2] + 5, 400: scores @ turned, 0: scores @ basis[4:6]}, k=2)
+    np.testing.assert_allclose(found.angles[0, 1], [0, 30], atol=1e-5)
+    np.testing.assert_allclose(found.angles[0, 2], [90, 90], atol=1e-5)
+    np.testing.assert_allclose(found.within, 0, atol=1e-5)
+    assert found.mean.loc[900, 400] == pytest.approx(15, abs=1e-5)
+    assert found.geodesic.loc[400, 900] == pytest.approx(np.pi / 6, abs=1e-6)
+
+
+def test_angles_over_time_agree_with_scipy_on_scikit_learns_components(rng):
+    by_t = {t: (rng.standard_normal((60, 30)) * np.geomspace(9, 1, 30)).astype(np.float32) for t in (1, 0)}
+    found = angles_over_time(by_t, k=4)
+    bases = [PCA(4, svd_solver="full").fit(h).components_.T for h in by_t.values()]
+    np.testing.assert_allclose(found.angles[0, 1][::-1], np.degrees(linalg.subspace_angles(*bases)), atol=1e-2)
+
+
+def test_unrelated_subspaces_are_at_chance_and_so_are_halves_of_noise(rng):
+    found = angles_over_time({t: rng.standard_normal((60, 400)) for t in range(3)}, k=3)
+    assert found.mean.loc[0, 1] == pytest.approx(found.chance, abs=4)
+    assert found.within.mean() == pytest.approx(found.chance, abs=4)
+
+
+def test_attribute_angles_find_planted_directions(rng):
+    a, b = rng.integers(0, 2, (2, 4000))
+    h = rng.standard_normal((4000, 10)) * 0.1
+    h[:, 0] += a
+    h[:, :2] += np.outer(b, [np.cos(1.0), np.sin(1.0)])
+    found = attribute_angles(h, {"a": a, "b": b})
+    directions = difference_directions(h, {"a": a, "b": b})
+    np.testing.assert_allclose(directions["a"][:2], [1, 0], atol=0.05)
+    np.testing.assert_allclose(directions["b"][:2], [np.cos(1.0), np.sin(1.0)], atol=0.05)
+    assert found.mean.loc["a", "b"] == pytest.approx(np.degrees(1.0), abs=4)
+    assert (found.within < 5).all()
+    flipped = difference_directions(h, 1 - a)["label"]
+    np.testing.assert_allclose(flipped, -directions["a"])
+
+
+def test_cka_does_not_see_rotation_scale_and_shift(rng):
+    a = rng.standard_normal((40, 9))
+    turned = 3 * a @ np.linalg.qr(rng.standard_normal((9, 9)))[0] - 4
+    for debiased in (False, True):
+        assert linear_cka(a, turned, debiased=debiased) == pytest.approx(1)
+        assert linear_cka(a, a @ np.diag([9, 1, 1, 1, 1, 1, 1, 1, 1]), debiased=debiased) < 0.95
+
+
+def test_cka_by_features_and_by_inner_products_is_the_papers(rng):
+    for d in (6, 90):
+        a = rng.standard_normal((30, d))
+        b = a[:, :4] + rng.standard_normal((30, 4))
+        x, y = a - a.mean(axis=0), b - b.mean(axis=0)
+        expected = np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+        assert linear_cka(a, b, debiased=False) == pytest.approx(expected)
+
+
+def test_debiased_cka_uses_the_unbiased_hsic(rng):
+    """Song et al. 2012, eq. 5, term by term."""
+    a, b = rng.standard_normal((2, 12, 5))
+
+    def hsic(k, m):
+        n, one = len(k), np.ones(len(k))
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        total = np.trace(k @ m) + one @ k @ one * (one @ m @ one) / ((n - 1) * (n - 2))
+        return (total - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
+
+    k, m = a @ a.T, b @ b.T
+    assert linear_cka(a, b) == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)))
+
+
+def test_unrelated_representations_have_debiased_cka_zero_and_plain_cka_near_one(rng):
+    pairs = [rng.standard_normal((2, 30, 500)) for _ in range(20)]
+    debiased = [linear_cka(a, b) for a, b in pairs]
+    assert abs(np.mean(debiased)) < 4 * np.std(debiased) / np.sqrt(20)
+    assert linear_cka(*pairs[0], debiased=False) > 0.8
+
+
+def test_cka_over_time_holds_every_pair(rng):
+    by_t = {t: rng.standard_normal((30, 12)) for t in (2, 1, 0)}
+    found = cka_over_time((t, h) for t, h in by_t.items())
+    assert found.index.tolist() == [2, 1, 0]
+    assert found.loc[2, 0] == pytest.approx(linear_cka(by_t[2], by_t[0]), abs=1e-5)
+    np.testing.assert_allclose(np.diag(found), 1, atol=1e-5)
+
+
+def test_bad_input_is_refused_in_a_sentence(rng, monkeypatch):
+    h = rng.standard_normal((20, 8))
+    broken = h.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(ValueError, match=r"sample 3 has NaN or infinite values \(1 of 20"):
+        embed(broken)
+    with pytest.raises(ValueError, match="sample 3 at timestep 600 has NaN"):
+        cka_over_time({700: h, 600: broken})
+    with pytest.raises(ValueError, match="k is 20; 20 samples of 8 values have 1 to 8 components"):
+        embed(h, k=20)
+    with pytest.raises(ValueError, match="k is 10; halves of 20 samples of 30 values have 1 to 9"):
+        angles_over_time({t: rng.standard_normal((20, 30)) for t in range(2)}, k=10)
+    with pytest.raises(ValueError, match="neighbours is 20; with 20 samples it is 1 to 19"):
+        embed(h, method="umap", neighbours=20)
+    with pytest.raises(ValueError, match="neighbours is 10; with 20 samples it is 1 to 9"):
+        quality(h, h, neighbours=10)
+    with pytest.raises(ValueError, match="all labels 'Beard' are 1"):
+        quality(h, h, labels={"Beard": np.ones(20, dtype=int)}, neighbours=3)
+    with pytest.raises(ValueError, match="fewer than two groups of two samples"):
+        quality(h, h, labels=np.arange(20) == 4, neighbours=3)
+    with pytest.raises(ValueError, match="have shape \\(19,\\); there are 20 samples"):
+        quality(h, h, labels=np.arange(19), neighbours=3)
+    with pytest.raises(ValueError, match="sample 2 is missing"):
+        quality(h, h, labels=[0, 1, None] + [1] * 17, neighbours=3)
+    with pytest.raises(ValueError, match="the map has 19 points and h 20 samples"):
+        quality(h, h[:19])
+    with pytest.raises(ValueError, match="1 timestep given where a curve needs at least 2"):
+        embed_jointly({5: h})
+    with pytest.raises(ValueError, match="timestep 1 has 19 samples and the one before 20"):
+        embed_jointly({2: h, 1: h[:19]})
+    with pytest.raises(ValueError, match="samples 1 and 5 are the same"):
+        two_nn(np.concatenate([h[:5], h[1:]]))
+    with pytest.raises(ValueError, match="all samples are the same"):
+        participation_ratio(np.ones((5, 3)))
+    with pytest.raises(ValueError, match="only 'a'"):
+        attribute_angles(h, {"a": np.arange(20) % 2})
+    with pytest.raises(ValueError, match="have 3 values; a difference direction needs two"):
+        difference_directions(h, np.arange(20) % 3)
+    with pytest.raises(ValueError, match="the same samples; these are 20 and 19"):
+        linear_cka(h, h[:19])
+    with pytest.raises(ValueError, match="it is one of pca, umap, pacmap, tsne"):
+        embed(h, method="lle")
+    monkeypatch.setitem(sys.modules, "pacmap", None)
+    with pytest.raises(ValueError, match="needs the package pacmap, which is not installed"):
+        embed(h, method="pacmap", neighbours=5)
+
+
+def test_the_analysis_room_needs_neither_torch_nor_umap_to_load():
+    code = (
+        "import sys, workbench.analysis.geometry, workbench.analysis.dynamics;"
+        "sys.exit(bool({'torch', 'umap', 'diffusers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,385 @@
+"""The spectrum of the Jacobian against the dense one, on U-Nets that are small enough to write it down."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import workbench as wb
+from workbench.directions import jacobian
+from workbench.directions.direction import load_direction
+from workbench.directions.jacobian import JacobianSpectrum, find_jacobian, find_pullback
+
+T_FOUND = 600
+STEPS = [800, T_FOUND, 500, 200, 0]
+
+
+def small_model(*, scale_shift: bool = False, seed: int = 0) -> wb.Model:
+    """A random U-Net with attention at both levels and in the mid block; h has 256 entries, an image 192."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+        )
+        for parameter in unet.parameters():
+            if parameter.ndim > 1:
+                parameter.data *= 1.5  # a stronger network, whose Jacobian changes with x_t
+    return wb.wrap(unet, DDPMScheduler(), name="small", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> wb.Model:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def run(model) -> wb.Trajectory:
+    return wb.sample(model, [5], steps=STEPS, eta=1.0, record_h=True, record_x=True, progress=False)
+
+
+def dense(f, x: torch.Tensor) -> torch.Tensor:
+    """The Jacobian, row by row in reverse mode; (n, d), float64."""
+    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):
+        J = torch.autograd.functional.jacobian(f, x.clone())
+    return J.reshape(-1, x.numel()).double()
+
+
+def dense_of_h(model: wb.Model, x_t: torch.Tensor, t: int, *, output: str = "eps") -> torch.Tensor:
+    with torch.no_grad():
+        bottleneck = model.encode(x_t, t)
+
+    def f(h):
+        eps = model.decode(bottleneck.with_h(h))
+        return eps if output == "eps" else model.schedule.predict_x0(x_t, eps, t)
+
+    return dense(f, bottleneck.h)
+
+
+def angle(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest principal angle between the row spaces of two sets of orthonormal vectors, in radians."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    return float(torch.linalg.matrix_norm(a - (a @ b.T) @ b, 2).arcsin())
+
+
+def assert_matches(found: JacobianSpectrum, J: torch.Tensor) -> None:
+    _, sigma, right = torch.linalg.svd(J, full_matrices=False)
+    k = len(found)
+    np.testing.assert_allclose(found.singular_values, sigma[:k], rtol=1e-4)
+    assert angle(found.right, right[:k]) < 1e-3
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("tap", ["after", "middle", "before"])
+def test_the_spectrum_is_the_dense_ones(tap, scale_shift):
+    """sigma to 1e-4 and the space of vectors to 1e-3 rad, with attention everywhere, at every tap, by default."""
+    model = small_model(scale_shift=scale_shift).tapped(tap)
+    run = wb.sample(model, [5], steps=STEPS, progress=False)
+    found = find_jacobian(model, run, t=T_FOUND, k=3, progress=False)
+    J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
+    assert found.convergence.converged
+    assert_matches(found, J)
+    effects = found.right.flatten(1) @ J.T.float()
+    np.testing.assert_allclose(effects, found.left.flatten(1).numpy() * found.singular_values[:, None], atol=1e-5)
+    assert (found.residuals < 0.01).all()
+
+
+def test_the_products_are_adjoint_and_exact(model, run):
+    """<J v, u> = <v, J'u>, and both are the dense Jacobian's, also for more vectors than the graph is wide."""
+    with torch.no_grad():
+        bottleneck = model.encode(run.x_at(T_FOUND), T_FOUND)
+    f = lambda h: model.decode(bottleneck.repeat(len(h)).with_h(h))  # noqa: E731
+    linear = jacobian._Linearised(f, bottleneck.h, width=3)
+    J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
+    rng = torch.Generator().manual_seed(0)
+    v = torch.randn(7, J.shape[1], dtype=torch.double, generator=rng)
+    u = torch.randn(7, J.shape[0], dtype=torch.double, generator=rng)
+    Jv, Ju = linear.jvp(v), linear.vjp(u)
+    torch.testing.assert_close((Jv * u).sum(1), (v * Ju).sum(1), rtol=1e-4, atol=1e-4 * float(J.norm()))
+    torch.testing.assert_close(Jv, v @ J.T, rtol=0, atol=1e-5 * float(Jv.abs().max()))
+    torch.testing.assert_close(Ju, u @ J, rtol=0, atol=1e-5 * float(Ju.abs().max()))
+
+
+@pytest.mark.parametrize("stride, padding, dilation, groups, size", [(1, 1, 1, 1, 6), (2, 1, 1, 1, 7), (2, 0, 2, 2, 8)])
+def test_lean_convolutions_have_the_derivatives_of_torchs(stride, padding, dilation, groups, size):
+    """First and second derivative with respect to the input, for strides, dilations and groups."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, size, size, dtype=torch.double, generator=rng)
+    weight = torch.randn(6, 4 // groups, 3, 3, dtype=torch.double, generator=rng)
+    settings = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
+    lean = lambda x: jacobian._LeanConvolution.apply(x, weight, None, *settings)  # noqa: E731
+    torch.testing.assert_close(lean(x), torch.conv2d(x, weight, None, *settings))
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lean, x)
+    assert torch.autograd.gradgradcheck(lean, x)
+
+
+def test_eps_and_x0_give_the_same_directions(model, run):
+    """P_t is linear in eps: the same right singular vectors, and sigma times sqrt((1 - a) / a) (Haas et al., SM C)."""
+    eps = find_jacobian(model, run, t=T_FOUND, tol=1e-8, progress=False)
+    x0 = find_jacobian(model, run, t=T_FOUND, tol=1e-8, output="x0", progress=False)
+    a = model.schedule.alpha_bar(T_FOUND)
+    torch.testing.assert_close(eps.right, x0.right, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(x0.singular_values, eps.singular_values * ((1 - a) / a) ** 0.5, rtol=1e-5)
+    assert_matches(x0, dense_of_h(model, run.x_at(T_FOUND), T_FOUND, output="x0"))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
+def test_a_mask_only_removes_rows(model, run, shape):
+    """The masked spectrum is that of the dense Jacobian without the rows outside; the left vectors are zero there."""
+    mask = np.zeros(shape, dtype=bool)
+    mask[..., 2:5, 1:6] = True
+    if shape[0] == 3:
+        mask[1] = False
+    rows = torch.from_numpy(np.broadcast_to(mask, (3, 8, 8)).flatten().copy())
+    J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
+    found = find_jacobian(model, run, t=T_FOUND, mask=mask, tol=1e-6, progress=False)
+    assert_matches(found, J[rows])
+    assert not found.left.flatten(1)[:, ~rows].any()
+    effect = (found.right.flatten(1).double() @ J.T).square()
+    np.testing.assert_allclose(found.inside_mask, effect[:, rows].sum(1) / effect.sum(1), rtol=1e-4)
+    assert (found.inside_mask < 0.999).all()
+
+
+def test_a_full_mask_is_no_mask(model, run):
+    """and a mask may be of zeros and ones."""
+    free = find_jacobian(model, run, t=T_FOUND, progress=False)
+    full = find_jacobian(model, run, t=T_FOUND, mask=torch.ones(8, 8, dtype=torch.int64), progress=False)
+    np.testing.assert_allclose(full.singular_values, free.singular_values, rtol=1e-6)
+    np.testing.assert_allclose(full.inside_mask, 1.0)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_small_blocks_find_the_same_as_one_large_block(model, run, block):
+    """Algorithm 2 and Algorithm 1 agree."""
+    whole = find_jacobian(model, run, t=T_FOUND, k=4, tol=1e-6, progress=False)
+    parts = find_jacobian(model, run, t=T_FOUND, k=4, tol=1e-6, block=block, max_iterations=200, progress=False)
+    np.testing.assert_allclose(parts.singular_values, whole.singular_values, rtol=1e-4)
+    assert angle(parts.right, whole.right) < 1e-3
+    assert parts.convergence.iterations > whole.convergence.iterations
+
+
+def test_the_jacobian_is_taken_on_the_runs_own_trajectory(model, run):
+    """With eta 1, at the x_t that this sample's noise led to; another noise has another spectrum."""
+    lean = wb.sample(model, [5], steps=STEPS, eta=1.0, progress=False)
+    found = find_jacobian(model, lean, t=200, progress=False)
+    own = dense_of_h(model, run.x_at(200), 200)
+    assert_matches(found, own)
+    from_the_same_x_T = wb.Trajectory(model, run.x_T, run.x0, run.timesteps, run.etas, seeds=(6,))
+    fresh = dense_of_h(model, from_the_same_x_T.x_at(200), 200)
+    difference = (torch.linalg.svdvals(fresh) / torch.linalg.svdvals(own) - 1)[:3].abs().max()
+    assert difference > 1e-3, "the oracle can't tell the run's own noise from fresh noise"
+
+
+def test_a_warm_start_needs_fewer_iterations(model, run):
+    """From a neighbouring timestep's vectors, and hardly any from the answer itself; the answer stays the same."""
+    neighbour = find_jacobian(model, run, t=T_FOUND, progress=False)
+    cold = find_jacobian(model, run, t=500, progress=False)
+    warm = find_jacobian(model, run, t=500, warm_start=neighbour, progress=False)
+    again = find_jacobian(model, run, t=500, warm_start=cold.warm_start, progress=False)
+    np.testing.assert_allclose(warm.singular_values, cold.singular_values, rtol=1e-4)
+    assert again.convergence.iterations < cold.convergence.iterations
+    assert warm.convergence.iterations <= cold.convergence.iterations
+    assert warm.convergence.change[1] < cold.convergence.change[1]
+
+
+def test_an_iteration_that_did_not_converge_says_so(model, run):
+    """with the residual, which the record holds too."""
+    with pytest.warns(RuntimeWarning, match="did not converge in 2 iterations.*residual.*is up to") as caught:
+        found = find_jacobian(model, run, t=T_FOUND, max_iterations=2, progress=False)
+    assert f"{found.residuals.max():.1g}" in str(caught[0].message)
+    assert not found.convergence.converged and "NOT" in repr(found)
+    assert caught[0].filename == __file__
+
+
+def test_a_converged_iteration_is_silent(model, run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_jacobian(model, run, t=T_FOUND, progress=False)
+
+
+def test_the_same_seed_gives_the_same_vectors(model, run):
+    """and another start the same answer; the global generator is left alone."""
+    state = torch.get_rng_state()
+    a, b = (find_jacobian(model, run, t=T_FOUND, seed=1, progress=False) for _ in range(2))
+    c = find_jacobian(model, run, t=T_FOUND, seed=2, tol=1e-8, progress=False)
+    assert torch.equal(a.right, b.right)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert angle(a.right, c.right) < 1e-3
+    assert ((a.right * c.right).flatten(1).sum(1) > 0).all(), "the sign must not depend on the start"
+
+
+def test_each_is_a_direction_for_all_of_the_runs_timesteps(model, run, tmp_path):
+    """The vector found at t, everywhere, of unit length; it can be saved, loaded and applied."""
+    found = find_jacobian(model, run, t=T_FOUND, k=2, progress=False)
+    assert isinstance(found, Sequence) and len(found) == 2 and len(list(found)) == 2
+    first = found[0]
+    assert first.timesteps == run.timesteps
+    assert all(torch.equal(unit, found.right[0]) for unit in first.unit)
+    torch.testing.assert_close(first.unit.flatten(1).norm(dim=1), torch.ones(5))
+    assert first.extras["singular_value"] == pytest.approx(found.singular_values[0])
+    assert {"model", "etas", "method", "parameters", "seeds"} <= set(first.provenance)
+    assert first.provenance["parameters"]["sigma"] == "rms of the sample's h"
+    torch.testing.assert_close(first.sigma, run.h.values[:, 0].flatten(1).square().mean(1).sqrt())
+    loaded = load_direction(first.save(tmp_path / "a.safetensors"), model=model)
+    assert loaded.provenance == first.provenance
+    edited = wb.sample(model, [5], steps=STEPS, delta_h=first.delta(3.0), progress=False)
+    assert (edited.x0 - run.x0).abs().max() > 1e-3
+
+
+def test_sigma_without_a_record_of_h_is_the_same(model, run):
+    bare = wb.sample(model, [5], steps=STEPS, progress=False)
+    a, b = (find_jacobian(model, r, t=T_FOUND, k=1, progress=False)[0].sigma for r in (bare, run))
+    torch.testing.assert_close(a, b)
+
+
+def test_one_unit_is_one_sigma_of_a_population(model, run, tmp_path):
+    """With a population: the standard deviation of its projection, timestep by timestep."""
+    store = wb.extract(model, 12, steps=STEPS, out=tmp_path / "store", dtype="float32", progress=False)
+    found = find_jacobian(model, run, t=T_FOUND, k=2, population=store, progress=False)
+    for direction, v in zip(found, found.right, strict=True):
+        expected = [(store.at(t) @ v.flatten().numpy()).std(ddof=1) for t in STEPS]
+        np.testing.assert_allclose(direction.sigma, expected, rtol=1e-5)
+        assert direction.provenance["parameters"]["sigma"] == "population"
+        assert direction.provenance["parameters"]["population"]["n"] == 12
+    other = wb.extract(model, 3, steps=2, out=tmp_path / "other", progress=False)
+    with pytest.raises(ValueError, match="lacks .* of the run's 5 timesteps"):
+        find_jacobian(model, run, t=T_FOUND, population=other, progress=False)
+    with pytest.raises(ValueError, match="tapped 'before'"):
+        find_jacobian(model.tapped("before"), run, t=T_FOUND, population=store, progress=False)
+
+
+@pytest.mark.parametrize("map", ["x->h", "x->x0"])
+def test_pullbacks_are_the_dense_ones(model, run, map):
+    """Park et al.'s and LOCO-Edit's maps, through the whole of the network that they pass."""
+    x_t = run.x_at(T_FOUND)
+    f = {
+        "x->h": lambda x: model.encode(x, T_FOUND).h,
+        "x->x0": lambda x: model.schedule.predict_x0(x, model(x, T_FOUND), T_FOUND),
+    }[map]
+    _, sigma, right = torch.linalg.svd(dense(f, x_t), full_matrices=False)
+    found = find_pullback(model, run, t=T_FOUND, map=map, tol=1e-6, max_iterations=60, progress=False)
+    np.testing.assert_allclose(found.singular_values, sigma[:3], rtol=1e-4)
+    assert angle(found.vectors, right[:3]) < 1e-3
+    assert found.left.shape == (3, *(model.h_shape if map == "x->h" else model.image_shape))
+    torch.testing.assert_close(found.edit(x_t, 1, 2.0), x_t + 2.0 * found.vectors[1])
+
+
+def test_the_nullspace_projection_avoids_what_moves_the_outside(model, run):
+    """v_p = (I - V V') v with V of the rows outside of the mask, normalised; against the dense projection."""
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:, :4] = True
+    rows = torch.from_numpy(np.broadcast_to(mask, (3, 8, 8)).flatten().copy())
+    x_t = run.x_at(T_FOUND)
+    J = dense(lambda x: model.schedule.predict_x0(x, model(x, T_FOUND), T_FOUND), x_t)
+    settings = {"t": T_FOUND, "k": 2, "mask": mask, "tol": 1e-8, "max_iterations": 80, "progress": False}
+    plain = find_pullback(model, run, **settings)
+    found = find_pullback(model, run, nullspace=5, **settings)
+    v = torch.linalg.svd(J[rows], full_matrices=False)[2][:2]
+    outside = torch.linalg.svd(J[~rows], full_matrices=False)[2][:5]
+    expected = v - (v @ outside.T) @ outside
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    cosines = (found.vectors.flatten(1).double() * expected).sum(1).abs()
+    np.testing.assert_allclose(cosines, 1.0, atol=1e-5)
+    np.testing.assert_allclose(found.singular_values, plain.singular_values, rtol=1e-6)
+    assert (found.vectors.flatten(1).double() @ outside.T).abs().max() < 1e-4
+    assert (plain.vectors.flatten(1).double() @ outside.T).abs().max() > 1e-2
+
+
+def planted(sigma: Sequence[float], *, n: int = 40, d: int = 60) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(n, len(sigma), dtype=torch.double, generator=rng)).Q
+    right = torch.linalg.qr(torch.randn(d, len(sigma), dtype=torch.double, generator=rng)).Q
+    return (left * torch.tensor(sigma, dtype=torch.double)) @ right.T
+
+
+def svd_of(J: torch.Tensor, k: int, **settings):
+    settings = {"width": k + 2, "max_iterations": 200, **settings}
+    return jacobian._block_svd(lambda v: v @ J.T, lambda u: u @ J, J.shape[1], k, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"width": 1, "block": 1}, {"width": 2, "block": 2}, {"width": 9}])
+@pytest.mark.parametrize(
+    "sigma",
+    [
+        np.geomspace(1.0, 1e-3, 30),
+        np.linspace(1.0, 0.9, 40),
+        np.array([5.0, 5.0, 5.0, 5.0, 1.0, 0.5]),
+        np.array([1e4, 1.0, 1e-2, 1e-3]),
+    ],
+    ids=["geometric", "flat", "repeated", "steep"],
+)
+def test_planted_spectra_are_recovered(sigma, settings):
+    """Of any linear map: gaps small or none, repeated values, a steep fall, more vectors asked for than it has."""
+    J = planted(sigma)
+    found = svd_of(J, 3, tol=1e-8, **settings)
+    u, s, v = torch.linalg.svd(J)
+    torch.testing.assert_close(found.singular_values, s[:3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.right @ found.right.T, torch.eye(3, dtype=torch.double))
+    torch.testing.assert_close(found.right @ J.T, found.singular_values[:, None] * found.left)
+    if sigma[2] > 1.0001 * sigma[3]:
+        assert angle(found.right, v[:3]) < 1e-3
+
+
+def test_a_map_of_lower_rank_has_zeros_at_the_end():
+    """Where the iteration has seen all there is, it stops."""
+    found = svd_of(planted([3.0, 2.0]), 4)
+    torch.testing.assert_close(found.singular_values[:2], torch.tensor([3.0, 2.0], dtype=torch.double))
+    assert (found.singular_values[2:] < 1e-6).all()
+    assert torch.isfinite(found.right).all() and torch.isfinite(found.left).all()
+
+
+def test_a_space_smaller_than_the_block_is_searched_whole():
+    J = planted([3.0, 2.0, 1.0, 0.5], n=4, d=4)
+    found = svd_of(J, 3, width=7)
+    torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(J)[:3])
+    assert found.convergence.iterations == 1 and found.convergence.converged
+
+
+def test_the_residual_bounds_the_error_of_the_values():
+    """A singular value of J^2 lies within residual * sigma^2 of each sigma^2, also before it has converged."""
+    J = planted(np.linspace(1.0, 0.5, 40))
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        found = svd_of(J, 3, max_iterations=4)
+    squares = torch.linalg.svdvals(J).square()
+    for value, residual in zip(found.singular_values.square(), found.convergence.residuals, strict=True):
+        assert (squares - value).abs().min() <= residual * value
+
+
+def refused(model, run, match, *, find=find_jacobian, **arguments):
+    with pytest.raises(ValueError, match=match):
+        find(model, run, **{"t": T_FOUND, "progress": False, **arguments})
+
+
+def test_errors_say_what_to_do(model, run):
+    refused(model, wb.sample(model, range(2), steps=2, progress=False), r"this run has 2; give run\[0\]")
+    refused(small_model(seed=1), run, "not with 'small'")
+    refused(model, run, "timestep 610 was not visited", t=610)
+    refused(model, run, "output 'h' is not known", output="h")
+    refused(model, run, r"shape \(4, 4\); this model takes \(8, 8\)", mask=np.ones((4, 4), bool))
+    refused(model, run, "the mask is empty", mask=np.zeros((8, 8), bool))
+    refused(model, run, "mask > 0.5", mask=np.full((8, 8), 0.7))
+    one = np.zeros((8, 8), bool)
+    one[0, 0] = True
+    refused(model, run, r"k is 4; with 3 outputs inside the mask it lies in 1\.\.3", mask=one, k=4)
+    refused(model, run, "at least 1", k=0)
+    refused(model, run, "at least 1", block=0)
+    refused(model, run, "tol", tol=0.0)
+    refused(model, run, r"must be \(m, 16, 4, 4\)", warm_start=torch.ones(2, 3, 8, 8))
+    half = wb.wrap(model.unet.unet, model.schedule, name="small", device="cpu", dtype="bfloat16")
+    refused(half, run, "needs float32")
+    refused(model, run, '"h->eps" is find_jacobian', find=find_pullback, map="h->eps")
+    refused(model, run, "the output of x->h has none", find=find_pullback, map="x->h", mask=np.ones((8, 8), bool))
+    refused(model, run, "outside of a mask", find=find_pullback, nullspace=3)

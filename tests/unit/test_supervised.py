@@ -1,0 +1,379 @@
+"""Supervised directions: planted ones are found by every method, confounders are balanced away, labels are matched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from workbench.directions import supervised
+from workbench.directions.direction import load_direction
+from workbench.directions.supervised import METHODS, find_from_labels, find_from_scores, find_many
+from workbench.hspace.store import create_store, write_chunk
+
+TIMESTEPS = (600, 300, 0)
+N = 240
+MEAN = 5.0
+STRENGTH = 3.0
+
+
+def planted_axes(d):
+    """Two orthonormal axes a timestep: (T, 2, d)."""
+    rng = np.random.default_rng(0)
+    return np.stack([np.linalg.qr(rng.standard_normal((d, 2)))[0].T for _ in TIMESTEPS])
+
+
+def labels_of(seeds):
+    """Two correlated attributes: B is 1 for four fifths of those with A and for one fifth of the others."""
+    rng = np.random.default_rng(1)
+    a = rng.random(len(seeds)) < 0.4
+    b = rng.random(len(seeds)) < np.where(a, 0.8, 0.2)
+    return pd.DataFrame({"A": a.astype(int), "B": b.astype(int)}, index=seeds)
+
+
+def make_store(path, model, values, seeds=None, chunk=50):
+    """A store of given h of shape (n, T, C, h, w)."""
+    n = len(values)
+    provenance = {
+        "model": model.provenance(),
+        "n": n,
+        "timesteps": list(TIMESTEPS),
+        "etas": [1.0] * len(TIMESTEPS),
+        "dtype": "float32",
+        "chunk": chunk,
+    }
+    layout = {"h": (values.shape, "float32")}
+    if seeds is not None:
+        layout["seeds"], provenance["seeds"] = ((n,), "uint64"), {"first": int(min(seeds)), "n": n}
+    store = create_store(path, provenance, layout)
+    if seeds is not None:
+        store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
+    for c, start in enumerate(range(0, n, chunk)):
+        write_chunk(store, c, {"h": values[start : start + chunk]})
+    return store
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    return [int(s) for s in np.random.default_rng(2).permutation(1000)[:N]]
+
+
+@pytest.fixture(scope="module")
+def table(seeds):
+    return labels_of(seeds)
+
+
+@pytest.fixture(scope="module")
+def axes(tiny):
+    return planted_axes(int(np.prod(tiny.h_shape)))
+
+
+@pytest.fixture(scope="module")
+def h(tiny, axes, table):
+    """Unit noise, a common mean, and STRENGTH along axis 0 for A and along axis 1 for B."""
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((N, len(TIMESTEPS), axes.shape[2]))
+    signal = STRENGTH * np.einsum("na,tad->ntd", table.to_numpy(), axes)
+    return (MEAN + noise + signal).astype(np.float32).reshape(N, len(TIMESTEPS), *tiny.h_shape)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny, h, seeds):
+    return make_store(tmp_path_factory.mktemp("store") / "planted.zarr", tiny, h, seeds)
+
+
+@pytest.fixture(scope="module")
+def inverted_store(tmp_path_factory, tiny, h):
+    return make_store(tmp_path_factory.mktemp("store") / "inverted.zarr", tiny, h)
+
+
+def cosines(direction, axis):
+    return (direction.unit.flatten(1).double().numpy() * axis).sum(axis=1)
+
+
+def same(a, b):
+    torch.testing.assert_close(a.unit, b.unit, atol=1e-5, rtol=0)
+    torch.testing.assert_close(a.sigma, b.sigma, atol=1e-4, rtol=0)
+
+
+def find(store, labels, **options):
+    return find_from_labels(store, labels, progress=False, **options)
+
+
+# What is found
+
+
+def test_the_difference_of_means_is_the_equation(store, table, h):
+    found = find(store, table["A"])
+    flat, y = h.reshape(N, len(TIMESTEPS), -1).astype(np.float64), table["A"].to_numpy() == 1
+    for i in range(len(TIMESTEPS)):
+        v = flat[y, i].mean(axis=0) - flat[~y, i].mean(axis=0)
+        unit = v / np.linalg.norm(v)
+        np.testing.assert_allclose(found.unit[i].flatten(), unit, atol=1e-5)
+        assert found.sigma[i] == pytest.approx((flat[:, i] @ unit).std(ddof=1), rel=1e-4)
+    assert found.name == "A" and found.timesteps == TIMESTEPS
+
+
+def test_one_unit_of_scale_is_one_sigma_as_calibration_measures_it(store, table):
+    found = find(store, table["A"])
+    torch.testing.assert_close(found.calibrated(store, progress=False).sigma, found.sigma, rtol=1e-4, atol=0)
+
+
+def test_the_class_gap_is_the_distance_of_the_means_in_sigmas(store, table, h):
+    found = find(store, table["A"])
+    projections = np.einsum("ntd,td->nt", h.reshape(N, len(TIMESTEPS), -1), found.unit.flatten(1).numpy())
+    y = table["A"].to_numpy() == 1
+    gap = (projections[y].mean(axis=0) - projections[~y].mean(axis=0)) / projections.std(axis=0, ddof=1)
+    assert found.extras["class_gap"] == pytest.approx(gap.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_planted_direction_is_found_by_every_method(store, axes, table, seeds, tmp_path, tiny, method):
+    """With B balanced, or left to chance as in these labels, and d as large as n, noise leaves a cosine of 0.6."""
+    rng = np.random.default_rng(4)
+    alone = pd.Series(rng.permutation(np.arange(N) % 2), index=seeds)
+    signal = STRENGTH * alone.to_numpy()[:, None, None] * axes[:, 0]
+    noise = rng.standard_normal((N, len(TIMESTEPS), axes.shape[2]))
+    values = (MEAN + signal + noise).astype(np.float32).reshape(N, len(TIMESTEPS), *tiny.h_shape)
+    found = find(make_store(tmp_path / "one.zarr", tiny, values, seeds), alone, method=method)
+    assert (cosines(found, axes[:, 0]) > 0.6).all()
+    assert found.extras["class_gap"] > 1.5
+
+
+@pytest.mark.parametrize("method", ["logistic", "ridge", "lda"])
+def test_a_probe_tells_apart_samples_that_it_has_not_seen(axes, table, store, method):
+    """New samples of the same kind; the best any rule can do at a distance of 3 sigmas is 93%."""
+    found = find(store, table["A"], method=method)
+    rng = np.random.default_rng(5)
+    fresh = labels_of(range(400))
+    noise = rng.standard_normal((400, len(TIMESTEPS), axes.shape[2]))
+    h = noise + STRENGTH * np.einsum("na,tad->ntd", fresh.to_numpy(), axes)
+    projections = np.einsum("ntd,td->nt", h, found.unit.flatten(1).double().numpy())
+    for column in projections.T:
+        accuracy = ((column > np.median(column)) == (fresh["A"] == 1)).mean()
+        assert accuracy > 0.75
+
+
+def test_probes_are_fitted_in_few_components_of_many(store, table, monkeypatch):
+    whole = find(store, table["A"], method="ridge")
+    monkeypatch.setattr(supervised, "PROBE_RANK", 20)
+    few = find(store, table["A"], method="ridge")
+    assert few.cosine(whole) > 0.5
+    assert few.cosine(whole) < 0.999
+
+
+def test_reversed_labels_give_the_opposite(store, table):
+    for method in METHODS:
+        same(find(store, 1 - table["A"], method=method), -find(store, table["A"], method=method))
+
+
+def test_many_attributes_at_once_are_the_same_as_one_by_one(store, table):
+    for method in ("mean", "ridge"):
+        found = find_many(store, table, method=method, progress=False)
+        assert list(found) == ["A", "B"]
+        for name, direction in found.items():
+            same(direction, find(store, table[name], method=method))
+    balanced = find_many(store, table, balance=table, progress=False)
+    same(balanced["A"], find(store, table["A"], balance=table["B"]))
+
+
+def test_many_attributes_share_one_reading(store, table, monkeypatch):
+    reads = []
+    batches = type(store).batches
+    monkeypatch.setattr(type(store), "batches", lambda self, t: reads.append(t) or batches(self, t))
+    whole = find_many(store, table, progress=False)
+    assert reads == list(TIMESTEPS)
+    monkeypatch.setattr(supervised, "IN_MEMORY_BYTES", 0)
+    reads.clear()
+    streamed = find_many(store, table, progress=False)
+    assert sorted(reads) == sorted(2 * TIMESTEPS)
+    same(whole["A"], streamed["A"])
+
+
+# Balance and pairs
+
+
+def test_balance_removes_a_planted_confounder(store, axes, table):
+    drags = cosines(find(store, table["A"]), axes[:, 1])
+    balanced = find(store, table["A"], balance=table["B"])
+    assert (drags > 0.3).all()
+    assert (np.abs(cosines(balanced, axes[:, 1])) < 0.12).all()
+    assert (cosines(balanced, axes[:, 0]) > 0.6).all()
+
+
+@pytest.mark.parametrize("method", ["logistic", "ridge"])
+def test_balance_weakens_a_confounder_for_a_probe_too(store, axes, table, method):
+    plain, balanced = (find(store, table["A"], method=method, balance=b) for b in (None, table["B"]))
+    assert np.abs(cosines(balanced, axes[:, 1])).mean() < np.abs(cosines(plain, axes[:, 1])).mean()
+
+
+def test_balanced_weights_give_both_classes_the_same_strata(table):
+    others = table[["B"]].assign(C=np.arange(N) % 3)
+    contrast = supervised._from_labels(table["A"].reset_index(drop=True), "A", others.reset_index(drop=True))
+    y = table["A"].to_numpy() == 1
+    for side in (y, ~y):
+        assert np.abs(contrast.weights[side]).sum() == pytest.approx(1)
+    shares = [
+        pd.Series(np.abs(contrast.weights[side]))
+        .groupby([others["B"].to_numpy()[side], others["C"].to_numpy()[side]])
+        .sum()
+        for side in (y, ~y)
+    ]
+    np.testing.assert_allclose(*shares)
+
+
+def test_scores_are_balanced_by_picking_alike_from_every_stratum(store, axes, table):
+    rng = np.random.default_rng(6)
+    scores = table["A"] + 0.5 * table["B"] + 0.1 * rng.random(N)
+    plain = find_from_scores(store, scores, k=40, progress=False)
+    balanced = find_from_scores(store, scores, k=40, balance=table["B"], progress=False)
+    assert (cosines(plain, axes[:, 1]) > 0.4).all()
+    assert (np.abs(cosines(balanced, axes[:, 1])) < 0.2).all()
+
+
+def test_a_pairing_of_all_is_the_difference_of_means(inverted_store, h):
+    labels, person = np.arange(N) % 2, np.arange(N) // 2
+    paired = find(inverted_store, labels, pairs=person)
+    same(paired, find(inverted_store, labels))
+    flat = h.reshape(N, len(TIMESTEPS), -1).astype(np.float64)
+    v = (flat[1::2] - flat[::2]).mean(axis=0)
+    np.testing.assert_allclose(cosines(paired, v / np.linalg.norm(v, axis=1, keepdims=True)), 1, atol=1e-6)
+
+
+def test_every_pair_counts_the_same_and_samples_of_none_do_not_count(inverted_store, h):
+    """Five pictures of person 0, two of person 1."""
+    labels = np.zeros(N, dtype=int)
+    labels[[0, 1, 5]] = 1
+    person = pd.Series([0, 0, 0, 0, 0, 1, 1] + [None] * (N - 7))
+    flat = h.reshape(N, len(TIMESTEPS), -1).astype(np.float64)
+    v = (flat[0:2].mean(axis=0) - flat[2:5].mean(axis=0) + flat[5] - flat[6]) / 2
+    found = find(inverted_store, labels, pairs=person)
+    np.testing.assert_allclose(cosines(found, v / np.linalg.norm(v, axis=1, keepdims=True)), 1, atol=1e-6)
+
+
+# Scores
+
+
+def test_scores_take_the_highest_against_the_lowest(store, seeds):
+    scores = pd.Series(np.random.default_rng(7).standard_normal(N), index=seeds, name="Yaw")
+    order = scores.sort_values().index
+    labels = pd.Series(np.nan, index=seeds)
+    labels[order[:30]], labels[order[-30:]] = 0, 1
+    found = find_from_scores(store, scores, k=30, progress=False)
+    rows = [store.seeds.index(s) for s in order]
+    flat = np.stack([store.at(t) for t in TIMESTEPS], axis=1).astype(np.float64)
+    v = flat[rows[-30:]].mean(axis=0) - flat[rows[:30]].mean(axis=0)
+    np.testing.assert_allclose(cosines(found, v / np.linalg.norm(v, axis=1, keepdims=True)), 1, atol=1e-6)
+    assert found.name == "Yaw"
+
+
+def test_shares_of_strata_add_up():
+    np.testing.assert_array_equal(supervised._shares(np.array([50, 30, 20]), 10), [5, 3, 2])
+    np.testing.assert_array_equal(supervised._shares(np.array([3, 3, 4]), 4), [1, 1, 2])
+    with pytest.raises(ValueError, match="at most 3 on a side"):
+        supervised._shares(np.array([3, 3, 3, 1]), 5)
+
+
+# Matching
+
+
+def test_labels_are_matched_by_seed_and_not_by_position(store, table):
+    shuffled = table["A"].sample(frac=1, random_state=0)
+    assert list(shuffled.index) != list(table.index)
+    same(find(store, shuffled), find(store, table["A"]))
+    same(find(store, table["A"].to_numpy()), find(store, table["A"]))
+    same(find(store, table["A"].reset_index(drop=True)), find(store, table["A"]))
+    same(find(store, table["A"].astype(bool)), find(store, table["A"]))
+    assert find(store, shuffled.to_numpy()).cosine(find(store, table["A"])) < 0.9
+
+
+def test_seeds_that_are_numbered_are_seeds(tmp_path, tiny, h, table):
+    """Seeds 0..n-1 in another order: a Series numbered 0..n-1 names seeds."""
+    order = np.random.default_rng(8).permutation(N)
+    store = make_store(tmp_path / "ordered.zarr", tiny, h, order)
+    by_seed = pd.Series(table["A"].to_numpy(), index=order).sort_index()
+    same(find(store, by_seed), find(store, table["A"].to_numpy()))
+
+
+def test_file_names_are_matched_where_the_store_knows_them(inverted_store, table, monkeypatch):
+    names = [f"{i:05d}.webp" for i in range(N)]
+    labels = pd.Series(table["A"].to_numpy(), index=names)
+    with pytest.raises(ValueError, match="does not know its images by name.*to_numpy"):
+        find(inverted_store, labels)
+    monkeypatch.setattr(type(inverted_store), "names", names, raising=False)
+    same(find(inverted_store, labels[::-1]), find(inverted_store, table["A"].to_numpy()))
+
+
+# Provenance
+
+
+def test_a_direction_knows_what_it_was_made_from_and_survives_its_file(store, table, tmp_path):
+    found = find(store, table["A"], balance=table["B"])
+    parameters = found.provenance["parameters"]
+    assert found.provenance["method"] == "labels" and parameters["estimator"] == "mean"
+    assert parameters["positives"] == table["A"].sum() and parameters["balance"] == ["B"]
+    assert parameters["labels"] != find(store, table["B"]).provenance["parameters"]["labels"]
+    again = load_direction(found.save(tmp_path / "a.safetensors"))
+    assert again.provenance == found.provenance and again.extras == found.extras
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a * 0, "all 240 labels 'A' are 0"),
+        (lambda a: a.astype(float).where(a.index != a.index[3]), "1 of 240 labels 'A' are missing"),
+        (lambda a: a * 2, "labels are 0 or 1, but 'A' has 2; .*find_from_scores"),
+        (lambda a: a.map({0: "no", 1: "yes"}), "labels are 0 or 1"),
+        (lambda a: (pd.Series(range(N), index=a.index, name="A") == 5).astype(int), "1 positives and 239 negatives"),
+        (lambda a: a[:100], "140 samples have none and 0 of 100 belong to no sample"),
+        (lambda a: a.rename(lambda s: s + 5000), "240 samples have none and 240 of 240"),
+        (lambda a: a.rename({a.index[0]: 5000}), "1 samples have none and 1 of 240"),
+        (lambda a: a.rename({a.index[0]: a.index[1]}), "more than once"),
+        (lambda a: a.to_numpy()[:100], "are 100 for 240 samples"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(store, table, change, message):
+    with pytest.raises(ValueError, match=message):
+        find(store, change(table["A"]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "message"),
+    [
+        (np.ones(N), {}, "all scores 'score' are 1"),
+        (np.where(np.arange(N) == 7, np.nan, np.arange(N)), {}, "1 of 240 scores 'score' are not finite"),
+        (np.arange(N), {"k": 1}, "k is 1; 240 samples have 2 to 120 on a side"),
+        (np.arange(N), {"k": 121}, "k is 121"),
+        (np.arange(N) < 20, {"k": 50}, "share the value 0; take a smaller k"),
+        (np.arange(N - 1), {}, "are 239 for 240 samples"),
+        (pd.Series(np.arange(N), index=range(5000, 5000 + N)), {}, "240 samples have none"),
+        (np.arange(N), {"method": "svm"}, "'svm' is not known; it is one of mean, logistic, ridge, lda"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(store, scores, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_from_scores(store, scores, progress=False, **options)
+
+
+def test_a_balance_that_is_impossible_is_refused(store, table):
+    with pytest.raises(ValueError, match="no sample with A=1 has A=0, but [0-9]+ with A=0 do"):
+        find(store, table["A"], balance=table[["A"]])
+    with pytest.raises(ValueError, match="1 samples lack a value"):
+        find(store, table["A"], balance=table["B"].astype(float).where(table.index != table.index[3]))
+    with pytest.raises(ValueError, match='"lda" takes no weights'):
+        find(store, table["A"], balance=table["B"], method="lda")
+    with pytest.raises(ValueError, match="pairs or balance, not both"):
+        find(store, table["A"], balance=table["B"], pairs=table["B"])
+    with pytest.raises(ValueError, match="pair 1 has no sample with A=1"):
+        find(store, table["A"], pairs=1 - table["A"])
+
+
+def test_many_need_a_table(store, table):
+    with pytest.raises(ValueError, match="takes a DataFrame"):
+        find_many(store, table["A"], progress=False)
+    with pytest.raises(ValueError, match="all 240 labels 'C' are 0"):
+        find_many(store, table.assign(C=0), progress=False)

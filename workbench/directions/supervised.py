@@ -1,0 +1,426 @@
+"""Directions from labels and scores (Haas et al., supervised directions), and linear probes on the same footing.
+
+A difference of means is a weighted sum of samples, so that the directions of many attributes are one matrix product
+W'H with one column of W an attribute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from tqdm.auto import tqdm
+
+from workbench.directions.direction import Direction, origin_of
+from workbench.hspace.store import HStore
+
+METHODS = ("mean", "logistic", "ridge", "lda")
+
+PROBE_RANK = 512
+"""Principal components that a probe is fitted in, at most."""
+
+IN_MEMORY_BYTES = 2**30
+"""The h of one timestep up to this size is read once, a larger one twice."""
+
+Labels = pd.Series | np.ndarray | Sequence
+
+
+@dataclass(frozen=True, eq=False)
+class _Contrast:
+    """Weights of the samples of two classes: those of the positives sum to 1, of the negatives to -1, others are 0."""
+
+    name: str
+    weights: np.ndarray = field(repr=False)
+    parameters: dict = field(repr=False)
+
+
+def find_from_labels(
+    store: HStore,
+    labels: Labels,
+    *,
+    method: str = "mean",
+    balance: pd.DataFrame | pd.Series | None = None,
+    pairs: Labels | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Direction:
+    """The direction from the samples without an attribute to those with it.
+
+    "mean": v_t = mean of h_t over the positives - mean over the negatives (Haas et al. eq. 11; for one positive and
+    one negative a pair, the mean of the pairs' differences is the same). The others take the normal of a linear probe
+    by scikit-learn instead, fitted at each timestep to both classes with equal weight, in the leading principal
+    components of h_t (512, or all there are): "logistic" (`LogisticRegression`), "ridge" (`RidgeCV`, its penalty
+    chosen by leave-one-out error) and "lda" (`LinearDiscriminantAnalysis` with Ledoit-Wolf shrinkage).
+
+    Each timestep has length 1, and sigma is the standard deviation of all samples' projections, so that scale is in
+    standard deviations. `extras["class_gap"]` is the distance of the two means along the direction in these units,
+    averaged over timesteps.
+
+    Parameters
+    ----------
+    store : HStore
+    labels : Series, or array of shape (n,), values 0 or 1
+        A Series is matched by its index: the seeds of the samples, or the file names of inverted images where the
+        store knows them. An array, or a Series numbered 0..n-1 where these are not the seeds, is in the order of the
+        store.
+    method : {"mean", "logistic", "ridge", "lda"}
+    balance : DataFrame or Series, matched as labels, optional
+        Other attributes, of few values each. Both classes are reweighted to have the same joint distribution of them:
+        stratum s gets a share proportional to n_s+ n_s- / (n_s+ + n_s-), which costs least precision. Not for "lda".
+    pairs : Series or array, matched as labels, optional
+        What samples have in common that are to be compared with each other alone, such as a person's name. Every
+        value counts the same; samples of a missing value are left out.
+    name : str, optional
+        By default that of the Series.
+    seed : int
+        Of the randomized principal components of a probe.
+    progress : bool
+
+    Returns
+    -------
+    Direction
+
+    Raises
+    ------
+    ValueError
+        If labels are of another length or index than the store, missing, not 0 or 1, of one class only or with fewer
+        than 2 samples of a class; or a stratum or pair has samples of one class only.
+    """
+    name = name or _name_of(labels, "label")
+    y = _matched(store, labels, f"the labels {name!r}")
+    if pairs is not None and balance is not None:
+        raise ValueError("give pairs or balance, not both: pairs are balanced in all that a pair has in common")
+    if pairs is None:
+        contrast = _from_labels(y, name, _balance_of(store, balance))
+    else:
+        contrast = _from_pairs(y, name, _matched(store, pairs, "the pairs"))
+    return _find(store, [contrast], method=method, source="labels", seed=seed, progress=progress)[0]
+
+
+def find_many(
+    store: HStore,
+    labels: pd.DataFrame,
+    *,
+    method: str = "mean",
+    balance: pd.DataFrame | pd.Series | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Direction]:
+    """The directions of many attributes, each as `find_from_labels` finds it, in one pass over the store.
+
+    Parameters
+    ----------
+    store : HStore
+    labels : DataFrame of shape (n, attributes), values 0 or 1
+        Matched by its index, as there.
+    method, balance, seed, progress
+        As there. An attribute is not balanced for itself.
+
+    Returns
+    -------
+    dict of attribute -> Direction
+
+    Raises
+    ------
+    ValueError
+        As `find_from_labels`, naming the attribute.
+    """
+    if not isinstance(labels, pd.DataFrame) or labels.columns.empty or not labels.columns.is_unique:
+        raise ValueError("find_many takes a DataFrame with one column an attribute, each of its own name")
+    table, others = _matched(store, labels, "the labels"), _balance_of(store, balance)
+    contrasts = []
+    for attribute in table.columns:
+        rest = None if others is None else others.drop(columns=attribute, errors="ignore")
+        contrasts.append(_from_labels(table[attribute], str(attribute), rest))
+    found = _find(store, contrasts, method=method, source="labels", seed=seed, progress=progress)
+    return {direction.name: direction for direction in found}
+
+
+def find_from_scores(
+    store: HStore,
+    scores: Labels,
+    *,
+    k: int = 100,
+    method: str = "mean",
+    balance: pd.DataFrame | pd.Series | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Direction:
+    """The direction from the k samples with the lowest scores to the k with the highest (Haas et al., section 3.3).
+
+    Parameters
+    ----------
+    store : HStore
+    scores : Series, or array of shape (n,)
+        Real values, such as probabilities; matched as labels.
+    k : int, default 100
+        Samples a side, at least 2 and at most half of all.
+    method
+        As in `find_from_labels`.
+    balance : DataFrame or Series, matched as scores, optional
+        Other attributes, of few values each. The k highest and the k lowest are taken within every stratum, in
+        proportion to its size.
+    name, seed, progress
+        As in `find_from_labels`.
+
+    Returns
+    -------
+    Direction
+
+    Raises
+    ------
+    ValueError
+        If scores are of another length or index than the store, not finite or constant, or k is too large: the two
+        sides would share a sample or a score.
+    """
+    name = name or _name_of(scores, "score")
+    values = _matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
+    if np.ptp(values) == 0:
+        raise ValueError(f"all scores {name!r} are {values[0]:g}; there is nothing to tell samples apart by")
+    if not 2 <= k <= len(values) // 2:
+        raise ValueError(f"k is {k}; {len(values)} samples have 2 to {len(values) // 2} on a side")
+    contrast = _from_scores(values, name, k, _balance_of(store, balance))
+    return _find(store, [contrast], method=method, source="scores", seed=seed, progress=progress)[0]
+
+
+def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
+    """Values in the order of the store's samples, numbered 0..n-1."""
+    n, ids = len(store), _ids(store)
+    indexed = isinstance(values, (pd.Series, pd.DataFrame))
+    table = values if indexed else pd.Series(np.asarray(values))
+    if len(table) == n and (not indexed or ids is None or set(table.index) != set(ids)):
+        if table.index.equals(pd.RangeIndex(n)):
+            return table
+    if indexed and not table.index.is_unique:
+        raise ValueError(f"{what} name sample {table.index[table.index.duplicated()][0]} more than once")
+    if indexed and ids is not None:
+        matched = table.reindex(ids) if set(table.index) == set(ids) else None
+        if matched is not None:
+            return matched.reset_index(drop=True)
+        unknown, missing = len(set(table.index) - set(ids)), len(set(ids) - set(table.index))
+        raise ValueError(
+            f"{what} do not match the {n} samples of the store: {missing} samples have none and {unknown} of "
+            f"{len(table)} belong to no sample; index them by seed or file name ({_some(ids)})"
+        )
+    if len(table) != n:
+        raise ValueError(f"{what} are {len(table)} for {n} samples of the store; give one a sample")
+    raise ValueError(
+        f"{what} are indexed ({_some(table.index)}), but the store does not know its images by name; "
+        "put them in the order of the images and pass .to_numpy()"
+    )
+
+
+def _ids(store: HStore) -> Sequence | None:
+    """What the samples are known by: seeds, or file names where the store keeps them."""
+    return store.seeds if store.seeds is not None else getattr(store, "names", None)
+
+
+def _some(ids: Iterable) -> str:
+    ids = list(ids)
+    return ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
+
+
+def _name_of(values: Labels, default: str) -> str:
+    return str(getattr(values, "name", None) or default)
+
+
+def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.DataFrame | None:
+    if balance is None:
+        return None
+    table = _matched(store, balance, "the attributes to balance")
+    table = table.to_frame() if isinstance(table, pd.Series) else table
+    if table.isna().any(axis=None):
+        raise ValueError(f"{int(table.isna().any(axis=1).sum())} samples lack a value of the attributes to balance")
+    return table
+
+
+def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
+    """Number of each sample's stratum, and what the strata are."""
+    if table is None or table.shape[1] == 0:
+        return np.zeros(n, dtype=int), ["all"]
+    groups = table.groupby(list(table.columns), sort=True, observed=True)
+    names = [", ".join(f"{c}={v}" for c, v in zip(table.columns, key, strict=True)) for key, _ in groups]
+    return groups.ngroup().to_numpy(), names
+
+
+def _check_classes(y: pd.Series, name: str) -> np.ndarray:
+    """Labels as booleans."""
+    if y.isna().any():
+        raise ValueError(f"{int(y.isna().sum())} of {len(y)} labels {name!r} are missing; label every sample")
+    if not y.isin([0, 1]).all():
+        other = y[~y.isin([0, 1])].iloc[0]
+        raise ValueError(f"labels are 0 or 1, but {name!r} has {other!s}; for real values use find_from_scores")
+    positive = y.to_numpy().astype(bool)
+    n, m = int(positive.sum()), int((~positive).sum())
+    if min(n, m) == 0:
+        raise ValueError(f"all {len(y)} labels {name!r} are {int(positive[0])}; a direction needs both classes")
+    if min(n, m) < 2:
+        raise ValueError(f"{name!r} has {n} positives and {m} negatives; a direction needs at least 2 of each")
+    return positive
+
+
+def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contrast:
+    positive = _check_classes(y, name)
+    stratum, names = _strata(others, len(y))
+    counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
+    if (counts == 0).any():
+        side, s = np.argwhere(counts == 0)[0]
+        raise ValueError(
+            f"no sample with {name}={1 - side} has {names[s]}, but {counts[1 - side, s]} with {name}={side} do; "
+            "balance other attributes, with few values each, or more samples"
+        )
+    share = counts.prod(axis=0) / counts.sum(axis=0)
+    weight = share / share.sum() / counts
+    weights = np.where(positive, weight[0, stratum], -weight[1, stratum])
+    balanced = [] if others is None else [str(c) for c in others.columns]
+    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": _digest(y)})
+
+
+def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
+    known = pairs.notna().to_numpy()
+    positive = _check_classes(y[known], name)
+    group, found = pd.factorize(pairs[known])
+    counts = np.stack([np.bincount(group[side], minlength=len(found)) for side in (positive, ~positive)])
+    if (counts == 0).any():
+        side, g = np.argwhere(counts == 0)[0]
+        raise ValueError(
+            f"pair {found[g]!s} has no sample with {name}={1 - side}; leave it out by giving its samples a missing pair"
+        )
+    weights = np.zeros(len(y))
+    weights[known] = np.where(positive, 1.0 / counts[0, group], -1.0 / counts[1, group]) / len(found)
+    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": _digest(y)})
+
+
+def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | None) -> _Contrast:
+    stratum, names = _strata(others, len(values))
+    weights, k = np.zeros(len(values)), int(k)
+    for s, size in enumerate(_shares(np.bincount(stratum), k)):
+        members = np.flatnonzero(stratum == s)
+        ranked = members[np.argsort(values[members], kind="stable")]
+        if size == 0:
+            continue
+        if values[ranked[size - 1]] == values[ranked[-size]]:
+            where = "" if len(names) == 1 else f" with {names[s]}"
+            raise ValueError(
+                f"the {size} highest and the {size} lowest of {len(members)} scores {name!r}{where} share the value "
+                f"{values[ranked[-size]]:g}; take a smaller k"
+            )
+        weights[ranked[-size:]], weights[ranked[:size]] = 1.0 / k, -1.0 / k
+    balanced = [] if others is None else [str(c) for c in others.columns]
+    return _Contrast(name, weights, {"k": k, "balance": balanced, "scores": _digest(values)})
+
+
+def _shares(sizes: np.ndarray, k: int) -> np.ndarray:
+    """k split in proportion to the sizes, at most half of each (method of largest remainders)."""
+    exact = k * sizes / sizes.sum()
+    shares = np.floor(exact).astype(int)
+    room = np.flatnonzero(shares < sizes // 2)
+    shares[room[np.argsort(shares[room] - exact[room], kind="stable")][: k - shares.sum()]] += 1
+    if shares.sum() < k:
+        raise ValueError(f"k is {k}; balanced, these samples have at most {shares.sum()} on a side")
+    return shares
+
+
+def _counts(weights: np.ndarray) -> dict[str, int]:
+    return {"positives": int((weights > 0).sum()), "negatives": int((weights < 0).sum())}
+
+
+def _digest(values: pd.Series | np.ndarray) -> str:
+    """What identifies labels or scores in the provenance."""
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(values, dtype=np.float64)).data).hexdigest()[:16]
+
+
+def _find(
+    store: HStore, contrasts: list[_Contrast], *, method: str, source: str, seed: int, progress: bool
+) -> list[Direction]:
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(METHODS)}")
+    weights = np.stack([contrast.weights for contrast in contrasts], axis=1)
+    if method == "lda" and any(len(np.unique(np.abs(side[side != 0]))) > 1 for side in _sides(weights)):
+        raise ValueError('"lda" takes no weights, so no balance or uneven pairs; use "mean", "logistic" or "ridge"')
+    units, sigmas, gaps = [], [], []
+    for t in tqdm(store.timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+        batches = _reader(store, t)
+        unit = _mean_difference(batches(), weights) if method == "mean" else _probe(batches(), weights, method, seed)
+        if not np.isfinite(unit).all():
+            raise ValueError(f"h at timestep {t} is not finite; extract the store again")
+        length = np.linalg.norm(unit, axis=1, keepdims=True)
+        unit = unit / np.where(length > 0, length, 1.0)
+        # Sums of squares in float64: the mean of h may be long against its spread.
+        projections = np.concatenate([batch @ unit.T.astype(np.float32) for batch in batches()]).astype(np.float64)
+        sigma = projections.std(axis=0, ddof=1)
+        units.append(unit.astype(np.float32))
+        sigmas.append(sigma)
+        gaps.append((weights * projections).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
+    shape, gap = (len(units), *store.h_shape), np.mean(gaps, axis=0)
+    return [
+        Direction(
+            unit=torch.from_numpy(np.stack([unit[j] for unit in units]).reshape(shape)),
+            sigma=torch.from_numpy(np.array([sigma[j] for sigma in sigmas])),
+            timesteps=store.timesteps,
+            name=contrast.name,
+            provenance=origin_of(store)
+            | {"method": source, "parameters": {"estimator": method, **contrast.parameters, "seed": seed}},
+            extras={"class_gap": float(gap[j])},
+        )
+        for j, contrast in enumerate(contrasts)
+    ]
+
+
+def _sides(weights: np.ndarray) -> Iterable[np.ndarray]:
+    return (np.where(sign * column > 0, column, 0.0) for column in weights.T for sign in (1, -1))
+
+
+def _reader(store: HStore, t: int) -> Callable[[], Iterable[np.ndarray]]:
+    """The batches of h_t as often as they are needed, read from disk once if they fit in memory."""
+    if 4 * len(store) * int(np.prod(store.h_shape)) > IN_MEMORY_BYTES:
+        return lambda: store.batches(t)
+    kept = list(store.batches(t))
+    return lambda: kept
+
+
+def _mean_difference(batches: Iterable[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """W'H: the difference of class means of every column of weights, (m, d), float64."""
+    total, start = 0.0, 0
+    for batch in batches:
+        rows = weights[start : start + len(batch)]
+        total, start = total + (rows.T.astype(np.float32) @ batch).astype(np.float64), start + len(batch)
+    return total
+
+
+def _probe(batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed: int) -> np.ndarray:
+    """Normals of linear classifiers, one a column of weights: (m, d), pointing to the positives.
+
+    They lie in the span of the leading principal components, whose scores are scaled so that the first has variance 1.
+    """
+    h = np.concatenate(list(batches))
+    if not np.isfinite(h).all():
+        return np.full((weights.shape[1], h.shape[1]), np.nan)
+    # h is this function's own: at this size another copy is most of the memory.
+    pca = PCA(min(len(h) - 1, h.shape[1], PROBE_RANK), copy=False, random_state=seed)
+    scores = pca.fit_transform(h)
+    del h
+    scores /= pca.singular_values_[0] / np.sqrt(len(scores) - 1)
+    normals = []
+    for column in weights.T:
+        used = column != 0
+        x, y, weight = scores[used], np.sign(column[used]), np.abs(column[used]) * used.sum() / 2
+        if method == "lda":
+            fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5]).fit(x, y)
+        elif method == "ridge":
+            fitted = RidgeCV(np.logspace(-2, 4, 13)).fit(x, y, sample_weight=weight)
+        else:
+            fitted = LogisticRegression(max_iter=1000).fit(x, y, sample_weight=weight)
+        normals.append(fitted.coef_.ravel() @ pca.components_)
+    return np.stack(normals)

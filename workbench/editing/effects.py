@@ -1,0 +1,358 @@
+"""Effects of edits on a classifier's scores, measured by making the edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.analysis.metrics import EffectMatrix, Rate, effect_matrix, entanglement_index, success_rate
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import Trajectory, batches, progress_bar, replay
+from workbench.directions.direction import Direction
+from workbench.editing.edit import check_run
+from workbench.editing.grid import edit_grid
+
+Classifier = Callable[[torch.Tensor], pd.DataFrame]
+
+IMAGE_BYTES = 2**28
+"""Upper bound of the edited images in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Scores before and after edits.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row a direction, scale, sample and attribute, with the columns `direction`, `scale` (in sigma), `seed` (of
+        inverted images their position), `attribute`, `before` and `after`.
+    """
+
+    table: pd.DataFrame = field(repr=False)
+
+    @property
+    def directions(self) -> list[str]:
+        """Names of the directions."""
+        return list(self.table["direction"].unique())
+
+    @property
+    def scales(self) -> list[float]:
+        """Scales that were measured, ascending."""
+        return sorted(float(s) for s in self.table["scale"].unique())
+
+    def scores(self, direction: str, scale: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Scores before and after one edit.
+
+        Returns
+        -------
+        before, after : DataFrame of shape (n, attributes), indexed by seed
+
+        Raises
+        ------
+        ValueError
+            If that edit was not measured.
+        """
+        rows = self.table[(self.table["direction"] == direction) & (self.table["scale"] == scale)]
+        if rows.empty:
+            raise ValueError(
+                f"there is no edit along {direction!r} at scale {scale:g}; measured are {', '.join(self.directions)} "
+                f"at {', '.join(f'{s:g}' for s in self.scales)}"
+            )
+        attributes, seeds = rows["attribute"].unique(), rows["seed"].unique()
+        wide = rows.pivot(index="seed", columns="attribute", values=["before", "after"])
+        before, after = (wide[which].loc[seeds, attributes] for which in ("before", "after"))
+        return before, after
+
+    def success(self, attribute: str, *, direction: str | None = None, threshold: float = 0.5) -> dict[float, Rate]:
+        """`success_rate` of an attribute at every scale, ascending, along the direction of that name or another."""
+        name = attribute if direction is None else direction
+        return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}
+
+    def matrix(self, scale: float | Mapping[str, float], *, resamples: int = 1000, seed: int = 0) -> EffectMatrix:
+        """`effect_matrix` of the directions at one scale, or at a scale for each of some directions."""
+        scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(self.directions, scale)
+        both = {name: self.scores(name, s) for name, s in scales.items()}
+        before, after = ({name: scores[i] for name, scores in both.items()} for i in (0, 1))
+        return effect_matrix(before, after, resamples=resamples, seed=seed)
+
+    def __repr__(self) -> str:
+        return (
+            f"Effects({len(self.directions)} directions at scales {', '.join(f'{s:g}' for s in self.scales)}, "
+            f"{self.table['seed'].nunique()} samples, {self.table['attribute'].nunique()} attributes)"
+        )
+
+
+def measure_effects(
+    model: Model,
+    runs: Trajectory,
+    directions: Direction | Sequence[Direction] | Mapping[str, Direction],
+    classifier: Classifier,
+    *,
+    scales: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
+    asymmetric: bool = False,
+    gain: str | None = None,
+    t_range: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Edit samples along directions and score the images; only the scores are kept.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+        The samples, not edited yet. Take others than the directions were found with.
+    directions : Direction, sequence of Direction, or mapping of name -> Direction
+    classifier : callable (images of shape (n, C, H, W)) -> DataFrame of shape (n, attributes), values in [0, 1]
+        Another one than the directions were found with: whoever labels does not judge.
+    scales : sequence of float
+        In standard deviations of the population's projection.
+    asymmetric, gain, t_range, batch_size
+        As in `edit_grid`.
+    progress : bool
+
+    Returns
+    -------
+    Effects
+        An inverted image is compared with its own reconstruction.
+
+    Raises
+    ------
+    ValueError
+        If two directions have the same name, a direction does not fit the runs, or the classifier's table does not fit
+        the images.
+    """
+    check_run(model, runs)
+    named = _named(directions)
+    scales = [float(s) for s in dict.fromkeys(scales)]
+    if not named or not scales:
+        raise ValueError("effects are measured along at least one direction at at least one scale")
+    for direction in named.values():
+        direction.check_fits(model, runs.timesteps)
+    ids = np.arange(len(runs)) if runs.seeds is None else np.array(runs.seeds)
+    per_sample = len(named) * len(scales)
+    size = max(1, IMAGE_BYTES // (4 * per_sample * int(np.prod(model.image_shape))))
+    tables = []
+    with progress_bar(len(runs) * per_sample, runs.steps, "editing", show=progress) as bar:
+        for samples in batches(len(runs), size):
+            part = runs[samples]
+            plain = part.x0 if part.seeds is not None else replay(part, progress=False).x0
+            grid = edit_grid(
+                model,
+                part,
+                list(named.values()),
+                scales=scales,
+                asymmetric=asymmetric,
+                gain=gain,
+                t_range=t_range,
+                batch_size=batch_size,
+                progress=bar,
+            )
+            tables.append(_score(classifier, plain, grid.images, list(named), scales, ids[samples]))
+    return Effects(pd.concat(tables, ignore_index=True))
+
+
+def _named(directions: Direction | Sequence[Direction] | Mapping[str, Direction]) -> dict[str, Direction]:
+    if isinstance(directions, Mapping):
+        return dict(directions)
+    directions = [directions] if isinstance(directions, Direction) else list(directions)
+    names = [direction.name for direction in directions]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two directions are named {twice!r}; give a mapping of name -> direction")
+    return dict(zip(names, directions, strict=True))
+
+
+def _score(
+    classifier: Classifier,
+    plain: torch.Tensor,
+    edited: torch.Tensor,
+    names: list[str],
+    scales: list[float],
+    ids: np.ndarray,
+) -> pd.DataFrame:
+    """The rows of some samples; `edited` has shape (directions * samples, scales, C, H, W)."""
+    before, after = (_checked(classifier(images), len(images)) for images in (plain, edited.flatten(0, 1)))
+    attributes = list(before.columns)
+    if list(after.columns) != attributes:
+        raise ValueError(f"the classifier gave the attributes {attributes} and then {list(after.columns)}")
+    cells = pd.MultiIndex.from_product(
+        [names, ids, scales, attributes], names=["direction", "seed", "scale", "attribute"]
+    )
+    table = cells.to_frame(index=False)[["direction", "scale", "seed", "attribute"]]
+    scores = before.to_numpy(dtype=float)[None, :, None, :]
+    table["before"] = np.broadcast_to(scores, (len(names), len(ids), len(scales), len(attributes))).ravel()
+    table["after"] = after.to_numpy(dtype=float).ravel()
+    return table
+
+
+def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
+    if not isinstance(scores, pd.DataFrame) or len(scores) != n:
+        shape = getattr(scores, "shape", None)
+        raise ValueError(
+            f"the classifier gave {type(scores).__name__} of shape {shape} for {n} images; "
+            "it must give a DataFrame with one row an image and one column an attribute"
+        )
+    return scores
+
+
+def matched_scale(
+    effects: Effects,
+    attribute: str,
+    *,
+    success: float = 0.8,
+    direction: str | None = None,
+    threshold: float = 0.5,
+) -> float:
+    """The smallest measured scale at which an edit succeeds, so that directions compare at the same effect.
+
+    Parameters
+    ----------
+    effects : Effects
+    attribute : str
+    success : float in [0, 1], default 0.8
+        Share of the samples without the attribute that must have it afterwards.
+    direction : str, optional
+        By default the one with the attribute's name.
+    threshold : float, default 0.5
+        A sample has the attribute if its score is above.
+
+    Returns
+    -------
+    float
+        Not negative, in standard deviations of the population's projection.
+
+    Raises
+    ------
+    ValueError
+        If no measured scale reaches it; the message has the best.
+    """
+    rates = {s: r for s, r in effects.success(attribute, direction=direction, threshold=threshold).items() if s >= 0}
+    for scale, rate in rates.items():
+        if rate.value >= success:
+            return scale
+    if not rates:
+        raise ValueError(f"no scale of at least 0 was measured, only {', '.join(f'{s:g}' for s in effects.scales)}")
+    best = max(rates, key=lambda s: rates[s].value)
+    raise ValueError(
+        f"no measured scale gives {attribute} to {success:.0%} of the samples without it; the best is {best:g} with "
+        f"{rates[best].value:.0%} (n={rates[best].n}); measure larger scales"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DisentanglingTable:
+    """Effects of directions on each other's attributes, before and after they are made orthogonal.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row a variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
+        samples of a repeat, `effect` as its mean and `std` as its standard deviation over repeats, and the `scale`.
+    entanglement : DataFrame, one row a direction
+        Over all samples: `entanglement_index` of both variants (`original`, `disentangled`) with its interval
+        (`original_low`, ...), and the share by which it falls, `reduction`.
+    effects : dict of variant -> Effects
+    """
+
+    table: pd.DataFrame = field(repr=False)
+    entanglement: pd.DataFrame = field(repr=False)
+    effects: dict[str, Effects] = field(repr=False)
+
+    def matrix(self, variant: str = "disentangled", value: str = "effect") -> pd.DataFrame:
+        """Directions x attributes: `effect` or `std` of a variant."""
+        rows = self.table[self.table["variant"] == variant]
+        order = rows["direction"].unique()
+        return rows.pivot(index="direction", columns="attribute", values=value).loc[order, order]
+
+    def __repr__(self) -> str:
+        means = self.entanglement[["original", "disentangled"]].mean()
+        return (
+            f"DisentanglingTable({len(self.entanglement)} directions, mean entanglement {means['original']:.2f} "
+            f"-> {means['disentangled']:.2f})"
+        )
+
+
+def disentangling_table(
+    model: Model,
+    runs: Trajectory,
+    directions: Mapping[str, Direction],
+    classifier: Classifier,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0),
+    success: float = 0.8,
+    repeats: int = 5,
+    per_step: bool = False,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> DisentanglingTable:
+    """Edit along each direction, and along what is left of it outside of all the others (Haas et al. Table I).
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+        The samples of all repeats, one repeat after the other. The paper has 10 repeats of 100 samples.
+    directions : mapping of attribute -> Direction
+        At least two; each attribute is one of the classifier's. The paper has five.
+    classifier
+        As in `measure_effects`.
+    scales : sequence of float
+    success : float in [0, 1], default 0.8
+        Each edit is judged at the smallest scale that reaches this `success_rate` of its own attribute over all
+        samples. With one scale and success 0, all are judged at that scale.
+    repeats : int, default 5
+        At least 2, dividing the number of samples.
+    per_step : bool
+        Project each timestep by itself, as in `Direction.orthogonal_to`.
+    batch_size, progress
+        As in `measure_effects`.
+
+    Returns
+    -------
+    DisentanglingTable
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two directions, the samples can't be split, an attribute is not the classifier's, or an
+        edit does not reach `success` at any scale.
+    """
+    if len(directions) < 2:
+        raise ValueError(f"{len(directions)} direction given; there are others to be orthogonal to from two on")
+    if repeats < 2 or len(runs) % repeats:
+        raise ValueError(
+            f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
+        )
+    unknown = set(directions) - set(classifier(runs.x0[:1]).columns)
+    if unknown:
+        raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, which a direction is named for")
+    apart = {
+        name: direction.orthogonal_to(*(d for other, d in directions.items() if other != name), per_step=per_step)
+        for name, direction in directions.items()
+    }
+    names, options = list(directions), {"scales": scales, "batch_size": batch_size, "progress": progress}
+    effects = {
+        "original": measure_effects(model, runs, directions, classifier, **options),
+        "disentangled": measure_effects(model, runs, apart, classifier, **options),
+    }
+    rows, indices = [], []
+    for variant, measured in effects.items():
+        chosen = {name: matched_scale(measured, name, success=success) for name in names}
+        for name, scale in chosen.items():
+            before, after = measured.scores(name, scale)
+            change = (after - before)[names].to_numpy().reshape(repeats, -1, len(names)).mean(axis=1)
+            rows += [
+                {"variant": variant, "direction": name, "attribute": b, "effect": m, "std": s, "scale": scale}
+                for b, m, s in zip(names, change.mean(axis=0), change.std(axis=0, ddof=1), strict=True)
+            ]
+        index = entanglement_index(measured.matrix(chosen).of(names))
+        indices.append(index.rename(columns={"index": variant, "low": f"{variant}_low", "high": f"{variant}_high"}))
+    entanglement = pd.concat(indices, axis=1)
+    entanglement["reduction"] = 1.0 - entanglement["disentangled"] / entanglement["original"]
+    return DisentanglingTable(pd.DataFrame(rows), entanglement, effects)
