@@ -129,15 +129,15 @@ def test_the_class_gap_is_the_distance_of_the_means_in_sigmas(store, table, h):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_planted_direction_is_found_by_every_method(store, axes, table, seeds, tmp_path, tiny, method):
-    """With B balanced, or left to chance as in these labels, and d as large as n, noise leaves a cosine of 0.6."""
+def test_a_planted_direction_is_found_by_every_method(axes, seeds, tmp_path, tiny, method):
+    """The mean of 240 samples in 256 dimensions has noise of length 2 beside a signal of 3: a cosine of 0.8."""
     rng = np.random.default_rng(4)
     alone = pd.Series(rng.permutation(np.arange(N) % 2), index=seeds)
     signal = STRENGTH * alone.to_numpy()[:, None, None] * axes[:, 0]
     noise = rng.standard_normal((N, len(TIMESTEPS), axes.shape[2]))
     values = (MEAN + signal + noise).astype(np.float32).reshape(N, len(TIMESTEPS), *tiny.h_shape)
     found = find(make_store(tmp_path / "one.zarr", tiny, values, seeds), alone, method=method)
-    assert (cosines(found, axes[:, 0]) > 0.6).all()
+    assert (cosines(found, axes[:, 0]) > 0.7).all()
     assert found.extras["class_gap"] > 1.5
 
 

@@ -917,7 +917,7 @@ def _principal_axes(h: np.ndarray, products: np.ndarray, k: int) -> np.ndarray:
     if values[0] <= 1e-10 * values[-1]:
         raise ValueError(f"the samples lie in fewer than {k} dimensions; ask for fewer components")
     # The vectors are orthogonal to the constant, so that h need not be centred.
-    return ((vectors / np.sqrt(values)).T @ h)[::-1]
+    return (vectors / np.sqrt(values)).T @ h
 
 
 def _angles(axes: dict[Any, np.ndarray], within: np.ndarray, *, seed: int) -> Angles:

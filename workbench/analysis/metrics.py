@@ -212,7 +212,7 @@ def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> 
     if values.ndim != 2 or values.shape[1] != len(scales) or len(scales) < 2:
         raise ValueError(f"scores of {len(scales)} scales have shape (n, {len(scales)}), not {values.shape}")
     ranks = pd.DataFrame(values).rank(axis=1).to_numpy()
-    ranks -= ranks.mean(axis=1, keepdims=True)
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
     steps = pd.Series(list(scales)).rank().to_numpy()
     steps = steps - steps.mean()
     with np.errstate(invalid="ignore"):

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -175,7 +176,7 @@ def load_classifier(
         - "avataaars" (labels) or "avataaars-judge" (scores), which are bundled;
         - a folder that `train_classifier` wrote;
         - a hub id or folder of a transformers image classifier: an attribute a class;
-        - "clip", or a hub id or folder of a model like CLIP: zero-shot, an attribute a pair of prompts;
+        - "clip", or a hub id or folder of another CLIP: zero-shot, an attribute a pair of prompts;
         - a function or module from a Tensor of shape (n, 3, H, W), values in [-1, 1], to probabilities: a DataFrame
           with these columns, or an array of shape (n, len(attributes)).
     device : str or torch.device, optional
@@ -211,13 +212,12 @@ def load_classifier(
     # A bundled network of another kind, such as a U-Net, says so in its config.
     if config.get("format") == FORMAT or "model_type" not in config:
         if prompts is not None:
-            raise ValueError(f"prompts= is for models like CLIP; {name} is a classifier with attributes of its own")
+            raise ValueError(f"prompts= is for CLIP; {name} has attributes of its own")
         return _from_folder(folder, name, config, device)
-    _import_transformers()
-    if {"text_config", "vision_config"} <= config.keys():
+    if config["model_type"] == "clip":
         return _from_prompts(folder, name, prompts or TABLE_I_PROMPTS, device)
     if prompts is not None:
-        raise ValueError(f"prompts= is for models like CLIP; {name} is a model of type {config['model_type']!r}")
+        raise ValueError(f"prompts= is for CLIP; {name} is a model of type {config['model_type']!r}")
     return _from_transformers(folder, name, device)
 
 
@@ -725,7 +725,7 @@ def _from_prompts(
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(prompt, str) for prompt in pair):
             raise ValueError(f"prompts[{attribute!r}] is {pair!r}; give two texts, with the attribute and without it")
     transformers = _import_transformers()
-    network = _load_pretrained(transformers.AutoModel, folder, name).to(device)
+    network = _load_pretrained(transformers.CLIPModel, folder, name).to(device)
     prepare = _preprocessing(folder)
     try:
         tokeniser = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -755,7 +755,7 @@ def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
             network, report = kind.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
-    except Exception as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} can't be loaded as an image classifier or CLIP ({_first_line(error)})") from error
     finally:
         transformers_log.setLevel(level)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -417,7 +418,9 @@ def _probe(batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed
         used = column != 0
         x, y, weight = scores[used], np.sign(column[used]), np.abs(column[used]) * used.sum() / 2
         if method == "lda":
-            fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5]).fit(x, y)
+            # Not shrinkage="auto", which scales each component to variance 1 first and then finds nothing to shrink.
+            estimator = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=LedoitWolf(), priors=[0.5, 0.5])
+            fitted = estimator.fit(x, y)
         elif method == "ridge":
             fitted = RidgeCV(np.logspace(-2, 4, 13)).fit(x, y, sample_weight=weight)
         else:
