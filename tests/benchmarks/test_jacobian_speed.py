@@ -16,17 +16,12 @@ from workbench.directions.jacobian import find_jacobian
 
 pytestmark = pytest.mark.slow
 
-T, K = 600, 3
+T, NEIGHBOUR, K = 600, 620, 3
 
 
 @pytest.fixture(scope="module")
-def run(model):
-    return wb.sample(model, [0], steps=50, eta=1.0, record_h=True, record_x=True, progress=False)
-
-
-@pytest.fixture(scope="module")
-def reference(model, run) -> np.ndarray:
-    return find_jacobian(model, run, t=T, k=K, oversample=8, tol=1e-10, progress=False).singular_values
+def runs(model):
+    return wb.sample(model, range(3), steps=50, eta=1.0, record_h=True, record_x=True, progress=False)
 
 
 def power_iteration(model, x_t, *, stop) -> np.ndarray:
@@ -66,15 +61,6 @@ def as_released(i, sigmas) -> bool:
     return len(sigmas) >= 50 or small.sum() > 10
 
 
-def timed(f):
-    start = time.perf_counter()
-    return f(), time.perf_counter() - start
-
-
-def errors_of(values, reference) -> np.ndarray:
-    return np.abs(np.asarray(values) / reference - 1)
-
-
 @pytest.fixture(scope="module")
 def plain(model):
     """The same weights in the memory format that forward mode works in; the released code knows no other."""
@@ -83,40 +69,61 @@ def plain(model):
     return plain
 
 
-def test_a_sixth_of_the_time_at_a_tenth_of_the_error(model, plain, run, reference, record_property, capsys):
-    """Against the power iteration as it stops by itself, and against the one that goes on to 1e-3."""
+def test_faster_and_more_exact_than_the_power_iteration(model, plain, runs, capsys):
+    """Over three samples: a sixth of its time as it stops by itself, and at most a tenth of its largest error.
 
-    def to_a_thousandth(i, sigmas) -> bool:
-        return abs(sigmas[-1] / reference[i] - 1) <= 1e-3 or len(sigmas) >= 300
+    The second comparison favours the power iteration: it stops at the very product that brings a value within 1e-3 of
+    the answer, which it could not know. Ours stops by its own rule, once from scratch and once from the vectors of the
+    timestep before, as in a sweep over timesteps.
+    """
+    times, errors = {}, {}
 
-    x_t = run.x_at(T)
-    rounds = []
-    for _ in range(3):
-        ours, seconds = timed(lambda: find_jacobian(model, run, t=T, k=K, progress=False))
-        baseline, baseline_seconds = timed(lambda: power_iteration(plain, x_t, stop=as_released))
-        rounds.append((seconds, baseline_seconds))
-    exact, exact_seconds = timed(lambda: power_iteration(plain, x_t, stop=to_a_thousandth))
-    seconds, baseline_seconds = (median(column) for column in zip(*rounds, strict=True))
-    error, baseline_error = errors_of(ours.singular_values, reference), errors_of(baseline, reference)
+    def measure(name, reference, f):
+        start = time.perf_counter()
+        found = f()
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        values = getattr(found, "singular_values", found)
+        errors.setdefault(name, []).append(float(np.abs(values / reference - 1).max()))
+
+    for run in (runs[i] for i in range(3)):
+        x_t = run.x_at(T)
+
+        def find(run=run, t=T, **settings):
+            return find_jacobian(model, run, t=t, k=K, progress=False, **settings)
+
+        reference = find(oversample=5, tol=1e-10).singular_values
+        neighbour = find(t=NEIGHBOUR)
+
+        def near(i, sigmas, reference=reference):
+            return abs(sigmas[-1] / reference[i] - 1) <= 1e-3 or len(sigmas) >= 300
+
+        measure("ours", reference, find)
+        measure("released", reference, lambda x_t=x_t: power_iteration(plain, x_t, stop=as_released))
+        measure("ours to 1e-3", reference, lambda find=find: find(tol=1e-2))
+        measure("ours to 1e-3, warm", reference, lambda find=find, v=neighbour: find(tol=1e-2, warm_start=v))
+        measure("power to 1e-3", reference, lambda x_t=x_t, near=near: power_iteration(plain, x_t, stop=near))
+
+    seconds = {name: median(values) for name, values in times.items()}
     with capsys.disabled():
-        print(
-            f"\nours {seconds:.2f} s, errors {error}; baseline {baseline_seconds:.2f} s, errors {baseline_error}; "
-            f"baseline to 1e-3 {exact_seconds:.2f} s, errors {errors_of(exact, reference)}; "
-            f"ratios {baseline_seconds / seconds:.1f} and {exact_seconds / seconds:.1f}"
-        )
-    assert error.max() <= 0.1 * baseline_error.max()
-    assert seconds <= baseline_seconds / 6
-    assert seconds <= exact_seconds / 10
+        print()
+        for name in times:
+            print(f"{name:20s} {seconds[name]:.2f} s, largest error {max(errors[name]):.1e}")
+    assert max(errors["ours"]) <= 0.1 * max(errors["released"])
+    assert seconds["ours"] <= seconds["released"] / 6
+    assert max(errors["ours to 1e-3"] + errors["ours to 1e-3, warm"]) <= 1e-3
+    assert seconds["ours to 1e-3"] <= seconds["power to 1e-3"] / 2.5
+    assert seconds["ours to 1e-3, warm"] <= seconds["power to 1e-3"] / 3.5
 
 
-def test_the_cost_grows_less_than_linearly_in_k(model, run, capsys):
+def test_the_cost_grows_less_than_linearly_in_k(model, runs, capsys):
     """Sixteen vectors cost less than eight times what two do."""
-    rounds = []
+    costs = {}
     for _ in range(2):
-        rounds.append(
-            [timed(lambda k=k: find_jacobian(model, run, t=T, k=k, progress=False))[1] for k in (2, 4, 8, 16)]
-        )
-    costs = [median(column) for column in zip(*rounds, strict=True)]
+        for k in (2, 4, 8, 16):
+            start = time.perf_counter()
+            find_jacobian(model, runs[0], t=T, k=k, progress=False)
+            costs.setdefault(k, []).append(time.perf_counter() - start)
+    seconds = {k: median(values) for k, values in costs.items()}
     with capsys.disabled():
-        print(f"\nk = 2, 4, 8, 16: {', '.join(f'{c:.2f} s' for c in costs)}")
-    assert all(b < 2 * a for a, b in zip(costs, costs[1:], strict=False))
+        print("\n" + ", ".join(f"k={k} {s:.2f} s" for k, s in seconds.items()))
+    assert seconds[16] < 8 * seconds[2]

@@ -54,14 +54,15 @@ def few(held_out):
 
 
 def sheet(folder, n: int = 96, *, seed: int = 0):
-    """Noisy 16x16 images: the upper half is bright where `Bright`, the left half red where `Red`."""
+    """Noisy 16x16 images: bright where `Bright`, with a red square anywhere where `Red`."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, (n, 2))
     folder.mkdir()
     for i, (bright, red) in enumerate(labels):
         values = rng.normal(100, 15, (16, 16, 3))
-        values[:8] += 80 * bright
-        values[:, :8, 0] += 60 * red
+        values += 60 * bright
+        top, left = rng.integers(0, 9, 2)
+        values[top : top + 8, left : left + 8] += red * np.array([90, -90, -90])
         Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
     rows = [f"{i:03d}.png,{bright},{red},{i / 7}" for i, (bright, red) in enumerate(labels)]
     (folder / "attributes.csv").write_text("\n".join(["file,Bright,Red,Angle", *rows]) + "\n")
@@ -89,10 +90,22 @@ def relabelled(sheets_folder, tmp_path):
     return load
 
 
+TINY = {"design": "tiny", "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_design():
+    """A network that learns in a second."""
+    design = {"size": 16, "widths": (16, 32), "kernel": 3, "residual": True, "activation": "relu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(classifiers.DESIGNS, "tiny", design)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(sheets, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained") / "judge"
-    return train_classifier(sheets[0], out=out, seed=3, steps=30, design="judge", device="cpu", progress=False), out
+    out = tmp_path_factory.mktemp("trained") / "tiny"
+    return train_classifier(sheets[0], out=out, seed=3, steps=120, **TINY), out
 
 
 # The bundled classifiers
@@ -210,7 +223,7 @@ def test_overshoot_is_clamped(labeller, few):
 def test_the_global_generator_is_left_alone(labeller, few, sheets, tmp_path):
     before = torch.get_rng_state()
     load_classifier("avataaars")(few)
-    train_classifier(sheets[0], out=tmp_path / "out", steps=1, device="cpu", progress=False)
+    train_classifier(sheets[0], out=tmp_path / "out", steps=1, **TINY)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -308,9 +321,8 @@ def test_training_finds_planted_attributes(sheets, trained, size):
 
 
 def test_training_is_a_function_of_the_seed(sheets, trained, tmp_path):
-    options = {"steps": 30, "design": "judge", "device": "cpu", "progress": False}
-    assert train_classifier(sheets[0], out=tmp_path / "same", seed=3, **options).hash == trained[0].hash
-    assert train_classifier(sheets[0], out=tmp_path / "other", seed=4, **options).hash != trained[0].hash
+    assert train_classifier(sheets[0], out=tmp_path / "same", seed=3, steps=120, **TINY).hash == trained[0].hash
+    assert train_classifier(sheets[0], out=tmp_path / "other", seed=4, steps=120, **TINY).hash != trained[0].hash
 
 
 def test_training_writes_what_is_loaded(sheets, trained):
@@ -326,9 +338,7 @@ def test_missing_labels_are_left_out_of_the_loss(sheets, relabelled, tmp_path):
     """Where half of the labels are missing, the rest still teaches; a wrong value in their place would not."""
     labels = sheets[0].labels.astype(float)
     labels.loc[labels.index[::2], "Bright"] = np.nan
-    images = relabelled(labels)
-    options = {"steps": 40, "design": "judge", "device": "cpu", "progress": False}
-    classifier = train_classifier(images, out=tmp_path / "out", **options)
+    classifier = train_classifier(relabelled(labels), out=tmp_path / "out", steps=120, **TINY)
     assert (evaluate_classifier(classifier, sheets[1], progress=False)[16]["accuracy"] > 0.9).all()
 
 
@@ -421,7 +431,8 @@ def hub(tmp_path_factory):
         torch.manual_seed(0)
         names = {0: "cat", 1: "dog", 2: "fox"}
         encoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        vision = {**encoder, "image_size": 8, "patch_size": 4}
+        # Weights this large make the outputs differ from image to image.
+        vision = {**encoder, "image_size": 8, "patch_size": 4, "initializer_range": 0.5}
         vit = transformers.ViTForImageClassification(transformers.ViTConfig(**vision, id2label=names)).eval()
         tags = transformers.ResNetConfig(
             embedding_size=4,
@@ -479,9 +490,9 @@ def test_a_transformers_classifier_of_exclusive_classes(hub, faces, pictures):
     pixels = hub.processors["vit"](images=pictures, return_tensors="pt")
     expected = hub.vit(**pixels).logits
     assert classifier.attributes == ("cat", "dog", "fox") and classifier.name == "vit"
-    np.testing.assert_allclose(classifier.scores(faces), expected, atol=0.01)
-    np.testing.assert_allclose(classifier(faces, batch_size=4), expected.softmax(1), atol=0.005)
-    assert expected.std(dim=0).min() > 0.02, "the images must differ for this to mean anything"
+    np.testing.assert_allclose(classifier.scores(faces), expected, atol=0.05)
+    np.testing.assert_allclose(classifier(faces, batch_size=4), expected.softmax(1), atol=0.01)
+    assert expected.std(dim=0).min() > 0.1, "the images must differ for this to mean anything"
     features = classifier.features(faces)
     np.testing.assert_allclose(hub.vit.classifier(torch.from_numpy(features)), classifier.scores(faces), atol=1e-5)
 
@@ -573,7 +584,7 @@ def test_preprocessing_is_that_of_the_image_processor(hub, name, shape):
     pictures = list(((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     expected = hub.processors[name](images=pictures, return_tensors="pt")["pixel_values"]
     prepared = classifiers._preprocessing(hub.folder / name)(images)
-    torch.testing.assert_close(prepared, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(prepared, expected, atol=0.05, rtol=0)
 
 
 # Calibration
@@ -607,7 +618,7 @@ def test_calibration_says_where_there_is_nothing():
 
 def test_calibration_matches_by_name_not_by_position():
     probabilities = pd.DataFrame({"A": [0.0, 1.0]}, index=["x", "y"])
-    labels = pd.DataFrame({"B": [0, 0, 0], "A": [1, 0, 1]}, index=["y", "x", "z"])
+    labels = pd.DataFrame({"B": [0, 0], "A": [1, 0]}, index=["y", "x"])
     assert expected_calibration_error(calibration(probabilities, labels))["A"] == 0
 
 

@@ -104,6 +104,8 @@ def test_pairs_and_triples_are_those_of_a_naive_computation(rng):
     angles = np.degrees(np.arccos((unit[i] * unit[j]).sum(axis=1)))
     assert found.distance == pytest.approx(pdist(x).mean()) and found.distance_sd == pytest.approx(pdist(x).std(ddof=1))
     assert found.angle == pytest.approx(angles.mean()) and found.angle_sd == pytest.approx(angles.std(ddof=1))
+    without = np.array([pdist(np.delete(x, a, axis=0)).mean() for a in range(12)])
+    assert found.distance_se == pytest.approx(np.sqrt(11 / 12 * ((without - without.mean()) ** 2).sum()))
     corners = []
     for a in range(12):
         to = np.delete(x, a, axis=0) - x[a]
@@ -254,6 +256,11 @@ def test_the_recursion_is_ddim_inversion_of_samples_with_the_exact_network(start
     marginal = ALPHA_BARS[700] * s2.mean() + 1 - ALPHA_BARS[700]
     assert found.ratio == pytest.approx(np.sqrt(found.variance[-1].mean() / marginal))
     assert found.timesteps == timesteps and len(found.frame()) == 3
+    noisy = ALPHA_BARS[20 if start == "first" else 0]
+    repaired = linear_gaussian_inversion(
+        spectrum, ALPHA_BARS, timesteps, start=start, iterations=iterations, noise_repair=True
+    )
+    np.testing.assert_allclose(repaired.variance[:, :3] / found.variance[:, :3], [noisy + (1 - noisy) / s2[:3]] * 3)
 
 
 def test_white_data_of_unit_variance_stays_on_the_shell():
@@ -303,6 +310,8 @@ def test_centred_cosines_do_not_see_what_the_samples_share(rng):
     found = step_geometry(Store(h))
     assert found.cosines.min() > 0.9 and abs(found.centred_cosines.mean()) < 0.1
     assert found.timesteps == (2, 1, 0)
+    same = step_geometry([h[2], 3 * (h[2] - h[2].mean(axis=0)) - 50, h[2]])
+    np.testing.assert_allclose(same.centred_cosines, 1)
 
 
 def planted(rng, n, d, delta):

@@ -84,11 +84,13 @@ def assert_matches(found: JacobianSpectrum, J: torch.Tensor) -> None:
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("tap", ["after", "middle", "before"])
 def test_the_spectrum_is_the_dense_ones(tap, scale_shift):
-    """sigma to 1e-4 and the space of vectors to 1e-3 rad, with attention everywhere, at every tap, by default."""
+    """sigma to 1e-4, by default, and the space of vectors to 1e-3 rad, with attention everywhere, at every tap."""
     model = small_model(scale_shift=scale_shift).tapped(tap)
     run = wb.sample(model, [5], steps=STEPS, progress=False)
-    found = find_jacobian(model, run, t=T_FOUND, k=3, progress=False)
     J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
+    by_default = find_jacobian(model, run, t=T_FOUND, k=3, progress=False)
+    np.testing.assert_allclose(by_default.singular_values, torch.linalg.svdvals(J)[:3], rtol=1e-4)
+    found = find_jacobian(model, run, t=T_FOUND, k=3, tol=1e-6, progress=False)
     assert found.convergence.converged
     assert_matches(found, J)
     effects = found.right.flatten(1) @ J.T.float()
@@ -174,7 +176,7 @@ def test_small_blocks_find_the_same_as_one_large_block(model, run, block):
 def test_the_jacobian_is_taken_on_the_runs_own_trajectory(model, run):
     """With eta 1, at the x_t that this sample's noise led to; another noise has another spectrum."""
     lean = wb.sample(model, [5], steps=STEPS, eta=1.0, progress=False)
-    found = find_jacobian(model, lean, t=200, progress=False)
+    found = find_jacobian(model, lean, t=200, tol=1e-6, progress=False)
     own = dense_of_h(model, run.x_at(200), 200)
     assert_matches(found, own)
     from_the_same_x_T = wb.Trajectory(model, run.x_T, run.x0, run.timesteps, run.etas, seeds=(6,))
@@ -377,6 +379,7 @@ def test_errors_say_what_to_do(model, run):
     refused(model, run, "at least 1", k=0)
     refused(model, run, "at least 1", block=0)
     refused(model, run, "tol", tol=0.0)
+    refused(model, run, "2 iterations of 1 vectors can't find 3", block=1, max_iterations=2)
     refused(model, run, r"must be \(m, 16, 4, 4\)", warm_start=torch.ones(2, 3, 8, 8))
     half = wb.wrap(model.unet.unet, model.schedule, name="small", device="cpu", dtype="bfloat16")
     refused(half, run, "needs float32")

@@ -9,6 +9,7 @@ import re
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.collections import PathCollection
@@ -337,3 +338,31 @@ def test_the_style_uses_the_palette():
     with matplotlib.style.context(plots.STYLE):
         cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     assert cycle == list(plots.PALETTE)
+
+
+def test_bars_draw_each_series_at_its_heights():
+    first, second = pd.Series({"a": 0.2, "b": 0.4}), pd.Series({"a": 0.3, "b": 0.1})
+    axes = plots.bars({"one": first, "two": second}, ylabel="share").axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.2, 0.4, 0.3, 0.1])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert axes.get_ylabel() == "share"
+
+
+def test_bars_refuse_series_that_do_not_match():
+    with pytest.raises(ValueError, match="different names"):
+        plots.bars({"one": pd.Series({"a": 1.0}), "two": pd.Series({"b": 1.0})}, ylabel="share")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.bars({}, ylabel="share")
+    with pytest.raises(ValueError, match="both ends"):
+        plots.bars({"one": pd.Series({"a": 1.0})}, ylabel="share", low={"one": pd.Series({"a": 0.0})})
+
+
+def test_a_matrix_writes_its_numbers_and_zero_is_the_middle_colour():
+    table = pd.DataFrame([[0.5, -1.0], [0.0, 0.25]], index=["Smiling", "Beard"], columns=["Smiling", "Long_Hair"])
+    axes = plots.matrix(table).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["+0.50", "-1.00", "+0.00", "+0.25"]
+    assert axes.images[0].get_clim() == (-1.0, 1.0)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["Smiling", "Long Hair"]
+    with pytest.raises(ValueError, match="finite"):
+        plots.matrix(table.replace(0.25, float("nan")))

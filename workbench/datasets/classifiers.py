@@ -13,7 +13,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from workbench import paths
+from workbench.datasets import avataaars
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.checkpoints import hash_weights, load_strictly, read_json, read_state_dict
 from workbench.diffusion.models import best_device
@@ -293,6 +297,52 @@ def train_classifier(
     return load_classifier(out, device=device)
 
 
+def build_unlinked(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
+    """Draw avatars without the planted correlations, for training.
+
+    A classifier of the recipe's own images learns that long hair excludes a beard instead of looking for the beard, and
+    then sees a beard vanish wherever hair grows. Here mouth, beard and glasses come from three other images of the
+    part: each factor is as frequent as in the recipe, and all are independent. A script that calls this needs the usual
+    `if __name__ == "__main__":`.
+
+    Parameters
+    ----------
+    n : int
+        Number of images, 1..100,000.
+    part : int
+        As in `avataaars.build`: 0 and 1 are for training.
+    out : str or Path
+        Folder for `00000.webp`, ... (lossless) and `attributes.csv`, which is written last. Made if missing.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Path
+        The folder; `load_images` reads it.
+
+    Raises
+    ------
+    ValueError
+        If `n` or `part` is out of range.
+    ImportError
+        If the extra `[data]` or the cairo system library is missing.
+    """
+    if not 1 <= n <= 100_000:
+        raise ValueError(f"n is {n}; give a number of images from 1 to 100000")
+    avataaars.render(_unlinked(part, 0))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    # Fork is unsafe in a process that has started torch's threads.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        drawn = pool.map(_draw_unlinked, repeat(part), range(n), repeat(out), chunksize=16)
+        rows = list(tqdm(drawn, "avatars", n, unit="image", delay=2, disable=not progress))
+    table = out / "attributes.csv.part"
+    pd.DataFrame(rows).to_csv(table, index=False, lineterminator="\n")
+    os.replace(table, out / "attributes.csv")
+    return out
+
+
 def evaluate_classifier(
     classifier: Classifier,
     images: LabelledImages,
@@ -510,6 +560,18 @@ def _resize(images: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") 
     return F.interpolate(images, size=size, mode=mode, antialias=True, align_corners=False)
 
 
+def _unlinked(part: int, i: int) -> avataaars.Factors:
+    own, mouth, beard, glasses = (avataaars.factors(part, i + shift) for shift in (0, 250_000, 500_000, 750_000))
+    return replace(own, mouth=mouth.mouth, beard=beard.beard, glasses=glasses.glasses)
+
+
+def _draw_unlinked(part: int, i: int, out: Path) -> dict[str, str | int | float]:
+    factors = _unlinked(part, i)
+    file = f"{i:05d}.webp"
+    avataaars.render(factors).save(out / file, "WEBP", lossless=True)
+    return {"file": file, **avataaars.attributes(factors)}
+
+
 def _new_network(attributes: int, config: Mapping) -> AttributeNet:
     # Without memory no weights are drawn, so that the global generator stays as it is.
     with torch.device("meta"):
@@ -602,7 +664,7 @@ def _fit(
     labels = torch.tensor(labels.to_numpy(np.float32))
     network.train().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    warmup = min(WARMUP, steps)
+    warmup = min(WARMUP, steps // 10 + 1)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * i / steps))
     )
@@ -800,7 +862,7 @@ def _target(size: int | Mapping, shape: Sequence[int]) -> tuple[int, int]:
     if isinstance(size, Mapping) and "shortest_edge" not in size:
         raise ValueError(f"the image processor's size is {dict(size)}; give height and width, or shortest_edge")
     edge = size["shortest_edge"] if isinstance(size, Mapping) else size
-    return tuple(round(side * edge / min(shape)) for side in shape)
+    return tuple(edge * side // min(shape) for side in shape)
 
 
 def _crop(batch: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -168,7 +168,13 @@ def load_model(source: str | Path, *, device: str | torch.device | None = None, 
         raise ValueError(
             f"{files.unet_config} describes {kind}; the workbench takes unconditional pixel-space U-Nets (UNet2DModel)"
         )
-    scheduler = DDPMScheduler.from_config(checkpoints.read_json(files.scheduler_config))
+    betas = checkpoints.read_json(files.scheduler_config)
+    if not {"beta_schedule", "trained_betas"} & set(betas):
+        raise ValueError(
+            f"{files.scheduler_config} describes {betas.get('_class_name', 'an unnamed scheduler')}, which has no "
+            "betas; the workbench takes the noise schedules of DDPM and DDIM"
+        )
+    scheduler = DDPMScheduler.from_config(betas)
     unet = _build(config, path=files.unet_config)
     checkpoints.load_strictly(unet, checkpoints.read_state_dict(files.weights), path=files.weights)
     return wrap(unet, scheduler, name=name, device=device, dtype=dtype)
@@ -205,7 +211,7 @@ def wrap(
         If the U-Net has no bottleneck, or predicts something else than the noise.
     """
     schedule = scheduler if isinstance(scheduler, NoiseSchedule) else _schedule_of(scheduler)
-    device = best_device() if device is None else torch.device(device)
+    device = best_device() if device is None else _device_of(device)
     split = SplitUNet(copy.deepcopy(unet), dtype=_dtype_of(dtype))
     memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
     split.unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
@@ -306,6 +312,10 @@ def _build(config: dict, *, path: Path) -> UNet2DModel:
 
 def _schedule_of(scheduler) -> NoiseSchedule:
     config = scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alpha_bar; the workbench takes the noise schedules of DDPM and DDIM"
+        )
     predicts = config.get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise ValueError(f"this model predicts {predicts!r}; the workbench takes models that predict noise ('epsilon')")
@@ -314,6 +324,13 @@ def _schedule_of(scheduler) -> NoiseSchedule:
         spacing=config.get("timestep_spacing", "leading"),
         offset=config.get("steps_offset", 0),
     )
+
+
+def _device_of(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {str(device)!r} is not there; the best one here is {best_device()}") from error
 
 
 def _dtype_of(dtype: str | None) -> torch.dtype:

@@ -88,6 +88,8 @@ class HEdit:
             raise ValueError(f"an edit of h has shape (steps, 1 or n, C, h, w), not {tuple(self.values.shape)}")
         if not self.active:
             object.__setattr__(self, "active", (True,) * len(self.values))
+        if len(self.active) != len(self.values):
+            raise ValueError(f"active has {len(self.active)} values for the {len(self.values)} steps of the edit")
 
     def __call__(self, i: int, h: torch.Tensor, samples: slice) -> torch.Tensor | None:
         """The edited h of step `i` for the samples at positions `samples`; None where the edit does not act."""
@@ -325,7 +327,7 @@ def sample(
         etas=model.schedule.etas(eta, len(visited)),
         seeds=seeds,
         edit=None if delta_h is None else _added(delta_h, model, len(visited), len(seeds)),
-        batch_size=_check_batch_size(batch_size, model, len(seeds)),
+        batch_size=check_batch_size(batch_size, model, len(seeds)),
     )
     return _run(plan, record_h=record_h, record_x=record_x, progress=progress)
 
@@ -360,10 +362,12 @@ def replay(
     Raises
     ------
     ValueError
-        If a residual is asked for that the run does not have.
+        If the edit does not fit the run, or a residual is asked for that it does not have.
     """
     if residual and run.residual is None:
         raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
+    if edit is not None:
+        _check_edit(edit, run)
     plan = run if edit is None else replace(run, edit=edit)
     again = _run(plan, record_h=record_h, record_x=record_x, progress=progress)
     return replace(again, x0=again.x0 + run.residual) if residual else again
@@ -439,6 +443,7 @@ def _run(
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
         for batch in batches(n, plan.batch_size):
+
             def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor, batch=batch) -> None:
                 if h is not None:
                     h[i, batch] = h_t.cpu()
@@ -523,7 +528,7 @@ def invert(
     ValueError
         If the images are not of the model's shape and range, the method is not known, or eta is 0 where it can't be.
     """
-    images = _check_images(images, model)
+    images = check_images(images, model)
     if method not in INVERSIONS:
         raise ValueError(f"method {method!r} is not known; it is one of {', '.join(INVERSIONS)}")
     visited = model.schedule.timesteps(steps)
@@ -542,7 +547,7 @@ def invert(
         x=StepRecord(torch.empty(*shape, *model.image_shape), visited) if record_x else None,
         stored_noise=torch.zeros(*shape, *model.image_shape) if edit_friendly else None,
         residual=torch.empty_like(images) if edit_friendly else None,
-        batch_size=_check_batch_size(batch_size, model, n),
+        batch_size=check_batch_size(batch_size, model, n),
     )
     seeds = check_seeds(range(seed, seed + n))
     with progress_bar(n, len(visited), "inverting", show=progress) as bar, torch.inference_mode():
@@ -619,7 +624,17 @@ def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> HEdit:
     return HEdit(values)
 
 
-def _check_images(images: torch.Tensor, model: Model) -> torch.Tensor:
+def _check_edit(edit: HEdit, run: Trajectory) -> None:
+    steps, n, *shape = edit.values.shape
+    if steps != run.steps or n not in (1, len(run)) or tuple(shape) != run.model.h_shape:
+        raise ValueError(
+            f"an edit of shape {tuple(edit.values.shape)} does not fit this run; it takes "
+            f"({run.steps}, 1 or {len(run)}, {', '.join(map(str, run.model.h_shape))})"
+        )
+
+
+def check_images(images: torch.Tensor, model: Model) -> torch.Tensor:
+    """Images as float32 on the CPU; ValueError if they are not of the model's shape and range."""
     images = torch.as_tensor(images)
     if images.ndim != 4 or tuple(images.shape[1:]) != model.image_shape or len(images) == 0:
         expected = f"(n, {', '.join(map(str, model.image_shape))})"
@@ -629,7 +644,8 @@ def _check_images(images: torch.Tensor, model: Model) -> torch.Tensor:
     return images.float().cpu()
 
 
-def _check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
+def check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
+    """Samples a pass: as asked for, or what suits the model, and at most n."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     return min(n, batch_size or model.batch_size())

@@ -94,6 +94,8 @@ class SplitUNet:
         config = unet.config
         if config.time_embedding_type == "fourier" or any("Skip" in b for b in config.down_block_types):
             raise ValueError("score-SDE U-Nets (Fourier embedding, skip blocks) are not DDPMs and are not supported")
+        if config.sample_size is None:
+            raise ValueError("this U-Net's config has no sample_size, so the size of its images is not known; set it")
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("this U-Net is conditioned on a class; the workbench takes unconditional models")
 

@@ -167,7 +167,7 @@ def find_jacobian(
     mask: np.ndarray | torch.Tensor | None = None,
     output: str = "eps",
     population: HStore | None = None,
-    oversample: int = 1,
+    oversample: int = 0,
     tol: float = 1e-4,
     max_iterations: int = 40,
     block: int | None = None,
@@ -197,8 +197,9 @@ def find_jacobian(
         as for every other method. Without it, there is no population to measure: one unit is the root mean square of
         the entries of the sample's own h_t, an order-of-magnitude stand-in. `provenance["parameters"]["sigma"]` says
         which.
-    oversample : int, default 1
-        Vectors beyond k in a block. More of them need fewer but dearer iterations: worth it on an accelerator.
+    oversample : int, default 0
+        Vectors beyond k in a block. More of them need fewer but dearer iterations, which may pay on an accelerator. The
+        plain subspace iteration needs them to converge; with all blocks kept they are not needed.
     tol : float, default 1e-4
         Stop when the singular values change by less than this, relatively, their space turns by less than sqrt(tol)
         radians and the residuals are below sqrt(tol), since an error of the vectors enters the values squared. The
@@ -316,7 +317,7 @@ def find_pullback(
     map: str = "x->x0",
     mask: np.ndarray | torch.Tensor | None = None,
     nullspace: int = 0,
-    oversample: int = 1,
+    oversample: int = 0,
     tol: float = 1e-4,
     max_iterations: int = 40,
     block: int | None = None,
@@ -425,7 +426,7 @@ class _Linearised:
         products = []
         for part in rows.split(self.width):
             weights = torch.zeros_like(output)
-            weights[: len(part)] = part.view(-1, *output.shape[1:]).to(weights)
+            weights[: len(part)] = part.float().view(-1, *output.shape[1:]).to(weights)
             (product,) = torch.autograd.grad(output, at, weights, retain_graph=True)
             products.append(product[: len(part)].flatten(1).cpu().double())
         return torch.cat(products)
@@ -526,6 +527,8 @@ def _block_svd(
     """
     if tol <= 0 or max_iterations < 1:
         raise ValueError(f"tol ({tol}) must be positive and max_iterations ({max_iterations}) at least 1")
+    if max_iterations * width < k:
+        raise ValueError(f"{max_iterations} iterations of {width} vectors can't find {k}; raise max_iterations")
     starts = _starts(d, width, warm_start, torch.Generator().manual_seed(seed))
     target = k if block is None else min(block, k)
     basis = torch.empty(0, d, dtype=torch.double)

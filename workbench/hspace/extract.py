@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from workbench import __version__, paths
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
-from workbench.diffusion.sampling import Trajectory, invert, progress_bar, sample
+from workbench.diffusion.sampling import Trajectory, check_batch_size, check_images, invert, progress_bar, sample
 from workbench.hspace.store import DTYPES, HStore, create_store, key_of, open_store, read_store, write_chunk
 
 CHUNK_BYTES = 2**28
@@ -92,8 +92,10 @@ def extract(
             raise ValueError("give n or seeds to sample new images, or images to invert, not both")
         source = source.at_size(model.image_shape[1]) if hasattr(source, "at_size") else torch.as_tensor(source)
         origin = {"images": _fingerprint(source)}
+        check_images(source if torch.is_tensor(source) else source[:1], model)
         eta = 0.0
     count = len(seeds) if source is None else len(source)
+    check_batch_size(batch_size, model, count)
     timesteps = model.schedule.timesteps(steps)
     provenance = {
         "workbench": __version__,

@@ -222,8 +222,8 @@ def read_store(path: str | Path) -> HStore:
         arrays = {name for name, _ in group.arrays()}
         if {"h", "done"} - arrays or group["h"].shape[1] != len(store.timesteps):
             raise ValueError(f"{path} is corrupt: its arrays don't match its description; delete it and extract again")
-        shards = sum(file.is_file() for file in (path / "h" / "c").rglob("*"))
-        if shards < int(group["done"][:].sum()):
+        finished = np.flatnonzero(group["done"][:])
+        if not all(_chunk_file(group[name], c).is_file() for name in arrays - {"done"} for c in finished):
             raise ValueError(f"{path} is corrupt: files of finished samples are missing; delete it and extract again")
     except (BaseZarrError, KeyError, OSError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(
@@ -231,6 +231,11 @@ def read_store(path: str | Path) -> HStore:
             "or choose another path"
         ) from error
     return store
+
+
+def _chunk_file(array: zarr.Array, chunk: int) -> Path:
+    """Where an array keeps a chunk of samples."""
+    return array.store_path.store.root.joinpath(array.path, "c", str(chunk), *["0"] * (array.ndim - 1))
 
 
 def create_store(path: Path, provenance: dict, arrays: dict[str, tuple[tuple[int, ...], str]]) -> HStore:
@@ -261,6 +266,8 @@ def create_store(path: Path, provenance: dict, arrays: dict[str, tuple[tuple[int
             shards=(min(size, n), *shape[1:]) if per_step else None,
             # Activations and noise do not compress; images do.
             compressors="auto" if name == "x0" else None,
+            # No chunk consists of these, so that zarr writes all of them and a missing file is a loss.
+            fill_value=np.iinfo(dtype).max if dtype == "uint64" else np.nan,
         )
     group.create_array("done", shape=(-(-n // size),), dtype="uint8", chunks=(1,), compressors=None)
     os.replace(partial, path)

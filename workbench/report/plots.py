@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from IPython.display import display
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -29,9 +30,11 @@ from workbench.editing.grid import EditGrid
 __all__ = [
     "PALETTE",
     "HoverFigure",
+    "bars",
     "edit_grid",
     "image_grid",
     "line",
+    "matrix",
     "save_figure",
     "scatter",
     "scatter_hover",
@@ -281,6 +284,97 @@ def line(
             axes.invert_xaxis()
         if labels is not None or isinstance(y, Mapping):
             axes.legend()
+        _add_caption(figure, caption)
+    return figure
+
+
+def bars(
+    groups: Mapping[str, pd.Series],
+    *,
+    ylabel: str,
+    low: Mapping[str, pd.Series] | None = None,
+    high: Mapping[str, pd.Series] | None = None,
+    caption: str | None = None,
+) -> Figure:
+    """Bars side by side: one group a name, one colour a series.
+
+    Parameters
+    ----------
+    groups : mapping of str -> Series of shape (k,)
+        Indexed by the same names in each.
+    ylabel : str
+    low, high : mapping of str -> Series of shape (k,), optional
+        Ends of an interval for every bar.
+    caption : str, optional
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, the series have other names, or values are not finite.
+    """
+    if not groups:
+        raise ValueError("there is nothing to draw; give at least one series")
+    if (low is None) != (high is None):
+        raise ValueError("an interval needs both ends; give low and high, or neither")
+    table = pd.DataFrame(dict(groups))
+    if any(not series.index.equals(next(iter(groups.values())).index) for series in groups.values()):
+        raise ValueError("the series have different names; bars compare the same names in each")
+    _finite(table.to_numpy(dtype=float), "a series")
+    with style.context(STYLE):
+        figure = Figure(figsize=(max(4.0, 0.55 * len(table)), 3.6), layout="constrained")
+        axes = figure.add_subplot(ylabel=ylabel)
+        width = 0.8 / len(groups)
+        for k, name in enumerate(table):
+            at = np.arange(len(table)) + (k - (len(groups) - 1) / 2) * width
+            error = None if low is None else [table[name] - low[name], high[name] - table[name]]
+            axes.bar(at, table[name], width, label=name, yerr=error, error_kw={"elinewidth": 1, "ecolor": _INK})
+        axes.set_xticks(range(len(table)), [str(name).replace("_", " ") for name in table.index], rotation=45, ha="right")
+        axes.grid(visible=False, axis="x")
+        if len(groups) > 1:
+            axes.legend()
+        _add_caption(figure, caption)
+    return figure
+
+
+def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | None = None) -> Figure:
+    """A table of signed numbers as colours, with the numbers written in; 0 is white.
+
+    Parameters
+    ----------
+    table : DataFrame of shape (rows, columns)
+    caption : str, optional
+    limit : float, optional
+        Value of the strongest colours, by default the largest size in the table.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If the table is empty or holds a value that is not finite.
+    """
+    values = _finite(table.to_numpy(dtype=float), "the table")
+    if values.size == 0:
+        raise ValueError("there is nothing to draw; the table is empty")
+    limit = limit or float(np.abs(values).max()) or 1.0
+    rows, columns = values.shape
+    with style.context(STYLE):
+        figure = Figure(figsize=(1.6 + 0.62 * columns, 1.2 + 0.42 * rows), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            color = "white" if abs(value) > 0.6 * limit else _INK
+            axes.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(columns), [str(c).replace("_", " ") for c in table.columns], rotation=45, ha="right")
+        axes.set_yticks(range(rows), [str(r).replace("_", " ") for r in table.index])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
         _add_caption(figure, caption)
     return figure
 

@@ -1,0 +1,466 @@
+"""Extraction: the store is what sampling gives, whatever happened on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from diffusers import DDPMScheduler
+from zarr.storage import LocalStore
+
+import workbench as wb
+from workbench.hspace import extract as extraction
+from workbench.hspace.store import create_store, read_store
+
+STEPS = 4
+
+
+def extract(model, *args, **options):
+    return wb.extract(model, *args, **{"steps": STEPS, "progress": False, **options})
+
+
+def contents(path) -> dict[str, np.ndarray]:
+    return {name: array[:] for name, array in zarr.open_group(path, mode="r").arrays()}
+
+
+def assert_same(path, other) -> None:
+    a, b = contents(path), contents(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert dict(zarr.open_group(path).attrs) == dict(zarr.open_group(other).attrs)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch, tiny):
+    """Two samples a chunk."""
+    monkeypatch.setattr(extraction, "CHUNK_BYTES", 2 * STEPS * 4 * int(np.prod(tiny.h_shape)))
+
+
+@pytest.fixture
+def no_passes(monkeypatch, tiny):
+    """Call it, and from then on the network may not be used."""
+
+    def refuse(*arguments):
+        raise AssertionError("the network was used")
+
+    return lambda: monkeypatch.setattr(type(tiny), "encode", refuse)
+
+
+# What is in it
+
+
+def test_the_store_is_what_sampling_gives(tiny, cache):
+    run = wb.sample(tiny, range(3, 8), steps=STEPS, record_h=True, record_x=True, progress=False)
+    store = extract(tiny, 5, seed=3, record_x=True)
+    assert len(store) == 5
+    assert store.seeds == (3, 4, 5, 6, 7)
+    assert store.timesteps == run.timesteps
+    assert store.h_shape == tiny.h_shape
+    for t in run.timesteps:
+        # float16 keeps 11 bits.
+        np.testing.assert_allclose(store.at(t), run.h.at(t), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(store.at(t, space="x"), run.x.at(t), rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(np.concatenate(list(store.batches(t))), store.at(t))
+    np.testing.assert_allclose(store.images[:], run.x0.numpy(), rtol=1e-5, atol=1e-4)
+
+
+def test_float32_is_kept_to_the_bit(tiny, cache):
+    run = wb.sample(tiny, range(3), steps=STEPS, eta=0.0, record_h=True, progress=False)
+    store = extract(tiny, 3, eta=0.0, dtype="float32")
+    np.testing.assert_array_equal(store.at(500), run.h.at(500))
+    assert store.group["h"].dtype == np.float32
+
+
+def test_any_seeds_in_any_order(tiny, cache):
+    store, run = extract(tiny, seeds=[9, 2**40, 4]), wb.sample(tiny, [4], steps=STEPS, record_h=True, progress=False)
+    assert store.seeds == (9, 2**40, 4)
+    np.testing.assert_allclose(store.at(0)[2], run.h.at(0)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_store_does_not_depend_on_batches_and_chunks(tiny, tmp_path, small_chunks):
+    whole = extract(tiny, 5, out=tmp_path / "a.zarr", dtype="float32")
+    assert whole.provenance["chunk"] == 2
+    single = extract(tiny, 5, out=tmp_path / "b.zarr", dtype="float32", batch_size=1)
+    for t in whole.timesteps:
+        np.testing.assert_allclose(single.at(t), whole.at(t), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tap", ["before", "middle", "after"])
+def test_the_tap_is_the_models_and_recorded(tiny, cache, tap):
+    model = tiny.tapped(tap)
+    store = extract(model, 2)
+    run = wb.sample(model, range(2), steps=STEPS, record_h=True, progress=False)
+    assert store.provenance["model"]["tap"] == tap
+    assert repr(tap) in repr(store)
+    np.testing.assert_allclose(store.at(750), run.h.at(750), rtol=1e-3, atol=1e-3)
+
+
+def test_images_can_be_left_out(tiny, cache):
+    store = extract(tiny, 2, images=False)
+    assert set(store.summary().index) == {"h", "seeds", "done"}
+    with pytest.raises(ValueError, match="extract with images=True"):
+        _ = store.images
+
+
+def test_images_are_inverted(tiny, cache):
+    images = torch.rand(3, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    store = extract(tiny, images=images, record_x=True)
+    inverted = wb.invert(tiny, images, steps=STEPS, record_h=True, record_x=True, progress=False)
+    for t in inverted.timesteps:
+        np.testing.assert_allclose(store.at(t), inverted.h.at(t), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(store.at(t, space="x"), inverted.x.at(t), rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(store.images[:], images.numpy())
+    np.testing.assert_allclose(store.x_T[:], inverted.x_T.numpy(), rtol=1e-5, atol=1e-5)
+    assert store.seeds is None
+    assert "inverted images" in repr(store)
+    assert set(store.provenance["etas"]) == {0.0}
+    assert extract(tiny, images=images.clone(), record_x=True).cached
+    assert not extract(tiny, images=images * 0.5, record_x=True).cached
+
+
+def test_a_folder_of_labelled_images_is_inverted_at_the_models_size(tiny, cache):
+    images = wb.load_images("avataaars").select(range(3))
+    store = extract(tiny, images=images)
+    np.testing.assert_allclose(store.images[:], images.at_size(8)[:].numpy(), atol=1e-6)
+    assert extract(tiny, images=images).cached
+    assert not extract(tiny, images=images.select([0, 2])).cached
+
+
+def test_what_is_kept_says_where_it_came_from(tiny, cache):
+    store = wb.open_store(extract(tiny, 3, seed=5, eta=[1, 0.5, 0, 0]).path)
+    assert store.provenance["model"] == tiny.provenance()
+    assert store.provenance["seeds"] == {"first": 5, "n": 3}
+    assert store.provenance["etas"] == [1.0, 0.5, 0.0, 0.0]
+    assert store.provenance["timesteps"] == [750, 500, 250, 0]
+    assert store.provenance["dtype"] == "float16"
+    assert store.provenance["workbench"] == wb.__version__
+
+
+# Asking again
+
+
+def test_asking_again_computes_nothing(tiny, cache, no_passes):
+    first = extract(tiny, 3)
+    assert not first.cached
+    assert first.path.parent == cache
+    no_passes()
+    again = extract(tiny, 3)
+    assert again.cached
+    assert "from the cache" in repr(again)
+    assert again.path == first.path
+    np.testing.assert_array_equal(again.at(0), first.at(0))
+
+
+def test_asking_again_with_other_batches_computes_nothing_either(tiny, cache, no_passes):
+    extract(tiny, 3, seeds=None, batch_size=2)
+    no_passes()
+    assert extract(tiny, seeds=[0, 1, 2], batch_size=1).cached
+
+
+def changed_schedule(tiny):
+    return wb.wrap(tiny.unet.unet, DDPMScheduler(beta_end=0.03), name="tiny", device="cpu")
+
+
+def changed_weights(tiny):
+    unet = wb.wrap(tiny.unet.unet, DDPMScheduler(), name="tiny", device="cpu").unet.unet
+    with torch.no_grad():
+        unet.conv_in.bias[0] += 0.1
+    return wb.wrap(unet, DDPMScheduler(), name="tiny", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: extract(m, 3),
+        lambda m: extract(m, 2, seed=1),
+        lambda m: extract(m, seeds=[1, 0]),
+        lambda m: extract(m, 2, steps=5),
+        lambda m: extract(m, 2, steps=[750, 500, 250, 1]),
+        lambda m: extract(m, 2, eta=0.0),
+        lambda m: extract(m, 2, eta=[1, 1, 1, 0.5]),
+        lambda m: extract(m, 2, dtype="float32"),
+        lambda m: extract(m, 2, images=False),
+        lambda m: extract(m, 2, record_x=True),
+        lambda m: extract(m, images=torch.zeros(2, *m.image_shape)),
+        lambda m: extract(m.tapped("before"), 2),
+        lambda m: extract(changed_weights(m), 2),
+        lambda m: extract(changed_schedule(m), 2),
+        lambda m: extract(wb.load_model_like(m), 2) if hasattr(wb, "load_model_like") else extract(low_precision(m), 2),
+    ],
+)
+def test_every_input_is_in_the_key(tiny, tmp_path, cache, change):
+    """Another input is another store; at the same place it is refused."""
+    base = extract(tiny, 2)
+    other = change(tiny)
+    assert not other.cached
+    assert other.path != base.path
+
+
+def low_precision(tiny):
+    return wb.wrap(tiny.unet.unet, DDPMScheduler(), name="tiny", device="cpu", dtype="bfloat16")
+
+
+def test_the_models_name_is_in_no_key(tiny, cache, tmp_path):
+    renamed = wb.wrap(tiny.unet.unet, DDPMScheduler(), name="group/other", device="cpu")
+    a, b = extract(tiny, 2), extract(renamed, 2)
+    assert a.path.stem.split("-")[-1] == b.path.stem.split("-")[-1]
+    assert b.path.parent == cache
+    extract(tiny, 2, out=tmp_path / "a.zarr")
+    assert extract(renamed, 2, out=tmp_path / "a.zarr").cached
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"n": 3}, "n"),
+        ({"n": 2, "seed": 4}, "seeds"),
+        ({"n": 2, "eta": 0.5}, "etas"),
+        ({"n": 2, "dtype": "float32"}, "dtype"),
+        ({"n": 2, "steps": [800, 500, 250, 0]}, "timesteps"),
+    ],
+)
+def test_a_store_of_other_inputs_at_the_same_place_is_refused(tiny, tmp_path, options, named):
+    extract(tiny, 2, out=tmp_path / "a.zarr")
+    before = contents(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match=f"holds an extraction of other inputs: its {named} is .*, asked for is"):
+        extract(tiny, out=tmp_path / "a.zarr", **options)
+    np.testing.assert_array_equal(contents(tmp_path / "a.zarr")["h"], before["h"])
+
+
+def test_a_foreign_folder_and_a_foreign_file_are_refused_and_left_alone(tiny, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("important")
+    with pytest.raises(ValueError, match="thesis can't be read as a store"):
+        extract(tiny, 2, out=tmp_path / "thesis")
+    with pytest.raises(ValueError, match="chapter1.tex can't be read as a store"):
+        extract(tiny, 2, out=tmp_path / "thesis" / "chapter1.tex")
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "important"
+
+
+def test_a_damaged_store_is_refused_not_computed_over(tiny, tmp_path):
+    path = extract(tiny, 2, out=tmp_path / "a.zarr").path
+    (path / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be read as a store"):
+        extract(tiny, 2, out=path)
+
+
+# Cut short
+
+
+def test_a_failure_at_any_write_is_made_good_by_the_same_call(tiny, tmp_path, small_chunks, monkeypatch):
+    """Every single write to the store fails once; what is left resumes to the same store or is none at all."""
+    extract(tiny, 5, out=tmp_path / "whole.zarr")
+    write, writes = LocalStore.set, []
+
+    async def fail_at(self, key, value):
+        writes.append(key)
+        if len(writes) == failing:
+            raise OSError(errno.EIO, "input/output error")
+        await write(self, key, value)
+
+    failing, failures = 1, 0
+    while True:
+        path = tmp_path / f"{failing}.zarr"
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "set", fail_at)
+            writes.clear()
+            try:
+                extract(tiny, 5, out=path)
+                break
+            except OSError:
+                failures += 1
+        extract(tiny, 5, out=path)
+        assert_same(path, tmp_path / "whole.zarr")
+        failing += 1
+    # 5 arrays and the group, then 3 chunks of h, x0 and done at least.
+    assert failures >= 15
+
+
+def test_a_kill_right_after_the_store_appeared_loses_no_seeds(tiny, tmp_path, monkeypatch):
+    def killed(*arguments):
+        create_store(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(extraction, "create_store", killed)
+        extract(tiny, 3, seed=7, out=tmp_path / "a.zarr")
+    assert extract(tiny, 3, seed=7, out=tmp_path / "a.zarr").seeds == (7, 8, 9)
+
+
+SCRIPT = """
+import sys
+import workbench as wb
+model = wb.load_model(sys.argv[1], device="cpu")
+wb.extract(model, 640, steps=60, out=sys.argv[2], progress=False)
+"""
+
+
+def start(folder, path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(path)], stderr=subprocess.PIPE, text=True)
+
+
+def finished_chunks(path) -> set[str]:
+    folder = path / "done" / "c"
+    return {p.name for p in folder.iterdir() if p.name.isdigit()} if folder.is_dir() else set()
+
+
+def wait_for(process, condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the extraction did not get there in time"
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny_folder, tmp_path, monkeypatch):
+    """A real process and a real SIGKILL, twice: between chunks, and while a chunk is being written."""
+    model, path = wb.load_model(tiny_folder, device="cpu"), tmp_path / "a.zarr"
+    options = {"steps": 60, "progress": False}
+
+    process = start(tiny_folder, path)
+    try:
+        wait_for(process, lambda: len(finished_chunks(path)) >= 2)
+        with pytest.raises(RuntimeError, match="another process is extracting to .*a.zarr; wait for it to end"):
+            wb.extract(model, 640, out=path, **options)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    first = finished_chunks(path)
+    assert 2 <= len(first) < 10
+
+    process = start(tiny_folder, path)
+    try:
+        wait_for(process, lambda: len(list((path / "h" / "c").iterdir())) >= len(first) + 2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    second = finished_chunks(path)
+    assert first < second
+    assert len(second) < 10
+    # Whatever was computed but is not marked as done is computed again: at most one chunk.
+    assert len(list((path / "h" / "c").iterdir())) - len(second) <= 1
+
+    computed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "sample", lambda m, seeds, **o: computed.append(seeds) or wb.sample(m, seeds, **o))
+        resumed = wb.extract(model, 640, out=path, **options)
+    assert len(computed) == 10 - len(second)
+    assert resumed.complete
+    assert not resumed.cached
+    wb.extract(model, 640, out=tmp_path / "whole.zarr", **options)
+    assert_same(path, tmp_path / "whole.zarr")
+
+
+def test_a_full_disk_is_a_sentence_and_the_store_resumes(tiny, tmp_path, small_chunks, monkeypatch):
+    extract(tiny, 5, out=tmp_path / "whole.zarr")
+    write = LocalStore.set
+    with monkeypatch.context() as patch:
+
+        async def full(self, key, value):
+            if key.startswith("h/c/1"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            await write(self, key, value)
+
+        patch.setattr(LocalStore, "set", full)
+        with pytest.raises(OSError, match="the disk is full after 2 of 5 samples; free some space and make the same") as e:
+            extract(tiny, 5, out=tmp_path / "a.zarr")
+    assert e.value.errno == errno.ENOSPC
+    extract(tiny, 5, out=tmp_path / "a.zarr")
+    assert_same(tmp_path / "a.zarr", tmp_path / "whole.zarr")
+
+
+def test_a_real_limit_of_the_operating_system_is_met_the_same_way(tiny, tmp_path):
+    """No file may grow beyond 16 kB, as under a quota: zarr's own files fit, a chunk of h does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
+        with pytest.raises(OSError, match="the disk is full after 0 of 20 samples"):
+            extract(tiny, 20, out=tmp_path / "a.zarr")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert extract(tiny, 20, out=tmp_path / "a.zarr").complete
+
+
+def test_another_error_of_the_disk_is_passed_on(tiny, tmp_path, monkeypatch):
+    async def broken(self, key, value):
+        raise OSError(errno.EIO, "input/output error")
+
+    store = create_store(
+        tmp_path / "a.zarr",
+        {"model": tiny.provenance(), "n": 1, "timesteps": [0], "chunk": 1},
+        {"h": ((1, 1, 2, 1, 1), "float16")},
+    )
+    monkeypatch.setattr(LocalStore, "set", broken)
+    with pytest.raises(OSError, match="input/output error") as error:
+        extraction.write_chunk(store, 0, {"h": np.ones((1, 1, 2, 1, 1), "float32")})
+    assert error.value.errno == errno.EIO
+
+
+@pytest.fixture
+def loud(tiny):
+    """A network whose h exceeds what float16 can hold."""
+    unet = wb.wrap(tiny.unet.unet, DDPMScheduler(), name="loud", device="cpu").unet.unet
+    with torch.no_grad():
+        unet.mid_block.resnets[-1].conv2.weight *= 1e7
+    return wb.wrap(unet, DDPMScheduler(), name="loud", device="cpu")
+
+
+def test_an_overflow_is_named_and_never_stored(loud, cache):
+    with pytest.raises(ValueError, match='h of sample 0, timestep 750 is .*float16 can\'t hold; .*dtype="float32"'):
+        extract(loud, 3)
+    (path,) = cache.glob("*.zarr")
+    assert not read_store(path).group["done"][:].any()
+    store = extract(loud, 3, dtype="float32")
+    assert np.abs(store.at(750)).max() > 65504
+    assert np.isfinite(store.at(750)).all()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either n, the number of samples, or seeds, or images"),
+        ({"n": 2, "seeds": [1]}, "give either n"),
+        ({"n": 0}, "n is 0; extract at least one sample"),
+        ({"n": 2, "seed": -1}, "seeds must be integers"),
+        ({"seeds": [3, 3]}, "seed 3 appears more than once"),
+        ({"n": 2, "steps": 0}, "takes 1 to 1000 steps"),
+        ({"n": 2, "steps": 1001}, "takes 1 to 1000 steps"),
+        ({"n": 2, "eta": 1.1}, "eta must lie"),
+        ({"n": 2, "eta": [1, 1]}, "2 values for 4 steps"),
+        ({"n": 2, "dtype": "float64"}, "'float64' is not known; it is one of float16, float32"),
+        ({"n": 2, "batch_size": 0}, "batch_size is 0"),
+        ({"n": 2, "images": torch.zeros(2, 3, 8, 8)}, "not both"),
+        ({"images": torch.zeros(2, 3, 16, 16)}, r"takes \(n, 3, 8, 8\)"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, r"\(0, 3, 8, 8\)"),
+        ({"images": torch.full((1, 3, 8, 8), 200.0)}, r"finite floats in \[-1, 1\]"),
+        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"finite floats in \[-1, 1\]"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_leaves_nothing_behind(tiny, cache, options, message):
+    with pytest.raises(ValueError, match=message):
+        extract(tiny, **options)
+    assert not list(cache.glob("*")) if cache.exists() else True
+
+
+def test_a_finished_store_leaves_no_half_written_files(tiny, cache):
+    path = extract(tiny, 3).path
+    left = {p.name for p in cache.iterdir()} - {path.name, path.name + ".lock"}
+    assert not left
+    assert not [p for p in path.rglob("*") if "partial" in p.name or p.suffix == ".tmp"]
+    assert os.access(path, os.R_OK)
