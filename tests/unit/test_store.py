@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from types import SimpleNamespace
 
@@ -257,10 +256,12 @@ def test_a_store_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def killed(*paths):
         raise InterruptedError
 
-    monkeypatch.setattr("workbench.hspace.store.os", SimpleNamespace(replace=killed, getpid=os.getpid))
-    with pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr("workbench.hspace.store.os", SimpleNamespace(replace=killed))
         create_store(tmp_path / "a.zarr", PROVENANCE, LAYOUT)
     assert not (tmp_path / "a.zarr").exists()
+    create_store(tmp_path / "a.zarr", PROVENANCE, LAYOUT)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
 
 
 def test_the_key_is_of_all_inputs_but_the_models_name():

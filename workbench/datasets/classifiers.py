@@ -230,7 +230,7 @@ def train_classifier(
     *,
     out: str | Path,
     seed: int = 0,
-    steps: int = 2000,
+    steps: int = 1500,
     design: str = "labeller",
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -250,7 +250,7 @@ def train_classifier(
         Folder for `config.json` and `model.safetensors`; `load_classifier` reads it. Files of these names are replaced.
     seed : int
         Of the first weights, the order of the images and what is done to them.
-    steps : int, default 2000
+    steps : int, default 1500
         Batches of 128 images.
     design : {"labeller", "judge"}
         Which of two networks; let one label and the other score.

@@ -18,10 +18,12 @@ The group's attributes hold all inputs that determine the content.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,9 +251,10 @@ def create_store(path: Path, provenance: dict, arrays: dict[str, tuple[tuple[int
     arrays : dict of name -> (shape, dtype)
         The first axis of each is the sample.
     """
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
     attributes = {"format": FORMAT, "version": VERSION, "provenance": provenance}
     group = zarr.create_group(partial, zarr_format=3, attributes=attributes)
     size = provenance["chunk"]
@@ -294,7 +297,8 @@ def write_chunk(store: HStore, chunk: int, values: dict[str, np.ndarray]) -> Non
     start = chunk * store.provenance["chunk"]
     try:
         for name, value in values.items():
-            stored = value.astype(store.group[name].dtype)
+            with np.errstate(over="ignore"):  # refused below, with the place
+                stored = value.astype(store.group[name].dtype)
             if stored.dtype.kind == "f" and not np.isfinite(stored).all():
                 _refuse(store, name, value, stored, start)
             store.group[name][start : start + len(stored)] = stored
