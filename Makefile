@@ -38,5 +38,5 @@ $(VENV)/installed: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt -e "$(ROOT)[test,data]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt -e "$(ROOT)[test,data,hf]"
 	@touch $@

@@ -9,12 +9,14 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 EXAMPLES = """examples:
   workbench models                                  what can be loaded
   workbench sample avataaars32 --seeds 0-15 -o samples.png
   workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
+  workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
   workbench report --profile quick                  all of them, and reports/index.html
@@ -87,6 +89,22 @@ def _parser() -> argparse.ArgumentParser:
     store = command("store", _store, "describe an extracted store", "workbench store data/cache/NAME.zarr")
     store.add_argument("path", type=Path)
 
+    _add_find(commands, common)
+
+    train = command(
+        "train-classifier",
+        _train_classifier,
+        "train an attribute classifier on labelled images",
+        "workbench train-classifier FOLDER --out DIR --seed 0",
+    )
+    train.add_argument("images", help="folder or zip of images with attributes.csv, or avataaars")
+    train.add_argument("-o", "--out", type=Path, required=True, help="folder for config.json and model.safetensors")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=int, default=1500, help="batches of 128 images (default 1500)")
+    train.add_argument(
+        "--design", choices=("labeller", "judge"), default="labeller", help="one labels, the other scores"
+    )
+
     data = command("data", _data, "draw images of the bundled domain", "workbench data avataaars --n 2000 --part 10")
     data.add_argument("name", choices=("avataaars",))
     data.add_argument("--n", type=int, default=2000, help="number of images (default 2000)")
@@ -105,6 +123,46 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
     return parser
+
+
+def _add_find(commands, common: argparse.ArgumentParser) -> None:
+    """`workbench find pca|jacobian|scores|labels`: one subcommand a method."""
+    find = commands.add_parser(
+        "find",
+        help="find directions in h-space and save them",
+        description="Find directions in h-space and save them.",
+        epilog="example:\n  workbench find pca avataaars32 --n 512 --k 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    methods = find.add_subparsers(title="methods", metavar="METHOD", required=True)
+
+    def method(name: str, action, text: str) -> argparse.ArgumentParser:
+        made = methods.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
+        made.set_defaults(action=action)
+        _add_model(made)
+        made.add_argument("--n", type=int, default=512, help="number of samples or images (default 512)")
+        made.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+        made.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
+        made.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
+        return made
+
+    pca = method("pca", _find_pca, "principal components of the samples' h (Haas et al.)")
+    pca.add_argument("--k", type=int, default=5, help="number of components (default 5)")
+    pca.add_argument("--joint", action="store_true", help="one PCA over all timesteps")
+
+    jacobian = method("jacobian", _find_jacobian, "what one sample reacts to most (Haas et al.); scaled by n samples")
+    jacobian.add_argument("--k", type=int, default=3, help="number of directions (default 3)")
+    jacobian.add_argument("--t", type=int, required=True, help="timestep")
+    jacobian.add_argument("--region", help="of the bundled domain: mouth, eyes, brows, hair, beard or glasses")
+
+    scores = method("scores", _find_scores, "from the samples of lowest to those of highest classifier score")
+    scores.add_argument("--attributes", nargs="+", required=True, help="columns of the classifier, e.g. Smiling Beard")
+    scores.add_argument("--k", type=int, default=100, help="samples a side (default 100)")
+    scores.add_argument("--classifier", default="avataaars", help="bundled name, folder or hub id (default avataaars)")
+
+    labels = method("labels", _find_labels, "from labelled images, inverted, without to those with an attribute")
+    labels.add_argument("--images", default="avataaars", help="avataaars, or a folder or zip with attributes.csv")
+    labels.add_argument("--attributes", nargs="+", required=True, help="columns of attributes.csv")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +235,88 @@ def _store(arguments: argparse.Namespace) -> None:
 
     store = wb.open_store(arguments.path)
     print(f"{store}\n{store.summary().to_string()}")
+
+
+def _save(directions, model, arguments: argparse.Namespace) -> None:
+    from workbench import paths
+
+    folder = arguments.out or paths.directions()
+    for direction in directions:
+        name = direction.name.replace(" ", "-").replace("=", "")
+        path = direction.save(folder / f"{model.name.replace('/', '--')}-{name}.safetensors")
+        print(f"{direction}\n{path}")
+
+
+def _model_and_samples(arguments: argparse.Namespace):
+    import workbench as wb
+
+    model = _load(arguments).tapped(arguments.tap)
+    store = wb.extract(
+        model,
+        arguments.n,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        eta=arguments.eta,
+        batch_size=arguments.batch_size,
+    )
+    return model, store
+
+
+def _find_pca(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    model, store = _model_and_samples(arguments)
+    _save(wb.find_pca(store, k=arguments.k, joint=arguments.joint), model, arguments)
+
+
+def _find_jacobian(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.datasets.avataaars import region_mask
+
+    model, store = _model_and_samples(arguments)
+    run = wb.sample(model, [arguments.seed], steps=arguments.steps, eta=arguments.eta)
+    mask = None if arguments.region is None else region_mask(arguments.region, size=model.image_shape[1])
+    spectrum = wb.find_jacobian(model, run, t=arguments.t, k=arguments.k, mask=mask, population=store)
+    prefix = "" if arguments.region is None else f"{arguments.region} "
+    _save((replace(d, name=prefix + d.name) for d in spectrum), model, arguments)
+
+
+def _find_scores(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    classifier = wb.load_classifier(arguments.classifier, device=arguments.device)
+    _check_attributes(arguments.attributes, classifier.attributes)
+    model, store = _model_and_samples(arguments)
+    scores = classifier(store.images).set_axis(store.seeds)
+    found = (wb.find_from_scores(store, scores[name], k=arguments.k, name=name) for name in arguments.attributes)
+    _save(found, model, arguments)
+
+
+def _find_labels(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    images = wb.load_images(arguments.images)
+    _check_attributes(arguments.attributes, images.names)
+    images = images.select(slice(arguments.n))
+    model = _load(arguments).tapped(arguments.tap)
+    store = wb.extract(model, images=images, steps=arguments.steps, batch_size=arguments.batch_size)
+    labels = images.labels[arguments.attributes].reset_index(drop=True)
+    _save(wb.find_many(store, labels).values(), model, arguments)
+
+
+def _check_attributes(wanted: list[str], known) -> None:
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"there is no attribute {name!r}; there are {', '.join(known)}")
+
+
+def _train_classifier(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    classifier = wb.train_classifier(
+        arguments.images, out=arguments.out, seed=arguments.seed, steps=arguments.steps, design=arguments.design
+    )
+    print(f"{classifier}\n{arguments.out.resolve()}")
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from workbench import cli, paths
+from workbench.datasets.classifiers import load_classifier
+from workbench.directions.direction import load_direction
 from workbench.hspace.store import open_store
 
 
@@ -37,7 +39,9 @@ def test_help_shows_examples_and_loads_no_heavy_package():
     assert "examples:" in shown and "workbench extract" in shown
 
 
-@pytest.mark.parametrize("command", ["models", "sample", "extract", "store", "data", "params", "run", "report"])
+@pytest.mark.parametrize(
+    "command", ["models", "sample", "extract", "store", "data", "params", "run", "report", "train-classifier"]
+)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -75,6 +79,29 @@ def test_extract_of_real_images(tiny_folder, tmp_path, capsys):
     assert status == 0 and "2 inverted images" in out
 
 
+def test_find_saves_directions_that_load_again(tiny_folder, tmp_path, capsys, cache):
+    common = (tiny_folder, "--n", 6, "--steps", 2, "-o", tmp_path / "found")
+    assert run(capsys, "find", "pca", *common, "--k", 2)[0] == 0
+    assert run(capsys, "find", "jacobian", *common, "--k", 1, "--t", 500, "--region", "mouth")[0] == 0
+    assert run(capsys, "find", "labels", *common, "--attributes", "Smiling")[0] == 0
+    assert run(capsys, "find", "scores", *common, "--attributes", "Smiling", "--k", 2)[0] == 0
+    files = sorted(path.name for path in (tmp_path / "found").iterdir())
+    assert files == [f"tiny-{name}.safetensors" for name in ("PC1", "PC2", "Smiling", "mouth-jacobian-1-t500")]
+    directions = [load_direction(tmp_path / "found" / name) for name in files]
+    assert {direction.provenance["method"] for direction in directions} == {"pca", "scores", "jacobian"}
+
+
+def test_train_classifier_writes_one_that_loads(tmp_path, capsys):
+    for i in range(8):
+        Image.new("RGB", (16, 16), (255 * (i % 2), 0, 0)).save(tmp_path / f"{i}.png")
+    rows = "".join(f"{i}.png,{i % 2}\n" for i in range(8))
+    (tmp_path / "attributes.csv").write_text("file,Red\n" + rows)
+    arguments = ("train-classifier", tmp_path, "--out", tmp_path / "made", "--steps", 1)
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0 and "1 attributes Red" in out
+    assert load_classifier(tmp_path / "made").attributes == ("Red",)
+
+
 def test_params_lists_notebooks_and_their_parameters(capsys):
     assert "00_quickstart" in run(capsys, "params")[1]
     assert "model_name" in run(capsys, "params", "10_extract")[1]
@@ -91,6 +118,8 @@ def test_params_lists_notebooks_and_their_parameters(capsys):
         (("extract", "avataaars32", "--n", 5, "--seed", -1), "seeds"),
         (("extract", "avataaars32", "--images", "missing"), "missing"),
         (("store", "missing.zarr"), "there is no store"),
+        (("find", "labels", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
+        (("train-classifier", "missing", "--out", "made"), "missing"),
         (("params", "99_nothing"), "99_nothing"),
         (("run", "10_extract", "-p", "stepss", 4), "steps"),
         (("run", "10_extract", "-p", "n", "many"), "n"),

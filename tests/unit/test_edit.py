@@ -29,7 +29,13 @@ def direction(tiny, run):
     unit = torch.randn(STEPS, *tiny.h_shape, generator=generator)
     unit /= unit.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     sigma = run.h.values.flatten(2).norm(dim=2).mean(dim=1)
-    provenance = {"model": tiny.provenance(), "etas": list(run.etas), "method": "planted", "parameters": {}, "seeds": []}
+    provenance = {
+        "model": tiny.provenance(),
+        "etas": list(run.etas),
+        "method": "planted",
+        "parameters": {},
+        "seeds": [],
+    }
     return Direction(unit, sigma, run.timesteps, "planted", provenance)
 
 
@@ -62,7 +68,9 @@ def test_an_edit_changes_the_image_and_its_negative_changes_it_otherwise(tiny, r
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_an_edit_is_the_equation(tiny, run, direction, asymmetric):
     got = edit(tiny, run, direction, scale=1.5, asymmetric=asymmetric, progress=False).x0
-    torch.testing.assert_close(got, naive_edit(tiny, run, direction.delta(1.5), asymmetric=asymmetric), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        got, naive_edit(tiny, run, direction.delta(1.5), asymmetric=asymmetric), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_recorded_h_is_the_networks_own_not_the_edited_one(tiny, run, direction):

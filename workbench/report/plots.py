@@ -332,7 +332,9 @@ def bars(
             at = np.arange(len(table)) + (k - (len(groups) - 1) / 2) * width
             error = None if low is None else [table[name] - low[name], high[name] - table[name]]
             axes.bar(at, table[name], width, label=name, yerr=error, error_kw={"elinewidth": 1, "ecolor": _INK})
-        axes.set_xticks(range(len(table)), [str(name).replace("_", " ") for name in table.index], rotation=45, ha="right")
+        axes.set_xticks(
+            range(len(table)), [str(name).replace("_", " ") for name in table.index], rotation=45, ha="right"
+        )
         axes.grid(visible=False, axis="x")
         if len(groups) > 1:
             axes.legend()
