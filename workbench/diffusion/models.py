@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound
@@ -182,7 +182,7 @@ def load_model(source: str | Path, *, device: str | torch.device | None = None, 
 
 def wrap(
     unet: UNet2DModel,
-    scheduler,
+    scheduler: SchedulerMixin | NoiseSchedule,
     *,
     name: str,
     device: str | torch.device | None = None,
