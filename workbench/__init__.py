@@ -29,7 +29,7 @@ _WHERE = {
     "editing.edit": ("edit",),
     "editing.effects": ("disentangling_table", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
-    "report.notebooks": ("report", "run_notebook"),
+    "report.notebooks": ("run_notebook",),
 }
 _MODULES = {"plots": "report.plots", "paths": "paths"}
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}

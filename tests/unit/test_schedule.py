@@ -184,6 +184,12 @@ def test_a_list_that_does_not_decrease_within_the_schedule_is_refused(linear, vi
         linear.timesteps(visited)
 
 
+@pytest.mark.parametrize("steps", [50.0, True, "50", None, [900.5, 3]])
+def test_steps_that_are_no_whole_numbers_are_refused(linear, steps):
+    with pytest.raises(ValueError, match="steps is a whole number or a list of whole timesteps"):
+        linear.timesteps(steps)
+
+
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan"), [0.0, 0.5, 2.0]])
 def test_an_eta_out_of_range_is_refused(linear, eta):
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -237,9 +238,9 @@ def train_classifier(
 ) -> Classifier:
     """Train a small convolutional network on every attribute of 0 or 1 that the images are labelled with.
 
-    Images are shifted by up to 4%, shrunk to a random size from half of the network's to its own, blurred and made
-    noisy, so that the network holds at other sizes and on generated images. AdamW, cosine decay after a warmup. The
-    same seed gives the same weights on one machine.
+    Images are shifted by up to 4% of their side and 5% in colour, shrunk to a random size from half of the network's to
+    its own, blurred and made noisy, so that the network holds at other sizes and on generated images. AdamW, cosine
+    decay after a warmup. The same seed gives the same weights on one machine with the same number of threads.
 
     Parameters
     ----------
@@ -298,11 +299,13 @@ def train_classifier(
 
 
 def build_unlinked(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
-    """Draw avatars without the planted correlations, for training.
+    """Draw avatars without the planted correlations and between the recipe's colours, for training.
 
     A classifier of the recipe's own images learns that long hair excludes a beard instead of looking for the beard, and
     then sees a beard vanish wherever hair grows. Here mouth, beard and glasses come from three other images of the
-    part: each factor is as frequent as in the recipe, and all are independent. A script that calls this needs the usual
+    part: each factor is as frequent as in the recipe, and all are independent. Diffusion models also paint colours that
+    lie between those of the recipe: every second picture is blended, by up to a third, with the same one in the
+    colours of yet another image; the labels are those of the larger share. A script that calls this needs the usual
     `if __name__ == "__main__":`.
 
     Parameters
@@ -330,7 +333,7 @@ def build_unlinked(n: int, *, part: int, out: str | Path, progress: bool = True)
     """
     if not 1 <= n <= 100_000:
         raise ValueError(f"n is {n}; give a number of images from 1 to 100000")
-    avataaars.render(_unlinked(part, 0))
+    avataaars.render(_unlinked(part, 0)[0])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # Fork is unsafe in a process that has started torch's threads.
@@ -548,9 +551,7 @@ def _read(images, rows: slice) -> torch.Tensor:
     if not torch.isfinite(batch).all():
         raise ValueError(f"images {rows.start} to {rows.start + len(batch) - 1} hold NaN or infinite values")
     if batch.abs().max() > _MOST:
-        raise ValueError(
-            f"images reach {batch.abs().max():g}; give values in [-1, 1], for 8-bit images x / 127.5 - 1"
-        )
+        raise ValueError(f"images reach {batch.abs().max():g}; give values in [-1, 1], for 8-bit images x / 127.5 - 1")
     return batch.float().clamp(-1, 1)
 
 
@@ -560,15 +561,24 @@ def _resize(images: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") 
     return F.interpolate(images, size=size, mode=mode, antialias=True, align_corners=False)
 
 
-def _unlinked(part: int, i: int) -> avataaars.Factors:
-    own, mouth, beard, glasses = (avataaars.factors(part, i + shift) for shift in (0, 250_000, 500_000, 750_000))
-    return replace(own, mouth=mouth.mouth, beard=beard.beard, glasses=glasses.glasses)
+def _unlinked(part: int, i: int) -> tuple[avataaars.Factors, avataaars.Factors]:
+    """Factors of a picture, and the same in other colours."""
+    own, mouth, beard, glasses, colors = (
+        avataaars.factors(part, i + shift) for shift in (0, 200_000, 400_000, 600_000, 800_000)
+    )
+    factors = replace(own, mouth=mouth.mouth, beard=beard.beard, glasses=glasses.glasses)
+    other = {name: getattr(colors, name) for name in ("hair_color", "skin", "background")}
+    return factors, replace(factors, **other)
 
 
 def _draw_unlinked(part: int, i: int, out: Path) -> dict[str, str | int | float]:
-    factors = _unlinked(part, i)
+    factors, recoloured = _unlinked(part, i)
+    picture = avataaars.render(factors)
+    if i % 2:
+        share = np.random.default_rng([part, i]).uniform(0, 1 / 3)
+        picture = Image.blend(picture, avataaars.render(recoloured), share)
     file = f"{i:05d}.webp"
-    avataaars.render(factors).save(out / file, "WEBP", lossless=True)
+    picture.save(out / file, "WEBP", lossless=True)
     return {"file": file, **avataaars.attributes(factors)}
 
 
@@ -696,12 +706,14 @@ def _shuffled(n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
 
 
 def _degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What happens to images on their way through a small diffusion model: shifts, a smaller size, blur, noise."""
+    """What a small diffusion model does to images: other places, colours and sizes, blur, noise."""
     n, side = len(images), images.shape[-1]
     shift = torch.eye(2, 3).repeat(n, 1, 1)
     shift[:, :, 2] = _uniform((n, 2), -0.08, 0.08, generator)
     grid = F.affine_grid(shift, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    gain, offset = _uniform((n, 3, 1, 1), 0.95, 1.05, generator), _uniform((n, 3, 1, 1), -0.05, 0.05, generator)
+    images = gain * images + offset
     smaller = int(torch.randint(side // 2, side + 1, (), generator=generator))
     images = _resize(images, (smaller, smaller))
     images = _blur(images, float(_uniform((), 0.0, 0.8, generator)))
@@ -779,9 +791,7 @@ def _from_transformers(folder: Path, name: str, device: torch.device) -> Classif
     )
 
 
-def _from_prompts(
-    folder: Path, name: str, prompts: Mapping[str, tuple[str, str]], device: torch.device
-) -> Classifier:
+def _from_prompts(folder: Path, name: str, prompts: Mapping[str, tuple[str, str]], device: torch.device) -> Classifier:
     """Zero-shot: the softmax over a pair of prompts is the sigmoid of the difference of their logits."""
     for attribute, pair in prompts.items():
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(prompt, str) for prompt in pair):
@@ -885,7 +895,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
         _import_transformers()
         return _download(source), source
     raise FileNotFoundError(
-        f"no classifier {str(source)!r}; bundled: {', '.join(BUNDLED)}; otherwise give \"clip\", a folder, the hub id "
+        f'no classifier {str(source)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "clip", a folder, the hub id '
         "of an image classifier, or a function with attributes="
     )
 

@@ -8,6 +8,7 @@ generator is not used since it keeps only the lower 32 bits of its seed: streams
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -32,7 +33,7 @@ def check_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     if any(c != s for c, s in zip(checked, given, strict=True)) or min(checked) < 0 or max(checked) >= 2**63:
         raise ValueError(f"seeds must be integers from 0 to 2**63 - 1, not {min(given)}..{max(given)}")
     if len(set(checked)) != len(checked):
-        twice = next(s for s in checked if checked.count(s) > 1)
+        twice = next(s for s, times in Counter(checked).items() if times > 1)
         raise ValueError(f"seed {twice} appears more than once; every sample needs its own seed")
     return checked
 
@@ -56,7 +57,7 @@ def normal(seeds: Sequence[int], shape: Sequence[int], *, stream: int, t: int = 
     """
     draws = np.empty((len(seeds), *shape), dtype=np.float32)
     for row, seed in zip(draws, seeds, strict=True):
-        # The two middle words of the counter: no draw ever counts far enough to reach another timestep's block.
+        # The third word of the counter: no draw ever counts far enough to reach another timestep's block.
         generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, t, 0]))
         generator.standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(draws)

@@ -6,6 +6,7 @@ al., write alpha_t for the same quantity.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -116,7 +117,10 @@ class NoiseSchedule:
             if not 1 <= steps <= self.T:
                 raise ValueError(f"steps is {steps}; a model trained on {self.T} timesteps takes 1 to {self.T} steps")
             return tuple(int(t) for t in self._spaced(int(steps)))
-        visited = tuple(int(t) for t in steps)
+        try:
+            visited = tuple(operator.index(t) for t in steps)
+        except TypeError as error:
+            raise ValueError(f"steps is a whole number or a list of whole timesteps, not {steps!r}") from error
         inside = all(0 <= t < self.T for t in visited)
         if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
             raise ValueError(
