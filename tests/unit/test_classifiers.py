@@ -15,15 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from workbench import paths
-from workbench.datasets import classifiers
+from workbench.datasets import avataaars, classifiers
 from workbench.datasets.classifiers import (
+    build_unlinked,
     calibration,
     evaluate_classifier,
     expected_calibration_error,
     load_classifier,
     train_classifier,
 )
-from workbench.datasets.labelled import load_images
+from workbench.datasets.labelled import load_images, to_tensor
 
 ATTRIBUTES = (
     *("Smiling", "Mouth_Open", "Eyeglasses", "Sunglasses", "Beard", "Long_Hair", "Bald", "Blond_Hair", "Black_Hair"),
@@ -354,6 +355,31 @@ def test_labels_that_teach_nothing_are_refused(sheets, relabelled, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         train_classifier(images, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_unlinked_images_have_no_planted_correlations():
+    """By the labels alone: the three pairs are independent, and as frequent as in the recipe."""
+    drawn = [avataaars.attributes(classifiers._unlinked(0, i)[0]) for i in range(3000)]
+    recipe = [avataaars.attributes(avataaars.factors(0, i)) for i in range(3000)]
+    unlinked, linked = pd.DataFrame(drawn), pd.DataFrame(recipe)
+    for one, other in (("Beard", "Long_Hair"), ("Smiling", "Long_Hair"), ("Eyeglasses", "Gray_Hair")):
+        assert abs(unlinked[one].corr(unlinked[other])) < 0.06 < 0.15 < abs(linked[one].corr(linked[other]))
+    assert (unlinked.mean() - linked.mean()).drop("Tilt").abs().max() < 0.04
+
+
+@pytest.mark.data
+def test_build_unlinked_writes_what_is_trained_on(tmp_path):
+    """The same images each time; every second one is a blend, off by at most a third of the way."""
+    pytest.importorskip("cairosvg")
+    images = load_images(build_unlinked(3, part=0, out=tmp_path / "one"))
+    again = load_images(build_unlinked(3, part=0, out=tmp_path / "two"))
+    assert images.fingerprint == again.fingerprint and list(images.names[:14]) == list(ATTRIBUTES)
+    for i, blended in enumerate([False, True, False]):
+        own, other = (to_tensor(avataaars.render(factors)) for factors in classifiers._unlinked(0, i))
+        assert torch.equal(images[i], own) is not blended
+        assert (images[i] - own).abs().max() <= (other - own).abs().max() / 3 + 0.02
+    with pytest.raises(ValueError, match="n is 0"):
+        build_unlinked(0, part=0, out=tmp_path / "none")
 
 
 @pytest.mark.parametrize(

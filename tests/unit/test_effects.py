@@ -41,7 +41,7 @@ def brightness(images):
 
 
 def test_effects_are_the_scores_of_the_edits_one_by_one(tiny, run, directions):
-    found = measure_effects(tiny, run, directions, brightness, scales=[-1, 2], progress=False)
+    found = measure_effects(tiny, run, directions, classifier=brightness, scales=[-1, 2], progress=False)
     assert found.directions == ["red", "green"] and found.scales == [-1.0, 2.0]
     assert len(found.table) == 2 * 2 * 6 * 3
     assert list(found.table.columns) == ["direction", "scale", "seed", "attribute", "before", "after"]
@@ -57,7 +57,7 @@ def test_effects_are_the_scores_of_the_edits_one_by_one(tiny, run, directions):
 
 def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny, run, directions, monkeypatch):
     options = {"scales": [1], "progress": False}
-    whole = measure_effects(tiny, run, directions, brightness, **options)
+    whole = measure_effects(tiny, run, directions, classifier=brightness, **options)
     sizes = []
     monkeypatch.setattr(module, "IMAGE_BYTES", 4 * 2 * 2 * int(np.prod(tiny.image_shape)))
 
@@ -65,7 +65,7 @@ def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny,
         sizes.append(len(images))
         return brightness(images)
 
-    parts = measure_effects(tiny, run, directions, counted, **options)
+    parts = measure_effects(tiny, run, directions, classifier=counted, **options)
     assert max(sizes) == 4
     order = ["direction", "scale", "seed", "attribute"]
     pd.testing.assert_frame_equal(
@@ -75,14 +75,14 @@ def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny,
 
 
 def test_scale_zero_has_no_effect(tiny, run, directions):
-    table = measure_effects(tiny, run, directions["red"], brightness, scales=[0, 1], progress=False).table
+    table = measure_effects(tiny, run, directions["red"], classifier=brightness, scales=[0, 1], progress=False).table
     still = table[table["scale"] == 0]
     assert (still["before"] == still["after"]).all()
 
 
 def test_an_inverted_image_is_compared_with_its_reconstruction(tiny, run, directions):
     inverted = wb.invert(tiny, run.x0[:2].clamp(-1, 1), steps=STEPS, progress=False)
-    found = measure_effects(tiny, inverted, directions["red"], brightness, scales=[1], progress=False)
+    found = measure_effects(tiny, inverted, directions["red"], classifier=brightness, scales=[1], progress=False)
     before, _ = found.scores("red", 1)
     np.testing.assert_allclose(before, brightness(wb.replay(inverted, progress=False).x0), atol=1e-5)
     assert list(before.index) == [0, 1]
@@ -90,7 +90,7 @@ def test_an_inverted_image_is_compared_with_its_reconstruction(tiny, run, direct
 
 
 def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
-    found = measure_effects(tiny, run, directions, brightness, scales=[1, 2], progress=False)
+    found = measure_effects(tiny, run, directions, classifier=brightness, scales=[1, 2], progress=False)
     matrix = found.matrix({"red": 1.0, "green": 2.0}).mean
     for name, scale in (("red", 1.0), ("green", 2.0)):
         rows = found.table[(found.table["direction"] == name) & (found.table["scale"] == scale)]
@@ -124,7 +124,7 @@ def test_the_matched_scale_is_the_smallest_that_succeeds():
 def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, directions):
     options = {"scales": [1.0], "success": 0.0, "progress": False}
     shifted = lambda images: brightness(images) - 5.0  # noqa: E731 - no sample has an attribute
-    table = disentangling_table(tiny, run, directions, shifted, repeats=3, **options)
+    table = disentangling_table(tiny, run, directions, classifier=shifted, repeats=3, **options)
     apart = {"red": directions["red"].orthogonal_to(directions["green"])}
     apart["green"] = directions["green"].orthogonal_to(directions["red"])
     for variant, used in (("original", directions), ("disentangled", apart)):
@@ -146,16 +146,34 @@ def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, direc
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, r, d: measure_effects(m, r, [], brightness), "at least one direction"),
-        (lambda m, r, d: measure_effects(m, r, d, brightness, scales=[]), "at least one scale"),
-        (lambda m, r, d: measure_effects(m, r, [d["red"], d["red"]], brightness), "two directions are named 'red'"),
-        (lambda m, r, d: measure_effects(m, r, d, lambda x: x.mean(1), progress=False), "DataFrame with one row"),
-        (lambda m, r, d: measure_effects(m, r, d, lambda x: brightness(x[:1]), progress=False), "for 6 images"),
-        (lambda m, r, d: measure_effects(m.tapped("before"), r, d, brightness), "tap"),
-        (lambda m, r, d: measure_effects(m, wb.sample(m, [1], steps=3, progress=False), d, brightness), "resampled"),
-        (lambda m, r, d: disentangling_table(m, r, {"red": d["red"]}, brightness), "1 direction given"),
-        (lambda m, r, d: disentangling_table(m, r, d, brightness, repeats=4), "6 samples can't be split in 4"),
-        (lambda m, r, d: disentangling_table(m, r, d | {"hat": d["red"]}, brightness, repeats=2), "attribute 'hat'"),
+        (lambda m, r, d: measure_effects(m, r, [], classifier=brightness), "at least one direction"),
+        (lambda m, r, d: measure_effects(m, r, d, classifier=brightness, scales=[]), "at least one scale"),
+        (
+            lambda m, r, d: measure_effects(m, r, [d["red"], d["red"]], classifier=brightness),
+            "two directions are named 'red'",
+        ),
+        (
+            lambda m, r, d: measure_effects(m, r, d, classifier=lambda x: x.mean(1), progress=False),
+            "DataFrame with one row",
+        ),
+        (
+            lambda m, r, d: measure_effects(m, r, d, classifier=lambda x: brightness(x[:1]), progress=False),
+            "for 6 images",
+        ),
+        (lambda m, r, d: measure_effects(m.tapped("before"), r, d, classifier=brightness), "tap"),
+        (
+            lambda m, r, d: measure_effects(m, wb.sample(m, [1], steps=3, progress=False), d, classifier=brightness),
+            "resampled",
+        ),
+        (lambda m, r, d: disentangling_table(m, r, {"red": d["red"]}, classifier=brightness), "1 direction given"),
+        (
+            lambda m, r, d: disentangling_table(m, r, d, classifier=brightness, repeats=4),
+            "6 samples can't be split in 4",
+        ),
+        (
+            lambda m, r, d: disentangling_table(m, r, d | {"hat": d["red"]}, classifier=brightness, repeats=2),
+            "attribute 'hat'",
+        ),
         (lambda m, r, d: planted({1.0: 5}).scores("A", 2.0), "no edit along 'A' at scale 2; measured are A at 1"),
     ],
 )

@@ -16,7 +16,7 @@ from workbench.hspace.store import create_store, key_of, open_store, read_store,
 T = (750, 500, 250, 0)
 N, CHUNK = 5, 2
 PROVENANCE = {
-    "model": {"name": "planted", "hash": "0" * 16, "tap": "after"},
+    "model": {"name": "planted", "hash": "0" * 16, "tap": "after", "schedule": {"T": 1000}},
     "n": N,
     "timesteps": list(T),
     "chunk": CHUNK,

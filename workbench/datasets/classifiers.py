@@ -336,9 +336,10 @@ def build_unlinked(n: int, *, part: int, out: str | Path, progress: bool = True)
     avataaars.render(_unlinked(part, 0)[0])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    jobs = (_draw_unlinked, repeat(part), range(n), repeat(out))
     # Fork is unsafe in a process that has started torch's threads.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        drawn = pool.map(_draw_unlinked, repeat(part), range(n), repeat(out), chunksize=16)
+        drawn = pool.map(*jobs, chunksize=16) if n >= 100 else map(*jobs)
         rows = list(tqdm(drawn, "avatars", n, unit="image", delay=2, disable=not progress))
     table = out / "attributes.csv.part"
     pd.DataFrame(rows).to_csv(table, index=False, lineterminator="\n")

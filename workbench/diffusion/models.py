@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -123,8 +125,17 @@ class Model:
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
-        """What identifies this model in a file: name, weights, tap and schedule."""
-        return {"name": self.name, "hash": self.hash, "tap": self.tap, "schedule": self.schedule.provenance()}
+        """What identifies this model in a file: name, weights, network, tap and schedule."""
+        # The same weights in a network of other settings, such as the order of the time embedding, are another model.
+        settings = {key: value for key, value in self.unet.unet.config.items() if not key.startswith("_")}
+        network = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return {
+            "name": self.name,
+            "hash": self.hash,
+            "network": network,
+            "tap": self.tap,
+            "schedule": self.schedule.provenance(),
+        }
 
     def __repr__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")
@@ -260,7 +271,10 @@ def _download(repository: str) -> Path:
     # The local cache first: it answers at once, where an unreachable hub takes many seconds to give up.
     for local in (True, False):
         try:
-            return Path(snapshot_download(repository, allow_patterns=checkpoints.HUB_FILES, local_files_only=local))
+            folder = Path(snapshot_download(repository, allow_patterns=checkpoints.HUB_FILES, local_files_only=local))
+            if local:
+                checkpoints.find_model_files(folder)  # a download that was cut short is not found, but finished
+            return folder
         except (OSError, ValueError, RuntimeError) as error:
             reason = error
     raise FileNotFoundError(
@@ -281,7 +295,10 @@ def _unet_config(folder: Path) -> dict:
 
 
 def _has_unet(folder: Path) -> bool:
-    return _unet_config(folder).get("_class_name") == "UNet2DModel"
+    try:
+        return _unet_config(folder).get("_class_name") == "UNet2DModel"
+    except ValueError:  # somebody else's malformed file is no model of ours
+        return False
 
 
 def _image_shape_of(folder: Path) -> tuple[int, int, int]:
@@ -339,5 +356,3 @@ def _dtype_of(dtype: str | None) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-

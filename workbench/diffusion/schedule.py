@@ -6,6 +6,7 @@ al., write alpha_t for the same quantity.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -240,10 +241,11 @@ class NoiseSchedule:
         return values
 
     def provenance(self) -> dict:
-        """What identifies this schedule in a file: T, spacing, offset and alpha_bar at both ends."""
+        """What identifies this schedule in a file: T, spacing, offset and alpha_bar."""
         return {
             "T": self.T,
             "spacing": self.spacing,
             "offset": self.offset,
             "alpha_bar": [float(self.alpha_bars[0]), float(self.alpha_bars[self.T // 2]), float(self.alpha_bars[-1])],
+            "hash": hashlib.sha256(self.alpha_bars.astype(np.float32).tobytes()).hexdigest()[:16],
         }

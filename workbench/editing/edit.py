@@ -60,9 +60,7 @@ def edit(
     ValueError
         If the direction belongs to another model, tap or number of steps, or the run is edited already.
     """
-    change = plan_edit(
-        model, run, direction, scale=scale, mode=mode, asymmetric=asymmetric, t_range=t_range, gain=gain
-    )
+    change = plan_edit(model, run, direction, scale=scale, mode=mode, asymmetric=asymmetric, t_range=t_range, gain=gain)
     return replay(run, edit=change, record_h=record_h, progress=progress)
 
 

@@ -91,8 +91,8 @@ def measure_effects(
     model: Model,
     runs: Trajectory,
     directions: Direction | Sequence[Direction] | Mapping[str, Direction],
-    classifier: Classifier,
     *,
+    classifier: Classifier,
     scales: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
     asymmetric: bool = False,
     gain: str | None = None,
@@ -282,8 +282,8 @@ def disentangling_table(
     model: Model,
     runs: Trajectory,
     directions: Mapping[str, Direction],
-    classifier: Classifier,
     *,
+    classifier: Classifier,
     scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0),
     success: float = 0.8,
     repeats: int = 5,
@@ -338,8 +338,8 @@ def disentangling_table(
     }
     names, options = list(directions), {"scales": scales, "batch_size": batch_size, "progress": progress}
     effects = {
-        "original": measure_effects(model, runs, directions, classifier, **options),
-        "disentangled": measure_effects(model, runs, apart, classifier, **options),
+        "original": measure_effects(model, runs, directions, classifier=classifier, **options),
+        "disentangled": measure_effects(model, runs, apart, classifier=classifier, **options),
     }
     rows, indices = [], []
     for variant, measured in effects.items():

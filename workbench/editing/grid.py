@@ -55,9 +55,7 @@ class EditGrid:
             header = json.loads((file.metadata() or {}).get("edit_grid", "{}"))
             if not header:
                 raise ValueError(f"{path} is a safetensors file but not a saved edit grid")
-            return cls(
-                file.get_tensor("images"), tuple(header["rows"]), tuple(header["columns"]), header["provenance"]
-            )
+            return cls(file.get_tensor("images"), tuple(header["rows"]), tuple(header["columns"]), header["provenance"])
 
     def __repr__(self) -> str:
         rows, columns = self.images.shape[:2]

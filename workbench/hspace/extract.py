@@ -15,7 +15,7 @@ from workbench import __version__, paths
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import Trajectory, check_batch_size, check_images, invert, progress_bar, sample
-from workbench.hspace.store import DTYPES, HStore, create_store, key_of, open_store, read_store, write_chunk
+from workbench.hspace.store import DTYPES, HStore, create_store, disk_error, key_of, open_store, read_store, write_chunk
 
 CHUNK_BYTES = 2**28
 """Upper bound of the h of one chunk of samples in memory (float32)."""
@@ -128,10 +128,13 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress) -> HS
         _refuse_other_inputs(store, provenance)
         if store.complete:
             return replace(store, cached=True)
-    else:
-        store = create_store(path, provenance, _layout(model, provenance, inverted=source is not None))
-    if seeds is not None:
-        store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
+    try:
+        if not path.exists():
+            store = create_store(path, provenance, _layout(model, provenance, inverted=source is not None))
+        if seeds is not None:
+            store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
+    except OSError as error:
+        raise disk_error(error, path, "before the first sample") from error
     size, n, timesteps = provenance["chunk"], provenance["n"], provenance["timesteps"]
     todo = [slice(c * size, min((c + 1) * size, n)) for c in np.flatnonzero(store.group["done"][:] == 0)]
     options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"], "batch_size": batch_size}

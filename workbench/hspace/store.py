@@ -130,7 +130,7 @@ class HStore:
 
     def _chunks(self, t: int, space: str) -> Iterator[tuple[slice, np.ndarray]]:
         array = self._of(space)
-        i = index_of(t, self.timesteps)
+        i = index_of(t, self.timesteps, trained=self.provenance["model"]["schedule"].get("T"))
         size = self.provenance["chunk"]
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
@@ -304,14 +304,15 @@ def write_chunk(store: HStore, chunk: int, values: dict[str, np.ndarray]) -> Non
             store.group[name][start : start + len(stored)] = stored
         store.group["done"][chunk] = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk is full after {start} of {len(store)} samples; free some space and make the same call again, "
-            "it resumes there",
-            str(store.path),
-        ) from error
+        raise disk_error(error, store.path, f"after {start} of {len(store)} samples") from error
+
+
+def disk_error(error: OSError, path: Path, when: str) -> OSError:
+    """A sentence for a full disk; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    remedy = "free some space and make the same call again, it resumes there"
+    return OSError(error.errno, f"the disk is full {when}; {remedy}", str(path))
 
 
 def _refuse(store: HStore, name: str, value: np.ndarray, stored: np.ndarray, start: int) -> None:

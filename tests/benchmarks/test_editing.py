@@ -1,0 +1,83 @@
+"""What edits cost, as ratios of times that are taken in turn in one run. Printed, never asserted: `make bench`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.directions.direction import Direction, random_like
+
+pytestmark = pytest.mark.slow
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    return wb.sample(model, range(8), steps=STEPS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def direction(model, run):
+    provenance = {
+        "model": model.provenance(),
+        "etas": list(run.etas),
+        "method": "benchmark",
+        "parameters": {},
+        "seeds": [],
+    }
+    plain = Direction.from_delta(
+        torch.ones(STEPS, *model.h_shape), timesteps=run.timesteps, name="ones", provenance=provenance
+    )
+    return random_like(plain, seed=0)
+
+
+def medians(*calls, repeats: int = 5) -> list[float]:
+    """Median seconds of each call; the calls take turns, so that the machine's other work falls on all alike."""
+    times = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def test_an_asymmetric_edit_in_unet_passes_a_step(model, run, direction):
+    plain, symmetric, asymmetric = medians(
+        lambda: wb.replay(run, progress=False),
+        lambda: wb.edit(model, run, direction, progress=False),
+        lambda: wb.edit(model, run, direction, asymmetric=True, progress=False),
+    )
+    print(f"\nU-Net passes a step: symmetric edit {symmetric / plain:.2f}, asymmetric {asymmetric / plain:.2f}")
+
+
+def test_a_grid_against_its_cells_one_by_one(model, run, direction):
+    scales = [-2.0, -1.0, 1.0, 2.0]
+
+    def grid():
+        return wb.edit_grid(model, run[:4], direction, scales=scales, progress=False).images
+
+    def cells():
+        edited = [wb.edit(model, run[s], direction, scale=c, progress=False).x0 for s in range(4) for c in scales]
+        return torch.cat(edited).unflatten(0, (4, 4))
+
+    torch.testing.assert_close(grid(), cells(), atol=1e-3, rtol=1e-3)
+    batched, one_by_one = medians(grid, cells, repeats=3)
+    print(f"\nedit grid of 4 x 4: {one_by_one / batched:.1f} times as fast as its cells one by one")
+
+
+def test_steps_before_the_edit_cost_once(model, run, direction):
+    last = run.timesteps[-2:]
+    scales = [-2.0, -1.0, 1.0, 2.0]
+    everywhere, late = medians(
+        lambda: wb.edit_grid(model, run[:4], direction, scales=scales, progress=False),
+        lambda: wb.edit_grid(model, run[:4], direction, scales=scales, t_range=last, progress=False),
+        repeats=3,
+    )
+    passes = (4 * (STEPS - 2) + 16 * 2) / (16 * STEPS)
+    print(f"\nedit of the last 2 of {STEPS} steps: {late / everywhere:.2f} of the time ({passes:.2f} of the passes)")
