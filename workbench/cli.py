@@ -300,8 +300,7 @@ def _find_labels(arguments: argparse.Namespace) -> None:
     images = images.select(slice(arguments.n))
     model = _load(arguments).tapped(arguments.tap)
     store = wb.extract(model, images=images, steps=arguments.steps, batch_size=arguments.batch_size)
-    labels = images.labels[arguments.attributes].reset_index(drop=True)
-    _save(wb.find_many(store, labels).values(), model, arguments)
+    _save(wb.find_many(store, images.labels[arguments.attributes]).values(), model, arguments)
 
 
 def _check_attributes(wanted: list[str], known) -> None:

@@ -286,8 +286,8 @@ def test_a_failure_at_any_write_is_made_good_by_the_same_call(tiny, tmp_path, sm
 
 
 def test_a_kill_right_after_the_store_appeared_loses_no_seeds(tiny, tmp_path, monkeypatch):
-    def killed(*arguments):
-        create_store(*arguments)
+    def killed(*arguments, **options):
+        create_store(*arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -463,3 +463,11 @@ def test_a_finished_store_leaves_no_half_written_files(tiny, cache):
     assert not left
     assert not [p for p in path.rglob("*") if "partial" in p.name or p.suffix == ".tmp"]
     assert os.access(path, os.R_OK)
+
+
+def test_inverted_images_keep_their_file_names(tiny, cache, tmp_path):
+    """Labels are matched by name, not by position."""
+    images = wb.load_images("avataaars").select([5, 2, 9])
+    store = wb.extract(tiny, images=images, steps=2, progress=False)
+    assert store.names == ("00005.webp", "00002.webp", "00009.webp")
+    assert wb.extract(tiny, 2, steps=2, progress=False).names is None

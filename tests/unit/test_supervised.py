@@ -301,7 +301,7 @@ def test_file_names_are_matched_where_the_store_knows_them(inverted_store, table
     labels = pd.Series(table["A"].to_numpy(), index=names)
     with pytest.raises(ValueError, match="does not know its images by name.*to_numpy"):
         find(inverted_store, labels)
-    monkeypatch.setattr(type(inverted_store), "names", names, raising=False)
+    monkeypatch.setattr(type(inverted_store), "names", names)
     same(find(inverted_store, labels[::-1]), find(inverted_store, table["A"].to_numpy()))
 
 

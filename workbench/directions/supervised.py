@@ -224,7 +224,7 @@ def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Seri
 
 def _ids(store: HStore) -> Sequence | None:
     """What the samples are known by: seeds, or file names where the store keeps them."""
-    return store.seeds if store.seeds is not None else getattr(store, "names", None)
+    return store.seeds if store.seeds is not None else store.names
 
 
 def _some(ids: Iterable) -> str:

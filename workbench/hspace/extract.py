@@ -130,7 +130,9 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress) -> HS
             return replace(store, cached=True)
     try:
         if not path.exists():
-            store = create_store(path, provenance, _layout(model, provenance, inverted=source is not None))
+            layout = _layout(model, provenance, inverted=source is not None)
+            names = [str(name) for name in source.labels.index] if hasattr(source, "labels") else None
+            store = create_store(path, provenance, layout, names=names)
         if seeds is not None:
             store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
     except OSError as error:

@@ -76,6 +76,12 @@ class HStore:
         return tuple(int(s) for s in self.group["seeds"][:]) if "seeds" in self.group else None
 
     @property
+    def names(self) -> tuple[str, ...] | None:
+        """File names of inverted images in their order; None for generated samples and images without names."""
+        names = self.group.attrs.get("names")
+        return None if names is None else tuple(names)
+
+    @property
     def images(self) -> zarr.Array:
         """The images: array of shape (n, C, H, W), values in [-1, 1], read from disk where it is sliced.
 
@@ -240,7 +246,13 @@ def _chunk_file(array: zarr.Array, chunk: int) -> Path:
     return array.store_path.store.root.joinpath(array.path, "c", str(chunk), *["0"] * (array.ndim - 1))
 
 
-def create_store(path: Path, provenance: dict, arrays: dict[str, tuple[tuple[int, ...], str]]) -> HStore:
+def create_store(
+    path: Path,
+    provenance: dict,
+    arrays: dict[str, tuple[tuple[int, ...], str]],
+    *,
+    names: list[str] | None = None,
+) -> HStore:
     """Lay out an empty store; it appears at `path` whole or not at all.
 
     Parameters
@@ -250,12 +262,14 @@ def create_store(path: Path, provenance: dict, arrays: dict[str, tuple[tuple[int
         With "chunk", the number of samples that are written at once.
     arrays : dict of name -> (shape, dtype)
         The first axis of each is the sample.
+    names : list of str, optional
+        File names of inverted images.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    attributes = {"format": FORMAT, "version": VERSION, "provenance": provenance}
+    attributes = {"format": FORMAT, "version": VERSION, "provenance": provenance, "names": names}
     group = zarr.create_group(partial, zarr_format=3, attributes=attributes)
     size = provenance["chunk"]
     n = arrays["h"][0][0]
