@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import zarr
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from workbench import paths
 from workbench.datasets import avataaars, classifiers
@@ -122,6 +123,19 @@ def test_bundled_accuracy_on_held_out_images(bundled, held_out, size):
     assert table["accuracy"].min() >= 0.9, table["accuracy"]
 
 
+@pytest.mark.data
+@pytest.mark.parametrize("size", [32, 64])
+def test_long_hair_does_not_hide_a_beard(bundled, size):
+    """The recipe never draws both. Who learned that would see a beard vanish wherever an edit makes hair grow."""
+    pytest.importorskip("cairosvg")
+    drawn = (avataaars.factors(12, i) for i in range(60))
+    faces = [replace(face, beard="NONE") for face in drawn if face.hair in avataaars.LONG_HAIR]
+    bearded = [replace(face, beard=avataaars.BEARDS[i % 3]) for i, face in enumerate(faces)]
+    for people, expected in ((faces, 0), (bearded, 1)):
+        found = bundled(torch.stack([to_tensor(avataaars.render(face), size) for face in people])) > 0.5
+        assert (found["Beard"] == expected).mean() > 0.9 and found["Long_Hair"].mean() > 0.9
+
+
 def test_bundled_accuracy_is_that_of_its_labels(labeller, held_out):
     """Negative: against the labels of other images the accuracy is that of guessing."""
     probabilities = labeller(held_out.at_size(32), progress=False)
@@ -218,7 +232,8 @@ def test_images_on_disk_are_read_batch_by_batch(labeller, few):
 
 
 def test_overshoot_is_clamped(labeller, few):
-    pd.testing.assert_frame_equal(labeller(few * 1.5), labeller((few * 1.5).clamp(-1, 1)))
+    for classifier in (labeller, load_classifier(brightness, attributes=["Bright"])):
+        pd.testing.assert_frame_equal(classifier(few * 1.5), classifier((few * 1.5).clamp(-1, 1)))
 
 
 def test_the_global_generator_is_left_alone(labeller, few, sheets, tmp_path):
@@ -272,7 +287,8 @@ def test_a_folder_is_the_bundled_one(labeller, few, tmp_path):
 def test_damaged_folders_are_refused(tmp_path):
     folder = copied(tmp_path)
     weights, config = folder / "model.safetensors", folder / "config.json"
-    sound, state, described = weights.read_bytes(), load_file(weights), json.loads(config.read_text())
+    sound, described = weights.read_bytes(), json.loads(config.read_text())
+    state = load(sound)
 
     weights.write_bytes(sound[: len(sound) // 2])
     with pytest.raises(ValueError, match="can't be read as weights"):
@@ -565,7 +581,7 @@ def test_prompts_are_pairs_of_texts(hub, prompts):
 def test_a_network_without_a_head_is_refused(hub, tmp_path):
     """transformers would put random weights in the place of missing ones."""
     folder = shutil.copytree(hub.folder / "vit", tmp_path / "headless")
-    state = load_file(folder / "model.safetensors")
+    state = load((folder / "model.safetensors").read_bytes())
     save_file({k: v for k, v in state.items() if "classifier" not in k}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="has no weights for classifier"):
         load_classifier(folder)
@@ -588,6 +604,26 @@ def test_without_a_network_the_hub_is_one_sentence(source, tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"neither a local folder nor in the hub cache.*`hf download .*/"):
         load_classifier(source)
+
+
+def test_a_hub_id_is_looked_up_in_the_cache_first(hub, faces, monkeypatch):
+    """Without asking the network; the name is that of the hub."""
+    asked = []
+
+    def cached(repository, *, local_files_only, **_):
+        asked.append((repository, local_files_only))
+        return str(hub.folder / "vit")
+
+    monkeypatch.setattr(classifiers, "snapshot_download", cached)
+    classifier = load_classifier("somebody/vit", device="cpu")
+    assert classifier.name == "somebody/vit" and asked == [("somebody/vit", True)]
+    pd.testing.assert_frame_equal(classifier(faces), load_classifier(hub.folder / "vit", device="cpu")(faces))
+
+
+def test_a_hub_id_without_weights_is_one_sentence(hub, monkeypatch):
+    monkeypatch.setattr(classifiers, "snapshot_download", lambda *_, **__: str(hub.folder / "letters"))
+    with pytest.raises(FileNotFoundError, match="it holds no weights for torch"):
+        load_classifier("somebody/letters")
 
 
 def test_without_the_extra_the_hub_says_how_to_install_it(hub, monkeypatch):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import time
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -152,7 +151,7 @@ class Classifier:
         with tqdm(total=n, desc=self.name, unit="image", delay=2, leave=False, disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 batch = _read(images, slice(start, start + batch_size))
-                outputs.append(function(batch).double().cpu())
+                outputs.append(function(batch).cpu().double())
                 bar.update(len(batch))
         return torch.cat(outputs)
 
@@ -231,7 +230,7 @@ def train_classifier(
     *,
     out: str | Path,
     seed: int = 0,
-    steps: int = 1500,
+    steps: int = 2000,
     design: str = "labeller",
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -251,7 +250,7 @@ def train_classifier(
         Folder for `config.json` and `model.safetensors`; `load_classifier` reads it. Files of these names are replaced.
     seed : int
         Of the first weights, the order of the images and what is done to them.
-    steps : int, default 1500
+    steps : int, default 2000
         Batches of 128 images.
     design : {"labeller", "judge"}
         Which of two networks; let one label and the other score.
@@ -631,7 +630,7 @@ def _write(network: AttributeNet, out: Path, *, design: str, attributes: list[st
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     weights_part, config_part = out / f"{WEIGHTS}.part", out / "config.json.part"
-    save_file(state, weights_part)
+    weights_part.write_bytes(save(state))
     config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(weights_part, out / WEIGHTS)
     os.replace(config_part, out / "config.json")
@@ -780,7 +779,7 @@ def _from_transformers(folder: Path, name: str, device: torch.device) -> Classif
             score(batch)
         return seen[0].flatten(1)
 
-    exclusive = network.config.problem_type != "multi_label_classification"
+    exclusive = network.config.problem_type != "multi_label_classification" and network.config.num_labels > 1
     return Classifier(
         name,
         tuple(network.config.id2label[i] for i in range(network.config.num_labels)),
@@ -819,10 +818,11 @@ def _from_prompts(folder: Path, name: str, prompts: Mapping[str, tuple[str, str]
 
 def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
     """A transformers network in eval mode, all of its weights read from the folder."""
-    transformers_log = logging.getLogger("transformers")
-    level = transformers_log.level
+    log = _import_transformers().utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     # It warns of weights that are missing or left over; the missing ones are an error here.
-    transformers_log.setLevel(logging.ERROR)
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             network, report = kind.from_pretrained(
@@ -831,7 +831,9 @@ def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} can't be loaded as an image classifier or CLIP ({_first_line(error)})") from error
     finally:
-        transformers_log.setLevel(level)
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -904,21 +906,20 @@ def _locate(source: str | Path) -> tuple[Path, str]:
 def _download(repository: str) -> Path:
     # The local cache first, and safetensors before pickled weights (which are read without executing them).
     for local in (True, False):
-        for weights in ("*.safetensors", "pytorch_model*.bin"):
-            try:
-                folder = Path(
-                    snapshot_download(repository, allow_patterns=["*.json", "*.txt", weights], local_files_only=local)
-                )
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = error
-                continue
-            if any(folder.glob(weights)):
-                return folder
+        try:
+            for weights in ("*.safetensors", "pytorch_model*.bin"):
+                wanted = ["*.json", "*.txt", weights]
+                folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=local))
+                if any(folder.glob(weights)):
+                    return folder
+            why = "it holds no weights for torch"
+        except (OSError, ValueError, RuntimeError) as error:
+            why = type(error).__name__
     raise FileNotFoundError(
-        f"{repository!r} is neither a local folder nor in the hub cache, and it can't be fetched now "
-        f"({type(reason).__name__}); on a machine with a network run `hf download {repository}` and copy the folder "
-        f"here, or set HF_HOME to its cache; bundled: {', '.join(BUNDLED)}"
-    ) from reason
+        f"{repository!r} is neither a local folder nor in the hub cache, and it can't be fetched now ({why}); on a "
+        f"machine with a network run `hf download {repository}` and copy the folder here, or set HF_HOME to its cache; "
+        f"bundled: {', '.join(BUNDLED)}"
+    )
 
 
 def _import_transformers():

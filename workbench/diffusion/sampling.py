@@ -418,7 +418,7 @@ def denoise(
             eps = model.decode(bottleneck)
         elif asymmetric:
             both = bottleneck.repeat(2)
-            both = both.with_h(torch.stack([edited, bottleneck.h], dim=1).flatten(0, 1))
+            both.h[0::2] = edited
             eps, eps_plain = model.decode(both).unflatten(0, (-1, 2)).unbind(1)
         else:
             eps = model.decode(bottleneck.with_h(edited))
