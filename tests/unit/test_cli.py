@@ -84,11 +84,14 @@ def test_find_saves_directions_that_load_again(tiny_folder, tmp_path, capsys, ca
     assert run(capsys, "find", "pca", *common, "--k", 2)[0] == 0
     assert run(capsys, "find", "jacobian", *common, "--k", 1, "--t", 500, "--region", "mouth")[0] == 0
     assert run(capsys, "find", "labels", *common, "--attributes", "Smiling")[0] == 0
-    assert run(capsys, "find", "scores", *common, "--attributes", "Smiling", "--k", 2)[0] == 0
+    # An untrained network's images are no images, so scores are those of the bundled model.
+    bundled = ("avataaars32", *common[1:])
+    assert run(capsys, "find", "scores", *bundled, "--attributes", "Beard", "--k", 2)[0] == 0
     files = sorted(path.name for path in (tmp_path / "found").iterdir())
-    assert files == [f"tiny-{name}.safetensors" for name in ("PC1", "PC2", "Smiling", "mouth-jacobian-1-t500")]
+    tiny = [f"tiny-{name}.safetensors" for name in ("PC1", "PC2", "Smiling", "mouth-jacobian-1-t500")]
+    assert files == ["avataaars32-Beard.safetensors", *tiny]
     directions = [load_direction(tmp_path / "found" / name) for name in files]
-    assert {direction.provenance["method"] for direction in directions} == {"pca", "scores", "jacobian"}
+    assert {direction.provenance["method"] for direction in directions} == {"pca", "scores", "labels", "jacobian"}
 
 
 def test_train_classifier_writes_one_that_loads(tmp_path, capsys):
