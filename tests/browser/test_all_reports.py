@@ -37,9 +37,10 @@ def test_the_index_links_every_report(reports):
 def test_every_figure_of_the_notebook_is_on_the_page(reports, name):
     notebook = nbformat.read(reports / f"{name}.ipynb", as_version=4)
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
-    hover = sum("hover-thumbnail" in o.data.get("text/html", "") for o in outputs)
+    with_thumbnails = [o.data["text/html"] for o in outputs if "hover-thumbnail" in o.data.get("text/html", "")]
+    hover = sum('"type":"scatter3d"' not in page for page in with_thumbnails)
     flat = sum("image/png" in o.data for o in outputs)
-    plotly = hover + sum("application/vnd.plotly.v1+json" in o.data for o in outputs)
+    plotly = len(with_thumbnails) + sum("application/vnd.plotly.v1+json" in o.data for o in outputs)
     assert flat + plotly > 0
     formulas = sum(cell.source.count("$$") // 2 for cell in notebook.cells if cell.cell_type == "markdown")
     check_report(reports / f"{name}.html", images=flat, plotly=plotly, hover=hover, formulas=formulas)

@@ -41,6 +41,7 @@ ONLY_IN = {
     "nbconvert": {"report/notebooks.py"},
     "ipywidgets": {"report/widgets.py"},
     "python_avatars": {"datasets/avataaars.py"},
+    "transformers": {"datasets/classifiers.py"},
 }
 
 
