@@ -350,7 +350,7 @@ def _report(arguments: argparse.Namespace) -> None:
     before, start = _finished_stores(), time.monotonic()
     notebooks.report(arguments.profile, only=arguments.only)
     made = len(_finished_stores() - before)
-    cache = f"{made} extractions were made and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
+    cache = f"{made} made, and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
     print(f"extractions: {cache}")
     print(f"report: {paths.reports() / 'index.html'} ({time.monotonic() - start:.0f} s)")
 
