@@ -437,7 +437,7 @@ def _run(
 ) -> Trajectory:
     """Carry out a trajectory in batches, all of it or its first `stop` steps."""
     model, n, device = plan.model, len(plan), plan.model.device
-    pairs = list(zip(plan.timesteps, (*plan.timesteps[1:], CLEAN), strict=True))[:stop]
+    pairs = model.schedule.pairs(plan.timesteps)[:stop]
     x0 = torch.empty_like(plan.x_T)
     h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
     x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
