@@ -29,6 +29,7 @@ _WHERE = {
     "editing.edit": ("edit",),
     "editing.effects": ("disentangling_table", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
+    "editing.mixing": ("mixing_step",),
     "report.notebooks": ("run_notebook",),
 }
 _MODULES = {"plots": "report.plots", "paths": "paths"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exact import exact_model
 
 import workbench as wb
+from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.directions.direction import Direction
 from workbench.editing.edit import edit
@@ -169,3 +171,36 @@ def test_an_eta_or_seed_that_cannot_be_is_refused(tiny, images, options, message
 def test_a_residual_that_is_not_there_is_refused(tiny, images):
     with pytest.raises(ValueError, match=r"invert\(\.\.\., residual=True\)"):
         wb.replay(inverted(tiny, images, method="ddim"), residual=True, progress=False)
+
+
+def test_a_repaired_start_lies_on_the_marginal_and_a_clean_one_inside(tiny, images):
+    """x at the least noisy timestep is drawn from the forward process, and the rest is the same inversion."""
+    runs = [wb.invert(tiny, images, steps=STEPS, noise_repair=r, record_x=True, seed=4, progress=False) for r in (0, 1)]
+    t, a = runs[0].timesteps[-1], tiny.schedule.alpha_bar(runs[0].timesteps[-1])
+    n = normal([4, 5, 6], tiny.image_shape, stream=FORWARD, t=t)
+    torch.testing.assert_close(runs[1].x_at(t), a**0.5 * images + (1 - a) ** 0.5 * n)
+    assert not torch.equal(runs[0].x_at(t), runs[1].x_at(t))
+    assert torch.equal(runs[1].x_T, runs[1].x.values[0]) and torch.equal(runs[1].x0, images)
+
+
+def test_noise_repair_gives_what_the_linear_gaussian_model_predicts():
+    """Images of low variance, by many steps: without the repair the radius stays short of the shell for good."""
+    s = torch.full((3, 8, 8), 0.005)
+    model = exact_model(torch.zeros(3, 8, 8), s)
+    x0 = s * torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    steps = range(999, -1, -3)
+    spectrum = Spectrum(np.ones(1), np.full(1, 0.005**2), np.ones(1))
+    for repair in (False, True):
+        run = wb.invert(model, x0, steps=list(steps), noise_repair=repair, progress=False)
+        start = "first" if repair else "clean"
+        expected = linear_gaussian_inversion(
+            spectrum, model.schedule.alpha_bars, steps, start=start, noise_repair=repair
+        )
+        measured = run.x_T.square().mean().sqrt().item()
+        assert measured == pytest.approx(expected.ratio, abs=0.01)
+        assert (measured > 0.9) == repair
+
+
+def test_an_edit_friendly_inversion_needs_no_repair(tiny, images):
+    with pytest.raises(ValueError, match="noise_repair is for"):
+        inverted(tiny, images, noise_repair=True)

@@ -801,9 +801,38 @@ def separability(h: Any, labels: Any, *, folds: int = 5, seed: int = 0, shuffled
     ValueError
         If the labels are constant or missing, a group is smaller than `folds`, or a value is not finite.
     """
+    by_name = {getattr(labels, "name", None) or "label": labels}
+    (found,) = separabilities(h, by_name, folds=folds, seed=seed, shuffled=shuffled).values()
+    return found
+
+
+def separabilities(
+    h: Any, labels: Any, *, folds: int = 5, seed: int = 0, shuffled: bool = False
+) -> dict[str, Separability]:
+    """`separability` of several attributes of the same samples.
+
+    Parameters
+    ----------
+    h : array of shape (n, ...)
+    labels : array of shape (n,), or mapping or DataFrame of attribute -> such arrays
+    folds, seed, shuffled
+        As in `separability`.
+
+    Returns
+    -------
+    dict of attribute -> Separability
+
+    Raises
+    ------
+    ValueError
+        As in `separability`.
+    """
     h = check_samples(h)
-    (values,) = check_labels({getattr(labels, "name", None) or "label": labels}, len(h)).values()
-    return _probe(_span(h), values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
+    span = _span(h)
+    return {
+        name: _probe(span, values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
+        for name, values in check_labels(labels, len(h)).items()
+    }
 
 
 def separability_over_time(
@@ -833,12 +862,9 @@ def separability_over_time(
     """
     rows = []
     for t, h in over_timesteps(h_by_t, progress="separability"):
-        span = _span(h)
-        for (name, values), shuffled in itertools.product(
-            check_labels(labels, len(h)).items(), (False, True) if control else (False,)
-        ):
-            probe = _probe(span, values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
-            rows.append({"t": t, "attribute": name} | probe.row())
+        for shuffled in (False, True) if control else (False,):
+            probes = separabilities(h, labels, folds=folds, seed=seed, shuffled=shuffled)
+            rows += [{"t": t, "attribute": name} | probe.row() for name, probe in probes.items()]
     return pd.DataFrame(rows)
 
 

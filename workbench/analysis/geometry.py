@@ -530,7 +530,7 @@ def quality(
             raise ValueError(f"the labels {name!r} have fewer than two groups of two samples; there is no silhouette")
     halves = [
         measure(rows, max(1, round(neighbours / 2)))
-        for rows in _half_samples(n, resamples, rng, progress="half-samples")
+        for rows in half_samples(n, resamples, rng, progress="half-samples")
     ]
     chance = {"trustworthiness": _chance_trustworthiness(n, neighbours), "silhouette": 0.0}
     chance["neighbourhood preservation"] = neighbours / (n - 1)
@@ -573,7 +573,7 @@ def _chance_trustworthiness(n: int, k: int) -> float:
     return 1.0 - (n - 1 - k) * (n - k) / ((n - 1) * (2 * n - 3 * k - 1))
 
 
-def _half_samples(
+def half_samples(
     n: int, resamples: int, rng: np.random.Generator, *, progress: str | None = None
 ) -> Iterator[np.ndarray]:
     for _ in tqdm(range(resamples), desc=progress, disable=progress is None, delay=2, leave=False):
@@ -769,7 +769,7 @@ def _dimensions(h: np.ndarray, *, neighbours: int, resamples: int, seed: int) ->
     n = len(h)
     _check_neighbours(neighbours, n, fewest=2, most=n // 2 - 1)
     values = measure(np.arange(n))
-    halves = [measure(rows) for rows in _half_samples(n, resamples, np.random.default_rng(seed))]
+    halves = [measure(rows) for rows in half_samples(n, resamples, np.random.default_rng(seed))]
     rows = [(name, value, *_interval(value, [half[name] for half in halves]), n) for name, value in values.items()]
     return pd.DataFrame(rows, columns=["estimator", "value", "low", "high", "n"])
 

@@ -478,6 +478,7 @@ def invert(
     method: str = "ddim",
     iterations: int = 5,
     eta: float | Sequence[float] = 1.0,
+    noise_repair: bool = False,
     seed: int = 0,
     residual: bool = False,
     record_h: bool = False,
@@ -509,8 +510,13 @@ def invert(
         For "fixed-point".
     eta : float or sequence of float (one a step), values in (0, 1], default 1
         For "edit-friendly"; the others have eta 0.
+    noise_repair : bool, default False
+        For "ddim" and "fixed-point": draw x at the least noisy timestep from the forward process, instead of taking a
+        step to it from the clean image. A clean image has no noise where the network expects a little of it, so that
+        its inversion ends inside of the shell on which sampled x_T lie, however many steps there are. The image itself
+        is then known up to that noise alone.
     seed : int, default 0
-        For "edit-friendly": the n_t of the image at position p come from seed + p.
+        The noise of the image at position p comes from seed + p: the n_t of "edit-friendly", or that of the repair.
     residual : bool
         Also reconstruct the images, and keep what is missing; "edit-friendly" always does, at no cost.
     record_h, record_x : bool
@@ -536,6 +542,10 @@ def invert(
     etas = model.schedule.etas(eta if edit_friendly else 0.0, len(visited))
     if edit_friendly and min(etas) == 0.0:
         raise ValueError('an edit-friendly inversion needs an eta in (0, 1], not 0; for eta 0 use method="ddim"')
+    if edit_friendly and noise_repair:
+        raise ValueError(
+            'noise_repair is for "ddim" and "fixed-point"; an edit-friendly inversion has noise at every step'
+        )
     n, shape = len(images), (len(visited), len(images))
     inverted = Trajectory(
         model=model,
@@ -555,18 +565,26 @@ def invert(
             if edit_friendly:
                 _fill_edit_friendly(inverted, batch, seeds[batch], bar)
             else:
-                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, bar)
+                repair = seeds[batch] if noise_repair else None
+                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, repair, bar)
     if residual and not edit_friendly:
         inverted = replace(inverted, residual=images - replay(inverted, progress=progress).x0)
     return inverted
 
 
-def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, bar: tqdm) -> None:
+def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, repair: Sequence[int] | None, bar: tqdm) -> None:
     """Invert the images of a batch by DDIM backwards, from clean to noisy."""
     model, h, x = inverted.model, inverted.h, inverted.x
     pairs = model.schedule.pairs(inverted.timesteps)
     x_t = inverted.x0[batch].to(model.device)
-    for i, (t, t_prev) in reversed(list(enumerate(pairs))):
+    steps = list(enumerate(pairs))
+    if repair is not None:
+        i, (t, _) = steps.pop()
+        x_t = model.schedule.add_noise(x_t, _forward_noise(model, repair, t), t)
+        if x is not None:
+            x.values[i, batch] = x_t.cpu()
+        bar.update(batch.stop - batch.start)
+    for i, (t, t_prev) in reversed(steps):
         bottleneck = model.encode(x_t, max(t_prev, 0))
         if h is not None and t_prev != CLEAN:
             h.values[i + 1, batch] = bottleneck.h.cpu()
@@ -586,7 +604,7 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
     model, schedule, x0 = inverted.model, inverted.model.schedule, inverted.x0[batch]
 
     def forward(t: int) -> torch.Tensor:
-        return schedule.add_noise(x0, normal(seeds, model.image_shape, stream=FORWARD, t=t), t).to(model.device)
+        return schedule.add_noise(x0.to(model.device), _forward_noise(model, seeds, t), t)
 
     x_t = forward(inverted.timesteps[0])
     inverted.x_T[batch] = x_t.cpu()
@@ -605,6 +623,10 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
         x_t = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=z)
         bar.update(batch.stop - batch.start)
     inverted.residual[batch] = x0 - x_t.cpu()
+
+
+def _forward_noise(model: Model, seeds: Sequence[int], t: int) -> torch.Tensor:
+    return normal(seeds, model.image_shape, stream=FORWARD, t=t).to(model.device)
 
 
 def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:

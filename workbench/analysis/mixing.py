@@ -1,0 +1,600 @@
+"""The mixing step: how far x_t is from its limit or from the image, and the timestep that a criterion reads off it.
+
+A criterion is a curve over the visited timesteps and a rule that picks one of them. Intervals are those of `geometry`:
+curve and rule are evaluated for half-samples, whose deviations from their own mean are those of the whole sample from
+the truth.
+
+Zhu et al. 2023 (BoundaryDiffusion) define the mixing step in analogy to the mixing time of a Markov chain and search it
+automatically, but neither the formula nor the search is in the released code: the criteria are the workbench's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from workbench.analysis.dynamics import separabilities
+from workbench.analysis.geometry import LEVEL, check_labels, check_samples, half_samples, over_timesteps
+
+Rule = Callable[[np.ndarray], tuple[int, float, bool]]
+"""From a curve (noisiest timestep first) to the position of the mixing step, the threshold, and whether it was met."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixingStep:
+    """A timestep that separates mixed from unmixed, and where it comes from.
+
+    Attributes
+    ----------
+    t : int
+        A visited timestep.
+    interval : (int, int)
+        95% interval of t, of visited timesteps.
+    criterion : str
+    curve : DataFrame
+        Indexed by `t`, noisiest first: `value`, `low` and `high` (95% interval), and what else the criterion measures.
+    threshold : float
+        Value that the curve is compared with; of the criterion "edit" its maximum.
+    reached : bool
+        Whether the curve meets the threshold at all. If not, t is where it comes closest.
+    quantity : str
+        What `value` is, with its unit.
+    n : int
+        Number of samples.
+    alpha_bars : ndarray of shape (T,)
+        The noise schedule of t.
+    """
+
+    t: int
+    interval: tuple[int, int]
+    criterion: str
+    curve: pd.DataFrame = field(repr=False)
+    threshold: float
+    reached: bool
+    quantity: str
+    n: int
+    alpha_bars: np.ndarray = field(repr=False)
+
+    @property
+    def log_snr(self) -> float:
+        """log(alpha_bar / (1 - alpha_bar)) at t."""
+        return float(log_snr(self.alpha_bars)[self.t])
+
+    def on_schedule(self, alpha_bars: Sequence[float]) -> int:
+        """The timestep of another noise schedule with the same log-SNR; see `equal_log_snr`."""
+        return equal_log_snr(self.t, self.alpha_bars, alpha_bars)
+
+    def row(self) -> dict[str, object]:
+        """For a table with one row a criterion."""
+        low, high = self.interval
+        return {
+            "criterion": self.criterion,
+            "t": self.t,
+            "low": low,
+            "high": high,
+            "log_snr": self.log_snr,
+            "reached": self.reached,
+            "threshold": self.threshold,
+            "quantity": self.quantity,
+            "n": self.n,
+        }
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        missed = "" if self.reached else ", threshold not reached: the closest timestep"
+        return (
+            f"MixingStep(t={self.t} [{low}, {high}] by {self.criterion!r}, threshold {self.threshold:.3g}, "
+            f"n={self.n}{missed})"
+        )
+
+
+def log_snr(alpha_bars: Sequence[float]) -> np.ndarray:
+    """log(alpha_bar / (1 - alpha_bar)) of every timestep; shape (T,)."""
+    a = np.asarray(alpha_bars, dtype=np.float64)
+    return np.log(a) - np.log1p(-a)
+
+
+def equal_log_snr(t: int, alpha_bars: Sequence[float], other: Sequence[float]) -> int:
+    """The timestep of another schedule with the log-SNR that t has in this one, or the nearest there is.
+
+    What x_t shows of an image depends on the signal-to-noise ratio alone, so a mixing step is carried from one schedule
+    to another at equal log-SNR, not at equal t.
+
+    Parameters
+    ----------
+    t : int
+    alpha_bars : array of shape (T,)
+        Of the schedule that t belongs to.
+    other : array of shape (T',)
+
+    Returns
+    -------
+    int in 0..T'-1
+
+    Raises
+    ------
+    ValueError
+        If t is outside of its schedule.
+    """
+    if not 0 <= t < len(alpha_bars):
+        raise ValueError(f"timestep {t} is outside of its schedule, 0..{len(alpha_bars) - 1}")
+    return int(np.abs(log_snr(other) - log_snr(alpha_bars)[t]).argmin())
+
+
+def agreement(steps: Iterable[MixingStep]) -> pd.DataFrame:
+    """What the criteria say, side by side.
+
+    Parameters
+    ----------
+    steps : iterable of MixingStep
+        Of different criteria.
+
+    Returns
+    -------
+    DataFrame
+        One row a criterion, as `MixingStep.row`, and `agrees_with`: the other criteria whose 95% intervals overlap.
+    """
+    steps = list(steps)
+    table = pd.DataFrame([step.row() for step in steps]).set_index("criterion")
+    overlapping = [
+        ", ".join(
+            b.criterion
+            for b in steps
+            if b is not a and a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
+        )
+        for a in steps
+    ]
+    return table.assign(agrees_with=overlapping)
+
+
+def largest_below(threshold: float | np.ndarray) -> Rule:
+    """The largest timestep from which on, down to the image, the curve stays at or below the threshold."""
+
+    def rule(values: np.ndarray) -> tuple[int, float, bool]:
+        excess = values - threshold
+        stays = np.logical_and.accumulate((excess <= 0)[::-1])[::-1]
+        i = int(stays.argmax() if stays.any() else excess.argmin())
+        return i, float(np.broadcast_to(threshold, values.shape)[i]), bool(stays.any())
+
+    return rule
+
+
+def smallest_below(threshold: float) -> Rule:
+    """The smallest timestep from which on, up to the noise, the curve stays at or below the threshold."""
+
+    def rule(values: np.ndarray) -> tuple[int, float, bool]:
+        i, level, reached = largest_below(threshold)(values[::-1])
+        return len(values) - 1 - i, level, reached
+
+    return rule
+
+
+def mirrored(rule_of: Callable[[float], Rule], threshold: float) -> Rule:
+    """The same rule for a curve that stays at or above the threshold."""
+
+    def rule(values: np.ndarray) -> tuple[int, float, bool]:
+        i, level, reached = rule_of(-threshold)(-values)
+        return i, -level, reached
+
+    return rule
+
+
+def largest_near_best(tolerance: float) -> Rule:
+    """The largest timestep at which the curve is within a tolerance of its maximum."""
+
+    def rule(values: np.ndarray) -> tuple[int, float, bool]:
+        level = float(values.max()) - tolerance
+        return int((values >= level).argmax()), level, True
+
+    return rule
+
+
+def read_off(
+    timesteps: Sequence[int],
+    curve: Callable[[np.ndarray], np.ndarray],
+    rule: Rule,
+    *,
+    n: int,
+    alpha_bars: Sequence[float],
+    criterion: str,
+    quantity: str,
+    more: Mapping[str, np.ndarray] | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> MixingStep:
+    """The mixing step of a curve, with the intervals of both.
+
+    Parameters
+    ----------
+    timesteps : sequence of int
+        Visited, noisiest first; at least 2.
+    curve : callable (rows) -> ndarray of shape (len(timesteps),)
+        The curve of some of the n samples.
+    rule : Rule
+    n : int
+    alpha_bars : array of shape (T,)
+    criterion, quantity : str
+    more : mapping of str -> ndarray of shape (len(timesteps),), optional
+        Further columns of the curve.
+    resamples : int, default 200
+        Half-samples.
+    seed : int, default 0
+
+    Returns
+    -------
+    MixingStep
+
+    Raises
+    ------
+    ValueError
+        If there is one timestep alone.
+    """
+    timesteps = np.asarray(timesteps)
+    if len(timesteps) < 2:
+        raise ValueError(f"{len(timesteps)} timestep given where a curve needs at least 2")
+    values = curve(np.arange(n))
+    halves = np.stack([curve(rows) for rows in half_samples(n, resamples, np.random.default_rng(seed))])
+    drawn = values + halves - halves.mean(axis=0)
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.quantile(drawn, tails, axis=0)
+    found = timesteps[[rule(each)[0] for each in drawn]]
+    i, threshold, reached = rule(values)
+    table = pd.DataFrame({"value": values, "low": low, "high": high, **(more or {})}, index=timesteps)
+    return MixingStep(
+        t=int(timesteps[i]),
+        interval=tuple(int(t) for t in np.quantile(found, tails, method="nearest")),
+        criterion=criterion,
+        curve=table.rename_axis("t"),
+        threshold=threshold,
+        reached=reached,
+        quantity=quantity,
+        n=n,
+        alpha_bars=np.asarray(alpha_bars),
+    )
+
+
+def radius_gap(
+    sampled: object,
+    inverted: object,
+    alpha_bars: Sequence[float],
+    *,
+    tolerance: float = 0.005,
+    resamples: int = 200,
+    seed: int = 0,
+) -> MixingStep:
+    """The largest timestep from which on, down to the image, sampled and inverted x_t have the same mean radius.
+
+    The gap is |R_sampled(t) - R_inverted(t)| / sqrt(d), R the mean length of the samples; it may be `tolerance` and two
+    standard errors of the difference. Zhu et al. observe that inverted x_T lie inside of the shell of sampled ones, and
+    look for the timestep where that does not yet hurt.
+
+    Parameters
+    ----------
+    sampled, inverted : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
+        At the same timesteps, noisiest first. Of two numbers of samples the smaller is used. Samples at equal positions
+        are kept together by the half-samples, so pairs may (and should) be images and their own inversions.
+    alpha_bars : array of shape (T,)
+    tolerance : float, default 0.005
+        As a share of sqrt(d).
+    resamples, seed
+        As in `read_off`.
+
+    Returns
+    -------
+    MixingStep
+        Its curve has the columns `sampled` and `inverted` (mean radii over sqrt(d)) and `gap_sd`, the gap in standard
+        deviations of a sample.
+
+    Raises
+    ------
+    ValueError
+        If the timesteps differ, or a value is not finite.
+    """
+    timesteps, (a, b), d = _reduced(sampled, inverted, lambda x: np.linalg.norm(x, axis=1) / np.sqrt(x.shape[1]))
+    n = a.shape[1]
+    pooled = np.sqrt((a.var(axis=1, ddof=1) + b.var(axis=1, ddof=1)) / 2)
+    paired = (a - b).std(axis=1, ddof=1) / np.sqrt(n)
+    value = np.abs(a.mean(axis=1) - b.mean(axis=1))
+    return read_off(
+        timesteps,
+        lambda rows: np.abs(a[:, rows].mean(axis=1) - b[:, rows].mean(axis=1)),
+        largest_below(tolerance + 2 * paired),
+        n=n,
+        alpha_bars=alpha_bars,
+        criterion="radius_gap",
+        quantity="radius gap / sqrt(d)",
+        more={
+            "sampled": a.mean(axis=1),
+            "inverted": b.mean(axis=1),
+            "gap_sd": np.divide(value, pooled, out=np.zeros_like(value), where=pooled > 0),
+        },
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def total_variation(
+    ensemble: object,
+    other: object,
+    alpha_bars: Sequence[float],
+    *,
+    x0: object,
+    labels: object = None,
+    level: float = 0.25,
+    statistics: int = 64,
+    resamples: int = 50,
+    seed: int = 0,
+) -> MixingStep:
+    """The smallest timestep from which on, up to the noise, x_t is close to N(0, I) in one-dimensional statistics.
+
+    Total variation 1/2 integral |p - q| is the distance of the mixing time of Markov chains, with 1/4 as the customary
+    level. Between distributions in thousands of dimensions it is near 1 almost up to T (`radius_total_variation`), so
+    here it is the mean over statistics of one dimension each: the radius, the projections on the differences of class
+    means and on the principal components of the clean images, and random projections. Each is estimated from a
+    histogram against the exact law of N(0, I), cross-fitted so that it is 0 on average for samples of that law.
+
+    Parameters
+    ----------
+    ensemble, other : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
+        At the same timesteps, noisiest first. t is read off the first; both are compared with N(0, I) and each other.
+    alpha_bars : array of shape (T,)
+    x0 : array of shape (n, ...)
+        The clean images, for the directions.
+    labels : array of shape (n,), or mapping or DataFrame of such, optional
+        Of two values each, for the differences of class means.
+    level : float, default 0.25
+    statistics : int, default 64
+        Their number: the radius, at most 8 class differences, a quarter principal components, the rest random.
+    resamples : int, default 50
+    seed : int, default 0
+        Of the random directions and the half-samples.
+
+    Returns
+    -------
+    MixingStep
+        Its curve has the columns `largest` (of the statistics: a lower bound of the total variation of x_t itself),
+        `other` (the other ensemble against N(0, I)) and `between` (both against each other).
+
+    Raises
+    ------
+    ValueError
+        If the timesteps differ, labels are constant, or a value is not finite.
+    """
+    x0 = check_samples(x0, fewest=8)
+    rng = np.random.default_rng(seed)
+    directions = _directions(x0, labels, statistics - 1, rng)
+    d = x0.shape[1]
+
+    def reduce(x: np.ndarray) -> np.ndarray:
+        """Statistics whose law under N(0, I) is uniform on [0, 1]: (n, statistics)."""
+        radius = stats.chi.cdf(np.linalg.norm(x, axis=1), d)[:, None]
+        return np.concatenate([radius, stats.norm.cdf(x @ directions.T)], axis=1)
+
+    timesteps, (a, b), _ = _reduced(ensemble, other, reduce)
+    distances = np.stack([_tv_uniform(u) for u in a])
+    return read_off(
+        timesteps,
+        lambda rows: np.array([_tv_uniform(u[rows]).mean() for u in a]),
+        smallest_below(level),
+        n=a.shape[1],
+        alpha_bars=alpha_bars,
+        criterion="tv",
+        quantity="total variation to N(0, I), mean of 1-D statistics",
+        more={
+            "largest": distances.max(axis=1),
+            "other": np.array([_tv_uniform(v).mean() for v in b]),
+            "between": np.array([_tv_pair(u, v).mean() for u, v in zip(a, b, strict=True)]),
+        },
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def separability_step(
+    x_by_t: object,
+    labels: object,
+    alpha_bars: Sequence[float],
+    *,
+    errors: float = 1.0,
+    folds: int = 5,
+    resamples: int = 200,
+    seed: int = 0,
+) -> MixingStep:
+    """The largest timestep at which a linear probe still finds the attributes as well as anywhere.
+
+    The curve is the held-out balanced accuracy of `dynamics.separability`, mean over attributes; "as well" is `errors`
+    standard errors of the best. Up to there the semantics are decided, and the decoder has most freedom left. It tells
+    something for x_t of stochastic runs and of forward diffusion, where noise hides the attribute. A deterministic run
+    (eta 0, DDIM inversion) is a smooth map of the image, whose attributes can stay separable up to T.
+
+    Parameters
+    ----------
+    x_by_t : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
+        x_t or h_t, noisiest first.
+    labels : array of shape (n,), or mapping or DataFrame of attribute -> such arrays
+    alpha_bars : array of shape (T,)
+    errors : float, default 1
+    folds : int, default 5
+    resamples, seed
+        As in `read_off`.
+
+    Returns
+    -------
+    MixingStep
+        Its curve has a column for each attribute, and `chance`.
+
+    Raises
+    ------
+    ValueError
+        If labels are constant or missing, a group is smaller than `folds`, there is one timestep alone, or a value is
+        not finite.
+    """
+    timesteps, correct = [], []
+    for t, x in over_timesteps(x_by_t, progress="separability"):
+        timesteps.append(t)
+        correct.append([probe.correct for probe in separabilities(x, labels, folds=folds, seed=seed).values()])
+    correct = np.array(correct, dtype=float)  # timestep, attribute, sample
+    by_name = check_labels(labels, correct.shape[2])
+    groups = {name: np.unique(values, return_inverse=True)[1] for name, values in by_name.items()}
+    weights = np.stack([_balanced(values) for values in groups.values()])
+    n = correct.shape[2]
+
+    def accuracies(rows: np.ndarray) -> np.ndarray:
+        w = weights[:, rows]
+        return (correct[:, :, rows] * w).sum(axis=2) / w.sum(axis=1)
+
+    curves = accuracies(np.arange(n))
+    best = curves.mean(axis=1).argmax()
+    missed = weights * (correct[best] - _group_means(correct[best], groups.values()))
+    standard_error = max(float(np.sqrt((missed.mean(axis=0) ** 2).sum())), 1 / n)
+
+    return read_off(
+        timesteps,
+        lambda rows: accuracies(rows).mean(axis=1),
+        largest_near_best(errors * standard_error),
+        n=n,
+        alpha_bars=alpha_bars,
+        criterion="separability",
+        quantity="balanced accuracy of a linear probe",
+        more=dict(zip(groups, curves.T, strict=True))
+        | {"chance": np.full(len(timesteps), np.mean([1 / len(np.unique(v)) for v in groups.values()]))},
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def kl_to_limit(alpha_bar: float, *, mean_square: float, d: int) -> float:
+    """KL(q(x_t | x_0) || N(0, I)) in nats: 1/2 [alpha_bar (|x_0|^2 - d) - d ln(1 - alpha_bar)].
+
+    Parameters
+    ----------
+    alpha_bar : float in (0, 1)
+    mean_square : float
+        m2, mean of the squared values of x_0, |x_0|^2 / d.
+    d : int
+        Number of values of an image.
+
+    Returns
+    -------
+    float
+        Pinsker's inequality sqrt(KL / 2) bounds the total variation, and says nothing where it exceeds 1.
+    """
+    return 0.5 * d * (alpha_bar * (mean_square - 1.0) - np.log1p(-alpha_bar))
+
+
+def radius_total_variation(
+    alpha_bar: float, *, d: int, mean_square: float = 0.3, spread: float = 0.1, points: int = 20_001
+) -> float:
+    """Total variation between the law of |x_t| and that of |N(0, I)|, for images of varying mean square.
+
+    A lower bound of the total variation of x_t itself. |x_t|^2 / (1 - alpha_bar) of an image is non-central chi-squared
+    with d degrees of freedom; its root is taken as normal, which it is up to 1/d.
+
+    Parameters
+    ----------
+    alpha_bar : float in (0, 1)
+    d : int
+    mean_square, spread : float
+        Mean and standard deviation of m2 over images, taken as normal and cut at 0.
+    points : int
+        Of the quadrature over the radius.
+
+    Returns
+    -------
+    float in [0, 1]
+    """
+    quantiles = (np.arange(400) + 0.5) / 400
+    m2 = np.maximum(stats.norm.ppf(quantiles, mean_square, spread), 0.0)
+    noise, signal = 1.0 - alpha_bar, alpha_bar * m2 * d
+    mean_of_squares, variance = noise * d + signal, 2 * noise**2 * d + 4 * noise * signal
+    radius = np.sqrt(mean_of_squares - variance / (4 * mean_of_squares))
+    sd = np.sqrt(variance / (4 * mean_of_squares))
+    limit, limit_sd = np.sqrt(d - 0.5), np.sqrt(0.5)
+    ends = [min(radius.min() - 6 * sd.max(), limit - 6), max(radius.max() + 6 * sd.max(), limit + 6)]
+    r = np.linspace(*ends, points)
+    law = np.zeros_like(r)
+    for mean, deviation in zip(radius, sd, strict=True):
+        law += stats.norm.pdf(r, mean, deviation) / len(radius)
+    return float(0.5 * np.trapezoid(np.abs(law - stats.norm.pdf(r, limit, limit_sd)), r))
+
+
+def _reduced(
+    a: object, b: object, reduce: Callable[[np.ndarray], np.ndarray]
+) -> tuple[list[int], tuple[np.ndarray, np.ndarray], int]:
+    """What is kept of two ensembles at every timestep, of the same number of samples: timesteps, arrays, d."""
+    kept, timesteps, d = [], [], 0
+    for ensemble in (a, b):
+        rows = []
+        timesteps.append([])
+        for t, x in over_timesteps(ensemble, samples=3):
+            d = x.shape[1]
+            timesteps[-1].append(t)
+            rows.append(reduce(x))
+        kept.append(np.stack(rows))
+    if timesteps[0] != timesteps[1]:
+        raise ValueError(
+            f"the two ensembles visit different timesteps ({timesteps[0][:3]}... and {timesteps[1][:3]}...); "
+            "make both with the same steps"
+        )
+    n = min(len(each[0]) for each in kept)
+    return timesteps[0], (kept[0][:, :n], kept[1][:, :n]), d
+
+
+def _directions(x0: np.ndarray, labels: object, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Unit directions of the one-dimensional statistics: (k, d)."""
+    found = []
+    if labels is not None:
+        for values in list(check_labels(labels, len(x0)).values())[:8]:
+            low, high = (x0[values == group].mean(axis=0) for group in np.unique(values)[[0, -1]])
+            found.append(high - low)
+    centred = x0 - x0.mean(axis=0)
+    components = min(max(k // 4, 1), len(x0) - 1, x0.shape[1], k - len(found))
+    found.extend(np.linalg.svd(centred, full_matrices=False)[2][:components])
+    found.extend(rng.standard_normal((k - len(found), x0.shape[1])))
+    directions = np.stack(found)
+    return (directions / np.linalg.norm(directions, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _tv_uniform(u: np.ndarray) -> np.ndarray:
+    """Total variation of every column of u to the uniform law on [0, 1]: (columns,)."""
+    even, odd = (_histogram(half) for half in (u[::2], u[1::2]))
+    return _cross_fitted(even - 1 / even.shape[1], odd - 1 / odd.shape[1])
+
+
+def _tv_pair(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Total variation between the columns of u and those of v, of as many samples: (columns,)."""
+    even, odd = (_histogram(u[i::2]) - _histogram(v[i::2]) for i in (0, 1))
+    return _cross_fitted(even, odd)
+
+
+def _cross_fitted(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """sup_A (P(A) - Q(A)) from two halves of the samples: the bins of A are chosen on one and counted on the other.
+
+    1/2 sum |P - Q| of one histogram is positive by noise alone; this is 0 on average where P is Q.
+    """
+    return ((np.sign(a) * b).sum(axis=1) + (np.sign(b) * a).sum(axis=1)) / 4
+
+
+def _histogram(u: np.ndarray) -> np.ndarray:
+    """Shares of equal bins of [0, 1], for every column of u: (columns, bins).
+
+    Their width is that of Freedman & Diaconis, 2 IQR n^(-1/3), for a uniform law, whose IQR is 1/2.
+    """
+    bins = max(2, round(len(u) ** (1 / 3)))
+    index = np.minimum((u * bins).astype(int), bins - 1) + bins * np.arange(u.shape[1])
+    return np.bincount(index.ravel(), minlength=bins * u.shape[1]).reshape(-1, bins) / len(u)
+
+
+def _balanced(groups: np.ndarray) -> np.ndarray:
+    """Weights that give every group the same share; they sum to 1."""
+    sizes = np.bincount(groups)
+    return 1 / (len(sizes) * sizes[groups])
+
+
+def _group_means(values: np.ndarray, groups: Iterable[np.ndarray]) -> np.ndarray:
+    """Mean of each sample's own group, for every row of values and its grouping: (rows, n)."""
+    return np.stack([(np.bincount(g, row) / np.bincount(g))[g] for row, g in zip(values, groups, strict=True)])

@@ -1,0 +1,506 @@
+"""The search for the mixing step: six criteria behind one call, on generated samples or on real images."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from workbench.analysis.mixing import (
+    MixingStep,
+    largest_below,
+    largest_near_best,
+    mirrored,
+    radius_gap,
+    read_off,
+    separability_step,
+    smallest_below,
+    total_variation,
+)
+from workbench.datasets.classifiers import Classifier
+from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.noise import step_noise
+from workbench.diffusion.sampling import StepRecord, Trajectory, batches, denoise, invert, progress_bar, replay, sample
+from workbench.diffusion.schedule import index_of
+from workbench.hspace.store import HStore
+
+CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
+
+LEVELS = {"radius_gap": 0.005, "tv": 0.25, "separability": 1.0, "commit": 0.5, "perceptual": 0.5, "edit": 0.5}
+"""Default thresholds; their units are in `mixing_step`."""
+
+LPIPS_LEVEL = 0.33
+"""Threshold of Asyrp for LPIPS(P_t, x_0)."""
+
+SAMPLES = {"radius_gap": 200, "tv": 200, "separability": 2000, "commit": 24, "perceptual": 64, "edit": 200}
+"""At most so many samples are looked at by default."""
+
+FRESH = 2**62
+"""Seeds of decodings count from here, so that none shares its noise with a sample."""
+
+Distance = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
+
+
+def mixing_step(
+    source: HStore | Trajectory,
+    labels: pd.Series | pd.DataFrame | Mapping[str, np.ndarray] | np.ndarray | None = None,
+    *,
+    criterion: str | None = None,
+    level: float | None = None,
+    model: Model | None = None,
+    against: HStore | Trajectory | None = None,
+    classifier: Classifier | None = None,
+    space: str = "x",
+    grid: Sequence[int] | None = None,
+    n: int | None = None,
+    copies: int = 8,
+    strengths: Sequence[float] = (0.0, 1.0, 2.0, 3.0),
+    distance: str | Distance = "features",
+    resamples: int = 200,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> MixingStep:
+    """Find the timestep at which x_t has mixed: early enough to decide what the image shows, late enough to keep it.
+
+    Zhu et al. 2023 edit once, at this step. Their automatic search is not in the released code, so six criteria stand
+    here; which of them agree is a finding about the model, see `analysis.mixing.agreement`.
+
+    "radius_gap"
+        The mean radii of sampled and inverted x_t. t is the largest timestep from which on, down to the image, they
+        differ by at most `level` (0.005) sqrt(d) and two standard errors.
+    "tv"
+        Total variation to N(0, I), mean of 64 one-dimensional statistics. t is the smallest timestep from which on, up
+        to the noise, it is at most `level` (0.25).
+    "separability"
+        Held-out accuracy of a linear probe; needs labels. t is the largest timestep within `level` (1) standard errors
+        of the best.
+    "commit"
+        Agreement of `copies` stochastic decodings of one x_t, 0 as of different samples and 1 if always; needs a
+        classifier. t is the largest timestep from which on, down to the image, it is at least `level` (0.5).
+    "perceptual"
+        Distance of P_t, the predicted image, from the image, 1 as of two images; needs a classifier, or another
+        `distance`. t is the smallest timestep from which on, up to the noise, it is at least `level` (0.5).
+    "edit"
+        Success of one move of x_t across the boundary between classes, among strengths with an identity loss (distance
+        from the image) of at most `level` (0.5); needs labels and a classifier. t is the largest timestep within a
+        standard error of the best.
+
+    "separability", "commit" and "edit" look at x_t with what comes of it, so take a stochastic run (eta 1) for them: in
+    a deterministic one x_t determines the image at every t.
+
+    Parameters
+    ----------
+    source : HStore or Trajectory
+        Generated samples or inverted images. x_t is taken from the record (`record_x=True`), or of generated samples
+        made again from their seeds.
+    labels : array of shape (n,), or mapping or DataFrame of attribute -> such arrays, optional
+        Of the images, 0 or 1. A Series or DataFrame is matched by its index where that has the samples' seeds or file
+        names.
+    criterion : str, optional
+        By default "separability" if there are labels, else "radius_gap".
+    level : float, optional
+        Threshold, in the criterion's units above.
+    model : Model, optional
+        Of a store whose model is not known by name. Its weights must be those that the store was made with.
+    against : HStore or Trajectory, optional
+        For "radius_gap" and "tv": the other ensemble, inverted images where `source` is generated and the other way
+        round, at the same timesteps. By default the images of `source` themselves are inverted, or as many samples
+        drawn with eta 0.
+    classifier : Classifier, optional
+        For "edit" another one than gave the labels: whoever labels does not judge.
+    space : {"x", "h"}
+        What the probe of "separability" sees.
+    grid : sequence of int, optional
+        Visited timesteps to look at, for the criteria that run the model ("commit", "perceptual", "edit"). By default
+        about ten, evenly over all but the noisiest.
+    n : int, optional
+        Look at the first n samples; by default as many as `SAMPLES` says, at most. "edit" fits the boundary on two
+        thirds of them and edits the others.
+    copies : int, default 8
+        For "commit": decodings of every x_t.
+    strengths : sequence of float, default (0, 1, 2, 3)
+        For "edit": lengths of the move, in gaps between the class means at t; ascending.
+    distance : "features", "lpips" or callable (a, b) -> ndarray of shape (n,)
+        For "perceptual" and "edit": between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean, of the
+        classifier's last layer. "lpips": the package of that name, not scaled by the distance of two images;
+        `level` is 0.33 by default then, as in Asyrp.
+    resamples : int, default 200
+        Half-samples for the intervals.
+    seed : int, default 0
+        Of folds, half-samples, and the noise of decodings.
+    batch_size : int, optional
+        Samples a pass; chosen by the model if not given.
+    progress : bool
+
+    Returns
+    -------
+    MixingStep
+
+    Raises
+    ------
+    ValueError
+        If the criterion needs labels, a classifier or a record that is not there, labels are constant, a timestep of
+        the grid was not visited, or there is one timestep alone.
+    """
+    criterion = criterion or ("radius_gap" if labels is None else "separability")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion {criterion!r} is not known; it is one of {', '.join(CRITERIA)}")
+    if labels is None and criterion in ("separability", "edit"):
+        raise ValueError(f'criterion "{criterion}" needs labels of the images, such as (classifier(images) > 0.5)')
+    if classifier is None and (
+        criterion in ("commit", "edit") or (criterion == "perceptual" and distance == "features")
+    ):
+        raise ValueError(f'criterion "{criterion}" needs classifier=, such as load_classifier("avataaars-judge")')
+    n = min(len(source), SAMPLES[criterion] if n is None else n)
+    if n < 4:
+        raise ValueError(f"{n} samples are too few for a curve with an interval; give at least 4")
+    model = _model_of(source, model)
+    table = None if labels is None else _labels_of(source, labels, n)
+    alpha_bars, resampling = model.schedule.alpha_bars, {"resamples": resamples, "seed": seed}
+    running = {"batch_size": batch_size, "progress": progress}
+    if level is None:
+        level = LPIPS_LEVEL if distance == "lpips" and criterion == "perceptual" else LEVELS[criterion]
+
+    if criterion == "separability" and space == "h":
+        return separability_step(_h_of(source, n), table, alpha_bars, errors=level, **resampling)
+    if space != "x":
+        raise ValueError(f'space {space!r} is "x", or "h" for the criterion "separability"')
+    run = _run_of(source, model, n, **running)
+    if criterion == "separability":
+        return separability_step(run.x, table, alpha_bars, errors=level, **resampling)
+    if criterion in ("radius_gap", "tv"):
+        other = _other(run, **running) if against is None else _run_of(against, model, len(against), **running)
+        if (run.seeds is None) == (other.seeds is None):
+            raise ValueError("source and against are of one kind; give generated samples and inverted images")
+        if criterion == "tv":
+            options = {"x0": run.x0.numpy(), "labels": table, "level": level, "seed": seed}
+            return total_variation(run.x, other.x, alpha_bars, resamples=min(resamples, 50), **options)
+        sampled, inverted = (run, other) if other.seeds is None else (other, run)
+        return radius_gap(sampled.x, inverted.x, alpha_bars, tolerance=level, **resampling)
+
+    visited = _grid_of(run, grid)
+    if criterion == "commit":
+        values, rule = _commitment(run, visited, classifier, copies, seed, running), mirrored(largest_below, level)
+        return _read_off(run, visited, values, rule, criterion, "agreement of decodings (0: chance)", resampling)
+    measure, unit = _distance_of(distance, classifier, run.x0)
+    if criterion == "perceptual":
+        values, rule = _prediction_errors(run, visited, measure, running), mirrored(smallest_below, level)
+        return _read_off(run, visited, values, rule, criterion, f"distance of P_t from the image{unit}", resampling)
+    return _best_edit(run, visited, table, classifier, measure, level, strengths, resampling, running)
+
+
+def decode_from(
+    run: Trajectory,
+    x_t: torch.Tensor,
+    t: int,
+    *,
+    seeds: Sequence[int],
+    eta: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Run the reverse process from x_t at a visited timestep to the image.
+
+    Parameters
+    ----------
+    run : Trajectory
+        Gives the model and the visited timesteps.
+    x_t : Tensor of shape (n, C, H, W), on the CPU
+    t : int
+    seeds : sequence of n int
+        Of the step noise. Equal seeds get equal noise, so that what differs is x_t alone.
+    eta : float in [0, 1], default 1
+    batch_size, progress
+        As in `sample`.
+
+    Returns
+    -------
+    Tensor of shape (n, C, H, W), float32, on the CPU
+    """
+    model, shape = run.model, run.model.image_shape
+    pairs = model.schedule.pairs(run.timesteps)[index_of(t, run.timesteps) :]
+    images = torch.empty_like(x_t)
+    with progress_bar(len(x_t), len(pairs), "decoding", show=progress) as bar, torch.inference_mode():
+        for batch in batches(len(x_t), batch_size or model.batch_size()):
+            noise_seeds = seeds[batch]
+            images[batch] = denoise(
+                model,
+                x_t[batch].to(model.device),
+                pairs=pairs,
+                etas=[eta] * len(pairs),
+                noise=lambda i, s=noise_seeds: step_noise(s, shape, t=pairs[i][0]).to(model.device),
+                on_step=lambda *_, s=noise_seeds: bar.update(len(s)),
+            ).cpu()
+    return images
+
+
+def _commitment(
+    run: Trajectory, visited: Sequence[int], classifier: Classifier, copies: int, seed: int, running: dict
+) -> np.ndarray:
+    """How far the decodings of one x_t agree, less chance: (len(visited), n).
+
+    C(t) = E[max_c p_c], p_c the share of the decodings of x_t in class c, of every attribute. Its value by chance, C_0,
+    is that of decodings of different samples: with `copies` draws the larger share exceeds 1/2 by luck alone.
+    """
+    if copies < 2:
+        raise ValueError(f"copies is {copies}; agreement takes 2 decodings at least")
+    seeds = [FRESH + seed * 2**32 + i for i in range(len(run) * copies)]
+    shares = []
+    for t in visited:
+        images = decode_from(run, run.x_at(t).repeat_interleave(copies, dim=0), t, seeds=seeds, **running)
+        has = classifier(images.clamp(-1, 1), progress=False).to_numpy() > 0.5
+        shares.append(has.reshape(len(run), copies, -1).mean(axis=1))
+    shares = np.stack(shares)  # timestep, sample, attribute
+    drawn = np.arange(copies + 1)
+    larger = np.maximum(drawn, copies - drawn) / copies
+    frequency = shares.mean(axis=(0, 1))
+    chance = stats.binom.pmf(drawn[:, None], copies, frequency).T @ larger
+    if (chance > 1 - 1e-9).all():
+        raise ValueError("no attribute of the classifier ever differs between decodings; give it others")
+    # The sums weigh an attribute by what there is to decide: one that nearly all samples share decides nothing.
+    return (np.maximum(shares, 1 - shares) - chance).sum(axis=2) / (1 - chance).sum()
+
+
+def _prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance, running: dict) -> np.ndarray:
+    """Distance of P_t from the image: (len(visited), n)."""
+    model, errors = run.model, []
+    size = running["batch_size"] or model.batch_size()
+    with progress_bar(len(run), len(visited), "predicting", show=running["progress"]) as bar, torch.inference_mode():
+        for t in visited:
+            predicted = torch.empty_like(run.x0)
+            for batch in batches(len(run), size):
+                x_t = run.x_at(t)[batch].to(model.device)
+                predicted[batch] = model.schedule.predict_x0(x_t, model(x_t, t), t).cpu()
+                bar.update(len(x_t))
+            errors.append(measure(predicted, run.x0))
+    return np.stack(errors)
+
+
+def _best_edit(
+    run: Trajectory,
+    visited: Sequence[int],
+    table: pd.DataFrame,
+    classifier: Classifier,
+    measure: Distance,
+    level: float,
+    strengths: Sequence[float],
+    resampling: dict,
+    running: dict,
+) -> MixingStep:
+    """Success of one move of x_t at every timestep, among strengths that keep the identity loss at most `level`."""
+    strengths = [float(s) for s in strengths]
+    if strengths != sorted(strengths) or strengths[0] != 0 or len(strengths) < 2:
+        raise ValueError(f"strengths are {strengths}; give 0 and then ascending ones")
+    _check_judged(table, classifier)
+    train = 2 * len(run) // 3
+    tested = run[train:]
+    m, seed = len(tested), FRESH + resampling["seed"] * 2**32
+    rows = np.repeat(np.arange(m), len(strengths))
+    success = np.empty((len(visited), len(strengths), m, table.shape[1]))
+    loss = np.empty_like(success)
+    for (i, t), (a, name) in ((each, other) for each in enumerate(visited) for other in enumerate(table)):
+        x, has = run.x_at(t), torch.from_numpy(table[name].to_numpy() == 1)
+        if has[:train].all() or not has[:train].any():
+            raise ValueError(f"the first {train} samples all have {name} alike; give more, or another attribute")
+        gap = x[:train][has[:train]].mean(0) - x[:train][~has[:train]].mean(0)
+        towards = 1.0 - 2.0 * has[train:].float()  # away from the class that the sample is in
+        lengths = torch.tensor(strengths).repeat(m) * towards[rows]
+        moved = x[train:][rows] + lengths[:, None, None, None] * gap
+        images = decode_from(run, moved, t, seeds=[seed + r for r in rows.tolist()], **running)
+        crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5) != has[train:].numpy()[rows]
+        success[i, :, :, a] = crossed.reshape(m, -1).T
+        loss[i, :, :, a] = measure(images, tested.x0[rows]).reshape(m, -1).T
+
+    def best(samples: np.ndarray) -> np.ndarray:
+        losses, successes = (v[:, :, samples].mean(axis=(2, 3)) for v in (loss, success))
+        return np.array([_at_loss(*pair, level) for pair in zip(losses, successes, strict=True)])
+
+    value = best(np.arange(m)).max()
+    tolerance = max(np.sqrt(value * (1 - value) / (m * table.shape[1])), 1 / (m * table.shape[1]))
+    return read_off(
+        visited,
+        best,
+        largest_near_best(tolerance),
+        n=m,
+        alpha_bars=run.model.schedule.alpha_bars,
+        criterion="edit",
+        quantity=f"success at identity loss {level:g}",
+        more={
+            f"{kind} at strength {s:g}": values[:, k].mean(axis=(1, 2))
+            for kind, values in (("success", success), ("loss", loss))
+            for k, s in enumerate(strengths)
+        },
+        **resampling,
+    )
+
+
+def _at_loss(losses: np.ndarray, successes: np.ndarray, level: float) -> float:
+    """The best success among strengths with a loss of at most `level`, interpolated to where the loss reaches it."""
+    kept = int(np.logical_and.accumulate(losses <= level).sum())
+    if kept == 0:
+        return 0.0
+    best = float(successes[:kept].max())
+    if kept < len(losses):
+        share = (level - losses[kept - 1]) / (losses[kept] - losses[kept - 1])
+        best = max(best, float(successes[kept - 1] + share * (successes[kept] - successes[kept - 1])))
+    return best
+
+
+def _check_judged(table: pd.DataFrame, classifier: Classifier) -> None:
+    unknown = [name for name in table if name not in classifier.attributes]
+    if unknown:
+        raise ValueError(
+            f"{classifier.name} does not judge {unknown[0]!r}; it knows {', '.join(classifier.attributes)}"
+        )
+    for name, values in table.items():
+        if not set(np.unique(values)) <= {0, 1}:
+            raise ValueError(
+                f"the labels {name!r} have values other than 0 and 1; an edit goes from one class to the other"
+            )
+
+
+def _distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> tuple[Distance, str]:
+    """The distance between images, 1 being the mean distance of two of the samples, and its unit in words."""
+    if distance == "lpips":
+        return _lpips(), " (LPIPS)"
+    if distance == "features":
+
+        def plain(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+            features = [classifier.features(images, progress=False) for images in (a, b)]
+            return np.linalg.norm(np.subtract(*features), axis=1)
+
+    elif callable(distance):
+        plain = distance
+    else:
+        raise ValueError(f'distance {distance!r} is not known; it is "features", "lpips" or a function of two batches')
+    unit = float(plain(x0.clamp(-1, 1), x0.clamp(-1, 1).roll(1, dims=0)).mean())
+    if not unit > 0:
+        raise ValueError("the images are at distance 0 from each other; there is no unit to measure by")
+    return lambda a, b: plain(a.clamp(-1, 1), b.clamp(-1, 1)) / unit, " (1: as of two images)"
+
+
+def _lpips() -> Distance:
+    try:
+        network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            'distance "lpips" needs the package lpips with torchvision and its weights, which are fetched when first '
+            f'used ({type(error).__name__}); install it on a machine with a network, or take distance="features"'
+        ) from error
+
+    @torch.inference_mode()
+    def measure(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+        return network(a.clamp(-1, 1), b.clamp(-1, 1)).flatten().cpu().numpy().astype(np.float64)
+
+    return measure
+
+
+def _read_off(
+    run: Trajectory,
+    visited: Sequence[int],
+    values: np.ndarray,
+    rule: Callable,
+    criterion: str,
+    quantity: str,
+    resampling: dict,
+) -> MixingStep:
+    """The step of a curve that is a mean over samples; values of shape (len(visited), n)."""
+    return read_off(
+        visited,
+        lambda rows: values[:, rows].mean(axis=1),
+        rule,
+        n=values.shape[1],
+        alpha_bars=run.model.schedule.alpha_bars,
+        criterion=criterion,
+        quantity=quantity,
+        **resampling,
+    )
+
+
+def _grid_of(run: Trajectory, grid: Sequence[int] | None) -> list[int]:
+    """Visited timesteps to look at, noisiest first."""
+    if grid is None:
+        stride = max(1, round(run.steps / 10))
+        return list(run.timesteps[stride // 2 :: stride])
+    for t in grid:
+        index_of(t, run.timesteps, trained=run.model.schedule.T)
+    return sorted({int(t) for t in grid}, reverse=True)
+
+
+def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
+    if isinstance(source, Trajectory):
+        return source.model
+    wanted = source.provenance["model"]
+    if model is None:
+        try:
+            model = load_model(wanted["name"])
+        except FileNotFoundError as error:
+            raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
+    if model.hash != wanted["hash"]:
+        raise ValueError(
+            f"the store comes from weights {wanted['hash']} ({wanted['name']!r}), not from {model.name!r} "
+            f"(weights {model.hash}); give its own model with model="
+        )
+    return model
+
+
+def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: int | None, progress: bool) -> Trajectory:
+    """The first n samples as a run that records x_t."""
+    if isinstance(source, HStore):
+        if source.seeds is not None and "x" not in source.group:
+            options = {"steps": source.timesteps, "eta": source.provenance["etas"], "batch_size": batch_size}
+            return sample(model, source.seeds[:n], record_x=True, progress=progress, **options)
+        values = torch.stack([torch.from_numpy(source.at(t, space="x")[:n]) for t in source.timesteps])
+        x = StepRecord(values.unflatten(2, model.image_shape), source.timesteps)
+        return Trajectory(
+            model=model,
+            x_T=x.values[0],
+            x0=torch.from_numpy(source.images[:n]),
+            timesteps=source.timesteps,
+            etas=tuple(source.provenance["etas"]),
+            seeds=None if source.seeds is None else source.seeds[:n],
+            x=x,
+            batch_size=min(n, batch_size or model.batch_size()),
+        )
+    run = source[:n]
+    if run.x is None:
+        if run.seeds is None:
+            raise ValueError("this inverted run does not know its x_t; call invert(..., record_x=True)")
+        run = replay(run, record_x=True, progress=progress)
+    return run
+
+
+def _other(run: Trajectory, **running) -> Trajectory:
+    """What a run is compared with: its own images inverted; of an inversion, as many deterministic samples."""
+    if run.seeds is None:
+        return sample(run.model, range(len(run)), steps=run.timesteps, eta=0.0, record_x=True, **running)
+    return invert(run.model, run.x0.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)
+
+
+def _h_of(source: HStore | Trajectory, n: int):
+    """(t, h_t) of the first n samples."""
+    if isinstance(source, Trajectory) and source.h is None:
+        raise ValueError("this run has no h; sample or invert with record_h=True")
+    record = source if isinstance(source, HStore) else source.h
+    return ((t, record.at(t)[:n]) for t in record.timesteps)
+
+
+def _labels_of(source: HStore | Trajectory, labels, n: int) -> pd.DataFrame:
+    """Labels of the first n samples, one column an attribute; by seed or file name where the index has them."""
+    if isinstance(labels, pd.Series):
+        labels = labels.to_frame(labels.name or "label")
+    elif not isinstance(labels, pd.DataFrame):
+        labels = pd.DataFrame(labels if isinstance(labels, Mapping) else {"label": np.asarray(labels)})
+    ids = source.seeds if source.seeds is not None else getattr(source, "names", None)
+    if ids is not None and labels.index.is_unique and set(ids) <= set(labels.index):
+        return labels.loc[list(ids[:n])]
+    if len(labels) != len(source):
+        raise ValueError(
+            f"there are {len(labels)} labels for {len(source)} samples, and they aren't known by seed or name"
+        )
+    return labels.iloc[:n]
