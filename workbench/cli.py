@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   workbench sample avataaars32 --seeds 0-15 -o samples.png
   workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
   workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
+  workbench mixing-step avataaars32 --n 256         the timestep at which x_t has mixed
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
   workbench report --profile quick                  all of them, and reports/index.html
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     store.add_argument("path", type=Path)
 
     _add_find(commands, common)
+    _add_analysis(command)
 
     train = command(
         "train-classifier",
@@ -123,6 +125,44 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
     return parser
+
+
+def _add_analysis(command) -> None:
+    """`workbench geometry` and `workbench mixing-step`: tables on the screen, figures and numbers in files."""
+    geometry = command(
+        "geometry",
+        _geometry,
+        "map h-space at a timestep, and measure the maps and the dimension",
+        "workbench geometry avataaars32 --n 256 --steps 20 --t 500 -o geometry",
+    )
+    mixing = command(
+        "mixing-step",
+        _mixing_step,
+        "find the timestep at which x_t has mixed, by one criterion or several",
+        "workbench mixing-step avataaars32 --n 256 --steps 20 --criterion separability commit -o mixing.png",
+    )
+    for parser in (geometry, mixing):
+        _add_model(parser)
+        parser.add_argument("--n", type=int, default=256, help="number of samples or images (default 256)")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+        parser.add_argument(
+            "--attributes", nargs="+", help="e.g. Smiling Beard (default: all that 5 samples have or lack)"
+        )
+        parser.add_argument(
+            "--labeller", default="avataaars", help="classifier that labels samples (default avataaars)"
+        )
+    geometry.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
+    geometry.add_argument("--t", type=int, default=500, help="timestep of the maps; the nearest visited (default 500)")
+    geometry.add_argument("-o", "--out", type=Path, default=Path("geometry"), help="folder (default geometry)")
+    criteria = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
+    mixing.add_argument(
+        "--criterion", nargs="+", choices=criteria, default=["separability"], help="default separability"
+    )
+    mixing.add_argument(
+        "--images", help="invert these instead of sampling: avataaars, a folder or a zip file of images"
+    )
+    mixing.add_argument("--judge", default="avataaars-judge", help="classifier that judges (default avataaars-judge)")
+    mixing.add_argument("-o", "--out", type=Path, help="figure, written as PDF, SVG and PNG")
 
 
 def _add_find(commands, common: argparse.ArgumentParser) -> None:
@@ -301,6 +341,65 @@ def _find_labels(arguments: argparse.Namespace) -> None:
     model = _load(arguments).tapped(arguments.tap)
     store = wb.extract(model, images=images, steps=arguments.steps, batch_size=arguments.batch_size)
     _save(wb.find_many(store, images.labels[arguments.attributes]).values(), model, arguments)
+
+
+def _geometry(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
+    import workbench as wb
+    from workbench.analysis import geometry
+
+    labeller = wb.load_classifier(arguments.labeller, device=arguments.device)
+    _check_attributes(arguments.attributes or [], labeller.attributes)
+    _, store = _model_and_samples(arguments)
+    labels = _labels((labeller(store.images) > 0.5).astype(int), arguments.attributes)
+    t = min(store.timesteps, key=lambda visited: abs(visited - arguments.t))
+    h, images, tables = store.at(t), store.images[:], []
+    for method, name in {"pca": "PCA", "umap": "UMAP", "tsne": "t-SNE"}.items():
+        embedded = geometry.embed(h, method=method, seed=arguments.seed)
+        tables.append(geometry.quality(h, embedded, labels=labels, seed=arguments.seed).assign(map=name))
+        axes = dict(zip(("xlabel", "ylabel"), embedded.axes, strict=True))
+        caption = f"{name} of h at t = {t}, {len(store)} samples of {arguments.model}."
+        figure = wb.plots.scatter(embedded.points, images=images, caption=caption, **axes)
+        wb.plots.save_figure(figure, arguments.out / f"map-{method}")
+    quality = pd.concat(tables, ignore_index=True)
+    dimensions = geometry.dimensions_over_time(store, seed=arguments.seed)
+    quality.to_csv(arguments.out / "quality.csv", index=False)
+    dimensions.to_csv(arguments.out / "dimensions.csv", index=False)
+    shown = quality[quality["space"] == "map"].drop(columns="space")
+    print(f"{shown.round(2).to_string(index=False)}\n\n{dimensions[dimensions.t == t].round(1).to_string(index=False)}")
+    print(arguments.out.resolve())
+
+
+def _mixing_step(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.analysis.mixing import agreement
+
+    labeller, judge = (wb.load_classifier(c, device=arguments.device) for c in (arguments.labeller, arguments.judge))
+    _check_attributes(arguments.attributes or [], labeller.attributes)
+    model = _load(arguments)
+    source = {"n": arguments.n, "seed": arguments.seed, "eta": arguments.eta}
+    if arguments.images is not None:
+        source = {"images": wb.load_images(arguments.images).select(slice(arguments.n))}
+    store = wb.extract(model, steps=arguments.steps, record_x=True, batch_size=arguments.batch_size, **source)
+    labels = _labels((labeller(store.images) > 0.5).astype(int), arguments.attributes)
+    options = {"model": model, "classifier": judge, "seed": arguments.seed, "batch_size": arguments.batch_size}
+    steps = [wb.mixing_step(store, labels, criterion=criterion, **options) for criterion in arguments.criterion]
+    print(agreement(steps).drop(columns="quantity").round(2).to_string())
+    if arguments.out is not None:
+        caption = f"{arguments.model}, {store.provenance['n']} samples, {arguments.steps} steps."
+        for path in wb.plots.save_figure(wb.plots.mixing_steps(steps, caption=caption), arguments.out):
+            print(path.resolve())
+
+
+def _labels(labels, attributes: list[str] | None):
+    """The wanted attributes, or all that can be told apart: those that at least 5 samples have and 5 lack."""
+    if attributes is not None:
+        return labels[attributes]
+    kept = [name for name in labels if 5 <= labels[name].sum() <= len(labels) - 5]
+    if not kept:
+        raise ValueError(f"no attribute is there in 5 of {len(labels)} samples and lacks in 5; give more with --n")
+    return labels[kept]
 
 
 def _check_attributes(wanted: list[str], known) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -40,7 +41,9 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 
 
 @pytest.mark.parametrize(
-    "command", ["models", "sample", "extract", "store", "data", "params", "run", "report", "train-classifier"]
+    "command",
+    ["models", "sample", "extract", "store", "geometry", "mixing-step", "data", "params", "run", "report"]
+    + ["train-classifier"],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -94,6 +97,27 @@ def test_find_saves_directions_that_load_again(tiny_folder, tmp_path, capsys, ca
     assert {direction.provenance["method"] for direction in directions} == {"pca", "scores", "labels", "jacobian"}
 
 
+def test_geometry_writes_maps_and_numbers(tmp_path, capsys, cache):
+    out = tmp_path / "maps"
+    status, printed, _ = run(
+        capsys, "geometry", "avataaars32", "--n", 44, "--steps", 2, "--t", 400, "--attributes", "Long_Hair", "-o", out
+    )
+    assert status == 0 and "trustworthiness" in printed and "TwoNN" in printed
+    quality, dimensions = (pd.read_csv(out / f"{name}.csv") for name in ("quality", "dimensions"))
+    assert set(quality["map"]) == {"PCA", "UMAP", "t-SNE"} and set(dimensions["t"]) == {500, 0}
+    for method in ("pca", "umap", "tsne"):
+        assert Image.open(out / f"map-{method}.png").width > 300
+
+
+def test_mixing_step_prints_a_table_and_draws(tmp_path, capsys, cache):
+    common = ("mixing-step", "avataaars32", "--n", 24, "--steps", 3, "--attributes", "Long_Hair")
+    status, printed, _ = run(capsys, *common, "--criterion", "separability", "perceptual", "-o", tmp_path / "m.png")
+    assert status == 0 and "agrees_with" in printed and "perceptual" in printed
+    assert {path.suffix for path in tmp_path.glob("m.*")} == {".pdf", ".svg", ".png"}
+    status, printed, _ = run(capsys, *common, "--criterion", "radius_gap", "--images", "avataaars")
+    assert status == 0 and "radius_gap" in printed
+
+
 def test_train_classifier_writes_one_that_loads(tmp_path, capsys):
     for i in range(8):
         Image.new("RGB", (16, 16), (255 * (i % 2), 0, 0)).save(tmp_path / f"{i}.png")
@@ -122,6 +146,8 @@ def test_params_lists_notebooks_and_their_parameters(capsys):
         (("extract", "avataaars32", "--images", "missing"), "missing"),
         (("store", "missing.zarr"), "there is no store"),
         (("find", "labels", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
+        (("geometry", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
+        (("mixing-step", "avataaars32", "--labeller", "nobody"), "nobody"),
         (("train-classifier", "missing", "--out", "made"), "missing"),
         (("params", "99_nothing"), "99_nothing"),
         (("run", "10_extract", "-p", "stepss", 4), "steps"),

@@ -16,6 +16,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from plotly import graph_objects as go
 
+from workbench.analysis.mixing import MixingStep
 from workbench.report import plots
 
 
@@ -366,3 +367,27 @@ def test_a_matrix_writes_its_numbers_and_zero_is_the_middle_colour():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["Smiling", "Long Hair"]
     with pytest.raises(ValueError, match="finite"):
         plots.matrix(table.replace(0.25, float("nan")))
+
+
+def mixing_step_of(values, *, t, threshold=0.5, reached=True):
+    curve = pd.DataFrame({"value": values, "low": values - 0.1, "high": values + 0.1}, index=[900, 600, 300, 0])
+    alpha_bars = np.linspace(0.99, 0.01, 1000)
+    return MixingStep(t, (300, 600), "commit", curve, threshold, reached, "agreement", 24, alpha_bars)
+
+
+def test_mixing_steps_share_one_axis_of_timesteps_noise_first():
+    first = mixing_step_of(np.array([0.1, 0.4, 0.7, 1.0]), t=300)
+    second = mixing_step_of(np.array([0.0, 0.1, 0.2, 0.3]), t=0, reached=False)
+    figure = plots.mixing_steps([first, second], caption="Two criteria.")
+    assert len(figure.axes) == 2
+    for step, axes in zip((first, second), figure.axes, strict=True):
+        curve, threshold, chosen = axes.lines
+        assert curve.get_xdata().tolist() == [900, 600, 300, 0]
+        np.testing.assert_array_equal(curve.get_ydata(), step.curve["value"])
+        assert set(threshold.get_ydata()) == {0.5} and set(chosen.get_xdata()) == {step.t}
+        left, right = axes.get_xlim()
+        assert left > right
+    assert "t = 300 [300, 600], n = 24" in texts(figure) and "threshold not reached, nearest at 0" in texts(figure)
+    assert len(plots.mixing_steps(first).axes) == 1
+    with pytest.raises(ValueError, match="at least one mixing step"):
+        plots.mixing_steps([])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from tqdm.auto import tqdm
 
 from workbench.analysis.mixing import (
     MixingStep,
@@ -202,7 +204,7 @@ def decode_from(
     seeds: Sequence[int],
     eta: float = 1.0,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> torch.Tensor:
     """Run the reverse process from x_t at a visited timestep to the image.
 
@@ -251,10 +253,12 @@ def _commitment(
         raise ValueError(f"copies is {copies}; agreement takes 2 decodings at least")
     seeds = [FRESH + seed * 2**32 + i for i in range(len(run) * copies)]
     shares = []
-    for t in visited:
-        images = decode_from(run, run.x_at(t).repeat_interleave(copies, dim=0), t, seeds=seeds, **running)
-        has = classifier(images.clamp(-1, 1), progress=False).to_numpy() > 0.5
-        shares.append(has.reshape(len(run), copies, -1).mean(axis=1))
+    with progress_bar(len(seeds), _steps_from(run, visited), "decoding", show=running["progress"]) as bar:
+        for t in visited:
+            x_t = run.x_at(t).repeat_interleave(copies, dim=0)
+            images = decode_from(run, x_t, t, seeds=seeds, **running | {"progress": bar})
+            has = classifier(images.clamp(-1, 1), progress=False).to_numpy() > 0.5
+            shares.append(has.reshape(len(run), copies, -1).mean(axis=1))
     shares = np.stack(shares)  # timestep, sample, attribute
     drawn = np.arange(copies + 1)
     larger = np.maximum(drawn, copies - drawn) / copies
@@ -299,22 +303,27 @@ def _best_edit(
     _check_judged(table, classifier)
     train = 2 * len(run) // 3
     tested = run[train:]
-    m, seed = len(tested), FRESH + resampling["seed"] * 2**32
+    m, seed = len(tested), resampling["seed"]
     rows = np.repeat(np.arange(m), len(strengths))
     success = np.empty((len(visited), len(strengths), m, table.shape[1]))
     loss = np.empty_like(success)
-    for (i, t), (a, name) in ((each, other) for each in enumerate(visited) for other in enumerate(table)):
-        x, has = run.x_at(t), torch.from_numpy(table[name].to_numpy() == 1)
-        if has[:train].all() or not has[:train].any():
-            raise ValueError(f"the first {train} samples all have {name} alike; give more, or another attribute")
-        gap = x[:train][has[:train]].mean(0) - x[:train][~has[:train]].mean(0)
-        towards = 1.0 - 2.0 * has[train:].float()  # away from the class that the sample is in
-        lengths = torch.tensor(strengths).repeat(m) * towards[rows]
-        moved = x[train:][rows] + lengths[:, None, None, None] * gap
-        images = decode_from(run, moved, t, seeds=[seed + r for r in rows.tolist()], **running)
-        crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5) != has[train:].numpy()[rows]
-        success[i, :, :, a] = crossed.reshape(m, -1).T
-        loss[i, :, :, a] = measure(images, tested.x0[rows]).reshape(m, -1).T
+    steps = _steps_from(run, visited) * table.shape[1]
+    with progress_bar(len(rows), steps, "editing", show=running["progress"]) as bar:
+        for (i, t), (a, name) in itertools.product(enumerate(visited), enumerate(table)):
+            x, has = run.x_at(t), torch.from_numpy(table[name].to_numpy() == 1)
+            if has[:train].all() or not has[:train].any():
+                raise ValueError(f"the first {train} samples all have {name} alike; give more, or another attribute")
+            gap = x[:train][has[:train]].mean(0) - x[:train][~has[:train]].mean(0)
+            towards = 1.0 - 2.0 * has[train:].float()  # away from the class that the sample is in
+            lengths = torch.tensor(strengths).repeat(m) * towards[rows]
+            moved = x[train:][rows] + lengths[:, None, None, None] * gap
+            seeds = [FRESH + seed * 2**32 + int(row) for row in rows]
+            images = decode_from(run, moved, t, seeds=seeds, **running | {"progress": bar})
+            crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5) != has[train:].numpy()[
+                rows
+            ]
+            success[i, :, :, a] = crossed.reshape(m, -1).T
+            loss[i, :, :, a] = measure(images, tested.x0[rows]).reshape(m, -1).T
 
     def best(samples: np.ndarray) -> np.ndarray:
         losses, successes = (v[:, :, samples].mean(axis=(2, 3)) for v in (loss, success))
@@ -337,6 +346,11 @@ def _best_edit(
         },
         **resampling,
     )
+
+
+def _steps_from(run: Trajectory, visited: Sequence[int]) -> int:
+    """Number of steps from each of the timesteps to the image, in all."""
+    return sum(run.steps - run.timesteps.index(t) for t in visited)
 
 
 def _at_loss(losses: np.ndarray, successes: np.ndarray, level: float) -> float:

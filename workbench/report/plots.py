@@ -25,6 +25,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 from plotly import graph_objects as go
 
+from workbench.analysis.mixing import MixingStep
 from workbench.editing.grid import EditGrid
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "image_grid",
     "line",
     "matrix",
+    "mixing_steps",
     "save_figure",
     "scatter",
     "scatter_hover",
@@ -377,6 +379,50 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
         axes.set_yticks(range(rows), [str(r).replace("_", " ") for r in table.index])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
+        _add_caption(figure, caption)
+    return figure
+
+
+def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> Figure:
+    """Draw the curves of several criteria above one axis of timesteps, and the timestep that each of them picks.
+
+    Parameters
+    ----------
+    steps : sequence of MixingStep
+        From `workbench.mixing_step`, of one noise schedule.
+    caption : str, optional
+        Drawn below in small type.
+
+    Returns
+    -------
+    Figure
+        One panel a criterion: the curve with its 95% interval, the threshold (dashed), t (line) and its 95% interval
+        (shaded).
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw.
+    """
+    steps = [steps] if isinstance(steps, MixingStep) else list(steps)
+    if not steps:
+        raise ValueError("there is nothing to draw; give at least one mixing step")
+    with style.context(STYLE):
+        figure = Figure(figsize=(6.8, 0.7 + 1.55 * len(steps)), layout="constrained")
+        panels = figure.subplots(len(steps), sharex=True, squeeze=False)[:, 0]
+        for step, axes in zip(steps, panels, strict=True):
+            curve = step.curve
+            axes.plot(curve.index, curve["value"], color=PALETTE[0])
+            axes.fill_between(curve.index, curve["low"], curve["high"], color=PALETTE[0], alpha=0.2, linewidth=0)
+            axes.axhline(step.threshold, color=_QUIET, linestyle="--", linewidth=1)
+            axes.axvspan(*step.interval, color=_ACCENT, alpha=0.15, linewidth=0)
+            axes.axvline(step.t, color=_ACCENT, linewidth=1.6)
+            low, high = step.interval
+            found = f"t = {step.t} [{low}, {high}]" if step.reached else f"threshold not reached, nearest at {step.t}"
+            axes.set_title(f"{step.criterion.replace('_', ' ')}: {found}, n = {step.n}", loc="left", fontsize=9)
+            axes.set_ylabel(_wrap(step.quantity, 1.5), fontsize=7.5)
+        panels[-1].set_xlabel("timestep t (1000 is noise, 0 is the image)")
+        panels[-1].invert_xaxis()
         _add_caption(figure, caption)
     return figure
 
