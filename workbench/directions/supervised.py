@@ -195,6 +195,103 @@ def find_from_scores(
     return _find(store, [contrast], method=method, source="scores", seed=seed, progress=progress)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class FewExamples:
+    """Directions from a few examples of each class, each beside a reference: the direction from all samples not drawn.
+
+    Attributes
+    ----------
+    table : DataFrame, one row a direction
+        `draw`; `count`, the examples of each class, where 0 is a random direction and inf the draw's reference; and
+        `cosine` of the angle to the reference, over all timesteps.
+    deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
+        What one unit of scale adds to h_t at every timestep, or to x_T. All directions of a draw have the length of
+        the reference at every timestep, whose unit is one standard deviation of the samples' projections on it.
+    """
+
+    table: pd.DataFrame
+    deltas: torch.Tensor = field(repr=False)
+
+
+def find_few(
+    store: HStore,
+    labels: Labels,
+    *,
+    counts: Sequence[int],
+    draws: int = 5,
+    x_T: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FewExamples:
+    """Differences of the means of a few examples (Haas et al. Fig. 8a).
+
+    Parameters
+    ----------
+    store : HStore
+    labels : Series, or array of shape (n,), values 0 or 1
+        As in `find_from_labels`.
+    counts : sequence of int
+        Examples of each class, drawn without replacement; the larger draws hold the smaller ones. The reference takes
+        what the largest leaves, at least 2 samples of each class.
+    draws : int, default 5
+    x_T : Tensor of shape (n, C, H, W), optional
+        The noise that the samples start from, to find directions in it instead of in h.
+    seed : int
+        Of the draws and the random directions.
+    progress : bool
+
+    Returns
+    -------
+    FewExamples
+
+    Raises
+    ------
+    ValueError
+        If the labels are refused by `find_from_labels`, a count is below 1 or too large, `draws` is below 1, or there
+        is another number of x_T than of samples.
+    """
+    name = _name_of(labels, "label")
+    positive = _check_classes(_matched(store, labels, f"the labels {name!r}"), name)
+    counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
+    if not counts or counts[0] < 1 or counts[-1] > most:
+        raise ValueError(
+            f"counts are {counts}; of {name!r} 1 to {most} examples of each class can be drawn, so that 2 are left"
+        )
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; give 1 or more")
+    if x_T is not None and len(x_T) != len(store):
+        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one a sample")
+    rng = np.random.default_rng(seed)
+    weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
+    shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])
+    readers = [_reader(store, t) for t in store.timesteps] if x_T is None else [lambda: [x_T.flatten(1).numpy()]]
+    deltas = []
+    for batches in tqdm(readers, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+        found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
+        units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
+        units /= np.linalg.norm(units, axis=2, keepdims=True)
+        projections = np.concatenate([batch @ units[:, -1].T.astype(np.float32) for batch in batches()])
+        sigma = projections.std(axis=0, ddof=1, dtype=np.float64)
+        deltas.append((sigma[:, None, None] * units).astype(np.float32))
+    values = np.stack(deltas, axis=2)
+    flat = values.reshape(draws, len(counts) + 2, -1)
+    lengths = np.linalg.norm(flat[:, -1:], axis=2)
+    cells = pd.MultiIndex.from_product([range(draws), [0.0, *counts, np.inf]], names=["draw", "count"])
+    table = cells.to_frame(index=False).assign(cosine=((flat * flat[:, -1:]).sum(axis=2) / lengths**2).ravel())
+    return FewExamples(table, torch.from_numpy(values.reshape(len(table), len(readers), *shape)))
+
+
+def _examples(positive: np.ndarray, counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Weights of the samples, one column a count, and in the last those of all that the largest count leaves."""
+    weights = np.zeros((len(positive), len(counts) + 1))
+    for side, sign in ((positive, 1.0), (~positive, -1.0)):
+        order = rng.permutation(np.flatnonzero(side))
+        parts = [*(order[:count] for count in counts), order[counts[-1] :]]
+        for column, members in zip(weights.T, parts, strict=True):
+            column[members] = sign / len(members)
+    return weights
+
+
 def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
     """Values in the order of the store's samples, numbered 0..n-1."""
     n, ids = len(store), _ids(store)
