@@ -104,7 +104,7 @@ def test_the_entanglement_index_needs_to_know_whose_attribute_is_whose(before, a
 def test_leakage_and_its_fall_by_hand():
     """Two directions, of which the second leaks a quarter; the draws are the means doubled for the first alone."""
     mean = pd.DataFrame([[0.9, 0.5, -0.3], [0.8, -0.1, 0.1]], index=["A", "A projected"], columns=ATTRIBUTES)
-    draws = np.stack([mean, mean * [[2.0], [1.0]]] * 50)
+    draws = np.stack([mean.to_numpy(), mean.to_numpy() * [[2.0], [1.0]]] * 50)
     found = leakage(EffectMatrix(mean, mean, mean, draws, n=10), ["B", "C"])
     np.testing.assert_allclose(found["leak"], [0.8, 0.2])
     np.testing.assert_allclose(found["fall"], [0.0, 0.75])
