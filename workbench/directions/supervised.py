@@ -19,7 +19,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from tqdm.auto import tqdm
 
-from workbench.directions.direction import Direction, origin_of
+from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
 
 METHODS = ("mean", "logistic", "ridge", "lda")
@@ -270,8 +270,7 @@ def find_few(
         found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
         units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
         units /= np.linalg.norm(units, axis=2, keepdims=True)
-        projections = np.concatenate([batch @ units[:, -1].T.astype(np.float32) for batch in batches()])
-        sigma = projections.std(axis=0, ddof=1, dtype=np.float64)
+        sigma = projections(batches(), units[:, -1]).std(axis=0, ddof=1)
         deltas.append((sigma[:, None, None] * units).astype(np.float32))
     values = np.stack(deltas, axis=2)
     flat = values.reshape(draws, len(counts) + 2, -1)
@@ -455,12 +454,11 @@ def _find(
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
         length = np.linalg.norm(unit, axis=1, keepdims=True)
         unit = unit / np.where(length > 0, length, 1.0)
-        # Sums of squares in float64: the mean of h may be long against its spread.
-        projections = np.concatenate([batch @ unit.T.astype(np.float32) for batch in batches()]).astype(np.float64)
-        sigma = projections.std(axis=0, ddof=1)
+        along = projections(batches(), unit)
+        sigma = along.std(axis=0, ddof=1)
         units.append(unit.astype(np.float32))
         sigmas.append(sigma)
-        gaps.append((weights * projections).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
+        gaps.append((weights * along).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
     shape, gap = (len(units), *store.h_shape), np.mean(gaps, axis=0)
     return [
         Direction(
