@@ -333,6 +333,7 @@ def test_a_planted_direction_is_found_in_x_T_too(store, table, axes):
     assert found.deltas.shape == (12, 1, 1, 4, axes.shape[2] // 4)
     reference = found.deltas[-1].flatten().double()
     assert float(reference @ torch.from_numpy(axes[0, 0]) / reference.norm()) > 0.8
+    torch.testing.assert_close(found.deltas.flatten(1).norm(dim=1), torch.ones(12))
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,8 @@ class FewExamples:
         `cosine` of the angle to the reference, over all timesteps.
     deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
         What one unit of scale adds to h_t at every timestep, or to x_T. All directions of a draw have the length of
-        the reference at every timestep, whose unit is one standard deviation of the samples' projections on it.
+        the reference at every timestep, whose unit is one standard deviation of the samples' projections on it, and in
+        x_T 1.
     """
 
     table: pd.DataFrame
@@ -270,7 +271,8 @@ def find_few(
         found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
         units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
         units /= np.linalg.norm(units, axis=2, keepdims=True)
-        sigma = projections(batches(), units[:, -1]).std(axis=0, ddof=1)
+        # x_T is standard normal; measured where its dimensions outnumber the samples, its spread would seem larger.
+        sigma = np.ones(draws) if x_T is not None else projections(batches(), units[:, -1]).std(axis=0, ddof=1)
         deltas.append((sigma[:, None, None] * units).astype(np.float32))
     values = np.stack(deltas, axis=2)
     flat = values.reshape(draws, len(counts) + 2, -1)

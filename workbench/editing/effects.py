@@ -394,7 +394,7 @@ def few_examples(
         As in `find_few`.
     scales : mapping of "h" or "x_T" -> float, optional
         Length of the edits in each space, or in one of both; in standard deviations along the direction from all
-        samples that were not drawn. By default 2 in both.
+        samples that were not drawn, of which x_T itself has the square root of its dimensions. By default 2 and 10.
     seed : int
         Of the draws.
     progress : bool
@@ -412,7 +412,7 @@ def few_examples(
         classifier's, or `find_few` refuses labels or counts.
     """
     check_run(model, runs)
-    scales = {"h": 2.0, "x_T": 2.0} if scales is None else dict(scales)
+    scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
     if not scales or set(scales) - {"h", "x_T"}:
         raise ValueError(f'scales are given for "h", "x_T" or both, not for {", ".join(scales) or "nothing"}')
     if any(store.provenance["etas"]) or any(runs.etas):
