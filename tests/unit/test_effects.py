@@ -103,6 +103,19 @@ def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
     assert matrix["none"].eq(0).all()
 
 
+def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):
+    """Held-out images with their true labels, inverted; edits of generated samples, scored by the judge."""
+    images = wb.load_images("avataaars", size=32).select(slice(48))
+    store = wb.extract(model, images=images, steps=4, out=tmp_path / "inverted.zarr", progress=False)
+    found = wb.find_from_labels(store, images.label("Long_Hair"), progress=False)
+    run = wb.sample(model, range(12), steps=4, progress=False)
+    pair = {"found": found, "random": wb.random_like(found, seed=0)}
+    judge = wb.load_classifier("avataaars-judge")
+    measured = measure_effects(model, run, pair, classifier=judge, scales=[2.0], progress=False)
+    rates = {name: measured.success("Long_Hair", direction=name)[2.0] for name in pair}
+    assert rates["found"].value > 0.6 > 0.2 > rates["random"].value
+
+
 def planted(after_by_scale):
     """Effects of one direction on ten samples without the attribute: so many of them have it after each scale."""
     rows = [

@@ -146,6 +146,13 @@ def test_the_bundled_model_reconstructs_held_out_images_better_with_steps_and_it
     assert few + 5 < once < often
 
 
+@pytest.mark.parametrize(("method", "decibels"), [("ddim", 30), ("fixed-point", 35)])
+def test_the_bundled_model_reconstructs_held_out_images_in_50_steps(model, method, decibels):
+    held_out = wb.load_images("avataaars", size=32)[:2]
+    error = wb.invert(model, held_out, steps=50, method=method, iterations=3, progress=False).round_trip_error()
+    assert error.min() >= decibels
+
+
 def test_the_bundled_model_loses_little_in_an_edit_friendly_inversion(model):
     held_out = wb.load_images("avataaars", size=32)[:2]
     assert wb.invert(model, held_out, steps=5, method="edit-friendly", progress=False).round_trip_error().min() > 38
