@@ -265,21 +265,22 @@ def find_few(
     rng = np.random.default_rng(seed)
     weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
     shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])
-    readers = [_reader(store, t) for t in store.timesteps] if x_T is None else [lambda: [x_T.flatten(1).numpy()]]
-    deltas = []
-    for batches in tqdm(readers, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+    noise = None if x_T is None else [x_T.flatten(1).numpy()]
+    visited, deltas = store.timesteps if noise is None else store.timesteps[:1], []
+    for t in tqdm(visited, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+        batches = _reader(store, t) if noise is None else lambda: noise
         found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
         units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
         units /= np.linalg.norm(units, axis=2, keepdims=True)
         # x_T is standard normal; measured where its dimensions outnumber the samples, its spread would seem larger.
-        sigma = np.ones(draws) if x_T is not None else projections(batches(), units[:, -1]).std(axis=0, ddof=1)
+        sigma = np.ones(draws) if noise is not None else projections(batches(), units[:, -1]).std(axis=0, ddof=1)
         deltas.append((sigma[:, None, None] * units).astype(np.float32))
     values = np.stack(deltas, axis=2)
     flat = values.reshape(draws, len(counts) + 2, -1)
     lengths = np.linalg.norm(flat[:, -1:], axis=2)
     cells = pd.MultiIndex.from_product([range(draws), [0.0, *counts, np.inf]], names=["draw", "count"])
     table = cells.to_frame(index=False).assign(cosine=((flat * flat[:, -1:]).sum(axis=2) / lengths**2).ravel())
-    return FewExamples(table, torch.from_numpy(values.reshape(len(table), len(readers), *shape)))
+    return FewExamples(table, torch.from_numpy(values.reshape(len(table), len(visited), *shape)))
 
 
 def _examples(positive: np.ndarray, counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:

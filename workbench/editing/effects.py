@@ -433,10 +433,8 @@ def few_examples(
         effects = []
         with progress_bar(len(few.table) * len(runs), runs.steps, f"editing {space}", show=progress) as bar:
             for delta in scale * few.deltas:
-                moved = (
-                    replace(runs, x_T=runs.x_T + delta) if space == "x_T" else replace(runs, edit=HEdit(delta[:, None]))
-                )
-                after = classifier(replay(moved, progress=bar).x0)
+                change = {"edit": HEdit(delta[:, None])} if space == "h" else {"x_T": runs.x_T + delta}
+                after = classifier(replay(replace(runs, **change), progress=bar).x0)
                 effects.append(float((after[labels.name] - before[labels.name]).mean()))
         tables.append(few.table.assign(space=space, effect=effects))
     return pd.concat(tables, ignore_index=True)[["space", "draw", "count", "cosine", "effect"]]
