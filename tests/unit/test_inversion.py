@@ -146,11 +146,10 @@ def test_the_bundled_model_reconstructs_held_out_images_better_with_steps_and_it
     assert few + 5 < once < often
 
 
-@pytest.mark.parametrize(("method", "decibels"), [("ddim", 30), ("fixed-point", 35)])
-def test_the_bundled_model_reconstructs_held_out_images_in_50_steps(model, method, decibels):
+def test_the_bundled_model_reconstructs_held_out_images_by_fixed_points(model):
     held_out = wb.load_images("avataaars", size=32)[:2]
-    error = wb.invert(model, held_out, steps=50, method=method, iterations=3, progress=False).round_trip_error()
-    assert error.min() >= decibels
+    error = wb.invert(model, held_out, steps=50, method="fixed-point", iterations=3, progress=False).round_trip_error()
+    assert error.min() >= 35
 
 
 def test_the_bundled_model_loses_little_in_an_edit_friendly_inversion(model):
