@@ -27,7 +27,7 @@ _WHERE = {
     "directions.pca": ("find_pca",),
     "directions.supervised": ("find_from_labels", "find_from_scores", "find_many"),
     "editing.edit": ("edit",),
-    "editing.effects": ("disentangling_table", "matched_scale", "measure_effects"),
+    "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
     "editing.mixing": ("mixing_step",),
     "report.notebooks": ("run_notebook",),

@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from workbench.analysis.metrics import effect_matrix, entanglement_index, monotonicity, success_rate
+from workbench.analysis.metrics import (
+    EffectMatrix,
+    effect_matrix,
+    entanglement_index,
+    leakage,
+    monotonicity,
+    success_rate,
+)
 
 ATTRIBUTES = ["A", "B", "C"]
 
@@ -92,6 +99,28 @@ def test_the_entanglement_index_has_the_interval_of_its_draws(before, after):
 def test_the_entanglement_index_needs_to_know_whose_attribute_is_whose(before, after):
     with pytest.raises(ValueError, match="'smile' is not among A, B, C"):
         entanglement_index(effect_matrix(before, {"smile": after["A"]}))
+
+
+def test_leakage_and_its_fall_by_hand():
+    """Two directions, of which the second leaks a quarter; the draws are the means doubled for the first alone."""
+    mean = pd.DataFrame([[0.9, 0.5, -0.3], [0.8, -0.1, 0.1]], index=["A", "A projected"], columns=ATTRIBUTES)
+    draws = np.stack([mean.to_numpy(), mean.to_numpy() * [[2.0], [1.0]]] * 50)
+    found = leakage(EffectMatrix(mean, mean, mean, draws, n=10), ["B", "C"])
+    np.testing.assert_allclose(found["leak"], [0.8, 0.2])
+    np.testing.assert_allclose(found["fall"], [0.0, 0.75])
+    np.testing.assert_allclose(found.loc["A", ["leak_low", "leak_high"]], [0.8, 1.6])
+    np.testing.assert_allclose(found.loc["A projected", ["fall_low", "fall_high"]], [0.75, 0.875])
+    np.testing.assert_allclose(found.loc["A", ["fall_low", "fall_high"]], 0.0)
+
+
+def test_the_interval_of_the_fall_knows_that_the_samples_are_the_same(before, after):
+    """Half of each sample's change leaves half of the leak, whatever samples are drawn."""
+    halved = before + 0.5 * (after["A"] - before)
+    found = leakage(effect_matrix(before, {"A": after["A"], "half": halved}), ["A", "B"])
+    assert found.loc["half", ["fall", "fall_low", "fall_high"]].tolist() == pytest.approx([0.5] * 3)
+    assert found.loc["A", "leak_low"] < found.loc["A", "leak"] < found.loc["A", "leak_high"]
+    with pytest.raises(ValueError, match="no attribute 'hat'"):
+        leakage(effect_matrix(before, after), ["hat"])
 
 
 def test_the_success_rate_counts_samples_without_the_attribute():

@@ -9,7 +9,7 @@ import torch
 
 from workbench.directions import supervised
 from workbench.directions.direction import load_direction
-from workbench.directions.supervised import METHODS, find_from_labels, find_from_scores, find_many
+from workbench.directions.supervised import METHODS, find_few, find_from_labels, find_from_scores, find_many
 from workbench.hspace.store import create_store, write_chunk
 
 TIMESTEPS = (600, 300, 0)
@@ -273,6 +273,82 @@ def test_shares_of_strata_add_up():
     np.testing.assert_array_equal(supervised._shares(np.array([3, 3, 4]), 4), [1, 1, 2])
     with pytest.raises(ValueError, match="at most 3 on a side"):
         supervised._shares(np.array([3, 3, 3, 1]), 5)
+
+
+# Few examples
+
+
+def few(store, labels, **options):
+    return find_few(store, labels, progress=False, **{"counts": [2, 30], "draws": 3, "seed": 5, **options})
+
+
+def test_directions_of_few_examples_near_the_planted_one_as_they_become_more(store, table):
+    found = few(store, table["A"], counts=[1, 8, 60], draws=6).table
+    assert list(found["count"].unique()) == [0, 1, 8, 60, np.inf] and len(found) == 6 * 5
+    mean = found.groupby("count")["cosine"].mean()
+    assert mean.is_monotonic_increasing
+    assert abs(mean[0]) < 0.1 < mean[1] < mean[8] - 0.1 < mean[60] - 0.2
+    assert found[found["count"] == np.inf]["cosine"].to_numpy() == pytest.approx(1)
+
+
+def test_a_few_examples_and_those_that_are_left_are_differences_of_means(store, table, h, monkeypatch):
+    """One of each class is drawn: which ones is known from the order of a generator that does not permute."""
+    monkeypatch.setattr(supervised.np.random, "default_rng", lambda seed: Ordered())
+    flat, y = h.reshape(N, len(TIMESTEPS), -1).astype(np.float64), table["A"].to_numpy() == 1
+    positives, negatives = np.flatnonzero(y), np.flatnonzero(~y)
+    found = few(store, table["A"], counts=[3], draws=1)
+    drawn = flat[positives[:3]].mean(axis=0) - flat[negatives[:3]].mean(axis=0)
+    left = flat[positives[3:]].mean(axis=0) - flat[negatives[3:]].mean(axis=0)
+    drawn, left = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (drawn, left))
+    sigma = np.einsum("ntd,td->nt", flat, left).std(axis=0, ddof=1)[:, None]
+    assert found.deltas.shape == (3, len(TIMESTEPS), *store.h_shape)
+    np.testing.assert_allclose(found.deltas[1].flatten(1), sigma * drawn, atol=1e-4)
+    np.testing.assert_allclose(found.deltas[2].flatten(1), sigma * left, atol=1e-4)
+    a, b = (sigma * drawn).ravel(), (sigma * left).ravel()
+    assert found.table["cosine"][1] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-4)
+
+
+class Ordered:
+    """A generator that leaves the order and whose noise is that of a seed."""
+
+    def permutation(self, values):
+        return values
+
+    def standard_normal(self, shape):
+        return np.random.Generator(np.random.PCG64(0)).standard_normal(shape)
+
+
+def test_all_directions_of_a_draw_are_of_one_length_and_depend_on_the_seed(store, table):
+    found, again = few(store, table["A"]), few(store, table["A"])
+    lengths = found.deltas.flatten(2).norm(dim=2).view(3, 4, -1)
+    torch.testing.assert_close(lengths, lengths[:, -1:].expand_as(lengths), rtol=1e-4, atol=0)
+    assert torch.equal(found.deltas, again.deltas)
+    assert not torch.equal(found.deltas, few(store, table["A"], seed=6).deltas)
+    assert not torch.equal(found.deltas[1], found.deltas[5])
+
+
+def test_a_planted_direction_is_found_in_x_T_too(store, table, axes):
+    noise = np.random.default_rng(9).standard_normal((N, axes.shape[2])) + 4 * np.outer(table["A"], axes[0, 0])
+    found = few(store, table["A"], x_T=torch.from_numpy(noise).float().view(N, 1, 4, -1))
+    assert found.deltas.shape == (12, 1, 1, 4, axes.shape[2] // 4)
+    reference = found.deltas[-1].flatten().double()
+    assert float(reference @ torch.from_numpy(axes[0, 0]) / reference.norm()) > 0.8
+    torch.testing.assert_close(found.deltas.flatten(1).norm(dim=1), torch.ones(12))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"counts": []}, r"counts are \[\]; of 'A' 1 to [0-9]+ examples of each class can be drawn"),
+        ({"counts": [0, 4]}, r"counts are \[0, 4\]"),
+        ({"counts": [4, 200]}, r"counts are \[4, 200\]"),
+        ({"draws": 0}, "draws is 0"),
+        ({"x_T": torch.zeros(3, 1, 4, 4)}, "3 x_T for 240 samples"),
+    ],
+)
+def test_few_examples_that_cannot_be_drawn_are_refused(store, table, options, message):
+    with pytest.raises(ValueError, match=message):
+        few(store, table["A"], **options)
 
 
 # Matching

@@ -159,6 +159,38 @@ def entanglement_index(effects: EffectMatrix | pd.DataFrame, *, own: Mapping[str
     return found
 
 
+def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
+    """How much the directions change attributes that they should leave: the sum of |E_ab| over these b.
+
+    Parameters
+    ----------
+    effects : EffectMatrix
+        Its first direction is what the others are compared with.
+    attributes : sequence of str
+
+    Returns
+    -------
+    DataFrame, one row a direction
+        `leak`, and `fall`, the share of the first direction's leak that is gone, in (-inf, 1]; each with its 95%
+        bootstrap interval (`leak_low`, `leak_high`, `fall_low`, `fall_high`). The absolute values of noise don't
+        cancel: with few samples a small leak is too large and its fall too small.
+
+    Raises
+    ------
+    ValueError
+        If an attribute is not in the matrix.
+    """
+    part = effects.of(attributes)
+    leak, drawn = (np.abs(values).sum(axis=-1) for values in (part.mean.to_numpy(), part.draws))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fall, fallen = 1 - leak / leak[0], 1 - drawn / drawn[:, :1]
+    ends = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+    (leak_low, leak_high), (fall_low, fall_high) = (np.quantile(values, ends, axis=0) for values in (drawn, fallen))
+    columns = {"leak": leak, "leak_low": leak_low, "leak_high": leak_high}
+    columns |= {"fall": fall, "fall_low": fall_low, "fall_high": fall_high}
+    return pd.DataFrame(columns, index=part.mean.index)
+
+
 def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Rate:
     """Share of the samples without an attribute that have it afterwards, with its Wilson interval.
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -314,7 +314,7 @@ class Direction:
         if len(store) < 2:
             raise ValueError("a store of one sample has no standard deviation; calibrate with at least two")
         sigma = [
-            np.concatenate([batch @ unit for batch in store.batches(t)]).std(ddof=1, dtype=np.float64)
+            projections(store.batches(t), unit[None]).std(ddof=1)
             for t, unit in tqdm(
                 list(zip(self.timesteps, self.unit.flatten(1).numpy(), strict=True)),
                 desc="calibrating",
@@ -491,6 +491,22 @@ def origin_of(store: HStore) -> dict:
     """
     known = {key: store.provenance[key] for key in ("model", "etas")} | {"seeds": store.provenance.get("seeds")}
     return known | {key: store.provenance[key] for key in ("images",) if key in store.provenance}
+
+
+def projections(batches: Iterable[np.ndarray], units: np.ndarray) -> np.ndarray:
+    """How far samples lie along unit vectors.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray of shape (some of n, d), float32
+    units : ndarray of shape (m, d)
+
+    Returns
+    -------
+    ndarray of shape (n, m), float64
+        Of products in float32; their mean may be long against their spread, whose sums of squares float32 would lose.
+    """
+    return np.concatenate([batch @ units.T.astype(np.float32) for batch in batches]).astype(np.float64)
 
 
 def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from tqdm.auto import tqdm
 
-from workbench.directions.direction import Direction, origin_of
+from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
 
 METHODS = ("mean", "logistic", "ridge", "lda")
@@ -195,6 +195,105 @@ def find_from_scores(
     return _find(store, [contrast], method=method, source="scores", seed=seed, progress=progress)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class FewExamples:
+    """Directions from a few examples of each class, each beside a reference: the direction from all samples not drawn.
+
+    Attributes
+    ----------
+    table : DataFrame, one row a direction
+        `draw`; `count`, the examples of each class, where 0 is a random direction and inf the draw's reference; and
+        `cosine` of the angle to the reference, over all timesteps.
+    deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
+        What one unit of scale adds to h_t at every timestep, or to x_T. All directions of a draw have the length of
+        the reference at every timestep, whose unit is one standard deviation of the samples' projections on it, and in
+        x_T 1.
+    """
+
+    table: pd.DataFrame
+    deltas: torch.Tensor = field(repr=False)
+
+
+def find_few(
+    store: HStore,
+    labels: Labels,
+    *,
+    counts: Sequence[int],
+    draws: int = 5,
+    x_T: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FewExamples:
+    """Differences of the means of a few examples (Haas et al. Fig. 8a).
+
+    Parameters
+    ----------
+    store : HStore
+    labels : Series, or array of shape (n,), values 0 or 1
+        As in `find_from_labels`.
+    counts : sequence of int
+        Examples of each class, drawn without replacement; the larger draws hold the smaller ones. The reference takes
+        what the largest leaves, at least 2 samples of each class.
+    draws : int, default 5
+    x_T : Tensor of shape (n, C, H, W), optional
+        The noise that the samples start from, to find directions in it instead of in h.
+    seed : int
+        Of the draws and the random directions.
+    progress : bool
+
+    Returns
+    -------
+    FewExamples
+
+    Raises
+    ------
+    ValueError
+        If the labels are refused by `find_from_labels`, a count is below 1 or too large, `draws` is below 1, or there
+        is another number of x_T than of samples.
+    """
+    name = _name_of(labels, "label")
+    positive = _check_classes(_matched(store, labels, f"the labels {name!r}"), name)
+    counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
+    if not counts or counts[0] < 1 or counts[-1] > most:
+        raise ValueError(
+            f"counts are {counts}; of {name!r} 1 to {most} examples of each class can be drawn, so that 2 are left"
+        )
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; give 1 or more")
+    if x_T is not None and len(x_T) != len(store):
+        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one a sample")
+    rng = np.random.default_rng(seed)
+    weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
+    shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])
+    noise = None if x_T is None else [x_T.flatten(1).numpy()]
+    visited, deltas = store.timesteps if noise is None else store.timesteps[:1], []
+    for t in tqdm(visited, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+        batches = _reader(store, t) if noise is None else lambda: noise
+        found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
+        units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
+        units /= np.linalg.norm(units, axis=2, keepdims=True)
+        # x_T is standard normal; measured where its dimensions outnumber the samples, its spread would seem larger.
+        sigma = np.ones(draws) if noise is not None else projections(batches(), units[:, -1]).std(axis=0, ddof=1)
+        deltas.append((sigma[:, None, None] * units).astype(np.float32))
+    values = np.stack(deltas, axis=2)
+    flat = values.reshape(draws, len(counts) + 2, -1)
+    lengths = np.linalg.norm(flat[:, -1:], axis=2)
+    cells = pd.MultiIndex.from_product([range(draws), [0.0, *counts, np.inf]], names=["draw", "count"])
+    table = cells.to_frame(index=False).assign(cosine=((flat * flat[:, -1:]).sum(axis=2) / lengths**2).ravel())
+    return FewExamples(table, torch.from_numpy(values.reshape(len(table), len(visited), *shape)))
+
+
+def _examples(positive: np.ndarray, counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Weights of the samples, one column a count, and in the last those of all that the largest count leaves."""
+    weights = np.zeros((len(positive), len(counts) + 1))
+    for side, sign in ((positive, 1.0), (~positive, -1.0)):
+        order = rng.permutation(np.flatnonzero(side))
+        parts = [*(order[:count] for count in counts), order[counts[-1] :]]
+        for column, members in zip(weights.T, parts, strict=True):
+            column[members] = sign / len(members)
+    return weights
+
+
 def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
     """Values in the order of the store's samples, numbered 0..n-1."""
     n, ids = len(store), _ids(store)
@@ -358,12 +457,11 @@ def _find(
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
         length = np.linalg.norm(unit, axis=1, keepdims=True)
         unit = unit / np.where(length > 0, length, 1.0)
-        # Sums of squares in float64: the mean of h may be long against its spread.
-        projections = np.concatenate([batch @ unit.T.astype(np.float32) for batch in batches()]).astype(np.float64)
-        sigma = projections.std(axis=0, ddof=1)
+        along = projections(batches(), unit)
+        sigma = along.std(axis=0, ddof=1)
         units.append(unit.astype(np.float32))
         sigmas.append(sigma)
-        gaps.append((weights * projections).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
+        gaps.append((weights * along).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
     shape, gap = (len(units), *store.h_shape), np.mean(gaps, axis=0)
     return [
         Direction(
