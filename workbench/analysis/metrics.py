@@ -65,6 +65,11 @@ class Rate:
     high: float
     n: int
 
+    @classmethod
+    def of(cls, share: float, n: int) -> Rate:
+        """A share of n with its interval."""
+        return cls(share, *_wilson(share, n), n)
+
     def __repr__(self) -> str:
         return f"Rate({self.value:.1%}, {self.low:.1%}..{self.high:.1%}, n={self.n})"
 
@@ -186,7 +191,7 @@ def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, t
     if n == 0:
         raise ValueError(f"all {len(before)} samples have {attribute} already; edit some that don't")
     share = float((after[attribute].to_numpy()[without] > threshold).mean())
-    return Rate(share, *_wilson(share, n), n)
+    return Rate.of(share, n)
 
 
 def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:
