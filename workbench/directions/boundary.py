@@ -389,7 +389,7 @@ def move_jointly(
         names = ", ".join(boundary.name for boundary in boundaries)
         raise ValueError(f"the normals of {names} lie in each other's span; no move reaches distances that differ")
     distances = np.stack([boundary.distance(z) for boundary in boundaries], axis=1)
-    change = _change(distances, to, mode)
+    change = change_of(distances, to, mode)
     shift = np.linalg.solve(products, change.T).T @ normals
     moved = rows + shift
     if keep_norm:
@@ -411,7 +411,7 @@ def move_jointly(
     return moved.astype(np.asarray(z).dtype).reshape(np.shape(z))
 
 
-def _change(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str) -> np.ndarray:
+def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str) -> np.ndarray:
     """By how much the distances (n, m) are to change."""
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(MODES)}")
