@@ -862,7 +862,7 @@ def class_separation(products: np.ndarray, y: np.ndarray) -> tuple[float, float]
     if distance <= 0.0:
         return 0.0, trace**2 / square
     along = ((centre @ products @ a) ** 2).sum() / dof - share * square
-    s2 = max(along / distance, 1e-3 * square / trace)
+    s2 = max(along / distance, 0.1 * square / trace)
     return float(np.sqrt(distance / s2)), float(square / s2**2)
 
 
@@ -875,7 +875,7 @@ def _warn_if_below(boundary: Boundary, wanted: float | None) -> None:
         return
     delta, d = boundary.extras["class_distance"], boundary.extras["dimensions"]
     needed = samples_needed(wanted, delta=delta, d=d)
-    law = f"the sample-size law asks for about {needed:.2g}" if needed < math.inf else "the law says no number does"
+    law = f"the sample-size law asks for about {needed:.0f}" if needed < math.inf else "the law says no number does"
     if needed <= boundary.accuracy.n:
         law = f"the sample-size law expects {expected_accuracy(delta, d, boundary.accuracy.n):.0%} from that many"
     warnings.warn(
