@@ -161,7 +161,7 @@ def test_balance_moves_the_boundary_away_from_the_small_class():
 
 
 def test_the_mean_boundary_of_uneven_classes_lies_half_way():
-    """The classes' sample means are long by their noise, the smaller class' by more: uncorrected, all would be large."""
+    """Sample means are long by their noise, the smaller class' by more: uncorrected, all would be of the larger."""
     rng = np.random.default_rng(0)
     y = np.arange(200) < 20
     z = rng.standard_normal((200, 5000)).astype(np.float32)

@@ -309,11 +309,11 @@ def _decoding(
             raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
         return pairs, runs.etas[first:], lambda i, samples: runs.noise_at(first + i, samples)
     own = runs.seeds if seed is None and runs.seeds is not None else None
-    seeds = np.array(own or check_seeds(range(seed or 0, (seed or 0) + len(runs))))
+    seeds = own or check_seeds(range(seed or 0, (seed or 0) + len(runs)))
 
     def noise(i: int, samples: torch.Tensor) -> torch.Tensor:
         different, inverse = torch.unique(samples, return_inverse=True)
-        return step_noise(seeds[different].tolist(), model.image_shape, t=visited[i])[inverse]
+        return step_noise([seeds[s] for s in different.tolist()], model.image_shape, t=visited[i])[inverse]
 
     return pairs, model.schedule.etas(eta, len(visited)), noise
 
