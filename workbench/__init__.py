@@ -19,7 +19,7 @@ _WHERE = {
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
     "datasets.classifiers": ("load_classifier", "train_classifier"),
-    "datasets.labelled": ("LabelledImages", "load_image", "load_images"),
+    "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
     "directions.boundary": ("Boundary", "fit_boundaries", "fit_boundary", "load_boundary", "move_jointly"),
