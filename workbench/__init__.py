@@ -33,7 +33,7 @@ _WHERE = {
     "editing.grid": ("EditGrid", "edit_grid"),
     "report.notebooks": ("run_notebook",),
 }
-_MODULES = {"plots": "report.plots", "paths": "paths"}
+_MODULES = {"experiments": "editing.experiments", "plots": "report.plots", "paths": "paths"}
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 
 __version__ = "0.1.0"

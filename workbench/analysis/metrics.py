@@ -224,6 +224,52 @@ def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> 
         return ranks @ steps / (np.linalg.norm(ranks, axis=1) * np.linalg.norm(steps))
 
 
+def peak_signal_to_noise(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """10 log10(4 / mean squared difference) of images in [-1, 1], pair by pair; dB, inf for equal ones.
+
+    Parameters
+    ----------
+    images, others : array of shape (n, ...)
+
+    Returns
+    -------
+    ndarray of shape (n,)
+    """
+    a, b = (np.asarray(values, dtype=float).reshape(len(values), -1) for values in (images, others))
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(4.0 / ((a - b) ** 2).mean(axis=1))
+
+
+def kernel_distance(features: np.ndarray, others: np.ndarray) -> float:
+    """Squared maximum mean discrepancy of two sets of features, without bias (KID, Binkowski et al. 2018, eq. 4).
+
+    The kernel is (x.y / d + 1)^3. Of two samples of one distribution it is 0 on average, and can be negative.
+
+    Parameters
+    ----------
+    features, others : array of shape (n, d), (m, d)
+        At least 2 of each.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 2 of one, or they have other numbers of features.
+    """
+    a, b = np.asarray(features, dtype=float), np.asarray(others, dtype=float)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features have shapes {a.shape} and {b.shape}; give at least 2 rows each, of one length")
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return float(sum(within) - 2.0 * kernel(a, b).mean())
+
+
 def _listed(names: pd.Index) -> str:
     return ", ".join(map(str, names))
 

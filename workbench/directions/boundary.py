@@ -412,7 +412,19 @@ def move_jointly(
 
 
 def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str) -> np.ndarray:
-    """By how much the distances (n, m) are to change."""
+    """By how much a move changes distances.
+
+    Parameters
+    ----------
+    distances : ndarray of shape (n, m)
+    to : array of shape (m,) or (n, m)
+    mode : {"absolute", "shift", "mirror"}
+        As in `move_jointly`.
+
+    Returns
+    -------
+    ndarray of shape (n, m)
+    """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(MODES)}")
     wanted = np.asarray(to, dtype=np.float64)
@@ -514,7 +526,7 @@ def fit_boundary(
     ------
     ValueError
         If the timestep was not visited (the nearest two are named) or not recorded, the method or space is not known,
-        or labels are of another length or index than the samples, missing, not 0 or 1, or have fewer than 2 samples of
+        or labels are of another length or index than the samples, missing, not 0 or 1, or have fewer than 3 samples of
         a class.
     """
     name = name or name_of(labels, "label")
@@ -619,6 +631,32 @@ def load_boundary(
     return found
 
 
+def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
+    """A boundary with a random normal and all else the same: the control of any found boundary.
+
+    Moves along it are compared at the same length (mode "shift"); its distances mean nothing.
+
+    Parameters
+    ----------
+    boundary : Boundary
+    seed : int
+
+    Returns
+    -------
+    Boundary
+    """
+    values = torch.from_numpy(np.random.default_rng(seed).standard_normal(boundary.normal.shape))
+    return replace(
+        boundary,
+        normal=values / values.norm(),
+        name=f"random {seed} like {bracketed(boundary.name)}",
+        provenance={**boundary.provenance, "method": "random", "parameters": {"seed": seed}},
+        accuracy=None,
+        balanced_accuracy=None,
+        extras={},
+    )
+
+
 def _fit_all(
     source: Samples,
     labels: dict[str, Labels],
@@ -639,6 +677,12 @@ def _fit_all(
     classes = {
         name: check_classes(matched(samples, values, f"the labels {name!r}"), name) for name, values in labels.items()
     }
+    for name, y in classes.items():
+        if min(y.sum(), (~y).sum()) < 3:
+            raise ValueError(
+                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, 2 to "
+                "fit it when one is held out"
+            )
     products = gram(samples.values)
     mean = samples.values.mean(axis=0, dtype=np.float64)
     found = {}
