@@ -680,8 +680,8 @@ def _fit_all(
     for name, y in classes.items():
         if min(y.sum(), (~y).sum()) < 3:
             raise ValueError(
-                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, 2 to "
-                "fit it when one is held out"
+                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, "
+                "so that 2 are left when one is held out"
             )
     products = gram(samples.values)
     mean = samples.values.mean(axis=0, dtype=np.float64)
