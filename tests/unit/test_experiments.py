@@ -66,7 +66,7 @@ def test_accuracies_stand_beside_their_controls(tiny, store, labels):
     assert set(table.samples) == {"pixels", "x", "h", "forward-diffused", "random labels"}
     assert (table.groupby("samples").t.nunique() == [2, 2, 1, 2, 2]).all()
     accuracy = table.set_index(["samples", "t"]).accuracy
-    alone = fit_boundary(store, labels, t=500, space="x", method="mean")
+    alone = fit_boundary(store, labels, t=500, space="x")
     assert accuracy["x", 500] == alone.accuracy.value
     assert accuracy["pixels", -1] > 0.9 and accuracy["random labels", 0] < 0.8
     assert accuracy["forward-diffused", 500] < accuracy["pixels", -1]

@@ -835,7 +835,8 @@ def expected_accuracy(delta: float, d: int, n: int) -> float:
 
     accuracy = Phi(delta^2 / (2 sqrt(delta^2 + 4 d / n))),
 
-    and Phi(delta / 2) for n -> infinity. It holds for "mean" and nearly for "svm" (hard margin).
+    and Phi(delta / 2) for n -> infinity. It holds for "mean", and for "svm" nearly, where the noise is isotropic; where
+    it is not, machines that learn its covariance ("svm", "lda") pass it with many samples.
 
     Parameters
     ----------
@@ -878,7 +879,8 @@ def class_separation(products: np.ndarray, y: np.ndarray) -> tuple[float, float]
     With D the difference of the true means and S the covariance within the classes, the difference v of the sample
     means separates new samples by |D|^2 with the variance v'Sv = D'SD + (1/n+ + 1/n-) tr S^2, on average. That is the
     law for delta = |D| / s and d = tr S^2 / s^4, where s^2 = D'SD / |D|^2 is the noise along D; isotropic noise has
-    d dimensions. |D|^2, D'SD and tr S^2 are estimated without bias, as for Gaussian noise.
+    d dimensions. |D|^2, D'SD and tr S^2 are estimated without bias, as for Gaussian noise; s^2 is taken as at least a
+    tenth of tr S^2 / tr S, below which few samples can't tell it from 0.
 
     Parameters
     ----------
