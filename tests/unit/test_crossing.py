@@ -376,6 +376,7 @@ def test_a_grid_says_what_it_is_in_both_units_and_survives_its_file(tiny, three,
         (lambda m, r, b: cross(m, r, None, b["x"][0], mode="jump"), "mode 'jump' is not known"),
         (lambda m, r, b: cross(m, r, None, b["x"][0], eta=2.0), "eta must lie in"),
         (lambda m, r, b: cross(m, r, None, b["x"][0], steps=0), "steps is 0"),
+        (lambda m, r, b: cross(m, r, None, b["x"][0], batch_size=-1), "batch_size is -1"),
         (lambda m, r, b: cross(m, r, None, replace(b["x"][0], deviations=None)), "deviations of A are not known"),
         (
             lambda m, r, b: cross(m, wb.replay(r, edit=HEdit(torch.zeros(3, 1, *m.h_shape))), b["h"][0]),

@@ -10,7 +10,7 @@ import torch
 
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds, step_noise
-from workbench.diffusion.sampling import Trajectory, batches, denoise, progress_bar
+from workbench.diffusion.sampling import Trajectory, batches, check_batch_size, denoise, progress_bar
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary, change_of, move_jointly
 from workbench.editing.edit import check_run
@@ -143,7 +143,7 @@ def cross_boundary(
     pairs, etas, noise = _decoding(model, runs, t, steps, eta, seed)
 
     x_t = runs.x_at(t)
-    size = batch_size or model.batch_size()
+    size = check_batch_size(batch_size, model, len(runs) * k)
     stale = h_policy == "stale"
     plain_h = _plain_h(model, x_t if t_h == t else runs.x_at(t_h), t_h, size) if moves["h"] or stale else None
     images = torch.empty(len(runs) * k, *model.image_shape)

@@ -697,6 +697,7 @@ def compare_defects(
     classifier: Classifier,
     distance: float = 3.0,
     eta: float = 1.0,
+    seed: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Which defects of the released code of Zhu et al. matter: the same edit with each of them (E21).
@@ -717,7 +718,8 @@ def compare_defects(
         As in `measure_crossings`.
     distance : float, default 3
         In standard deviations.
-    eta : float
+    eta, seed
+        As in `cross_boundary`.
     progress : bool
 
     Returns
@@ -731,7 +733,7 @@ def compare_defects(
     cleaner = visited[visited.index(t) + 1]
     h, x = (fit_boundary(train, labels, t=t, space=space) for space in "hx")
     lagged = fit_boundary(train, labels, t=cleaner, space="h")
-    own = {"distances": [distance], "eta": eta}
+    own = {"distances": [distance], "eta": eta, "seed": seed}
     both = own | {"boundary_h": h, "boundary_x": x}
     with torch.inference_mode():
         plain_h = model.encode(runs.x_at(t).to(model.device), t).h.cpu()
