@@ -1,6 +1,22 @@
 """Experiments about boundaries and the edits that cross them, one call each; every one returns a tidy table.
 
-The identifiers E5 to E21 number what Zhu et al. (2023) show or claim. Defaults are small: a minute or so on two cores.
+They are numbered by what Zhu et al. (2023) show or claim. Defaults are small: a minute or so on two cores.
+
+| | question | call |
+|---|---|---|
+| E5 | how separable, where, against which controls | accuracy_over_time |
+| E6 | how many labelled images | accuracy_over_samples |
+| E7, E8 | what an edit does; whether its degree follows the distance | measure_crossings, Crossings.monotonicity |
+| E9 | x, h or both | measure_crossings of `spaces` |
+| E10 | at which timestep | compare_timesteps |
+| E11 | eta after the move | measure_crossings of `etas` |
+| E12 | the distance effect | measure_crossings of `norms` |
+| E13 | control of generated samples | control_both_signs |
+| E16 | several attributes | compare_rules |
+| E18 | examples that nobody picked | random_examples |
+| E19 | costs | costs |
+| E20 | reconstruction | reconstruction_over_steps |
+| E21 | defects of the released code | compare_defects |
 """
 
 from __future__ import annotations
