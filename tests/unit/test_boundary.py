@@ -160,6 +160,25 @@ def test_balance_moves_the_boundary_away_from_the_small_class():
     assert balanced.balanced_accuracy.value > plain.balanced_accuracy.value
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_balanced_boundary_of_few_samples_lies_half_way_and_sees_a_rare_class(method):
+    """Weights alone change nothing where the margin is hard."""
+    rng = np.random.default_rng(1)
+    y, truth = np.arange(120) < 15, np.arange(2000) < 1000
+    z, new = (rng.standard_normal((len(t), 2000)).astype(np.float32) for t in (y, truth))
+    for values, labels in ((z, y), (new, truth)):
+        values[:, 0] += 9.0 * labels
+    balanced = fit_boundary(z, y.astype(int), t=0, method=method, balance=True)
+    right = (balanced.distance(new) > 0) == truth
+    assert min(right[truth].mean(), right[~truth].mean()) > 0.7
+    assert abs(balanced.balanced_accuracy.value - right.mean()) < 0.12
+    assert abs(sum(balanced.means)) < 0.2 * (balanced.means[1] - balanced.means[0])
+    if method == "svm":
+        plain = fit_boundary(z, y.astype(int), t=0)
+        assert torch.equal(plain.normal, balanced.normal)
+        assert ((plain.distance(new) > 0) == truth)[truth].mean() < 0.2
+
+
 def test_the_mean_boundary_of_uneven_classes_lies_half_way():
     """Sample means are long by their noise, the smaller class' by more: uncorrected, all would be of the larger."""
     rng = np.random.default_rng(0)

@@ -510,7 +510,9 @@ def fit_boundary(
     C : float, default 1
         For "svm" and "logistic": inverse strength of the regularisation.
     balance : bool, default False
-        Give both classes the same total weight. "mean" always does.
+        Give both classes the same total weight in the fit, and put the boundary halfway between the means of their
+        held-out samples. Where the margin is hard the weights change nothing, and of a rare class almost all new
+        samples fall on the other side.
     cv : int, default 5
         Folds, at most as many as the smaller class has samples.
     seed : int, default 0
@@ -695,6 +697,7 @@ def _fit_all(
         if not length > 0.0:
             raise ValueError(f"the classes of {name!r} have the same mean; there is no boundary between them")
         separation, d = class_separation(products, y)
+        distances, middle = _cross_validated(products, y, method, C, balance, cv, seed)
         parameters = {
             "C": C,
             "balance": balance,
@@ -706,12 +709,12 @@ def _fit_all(
         }
         found[name] = Boundary(
             normal=torch.from_numpy(weights / length).view(samples.shape),
-            intercept=(offset - float(weights @ mean)) / length,
+            intercept=(offset - float(weights @ mean)) / length - middle,
             t=int(t),
             space=space,
             name=name,
             provenance={**samples.origin, "method": method, "parameters": parameters},
-            **_held_out(_cross_validated(products, y, method, C, balance, cv, seed), y),
+            **_held_out(distances, y),
             extras={
                 "weight_norm": length,
                 "training_accuracy": float(((products @ duals + offset > 0) == y).mean()),
@@ -797,19 +800,27 @@ def _mean_square(products: np.ndarray, side: np.ndarray) -> float:
 
 def _cross_validated(
     products: np.ndarray, y: np.ndarray, method: str, C: float, balance: bool, cv: int, seed: int
-) -> np.ndarray:
-    """Signed distance of every sample from the boundary that is fitted to the other folds; shape (n,)."""
+) -> tuple[np.ndarray, float]:
+    """Signed distances from the boundaries that are fitted to the other folds, (n,), and what was taken off.
+
+    Balanced, the middle of the classes' means is taken off: in the distances of a fold, that of the other folds.
+    """
     folds = StratifiedKFold(min(cv, int(y.sum()), int((~y).sum())), shuffle=True, random_state=seed)
-    distances = np.empty(len(y))
-    for train, test in folds.split(products, y):
-        if min(y[train].sum(), (~y[train]).sum()) < 2:  # two samples of a class: the mean of one is all there is
-            raise ValueError(
-                "a class has 2 samples alone, which leaves 1 to fit when the other is held out; label more"
-            )
+    splits, distances = list(folds.split(products, y)), np.empty(len(y))
+    for train, test in splits:
         inner = products[np.ix_(train, train)]
         a, b = _duals(inner, y[train], method, C, balance)
         distances[test] = (products[np.ix_(test, train)] @ a + b) / np.sqrt(a @ inner @ a)
-    return distances
+    if not balance:
+        return distances, 0.0
+    middles = np.empty(len(y))
+    for train, test in splits:
+        middles[test] = _middle(distances[train], y[train])
+    return distances - middles, _middle(distances, y)
+
+
+def _middle(distances: np.ndarray, y: np.ndarray) -> float:
+    return float(distances[y].mean() + distances[~y].mean()) / 2
 
 
 def _held_out(distances: np.ndarray, y: np.ndarray) -> dict:

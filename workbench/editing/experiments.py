@@ -56,6 +56,7 @@ def accuracy_over_time(
     *,
     timesteps: Sequence[int] | None = None,
     method: str = "svm",
+    balance: bool = False,
     cv: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -71,7 +72,7 @@ def accuracy_over_time(
         Matched as in `fit_boundary`.
     timesteps : sequence of int, optional
         By default all of the store.
-    method, cv, seed
+    method, balance, cv, seed
         As in `fit_boundary`.
 
     Returns
@@ -87,7 +88,7 @@ def accuracy_over_time(
     table = table.to_frame() if isinstance(table, pd.Series) else table
     shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
     images = torch.from_numpy(store.images[:])
-    options = {"method": method, "cv": cv, "seed": seed}
+    options = {"method": method, "balance": balance, "cv": cv, "seed": seed}
     rows = _accuracies(images.numpy(), table, t=-1, samples="pixels", **options)
     for t in store.timesteps if timesteps is None else timesteps:
         x = store.at(t, space="x")
