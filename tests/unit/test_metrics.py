@@ -11,8 +11,10 @@ from workbench.analysis.metrics import (
     EffectMatrix,
     effect_matrix,
     entanglement_index,
+    kernel_distance,
     leakage,
     monotonicity,
+    peak_signal_to_noise,
     success_rate,
 )
 
@@ -165,3 +167,23 @@ def test_monotonicity_is_spearmans_correlation():
 def test_bad_input_is_a_sentence(before, call, message):
     with pytest.raises(ValueError, match=message):
         call(before)
+
+
+def test_psnr_is_its_definition_and_infinite_for_equal_images():
+    images = np.zeros((2, 3, 4, 4))
+    others = images.copy()
+    others[0] += 0.2
+    found = peak_signal_to_noise(images, others)
+    assert found[0] == pytest.approx(20.0) and found[1] == np.inf
+
+
+def test_the_kernel_distance_is_unbiased_and_sees_a_difference():
+    rng = np.random.default_rng(0)
+    same = [kernel_distance(rng.standard_normal((30, 4)), rng.standard_normal((40, 4))) for _ in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200)
+    assert kernel_distance(rng.standard_normal((30, 4)), 1 + rng.standard_normal((40, 4))) > 3 * np.std(same)
+    a, b = rng.standard_normal((2, 3)), rng.standard_normal((2, 3))
+    k = [[(x @ y / 3 + 1) ** 3 for y in (*a, *b)] for x in (*a, *b)]
+    assert kernel_distance(a, b) == pytest.approx(k[0][1] + k[2][3] - (k[0][2] + k[0][3] + k[1][2] + k[1][3]) / 2)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        kernel_distance(a[:1], b)

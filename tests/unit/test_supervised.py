@@ -375,7 +375,7 @@ def test_seeds_that_are_numbered_are_seeds(tmp_path, tiny, h, table):
 def test_file_names_are_matched_where_the_store_knows_them(inverted_store, table, monkeypatch):
     names = [f"{i:05d}.webp" for i in range(N)]
     labels = pd.Series(table["A"].to_numpy(), index=names)
-    with pytest.raises(ValueError, match="does not know its images by name.*to_numpy"):
+    with pytest.raises(ValueError, match="are not known by name.*to_numpy"):
         find(inverted_store, labels)
     monkeypatch.setattr(type(inverted_store), "names", names)
     same(find(inverted_store, labels[::-1]), find(inverted_store, table["A"].to_numpy()))
@@ -405,9 +405,9 @@ def test_a_direction_knows_what_it_was_made_from_and_survives_its_file(store, ta
         (lambda a: a * 2, "labels are 0 or 1, but 'A' has 2; .*find_from_scores"),
         (lambda a: a.map({0: "no", 1: "yes"}), "labels are 0 or 1"),
         (lambda a: (pd.Series(range(N), index=a.index, name="A") == 5).astype(int), "1 positives and 239 negatives"),
-        (lambda a: a[:100], "140 samples have none and 0 of 100 belong to no sample"),
-        (lambda a: a.rename(lambda s: s + 5000), "240 samples have none and 240 of 240"),
-        (lambda a: a.rename({a.index[0]: 5000}), "1 samples have none and 1 of 240"),
+        (lambda a: a[:100], "140 of them have none and 0 of 100 belong to no sample"),
+        (lambda a: a.rename(lambda s: s + 5000), "240 of them have none and 240 of 240"),
+        (lambda a: a.rename({a.index[0]: 5000}), "1 of them have none and 1 of 240"),
         (lambda a: a.rename({a.index[0]: a.index[1]}), "more than once"),
         (lambda a: a.to_numpy()[:100], "are 100 for 240 samples"),
     ],
@@ -426,7 +426,7 @@ def test_labels_that_do_not_fit_are_refused(store, table, change, message):
         (np.arange(N), {"k": 121}, "k is 121"),
         (np.arange(N) < 20, {"k": 50}, "share the value 0; take a smaller k"),
         (np.arange(N - 1), {}, "are 239 for 240 samples"),
-        (pd.Series(np.arange(N), index=range(5000, 5000 + N)), {}, "240 samples have none"),
+        (pd.Series(np.arange(N), index=range(5000, 5000 + N)), {}, "240 of them have none"),
         (np.arange(N), {"method": "svm"}, "'svm' is not known; it is one of mean, logistic, ridge, lda"),
     ],
 )

@@ -95,14 +95,14 @@ def find_from_labels(
         If labels are of another length or index than the store, missing, not 0 or 1, of one class only or with fewer
         than 2 samples of a class; or a stratum or pair has samples of one class only.
     """
-    name = name or _name_of(labels, "label")
-    y = _matched(store, labels, f"the labels {name!r}")
+    name = name or name_of(labels, "label")
+    y = matched(store, labels, f"the labels {name!r}")
     if pairs is not None and balance is not None:
         raise ValueError("give pairs or balance, not both: pairs are balanced in all that a pair has in common")
     if pairs is None:
         contrast = _from_labels(y, name, _balance_of(store, balance))
     else:
-        contrast = _from_pairs(y, name, _matched(store, pairs, "the pairs"))
+        contrast = _from_pairs(y, name, matched(store, pairs, "the pairs"))
     return _find(store, [contrast], method=method, source="labels", seed=seed, progress=progress)[0]
 
 
@@ -136,7 +136,7 @@ def find_many(
     """
     if not isinstance(labels, pd.DataFrame) or labels.columns.empty or not labels.columns.is_unique:
         raise ValueError("find_many takes a DataFrame with one column an attribute, each of its own name")
-    table, others = _matched(store, labels, "the labels"), _balance_of(store, balance)
+    table, others = matched(store, labels, "the labels"), _balance_of(store, balance)
     contrasts = []
     for attribute in table.columns:
         rest = None if others is None else others.drop(columns=attribute, errors="ignore")
@@ -183,8 +183,8 @@ def find_from_scores(
         If scores are of another length or index than the store, not finite or constant, or k is too large: the two
         sides would share a sample or a score.
     """
-    name = name or _name_of(scores, "score")
-    values = _matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
+    name = name or name_of(scores, "score")
+    values = matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
     if np.ptp(values) == 0:
@@ -251,8 +251,8 @@ def find_few(
         If the labels are refused by `find_from_labels`, a count is below 1 or too large, `draws` is below 1, or there
         is another number of x_T than of samples.
     """
-    name = _name_of(labels, "label")
-    positive = _check_classes(_matched(store, labels, f"the labels {name!r}"), name)
+    name = name_of(labels, "label")
+    positive = check_classes(matched(store, labels, f"the labels {name!r}"), name)
     counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
     if not counts or counts[0] < 1 or counts[-1] > most:
         raise ValueError(
@@ -294,8 +294,8 @@ def _examples(positive: np.ndarray, counts: Sequence[int], rng: np.random.Genera
     return weights
 
 
-def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
-    """Values in the order of the store's samples, numbered 0..n-1."""
+def matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
+    """Values in the order of the samples of a store, or of what has its length, seeds and names; numbered 0..n-1."""
     n, ids = len(store), _ids(store)
     indexed = isinstance(values, (pd.Series, pd.DataFrame))
     table = values if indexed else pd.Series(np.asarray(values))
@@ -310,20 +310,20 @@ def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Seri
             return matched.reset_index(drop=True)
         unknown, missing = len(set(table.index) - set(ids)), len(set(ids) - set(table.index))
         raise ValueError(
-            f"{what} do not match the {n} samples of the store: {missing} samples have none and {unknown} of "
+            f"{what} do not match the {n} samples: {missing} of them have none and {unknown} of "
             f"{len(table)} belong to no sample; index them by seed or file name ({_some(ids)})"
         )
     if len(table) != n:
-        raise ValueError(f"{what} are {len(table)} for {n} samples of the store; give one a sample")
+        raise ValueError(f"{what} are {len(table)} for {n} samples; give one a sample")
     raise ValueError(
-        f"{what} are indexed ({_some(table.index)}), but the store does not know its images by name; "
+        f"{what} are indexed ({_some(table.index)}), but the samples are not known by name; "
         "put them in the order of the images and pass .to_numpy()"
     )
 
 
 def _ids(store: HStore) -> Sequence | None:
     """What the samples are known by: seeds, or file names where the store keeps them."""
-    return store.seeds if store.seeds is not None else store.names
+    return store.seeds if store.seeds is not None else getattr(store, "names", None)
 
 
 def _some(ids: Iterable) -> str:
@@ -331,14 +331,15 @@ def _some(ids: Iterable) -> str:
     return ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
 
 
-def _name_of(values: Labels, default: str) -> str:
+def name_of(values: Labels, default: str) -> str:
+    """Name of a Series, or the default."""
     return str(getattr(values, "name", None) or default)
 
 
 def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.DataFrame | None:
     if balance is None:
         return None
-    table = _matched(store, balance, "the attributes to balance")
+    table = matched(store, balance, "the attributes to balance")
     table = table.to_frame() if isinstance(table, pd.Series) else table
     if table.isna().any(axis=None):
         raise ValueError(f"{int(table.isna().any(axis=1).sum())} samples lack a value of the attributes to balance")
@@ -354,7 +355,7 @@ def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
     return groups.ngroup().to_numpy(), names
 
 
-def _check_classes(y: pd.Series, name: str) -> np.ndarray:
+def check_classes(y: pd.Series, name: str) -> np.ndarray:
     """Labels as booleans."""
     if y.isna().any():
         raise ValueError(f"{int(y.isna().sum())} of {len(y)} labels {name!r} are missing; label every sample")
@@ -371,7 +372,7 @@ def _check_classes(y: pd.Series, name: str) -> np.ndarray:
 
 
 def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contrast:
-    positive = _check_classes(y, name)
+    positive = check_classes(y, name)
     stratum, names = _strata(others, len(y))
     counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
     if (counts == 0).any():
@@ -384,12 +385,12 @@ def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contr
     weight = share / share.sum() / counts
     weights = np.where(positive, weight[0, stratum], -weight[1, stratum])
     balanced = [] if others is None else [str(c) for c in others.columns]
-    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": _digest(y)})
+    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
 
 
 def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
     known = pairs.notna().to_numpy()
-    positive = _check_classes(y[known], name)
+    positive = check_classes(y[known], name)
     group, found = pd.factorize(pairs[known])
     counts = np.stack([np.bincount(group[side], minlength=len(found)) for side in (positive, ~positive)])
     if (counts == 0).any():
@@ -399,7 +400,7 @@ def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
         )
     weights = np.zeros(len(y))
     weights[known] = np.where(positive, 1.0 / counts[0, group], -1.0 / counts[1, group]) / len(found)
-    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": _digest(y)})
+    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
 
 
 def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | None) -> _Contrast:
@@ -418,7 +419,7 @@ def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | N
             )
         weights[ranked[-size:]], weights[ranked[:size]] = 1.0 / k, -1.0 / k
     balanced = [] if others is None else [str(c) for c in others.columns]
-    return _Contrast(name, weights, {"k": k, "balance": balanced, "scores": _digest(values)})
+    return _Contrast(name, weights, {"k": k, "balance": balanced, "scores": digest_of(values)})
 
 
 def _shares(sizes: np.ndarray, k: int) -> np.ndarray:
@@ -436,7 +437,7 @@ def _counts(weights: np.ndarray) -> dict[str, int]:
     return {"positives": int((weights > 0).sum()), "negatives": int((weights < 0).sum())}
 
 
-def _digest(values: pd.Series | np.ndarray) -> str:
+def digest_of(values: pd.Series | np.ndarray) -> str:
     """What identifies labels or scores in the provenance."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(values, dtype=np.float64)).data).hexdigest()[:16]
 
