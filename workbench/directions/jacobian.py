@@ -9,6 +9,7 @@ about half the products of the plain subspace iteration for the same accuracy, a
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
+from workbench.datasets.avataaars import region_mask
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, replay
+from workbench.diffusion.sampling import Trajectory, denoise, replay
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
 
@@ -133,21 +135,38 @@ class XSpectrum:
     map: str
     convergence: Convergence
 
-    def edit(self, x_t: torch.Tensor, i: int, scale: float) -> torch.Tensor:
-        """x_t + scale * v_i, the single-timestep edit of LOCO-Edit; to be denoised from timestep `t` on.
+    def edit(self, run: Trajectory, i: int = 0, *, scale: float) -> torch.Tensor:
+        """The single-timestep edit of LOCO-Edit: x_t + scale * v_i, denoised from there with the run's own noise.
 
         Parameters
         ----------
-        x_t : Tensor of shape (n, C, H, W)
-        i : int
+        run : Trajectory
+            One or more samples, also others than the one that the vectors were found on; not edited yet.
+        i : int, default 0
         scale : float
             Length of the step in the units of x_t.
 
         Returns
         -------
         Tensor of shape (n, C, H, W)
+            The edited images; of scale 0 the unedited ones, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the run did not visit `t`.
         """
-        return x_t + scale * self.vectors[i].to(x_t)
+        x_t = run.x_at(self.t)
+        x_t = (x_t + scale * self.vectors[i].to(x_t)).to(run.model.device)
+        start = run.timesteps.index(self.t)
+        with torch.inference_mode():
+            return denoise(
+                run.model,
+                x_t,
+                pairs=run.model.schedule.pairs(run.timesteps)[start:],
+                etas=run.etas[start:],
+                noise=lambda step: run.noise_at(start + step).to(x_t),
+            ).cpu()
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -163,7 +182,7 @@ def find_jacobian(
     *,
     t: int,
     k: int = 3,
-    mask: np.ndarray | torch.Tensor | None = None,
+    mask: np.ndarray | torch.Tensor | str | None = None,
     output: str = "eps",
     population: HStore | None = None,
     oversample: int | None = None,
@@ -187,8 +206,9 @@ def find_jacobian(
     t : int
         A timestep that the run visited.
     k : int, default 3
-    mask : bool array of shape (H, W), (1, H, W) or (C, H, W), optional
-        Only these pixels of the output count (Haas et al. eqs. 9-10).
+    mask : bool array of shape (H, W), (1, H, W) or (C, H, W), or str, optional
+        Only these pixels of the output count (Haas et al. eqs. 9-10). A name is that of a region of the bundled domain,
+        upright: mouth, eyes, brows, hair, beard or glasses (`datasets.avataaars.region_mask`).
     output : {"eps", "x0"}
         The predicted noise or the predicted image. Both have the same right singular vectors (Haas et al., SM C).
     population : HStore, optional
@@ -263,7 +283,7 @@ def find_jacobian(
         "t": int(t),
         "k": k,
         "output": output,
-        "mask": None if rows is None else int(rows.sum()),
+        "mask": None if rows is None else _mask_record(mask, rows),
         "oversample": oversample,
         "tol": tol,
         "max_iterations": max_iterations,
@@ -314,7 +334,7 @@ def find_pullback(
     t: int,
     k: int = 3,
     map: str = "x->x0",
-    mask: np.ndarray | torch.Tensor | None = None,
+    mask: np.ndarray | torch.Tensor | str | None = None,
     nullspace: int = 0,
     oversample: int | None = None,
     tol: float = 1e-6,
@@ -332,7 +352,7 @@ def find_pullback(
         As in `find_jacobian`.
     map : {"x->h", "x->x0"}
         d h / d x_t (Park et al. 2023, arXiv 2307.12868), or d P_t / d x_t (LOCO-Edit, arXiv 2409.02374).
-    mask : bool array, optional
+    mask : bool array or str, optional
         As in `find_jacobian`; only for "x->x0".
     nullspace : int, default 0
         Take out of each vector what lies in the top `nullspace` right singular vectors of the rows outside of the mask
@@ -767,8 +787,12 @@ def _check_mask(mask, image_shape: tuple[int, int, int]) -> torch.Tensor | None:
     """The rows of J that a mask keeps: bool tensor of shape (C*H*W,)."""
     if mask is None:
         return None
-    mask = torch.as_tensor(mask).cpu()
     channels, height, width = image_shape
+    if isinstance(mask, str):
+        if height != width:
+            raise ValueError(f"the regions of the bundled domain are square, and images here are {height} x {width}")
+        mask = region_mask(mask, size=height)
+    mask = torch.as_tensor(mask).cpu()
     allowed = [(height, width), (1, height, width), (channels, height, width)]
     if tuple(mask.shape) not in allowed:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; this model takes {', '.join(map(str, allowed))}")
@@ -777,6 +801,12 @@ def _check_mask(mask, image_shape: tuple[int, int, int]) -> torch.Tensor | None:
     if not mask.any():
         raise ValueError("the mask is empty; set at least one pixel to True")
     return mask.bool().expand(image_shape).flatten()
+
+
+def _mask_record(mask, rows: torch.Tensor) -> dict:
+    """What a provenance says of a mask: its name if it has one, how many outputs it keeps, and which."""
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    return {"name": mask if isinstance(mask, str) else None, "outputs": int(rows.sum()), "sha256": digest}
 
 
 def _check_warm_start(start: torch.Tensor | None, shape: tuple[int, int, int]) -> torch.Tensor | None:
