@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 
 _WHERE = {
-    "diffusion.models": ("Model", "list_models", "load_model", "wrap"),
+    "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
