@@ -8,10 +8,14 @@ import sys
 import nbformat
 import pandas as pd
 import pytest
+import torch
+from originals import Guided, randomised
 from PIL import Image
 
 from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
+from workbench.diffusion import golden, layouts
+from workbench.diffusion.models import load_model
 from workbench.directions.direction import load_direction
 from workbench.hspace.store import open_store
 
@@ -43,7 +47,7 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 @pytest.mark.parametrize(
     "command",
     ["models", "sample", "extract", "store", "geometry", "mixing-step", "data", "params", "run", "report"]
-    + ["train-classifier"],
+    + ["train-classifier", "convert", "verify"],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -56,6 +60,45 @@ def test_models_lists_the_bundled_one(capsys):
     status, out, _ = run(capsys, "models")
     assert status == 0
     assert "avataaars32" in out and "3 x 32 x 32" in out
+
+
+def test_models_says_what_public_ones_need(capsys):
+    out = run(capsys, "models")[1]
+    assert "memory for one image is estimated" in out
+    line = next(line for line in out.splitlines() if line.startswith("google/ddpm-ema-celebahq-256"))
+    assert "114 M weights" in line and "0.8 GiB" in line and "h 512 x 8 x 8" in line
+    assert any("adm_lsun" in line and "h 1024 x 8 x 8" in line for line in out.splitlines())
+
+
+def test_convert_then_load(tmp_path, capsys):
+    network = randomised(Guided(ch=32, mult=(1, 2), layers=1, attention=(2,), head_channels=16))
+    torch.save({"ema": network.state_dict()}, tmp_path / "dogs.pt")
+    sizes = ("--image-size", 8, "--head-channels", 16, "--schedule", "cosine")
+    status, out, _ = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "dogs", *sizes)
+    assert status == 0 and "images (3, 8, 8)" in out
+    assert load_model(tmp_path / "dogs", device="cpu").h_shape == (64, 4, 4)
+    for wrong in (("--preset", "nope"), ("--preset", "afhq_dog"), ()):
+        status, out, err = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "other", *wrong)
+        assert status == 2 and out == "" and err.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_verify_is_a_sentence_where_the_files_are_absent(capsys):
+    status, out, err = run(capsys, "verify", "google/ddpm-ema-cat-256", "--device", "cpu")
+    if status == 0:
+        assert "is the network of google/ddpm-ema-cat-256" in out
+    else:
+        assert status == 2 and "hf download google/ddpm-ema-cat-256" in err and err.count("\n") == 1
+
+
+def test_verify_tells_one_network_from_another(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr(layouts, "HUB", {"a/ddpm": layouts.Architecture("ddpm", 8, (32, 64), 1, (1,))})
+    monkeypatch.setattr(golden, "COUNT", 2)
+    eps = load_model(tiny_folder, device="cpu")(golden.noise((3, 8, 8)), 10)[0, 0, 0, :2].tolist()
+    for values, status, word in ((eps, 0, "is the network"), ([7.0, 7.0], 1, "is not the network")):
+        monkeypatch.setattr(golden, "EPS", {"a/ddpm": values})
+        found, out, _ = run(capsys, "verify", tiny_folder, "--against", "a/ddpm", "--device", "cpu")
+        assert found == status and f"{word} of a/ddpm" in out
 
 
 def test_sample_writes_a_picture(tiny_folder, tmp_path, capsys):

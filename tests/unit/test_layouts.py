@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,8 +14,11 @@ from originals import DDPM, Guided, randomised
 from safetensors.torch import save_file
 
 import workbench as wb
-from workbench.diffusion import layouts
+from workbench.diffusion import golden, layouts, models
 from workbench.diffusion.checkpoints import read_checkpoint
+from workbench.diffusion.memory import estimate_memory
+from workbench.diffusion.models import known_models, verify
+from workbench.diffusion.unet import SplitUNet
 
 DDPMS = {
     "two levels": {"size": 8, "ch": 32, "mult": (1, 2), "layers": 1, "attention": (4,)},
@@ -162,7 +168,7 @@ def test_the_published_architectures_have_their_published_sizes(preset, h, milli
     architecture = layouts.PRESETS[preset].architecture
     with torch.device("meta"):
         unet = UNet2DModel(**architecture.config())
-    model = wb.Model("meta", wb.diffusion.unet.SplitUNet(unet), wb.NoiseSchedule.linear(), "")
+    model = wb.Model("meta", SplitUNet(unet), wb.NoiseSchedule.linear(), "")
     x_t = torch.empty(1, *model.image_shape, device="meta")
     assert architecture.h_shape == model.h_shape == tuple(model.encode(x_t, 0).h.shape[1:]) == h
     assert model.parameters / 1e6 == pytest.approx(millions, abs=0.01)
@@ -420,3 +426,118 @@ def test_convert_writes_nothing_where_it_fails_and_overwrites_nothing(ddpm_file,
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="out exists already"):
         wb.convert_checkpoint(ddpm_file, tmp_path / "out", image_size=8)
+
+
+# Reference values
+
+
+def test_the_noise_of_the_reference_values_is_made_again():
+    """At t = 10 a network takes nearly all of the noise for noise: its eps must follow the image that it was given."""
+    for name, values in golden.EPS.items():
+        size = layouts.HUB[name].image_size
+        noise = golden.noise((3, size, size))[0, 0, 0, : golden.COUNT]
+        assert len(values) == golden.COUNT
+        assert torch.corrcoef(torch.stack([noise, torch.tensor(values)]))[0, 1] > 0.85, name
+
+
+def test_verify_compares_eps_at_the_reference_timestep(ddpm_file, ddpm, monkeypatch):
+    model = wb.load_model(ddpm_file, image_size=8, device="cpu")
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    values = ddpm(noise, torch.tensor([10]))[0][0, 0, 0, :8].tolist()
+    monkeypatch.setattr(golden, "COUNT", 8)
+    monkeypatch.setattr(golden, "EPS", {"a/ddpm": values, "another/ddpm": [v + 0.1 for v in values]})
+    architecture = layouts.Architecture("ddpm", 8, (32, 64), 1, (1,))
+    monkeypatch.setattr(layouts, "HUB", dict.fromkeys(golden.EPS, architecture))
+    assert verify(model, "a/ddpm") < 1e-4
+    assert verify(model, "another/ddpm") == pytest.approx(0.1, abs=1e-4)
+    with pytest.raises(ValueError, match="no reference values for 'mine'; there are for a/ddpm, another/ddpm"):
+        verify(model, "mine")
+
+
+@pytest.mark.parametrize("name", golden.EPS)
+def test_a_hub_model_gives_its_reference_values(name):
+    try:
+        model = wb.load_model(name, device="cpu")
+    except FileNotFoundError:
+        pytest.skip(f"{name} is not in the hub cache")
+    assert verify(model, name) <= golden.TOLERANCE
+
+
+# What is known of public models
+
+
+def test_known_models_say_what_they_need():
+    rows = {row["name"]: row for row in known_models()}
+    assert rows.keys() == {*layouts.HUB, *layouts.PRESETS}
+    assert rows["google/ddpm-ema-celebahq-256"]["h"] == (512, 8, 8)
+    assert rows["adm_lsun"]["h"] == (1024, 8, 8)
+    assert rows["celeba_hq"]["parameters"] == 113_673_219
+    assert rows["celeba_hq"]["memory"].weights == 4 * 113_673_219
+
+
+def test_the_estimate_of_memory_counts_what_is_alive():
+    """A network of one level: at its peak, in the last block, the skip and the input are alive and joined."""
+    settings = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+    with torch.device("meta"):
+        unet = UNet2DModel(sample_size=64, block_out_channels=(32,), layers_per_block=1, **settings)
+    need = estimate_memory(SplitUNet(unet))
+    one = 4 * 32 * 64 * 64
+    assert need.weights == 4 * sum(p.numel() for p in unet.parameters())
+    assert 4 * one <= need.activations <= 12 * one
+    with torch.device("meta"):
+        twice = UNet2DModel(sample_size=128, block_out_channels=(32,), layers_per_block=1, **settings)
+    assert estimate_memory(SplitUNet(twice)).activations == pytest.approx(4 * need.activations, rel=0.02)
+
+
+def test_a_model_that_will_not_fit_is_announced_before_it_is_read(ddpm_file, tiny_folder, monkeypatch):
+    monkeypatch.setattr(models, "free_memory", lambda device: 1000)
+    for source, options in ((ddpm_file, {"image_size": 8}), (tiny_folder, {})):
+        with pytest.warns(UserWarning, match=r"is estimated to need .* GiB .* 0.0 GiB are free on cpu"):
+            wb.load_model(source, device="cpu", **options)
+    (tiny_folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is estimated"), pytest.raises(ValueError, match="can't be read"):
+        wb.load_model(tiny_folder, device="cpu")
+
+
+MEASURE = """
+import json, resource, sys, time, torch, workbench as wb
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+imported = peak()
+model = wb.load_model(sys.argv[1], device="cpu")
+loaded = peak()
+x_t = torch.randn(1, *model.image_shape)
+with torch.inference_mode():
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        model(x_t, 10)
+        seconds.append(time.perf_counter() - start)
+print(json.dumps({"imported": imported, "loaded": loaded, "pass": peak(), "seconds": min(seconds)}))
+"""
+
+
+@pytest.mark.slow
+def test_the_full_size_network_of_256_pixels_computes_the_same(tmp_path):
+    """113.7 M random weights, one pass of the original and one of the converted network; prints time and memory."""
+    original = randomised(DDPM(size=256, ch=128, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=(16,)))
+    path = save(original.state_dict(), tmp_path / "celeba_hq.ckpt")
+    x_t, t = images(256, 1), torch.tensor([10])
+    eps, h = original(x_t, t)
+    del original
+    folder = wb.convert_checkpoint(path, tmp_path / "celeba_hq")
+    path.unlink()
+    model = wb.load_model(folder, device="cpu")
+    bottleneck = model.encode(x_t, t)
+    assert tuple(h.shape[1:]) == model.h_shape == (512, 8, 8)
+    torch.testing.assert_close(bottleneck.h, h, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.decode(bottleneck), eps, atol=1e-4, rtol=1e-4)
+    del model, bottleneck
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    need = next(row["memory"] for row in known_models() if row["name"] == "celeba_hq")
+    print(f"\none pass at 256 x 256: {measured['seconds']:.1f} s on {torch.get_num_threads()} threads; resident")
+    print(
+        f"{measured['imported']:.2f} GiB imported, {measured['loaded']:.2f} loaded, {measured['pass']:.2f} in a pass;"
+    )
+    print(f"estimated {need.weights / 2**30:.2f} of weights, {need.activations / 2**30:.2f} of activations")

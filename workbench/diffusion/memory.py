@@ -21,7 +21,8 @@ class MemoryNeed:
     ----------
     weights : int
     activations : int
-        Most that one pass over one image holds beside the weights. Libraries' working space is not in it.
+        Most that one pass over one image holds beside the weights. Working space of libraries is not in it; whole
+        matrices of attention are, which some kernels never make.
     """
 
     weights: int
