@@ -275,3 +275,30 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 weight.copy_(float(name.endswith("weight")) + 0.3 * noise)
     return network.eval().requires_grad_(False)
+
+
+# Asyrp's DeltaBlocks
+
+
+class DDPMDelta(nn.Module):
+    def __init__(self, channels: int, emb: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.temb_proj, self.norm2 = nn.Linear(emb, channels), norm(channels, 1e-6)
+
+    def forward(self, h, temb):
+        y = self.conv1(h) + self.temb_proj(F.silu(temb))[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(y)))
+
+
+class GuidedDelta(nn.Module):
+    def __init__(self, channels: int, emb: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(norm(channels, 1e-5), nn.SiLU(), nn.Conv2d(channels, channels, 1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, channels))
+        self.out_layers = nn.Sequential(
+            norm(channels, 1e-5), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, h, emb):
+        return self.out_layers(self.in_layers(h) + self.emb_layers(emb)[:, :, None, None])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -486,7 +487,8 @@ def test_the_estimate_of_memory_counts_what_is_alive():
     assert 4 * one <= need.activations <= 12 * one
     with torch.device("meta"):
         twice = UNet2DModel(sample_size=128, block_out_channels=(32,), layers_per_block=1, **settings)
-    assert estimate_memory(SplitUNet(twice)).activations == pytest.approx(4 * need.activations, rel=0.02)
+    # Four times the pixels; the timestep's embedding stays.
+    assert estimate_memory(SplitUNet(twice)).activations == pytest.approx(4 * need.activations, rel=0.05)
 
 
 def test_a_model_that_will_not_fit_is_announced_before_it_is_read(ddpm_file, tiny_folder, monkeypatch):
@@ -500,9 +502,9 @@ def test_a_model_that_will_not_fit_is_announced_before_it_is_read(ddpm_file, tin
 
 
 MEASURE = """
-import json, resource, sys, time, torch, workbench as wb
+import json, re, sys, time, torch, workbench as wb
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
 imported = peak()
 model = wb.load_model(sys.argv[1], device="cpu")
 loaded = peak()
@@ -518,6 +520,7 @@ print(json.dumps({"imported": imported, "loaded": loaded, "pass": peak(), "secon
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux tells it")
 def test_the_full_size_network_of_256_pixels_computes_the_same(tmp_path):
     """113.7 M random weights, one pass of the original and one of the converted network; prints time and memory."""
     original = randomised(DDPM(size=256, ch=128, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=(16,)))

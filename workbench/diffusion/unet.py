@@ -127,7 +127,7 @@ class SplitUNet:
         """
         unet = self.unet
         with self.autocast():
-            emb = self._embed(t, len(x_t))
+            emb = self.embed(t, len(x_t))
             x = unet.conv_in(2 * x_t - 1.0 if unet.config.center_input_sample else x_t)
             skips = (x,)
             for block in unet.down_blocks:
@@ -172,7 +172,8 @@ class SplitUNet:
         """eps_theta(x_t, t), the predicted noise; shape (n, C, H, W), float32."""
         return self.decode(self.encode(x_t, t))
 
-    def _embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+    def embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        """Embedding of the timestep for n samples; shape (n, E)."""
         unet = self.unet
         t = torch.as_tensor(t, device=unet.device).expand(n)
         return unet.time_embedding(unet.time_proj(t).to(unet.dtype))
