@@ -19,22 +19,32 @@ _WHERE = {
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
     "datasets.classifiers": ("load_classifier", "train_classifier"),
-    "datasets.labelled": ("LabelledImages", "load_image", "load_images"),
+    "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
+    "directions.boundary": (
+        "Boundary",
+        "expected_accuracy",
+        "fit_boundaries",
+        "fit_boundary",
+        "load_boundary",
+        "move_jointly",
+        "samples_needed",
+    ),
     "directions.direction": ("Direction", "load_direction", "random_like"),
     "directions.asyrp": ("DeltaFunction", "load_asyrp"),
     "directions.jacobian": ("find_jacobian", "find_pullback"),
     "directions.pca": ("find_pca",),
     "directions.supervised": ("find_from_labels", "find_from_scores", "find_many"),
     "editing.asyrp": ("EditingInterval", "edit_asyrp", "find_interval"),
+    "editing.crossing": ("cross_boundary",),
     "editing.edit": ("edit",),
-    "editing.effects": ("disentangling_table", "matched_scale", "measure_effects"),
+    "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
     "editing.mixing": ("mixing_step",),
     "report.notebooks": ("run_notebook",),
 }
-_MODULES = {"plots": "report.plots", "paths": "paths"}
+_MODULES = {"experiments": "editing.experiments", "plots": "report.plots", "paths": "paths"}
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
   workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
   workbench mixing-step avataaars32 --n 256         the timestep at which x_t has mixed
+  workbench boundary fit avataaars32 --t 500 --attributes Smiling
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
   workbench report --profile quick                  all of them, and reports/index.html
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_find(commands, common)
     _add_analysis(command)
+    _add_boundary(commands, common)
 
     train = command(
         "train-classifier",
@@ -228,6 +230,70 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
     labels = method("labels", _find_labels, "from labelled images, inverted, without to those with an attribute")
     labels.add_argument("--images", default="avataaars", help="avataaars, or a folder or zip with attributes.csv")
     labels.add_argument("--attributes", nargs="+", required=True, help="columns of attributes.csv")
+
+
+def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
+    """`workbench boundary fit|edit`: boundaries from labelled images or samples, and edits that cross them."""
+    fit_example = "workbench boundary fit avataaars32 --t 500 --attributes Smiling Beard"
+    edit_example = (
+        "workbench boundary edit avataaars32 --boundaries data/directions/avataaars32-Smiling-x-t500.safetensors "
+        "--images avataaars --n 4 -o smiles.png"
+    )
+    boundary = commands.add_parser(
+        "boundary",
+        help="fit boundaries at one timestep, and edit images by crossing them",
+        description="Fit boundaries at one timestep, and edit images by crossing them (BoundaryDiffusion).",
+        epilog=f"example:\n  {fit_example}\n  {edit_example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = boundary.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    def action(name: str, function, text: str, example: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(action=function)
+        made.add_argument("model", help="bundled name, diffusers folder or hub id")
+        made.add_argument("--steps", type=int, default=50, help="timesteps that a whole run visits (default 50)")
+        made.add_argument("--seed", type=int, default=0, help="of the first sample, or of the noise (default 0)")
+        made.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
+        made.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+        made.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the network's arithmetic")
+        made.add_argument("--batch-size", type=int, help="samples a pass (default: by the model)")
+        return made
+
+    fit = action("fit", _boundary_fit, "fit and save boundaries in x and h", fit_example)
+    fit.add_argument("--t", type=int, required=True, help="timestep, one of those visited")
+    fit.add_argument("--n", type=int, default=100, help="number of images or samples (default 100)")
+    fit.add_argument("--images", default="avataaars", help="to invert: avataaars, or a folder or zip with labels")
+    fit.add_argument("--attributes", nargs="+", help="columns of the labels, e.g. Smiling Beard")
+    fit.add_argument("--classifier", help="label generated samples by this one instead")
+    fit.add_argument("--positive", help="folder or zip of images with the attribute, in place of labels")
+    fit.add_argument("--negative", help="folder or zip of images without it")
+    fit.add_argument("--method", choices=("svm", "mean", "lda", "logistic"), default="svm")
+    fit.add_argument("--balance", action="store_true", help="give both classes the same weight")
+    fit.add_argument("--wanted", type=float, help="warn if the held-out accuracy stays below this")
+    fit.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
+
+    edit = action("edit", _boundary_edit, "edit images or samples by crossing boundaries", edit_example)
+    edit.add_argument("--boundaries", nargs="+", type=Path, required=True, help="files, in x, in h or in both")
+    edit.add_argument("--images", help="to edit: avataaars, or a folder or zip")
+    edit.add_argument("--seeds", type=_seeds, help="of samples to edit, e.g. 0-15 or 3,7,11")
+    edit.add_argument("--n", type=int, default=4, help="number of images (default 4)")
+    edit.add_argument(
+        "--distances", nargs="+", type=float, default=[-3.0, -1.5, 0.0, 1.5, 3.0], help="(default -3 -1.5 0 1.5 3)"
+    )
+    edit.add_argument("--unit", choices=("sd", "distance"), default="sd", help="of the distances")
+    edit.add_argument("--mode", choices=("absolute", "shift", "mirror"), default="absolute", help="what they are")
+    edit.add_argument("--eta", type=float, default=1.0, help="from t on: 0 is DDIM, 1 is DDPM (default 1)")
+    edit.add_argument("--h-policy", choices=("first", "offset", "offset-asymmetric", "none", "stale"), default="first")
+    edit.add_argument("--keep-norm", action="store_true", help="move on a great circle")
+    edit.add_argument("-o", "--out", type=Path, default=Path("edits.png"), help="PNG file (default edits.png)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -461,6 +527,93 @@ def _labels(labels, attributes: list[str] | None):
     if not kept:
         raise ValueError(f"no attribute is there in 5 of {len(labels)} samples and lacks in 5; give more with --n")
     return labels[kept]
+
+
+def _boundary_fit(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench import paths
+
+    model = _load(arguments).tapped(arguments.tap)
+    source, labels = _labelled_samples(model, arguments)
+    folder = arguments.out or paths.directions()
+    for space in ("x", "h"):
+        found = wb.fit_boundaries(
+            source,
+            labels,
+            t=arguments.t,
+            space=space,
+            method=arguments.method,
+            balance=arguments.balance,
+            wanted=arguments.wanted,
+        )
+        for boundary in found.values():
+            name = f"{model.name.replace('/', '--')}-{boundary.name}-{space}-t{boundary.t}.safetensors"
+            print(f"{boundary}\n{boundary.save(folder / name)}")
+
+
+def _labelled_samples(model, arguments: argparse.Namespace):
+    """A store with x and h down to the timestep, and a table of labels."""
+    import workbench as wb
+    from workbench.diffusion.schedule import index_of
+
+    visited = model.schedule.timesteps(arguments.steps)
+    first = index_of(arguments.t, visited, trained=model.schedule.T)
+    options = {"record_x": True, "batch_size": arguments.batch_size}
+    if (arguments.positive is None) != (arguments.negative is None):
+        raise ValueError("give both --positive and --negative, the images with and without the attribute")
+    if arguments.classifier is not None:
+        classifier = wb.load_classifier(arguments.classifier, device=arguments.device)
+        attributes = arguments.attributes or list(classifier.attributes)
+        _check_attributes(attributes, classifier.attributes)
+        store = wb.extract(model, arguments.n, seed=arguments.seed, steps=visited, eta=0.0, **options)
+        scores = classifier(store.images).set_axis(store.seeds)
+        return store, scores[attributes].gt(0.5).astype(int)
+    if arguments.positive is not None:
+        name = (arguments.attributes or ["attribute"])[0]
+        images = wb.load_pair(arguments.positive, arguments.negative, name=name)
+        half, positives = arguments.n // 2, int(images.label(name).sum())
+        images = images.select([*range(min(half, positives)), *range(positives, min(positives + half, len(images)))])
+        attributes = [name]
+    else:
+        images = wb.load_images(arguments.images).select(slice(arguments.n))
+        attributes = arguments.attributes or images.names
+        _check_attributes(attributes, images.names)
+    return wb.extract(model, images=images, steps=visited[first:], **options), images.labels[attributes]
+
+
+def _boundary_edit(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.diffusion.schedule import index_of
+
+    if (arguments.images is None) == (arguments.seeds is None):
+        raise ValueError("give --images or --seeds, what is to be edited")
+    model = _load(arguments).tapped(arguments.tap)
+    boundaries = [wb.load_boundary(path, model=model) for path in arguments.boundaries]
+    visited = model.schedule.timesteps(arguments.steps)
+    first = index_of(boundaries[0].t, visited, trained=model.schedule.T)
+    if arguments.seeds is not None:
+        run = wb.sample(model, arguments.seeds, steps=visited, eta=0.0, batch_size=arguments.batch_size)
+    else:
+        images = wb.load_images(arguments.images, size=model.image_shape[1]).select(slice(arguments.n))
+        run = wb.invert(model, images[:], steps=visited[first:], batch_size=arguments.batch_size)
+    grid = wb.cross_boundary(
+        model,
+        run,
+        [boundary for boundary in boundaries if boundary.space == "h"] or None,
+        [boundary for boundary in boundaries if boundary.space == "x"] or None,
+        distances=arguments.distances,
+        unit=arguments.unit,
+        mode=arguments.mode,
+        eta=arguments.eta,
+        h_policy=arguments.h_policy,
+        keep_norm=arguments.keep_norm,
+        seed=arguments.seed if arguments.images is not None else None,
+        batch_size=arguments.batch_size,
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    shown = replace(grid, images=grid.images.clamp(-1, 1))
+    wb.plots.edit_grid(shown).savefig(arguments.out, dpi=150, format="png")
+    print(f"{grid}\n{arguments.out.resolve()}")
 
 
 def _check_attributes(wanted: list[str], known) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from statistics import median
 
 import numpy as np
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench as wb
@@ -17,15 +17,16 @@ from workbench.directions.jacobian import find_jacobian
 pytestmark = pytest.mark.slow
 
 T, NEIGHBOUR, K = 600, 620, 3
+SAMPLES = 5
 
 
 @pytest.fixture(scope="module")
 def runs(model):
-    return wb.sample(model, range(3), steps=50, eta=1.0, record_h=True, record_x=True, progress=False)
+    return wb.sample(model, range(SAMPLES), steps=50, eta=1.0, record_h=True, record_x=True, progress=False)
 
 
 def power_iteration(model, x_t, *, stop) -> np.ndarray:
-    """One left singular vector after the other, each product through the whole network.
+    """One left singular vector after the other, by the released code's own two calls for the products.
 
     `stop(i, sigmas)` ends the iteration of vector i, given its estimates so far.
     """
@@ -36,10 +37,15 @@ def power_iteration(model, x_t, *, stop) -> np.ndarray:
 
     def pull_and_push(v):
         (g,) = torch.autograd.grad(eps, h, v, retain_graph=True)
-        with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), forward_ad.dual_level():
+
+        def moved(a):
             bottleneck = model.encode(x_t, T)
-            dual = forward_ad.make_dual(bottleneck.h, g)
-            return forward_ad.unpack_dual(model.decode(bottleneck.with_h(dual))).tangent
+            return model.decode(bottleneck.with_h(h.detach() - g + a * g))
+
+        with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+            return torch.autograd.functional.jacobian(
+                moved, torch.ones(1), strategy="forward-mode", vectorize=True
+            ).squeeze(-1)
 
     v = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0))
     found = torch.empty(0, v.numel())
@@ -55,9 +61,9 @@ def power_iteration(model, x_t, *, stop) -> np.ndarray:
     return np.array(values)
 
 
-def as_released(i, sigmas) -> bool:
-    """At most 50 iterations, or the tenth change of the eigenvalue below 1e-5, counted in all."""
-    small = np.abs(np.diff(np.square(sigmas))) < 1e-5
+def its_own(i, sigmas, *, tol=1e-5) -> bool:
+    """At most 50 iterations, or the eleventh change of the eigenvalue below `tol`, counted in all."""
+    small = np.abs(np.diff(np.square(sigmas))) < tol
     return len(sigmas) >= 50 or small.sum() > 10
 
 
@@ -70,11 +76,11 @@ def plain(model):
 
 
 def test_faster_and_more_exact_than_the_power_iteration(model, plain, runs, capsys):
-    """Over three samples: a sixth of its time as it stops by itself, and at most a tenth of its largest error.
+    """Over several samples: a sixth of its time as it stops by itself, and at most a tenth of its largest error.
 
-    The second comparison favours the power iteration: it stops at the very product that brings a value within 1e-3 of
-    the answer, which it could not know. Ours stops by its own rule, once from scratch and once from the vectors of the
-    timestep before, as in a sweep over timesteps.
+    To bring all three values within 1e-3, the power iteration is given its best case twice: its own rule with the
+    loosest power of ten that is enough for this sample, and a stop at the very product that brings a value there, which
+    it could not know. Ours stops by its own rule, once from scratch and once from the spectrum of the timestep before.
     """
     times, errors = {}, {}
 
@@ -84,24 +90,34 @@ def test_faster_and_more_exact_than_the_power_iteration(model, plain, runs, caps
         times.setdefault(name, []).append(time.perf_counter() - start)
         values = getattr(found, "singular_values", found)
         errors.setdefault(name, []).append(float(np.abs(values / reference - 1).max()))
+        return errors[name][-1]
 
-    for run in (runs[i] for i in range(3)):
+    for run in (runs[i] for i in range(len(runs))):
         x_t = run.x_at(T)
 
         def find(run=run, t=T, **settings):
             return find_jacobian(model, run, t=t, k=K, progress=False, **settings)
 
-        reference = find(oversample=5, tol=1e-10).singular_values
+        def power(stop, x_t=x_t):
+            return power_iteration(plain, x_t, stop=stop)
+
+        reference = find(oversample=5, tol=1e-9).singular_values
         neighbour = find(t=NEIGHBOUR)
 
         def near(i, sigmas, reference=reference):
             return abs(sigmas[-1] / reference[i] - 1) <= 1e-3 or len(sigmas) >= 300
 
         measure("ours", reference, find)
-        measure("released", reference, lambda x_t=x_t: power_iteration(plain, x_t, stop=as_released))
-        measure("ours to 1e-3", reference, lambda find=find: find(tol=1e-2))
-        measure("ours to 1e-3, warm", reference, lambda find=find, v=neighbour: find(tol=1e-2, warm_start=v))
-        measure("power to 1e-3", reference, lambda x_t=x_t, near=near: power_iteration(plain, x_t, stop=near))
+        measure("released", reference, lambda power=power: power(its_own))
+        measure("ours to 1e-3", reference, lambda find=find: find(tol=1e-3))
+        measure("ours to 1e-3, warm", reference, lambda find=find, v=neighbour: find(tol=1e-3, warm_start=v))
+        for tol in (1e-2, 1e-3, 1e-4, 1e-5):
+            stop = partial(its_own, tol=tol)
+            if measure(f"released, tol {tol:g}", reference, lambda power=power, stop=stop: power(stop)) <= 1e-3:
+                times.setdefault("released to 1e-3", []).append(times[f"released, tol {tol:g}"][-1])
+                errors.setdefault("released to 1e-3", []).append(errors[f"released, tol {tol:g}"][-1])
+                break
+        measure("power to 1e-3", reference, lambda power=power, near=near: power(near))
 
     seconds = {name: median(values) for name, values in times.items()}
     with capsys.disabled():

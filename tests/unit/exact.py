@@ -13,6 +13,12 @@ from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck
 
 
+class Config(dict):
+    """A network's settings, by name or by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
 class ExactNetwork:
     """x_0 = c mu + s n, with c = +1 or -1 alike, n ~ N(0, I); mu and s of the images' shape. h_t is x_t."""
 
@@ -21,8 +27,8 @@ class ExactNetwork:
     def __init__(self, mu: torch.Tensor, s: torch.Tensor, schedule: NoiseSchedule) -> None:
         self.mu, self.s2, self.schedule = mu, s**2, schedule
         channels, size, _ = mu.shape
-        config = SimpleNamespace(in_channels=channels, sample_size=size, block_out_channels=(channels,))
-        self.unet = SimpleNamespace(config=config, device=torch.device("cpu"), down_blocks=[])
+        config = Config(in_channels=channels, sample_size=size, block_out_channels=(channels,))
+        self.unet = SimpleNamespace(config=config, device=torch.device("cpu"), down_blocks=[], parameters=lambda: [])
 
     def encode(self, x_t, t):
         return Bottleneck(x_t, (x_t,), torch.full((len(x_t), 1), float(t)))

@@ -16,6 +16,7 @@ from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
 from workbench.diffusion import golden, layouts
 from workbench.diffusion.models import load_model
+from workbench.directions.boundary import load_boundary
 from workbench.directions.direction import load_direction
 from workbench.hspace.store import open_store
 
@@ -46,12 +47,12 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 
 @pytest.mark.parametrize(
     "command",
-    ["models", "sample", "extract", "store", "geometry", "mixing-step", "data", "params", "run", "report"]
-    + ["train-classifier", "convert", "verify"],
+    "models|sample|extract|store|geometry|mixing-step|boundary|boundary fit|boundary edit|data|params|run|report|"
+    "train-classifier|convert|verify".split("|"),
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert f"example:\n  workbench {command}" in capsys.readouterr().out
 
@@ -161,6 +162,40 @@ def test_mixing_step_prints_a_table_and_draws(tmp_path, capsys, cache):
     assert status == 0 and "radius_gap" in printed
 
 
+def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, cache):
+    out, common = tmp_path / "found", (tiny_folder, "--steps", 4)
+    fit = ("boundary", "fit", *common, "--t", 500, "-o", out)
+    status, said, _ = run(capsys, *fit, "--n", 12, "--attributes", "Smiling", "Long_Hair")
+    assert status == 0 and said.count("held-out accuracy") == 4
+    files = sorted(path.name for path in out.iterdir())
+    assert files == [f"tiny-{name}-{s}-t500.safetensors" for name in ("Long_Hair", "Smiling") for s in "hx"]
+    picture = tmp_path / "edits.png"
+    edit = ("boundary", "edit", *common, "-o", picture, "--distances", -1, 0, 1, "--boundaries")
+    status, said, _ = run(capsys, *edit, *(out / name for name in files[:2]), "--images", "avataaars", "--n", 2)
+    assert status == 0 and "EditGrid(2 x 3 images" in said and Image.open(picture).width > 100
+    status, said, _ = run(capsys, *edit, out / files[1], "--seeds", "3,5", "--unit", "distance")
+    assert status == 0 and "EditGrid(2 x 3 images" in said
+
+
+def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache):
+    for side, shade in (("with", 200), ("without", 60)):
+        (tmp_path / side).mkdir()
+        for i in range(5):
+            Image.new("RGB", (16, 16), (shade + i, i, 0)).save(tmp_path / side / f"{i}.png")
+    fit = ("boundary", "fit", tiny_folder, "--steps", 4, "--t", 500, "-o", tmp_path / "found")
+    pair = ("--positive", tmp_path / "with", "--negative", tmp_path / "without")
+    assert run(capsys, *fit, *pair, "--attributes", "Red", "--n", 8)[0] == 0
+    found = load_boundary(tmp_path / "found" / "tiny-Red-x-t500.safetensors")
+    assert (found.provenance["parameters"]["positives"], found.provenance["parameters"]["negatives"]) == (4, 4)
+    status, _, err = run(capsys, *fit, *pair[:2])
+    assert status == 2 and "both --positive and --negative" in err
+    status, _, err = run(capsys, *fit, *pair[:2], "--negative", tmp_path / "found")
+    assert status == 2 and "holds no images" in err
+    bundled = ("boundary", "fit", "avataaars32", "--steps", 4, "--t", 500, "--n", 12, "--classifier", "avataaars")
+    status, said, _ = run(capsys, *bundled, "--attributes", "Long_Hair", "-o", tmp_path / "found")
+    assert status == 0 and "'Long_Hair' in x" in said
+
+
 def test_train_classifier_writes_one_that_loads(tmp_path, capsys):
     for i in range(8):
         Image.new("RGB", (16, 16), (255 * (i % 2), 0, 0)).save(tmp_path / f"{i}.png")
@@ -191,6 +226,10 @@ def test_params_lists_notebooks_and_their_parameters(capsys):
         (("find", "labels", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
         (("geometry", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
         (("mixing-step", "avataaars32", "--labeller", "nobody"), "nobody"),
+        (("boundary", "fit", "avataaars32", "--t", 510, "--n", 4, "--attributes", "Beard"), "nearest 520 or 500"),
+        (("boundary", "fit", "avataaars32", "--t", 500, "--attributes", "Wings"), "Smiling, Mouth_Open"),
+        (("boundary", "edit", "avataaars32", "--boundaries", "b", "--seeds", "1"), "there is no boundary at b"),
+        (("boundary", "edit", "avataaars32", "--boundaries", "b"), "--images or --seeds"),
         (("train-classifier", "missing", "--out", "made"), "missing"),
         (("params", "99_nothing"), "99_nothing"),
         (("run", "10_extract", "-p", "stepss", 4), "steps"),

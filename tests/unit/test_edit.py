@@ -151,6 +151,21 @@ def test_an_inverted_image_at_scale_zero_is_its_reconstruction(tiny, run, direct
     torch.testing.assert_close(grid.images[:, 0], wb.replay(inverted, progress=False).x0, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["ddim", "edit-friendly"])
+def test_a_residual_makes_scale_zero_the_image_itself_and_moves_every_other_cell_alike(tiny, run, direction, method):
+    image = run.x0.clamp(-1, 1)
+    inverted = wb.invert(tiny, image, steps=STEPS, method=method, residual=True, progress=False)
+    plain = edit_grid(tiny, inverted, direction, scales=[0, 2], progress=False).images
+    grid = edit_grid(tiny, inverted, direction, scales=[0, 2], residual=True, progress=False)
+    assert torch.equal(grid.images[:, 0], image)
+    assert (plain[:, 0] - image).abs().max() > 1e-3
+    torch.testing.assert_close(grid.images[:, 1], plain[:, 1] + inverted.residual, atol=1e-4, rtol=1e-4)
+    alone = edit(tiny, inverted, direction, scale=2, residual=True, progress=False).x0
+    torch.testing.assert_close(grid.images[:, 1], alone, atol=1e-4, rtol=1e-4)
+    assert (grid.images[:, 1] - image).abs().max() > 1e-2
+    assert grid.provenance["residual"] is True
+
+
 def test_a_grid_survives_its_file(tiny, run, direction, tmp_path):
     grid = edit_grid(tiny, run[:1], direction, scales=[0, 1], progress=False)
     again = EditGrid.load(grid.save(tmp_path / "grid.safetensors"))
@@ -178,6 +193,8 @@ def test_a_grid_survives_its_file(tiny, run, direction, tmp_path):
         (lambda m, r, d: edit(m, wb.sample(m, [1], steps=4, progress=False), d), "steps|timesteps"),
         (lambda m, r, d: edit_grid(m, r, []), "at least one direction"),
         (lambda m, r, d: edit_grid(m, r, d, scales=[]), "at least one"),
+        (lambda m, r, d: edit_grid(m, r, d, residual=True), r"invert\(\.\.\., residual=True\)"),
+        (lambda m, r, d: edit(m, r, d, residual=True), r"invert\(\.\.\., residual=True\)"),
     ],
 )
 def test_bad_input_is_a_sentence(tiny, run, direction, change, message):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import workbench as wb
+from workbench.diffusion.sampling import HEdit
 from workbench.directions.direction import Direction
+from workbench.directions.supervised import find_few
 from workbench.editing import effects as module
 from workbench.editing.edit import edit
-from workbench.editing.effects import Effects, disentangling_table, matched_scale, measure_effects
+from workbench.editing.effects import Effects, disentangling_table, few_examples, matched_scale, measure_effects
 
 STEPS = 4
 
@@ -99,6 +103,19 @@ def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
     assert matrix["none"].eq(0).all()
 
 
+def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):
+    """Held-out images with their true labels, inverted; edits of generated samples, scored by the judge."""
+    images = wb.load_images("avataaars", size=32).select(slice(48))
+    store = wb.extract(model, images=images, steps=4, out=tmp_path / "inverted.zarr", progress=False)
+    found = wb.find_from_labels(store, images.label("Long_Hair"), progress=False)
+    run = wb.sample(model, range(12), steps=4, progress=False)
+    pair = {"found": found, "random": wb.random_like(found, seed=0)}
+    judge = wb.load_classifier("avataaars-judge")
+    measured = measure_effects(model, run, pair, classifier=judge, scales=[2.0], progress=False)
+    rates = {name: measured.success("Long_Hair", direction=name)[2.0] for name in pair}
+    assert rates["found"].value > 0.6 > 0.2 > rates["random"].value
+
+
 def planted(after_by_scale):
     """Effects of one direction on ten samples without the attribute: so many of them have it after each scale."""
     rows = [
@@ -141,6 +158,82 @@ def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, direc
         np.testing.assert_allclose(table.entanglement[variant], expected, rtol=1e-6)
     falls = 1 - table.entanglement["disentangled"] / table.entanglement["original"]
     np.testing.assert_allclose(table.entanglement["reduction"], falls)
+
+
+@pytest.fixture(scope="module")
+def deterministic(tiny, tmp_path_factory):
+    """Samples at eta 0 to draw examples from, their labels by the red of their pixels, and others to edit."""
+    store = wb.extract(
+        tiny,
+        40,
+        steps=STEPS,
+        eta=0.0,
+        out=tmp_path_factory.mktemp("few") / "store.zarr",
+        dtype="float32",
+        progress=False,
+    )
+    red = brightness(torch.from_numpy(store.images[:]))["red"].set_axis(store.seeds)
+    return (
+        store,
+        (red > red.median()).astype(int),
+        wb.sample(tiny, range(100, 105), steps=STEPS, eta=0.0, progress=False),
+    )
+
+
+def test_the_effect_of_a_few_examples_is_that_of_edits_of_equal_length(tiny, deterministic):
+    store, labels, run = deterministic
+    options = {"counts": [2, 8], "draws": 2, "seed": 1, "progress": False}
+    found = few_examples(
+        tiny, run, store, labels=labels, classifier=brightness, scales={"h": 1.0, "x_T": 3.0}, **options
+    )
+    assert list(found.columns) == ["space", "draw", "count", "cosine", "effect"] and len(found) == 2 * 2 * 4
+    noise = torch.cat([wb.sample(tiny, [s], steps=STEPS, eta=0.0, progress=False).x_T for s in store.seeds])
+    before = brightness(run.x0)["red"].mean()
+    for space, x_T in (("h", None), ("x_T", noise)):
+        few = find_few(store, labels, x_T=x_T, **options)
+        effects = []
+        for delta in few.deltas:
+            if space == "h":
+                edited = wb.sample(tiny, run.seeds, steps=STEPS, eta=0.0, delta_h=delta, progress=False)
+            else:
+                edited = wb.replay(dataclasses.replace(run, x_T=run.x_T + 3 * delta[0]), progress=False)
+            effects.append(brightness(edited.x0)["red"].mean() - before)
+        rows = found[found["space"] == space]
+        np.testing.assert_allclose(rows["effect"], effects, atol=1e-4)
+        np.testing.assert_allclose(rows["cosine"], few.table["cosine"])
+        assert np.abs(effects).max() > 1e-3
+
+
+def test_an_inverted_store_knows_its_x_T(tiny, deterministic, tmp_path):
+    store, labels, run = deterministic
+    images = torch.from_numpy(store.images[:]).clamp(-1, 1)
+    inverted = wb.extract(tiny, images=images, steps=STEPS, out=tmp_path / "inverted.zarr", progress=False)
+    options = {"counts": [4], "draws": 1, "scales": {"x_T": 3.0}, "progress": False}
+    named = pd.Series(labels.to_numpy(), name="red")
+    found = few_examples(tiny, run, inverted, labels=named, classifier=brightness, **options)
+    few = find_few(inverted, named, counts=[4], draws=1, x_T=torch.from_numpy(inverted.x_T[:]), progress=False)
+    np.testing.assert_allclose(found["cosine"], few.table["cosine"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, r, y: {"scales": {}}, "not for nothing"),
+        (lambda m, r, y: {"scales": {"x": 1.0}}, '"h", "x_T" or both, not for x'),
+        (lambda m, r, y: {"labels": y.rename("hat")}, "no attribute 'hat'"),
+        (lambda m, r, y: {"runs": wb.sample(m, [1], steps=STEPS, eta=1.0, progress=False)}, "eta=0"),
+        (lambda m, r, y: {"runs": wb.sample(m, [1], steps=3, eta=0.0, progress=False)}, "timesteps than"),
+        (
+            lambda m, r, y: {"runs": dataclasses.replace(r, edit=HEdit(torch.zeros(STEPS, 1, *m.h_shape)))},
+            "edited already",
+        ),
+    ],
+)
+def test_a_few_examples_refuse_what_does_not_fit(tiny, deterministic, change, message):
+    store, labels, run = deterministic
+    given = {"runs": run, "labels": labels, "counts": [2], "draws": 1, **change(tiny, run, labels)}
+    with pytest.raises(ValueError, match=message):
+        few_examples(tiny, given.pop("runs"), store, classifier=brightness, progress=False, **given)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_the_bundled_model_reconstructs_held_out_images_better_with_steps_and_it
     assert few + 5 < once < often
 
 
+def test_the_bundled_model_reconstructs_held_out_images_by_fixed_points(model):
+    held_out = wb.load_images("avataaars", size=32)[:2]
+    error = wb.invert(model, held_out, steps=50, method="fixed-point", iterations=3, progress=False).round_trip_error()
+    assert error.min() >= 35
+
+
 def test_the_bundled_model_loses_little_in_an_edit_friendly_inversion(model):
     held_out = wb.load_images("avataaars", size=32)[:2]
     assert wb.invert(model, held_out, steps=5, method="edit-friendly", progress=False).round_trip_error().min() > 38

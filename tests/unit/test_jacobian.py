@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench as wb
+from workbench.datasets.avataaars import region_mask
 from workbench.directions import jacobian
 from workbench.directions.direction import load_direction
 from workbench.directions.jacobian import JacobianSpectrum, find_jacobian, find_pullback
@@ -114,18 +118,92 @@ def test_the_products_are_adjoint_and_exact(model, run):
     torch.testing.assert_close(Ju, u @ J, rtol=0, atol=1e-5 * float(Ju.abs().max()))
 
 
-@pytest.mark.parametrize("stride, padding, dilation, groups, size", [(1, 1, 1, 1, 6), (2, 1, 1, 1, 7), (2, 0, 2, 2, 8)])
-def test_lean_convolutions_have_the_derivatives_of_torchs(stride, padding, dilation, groups, size):
-    """First and second derivative with respect to the input, for strides, dilations and groups."""
+def conv(x, *, size=3, groups=1, **settings):
+    weight = torch.randn(6, 4 // groups, size, size, generator=torch.Generator().manual_seed(1))
+    return F.conv2d(x, weight, torch.ones(6), groups=groups, **settings)
+
+
+def norm(x, *, groups=2, affine=True):
+    rng = torch.Generator().manual_seed(1)
+    weight, bias = (torch.randn(4, generator=rng) for _ in range(2)) if affine else (None, None)
+    return F.group_norm(x, groups, weight, bias, 1e-3)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize(
+    "f",
+    [
+        conv,
+        partial(conv, padding=1),
+        partial(conv, padding="same"),
+        partial(conv, stride=2, padding=1),
+        partial(conv, stride=(2, 1), padding=(0, 1), dilation=2, groups=2),
+        partial(conv, size=1),
+        norm,
+        partial(norm, groups=4, affine=False),
+        F.silu,
+        lambda x: F.silu(norm(conv(x, padding=1)[:, :4] + x)) * x,
+    ],
+)
+def test_lean_operations_have_the_derivatives_of_torchs(f, width):
+    """Value, J v and J'u of each operation that replaces torch's, and of some together."""
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, size, size, dtype=torch.double, generator=rng)
-    weight = torch.randn(6, 4 // groups, 3, 3, dtype=torch.double, generator=rng)
-    settings = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
-    lean = lambda x: jacobian._LeanConvolution.apply(x, weight, None, *settings)  # noqa: E731
-    torch.testing.assert_close(lean(x), torch.conv2d(x, weight, None, *settings))
-    x.requires_grad_()
-    assert torch.autograd.gradcheck(lean, x)
-    assert torch.autograd.gradgradcheck(lean, x)
+    x = torch.randn(1, 4, 7, 6, generator=rng)
+    J = dense(f, x)
+    linear = jacobian._Linearised(f, x, width=width)
+    u, v = (torch.randn(3, n, dtype=torch.double, generator=rng) for n in J.shape)
+    torch.testing.assert_close(linear.y.detach(), f(x).expand(width, -1, -1, -1))
+    for products, expected in ((linear.vjp(u), u @ J), (linear.jvp(v), v @ J.T), (linear.vjp(u), u @ J)):
+        torch.testing.assert_close(products, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_network_runs_once(model, run, monkeypatch):
+    """The encoder and the decoder once each, whatever the number of products; and block after block in one batch."""
+    seen = {"in": [], "out": []}
+    unet = model.unet.unet
+    handles = [
+        unet.conv_in.register_forward_hook(lambda _, x, y: seen["in"].append(len(y))),
+        unet.conv_out.register_forward_hook(lambda _, x, y: seen["out"].append(len(y))),
+    ]
+    try:
+        found = find_jacobian(model, run, t=T_FOUND, k=3, oversample=6, progress=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert found.convergence.iterations > 2
+    assert seen == {"in": [1], "out": [9]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attention_head_dim": None},
+        {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]},
+        {"down_block_types": ["ResnetDownsampleBlock2D"] * 2, "up_block_types": ["ResnetUpsampleBlock2D"] * 2},
+        {"downsample_type": "resnet", "upsample_type": "resnet", "act_fn": "gelu"},
+        {"add_attention": False, "dropout": 0.1, "downsample_padding": 0},
+        {"attn_norm_num_groups": 2, "layers_per_block": 2},
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_layer_of_the_unet_has_its_products(config, fused):
+    """Kinds of blocks, attention (fused and written out), resampling and activations, against the dense Jacobian."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        settings = {
+            "down_block_types": ["AttnDownBlock2D"] * 2,
+            "up_block_types": ["AttnUpBlock2D"] * 2,
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+        }
+        unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, **{**settings, **config})
+    for layer in unet.modules():
+        if isinstance(layer, Attention) and not fused:
+            layer.set_processor(AttnProcessor())
+    model = wb.wrap(unet, DDPMScheduler(), name="other", device="cpu")
+    run = wb.sample(model, [5], steps=STEPS, record_x=True, progress=False)
+    J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
+    assert_matches(find_jacobian(model, run, t=T_FOUND, k=2, tol=1e-8, progress=False), J)
 
 
 def test_eps_and_x0_give_the_same_directions(model, run):
@@ -153,6 +231,21 @@ def test_a_mask_only_removes_rows(model, run, shape):
     effect = (found.right.flatten(1).double() @ J.T).square()
     np.testing.assert_allclose(found.inside_mask, effect[:, rows].sum(1) / effect.sum(1), rtol=1e-4)
     assert (found.inside_mask < 0.999).all()
+
+
+def test_a_mask_can_be_a_region_by_name(tiny):
+    """and the provenance tells which mask it was."""
+    run = wb.sample(tiny, [0], steps=2, progress=False)
+    size = tiny.image_shape[1]
+    named = find_jacobian(tiny, run, t=500, k=1, mask="mouth", progress=False)
+    given = find_jacobian(tiny, run, t=500, k=1, mask=region_mask("mouth", size=size), progress=False)
+    other = find_jacobian(tiny, run, t=500, k=1, mask="hair", progress=False)
+    assert torch.equal(named.right, given.right) and not torch.equal(named.right, other.right)
+    a, b, c = (found[0].provenance["parameters"]["mask"] for found in (named, given, other))
+    assert (a["name"], b["name"], c["name"]) == ("mouth", None, "hair")
+    assert a["sha256"] == b["sha256"] != c["sha256"]
+    with pytest.raises(ValueError, match="no region 'nose'; the regions are mouth"):
+        find_jacobian(tiny, run, t=500, mask="nose", progress=False)
 
 
 def test_a_full_mask_is_no_mask(model, run):
@@ -186,15 +279,35 @@ def test_the_jacobian_is_taken_on_the_runs_own_trajectory(model, run):
 
 
 def test_a_warm_start_needs_fewer_iterations(model, run):
-    """From a neighbouring timestep's vectors, and hardly any from the answer itself; the answer stays the same."""
+    """From a neighbouring timestep, as found or as vectors, and hardly any from the answer; which stays the same."""
     neighbour = find_jacobian(model, run, t=T_FOUND, progress=False)
     cold = find_jacobian(model, run, t=500, progress=False)
-    warm = find_jacobian(model, run, t=500, warm_start=neighbour, progress=False)
-    again = find_jacobian(model, run, t=500, warm_start=cold.warm_start, progress=False)
+    again = find_jacobian(model, run, t=500, warm_start=cold, progress=False)
+    assert again.convergence.iterations <= 3
+    for start in (neighbour, neighbour.right):
+        warm = find_jacobian(model, run, t=500, warm_start=start, progress=False)
+        np.testing.assert_allclose(warm.singular_values, cold.singular_values, rtol=1e-4)
+        assert warm.convergence.iterations < cold.convergence.iterations
+
+
+def test_a_warm_start_from_another_mask_is_as_good_as_none(model, run):
+    """The left vectors of one mask are zero in another; then the start is random."""
+    upper = np.arange(8)[:, None] < 4 + np.zeros(8)
+    neighbour = find_jacobian(model, run, t=T_FOUND, mask=upper, progress=False)
+    cold = find_jacobian(model, run, t=T_FOUND, mask=~upper, progress=False)
+    warm = find_jacobian(model, run, t=T_FOUND, mask=~upper, warm_start=neighbour, progress=False)
     np.testing.assert_allclose(warm.singular_values, cold.singular_values, rtol=1e-4)
-    assert again.convergence.iterations < cold.convergence.iterations
-    assert warm.convergence.iterations <= cold.convergence.iterations
-    assert warm.convergence.change[1] < cold.convergence.change[1]
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-6])
+def test_the_error_is_below_the_tolerance(model, run, tol):
+    """for several starts; the space of vectors turns by no more than the gap allows."""
+    _, sigma, right = torch.linalg.svd(dense_of_h(model, run.x_at(T_FOUND), T_FOUND), full_matrices=False)
+    gap = float(1 - (sigma[3] / sigma[2]) ** 2)
+    for seed in range(5):
+        found = find_jacobian(model, run, t=T_FOUND, k=3, tol=tol, seed=seed, progress=False)
+        assert np.abs(found.singular_values / sigma[:3].numpy() - 1).max() <= tol
+        assert angle(found.right, right[:3]) <= 2 * (2 * tol / gap) ** 0.5
 
 
 def test_an_iteration_that_did_not_converge_says_so(model, run):
@@ -276,7 +389,22 @@ def test_pullbacks_are_the_dense_ones(model, run, map):
     np.testing.assert_allclose(found.singular_values, sigma[:3], rtol=1e-4)
     assert angle(found.vectors, right[:3]) < 1e-3
     assert found.left.shape == (3, *(model.h_shape if map == "x->h" else model.image_shape))
-    torch.testing.assert_close(found.edit(x_t, 1, 2.0), x_t + 2.0 * found.vectors[1])
+
+
+def test_the_single_timestep_edit_is_a_step_of_x_t_denoised(model):
+    """by hand, over what is left of the schedule; of several samples, with their own noise; scale 0 changes nothing."""
+    runs = wb.sample(model, [5, 6], steps=STEPS, eta=1.0, record_x=True, progress=False)
+    found = find_pullback(model, runs[0], t=500, k=2, progress=False)
+    assert torch.equal(found.edit(runs, scale=0.0), runs.x0)
+    x = runs.x_at(500) + 3.0 * found.vectors[1]
+    with torch.no_grad():
+        for t, t_prev in ((500, 200), (200, 0), (0, -1)):
+            noise = runs.noise_at(STEPS.index(t)) if t else None
+            x = model.schedule.ddim_step(x, model(x, t), (t, t_prev), eta=1.0, noise=noise)
+    torch.testing.assert_close(found.edit(runs, 1, scale=3.0), x)
+    assert (x - runs.x0).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="timestep 500 was not visited"):
+        found.edit(wb.sample(model, [5], steps=3, progress=False), scale=1.0)
 
 
 def test_the_nullspace_projection_avoids_what_moves_the_outside(model, run):
@@ -309,7 +437,9 @@ def planted(sigma: Sequence[float], *, n: int = 40, d: int = 60) -> torch.Tensor
 
 def svd_of(J: torch.Tensor, k: int, **settings):
     settings = {"width": k + 2, "max_iterations": 200, **settings}
-    return jacobian._block_svd(lambda v: v @ J.T, lambda u: u @ J, J.shape[1], k, **settings)
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(settings.pop("width"), J.shape[1], dtype=torch.double, generator=rng)
+    return jacobian._block_svd(lambda v: v @ J.T, lambda u: u @ J, start, k, rng=rng, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"width": 1, "block": 1}, {"width": 2, "block": 2}, {"width": 9}])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from workbench.datasets import avataaars, labelled
-from workbench.datasets.labelled import load_image, load_images, to_tensor
+from workbench.datasets.labelled import load_image, load_images, load_pair, to_tensor
 
 
 def picture(seed: int, width: int = 12, height: int = 12) -> Image.Image:
@@ -539,3 +539,33 @@ def test_leading_zeros_count_in_file_names_and_spaces_around_them_do_not(tmp_pat
         picture(0).save(tmp_path / f"{name}.png")
     (tmp_path / "attributes.csv").write_text("file,A\n001.png,1\n 002.png ,0\n")
     assert load_images(tmp_path).labels["A"].to_dict() == {"001.png": 1, "002.png": 0}
+
+
+# Two folders
+
+
+def test_two_folders_are_one_labelled_set(folder, tmp_path):
+    (tmp_path / "others").mkdir()
+    picture(9, 20, 16).convert("L").save(tmp_path / "others" / "a.png")
+    pair = load_pair(folder, tmp_path / "others", name="Smiling", size=12)
+    assert list(pair.labels["Smiling"]) == [1] * 5 + [0] and pair.names == ["Smiling"]
+    assert list(pair.labels.index[[0, 5]]) == ["positive/a.png", "negative/a.png"]
+    torch.testing.assert_close(pair[:5], load_images(folder)[:])
+    torch.testing.assert_close(pair[5], load_image(tmp_path / "others" / "a.png", 12))
+    zipped = load_pair(zip_of(folder, tmp_path / "z.zip"), tmp_path / "others", name="Smiling", size=12)
+    assert zipped.fingerprint == pair.fingerprint != pair.select(range(5)).fingerprint
+    torch.testing.assert_close(pickle.loads(pickle.dumps(zipped))[:], pair[:])
+
+
+def test_two_folders_that_do_not_fit_are_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no images"):
+        load_pair(folder, tmp_path / "empty", name="Smiling")
+    with pytest.raises(FileNotFoundError, match="there is no folder or zip"):
+        load_pair(tmp_path / "nowhere", folder, name="Smiling")
+    with pytest.raises(ValueError, match="give two folders"):
+        load_pair(folder, folder, name="Smiling")
+    (tmp_path / "larger").mkdir()
+    picture(9, 20, 20).save(tmp_path / "larger" / "a.png")
+    with pytest.raises(ValueError, match="larger/a.png is 20 pixels wide.*give the size"):
+        load_pair(folder, tmp_path / "larger", name="Smiling")[:]

@@ -7,7 +7,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from workbench.analysis.metrics import effect_matrix, entanglement_index, monotonicity, success_rate
+from workbench.analysis.metrics import (
+    EffectMatrix,
+    effect_matrix,
+    entanglement_index,
+    kernel_distance,
+    leakage,
+    monotonicity,
+    peak_signal_to_noise,
+    success_rate,
+)
 
 ATTRIBUTES = ["A", "B", "C"]
 
@@ -94,6 +103,28 @@ def test_the_entanglement_index_needs_to_know_whose_attribute_is_whose(before, a
         entanglement_index(effect_matrix(before, {"smile": after["A"]}))
 
 
+def test_leakage_and_its_fall_by_hand():
+    """Two directions, of which the second leaks a quarter; the draws are the means doubled for the first alone."""
+    mean = pd.DataFrame([[0.9, 0.5, -0.3], [0.8, -0.1, 0.1]], index=["A", "A projected"], columns=ATTRIBUTES)
+    draws = np.stack([mean.to_numpy(), mean.to_numpy() * [[2.0], [1.0]]] * 50)
+    found = leakage(EffectMatrix(mean, mean, mean, draws, n=10), ["B", "C"])
+    np.testing.assert_allclose(found["leak"], [0.8, 0.2])
+    np.testing.assert_allclose(found["fall"], [0.0, 0.75])
+    np.testing.assert_allclose(found.loc["A", ["leak_low", "leak_high"]], [0.8, 1.6])
+    np.testing.assert_allclose(found.loc["A projected", ["fall_low", "fall_high"]], [0.75, 0.875])
+    np.testing.assert_allclose(found.loc["A", ["fall_low", "fall_high"]], 0.0)
+
+
+def test_the_interval_of_the_fall_knows_that_the_samples_are_the_same(before, after):
+    """Half of each sample's change leaves half of the leak, whatever samples are drawn."""
+    halved = before + 0.5 * (after["A"] - before)
+    found = leakage(effect_matrix(before, {"A": after["A"], "half": halved}), ["A", "B"])
+    assert found.loc["half", ["fall", "fall_low", "fall_high"]].tolist() == pytest.approx([0.5] * 3)
+    assert found.loc["A", "leak_low"] < found.loc["A", "leak"] < found.loc["A", "leak_high"]
+    with pytest.raises(ValueError, match="no attribute 'hat'"):
+        leakage(effect_matrix(before, after), ["hat"])
+
+
 def test_the_success_rate_counts_samples_without_the_attribute():
     before = pd.DataFrame({"A": [0.1, 0.2, 0.9, 0.5, 0.3]})
     after = pd.DataFrame({"A": [0.8, 0.4, 0.1, 0.51, 0.9]})
@@ -136,3 +167,23 @@ def test_monotonicity_is_spearmans_correlation():
 def test_bad_input_is_a_sentence(before, call, message):
     with pytest.raises(ValueError, match=message):
         call(before)
+
+
+def test_psnr_is_its_definition_and_infinite_for_equal_images():
+    images = np.zeros((2, 3, 4, 4))
+    others = images.copy()
+    others[0] += 0.2
+    found = peak_signal_to_noise(images, others)
+    assert found[0] == pytest.approx(20.0) and found[1] == np.inf
+
+
+def test_the_kernel_distance_is_unbiased_and_sees_a_difference():
+    rng = np.random.default_rng(0)
+    same = [kernel_distance(rng.standard_normal((30, 4)), rng.standard_normal((40, 4))) for _ in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200)
+    assert kernel_distance(rng.standard_normal((30, 4)), 1 + rng.standard_normal((40, 4))) > 3 * np.std(same)
+    a, b = rng.standard_normal((2, 3)), rng.standard_normal((2, 3))
+    k = [[(x @ y / 3 + 1) ** 3 for y in (*a, *b)] for x in (*a, *b)]
+    assert kernel_distance(a, b) == pytest.approx(k[0][1] + k[2][3] - (k[0][2] + k[0][3] + k[1][2] + k[1][3]) / 2)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        kernel_distance(a[:1], b)

@@ -399,7 +399,7 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
         find(run, labels.rename(columns={"plus": "minus"}), **edit)
     with pytest.raises(ValueError, match="values other than 0 and 1"):
         find(run, labels * 2, **edit)
-    with pytest.raises(ValueError, match="3 labels for 400 samples"):
+    with pytest.raises(ValueError, match="the labels do not match the 400 samples"):
         find(run, [0, 1, 1])
     with pytest.raises(ValueError, match="strengths are"):
         find(run, labels, **edit, strengths=(1, 2))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -157,6 +158,25 @@ def test_blocks_of_samples_give_the_components_of_the_whole(tmp_path, monkeypatc
     blocks = find_pca(store, 4)
     assert (units_of(blocks) * units_of(whole)).sum(axis=2).min() > 0.999
     np.testing.assert_allclose(blocks.explained_variance_ratio, whole.explained_variance_ratio, rtol=1e-2)
+
+
+def test_memory_is_that_of_one_timestep_or_of_one_block(tmp_path, monkeypatch):
+    """Of n x d floats a timestep: they are held once, for one timestep at a time, or not at all above the limit."""
+    n, d = 4000, 800
+    store = make_store(tmp_path / "h.zarr", planted(n, d, steps=2)[0], chunk=100)
+
+    def peak() -> float:
+        tracemalloc.start()
+        fits = [pca._fit(store, t, n, 8, 0) for t in store.timesteps]
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(fits) == 2
+        return highest / (4 * n * d)
+
+    assert 1.0 < peak() < 1.8
+    monkeypatch.setattr(pca, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(pca, "BLOCK_ROWS", 100)
+    assert peak() < 0.4
 
 
 @pytest.mark.parametrize(("chunk", "rows", "n"), [(7, 5, 40), (7, 7, 40), (16, 40, 40), (16, 15, 33), (3, 100, 2)])

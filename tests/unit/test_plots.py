@@ -343,10 +343,11 @@ def test_the_style_uses_the_palette():
 
 def test_bars_draw_each_series_at_its_heights():
     first, second = pd.Series({"a": 0.2, "b": 0.4}), pd.Series({"a": 0.3, "b": 0.1})
-    axes = plots.bars({"one": first, "two": second}, ylabel="share").axes[0]
+    figure = plots.bars({"one": first, "two": second}, ylabel="share")
+    axes = figure.axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.2, 0.4, 0.3, 0.1])
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     assert axes.get_ylabel() == "share"
 
 

@@ -9,7 +9,7 @@ import torch
 
 from workbench.directions import supervised
 from workbench.directions.direction import load_direction
-from workbench.directions.supervised import METHODS, find_from_labels, find_from_scores, find_many
+from workbench.directions.supervised import METHODS, find_few, find_from_labels, find_from_scores, find_many
 from workbench.hspace.store import create_store, write_chunk
 
 TIMESTEPS = (600, 300, 0)
@@ -275,6 +275,82 @@ def test_shares_of_strata_add_up():
         supervised._shares(np.array([3, 3, 3, 1]), 5)
 
 
+# Few examples
+
+
+def few(store, labels, **options):
+    return find_few(store, labels, progress=False, **{"counts": [2, 30], "draws": 3, "seed": 5, **options})
+
+
+def test_directions_of_few_examples_near_the_planted_one_as_they_become_more(store, table):
+    found = few(store, table["A"], counts=[1, 8, 60], draws=6).table
+    assert list(found["count"].unique()) == [0, 1, 8, 60, np.inf] and len(found) == 6 * 5
+    mean = found.groupby("count")["cosine"].mean()
+    assert mean.is_monotonic_increasing
+    assert abs(mean[0]) < 0.1 < mean[1] < mean[8] - 0.1 < mean[60] - 0.2
+    assert found[found["count"] == np.inf]["cosine"].to_numpy() == pytest.approx(1)
+
+
+def test_a_few_examples_and_those_that_are_left_are_differences_of_means(store, table, h, monkeypatch):
+    """One of each class is drawn: which ones is known from the order of a generator that does not permute."""
+    monkeypatch.setattr(supervised.np.random, "default_rng", lambda seed: Ordered())
+    flat, y = h.reshape(N, len(TIMESTEPS), -1).astype(np.float64), table["A"].to_numpy() == 1
+    positives, negatives = np.flatnonzero(y), np.flatnonzero(~y)
+    found = few(store, table["A"], counts=[3], draws=1)
+    drawn = flat[positives[:3]].mean(axis=0) - flat[negatives[:3]].mean(axis=0)
+    left = flat[positives[3:]].mean(axis=0) - flat[negatives[3:]].mean(axis=0)
+    drawn, left = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (drawn, left))
+    sigma = np.einsum("ntd,td->nt", flat, left).std(axis=0, ddof=1)[:, None]
+    assert found.deltas.shape == (3, len(TIMESTEPS), *store.h_shape)
+    np.testing.assert_allclose(found.deltas[1].flatten(1), sigma * drawn, atol=1e-4)
+    np.testing.assert_allclose(found.deltas[2].flatten(1), sigma * left, atol=1e-4)
+    a, b = (sigma * drawn).ravel(), (sigma * left).ravel()
+    assert found.table["cosine"][1] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-4)
+
+
+class Ordered:
+    """A generator that leaves the order and whose noise is that of a seed."""
+
+    def permutation(self, values):
+        return values
+
+    def standard_normal(self, shape):
+        return np.random.Generator(np.random.PCG64(0)).standard_normal(shape)
+
+
+def test_all_directions_of_a_draw_are_of_one_length_and_depend_on_the_seed(store, table):
+    found, again = few(store, table["A"]), few(store, table["A"])
+    lengths = found.deltas.flatten(2).norm(dim=2).view(3, 4, -1)
+    torch.testing.assert_close(lengths, lengths[:, -1:].expand_as(lengths), rtol=1e-4, atol=0)
+    assert torch.equal(found.deltas, again.deltas)
+    assert not torch.equal(found.deltas, few(store, table["A"], seed=6).deltas)
+    assert not torch.equal(found.deltas[1], found.deltas[5])
+
+
+def test_a_planted_direction_is_found_in_x_T_too(store, table, axes):
+    noise = np.random.default_rng(9).standard_normal((N, axes.shape[2])) + 4 * np.outer(table["A"], axes[0, 0])
+    found = few(store, table["A"], x_T=torch.from_numpy(noise).float().view(N, 1, 4, -1))
+    assert found.deltas.shape == (12, 1, 1, 4, axes.shape[2] // 4)
+    reference = found.deltas[-1].flatten().double()
+    assert float(reference @ torch.from_numpy(axes[0, 0]) / reference.norm()) > 0.8
+    torch.testing.assert_close(found.deltas.flatten(1).norm(dim=1), torch.ones(12))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"counts": []}, r"counts are \[\]; of 'A' 1 to [0-9]+ examples of each class can be drawn"),
+        ({"counts": [0, 4]}, r"counts are \[0, 4\]"),
+        ({"counts": [4, 200]}, r"counts are \[4, 200\]"),
+        ({"draws": 0}, "draws is 0"),
+        ({"x_T": torch.zeros(3, 1, 4, 4)}, "3 x_T for 240 samples"),
+    ],
+)
+def test_few_examples_that_cannot_be_drawn_are_refused(store, table, options, message):
+    with pytest.raises(ValueError, match=message):
+        few(store, table["A"], **options)
+
+
 # Matching
 
 
@@ -299,7 +375,7 @@ def test_seeds_that_are_numbered_are_seeds(tmp_path, tiny, h, table):
 def test_file_names_are_matched_where_the_store_knows_them(inverted_store, table, monkeypatch):
     names = [f"{i:05d}.webp" for i in range(N)]
     labels = pd.Series(table["A"].to_numpy(), index=names)
-    with pytest.raises(ValueError, match="does not know its images by name.*to_numpy"):
+    with pytest.raises(ValueError, match="are not known by name.*to_numpy"):
         find(inverted_store, labels)
     monkeypatch.setattr(type(inverted_store), "names", names)
     same(find(inverted_store, labels[::-1]), find(inverted_store, table["A"].to_numpy()))
@@ -329,9 +405,9 @@ def test_a_direction_knows_what_it_was_made_from_and_survives_its_file(store, ta
         (lambda a: a * 2, "labels are 0 or 1, but 'A' has 2; .*find_from_scores"),
         (lambda a: a.map({0: "no", 1: "yes"}), "labels are 0 or 1"),
         (lambda a: (pd.Series(range(N), index=a.index, name="A") == 5).astype(int), "1 positives and 239 negatives"),
-        (lambda a: a[:100], "140 samples have none and 0 of 100 belong to no sample"),
-        (lambda a: a.rename(lambda s: s + 5000), "240 samples have none and 240 of 240"),
-        (lambda a: a.rename({a.index[0]: 5000}), "1 samples have none and 1 of 240"),
+        (lambda a: a[:100], "140 of them have none and 0 of 100 belong to no sample"),
+        (lambda a: a.rename(lambda s: s + 5000), "240 of them have none and 240 of 240"),
+        (lambda a: a.rename({a.index[0]: 5000}), "1 of them have none and 1 of 240"),
         (lambda a: a.rename({a.index[0]: a.index[1]}), "more than once"),
         (lambda a: a.to_numpy()[:100], "are 100 for 240 samples"),
     ],
@@ -350,7 +426,7 @@ def test_labels_that_do_not_fit_are_refused(store, table, change, message):
         (np.arange(N), {"k": 121}, "k is 121"),
         (np.arange(N) < 20, {"k": 50}, "share the value 0; take a smaller k"),
         (np.arange(N - 1), {}, "are 239 for 240 samples"),
-        (pd.Series(np.arange(N), index=range(5000, 5000 + N)), {}, "240 samples have none"),
+        (pd.Series(np.arange(N), index=range(5000, 5000 + N)), {}, "240 of them have none"),
         (np.arange(N), {"method": "svm"}, "'svm' is not known; it is one of mean, logistic, ridge, lda"),
     ],
 )

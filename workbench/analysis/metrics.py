@@ -65,6 +65,11 @@ class Rate:
     high: float
     n: int
 
+    @classmethod
+    def of(cls, share: float, n: int) -> Rate:
+        """A share of n with its interval."""
+        return cls(share, *_wilson(share, n), n)
+
     def __repr__(self) -> str:
         return f"Rate({self.value:.1%}, {self.low:.1%}..{self.high:.1%}, n={self.n})"
 
@@ -159,6 +164,38 @@ def entanglement_index(effects: EffectMatrix | pd.DataFrame, *, own: Mapping[str
     return found
 
 
+def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
+    """How much the directions change attributes that they should leave: the sum of |E_ab| over these b.
+
+    Parameters
+    ----------
+    effects : EffectMatrix
+        Its first direction is what the others are compared with.
+    attributes : sequence of str
+
+    Returns
+    -------
+    DataFrame, one row a direction
+        `leak`, and `fall`, the share of the first direction's leak that is gone, in (-inf, 1]; each with its 95%
+        bootstrap interval (`leak_low`, `leak_high`, `fall_low`, `fall_high`). The absolute values of noise don't
+        cancel: with few samples a small leak is too large and its fall too small.
+
+    Raises
+    ------
+    ValueError
+        If an attribute is not in the matrix.
+    """
+    part = effects.of(attributes)
+    leak, drawn = (np.abs(values).sum(axis=-1) for values in (part.mean.to_numpy(), part.draws))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fall, fallen = 1 - leak / leak[0], 1 - drawn / drawn[:, :1]
+    ends = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+    (leak_low, leak_high), (fall_low, fall_high) = (np.quantile(values, ends, axis=0) for values in (drawn, fallen))
+    columns = {"leak": leak, "leak_low": leak_low, "leak_high": leak_high}
+    columns |= {"fall": fall, "fall_low": fall_low, "fall_high": fall_high}
+    return pd.DataFrame(columns, index=part.mean.index)
+
+
 def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Rate:
     """Share of the samples without an attribute that have it afterwards, with its Wilson interval.
 
@@ -186,7 +223,7 @@ def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, t
     if n == 0:
         raise ValueError(f"all {len(before)} samples have {attribute} already; edit some that don't")
     share = float((after[attribute].to_numpy()[without] > threshold).mean())
-    return Rate(share, *_wilson(share, n), n)
+    return Rate.of(share, n)
 
 
 def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:
@@ -217,6 +254,52 @@ def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> 
     steps = steps - steps.mean()
     with np.errstate(invalid="ignore"):
         return ranks @ steps / (np.linalg.norm(ranks, axis=1) * np.linalg.norm(steps))
+
+
+def peak_signal_to_noise(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """10 log10(4 / mean squared difference) of images in [-1, 1], pair by pair; dB, inf for equal ones.
+
+    Parameters
+    ----------
+    images, others : array of shape (n, ...)
+
+    Returns
+    -------
+    ndarray of shape (n,)
+    """
+    a, b = (np.asarray(values, dtype=float).reshape(len(values), -1) for values in (images, others))
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(4.0 / ((a - b) ** 2).mean(axis=1))
+
+
+def kernel_distance(features: np.ndarray, others: np.ndarray) -> float:
+    """Squared maximum mean discrepancy of two sets of features, without bias (KID, Binkowski et al. 2018, eq. 4).
+
+    The kernel is (x.y / d + 1)^3. Of two samples of one distribution it is 0 on average, and can be negative.
+
+    Parameters
+    ----------
+    features, others : array of shape (n, d), (m, d)
+        At least 2 of each.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 2 of one, or they have other numbers of features.
+    """
+    a, b = np.asarray(features, dtype=float), np.asarray(others, dtype=float)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features have shapes {a.shape} and {b.shape}; give at least 2 rows each, of one length")
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return float(sum(within) - 2.0 * kernel(a, b).mean())
 
 
 def _listed(names: pd.Index) -> str:

@@ -61,7 +61,7 @@ class LabelledImages:
     """
 
     labels: pd.DataFrame
-    _files: _Folder | _Zip
+    _files: _Folder | _Zip | _Parts
     _size: int | None
 
     def __len__(self) -> int:
@@ -278,6 +278,45 @@ def load_images(source: str | Path, *, size: int | None = None, labels: str | Pa
     return LabelledImages(table, files, size)
 
 
+def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: int | None = None) -> LabelledImages:
+    """Open two folders or zips as one labelled set: images with an attribute and images without it.
+
+    The way to a boundary for what no label file names, such as pictures that a text-to-image model made for two
+    prompts. Names are `positive/...` and `negative/...`.
+
+    Parameters
+    ----------
+    positive, negative : str or Path
+        Folders or zips of images; label files in them are not read.
+    name : str
+        Of the attribute.
+    size : int, optional
+        As in `load_images`.
+
+    Returns
+    -------
+    LabelledImages
+        The images of `positive`, label 1, and then those of `negative`, label 0.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one does not exist.
+    ValueError
+        If one has no images, or both are the same place.
+    """
+    if Path(positive).resolve() == Path(negative).resolve():
+        raise ValueError(f"{positive} is given for the images with and without {name}; give two folders")
+    parts = {"positive": _find_files(Path(positive)), "negative": _find_files(Path(negative))}
+    names = {part: [f"{part}/{file}" for file in files.names()] for part, files in parts.items()}
+    labels = pd.Series(
+        [int(part == "positive") for part, files in names.items() for _ in files],
+        index=pd.Index([file for files in names.values() for file in files], name="file"),
+        name=name,
+    )
+    return LabelledImages(labels.to_frame(), _Parts(parts), _checked(size))
+
+
 def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
     """Decode one image file.
 
@@ -425,6 +464,25 @@ class _Zip:
 
     def _handle(self) -> zipfile.ZipFile:
         return _open_zip(self.path, self.stamp, os.getpid())
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Several sources as one; a name begins with that of its part."""
+
+    parts: dict[str, _Folder | _Zip]
+
+    def describe(self, name: str) -> str:
+        part, _, file = name.partition("/")
+        return self.parts[part].describe(file)
+
+    def read(self, name: str) -> bytes:
+        part, _, file = name.partition("/")
+        return self.parts[part].read(file)
+
+    def checksum(self, name: str) -> tuple[int, int]:
+        part, _, file = name.partition("/")
+        return self.parts[part].checksum(file)
 
 
 @lru_cache(maxsize=8)

@@ -399,8 +399,8 @@ def replay(
     ValueError
         If the edit does not fit the run, or a residual is asked for that it does not have.
     """
-    if residual and run.residual is None:
-        raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
+    if residual:
+        check_residual(run)
     if edit is not None:
         _check_edit(edit, run)
     plan = run if edit is None else replace(run, edit=edit)
@@ -692,6 +692,12 @@ def _check_edit(edit: HEdit | HFunction, run: Trajectory) -> None:
             f"an edit of shape {tuple(edit.values.shape)} does not fit this run; it takes "
             f"({run.steps}, 1 or {len(run)}, {', '.join(map(str, run.model.h_shape))})"
         )
+
+
+def check_residual(run: Trajectory) -> None:
+    """Refuse a run that does not know what its reconstruction lacks."""
+    if run.residual is None:
+        raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
 
 
 def check_images(images: torch.Tensor, model: Model) -> torch.Tensor:

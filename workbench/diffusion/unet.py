@@ -47,7 +47,7 @@ class Bottleneck:
 
     def repeat(self, k: int) -> Bottleneck:
         """Each sample `k` times in a row, so that k edits of it run as one batch."""
-        return self._map(lambda x: _in_format_of(x, x.repeat_interleave(k, dim=0)))
+        return self._map(lambda x: _repeated(x, k))
 
     def __getitem__(self, index) -> Bottleneck:
         """Samples `index` (slice, list or tensor of positions)."""
@@ -56,6 +56,13 @@ class Bottleneck:
     def _map(self, f) -> Bottleneck:
         residual = None if self.residual is None else f(self.residual)
         return replace(self, h=f(self.h), skips=tuple(map(f, self.skips)), emb=f(self.emb), residual=residual)
+
+
+def _repeated(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Each row k times in a row, in the memory format of x and by a single copy, which repeat_interleave is not."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return _repeated(x.permute(0, 2, 3, 1).flatten(1), k).view(-1, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    return x.unsqueeze(1).expand(-1, k, *x.shape[1:]).flatten(0, 1)
 
 
 def _in_format_of(x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:

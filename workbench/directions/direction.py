@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -138,7 +138,7 @@ class Direction:
         return replace(
             self,
             unit=-self.unit,
-            name=f"-{_bracketed(self.name)}",
+            name=f"-{bracketed(self.name)}",
             provenance=_derived("product", {"factor": -1.0}, self),
         )
 
@@ -150,7 +150,7 @@ class Direction:
             raise ValueError(f"a direction can't be multiplied by {factor}; give a finite number")
         return self._moved(
             self._wide() * float(factor),
-            name=f"{factor:g} {_bracketed(self.name)}",
+            name=f"{factor:g} {bracketed(self.name)}",
             provenance=_derived("product", {"factor": float(factor)}, self),
         )
 
@@ -163,7 +163,7 @@ class Direction:
         self._check_same_space(other)
         return self._moved(
             self._wide() + other._wide(),
-            name=f"{_bracketed(self.name)} + {_bracketed(other.name)}",
+            name=f"{bracketed(self.name)} + {bracketed(other.name)}",
             provenance=_derived("sum", {}, self, other),
         )
 
@@ -173,7 +173,7 @@ class Direction:
         self._check_same_space(other)
         return self._moved(
             self._wide() - other._wide(),
-            name=f"{_bracketed(self.name)} - {_bracketed(other.name)}",
+            name=f"{bracketed(self.name)} - {bracketed(other.name)}",
             provenance=_derived("difference", {}, self, other),
         )
 
@@ -206,12 +206,12 @@ class Direction:
         layout = (len(self.timesteps), -1) if per_step else (1, -1)
         v = self._wide().reshape(*layout)
         rest = _outside(v, torch.stack([other._wide().reshape(*layout) for other in others], dim=1))
-        names = ", ".join(_bracketed(other.name) for other in others)
+        names = ", ".join(bracketed(other.name) for other in others)
         if not rest.any():
             raise ValueError(f"nothing is left of {self.name}: it lies in the span of {names}")
         return self._moved(
             rest.reshape(self.unit.shape),
-            name=f"{_bracketed(self.name)} ⟂ {names}",
+            name=f"{bracketed(self.name)} ⟂ {names}",
             provenance=_derived("orthogonal", {"per_step": per_step}, self, *others),
         )
 
@@ -239,7 +239,7 @@ class Direction:
             self,
             unit=self.unit * inside.view(-1, 1, 1, 1),
             sigma=self.sigma * inside,
-            name=f"{_bracketed(self.name)} [{t_high}..{t_low}]",
+            name=f"{bracketed(self.name)} [{t_high}..{t_low}]",
             provenance=_derived("restricted", {"t_range": [int(t_high), int(t_low)]}, self),
         )
 
@@ -314,7 +314,7 @@ class Direction:
         if len(store) < 2:
             raise ValueError("a store of one sample has no standard deviation; calibrate with at least two")
         sigma = [
-            np.concatenate([batch @ unit for batch in store.batches(t)]).std(ddof=1, dtype=np.float64)
+            projections(store.batches(t), unit[None]).std(ddof=1)
             for t, unit in tqdm(
                 list(zip(self.timesteps, self.unit.flatten(1).numpy(), strict=True)),
                 desc="calibrating",
@@ -371,7 +371,7 @@ class Direction:
             "timesteps": list(self.timesteps),
             "provenance": self.provenance,
             "extras": self.extras,
-            "sha256": _digest(tensors),
+            "sha256": digest(tensors),
         }
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         try:
@@ -436,7 +436,7 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
                 raise ValueError(f"{path} has direction format {metadata.get('version')}, this version reads {VERSION}")
             tensors = {name: file.get_tensor(name) for name in ("unit", "sigma")}
         about = json.loads(metadata["direction"])
-        if about["sha256"] != _digest(tensors):
+        if about["sha256"] != digest(tensors):
             raise ValueError(f"{path} is corrupt: its values don't match their checksum; make the direction again")
         found = Direction(
             tensors["unit"],
@@ -475,7 +475,7 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
     return replace(
         direction,
         unit=unit / torch.where(acts, length, 1.0).view(-1, 1, 1, 1),
-        name=f"random {seed} like {_bracketed(direction.name)}",
+        name=f"random {seed} like {bracketed(direction.name)}",
         provenance=_derived("random", {"seed": seed}, direction),
         extras={},
     )
@@ -491,6 +491,22 @@ def origin_of(store: HStore) -> dict:
     """
     known = {key: store.provenance[key] for key in ("model", "etas")} | {"seeds": store.provenance.get("seeds")}
     return known | {key: store.provenance[key] for key in ("images",) if key in store.provenance}
+
+
+def projections(batches: Iterable[np.ndarray], units: np.ndarray) -> np.ndarray:
+    """How far samples lie along unit vectors.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray of shape (some of n, d), float32
+    units : ndarray of shape (m, d)
+
+    Returns
+    -------
+    ndarray of shape (n, m), float64
+        Of products in float32; their mean may be long against their spread, whose sums of squares float32 would lose.
+    """
+    return np.concatenate([batch @ units.T.astype(np.float32) for batch in batches]).astype(np.float64)
 
 
 def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -546,13 +562,15 @@ def _visits(timesteps: tuple[int, ...]) -> str:
     return f"{len(timesteps)} steps t={timesteps[0]}..{timesteps[-1]}"
 
 
-def _bracketed(name: str) -> str:
+def bracketed(name: str) -> str:
+    """A name as a part of another."""
     return f"({name})" if " " in name else name
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors, in hex."""
+    checksum = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+        checksum.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        checksum.update(tensor.numpy().data)
+    return checksum.hexdigest()

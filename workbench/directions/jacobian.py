@@ -4,28 +4,34 @@ All maps go through one block iteration. It takes the products of Algorithms 1 a
 J V with all tangents in one batch and then J' (J V), but keeps every block that it has seen: the Rayleigh-Ritz step
 runs over all of them, and the next block holds the residuals of its vectors. That is the block Krylov method (Golub,
 Luk and Overton 1981; Musco and Musco 2015, arXiv 1504.05477), in Davidson's form, which survives new starts. It takes
-about half the products of the plain subspace iteration for the same accuracy.
+about half the products of the plain subspace iteration for the same accuracy, and narrow blocks take fewer still.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
+from workbench.datasets.avataaars import region_mask
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, replay
+from workbench.diffusion.sampling import Trajectory, denoise, replay
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
 
 OUTPUTS = ("eps", "x0")
 MAPS = ("x->h", "x->x0")
+
+CPU_WIDTH = 2
+"""Vectors in a block on a CPU: one alone converges in the fewest products, but can take two close values for one."""
 
 VANISHED = 1e-12
 """Part of its length below which a vector that was orthogonalised in float64 is rounding noise."""
@@ -94,11 +100,6 @@ class JacobianSpectrum(Sequence):
         """||J'J v_i - sigma_i^2 v_i|| / sigma_i^2; shape (k,)."""
         return np.array(self.convergence.residuals)
 
-    @property
-    def warm_start(self) -> torch.Tensor:
-        """Where to start at a neighbouring timestep, or for a similar mask: the right singular vectors."""
-        return self.right
-
     def __len__(self) -> int:
         return len(self.directions)
 
@@ -134,21 +135,38 @@ class XSpectrum:
     map: str
     convergence: Convergence
 
-    def edit(self, x_t: torch.Tensor, i: int, scale: float) -> torch.Tensor:
-        """x_t + scale * v_i, the single-timestep edit of LOCO-Edit; to be denoised from timestep `t` on.
+    def edit(self, run: Trajectory, i: int = 0, *, scale: float) -> torch.Tensor:
+        """The single-timestep edit of LOCO-Edit: x_t + scale * v_i, denoised from there with the run's own noise.
 
         Parameters
         ----------
-        x_t : Tensor of shape (n, C, H, W)
-        i : int
+        run : Trajectory
+            One or more samples, also others than the one that the vectors were found on; not edited yet.
+        i : int, default 0
         scale : float
             Length of the step in the units of x_t.
 
         Returns
         -------
         Tensor of shape (n, C, H, W)
+            The edited images; of scale 0 the unedited ones, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the run did not visit `t`.
         """
-        return x_t + scale * self.vectors[i].to(x_t)
+        x_t = run.x_at(self.t)
+        x_t = (x_t + scale * self.vectors[i].to(x_t)).to(run.model.device)
+        start = run.timesteps.index(self.t)
+        with torch.inference_mode():
+            return denoise(
+                run.model,
+                x_t,
+                pairs=run.model.schedule.pairs(run.timesteps)[start:],
+                etas=run.etas[start:],
+                noise=lambda step: run.noise_at(start + step).to(x_t),
+            ).cpu()
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -164,12 +182,12 @@ def find_jacobian(
     *,
     t: int,
     k: int = 3,
-    mask: np.ndarray | torch.Tensor | None = None,
+    mask: np.ndarray | torch.Tensor | str | None = None,
     output: str = "eps",
     population: HStore | None = None,
-    oversample: int = 0,
-    tol: float = 1e-4,
-    max_iterations: int = 40,
+    oversample: int | None = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
     block: int | None = None,
     warm_start: JacobianSpectrum | torch.Tensor | None = None,
     seed: int = 0,
@@ -188,8 +206,9 @@ def find_jacobian(
     t : int
         A timestep that the run visited.
     k : int, default 3
-    mask : bool array of shape (H, W), (1, H, W) or (C, H, W), optional
-        Only these pixels of the output count (Haas et al. eqs. 9-10).
+    mask : bool array of shape (H, W), (1, H, W) or (C, H, W), or str, optional
+        Only these pixels of the output count (Haas et al. eqs. 9-10). A name is that of a region of the bundled domain,
+        upright: mouth, eyes, brows, hair, beard or glasses (`datasets.avataaars.region_mask`).
     output : {"eps", "x0"}
         The predicted noise or the predicted image. Both have the same right singular vectors (Haas et al., SM C).
     population : HStore, optional
@@ -197,20 +216,20 @@ def find_jacobian(
         as for every other method. Without it, there is no population to measure: one unit is the root mean square of
         the entries of the sample's own h_t, an order-of-magnitude stand-in. `provenance["parameters"]["sigma"]` says
         which.
-    oversample : int, default 0
-        Vectors beyond k in a block. More of them need fewer but dearer iterations, which may pay on an accelerator. The
-        plain subspace iteration needs them to converge; with all blocks kept they are not needed.
-    tol : float, default 1e-4
-        Stop when the singular values change by less than this, relatively, their space turns by less than sqrt(tol)
-        radians and the residuals are below sqrt(tol), since an error of the vectors enters the values squared. The
-        error that is left is smaller than the last change, by about one iteration's progress.
-    max_iterations : int, default 40
+    oversample : int, optional
+        Take k + oversample tangents in a batch. By default there are k of them on an accelerator, which takes them in
+        the time of one, and two on a CPU, where each costs the same and narrow blocks need fewer of them in all. A
+        value that is repeated more often than a block is wide can be missed.
+    tol : float, default 1e-6
+        Relative error of the singular values. Stop when the residuals r show it to be smaller, by r^2 / (2 gap) with
+        the gap to the next value, when the last iteration changed the values by less than sqrt(tol), and when it turned
+        their space by less than tol^(1/4) radians. The error of the vectors is about sqrt(2 tol / gap) radians.
+    max_iterations : int, default 100
     block : int, optional
-        Take this many tangents at a time instead of k + oversample: Algorithm 2, which needs less memory. Vectors are
-        found in batches of this size, each from a new start orthogonal to all that came before. It takes more
-        iterations but, on a CPU, about as much time.
+        Algorithm 2: find the vectors in batches of this size, each from a new start orthogonal to all that came before,
+        with this many tangents at a time. It needs less memory, and finds repeated values whatever the size.
     warm_start : JacobianSpectrum or Tensor of shape (m, C, h, w), optional
-        Start from these vectors, e.g. the ones of a neighbouring timestep.
+        Start from the vectors of e.g. a neighbouring timestep, given as what was found there, or as vectors of h.
     seed : int
         Of the random start.
     progress : bool
@@ -244,14 +263,14 @@ def find_jacobian(
         eps = model.decode(bottleneck.repeat(len(h)).with_h(h))
         return eps if output == "eps" else model.schedule.predict_x0(x_t, eps, t)
 
-    if isinstance(warm_start, JacobianSpectrum):
-        warm_start = warm_start.warm_start
+    left, right = (warm_start.left, None) if isinstance(warm_start, JacobianSpectrum) else (None, warm_start)
     found = _find_spectrum(
-        _Linearised(decode, bottleneck.h, width=_width(k, oversample, block)),
+        _Linearised(decode, bottleneck.h, width=_width(k, oversample, block, x_t.device)),
         k,
         rows=rows,
         block=block,
-        warm_start=_check_warm_start(warm_start, model.h_shape),
+        left=_check_warm_start(left, model.image_shape),
+        right=_check_warm_start(right, model.h_shape),
         tol=tol,
         max_iterations=max_iterations,
         seed=seed,
@@ -264,7 +283,7 @@ def find_jacobian(
         "t": int(t),
         "k": k,
         "output": output,
-        "mask": None if rows is None else int(rows.sum()),
+        "mask": None if rows is None else _mask_record(mask, rows),
         "oversample": oversample,
         "tol": tol,
         "max_iterations": max_iterations,
@@ -315,11 +334,11 @@ def find_pullback(
     t: int,
     k: int = 3,
     map: str = "x->x0",
-    mask: np.ndarray | torch.Tensor | None = None,
+    mask: np.ndarray | torch.Tensor | str | None = None,
     nullspace: int = 0,
-    oversample: int = 0,
-    tol: float = 1e-4,
-    max_iterations: int = 40,
+    oversample: int | None = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
     block: int | None = None,
     warm_start: torch.Tensor | None = None,
     seed: int = 0,
@@ -333,7 +352,7 @@ def find_pullback(
         As in `find_jacobian`.
     map : {"x->h", "x->x0"}
         d h / d x_t (Park et al. 2023, arXiv 2307.12868), or d P_t / d x_t (LOCO-Edit, arXiv 2409.02374).
-    mask : bool array, optional
+    mask : bool array or str, optional
         As in `find_jacobian`; only for "x->x0".
     nullspace : int, default 0
         Take out of each vector what lies in the top `nullspace` right singular vectors of the rows outside of the mask
@@ -369,9 +388,9 @@ def find_pullback(
         return model.encode(x, t).h if map == "x->h" else model.schedule.predict_x0(x, model(x, t), t)
 
     settings = {"block": block, "tol": tol, "max_iterations": max_iterations, "seed": seed, "progress": progress}
-    linear = _Linearised(forward, x_t, width=_width(k, oversample, block))
+    linear = _Linearised(forward, x_t, width=_width(k, oversample, block, x_t.device))
     warm_start = _check_warm_start(warm_start, model.image_shape)
-    found = _find_spectrum(linear, k, rows=rows, warm_start=warm_start, **settings)
+    found = _find_spectrum(linear, k, rows=rows, right=warm_start, **settings)
     vectors = found.right
     if nullspace:
         outside = _find_spectrum(linear, nullspace, rows=~rows, **settings).right
@@ -400,64 +419,129 @@ class _Linearised:
     x : Tensor of shape (1, *in)
     width : int
         Number of vectors in a product.
+
+    Attributes
+    ----------
+    y : Tensor of shape (width, *out)
+        f(x), in every row.
     """
 
     def __init__(self, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, width: int) -> None:
         # A fused attention kernel has no second derivative.
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), _LeanConvolutions():
-            self.x = x.detach().repeat_interleave(width, dim=0).requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), _Lean():
+            self.x = _channels_last(x.detach().repeat_interleave(width, dim=0)).requires_grad_()
             self.y = f(self.x)
-            self.u = torch.zeros_like(self.y, requires_grad=True)
-            (self.w,) = torch.autograd.grad(self.y, self.x, self.u, create_graph=True)
+        self.u, self.w = None, None
 
     @property
     def width(self) -> int:
         return len(self.x)
 
-    def jvp(self, v: torch.Tensor) -> torch.Tensor:
-        """J v for each row; (b, d) -> (b, n), float64, on the CPU."""
-        return self._product(self.w, self.u, v)
-
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
         """J' u for each row; (b, n) -> (b, d), float64, on the CPU."""
-        return self._product(self.y, self.x, u)
+        if self.w is not None:
+            return self._product(self.y, self.x, u)
+        first, rest = u[: self.width], u[self.width :]
+        with torch.inference_mode(False), torch.enable_grad():
+            self.u = self._padded(first, self.y).requires_grad_()
+            (self.w,) = torch.autograd.grad(self.y, self.x, self.u, create_graph=True)
+        return torch.cat([_rows(self.w.detach()[: len(first)]), *([self.vjp(rest)] if len(rest) else [])])
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v for each row; (b, d) -> (b, n), float64, on the CPU."""
+        if self.w is None:
+            self.vjp(torch.zeros(1, self.y[0].numel()))
+        return self._product(self.w, self.u, v)
 
     def _product(self, output: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         products = []
         for part in rows.split(self.width):
-            weights = torch.zeros_like(output)
-            weights[: len(part)] = part.float().view(-1, *output.shape[1:]).to(weights)
-            (product,) = torch.autograd.grad(output, at, weights, retain_graph=True)
-            products.append(product[: len(part)].flatten(1).cpu().double())
+            (product,) = torch.autograd.grad(output, at, self._padded(part, output), retain_graph=True)
+            products.append(_rows(product[: len(part)]))
         return torch.cat(products)
 
+    def _padded(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Rows in the shape and memory format of a batch; what is missing is zero."""
+        padded = torch.zeros_like(like)
+        padded[: len(rows)] = rows.float().view(-1, *like.shape[1:]).to(padded)
+        return padded
 
-class _LeanConvolutions(TorchFunctionMode):
-    """Within it, convolutions skip the weights' gradient, which torch's second derivative computes even if unused."""
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).cpu().double()
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """The same values with unambiguous channels_last strides, also for a batch of one."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(-1).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class _Lean(TorchFunctionMode):
+    """Within it, costly operations enter the graph as the linear maps that their derivatives at this point are.
+
+    Torch's own second derivatives are those of the non-linear operations: of a convolution they compute the gradient of
+    the weights even if unused, and of group norm a dozen products of tensors.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.conv2d and not kwargs and len(args) == 7 and not isinstance(args[4], str):
-            return _LeanConvolution.apply(*args)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        named = any(isinstance(a, str) for a in [*args, *kwargs.values()])  # padding="same"
+        if func not in LEAN or named or not args or args[0].ndim != 4:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            y, product, adjoint = LEAN[func](args[0].detach(), *args[1:], **kwargs)
+        return _Tangent.apply(args[0], product, adjoint, y)
 
 
-class _LeanConvolution(torch.autograd.Function):
-    """conv2d that is differentiable, twice, with respect to its input alone."""
+class _Tangent(torch.autograd.Function):
+    """A linear map, as its product and its adjoint's; or an operation of value y with that derivative."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
-        ctx.save_for_backward(weight)
-        ctx.settings = stride, padding, dilation, groups
-        reach = [p * 2 - d * (n - 1) - 1 for p, d, n in zip(padding, dilation, weight.shape[2:], strict=True)]
-        ctx.unseen = [(size + r) % s for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    def forward(ctx, x, product, adjoint, y=None):
+        ctx.maps = product, adjoint
+        return product(x) if y is None else y
 
     @staticmethod
     def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        gradient = torch.conv_transpose2d(gradient, weight, None, stride, padding, ctx.unseen, groups, dilation)
-        return gradient, None, None, None, None, None, None
+        product, adjoint = ctx.maps
+        return _Tangent.apply(gradient, adjoint, product), None, None, None
+
+
+def _convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    stride, padding, dilation = ((s, s) if isinstance(s, int) else s for s in (stride, padding, dilation))
+    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    reach = [p * 2 - d * (n - 1) - 1 for p, d, n in zip(padding, dilation, weight.shape[2:], strict=True)]
+    unseen = [(size + r) % s for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+    return (
+        y,
+        lambda v: torch.conv2d(v, weight, None, stride, padding, dilation, groups),
+        lambda u: torch.conv_transpose2d(u, weight, None, stride, padding, unseen, groups, dilation),
+    )
+
+
+def _group_norm(x, groups, weight=None, bias=None, eps=1e-5):
+    """y = weight * z + bias; the derivative of the standardised z is symmetric."""
+    x = _channels_last(x)
+    (n, c, *_), size = x.shape, x[0, 0].numel()
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, size, groups, eps)
+    gain = 1.0 if weight is None else weight[:, None, None]
+
+    def standardised(v):
+        wanted = [True, False, False]
+        settings = (_channels_last(v), x, mean, rstd, None, n, c, size, groups, wanted)
+        return torch.ops.aten.native_group_norm_backward(*settings)[0]
+
+    return y, lambda v: gain * standardised(v), lambda u: standardised(gain * u)
+
+
+def _silu(x, inplace=False):
+    gate = x.sigmoid()
+    slope = gate * (1.0 + x * (1.0 - gate))
+    return gate * x, slope.mul, slope.mul
+
+
+LEAN = {torch.conv2d: _convolution, F.group_norm: _group_norm, F.silu: _silu}
 
 
 @dataclass(frozen=True)
@@ -471,15 +555,33 @@ class _Spectrum:
     inside: torch.Tensor | None = None
 
 
-def _find_spectrum(linear: _Linearised, k: int, *, rows: torch.Tensor | None, **settings) -> _Spectrum:
-    """Top of the spectrum of those rows of J that a mask keeps."""
+def _find_spectrum(
+    linear: _Linearised,
+    k: int,
+    *,
+    rows: torch.Tensor | None,
+    seed: int,
+    left: torch.Tensor | None = None,
+    right: torch.Tensor | None = None,
+    **settings,
+) -> _Spectrum:
+    """Top of the spectrum of those rows of J that a mask keeps, started from left or right vectors or at random."""
     n, d = linear.y[0].numel(), linear.x[0].numel()
     kept = torch.ones(n, dtype=torch.bool) if rows is None else rows
     if k < 1 or k > min(int(kept.sum()), d):
         of = "" if rows is None else " inside the mask"
         raise ValueError(f"k is {k}; with {int(kept.sum())} outputs{of} it lies in 1..{min(int(kept.sum()), d)}")
+    rng = torch.Generator().manual_seed(seed)
+    if right is None:
+        # The first product with J' builds the graph that the others need, so it costs nothing.
+        right = linear.vjp(_mixed(left, linear.width, n, rng) * kept)
     found = _block_svd(
-        lambda v: linear.jvp(v) * kept, lambda u: linear.vjp(u * kept), d, k, width=linear.width, **settings
+        lambda v: linear.jvp(v) * kept,
+        lambda u: linear.vjp(u * kept),
+        _mixed(right, linear.width, d, rng),
+        k,
+        rng=rng,
+        **settings,
     )
     inside = torch.ones(k, dtype=torch.double)
     if rows is not None:
@@ -491,15 +593,13 @@ def _find_spectrum(linear: _Linearised, k: int, *, rows: torch.Tensor | None, **
 def _block_svd(
     jvp: Callable[[torch.Tensor], torch.Tensor],
     vjp: Callable[[torch.Tensor], torch.Tensor],
-    d: int,
+    start: torch.Tensor,
     k: int,
     *,
-    width: int,
+    rng: torch.Generator,
     block: int | None = None,
-    warm_start: torch.Tensor | None = None,
-    tol: float = 1e-4,
-    max_iterations: int = 40,
-    seed: int = 0,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
     progress: bool = False,
 ) -> _Spectrum:
     """Top k singular triplets of a linear map J from its products.
@@ -509,16 +609,14 @@ def _block_svd(
     jvp : callable, (b, d) -> (b, n)
         J v of each row, float64, on the CPU.
     vjp : callable, (b, n) -> (b, d)
-    d : int
-        Dimension that J takes.
+    start : Tensor of shape (width, d), float64
+        The first block.
     k : int
-    width : int
-        Vectors in a block.
+    rng : torch.Generator
+        Of new starts.
     block : int, optional
         Ask for the first `block` triplets, then for `block` more from a new start, and so on up to k.
-    warm_start : Tensor of shape (m, d), optional
-        Used up before random vectors in every new start.
-    tol, max_iterations, seed, progress
+    tol, max_iterations, progress
         As in `find_jacobian`.
 
     Returns
@@ -527,20 +625,20 @@ def _block_svd(
     """
     if tol <= 0 or max_iterations < 1:
         raise ValueError(f"tol ({tol}) must be positive and max_iterations ({max_iterations}) at least 1")
+    width, d = start.shape
     if max_iterations * width < k:
         raise ValueError(f"{max_iterations} iterations of {width} vectors can't find {k}; raise max_iterations")
-    starts = _starts(d, width, warm_start, torch.Generator().manual_seed(seed))
     target = k if block is None else min(block, k)
     basis = torch.empty(0, d, dtype=torch.double)
     images, pulled = None, None  # J q and J'J q of every q in the basis
-    candidates, before, since = next(starts), None, 0
+    candidates, before, since = start, None, 0
     change, angle = [], []
     converged = False
     with tqdm(
         total=max_iterations, desc="jacobian", unit=" iterations", disable=not progress, delay=2, leave=False
     ) as bar:
         while not converged and len(change) < max_iterations:
-            q = _orthonormal(candidates[: d - len(basis)], basis, starts)
+            q = _orthonormal(candidates[: d - len(basis)], basis, rng)
             u = jvp(q)
             w = vjp(u)
             basis = torch.cat([basis, q])
@@ -555,14 +653,13 @@ def _block_svd(
             angle.append(_turned(before, now) if since > 1 else float("nan"))
             ritz = squares[: max(target, width)], mixing[:, : max(target, width)]
             errors, residuals = _residuals(*ritz, basis, pulled)
-            # A start that has not met the next vector yet changes nothing either; the residual tells.
             settled = (
-                change[-1] <= tol and max(angle[-1], residuals[:target].max()) <= tol**0.5 and len(basis) >= target
+                _largest_error(squares, residuals[:target]) <= tol and change[-1] <= tol**0.5 and angle[-1] <= tol**0.25
             )
             converged = len(basis) == d or (settled and target == k)
             candidates, before = errors[residuals.argsort(descending=True)[:width]], now
             if settled and target < k:
-                target, candidates, since = min(target + block, k), next(starts), 0
+                target, candidates, since = min(target + block, k), _mixed(None, width, d, rng), 0
             bar.update()
     squares, mixing = squares[:k], mixing[:, :k]
     _, residuals = _residuals(squares, mixing, basis, pulled)
@@ -580,15 +677,15 @@ def _block_svd(
     return _Spectrum(right, squares.sqrt(), left, record)
 
 
-def _starts(d: int, width: int, warm: torch.Tensor | None, rng: torch.Generator) -> Iterator[torch.Tensor]:
-    """Blocks to start from: the given vectors first, then random ones; (width, d), float64."""
-    left = torch.empty(0, d, dtype=torch.double) if warm is None else warm
-    while True:
-        given, left = left[:width], left[width:]
-        yield torch.cat([given, torch.randn(width - len(given), d, dtype=torch.double, generator=rng)])
+def _mixed(vectors: torch.Tensor | None, width: int, d: int, rng: torch.Generator) -> torch.Tensor:
+    """A block to start from, (width, d), in which every given vector has a part; random where there is none."""
+    block = torch.randn(width, d, dtype=torch.double, generator=rng)
+    for i in range(0 if vectors is None else min(width, len(vectors))):
+        block[i] = vectors[i::width].sum(0)
+    return block
 
 
-def _orthonormal(block: torch.Tensor, basis: torch.Tensor, starts: Iterator[torch.Tensor]) -> torch.Tensor:
+def _orthonormal(block: torch.Tensor, basis: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Rows orthonormal to each other and to the basis (Algorithm 2's deflation); what vanishes is drawn anew."""
     lengths = block.norm(dim=1).max()
     for _ in range(2):
@@ -596,7 +693,7 @@ def _orthonormal(block: torch.Tensor, basis: torch.Tensor, starts: Iterator[torc
     _, remaining, block = torch.linalg.svd(block, full_matrices=False)
     lost = remaining <= VANISHED * lengths
     if lost.any():
-        block = torch.where(lost[:, None], next(starts)[: len(block)], block)
+        block = torch.where(lost[:, None], _mixed(None, *block.shape, rng), block)
     for _ in range(2):
         block = torch.linalg.qr((block - (block @ basis.T) @ basis).T).Q.T
     return block
@@ -606,6 +703,19 @@ def _residuals(squares: torch.Tensor, mixing: torch.Tensor, basis: torch.Tensor,
     """J'J v - sigma^2 v of each Ritz vector v, and its length relative to sigma^2."""
     errors = mixing.T @ pulled - squares[:, None] * (mixing.T @ basis)
     return errors, errors.norm(dim=1) / _divisor(squares)
+
+
+def _largest_error(squares: torch.Tensor, residuals: torch.Tensor) -> float:
+    """Bound of the relative error of the top singular values by their residuals r and the gap to the next one.
+
+    Some sigma^2 lies within r of each value, and within r^2 / gap where the others are further away than the gap (Kato
+    and Temple; Parlett 1998, chapter 10); the error of sigma is half of that.
+    """
+    top, rest = squares[: len(residuals)], squares[len(residuals) :]
+    if not len(rest):
+        return float("inf")
+    gap = 1.0 - rest[0] / _divisor(top)
+    return float((residuals * (residuals / gap.clamp_min(VANISHED)).clamp(max=1.0)).max() / 2)
 
 
 def _divisor(values: torch.Tensor) -> torch.Tensor:
@@ -636,10 +746,12 @@ def _signed(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sign * vectors, sign
 
 
-def _width(k: int, oversample: int, block: int | None) -> int:
-    if k < 1 or oversample < 0 or (block is not None and block < 1):
+def _width(k: int, oversample: int | None, block: int | None, device: torch.device) -> int:
+    if k < 1 or (oversample or 0) < 0 or (block is not None and block < 1):
         raise ValueError(f"k ({k}) and block ({block}) must be at least 1 and oversample ({oversample}) at least 0")
-    return k + oversample if block is None else block
+    if block is not None:
+        return block
+    return CPU_WIDTH if oversample is None and device.type == "cpu" else k + (oversample or 0)
 
 
 def _check_run(model: Model, run: Trajectory) -> None:
@@ -675,8 +787,12 @@ def _check_mask(mask, image_shape: tuple[int, int, int]) -> torch.Tensor | None:
     """The rows of J that a mask keeps: bool tensor of shape (C*H*W,)."""
     if mask is None:
         return None
-    mask = torch.as_tensor(mask).cpu()
     channels, height, width = image_shape
+    if isinstance(mask, str):
+        if height != width:
+            raise ValueError(f"the regions of the bundled domain are square, and images here are {height} x {width}")
+        mask = region_mask(mask, size=height)
+    mask = torch.as_tensor(mask).cpu()
     allowed = [(height, width), (1, height, width), (channels, height, width)]
     if tuple(mask.shape) not in allowed:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; this model takes {', '.join(map(str, allowed))}")
@@ -685,6 +801,12 @@ def _check_mask(mask, image_shape: tuple[int, int, int]) -> torch.Tensor | None:
     if not mask.any():
         raise ValueError("the mask is empty; set at least one pixel to True")
     return mask.bool().expand(image_shape).flatten()
+
+
+def _mask_record(mask, rows: torch.Tensor) -> dict:
+    """What a provenance says of a mask: its name if it has one, how many outputs it keeps, and which."""
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    return {"name": mask if isinstance(mask, str) else None, "outputs": int(rows.sum()), "sha256": digest}
 
 
 def _check_warm_start(start: torch.Tensor | None, shape: tuple[int, int, int]) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from tqdm.auto import tqdm
 
-from workbench.directions.direction import Direction, origin_of
+from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
 
 METHODS = ("mean", "logistic", "ridge", "lda")
@@ -95,14 +95,14 @@ def find_from_labels(
         If labels are of another length or index than the store, missing, not 0 or 1, of one class only or with fewer
         than 2 samples of a class; or a stratum or pair has samples of one class only.
     """
-    name = name or _name_of(labels, "label")
-    y = _matched(store, labels, f"the labels {name!r}")
+    name = name or name_of(labels, "label")
+    y = matched(store, labels, f"the labels {name!r}")
     if pairs is not None and balance is not None:
         raise ValueError("give pairs or balance, not both: pairs are balanced in all that a pair has in common")
     if pairs is None:
         contrast = _from_labels(y, name, _balance_of(store, balance))
     else:
-        contrast = _from_pairs(y, name, _matched(store, pairs, "the pairs"))
+        contrast = _from_pairs(y, name, matched(store, pairs, "the pairs"))
     return _find(store, [contrast], method=method, source="labels", seed=seed, progress=progress)[0]
 
 
@@ -136,7 +136,7 @@ def find_many(
     """
     if not isinstance(labels, pd.DataFrame) or labels.columns.empty or not labels.columns.is_unique:
         raise ValueError("find_many takes a DataFrame with one column an attribute, each of its own name")
-    table, others = _matched(store, labels, "the labels"), _balance_of(store, balance)
+    table, others = matched(store, labels, "the labels"), _balance_of(store, balance)
     contrasts = []
     for attribute in table.columns:
         rest = None if others is None else others.drop(columns=attribute, errors="ignore")
@@ -183,8 +183,8 @@ def find_from_scores(
         If scores are of another length or index than the store, not finite or constant, or k is too large: the two
         sides would share a sample or a score.
     """
-    name = name or _name_of(scores, "score")
-    values = _matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
+    name = name or name_of(scores, "score")
+    values = matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
     if np.ptp(values) == 0:
@@ -195,8 +195,107 @@ def find_from_scores(
     return _find(store, [contrast], method=method, source="scores", seed=seed, progress=progress)[0]
 
 
-def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
-    """Values in the order of the store's samples, numbered 0..n-1."""
+@dataclass(frozen=True, eq=False)
+class FewExamples:
+    """Directions from a few examples of each class, each beside a reference: the direction from all samples not drawn.
+
+    Attributes
+    ----------
+    table : DataFrame, one row a direction
+        `draw`; `count`, the examples of each class, where 0 is a random direction and inf the draw's reference; and
+        `cosine` of the angle to the reference, over all timesteps.
+    deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
+        What one unit of scale adds to h_t at every timestep, or to x_T. All directions of a draw have the length of
+        the reference at every timestep, whose unit is one standard deviation of the samples' projections on it, and in
+        x_T 1.
+    """
+
+    table: pd.DataFrame
+    deltas: torch.Tensor = field(repr=False)
+
+
+def find_few(
+    store: HStore,
+    labels: Labels,
+    *,
+    counts: Sequence[int],
+    draws: int = 5,
+    x_T: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FewExamples:
+    """Differences of the means of a few examples (Haas et al. Fig. 8a).
+
+    Parameters
+    ----------
+    store : HStore
+    labels : Series, or array of shape (n,), values 0 or 1
+        As in `find_from_labels`.
+    counts : sequence of int
+        Examples of each class, drawn without replacement; the larger draws hold the smaller ones. The reference takes
+        what the largest leaves, at least 2 samples of each class.
+    draws : int, default 5
+    x_T : Tensor of shape (n, C, H, W), optional
+        The noise that the samples start from, to find directions in it instead of in h.
+    seed : int
+        Of the draws and the random directions.
+    progress : bool
+
+    Returns
+    -------
+    FewExamples
+
+    Raises
+    ------
+    ValueError
+        If the labels are refused by `find_from_labels`, a count is below 1 or too large, `draws` is below 1, or there
+        is another number of x_T than of samples.
+    """
+    name = name_of(labels, "label")
+    positive = check_classes(matched(store, labels, f"the labels {name!r}"), name)
+    counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
+    if not counts or counts[0] < 1 or counts[-1] > most:
+        raise ValueError(
+            f"counts are {counts}; of {name!r} 1 to {most} examples of each class can be drawn, so that 2 are left"
+        )
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; give 1 or more")
+    if x_T is not None and len(x_T) != len(store):
+        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one a sample")
+    rng = np.random.default_rng(seed)
+    weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
+    shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])
+    noise = None if x_T is None else [x_T.flatten(1).numpy()]
+    visited, deltas = store.timesteps if noise is None else store.timesteps[:1], []
+    for t in tqdm(visited, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+        batches = _reader(store, t) if noise is None else lambda: noise
+        found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
+        units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
+        units /= np.linalg.norm(units, axis=2, keepdims=True)
+        # x_T is standard normal; measured where its dimensions outnumber the samples, its spread would seem larger.
+        sigma = np.ones(draws) if noise is not None else projections(batches(), units[:, -1]).std(axis=0, ddof=1)
+        deltas.append((sigma[:, None, None] * units).astype(np.float32))
+    values = np.stack(deltas, axis=2)
+    flat = values.reshape(draws, len(counts) + 2, -1)
+    lengths = np.linalg.norm(flat[:, -1:], axis=2)
+    cells = pd.MultiIndex.from_product([range(draws), [0.0, *counts, np.inf]], names=["draw", "count"])
+    table = cells.to_frame(index=False).assign(cosine=((flat * flat[:, -1:]).sum(axis=2) / lengths**2).ravel())
+    return FewExamples(table, torch.from_numpy(values.reshape(len(table), len(visited), *shape)))
+
+
+def _examples(positive: np.ndarray, counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Weights of the samples, one column a count, and in the last those of all that the largest count leaves."""
+    weights = np.zeros((len(positive), len(counts) + 1))
+    for side, sign in ((positive, 1.0), (~positive, -1.0)):
+        order = rng.permutation(np.flatnonzero(side))
+        parts = [*(order[:count] for count in counts), order[counts[-1] :]]
+        for column, members in zip(weights.T, parts, strict=True):
+            column[members] = sign / len(members)
+    return weights
+
+
+def matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
+    """Values in the order of the samples of a store, or of what has its length, seeds and names; numbered 0..n-1."""
     n, ids = len(store), _ids(store)
     indexed = isinstance(values, (pd.Series, pd.DataFrame))
     table = values if indexed else pd.Series(np.asarray(values))
@@ -211,20 +310,20 @@ def _matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Seri
             return matched.reset_index(drop=True)
         unknown, missing = len(set(table.index) - set(ids)), len(set(ids) - set(table.index))
         raise ValueError(
-            f"{what} do not match the {n} samples of the store: {missing} samples have none and {unknown} of "
+            f"{what} do not match the {n} samples: {missing} of them have none and {unknown} of "
             f"{len(table)} belong to no sample; index them by seed or file name ({_some(ids)})"
         )
     if len(table) != n:
-        raise ValueError(f"{what} are {len(table)} for {n} samples of the store; give one a sample")
+        raise ValueError(f"{what} are {len(table)} for {n} samples; give one a sample")
     raise ValueError(
-        f"{what} are indexed ({_some(table.index)}), but the store does not know its images by name; "
+        f"{what} are indexed ({_some(table.index)}), but the samples are not known by name; "
         "put them in the order of the images and pass .to_numpy()"
     )
 
 
 def _ids(store: HStore) -> Sequence | None:
     """What the samples are known by: seeds, or file names where the store keeps them."""
-    return store.seeds if store.seeds is not None else store.names
+    return store.seeds if store.seeds is not None else getattr(store, "names", None)
 
 
 def _some(ids: Iterable) -> str:
@@ -232,14 +331,15 @@ def _some(ids: Iterable) -> str:
     return ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
 
 
-def _name_of(values: Labels, default: str) -> str:
+def name_of(values: Labels, default: str) -> str:
+    """Name of a Series, or the default."""
     return str(getattr(values, "name", None) or default)
 
 
 def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.DataFrame | None:
     if balance is None:
         return None
-    table = _matched(store, balance, "the attributes to balance")
+    table = matched(store, balance, "the attributes to balance")
     table = table.to_frame() if isinstance(table, pd.Series) else table
     if table.isna().any(axis=None):
         raise ValueError(f"{int(table.isna().any(axis=1).sum())} samples lack a value of the attributes to balance")
@@ -255,7 +355,7 @@ def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
     return groups.ngroup().to_numpy(), names
 
 
-def _check_classes(y: pd.Series, name: str) -> np.ndarray:
+def check_classes(y: pd.Series, name: str) -> np.ndarray:
     """Labels as booleans."""
     if y.isna().any():
         raise ValueError(f"{int(y.isna().sum())} of {len(y)} labels {name!r} are missing; label every sample")
@@ -272,7 +372,7 @@ def _check_classes(y: pd.Series, name: str) -> np.ndarray:
 
 
 def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contrast:
-    positive = _check_classes(y, name)
+    positive = check_classes(y, name)
     stratum, names = _strata(others, len(y))
     counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
     if (counts == 0).any():
@@ -285,12 +385,12 @@ def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contr
     weight = share / share.sum() / counts
     weights = np.where(positive, weight[0, stratum], -weight[1, stratum])
     balanced = [] if others is None else [str(c) for c in others.columns]
-    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": _digest(y)})
+    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
 
 
 def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
     known = pairs.notna().to_numpy()
-    positive = _check_classes(y[known], name)
+    positive = check_classes(y[known], name)
     group, found = pd.factorize(pairs[known])
     counts = np.stack([np.bincount(group[side], minlength=len(found)) for side in (positive, ~positive)])
     if (counts == 0).any():
@@ -300,7 +400,7 @@ def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
         )
     weights = np.zeros(len(y))
     weights[known] = np.where(positive, 1.0 / counts[0, group], -1.0 / counts[1, group]) / len(found)
-    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": _digest(y)})
+    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
 
 
 def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | None) -> _Contrast:
@@ -319,7 +419,7 @@ def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | N
             )
         weights[ranked[-size:]], weights[ranked[:size]] = 1.0 / k, -1.0 / k
     balanced = [] if others is None else [str(c) for c in others.columns]
-    return _Contrast(name, weights, {"k": k, "balance": balanced, "scores": _digest(values)})
+    return _Contrast(name, weights, {"k": k, "balance": balanced, "scores": digest_of(values)})
 
 
 def _shares(sizes: np.ndarray, k: int) -> np.ndarray:
@@ -337,7 +437,7 @@ def _counts(weights: np.ndarray) -> dict[str, int]:
     return {"positives": int((weights > 0).sum()), "negatives": int((weights < 0).sum())}
 
 
-def _digest(values: pd.Series | np.ndarray) -> str:
+def digest_of(values: pd.Series | np.ndarray) -> str:
     """What identifies labels or scores in the provenance."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(values, dtype=np.float64)).data).hexdigest()[:16]
 
@@ -358,12 +458,11 @@ def _find(
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
         length = np.linalg.norm(unit, axis=1, keepdims=True)
         unit = unit / np.where(length > 0, length, 1.0)
-        # Sums of squares in float64: the mean of h may be long against its spread.
-        projections = np.concatenate([batch @ unit.T.astype(np.float32) for batch in batches()]).astype(np.float64)
-        sigma = projections.std(axis=0, ddof=1)
+        along = projections(batches(), unit)
+        sigma = along.std(axis=0, ddof=1)
         units.append(unit.astype(np.float32))
         sigmas.append(sigma)
-        gaps.append((weights * projections).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
+        gaps.append((weights * along).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
     shape, gap = (len(units), *store.h_shape), np.mean(gaps, axis=0)
     return [
         Direction(

@@ -21,6 +21,7 @@ def edit(
     asymmetric: bool = False,
     t_range: tuple[int, int] | None = None,
     gain: str | None = None,
+    residual: bool = False,
     record_h: bool = False,
     progress: bool = True,
 ) -> Trajectory:
@@ -47,6 +48,8 @@ def edit(
         (from, to): the edit acts at from >= t >= to. By default at all timesteps.
     gain : {None, "match"}
         "match" scales an asymmetric edit, step by step, to the first-order effect of the symmetric one.
+    residual : bool
+        Of an inverted image: add what its reconstruction lacks, as `replay` does.
     record_h : bool
         Keep the network's own h_t of the edited run.
     progress : bool
@@ -59,10 +62,11 @@ def edit(
     Raises
     ------
     ValueError
-        If the direction belongs to another model, tap or number of steps, or the run is edited already.
+        If the direction belongs to another model, tap or number of steps, the run is edited already, or a residual is
+        asked for that it does not have.
     """
     change = plan_edit(model, run, direction, scale=scale, mode=mode, asymmetric=asymmetric, t_range=t_range, gain=gain)
-    return replay(run, edit=change, record_h=record_h, progress=progress)
+    return replay(run, edit=change, residual=residual, record_h=record_h, progress=progress)
 
 
 def plan_edit(

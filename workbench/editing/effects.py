@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -11,10 +11,13 @@ import torch
 
 from workbench.analysis.metrics import EffectMatrix, Rate, effect_matrix, entanglement_index, success_rate
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, batches, progress_bar, replay
+from workbench.diffusion.noise import initial_noise
+from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
 from workbench.directions.direction import Direction
+from workbench.directions.supervised import find_few
 from workbench.editing.edit import check_run
 from workbench.editing.grid import edit_grid
+from workbench.hspace.store import HStore
 
 Classifier = Callable[[torch.Tensor], pd.DataFrame]
 
@@ -356,3 +359,82 @@ def disentangling_table(
     entanglement = pd.concat(indices, axis=1)
     entanglement["reduction"] = 1.0 - entanglement["disentangled"] / entanglement["original"]
     return DisentanglingTable(pd.DataFrame(rows), entanglement, effects)
+
+
+def few_examples(
+    model: Model,
+    runs: Trajectory,
+    store: HStore,
+    *,
+    labels: pd.Series,
+    classifier: Classifier,
+    counts: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
+    draws: int = 5,
+    scales: Mapping[str, float] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How many examples a direction needs, in h and in x_T (Haas et al. Fig. 8a).
+
+    Directions are differences of the means of a few examples. An edit adds the one in h at every timestep, and the one
+    in x_T once, to the noise that the sample starts from; x_T decides the image at eta 0 alone.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+        Samples to edit, at eta 0, not edited yet. Take others than are in the store.
+    store : HStore
+        Samples to draw examples from, at eta 0 and the timesteps of the runs; generated or inverted.
+    labels : Series, values 0 or 1
+        As in `find_from_labels`, named for one of the classifier's attributes.
+    classifier
+        As in `measure_effects`.
+    counts, draws
+        As in `find_few`.
+    scales : mapping of "h" or "x_T" -> float, optional
+        Length of the edits in each space, or in one of both; in standard deviations along the direction from all
+        samples that were not drawn, of which x_T itself has the square root of its dimensions. By default 2 and 10.
+    seed : int
+        Of the draws.
+    progress : bool
+
+    Returns
+    -------
+    DataFrame, one row a space and direction
+        `space` ("h" or "x_T"), `draw`, `count` and `cosine` as in `FewExamples`, and `effect`, the mean change of the
+        attribute's score over the runs.
+
+    Raises
+    ------
+    ValueError
+        If the store or the runs have an eta above 0 or differ in timesteps or model, the attribute is not the
+        classifier's, or `find_few` refuses labels or counts.
+    """
+    check_run(model, runs)
+    scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
+    if not scales or set(scales) - {"h", "x_T"}:
+        raise ValueError(f'scales are given for "h", "x_T" or both, not for {", ".join(scales) or "nothing"}')
+    if any(store.provenance["etas"]) or any(runs.etas):
+        raise ValueError("x_T decides the image at eta 0 alone; extract and sample with eta=0")
+    origin = store.provenance["model"]
+    if (origin["hash"], origin["tap"], store.timesteps) != (model.hash, model.tap, runs.timesteps):
+        raise ValueError(
+            f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
+        )
+    before = classifier(runs.x0 if runs.seeds is not None else replay(runs, progress=False).x0)
+    if labels.name not in before:
+        raise ValueError(f"the classifier has no attribute {labels.name!r}, which the labels are named for")
+    x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.image_shape)
+    tables = []
+    for space, scale in scales.items():
+        noise = None if space == "h" else x_T
+        few = find_few(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
+        effects = []
+        with progress_bar(len(few.table) * len(runs), runs.steps, f"editing {space}", show=progress) as bar:
+            for delta in scale * few.deltas:
+                change = {"edit": HEdit(delta[:, None])} if space == "h" else {"x_T": runs.x_T + delta}
+                after = classifier(replay(replace(runs, **change), progress=bar).x0)
+                effects.append(float((after[labels.name] - before[labels.name]).mean()))
+        tables.append(few.table.assign(space=space, effect=effects))
+    return pd.concat(tables, ignore_index=True)[["space", "draw", "count", "cosine", "effect"]]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, batches, denoise, progress_bar
+from workbench.diffusion.sampling import Trajectory, batches, check_residual, denoise, progress_bar
 from workbench.directions.direction import Direction
 from workbench.editing.edit import active_steps, check_run, pairs_of, step_gains
 
@@ -71,6 +71,7 @@ def edit_grid(
     asymmetric: bool = False,
     gain: str | None = None,
     t_range: tuple[int, int] | None = None,
+    residual: bool = False,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> EditGrid:
@@ -89,6 +90,8 @@ def edit_grid(
         In standard deviations of the population's projection; one column each.
     asymmetric, gain, t_range
         As in `edit`.
+    residual : bool
+        Of inverted images: add to every cell what the reconstruction lacks. A cell of scale 0 is then the image itself.
     batch_size : int, optional
         Cells a pass; chosen by the model if not given.
     progress : bool
@@ -101,7 +104,8 @@ def edit_grid(
     Raises
     ------
     ValueError
-        If there is no direction or scale, or one that does not fit the runs.
+        If there is no direction or scale, or one that does not fit the runs; or a residual is asked for that they do
+        not have.
     """
     check_run(model, runs)
     directions = [directions] if isinstance(directions, Direction) else list(directions)
@@ -110,6 +114,8 @@ def edit_grid(
         raise ValueError("an edit grid needs at least one direction and one scale")
     for direction in directions:
         direction.check_fits(model, runs.timesteps)
+    if residual:
+        check_residual(runs)
     factors = torch.tensor(active_steps(runs, t_range)) * step_gains(runs, asymmetric, gain)
     deltas = torch.stack([d.delta() for d in directions]) * factors[:, None, None, None]
     moves = deltas.flatten(2).any(dim=2).any(dim=0)
@@ -117,8 +123,8 @@ def edit_grid(
 
     cells = [(d, s, scale) for d in range(len(directions)) for s in range(len(runs)) for scale in scales]
     direction_of, sample_of, scale_of = (torch.tensor(column) for column in zip(*cells, strict=True))
-    # A generated sample is its own cell of scale 0; an inverted one is not, since its reconstruction has an error.
-    todo = torch.arange(len(cells)) if runs.seeds is None else scale_of.nonzero().flatten()
+    # A sample is its own cell of scale 0, but for an inverted one whose reconstruction shows its error.
+    todo = torch.arange(len(cells)) if runs.seeds is None and not residual else scale_of.nonzero().flatten()
     images = runs.x0[sample_of]
     size = batch_size or model.batch_size()
     prefix, rest = range(first), range(first, runs.steps)
@@ -131,6 +137,8 @@ def edit_grid(
             images[cell] = _advance(
                 runs, sample_of[cell], x_t[sample_of[cell]], rest, delta_h=delta_h, asymmetric=asymmetric, bar=bar
             )
+    if residual:
+        images[todo] += runs.residual[sample_of[todo]]
     return EditGrid(
         images.unflatten(0, (-1, len(scales))),
         row_labels=tuple(_row_label(d, s, runs) for d in directions for s in range(len(runs))),
@@ -145,6 +153,7 @@ def edit_grid(
             "asymmetric": asymmetric,
             "gain": gain,
             "t_range": None if t_range is None else list(t_range),
+            "residual": residual,
         },
     )
 

@@ -28,6 +28,9 @@ from workbench.diffusion.models import Model, load_model
 from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import StepRecord, Trajectory, batches, denoise, invert, progress_bar, replay, sample
 from workbench.diffusion.schedule import index_of
+from workbench.directions.boundary import fit_boundary
+from workbench.directions.supervised import matched
+from workbench.editing.crossing import cross_boundary
 from workbench.hspace.store import HStore
 
 CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
@@ -101,8 +104,8 @@ def mixing_step(
         Generated samples or inverted images. x_t is taken from the record (`record_x=True`), or of generated samples
         made again from their seeds.
     labels : array of shape (n,), or mapping or DataFrame of attribute -> such arrays, optional
-        Of the images, 0 or 1. A Series or DataFrame is matched by its index where that has the samples' seeds or file
-        names.
+        Of the images, 0 or 1. A Series or DataFrame is matched by its index: the seeds of the samples, or the file
+        names of inverted images; numbered 0..n-1 it is in the order of the samples, as an array.
     criterion : str, optional
         By default "separability" if there are labels, else "radius_gap".
     level : float, optional
@@ -126,7 +129,8 @@ def mixing_step(
     copies : int, default 8
         For "commit": decodings of every x_t.
     strengths : sequence of float, default (0, 1, 2, 3)
-        For "edit": lengths of the move, in gaps between the class means at t; ascending.
+        For "edit": lengths of the move along the normal of a linear support vector machine, in gaps between the means
+        of both classes; ascending.
     distance : "features", "lpips" or callable (a, b) -> ndarray of shape (n,)
         For "perceptual" and "edit": between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean, of the
         classifier's last layer. "lpips": the package of that name, not scaled by the distance of two images;
@@ -303,27 +307,22 @@ def _best_edit(
     _check_judged(table, classifier)
     train = 2 * len(run) // 3
     tested = run[train:]
-    m, seed = len(tested), resampling["seed"]
-    rows = np.repeat(np.arange(m), len(strengths))
-    success = np.empty((len(visited), len(strengths), m, table.shape[1]))
+    m, k = len(tested), len(strengths)
+    success = np.empty((len(visited), k, m, table.shape[1]))
     loss = np.empty_like(success)
-    steps = _steps_from(run, visited) * table.shape[1]
-    with progress_bar(len(rows), steps, "editing", show=running["progress"]) as bar:
-        for (i, t), (a, name) in itertools.product(enumerate(visited), enumerate(table)):
-            x, has = run.x_at(t), torch.from_numpy(table[name].to_numpy() == 1)
-            if has[:train].all() or not has[:train].any():
-                raise ValueError(f"the first {train} samples all have {name} alike; give more, or another attribute")
-            gap = x[:train][has[:train]].mean(0) - x[:train][~has[:train]].mean(0)
-            towards = 1.0 - 2.0 * has[train:].float()  # away from the class that the sample is in
-            lengths = torch.tensor(strengths).repeat(m) * towards[rows]
-            moved = x[train:][rows] + lengths[:, None, None, None] * gap
-            seeds = [FRESH + seed * 2**32 + int(row) for row in rows]
-            images = decode_from(run, moved, t, seeds=seeds, **running | {"progress": bar})
-            crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5) != has[train:].numpy()[
-                rows
-            ]
-            success[i, :, :, a] = crossed.reshape(m, -1).T
-            loss[i, :, :, a] = measure(images, tested.x0[rows]).reshape(m, -1).T
+    for (i, t), (a, name) in itertools.product(enumerate(visited), enumerate(table)):
+        has = table[name].to_numpy() == 1
+        boundary = fit_boundary(run[:train], has[:train].astype(int), t=t, space="x", seed=resampling["seed"])
+        gap = boundary.means[1] - boundary.means[0]
+        away = np.where(has[train:], -1.0, 1.0)[:, None, None]  # from the class that the sample is in
+        moves = {"distances": away * gap * np.array(strengths)[:, None], "unit": "distance", "mode": "shift"}
+        noise = FRESH + resampling["seed"] * 2**32
+        images = cross_boundary(run.model, tested, None, boundary, **moves, seed=noise, **running).images.flatten(0, 1)
+        crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5).reshape(m, k).T != has[
+            train:
+        ]
+        success[i, :, :, a] = crossed
+        loss[i, :, :, a] = measure(images, tested.x0.repeat_interleave(k, dim=0)).reshape(m, k).T
 
     def best(samples: np.ndarray) -> np.ndarray:
         losses, successes = (v[:, :, samples].mean(axis=(2, 3)) for v in (loss, success))
@@ -505,16 +504,9 @@ def _h_of(source: HStore | Trajectory, n: int):
 
 
 def _labels_of(source: HStore | Trajectory, labels, n: int) -> pd.DataFrame:
-    """Labels of the first n samples, one column an attribute; by seed or file name where the index has them."""
+    """Labels of the first n samples, one column an attribute."""
     if isinstance(labels, pd.Series):
         labels = labels.to_frame(labels.name or "label")
     elif not isinstance(labels, pd.DataFrame):
         labels = pd.DataFrame(labels if isinstance(labels, Mapping) else {"label": np.asarray(labels)})
-    ids = source.seeds if source.seeds is not None else getattr(source, "names", None)
-    if ids is not None and labels.index.is_unique and set(ids) <= set(labels.index):
-        return labels.loc[list(ids[:n])]
-    if len(labels) != len(source):
-        raise ValueError(
-            f"there are {len(labels)} labels for {len(source)} samples, and they aren't known by seed or name"
-        )
-    return labels.iloc[:n]
+    return matched(source, labels, "the labels").iloc[:n]

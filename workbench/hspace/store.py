@@ -70,6 +70,10 @@ class HStore:
         """(C, h, w) of one h_t."""
         return tuple(self.group["h"].shape[2:])
 
+    def shape_of(self, space: str) -> tuple[int, int, int]:
+        """(C, h, w) of one h_t (space "h") or x_t ("x"); raises as `at`."""
+        return tuple(self._of(space).shape[2:])
+
     @property
     def seeds(self) -> tuple[int, ...] | None:
         """Seeds of the samples in their order; None for inverted images."""

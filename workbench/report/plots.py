@@ -339,7 +339,8 @@ def bars(
         )
         axes.grid(visible=False, axis="x")
         if len(groups) > 1:
-            axes.legend()
+            # Above the axes: bars of a share reach their top.
+            figure.legend(loc="outside upper left", ncols=2)
         _add_caption(figure, caption)
     return figure
 

@@ -1,0 +1,492 @@
+"""Boundaries: scikit-learn's own normals, planted ones, the sample-size law, moves, files, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import SVC
+
+import workbench as wb
+from workbench.analysis.geometry import gram
+from workbench.directions import boundary as module
+from workbench.directions.boundary import (
+    METHODS,
+    class_separation,
+    expected_accuracy,
+    fit_boundaries,
+    fit_boundary,
+    load_boundary,
+    move_jointly,
+    samples_needed,
+)
+
+STEPS = 4
+N = 60
+
+
+def planted(n, d, *, delta, seed=0, offset=3.0):
+    """n samples of unit noise around a common mean, their labels, and the unit vector that the classes lie apart on."""
+    rng = np.random.default_rng(seed)
+    axis = np.random.default_rng(99).standard_normal(d)
+    axis /= np.linalg.norm(axis)
+    y = np.arange(n) % 2
+    z = offset + rng.standard_normal((n, d)) + delta * np.outer(y - 0.5, axis)
+    return z.astype(np.float32), y, axis
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """Sampled, with h and x recorded."""
+    return wb.sample(tiny, range(N), steps=STEPS, eta=0.0, record_h=True, record_x=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def labels(run):
+    """By seed; what they say can be seen in x_T."""
+    brightness = run.x_T.mean(dim=(1, 2, 3)).numpy()
+    return pd.Series((brightness > np.median(brightness)).astype(int), index=run.seeds, name="Bright")
+
+
+@pytest.fixture(scope="module")
+def boundary(run, labels):
+    return fit_boundary(run, labels, t=500)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny):
+    options = {"steps": STEPS, "eta": 0.0, "record_x": True, "dtype": "float32", "progress": False}
+    return wb.extract(tiny, N, out=tmp_path_factory.mktemp("store") / "s.zarr", **options)
+
+
+# The fit
+
+
+@pytest.mark.parametrize(("n", "d", "C"), [(60, 500, 1.0), (60, 500, 1e-4), (200, 20, 1.0)])
+def test_the_normal_is_that_of_a_linear_svc(n, d, C):
+    z, y, _ = planted(n, d, delta=2.0)
+    found = fit_boundary(z, y, t=0, C=C)
+    oracle = SVC(kernel="linear", C=C, tol=1e-3).fit(z, y)
+    w = oracle.coef_[0]
+    assert found.coordinate(w[None] / np.linalg.norm(w))[0] > 1 - 1e-6
+    assert found.extras["weight_norm"] == pytest.approx(np.linalg.norm(w), rel=1e-3)
+    np.testing.assert_allclose(found.distance(z), oracle.decision_function(z) / np.linalg.norm(w), atol=2e-2)
+
+
+def test_the_normal_of_mean_is_the_difference_of_means_and_of_logistic_that_of_sklearn():
+    z, y, _ = planted(80, 200, delta=3.0)
+    v = z[y == 1].mean(axis=0) - z[y == 0].mean(axis=0)
+    assert fit_boundary(z, y, t=0, method="mean").coordinate(v[None])[0] == pytest.approx(np.linalg.norm(v), rel=1e-5)
+    found = fit_boundary(z, y, t=0, method="logistic", C=0.5)
+    unit = np.linalg.svd(z - z.mean(axis=0))[1][0] / np.sqrt(len(z))
+    w = LogisticRegression(C=0.5, max_iter=1000).fit((z - z.mean(axis=0)) / unit, y).coef_[0]
+    assert found.coordinate(w[None])[0] == pytest.approx(np.linalg.norm(w), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_planted_boundary_is_found_and_its_held_out_numbers_are_those_of_new_samples(method):
+    z, y, axis = planted(200, 300, delta=5.0)
+    new, truth, _ = planted(4000, 300, delta=5.0, seed=1)
+    found = fit_boundary(z, y, t=0, method=method)
+    assert found.coordinate(axis[None])[0] > 0.75
+    right = ((found.distance(new) > 0) == truth).mean()
+    assert found.accuracy.low - 0.01 < right < found.accuracy.high + 0.01
+    measured = found.measured(new, truth)
+    np.testing.assert_allclose(found.means, measured.means, atol=0.35)
+    np.testing.assert_allclose(found.deviations, measured.deviations, atol=0.2)
+    assert measured.accuracy.value == right and measured.accuracy.n == 4000
+    assert found.means[0] < 0 < found.means[1]
+
+
+def test_training_samples_lie_at_the_margin_and_so_are_not_what_is_reported():
+    z, y, _ = planted(40, 2000, delta=1.0)
+    found = fit_boundary(z, y, t=0)
+    at_margin = found.distance(z) * np.where(y == 1, 1, -1)
+    assert at_margin.std() < 0.01 * at_margin.mean()
+    assert found.extras["training_accuracy"] == 1.0
+    assert found.accuracy.value < 0.9 and min(found.deviations) > 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_labels_are_held_out_at_chance(method):
+    z = np.random.default_rng(5).standard_normal((400, 300)).astype(np.float32)
+    y = np.random.default_rng(6).permutation(np.arange(400) % 2)
+    assert abs(fit_boundary(z, y, t=0, method=method).accuracy.value - 0.5) < 2 * 0.5 / 20 + 0.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reversed_labels_turn_the_normal_round(method):
+    z, y, _ = planted(60, 100, delta=3.0)
+    there, back = (fit_boundary(z, labels, t=0, method=method) for labels in (y, 1 - y))
+    torch.testing.assert_close(there.normal, -back.normal, atol=1e-3, rtol=0)  # the machine's own tolerance
+    np.testing.assert_allclose(there.distance(z), -back.distance(z), atol=1e-2)
+    assert there.means[1] == pytest.approx(-back.means[0], abs=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shift_of_all_samples_shifts_the_intercept_alone(method):
+    z, y, _ = planted(60, 100, delta=3.0)
+    plain, shifted = (fit_boundary(values, y, t=0, method=method) for values in (z, z + 7))
+    torch.testing.assert_close(plain.normal, shifted.normal, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(plain.distance(z), shifted.distance(z + 7), atol=1e-2)
+    assert abs(plain.intercept - shifted.intercept) > 1e-2
+
+
+def test_many_attributes_are_the_same_as_one_by_one_and_share_the_products(monkeypatch):
+    z, y, _ = planted(60, 100, delta=3.0)
+    table = pd.DataFrame({"A": y, "B": np.random.default_rng(0).integers(2, size=60)})
+    calls = []
+    monkeypatch.setattr(module, "gram", lambda values: calls.append(1) or gram(values))
+    found = fit_boundaries(z, table, t=0)
+    assert calls == [1] and list(found) == ["A", "B"]
+    for name in table:
+        alone = fit_boundary(z, table[name], t=0)
+        assert torch.equal(alone.normal, found[name].normal) and alone.accuracy == found[name].accuracy
+
+
+def test_balance_moves_the_boundary_away_from_the_small_class():
+    rng = np.random.default_rng(0)
+    y = np.arange(300) < 30
+    z = rng.standard_normal((300, 5)) + 1.5 * y[:, None]
+    plain, balanced = (fit_boundary(z, y.astype(int), t=0, C=0.01, balance=b) for b in (False, True))
+    assert (balanced.distance(z) > 0)[y].mean() > (plain.distance(z) > 0)[y].mean() + 0.2
+    assert balanced.balanced_accuracy.value > plain.balanced_accuracy.value
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_balanced_boundary_of_few_samples_lies_half_way_and_sees_a_rare_class(method):
+    """Weights alone change nothing where the margin is hard."""
+    rng = np.random.default_rng(1)
+    y, truth = np.arange(120) < 15, np.arange(2000) < 1000
+    z, new = (rng.standard_normal((len(t), 2000)).astype(np.float32) for t in (y, truth))
+    for values, labels in ((z, y), (new, truth)):
+        values[:, 0] += 9.0 * labels
+    balanced = fit_boundary(z, y.astype(int), t=0, method=method, balance=True)
+    right = (balanced.distance(new) > 0) == truth
+    assert min(right[truth].mean(), right[~truth].mean()) > 0.7
+    assert abs(balanced.balanced_accuracy.value - right.mean()) < 0.12
+    assert abs(sum(balanced.means)) < 0.2 * (balanced.means[1] - balanced.means[0])
+    if method == "svm":
+        plain = fit_boundary(z, y.astype(int), t=0)
+        assert torch.equal(plain.normal, balanced.normal)
+        assert ((plain.distance(new) > 0) == truth)[truth].mean() < 0.2
+
+
+def test_the_mean_boundary_of_uneven_classes_lies_half_way():
+    """Sample means are long by their noise, the smaller class' by more: uncorrected, all would be of the larger."""
+    rng = np.random.default_rng(0)
+    y = np.arange(200) < 20
+    z = rng.standard_normal((200, 5000)).astype(np.float32)
+    z[:, 0] += 12 * (y - 0.5)
+    found = fit_boundary(z, y.astype(int), t=0, method="mean")
+    assert abs(sum(found.means)) < 0.5 * (found.means[1] - found.means[0])
+    assert found.balanced_accuracy.value > 0.8
+
+
+# How many samples
+
+
+@pytest.mark.parametrize(("d", "n", "delta"), [(500, 40, 4.0), (500, 160, 3.0), (2000, 100, 6.0)])
+def test_the_sample_size_law_is_what_boundaries_reach(d, n, delta):
+    reached = []
+    for seed in range(6):
+        z, y, _ = planted(n, d, delta=delta, seed=seed)
+        new, truth, _ = planted(1000, d, delta=delta, seed=100 + seed)
+        reached += [((fit_boundary(z, y, t=0, method=m).distance(new) > 0) == truth).mean() for m in ("mean", "svm")]
+    assert np.mean(reached) == pytest.approx(expected_accuracy(delta, d, n), abs=0.03)
+
+
+def test_the_law_and_its_inverse_and_its_limits():
+    assert expected_accuracy(0.0, 100, 10) == 0.5
+    assert expected_accuracy(4.0, 100, 10**9) == pytest.approx(norm.cdf(2.0), abs=1e-6)
+    n = samples_needed(0.9, delta=4.0, d=3072)
+    assert expected_accuracy(4.0, 3072, n) == pytest.approx(0.9)
+    assert samples_needed(0.99, delta=4.0, d=10) == np.inf
+    # 90% from 100 samples of 196,608 values needs classes 15 deviations apart, from 1,000 samples 8.7.
+    assert expected_accuracy(15, 196608, 100) == pytest.approx(0.9, abs=0.01)
+    assert expected_accuracy(8.7, 196608, 1000) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_laws_two_numbers_are_measured_in_noise_that_is_not_isotropic():
+    """Deviation 3 along the difference of the means, 1 in 400 other directions, and 0.1 in 5,000 more."""
+    rng = np.random.default_rng(0)
+    scale = np.concatenate([[3.0], np.ones(400), np.full(5000, 0.1)])
+    delta, d = 18.0 / 3.0, (scale**4).sum() / 81.0
+    found = []
+    for _ in range(20):
+        y = np.arange(200) < 100
+        z = rng.standard_normal((200, scale.size)) * scale
+        z[:, 0] += 18.0 * y
+        found.append(class_separation(gram(z), y))
+    deltas, dimensions = np.median(found, axis=0)
+    assert deltas == pytest.approx(delta, rel=0.1) and dimensions == pytest.approx(d, rel=0.25)
+
+
+def test_too_few_samples_for_the_accuracy_asked_for_are_a_warning_with_the_laws_number():
+    z, y, _ = planted(40, 2000, delta=5.0)
+    with pytest.warns(UserWarning, match=r"below the 95% asked for; the sample-size law asks for about \d+"):
+        fit_boundary(z, y, t=0, wanted=0.95, method="mean")
+    with pytest.warns(UserWarning, match="the law says no number does"):
+        fit_boundary(z, np.random.default_rng(0).permutation(y), t=0, wanted=0.95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_boundary(z, y, t=0, wanted=0.55)
+
+
+# Sources and matching
+
+
+def test_a_store_a_run_and_an_array_give_the_same_boundary(store, run, labels):
+    for space, values in (("h", run.h.at(500)), ("x", run.x.at(500))):
+        of_run = fit_boundary(run, labels, t=500, space=space)
+        of_store = fit_boundary(store, labels.sample(frac=1, random_state=0), t=500, space=space)
+        of_array = fit_boundary(values, labels.to_numpy(), t=500, space=space)
+        assert of_run.name == of_store.name == "Bright"
+        torch.testing.assert_close(of_run.normal, of_store.normal, atol=1e-4, rtol=0)
+        torch.testing.assert_close(of_run.normal.flatten(), of_array.normal, atol=1e-6, rtol=0)
+        assert of_run.provenance["model"] == of_store.provenance["model"] and of_array.provenance["model"] is None
+        assert of_run.normal.shape == (run.model.h_shape if space == "h" else run.model.image_shape)
+
+
+def test_labels_are_matched_by_file_name(tiny, monkeypatch, tmp_path):
+    images = torch.rand(12, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inverted = wb.extract(tiny, images=images, steps=STEPS, out=tmp_path / "i.zarr", progress=False)
+    names = [f"{i:02d}.png" for i in range(12)]
+    monkeypatch.setattr(type(inverted), "names", names)
+    by_name = pd.Series(np.arange(12) % 2, index=names, name="A")
+    shuffled = fit_boundary(inverted, by_name.sample(frac=1, random_state=1), t=500)
+    assert torch.equal(shuffled.normal, fit_boundary(inverted, by_name.to_numpy(), t=500).normal)
+
+
+# Moves
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two boundaries whose normals have a cosine of about 0.5, and samples."""
+    z, y, _ = planted(60, 48, delta=4.0)
+    first = fit_boundary(z, y, t=3, name="first")
+    other = first.normal + 1.7 * torch.nn.functional.normalize(torch.linspace(-1, 1, 48) ** 2, dim=0)
+    second = replace(first, normal=other / other.norm(), intercept=0.7, name="second")
+    return z[:9], first, second
+
+
+def test_an_absolute_move_reaches_its_distance_and_leaves_the_rest(pair):
+    z, first, _ = pair
+    for to in (-5.0, 0.0, 2.5):
+        moved = first.move(z, to=to)
+        np.testing.assert_allclose(first.distance(moved), to, atol=1e-4)
+        n = first.normal.numpy()
+        np.testing.assert_allclose(moved - np.outer(moved @ n, n), z - np.outer(z @ n, n), atol=1e-4)
+
+
+def test_the_modes_are_three_ways_to_say_the_same(pair):
+    z, first, _ = pair
+    distance = first.distance(z)
+    shifted = first.move(z, to=1.5, mode="shift")
+    np.testing.assert_allclose(first.distance(shifted), distance + 1.5, atol=1e-4)
+    np.testing.assert_allclose(first.move(z, to=distance + 1.5), shifted, atol=1e-5)
+    np.testing.assert_allclose(first.distance(first.move(z, to=-1.0, mode="mirror")), 0.0, atol=1e-4)
+    np.testing.assert_allclose(first.distance(first.move(z, to=-2.0, mode="mirror")), -distance, atol=1e-4)
+
+
+def test_the_intercept_is_part_of_the_distance(pair):
+    z, first, _ = pair
+    assert abs(first.intercept) > 0.1
+    np.testing.assert_allclose(first.distance(z), z.astype(float) @ first.normal.double().numpy() + first.intercept)
+    np.testing.assert_allclose(first.coordinate(z), first.distance(z) - first.intercept)
+
+
+def test_a_move_that_keeps_the_norm_reaches_its_distance_on_a_great_circle(pair):
+    z, first, second = pair
+    moved = first.move(z, to=2.0, keep_norm=True)
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), np.linalg.norm(z, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(first.distance(moved), 2.0, atol=1e-4)
+    for row, origin in zip(moved, z, strict=True):
+        plane = np.stack([origin, first.normal.numpy(), row])
+        assert np.linalg.svd(plane / np.linalg.norm(plane, axis=1, keepdims=True))[1][2] < 1e-5
+    both = move_jointly(z, [first, second], to=[2.0, -1.0], keep_norm=True)
+    np.testing.assert_allclose(np.linalg.norm(both, axis=1), np.linalg.norm(z, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(second.distance(both), -1.0, atol=1e-4)
+    with pytest.raises(ValueError, match="no point of that length"):
+        first.move(z, to=1e4, keep_norm=True)
+
+
+def test_a_sample_with_nothing_to_change_stays_the_same_to_the_bit(pair):
+    z, first, second = pair
+    for keep_norm in (False, True):
+        assert np.array_equal(first.move(z, to=first.distance(z), keep_norm=keep_norm), z)
+        assert np.array_equal(first.move(z, to=0.0, mode="shift", keep_norm=keep_norm), z)
+    both = np.stack([first.distance(z), second.distance(z)], axis=1)
+    assert np.array_equal(move_jointly(z, [first, second], to=both), z)
+
+
+def test_a_joint_move_reaches_all_distances_by_the_shortest_way(pair):
+    z, first, second = pair
+    moved = move_jointly(z, [first, second], to=[3.0, -2.0])
+    np.testing.assert_allclose(first.distance(moved), 3.0, atol=1e-4)
+    np.testing.assert_allclose(second.distance(moved), -2.0, atol=1e-4)
+    normals = np.stack([first.normal, second.normal]).astype(float)
+    least = [
+        np.linalg.lstsq(normals, [3.0 - first.distance(row[None])[0], -2.0 - second.distance(row[None])[0]])[0]
+        for row in z
+    ]
+    np.testing.assert_allclose(moved - z, least, atol=1e-4)
+
+
+def test_moves_keep_shape_type_and_device_of_what_they_move(pair):
+    z, first, _ = pair
+    shaped = torch.from_numpy(z).view(9, 3, 4, 4)
+    moved = first.move(shaped, to=1.0)
+    assert moved.shape == shaped.shape and moved.dtype == torch.float32
+    np.testing.assert_allclose(moved.flatten(1), first.move(z, to=1.0), atol=1e-6)
+    each = first.move(z, to=np.arange(9.0))
+    np.testing.assert_allclose(first.distance(each), np.arange(9.0), atol=1e-4)
+
+
+def test_a_conditional_boundary_leaves_the_others_distances(pair):
+    z, first, second = pair
+    alone = first.orthogonal_to(second)
+    assert first.cosine(second) > 0.3 and abs(alone.cosine(second)) < 1e-6
+    moved = alone.move(z, to=4.0, mode="shift")
+    np.testing.assert_allclose(second.distance(moved), second.distance(z), atol=1e-4)
+    gain = np.sqrt(1 - first.cosine(second) ** 2)
+    np.testing.assert_allclose(first.distance(moved) - first.distance(z), 4.0 * gain, atol=1e-4)
+    on_second = second.move(z, to=0.0)
+    np.testing.assert_allclose(alone.distance(on_second), first.distance(on_second) / gain, atol=1e-4)
+    with pytest.raises(ValueError, match="deviations of .* are not known; measure them"):
+        _ = alone.sigma
+    with pytest.raises(ValueError, match="nothing is left of first"):
+        first.orthogonal_to(second, first)
+
+
+# As a direction
+
+
+def test_a_boundary_is_a_direction_at_its_timestep_in_units_of_a_population(store, boundary):
+    direction = boundary.as_direction(store)
+    i = store.timesteps.index(500)
+    assert (direction.unit.flatten(1).norm(dim=1) > 0).tolist() == [k == i for k in range(STEPS)]
+    torch.testing.assert_close(direction.unit[i], boundary.normal)
+    assert direction.sigma[i] == pytest.approx(boundary.coordinate(store.at(500)).std(ddof=1), rel=1e-4)
+    everywhere = boundary.as_direction(store, every_step=True)
+    assert (everywhere.unit.flatten(1).norm(dim=1) > 0.9).all() and (everywhere.sigma > 0).all()
+    with pytest.raises(ValueError, match="boundary in x_t"):
+        fit_boundary(store, np.arange(N) % 2, t=500, space="x").as_direction(store)
+
+
+# Files
+
+
+def test_a_boundary_survives_its_file(run, labels, boundary, tmp_path):
+    path = boundary.save(tmp_path / "new" / "b.safetensors")
+    again = load_boundary(path, model=run.model, t=500, space="h")
+    assert torch.equal(again.normal, boundary.normal)
+    for key in vars(boundary):
+        if key != "normal":
+            assert getattr(again, key) == getattr(boundary, key), key
+    assert again.provenance["parameters"]["positives"] == labels.sum()
+    bare = boundary.orthogonal_to(fit_boundary(run, 1 - labels[::-1].to_numpy(), t=500, name="other"))
+    assert load_boundary(bare.save(tmp_path / "bare.safetensors")).accuracy is None
+
+
+def test_a_foreign_or_damaged_file_is_refused(run, boundary, make_unet, tmp_path):
+    path = boundary.save(tmp_path / "b.safetensors")
+    other = wb.wrap(make_unet(seed=1), run.model.schedule, name="other", device="cpu")
+    for options, message in (
+        ({"model": other}, "belongs to the model 'tiny'.*don't carry over"),
+        ({"model": run.model.tapped("before")}, "h 'after' the mid block, this model has it 'before'"),
+        ({"t": 250}, "timestep 500, asked for is 250"),
+        ({"space": "x"}, "space h, asked for is x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_boundary(path, **options)
+    load_boundary(path, t=500, space="h", model=run.model)
+    with pytest.raises(FileNotFoundError, match="there is no boundary at"):
+        load_boundary(tmp_path / "none.safetensors")
+    content = path.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="can't be read as a boundary"):
+        load_boundary(tmp_path / "cut.safetensors")
+    damaged = bytearray(content)
+    damaged[-1] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match="is corrupt"):
+        load_boundary(tmp_path / "damaged.safetensors")
+    save_file({"normal": torch.ones(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="not a boundary of the workbench"):
+        load_boundary(tmp_path / "foreign.safetensors")
+
+
+def test_a_boundary_of_x_fits_any_tap(run, labels):
+    fit_boundary(run, labels, t=500, space="x").check_fits(run.model.tapped("before"), t=500, space="x")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t": 510}, r"timestep 510 was not visited; .*nearest 750 or 500"),
+        ({"space": "z"}, "space 'z' is not known"),
+        ({"method": "forest"}, "method 'forest' is not known; it is one of svm, mean, lda, logistic"),
+        ({"cv": 1}, "2 folds or more"),
+        ({"C": 0.0}, "C is above 0"),
+        ({"wanted": 1.5}, "between 0.5 and 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(run, labels, change, message):
+    with pytest.raises(ValueError, match=message):
+        fit_boundary(run, labels, **{"t": 500, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y * 0, "all 60 labels 'Bright' are 0"),
+        (
+            lambda y: (pd.Series(range(N), index=y.index, name="Bright") == 3).astype(int),
+            "1 positives and 59 negatives",
+        ),
+        (lambda y: y.astype(float).where(y.index != 3), "1 of 60 labels 'Bright' are missing"),
+        (lambda y: y + 1, "labels are 0 or 1"),
+        (lambda y: y[:50], "10 of them have none"),
+        (lambda y: y.to_numpy()[:50], "are 50 for 60 samples"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(run, labels, change, message):
+    with pytest.raises(ValueError, match=message):
+        fit_boundary(run, change(labels), t=500)
+
+
+def test_samples_that_do_not_fit_are_refused(run, labels, store, boundary, tmp_path, pair):
+    plain = wb.sample(run.model, range(4), steps=STEPS, progress=False)
+    with pytest.raises(ValueError, match="record_h=True"):
+        fit_boundary(plain, [0, 1, 0, 1], t=500)
+    bare = wb.extract(run.model, 4, steps=STEPS, out=tmp_path / "bare.zarr", progress=False)
+    with pytest.raises(ValueError, match="record_x=True"):
+        fit_boundary(bare, [0, 1, 0, 1], t=500, space="x")
+    with pytest.raises(ValueError, match=r"samples of shape \(3, 7\) don't fit Bright, whose h_t have shape \(n, 16"):
+        boundary.distance(np.zeros((3, 7)))
+    with pytest.raises(ValueError, match="finite and of shape"):
+        boundary.move(run.h.at(500), to=np.nan)
+    with pytest.raises(ValueError, match="mode 'jump' is not known"):
+        boundary.move(run.h.at(500), to=1.0, mode="jump")
+    with pytest.raises(ValueError, match="lie in each other's span"):
+        move_jointly(pair[0], [pair[1], pair[1]], to=[0.0, 1.0])
+    with pytest.raises(ValueError, match="within one space and timestep"):
+        boundary.orthogonal_to(fit_boundary(run, labels, t=250))
+    with pytest.raises(ValueError, match="at least one other"):
+        boundary.orthogonal_to()
+    with pytest.raises(ValueError, match="takes a DataFrame"):
+        fit_boundaries(run, labels, t=500)
+    with pytest.raises(ValueError, match="same mean|the same"):
+        fit_boundary(np.ones((6, 4)), [0, 1, 0, 1, 0, 1], t=0, method="mean")
