@@ -83,6 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--attention-order", choices=("legacy", "new"), default="legacy", help="default legacy")
     convert.add_argument("--schedule", choices=("linear", "cosine"), help="default: the preset's, or linear")
 
+    boundary = command(
+        "convert-boundary",
+        _convert_boundary,
+        "make a boundary of a .sav file of BoundaryDiffusion, without executing it",
+        "workbench convert-boundary smile_h.sav --model celeba_hq --t 500 --space h",
+    )
+    boundary.add_argument("file", type=Path, help=".sav file")
+    boundary.add_argument("--model", required=True, help="the model that it was fitted with")
+    boundary.add_argument("--t", type=int, required=True, help="timestep that it was fitted at")
+    boundary.add_argument("--space", choices=("h", "x"), required=True, help="what it was fitted in; x is their z")
+    boundary.add_argument("--name", help="of the attribute (default: of the file)")
+    boundary.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
+
     verify = command(
         "verify",
         _verify,
@@ -345,6 +358,17 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.file, arguments.out, **{option: getattr(arguments, option) for option in options}
     )
     print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
+
+
+def _convert_boundary(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench import paths
+    from workbench.directions.legacy import convert_boundary
+
+    model = wb.load_model(arguments.model, device="cpu")
+    boundary = convert_boundary(arguments.file, model, t=arguments.t, space=arguments.space, name=arguments.name)
+    name = f"{model.name.replace('/', '--')}-{boundary.name}-{boundary.space}-t{boundary.t}.safetensors"
+    print(f"{boundary}\n{boundary.save((arguments.out or paths.directions()) / name)}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

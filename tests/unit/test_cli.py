@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from originals import Guided, randomised
 from PIL import Image
+from sklearn.svm import SVC
 
 from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
@@ -48,7 +51,7 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 @pytest.mark.parametrize(
     "command",
     "models|sample|extract|store|geometry|mixing-step|boundary|boundary fit|boundary edit|data|params|run|report|"
-    "train-classifier|convert|verify".split("|"),
+    "train-classifier|convert|convert-boundary|verify".split("|"),
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -82,6 +85,23 @@ def test_convert_then_load(tmp_path, capsys):
         status, out, err = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "other", *wrong)
         assert status == 2 and out == "" and err.count("\n") == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_convert_boundary_then_load(tiny_folder, tmp_path, capsys):
+    z = np.random.default_rng(0).normal(size=(30, 16 * 4 * 4))
+    fitted = SVC(kernel="linear").fit(z, np.where(z[:, 0] > 0, 1, -1))
+    (tmp_path / "smile.sav").write_bytes(pickle.dumps(fitted))
+    where = ("--model", tiny_folder, "--t", 500, "-o", tmp_path / "out")
+    status, out, _ = run(capsys, "convert-boundary", tmp_path / "smile.sav", *where, "--space", "h")
+    assert status == 0 and "Boundary('smile' in h at t=500, svm of BoundaryDiffusion" in out
+    path = tmp_path / "out" / "tiny-smile-h-t500.safetensors"
+    boundary = load_boundary(path, model=load_model(tiny_folder, device="cpu"), t=500, space="h")
+    assert np.abs(boundary.distance(z) - fitted.decision_function(z) / np.linalg.norm(fitted.coef_)).max() < 1e-5
+    (tmp_path / "evil.sav").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    for wrong in (("smile.sav", "--space", "x"), ("evil.sav", "--space", "h"), ("none.sav", "--space", "h")):
+        status, out, err = run(capsys, "convert-boundary", tmp_path / wrong[0], *where, *wrong[1:])
+        assert status == 2 and out == "" and err.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == [path]
 
 
 def test_verify_is_a_sentence_where_the_files_are_absent(capsys):

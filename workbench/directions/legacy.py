@@ -7,13 +7,19 @@ that a file asks for.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from workbench.diffusion.models import Model
+from workbench.directions.boundary import Boundary
 
 _KINDS = "biuf"
 """Kinds of numpy's types that are numbers."""
@@ -81,6 +87,64 @@ def read_boundary_sav(path: str | Path) -> LegacyBoundary:
     if type(saved) is not reader.classifier:
         raise ValueError(f"{path} holds no support-vector classifier; it is of type {type(saved).__name__}")
     return _boundary_of(vars(saved), path)
+
+
+def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name: str | None = None) -> Boundary:
+    """A `.sav` file of BoundaryDiffusion as a `Boundary`.
+
+    Its accuracy and deviations are not in the file: move by distances, or take `boundary.measured(samples, labels)`.
+
+    Parameters
+    ----------
+    path : path
+    model : Model
+        The one that it was fitted with, which the file does not name.
+    t : int
+        Timestep that it was fitted at; 500 for BoundaryDiffusion's own on CelebA-HQ and church.
+    space : {"h", "x"}
+        What it was fitted in; BoundaryDiffusion calls x_t "z".
+    name : str, optional
+        By default that of the file.
+
+    Returns
+    -------
+    Boundary
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_boundary_sav`; or if the normal has another number of values than the space, or there is no such t.
+    """
+    found, path = read_boundary_sav(path), Path(path)
+    if not 0 <= t < model.schedule.T:
+        raise ValueError(f"t is {t}; {model.name} has the timesteps 0..{model.schedule.T - 1}")
+    shape = model.h_shape if space == "h" else model.image_shape
+    if found.normal.size != math.prod(shape):
+        raise ValueError(
+            f"{path} has a normal of {found.normal.size} values; {space}_t of {model.name} has shape {shape}, which is "
+            f"{math.prod(shape)}; give the model and the space (h or x) that it was fitted in"
+        )
+    provenance = {
+        "model": model.provenance(),
+        "etas": None,
+        "seeds": None,
+        "method": "svm of BoundaryDiffusion",
+        "parameters": {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "classes": list(found.classes),
+            "support_vectors": found.n_support,
+            "scikit_learn": found.version,
+        },
+    }
+    return Boundary(
+        normal=torch.from_numpy(found.normal).float().view(shape),
+        intercept=found.intercept,
+        t=t,
+        space=space,
+        name=path.stem if name is None else name,
+        provenance=provenance,
+        extras={"weight_norm": found.weight_norm},
+    )
 
 
 def _boundary_of(saved: dict, path: Path) -> LegacyBoundary:
