@@ -128,6 +128,11 @@ def test_an_edit_refuses_another_model_and_other_timesteps(function, wide, run, 
         wb.replay(longer, edit=edited.edit)
 
 
+def test_a_grid_takes_the_mean_and_says_so(function, wide, run):
+    with pytest.raises(ValueError, match="not a DeltaFunction; a DeltaFunction's mean is one"):
+        wb.edit_grid(wide, run, function)
+
+
 # Interval and boosting
 
 

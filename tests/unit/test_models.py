@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +145,10 @@ def test_a_compiled_model_computes_the_same(tiny, tiny_folder):
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x_t, 500), tiny(x_t, 500), atol=1e-4, rtol=1e-4)
     assert compiled.hash == tiny.hash
-    assert compiled.unet.unet.down_blocks[0]._compiled_call_impl is not None
+    assert compiled.compiled and not tiny.compiled
+    run = wb.sample(tiny, [0], steps=2, progress=False)
+    with pytest.raises(ValueError, match="is compiled, which keeps no derivatives; load it with compile=False"):
+        wb.find_jacobian(compiled, replace(run, model=compiled), t=run.timesteps[0], k=1)
 
 
 def test_a_model_that_can_not_be_compiled_says_so(tiny_folder, monkeypatch):

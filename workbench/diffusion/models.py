@@ -61,6 +61,11 @@ class Model:
         return self.unet.dtype
 
     @property
+    def compiled(self) -> bool:
+        """Whether the network's blocks are compiled: faster, and without derivatives."""
+        return self.unet.unet.mid_block._compiled_call_impl is not None
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         config = self.unet.unet.config
@@ -178,7 +183,8 @@ def load_model(
     dtype : {"float32", "bfloat16", "float16"}, optional
         Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
     compile : bool, default False
-        Compile the network's blocks (`torch.compile`), which takes a minute or so and needs a C++ compiler on a CPU.
+        Compile the network's blocks (`torch.compile`), which takes a minute or so for every new size of batch and needs
+        a C++ compiler on a CPU. For sampling, inversion and edits; Jacobians need a model that is not compiled.
     preset : str, optional
         Of a single file: which published checkpoint it is. Not needed where the file has its published name, or
         where all else is given.
@@ -325,7 +331,7 @@ def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, Sched
         )
     scheduler = DDPMScheduler.from_config(betas)
     unet = _build(config, path=files.unet_config)
-    _warn_if_short_of_memory(unet, folder, device)
+    _warn_if_short_of_memory(_need_of(unet), folder, device)
     state = checkpoints.read_state_dict(files.weights)
     checkpoints.load_strictly(unet, state, path=files.weights, assign=True)
     return unet, scheduler
@@ -348,14 +354,16 @@ def _read_file(
         raise ValueError("a preset says image_size and head_channels; give the one or the others")
     if known is not None:
         unet = _build(known.architecture.config(), path=path)
-        _warn_if_short_of_memory(unet, path, device)
+        _warn_if_short_of_memory(_need_of(unet), path, device)
+    else:  # of an unknown network the size of the file is all that is known before it is read
+        _warn_if_short_of_memory(MemoryNeed(path.stat().st_size, 0), path, torch.device("cpu"))
     checkpoint = checkpoints.read_checkpoint(path)
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     try:
         if known is None:
             architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **sizes), "the architecture"
             unet = _build(architecture.config(), path=path)
-            _warn_if_short_of_memory(unet, path, device)
+            _warn_if_short_of_memory(_need_of(unet), path, device)
         else:
             architecture = known.architecture
             whose = f"the preset {next(name for name, p in layouts.PRESETS.items() if p is known)!r}"
@@ -468,7 +476,7 @@ def known_models() -> list[dict]:
     """
     rows = [(name, "on the hub", (), architecture) for name, architecture in layouts.HUB.items()]
     rows += [(name, preset.about, preset.files, preset.architecture) for name, preset in layouts.PRESETS.items()]
-    needs = {architecture: _need_of(architecture) for *_, architecture in rows}
+    needs = {a: _need_of(_build(a.config(), path=Path("the preset"))) for *_, a in rows}
     return [
         {
             "name": name,
@@ -483,15 +491,14 @@ def known_models() -> list[dict]:
     ]
 
 
-def _need_of(architecture: layouts.Architecture) -> MemoryNeed:
-    return estimate_memory(SplitUNet(_build(architecture.config(), path=Path("the preset"))))
+def _need_of(unet: UNet2DModel) -> MemoryNeed:
+    """What a network without values will need; what can't be split is refused here."""
+    return estimate_memory(SplitUNet(unet))
 
 
-def _warn_if_short_of_memory(unet: UNet2DModel, path: Path, device: torch.device) -> None:
-    """Say so before weights are read, where the model won't fit; `unet` has no values yet."""
-    if unet.mid_block is None or unet.config.sample_size is None:
-        return  # refused later, with a sentence of its own
-    need, free = estimate_memory(SplitUNet(unet)), free_memory(device)
+def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device) -> None:
+    """Say so before weights are read, where the model won't fit."""
+    free = free_memory(device)
     if need.total > free:
         warnings.warn(
             f"{path} is estimated to need {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} of weights, the "
