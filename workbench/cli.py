@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--preset", help="which published checkpoint it is (default: by its name)")
     convert.add_argument("--image-size", type=int, help="without a preset: side of the images in pixels")
     convert.add_argument("--head-channels", type=int, help="without a preset: channels of an attention head")
-    convert.add_argument("--attention-order", choices=("legacy", "new"), default="legacy", help="default legacy")
+    convert.add_argument("--attention-order", choices=("legacy", "new"), help="default legacy")
     convert.add_argument("--schedule", choices=("linear", "cosine"), help="default: the preset's, or linear")
 
     boundary = command(

@@ -292,7 +292,7 @@ def test_a_wrong_preset_names_the_first_weight_that_does_not_fit(guided_file, dd
         wb.load_model(ddpm_file, preset="dogs")
     with pytest.raises(ValueError, match="there is no preset 'cats'; there are faces, dogs, other dogs"):
         wb.load_model(ddpm_file, preset="cats")
-    with pytest.raises(ValueError, match="a preset says image_size and head_channels"):
+    with pytest.raises(ValueError, match="a preset says image_size; give the one or the other"):
         wb.load_model(ddpm_file, preset="faces", image_size=8)
 
 
@@ -334,8 +334,9 @@ def test_sizes_that_can_not_be_are_refused(wrong, message, guided_file):
 
 
 def test_settings_of_a_file_are_refused_for_a_folder(tiny_folder):
-    with pytest.raises(ValueError, match="image_size is for single files"):
-        wb.load_model(tiny_folder, image_size=8)
+    for options in ({"image_size": 8}, {"attention_order": "new"}, {"preset": "ffhq"}, {"schedule": "cosine"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is for single files"):
+            wb.load_model(tiny_folder, **options)
 
 
 # Files that don't load

@@ -118,7 +118,8 @@ def read_tensors(path: Path) -> object:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # Not the file's own pages, which change with it.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))

@@ -164,7 +164,7 @@ def load_model(
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
-    attention_order: str = "legacy",
+    attention_order: str | None = None,
     schedule: str | None = None,
 ) -> Model:
     """Load a pixel-space DDPM.
@@ -191,9 +191,9 @@ def load_model(
     image_size, head_channels : int, optional
         Of a single file without a preset: side of the images in pixels, and channels of an attention head (only
         guided-diffusion's layout has several heads). The rest of the architecture follows from the shapes.
-    attention_order : {"legacy", "new"}
-        Of a single file without a preset: `use_new_attention_order` of guided-diffusion; all published files have the
-        legacy order.
+    attention_order : {"legacy", "new"}, optional
+        Of a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
+        have the legacy order, which is the default.
     schedule : {"linear", "cosine"}, optional
         Of a single file: the noise schedule; by default the preset's, or else linear.
 
@@ -212,10 +212,11 @@ def load_model(
         If the model is estimated to need more memory than is free.
     """
     target = best_device() if device is None else _device_of(device)
-    options = {"preset": preset, "image_size": image_size, "head_channels": head_channels, "schedule": schedule}
+    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
+    options = {"preset": preset, **sizes, "schedule": schedule}
     path = Path(source).expanduser()
     if path.is_file():
-        unet, scheduler = _read_file(path, target, attention_order=attention_order, **options)
+        unet, scheduler = _read_file(path, target, **options)
         name = path.stem
     else:
         given = [option for option, value in options.items() if value is not None]
@@ -234,7 +235,7 @@ def convert_checkpoint(
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
-    attention_order: str = "legacy",
+    attention_order: str | None = None,
     schedule: str | None = None,
 ) -> Path:
     """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
@@ -344,24 +345,25 @@ def _read_file(
     preset: str | None,
     image_size: int | None,
     head_channels: int | None,
-    attention_order: str,
+    attention_order: str | None,
     schedule: str | None,
 ) -> tuple[UNet2DModel, SchedulerMixin]:
     if schedule is not None and schedule not in layouts.SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is not known; it is one of {', '.join(layouts.SCHEDULES)}")
-    known = layouts.preset_for(preset, path.name if image_size is None and head_channels is None else "")
-    if preset is not None and (image_size, head_channels) != (None, None):
-        raise ValueError("a preset says image_size and head_channels; give the one or the others")
+    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if preset is not None and given:
+        raise ValueError(f"a preset says {next(iter(given))}; give the one or the other")
+    known = layouts.preset_for(preset, "" if given else path.name)
     if known is not None:
         unet = _build(known.architecture.config(), path=path)
         _warn_if_short_of_memory(_need_of(unet), path, device)
     else:  # of an unknown network the size of the file is all that is known before it is read
         _warn_if_short_of_memory(MemoryNeed(path.stat().st_size, 0), path, torch.device("cpu"))
     checkpoint = checkpoints.read_checkpoint(path)
-    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     try:
         if known is None:
-            architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **sizes), "the architecture"
+            architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **given), "the architecture"
             unet = _build(architecture.config(), path=path)
             _warn_if_short_of_memory(_need_of(unet), path, device)
         else:
