@@ -249,7 +249,7 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     """`workbench boundary fit|edit`: boundaries from labelled images or samples, and edits that cross them."""
     fit_example = "workbench boundary fit avataaars32 --t 500 --attributes Smiling Beard"
     edit_example = (
-        "workbench boundary edit avataaars32 --boundaries data/directions/avataaars32-Smiling-x-t500.safetensors "
+        "workbench boundary edit avataaars32 --boundaries data/boundaries/avataaars32-Smiling-x-t500.safetensors "
         "--images avataaars --n 4 -o smiles.png"
     )
     boundary = commands.add_parser(
@@ -291,7 +291,7 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     fit.add_argument("--method", choices=("svm", "mean", "lda", "logistic"), default="svm")
     fit.add_argument("--balance", action="store_true", help="give both classes the same weight")
     fit.add_argument("--wanted", type=float, help="warn if the held-out accuracy stays below this")
-    fit.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
+    fit.add_argument("-o", "--out", type=Path, help="folder (default: data/boundaries)")
 
     edit = action("edit", _boundary_edit, "edit images or samples by crossing boundaries", edit_example)
     edit.add_argument("--boundaries", nargs="+", type=Path, required=True, help="files, in x, in h or in both")
@@ -559,7 +559,7 @@ def _boundary_fit(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments).tapped(arguments.tap)
     source, labels = _labelled_samples(model, arguments)
-    folder = arguments.out or paths.directions()
+    folder = arguments.out or paths.boundaries()
     for space in ("x", "h"):
         found = wb.fit_boundaries(
             source,

@@ -47,8 +47,13 @@ def cache() -> Path:
 
 
 def directions() -> Path:
-    """Saved directions and boundaries."""
+    """Saved directions."""
     return data() / "directions"
+
+
+def boundaries() -> Path:
+    """Saved boundaries."""
+    return data() / "boundaries"
 
 
 def notebooks() -> Path:

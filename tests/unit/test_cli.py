@@ -197,7 +197,7 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     assert status == 0 and "EditGrid(2 x 3 images" in said
 
 
-def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache):
+def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
     for side, shade in (("with", 200), ("without", 60)):
         (tmp_path / side).mkdir()
         for i in range(5):
@@ -212,8 +212,10 @@ def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp
     status, _, err = run(capsys, *fit, *pair[:2], "--negative", tmp_path / "found")
     assert status == 2 and "holds no images" in err
     bundled = ("boundary", "fit", "avataaars32", "--steps", 4, "--t", 500, "--n", 12, "--classifier", "avataaars")
-    status, said, _ = run(capsys, *bundled, "--attributes", "Long_Hair", "-o", tmp_path / "found")
+    monkeypatch.setattr(paths, "boundaries", lambda: tmp_path / "boundaries")  # not among directions
+    status, said, _ = run(capsys, *bundled, "--attributes", "Long_Hair")
     assert status == 0 and "'Long_Hair' in x" in said
+    assert len(list((tmp_path / "boundaries").iterdir())) == 2
 
 
 def test_train_classifier_writes_one_that_loads(tmp_path, capsys):

@@ -20,6 +20,7 @@ from workbench.diffusion.schedule import CLEAN, index_of
 
 EDIT_MODES = ("add", "replace", "slerp")
 INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
+LEVELS = ("current", "next")
 
 
 @dataclass(frozen=True, eq=False)
@@ -513,6 +514,7 @@ def invert(
     method: str = "ddim",
     iterations: int = 5,
     eta: float | Sequence[float] = 1.0,
+    level: str = "current",
     noise_repair: bool = False,
     seed: int = 0,
     residual: bool = False,
@@ -545,6 +547,10 @@ def invert(
         For "fixed-point".
     eta : float or sequence of float (one a step), values in (0, 1], default 1
         For "edit-friendly"; the others have eta 0.
+    level : {"current", "next"}
+        Timestep of the eps that a DDIM step takes at x_prev: t_prev, as in DDIM eq. 13 and BoundaryDiffusion, or t, as
+        in diffusers' `DDIMInverseScheduler`. The latter is as far from the fixed point in x but not in t, and
+        reconstructs better with few steps. For "fixed-point" it is the first guess.
     noise_repair : bool, default False
         For "ddim" and "fixed-point": draw x at the least noisy timestep from the forward process, instead of taking a
         step to it from the clean image. A clean image has no noise where the network expects a little of it, so that
@@ -572,6 +578,8 @@ def invert(
     images = check_images(images, model)
     if method not in INVERSIONS:
         raise ValueError(f"method {method!r} is not known; it is one of {', '.join(INVERSIONS)}")
+    if level not in LEVELS:
+        raise ValueError(f"level {level!r} is not known; it is one of {', '.join(LEVELS)}")
     visited = model.schedule.timesteps(steps)
     edit_friendly = method == "edit-friendly"
     etas = model.schedule.etas(eta if edit_friendly else 0.0, len(visited))
@@ -601,13 +609,15 @@ def invert(
                 _fill_edit_friendly(inverted, batch, seeds[batch], bar)
             else:
                 repair = seeds[batch] if noise_repair else None
-                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, repair, bar)
+                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, level, repair, bar)
     if residual and not edit_friendly:
         inverted = replace(inverted, residual=images - replay(inverted, progress=progress).x0)
     return inverted
 
 
-def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, repair: Sequence[int] | None, bar: tqdm) -> None:
+def _fill_ddim(
+    inverted: Trajectory, batch: slice, iterations: int, level: str, repair: Sequence[int] | None, bar: tqdm
+) -> None:
     """Invert the images of a batch by DDIM backwards, from clean to noisy."""
     model, h, x = inverted.model, inverted.h, inverted.x
     pairs = model.schedule.pairs(inverted.timesteps)
@@ -620,10 +630,12 @@ def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, repair: Sequ
             x.values[i, batch] = x_t.cpu()
         bar.update(batch.stop - batch.start)
     for i, (t, t_prev) in reversed(steps):
-        bottleneck = model.encode(x_t, max(t_prev, 0))
+        if level == "current" or h is not None:
+            bottleneck = model.encode(x_t, max(t_prev, 0))
         if h is not None and t_prev != CLEAN:
             h.values[i + 1, batch] = bottleneck.h.cpu()
-        x_prev, x_t = x_t, _ddim_inverse(model, x_t, model.decode(bottleneck), (t, t_prev))
+        eps = model.decode(bottleneck) if level == "current" else model(x_t, t)
+        x_prev, x_t = x_t, _ddim_inverse(model, x_t, eps, (t, t_prev))
         for _ in range(iterations):
             x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
         if x is not None:

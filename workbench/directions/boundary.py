@@ -717,7 +717,7 @@ def _fit_all(
             **_held_out(distances, y),
             extras={
                 "weight_norm": length,
-                "training_accuracy": float(((products @ duals + offset > 0) == y).mean()),
+                "training_accuracy": float(((products @ duals + offset > middle * length) == y).mean()),
                 "class_distance": separation,
                 "dimensions": d,
             },
