@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     boundary.add_argument("--t", type=int, required=True, help="timestep that it was fitted at")
     boundary.add_argument("--space", choices=("h", "x"), required=True, help="what it was fitted in; x is their z")
     boundary.add_argument("--name", help="of the attribute (default: of the file)")
-    boundary.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
+    boundary.add_argument("-o", "--out", type=Path, help="folder (default: data/boundaries)")
 
     verify = command(
         "verify",
@@ -368,7 +368,7 @@ def _convert_boundary(arguments: argparse.Namespace) -> None:
     model = wb.load_model(arguments.model, device="cpu")
     boundary = convert_boundary(arguments.file, model, t=arguments.t, space=arguments.space, name=arguments.name)
     name = f"{model.name.replace('/', '--')}-{boundary.name}-{boundary.space}-t{boundary.t}.safetensors"
-    print(f"{boundary}\n{boundary.save((arguments.out or paths.directions()) / name)}")
+    print(f"{boundary}\n{boundary.save((arguments.out or paths.boundaries()) / name)}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
