@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 
 _WHERE = {
-    "diffusion.models": ("Model", "list_models", "load_model", "wrap"),
+    "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
@@ -32,9 +32,11 @@ _WHERE = {
         "samples_needed",
     ),
     "directions.direction": ("Direction", "load_direction", "random_like"),
+    "directions.asyrp": ("DeltaFunction", "load_asyrp"),
     "directions.jacobian": ("find_jacobian", "find_pullback"),
     "directions.pca": ("find_pca",),
     "directions.supervised": ("find_from_labels", "find_from_scores", "find_many"),
+    "editing.asyrp": ("EditingInterval", "edit_asyrp", "find_interval"),
     "editing.crossing": ("cross_boundary",),
     "editing.edit": ("edit",),
     "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),

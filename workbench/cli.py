@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 EXAMPLES = """examples:
-  workbench models                                  what can be loaded
+  workbench models                                  what can be loaded, and what it needs
+  workbench convert celeba_hq.ckpt celeba_hq        a published checkpoint as a model folder
   workbench sample avataaars32 --seeds 0-15 -o samples.png
   workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
   workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
@@ -66,7 +67,44 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(action=action)
         return made
 
-    command("models", _models, "list models that load without a network", "workbench models")
+    command("models", _models, "list models that load without a network, and public ones", "workbench models")
+
+    convert = command(
+        "convert",
+        _convert,
+        "make a model folder of a checkpoint of the original DDPM or of guided-diffusion",
+        "workbench convert celeba_hq.ckpt data/models/celeba_hq",
+    )
+    convert.add_argument("file", type=Path, help=".ckpt, .pt, .pth or .safetensors file")
+    convert.add_argument("out", type=Path, help="new folder")
+    convert.add_argument("--preset", help="which published checkpoint it is (default: by its name)")
+    convert.add_argument("--image-size", type=int, help="without a preset: side of the images in pixels")
+    convert.add_argument("--head-channels", type=int, help="without a preset: channels of an attention head")
+    convert.add_argument("--attention-order", choices=("legacy", "new"), help="default legacy")
+    convert.add_argument("--schedule", choices=("linear", "cosine"), help="default: the preset's, or linear")
+
+    boundary = command(
+        "convert-boundary",
+        _convert_boundary,
+        "make a boundary of a .sav file of BoundaryDiffusion, without executing it",
+        "workbench convert-boundary smile_h.sav --model celeba_hq --t 500 --space h",
+    )
+    boundary.add_argument("file", type=Path, help=".sav file")
+    boundary.add_argument("--model", required=True, help="the model that it was fitted with")
+    boundary.add_argument("--t", type=int, required=True, help="timestep that it was fitted at")
+    boundary.add_argument("--space", choices=("h", "x"), required=True, help="what it was fitted in; x is their z")
+    boundary.add_argument("--name", help="of the attribute (default: of the file)")
+    boundary.add_argument("-o", "--out", type=Path, help="folder (default: data/boundaries)")
+
+    verify = command(
+        "verify",
+        _verify,
+        "compare a model with what its authors' library printed for a hub model",
+        "workbench verify google/ddpm-ema-celebahq-256",
+    )
+    verify.add_argument("model", help="hub id, model folder or checkpoint file")
+    verify.add_argument("--against", help="hub id that it should equal (default: the model itself)")
+    verify.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
 
     sample = command("sample", _sample, "generate images", "workbench sample avataaars32 --seeds 0-15 -o samples.png")
     _add_model(sample)
@@ -272,11 +310,12 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="bundled name, diffusers folder or hub id")
+    parser.add_argument("model", help="bundled name, diffusers folder, hub id or checkpoint file")
     parser.add_argument("--steps", type=int, default=50, help="visited timesteps (default 50)")
     parser.add_argument("--eta", type=float, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the network's arithmetic")
+    parser.add_argument("--compile", action="store_true", help="compile the network (faster after a minute)")
     parser.add_argument("--batch-size", type=int, help="samples a pass (default: by the model)")
 
 
@@ -290,15 +329,61 @@ def _seeds(text: str) -> list[int]:
 def _load(arguments: argparse.Namespace):
     import workbench as wb
 
-    return wb.load_model(arguments.model, device=arguments.device, dtype=arguments.precision)
+    compiled = getattr(arguments, "compile", False)
+    return wb.load_model(arguments.model, device=arguments.device, dtype=arguments.precision, compile=compiled)
 
 
 def _models(arguments: argparse.Namespace) -> None:
     import workbench as wb
+    from workbench.diffusion.models import known_models
 
     for row in wb.list_models():
         channels, height, width = row["images"]
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
+    print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
+    for row in known_models():
+        channels, height, width = row["images"]
+        size = f"{channels} x {height} x {width}"
+        need, h = f"{row['memory'].total / 2**30:.1f} GiB", " x ".join(map(str, row["h"]))
+        weights = f"{row['parameters'] / 1e6:.0f} M"
+        files = f", {' or '.join(row['files'])}" if row["files"] else ""
+        print(f"{row['name']:32s} {size:13s} {weights:>5s} weights {need:>8s}  h {h:12s} {row['about']}{files}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+
+    options = ("preset", "image_size", "head_channels", "attention_order", "schedule")
+    folder = wb.convert_checkpoint(
+        arguments.file, arguments.out, **{option: getattr(arguments, option) for option in options}
+    )
+    print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
+
+
+def _convert_boundary(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench import paths
+    from workbench.directions.legacy import convert_boundary
+
+    model = wb.load_model(arguments.model, device="cpu")
+    boundary = convert_boundary(arguments.file, model, t=arguments.t, space=arguments.space, name=arguments.name)
+    name = f"{model.name.replace('/', '--')}-{boundary.name}-{boundary.space}-t{boundary.t}.safetensors"
+    print(f"{boundary}\n{boundary.save((arguments.out or paths.boundaries()) / name)}")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import workbench as wb
+    from workbench.diffusion import golden
+    from workbench.diffusion.models import verify
+
+    reference = arguments.against or arguments.model
+    difference = verify(wb.load_model(arguments.model, device=arguments.device), reference)
+    same = difference <= golden.TOLERANCE
+    print(
+        f"{arguments.model} {'is' if same else 'is not'} the network of {reference}: {golden.COUNT} values of eps at "
+        f"t = {golden.T} differ by up to {difference:.1e} (allowed {golden.TOLERANCE:.0e})"
+    )
+    return 0 if same else 1
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from originals import Guided, randomised
 from PIL import Image
+from sklearn.svm import SVC
 
 from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
+from workbench.diffusion import golden, layouts
+from workbench.diffusion.models import load_model
 from workbench.directions.boundary import load_boundary
 from workbench.directions.direction import load_direction
 from workbench.hspace.store import open_store
@@ -44,7 +51,7 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 @pytest.mark.parametrize(
     "command",
     "models|sample|extract|store|geometry|mixing-step|boundary|boundary fit|boundary edit|data|params|run|report|"
-    "train-classifier".split("|"),
+    "train-classifier|convert|convert-boundary|verify".split("|"),
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -57,6 +64,62 @@ def test_models_lists_the_bundled_one(capsys):
     status, out, _ = run(capsys, "models")
     assert status == 0
     assert "avataaars32" in out and "3 x 32 x 32" in out
+
+
+def test_models_says_what_public_ones_need(capsys):
+    out = run(capsys, "models")[1]
+    assert "memory for one image is estimated" in out
+    line = next(line for line in out.splitlines() if line.startswith("google/ddpm-ema-celebahq-256"))
+    assert "114 M weights" in line and "0.8 GiB" in line and "h 512 x 8 x 8" in line
+    assert any("adm_lsun" in line and "h 1024 x 8 x 8" in line for line in out.splitlines())
+
+
+def test_convert_then_load(tmp_path, capsys):
+    network = randomised(Guided(ch=32, mult=(1, 2), layers=1, attention=(2,), head_channels=16))
+    torch.save({"ema": network.state_dict()}, tmp_path / "dogs.pt")
+    sizes = ("--image-size", 8, "--head-channels", 16, "--schedule", "cosine")
+    status, out, _ = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "dogs", *sizes)
+    assert status == 0 and "images (3, 8, 8)" in out
+    assert load_model(tmp_path / "dogs", device="cpu").h_shape == (64, 4, 4)
+    for wrong in (("--preset", "nope"), ("--preset", "afhq_dog"), ()):
+        status, out, err = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "other", *wrong)
+        assert status == 2 and out == "" and err.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_convert_boundary_then_load(tiny_folder, tmp_path, capsys):
+    z = np.random.default_rng(0).normal(size=(30, 16 * 4 * 4))
+    fitted = SVC(kernel="linear").fit(z, np.where(z[:, 0] > 0, 1, -1))
+    (tmp_path / "smile.sav").write_bytes(pickle.dumps(fitted))
+    where = ("--model", tiny_folder, "--t", 500, "-o", tmp_path / "out")
+    status, out, _ = run(capsys, "convert-boundary", tmp_path / "smile.sav", *where, "--space", "h")
+    assert status == 0 and "Boundary('smile' in h at t=500, svm of BoundaryDiffusion" in out
+    path = tmp_path / "out" / "tiny-smile-h-t500.safetensors"
+    boundary = load_boundary(path, model=load_model(tiny_folder, device="cpu"), t=500, space="h")
+    assert np.abs(boundary.distance(z) - fitted.decision_function(z) / np.linalg.norm(fitted.coef_)).max() < 1e-5
+    (tmp_path / "evil.sav").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    for wrong in (("smile.sav", "--space", "x"), ("evil.sav", "--space", "h"), ("none.sav", "--space", "h")):
+        status, out, err = run(capsys, "convert-boundary", tmp_path / wrong[0], *where, *wrong[1:])
+        assert status == 2 and out == "" and err.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == [path]
+
+
+def test_verify_is_a_sentence_where_the_files_are_absent(capsys):
+    status, out, err = run(capsys, "verify", "google/ddpm-ema-cat-256", "--device", "cpu")
+    if status == 0:
+        assert "is the network of google/ddpm-ema-cat-256" in out
+    else:
+        assert status == 2 and "hf download google/ddpm-ema-cat-256" in err and err.count("\n") == 1
+
+
+def test_verify_tells_one_network_from_another(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr(layouts, "HUB", {"a/ddpm": layouts.Architecture("ddpm", 8, (32, 64), 1, (1,))})
+    monkeypatch.setattr(golden, "COUNT", 2)
+    eps = load_model(tiny_folder, device="cpu")(golden.noise((3, 8, 8)), 10)[0, 0, 0, :2].tolist()
+    for values, status, word in ((eps, 0, "is the network"), ([7.0, 7.0], 1, "is not the network")):
+        monkeypatch.setattr(golden, "EPS", {"a/ddpm": values})
+        found, out, _ = run(capsys, "verify", tiny_folder, "--against", "a/ddpm", "--device", "cpu")
+        assert found == status and f"{word} of a/ddpm" in out
 
 
 def test_sample_writes_a_picture(tiny_folder, tmp_path, capsys):

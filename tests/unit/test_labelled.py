@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_all_start_methods, get_context
@@ -306,6 +307,59 @@ def test_celebas_list_is_read_with_and_without_its_count(head, place, folder):
     labels = load_images(folder).labels
     assert list(labels.columns) == ["Smiling", "Beard"]
     assert labels["Smiling"].tolist() == [1, 0, 1, 0, 1] and labels["Beard"].tolist() == [0, 0, 1, 1, 0]
+
+
+def test_the_list_of_celebamask_hq_is_found_beside_its_images(tmp_path):
+    """As it is shipped: a count, the names, two spaces after the file name."""
+    images = tmp_path / "CelebAMask-HQ" / "CelebA-HQ-img"
+    images.mkdir(parents=True)
+    for i in range(3):
+        picture(i).save(images / f"{i}.jpg")
+    rows = "".join(f"{i}.jpg  {' '.join(v)} \n" for i, v in enumerate((("-1", "1"), ("1", "1"), ("1", "-1"))))
+    text = f"3\nSmiling Young \n{rows}"
+    (images.parent / "CelebAMask-HQ-attribute-anno.txt").write_text(text)
+    labels = load_images(images).labels
+    assert labels["Smiling"].tolist() == [0, 1, 1] and labels["Young"].tolist() == [1, 1, 0]
+    (images.parent / "CelebAMask-HQ-attribute-anno.txt").write_text(text.split("\n", 1)[1])
+    assert load_images(images).labels.equals(labels)
+
+
+def test_folders_are_labels_as_afhq_and_lsun_have_them(tmp_path):
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/wild/d.png"):
+        path = tmp_path / "afhq" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(path)
+    labels = load_images(tmp_path / "afhq", labels="folders").labels
+    assert labels.to_dict("list") == {"cat": [1, 0, 1, 0], "dog": [0, 1, 0, 0], "wild": [0, 0, 0, 1]}
+    assert list(labels.index) == ["train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/wild/d.png"]
+    packed = shutil.make_archive(str(tmp_path / "afhq"), "zip", tmp_path / "afhq")
+    assert load_images(packed, labels="folders").labels.equals(labels)
+    for name in ("bedroom_train/0/f/a.png", "church_outdoor_train_lmdb/1/2/b.png"):
+        path = tmp_path / "lsun" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(path)
+    assert load_images(tmp_path / "lsun", labels="folders").names == ["bedroom", "church_outdoor"]
+    with pytest.raises(ValueError, match='labels="folders" takes a folder for each of two classes.*has none'):
+        load_images(tmp_path / "afhq" / "train" / "cat", labels="folders")
+    with pytest.raises(ValueError, match="has none"):
+        load_images(tmp_path / "lsun" / "bedroom_train", labels="folders")
+
+
+def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
+    values = np.arange(218 * 178 * 3, dtype=np.uint32).reshape(218, 178, 3).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "000001.png")
+    centre = load_images(tmp_path)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(centre, values[20:198] / 127.5 - 1, atol=1e-6)
+    faces = load_images(tmp_path, crop="celeba64")
+    assert faces.size == 128
+    np.testing.assert_allclose(faces[0].permute(1, 2, 0).numpy(), values[57:185, 25:153] / 127.5 - 1, atol=1e-6)
+    assert faces.at_size(64)[:].shape == (1, 3, 64, 64)
+    assert faces.fingerprint != load_images(tmp_path, size=128).fingerprint
+    with pytest.raises(ValueError, match="there is no crop 'face'; there are celeba64"):
+        load_images(tmp_path, crop="face")
+    picture(0).save(tmp_path / "000001.png")
+    with pytest.raises(ValueError, match="is for images of 178 x 218 pixels, not"):
+        load_images(tmp_path, crop="celeba64")[0]
 
 
 def test_celebas_list_may_cover_more_images_than_there_are(folder):

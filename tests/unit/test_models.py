@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,37 @@ def test_lower_precision_agrees_and_gives_float32(tiny_folder, tiny):
     assert "bfloat16" in repr(low)
     assert low.hash == tiny.hash
     assert low.tapped("before").dtype == torch.bfloat16
+
+
+def test_weights_are_channels_last_and_compute_what_they_did_before(tiny, make_unet):
+    assert tiny.unet.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = make_unet()
+    assert plain.conv_in.weight.is_contiguous()
+    torch.testing.assert_close(tiny(images_for(tiny), 500), plain(images_for(tiny), 500).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_a_compiled_model_computes_the_same(tiny, tiny_folder):
+    """One size of batch alone: every other is compiled anew, which takes longer than all other tests of this file."""
+    compiled = wb.load_model(tiny_folder, device="cpu", compile=True)
+    x_t = images_for(tiny, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x_t, 500), tiny(x_t, 500), atol=1e-4, rtol=1e-4)
+    assert compiled.hash == tiny.hash
+    assert compiled.compiled and not tiny.compiled
+    run = wb.sample(tiny, [0], steps=2, progress=False)
+    with pytest.raises(ValueError, match="is compiled, which keeps no derivatives; load it with compile=False"):
+        wb.find_jacobian(compiled, replace(run, model=compiled), t=run.timesteps[0], k=1)
+
+
+def test_a_model_that_can_not_be_compiled_says_so(tiny_folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "forward", fail))
+    with pytest.raises(ValueError, match=r"tiny can't be compiled here \(no compiler\); load it with compile=False"):
+        wb.load_model(tiny_folder, device="cpu", compile=True)
 
 
 def test_a_tapped_model_is_the_same_weights_elsewhere(tiny):

@@ -131,6 +131,18 @@ def test_an_edit_reaches_the_decoder_through_h_alone(tiny, tap):
         assert torch.equal(b.skips[-1], b.h)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("k", [1, 2])
+def test_repeated_states_share_no_memory(tiny, n, k):
+    """An asymmetric edit writes into one of each two; of a single sample, too, the other must stay as it is."""
+    b = tiny.encode(images_for(tiny.unet.unet, n), 500)
+    both, before = b.repeat(k), b.h.clone()
+    both.h[0::k] = 7.0
+    assert torch.equal(b.h, before)
+    if k == 2:
+        assert torch.equal(both.h[1::2], before)
+
+
 @pytest.mark.parametrize("tap", TAPS)
 def test_a_state_is_repeated_and_indexed_sample_by_sample(tiny, tap):
     model = tiny.tapped(tap)

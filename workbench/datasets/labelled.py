@@ -1,7 +1,7 @@
 """Labelled images from a folder or a zip, decoded only when they are asked for.
 
 Every picture becomes RGB the same way: EXIF rotation applied, transparency composited on white, 16 bits scaled to 8,
-the centre square cropped, resized by antialiased bicubic, values 0..255 mapped to [-1, 1].
+the centre square (or another one, by name) cropped, resized by antialiased bicubic, values 0..255 mapped to [-1, 1].
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import posixpath
+import re
 import struct
 import zipfile
 import zlib
@@ -27,7 +28,16 @@ from tqdm.auto import tqdm
 from workbench import paths
 
 BUNDLED = "avataaars"
-LABEL_FILES = ("attributes.csv", "list_attr_celeba.txt")
+LISTS = ("list_attr_celeba.txt", "CelebAMask-HQ-attribute-anno.txt")
+LABEL_FILES = ("attributes.csv", *LISTS)
+FOLDERS = "folders"
+_PARTS = ("train", "val", "test")
+
+CROPS = {"celeba64": ((178, 218), (25, 57, 153, 185))}
+"""Squares other than the centre one: size of the images that it is for, and (left, top, right, bottom).
+
+"celeba64" is what the 64-pixel CelebA models of DDIM see of the aligned images: 128 pixels around (89, 121).
+"""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torch.Tensor
@@ -63,6 +73,7 @@ class LabelledImages:
     labels: pd.DataFrame
     _files: _Folder | _Zip | _Parts
     _size: int | None
+    _crop: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,17 +122,18 @@ class LabelledImages:
         name = self.labels.index[0]
         try:
             with Image.open(io.BytesIO(self._files.read(name))) as image:
-                return min(image.size)
+                return min(_cropped(image, self._crop).size)
         except _UNDECODABLE as error:
             raise _undecodable(self._files.describe(name), error) from error
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, over the size and over each image's name, length and CRC-32, in order.
+        """SHA-256, in hex, over the size and crop and over each image's name, length and CRC-32, in order.
 
         The same for a folder and for a zip of it. Labels do not enter.
         """
-        digest = hashlib.sha256(f"{self.size}\n".encode())
+        crop = "" if self._crop is None else f" {self._crop}"
+        digest = hashlib.sha256(f"{self.size}{crop}\n".encode())
         for name in tqdm(self.labels.index, "fingerprint", unit="image", delay=2, leave=False):
             length, checksum = self._files.checksum(name)
             digest.update(f"{name}\0{length}\0{checksum}\n".encode())
@@ -226,7 +238,7 @@ class LabelledImages:
             content = self._files.read(name)
         except _UNDECODABLE as error:
             raise _undecodable(where, error) from error
-        image = _decode(content, self._size, where)
+        image = _decode(content, self._size, where, self._crop)
         if image.shape[-1] != self.size:
             raise ValueError(
                 f"{where} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
@@ -235,11 +247,16 @@ class LabelledImages:
         return image
 
 
-def load_images(source: str | Path, *, size: int | None = None, labels: str | Path | None = None) -> LabelledImages:
+def load_images(
+    source: str | Path, *, size: int | None = None, labels: str | Path | None = None, crop: str | None = None
+) -> LabelledImages:
     """Open a set of images with its labels; images are decoded later, when they are asked for.
 
-    Labels are looked for inside of the folder or zip, then beside the zip; CelebA's list also beside the folder. Names
-    are paths relative to the source, without a folder that is common to all of them.
+    Labels are looked for inside of the folder or zip, then beside the zip; CelebA's and CelebAMask-HQ's lists also
+    beside the folder. Names are paths relative to the source, without a folder that is common to all of them.
+
+    CelebA's aligned images (178 x 218), CelebAMask-HQ, AFHQ and LSUN as folders of images load as they are. Their
+    centre squares are what models of 128 and 256 pixels are trained on; for the 64-pixel models of DDIM see `crop`.
 
     Parameters
     ----------
@@ -250,7 +267,11 @@ def load_images(source: str | Path, *, size: int | None = None, labels: str | Pa
         Side in pixels that the images are resized to. Default: the native size, which must then be one for all.
     labels : str or Path, optional
         Label file. A `.txt` file is read as CelebA's list (with or without its first line, the count), anything else as
-        CSV with the file name in the first column. Default: `attributes.csv`, else `list_attr_celeba.txt`, else none.
+        CSV with the file name in the first column. Default: `attributes.csv`, else `list_attr_celeba.txt`, else
+        `CelebAMask-HQ-attribute-anno.txt`, else none. "folders" makes an attribute of each class's folder, as AFHQ
+        (`train/cat/...`) and exported LSUN (`bedroom_train/...`) have them.
+    crop : {"celeba64"}, optional
+        Another square than the centre one, see `CROPS`.
 
     Returns
     -------
@@ -263,11 +284,16 @@ def load_images(source: str | Path, *, size: int | None = None, labels: str | Pa
         If the source or the label file does not exist.
     ValueError
         If there are no images; if rows and images do not match (rows of CelebA's list may lack an image), are repeated
-        or hold something that is not a number; if the size is below 1.
+        or hold something that is not a number; if the size is below 1; if the crop is not known, or all images are of
+        one class.
     """
     size = _checked(size)
+    if crop is not None and crop not in CROPS:
+        raise ValueError(f"there is no crop {crop!r}; there are {', '.join(CROPS)}, and the centre square by default")
     files = _find_files(paths.data() / BUNDLED if source == BUNDLED else Path(source))
     names = files.names()
+    if labels == FOLDERS:
+        return LabelledImages(_classes(names, source), files, size, crop)
     found = _find_labels(files) if labels is None else _given_labels(Path(labels))
     if found is None:
         table = pd.DataFrame(index=pd.Index(names, name="file"))
@@ -275,7 +301,7 @@ def load_images(source: str | Path, *, size: int | None = None, labels: str | Pa
         where, content = found
         is_list = where.endswith(".txt")
         table = _match((_read_list if is_list else _read_csv)(content, where), names, where, spare_rows=is_list)
-    return LabelledImages(table, files, size)
+    return LabelledImages(table, files, size, crop)
 
 
 def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: int | None = None) -> LabelledImages:
@@ -391,17 +417,29 @@ def _crop_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
+    if crop is None:
+        return image
+    size, box = CROPS[crop]
+    if image.size != size:
+        width, height = size
+        raise ValueError(
+            f"the crop {crop!r} is for images of {width} x {height} pixels, not {image.width} x {image.height}"
+        )
+    return image.crop(box)
+
+
 def _checked(size: int | None) -> int | None:
     if size is not None and size < 1:
         raise ValueError(f"size is {size}; give a number of pixels of 1 or more, or None for the native size")
     return size
 
 
-def _decode(content: bytes, size: int | None, where: str) -> torch.Tensor:
+def _decode(content: bytes, size: int | None, where: str, crop: str | None = None) -> torch.Tensor:
     _checked(size)
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return to_tensor(image, size)
+            return to_tensor(_cropped(image, crop), size)
     except _UNDECODABLE as error:
         raise _undecodable(where, error) from error
 
@@ -541,9 +579,22 @@ def _find_labels(files: _Folder | _Zip) -> tuple[str, bytes] | None:
                 return f"{files.path}/{inside[name]}", replace(files, prefix="").read(inside[name])
         candidates = [files.path.parent / name for name in LABEL_FILES]
     else:
-        beside = files.path.resolve().parent / "list_attr_celeba.txt"
-        candidates = [*(files.path / name for name in LABEL_FILES), beside]
+        beside = [files.path.resolve().parent / name for name in LISTS]
+        candidates = [*(files.path / name for name in LABEL_FILES), *beside]
     return next(((str(path), path.read_bytes()) for path in candidates if path.is_file()), None)
+
+
+def _classes(names: list[str], source: str | Path) -> pd.DataFrame:
+    """One attribute a class: the first folder of a name that is no part of a data set."""
+    parts = [[part for part in name.split("/")[:-1] if part not in _PARTS] for name in names]
+    classes = pd.Series([re.sub(r"_(train|val|test)(_lmdb)?$", "", (part or [""])[0]) for part in parts])
+    if classes.nunique() < 2 or (classes == "").any():
+        raise ValueError(
+            f'labels="folders" takes a folder for each of two classes or more; {source} has '
+            f"{', '.join(sorted(set(classes) - {''})) or 'none'}"
+        )
+    table = pd.get_dummies(classes).astype(int)
+    return table.set_index(pd.Index(names, name="file"))
 
 
 def _given_labels(path: Path) -> tuple[str, bytes]:

@@ -1,4 +1,4 @@
-"""Reading model folders from disk: which files there are, what they hold, and whether they are sound.
+"""Reading models from disk, folders and single files: what they hold, and whether it is sound.
 
 Nothing here executes a pickle: weights are safetensors, or a `.bin` file read with `weights_only=True`.
 """
@@ -9,12 +9,16 @@ import hashlib
 import json
 import pickle
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from workbench.diffusion.layouts import ANCHORS
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin"]
@@ -97,21 +101,160 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     ValueError
         If the file is truncated or not a weights file, or if a weight is NaN or infinite.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as weights; it is truncated or of another kind ({reason})") from error
+    state = read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} should hold weights by name, as diffusers saves them, and holds something else")
+    _check_finite(state, path)
+    return {_new_name(name): tensor for name, tensor in state.items()}
+
+
+def read_tensors(path: Path) -> object:
+    """Content of a safetensors file or of a file of `torch.save`, which is read without executing anything.
+
+    Raises
+    ------
+    ValueError
+        If the file is truncated, of another kind, or holds objects that are no tensors, numbers or texts.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            # Not the file's own pages, which change with it.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        if refused is not None:
+            raise ValueError(
+                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; where you "
+                "trust it, save its state dict alone with torch.save"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} can't be read as weights; it is truncated or of another kind ({reason})") from error
+
+
+def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"{path} has NaN or infinite weights: {bad} of {tensor.numel()} values of {name}")
-    return {_new_name(name): tensor for name, tensor in state.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a single file.
+
+    Attributes
+    ----------
+    path : Path
+    layout : {"ddpm", "guided"}
+        See `layouts`.
+    state : dict of str -> Tensor
+        By their names in the file, without prefixes.
+    where : str
+        What was taken off: wrapper and prefix, such as "state_dict.ema.".
+    """
+
+    path: Path
+    layout: str
+    state: dict[str, torch.Tensor] = field(repr=False)
+    where: str
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Find a U-Net in a `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors` file, whatever it is wrapped in.
+
+    Where a file holds several (a training's last weights and their moving average), the average is taken.
+
+    Raises
+    ------
+    ValueError
+        If the file can't be read, holds no known network, a latent-diffusion model or diffusers' weights without
+        their config, or has weights that are NaN or infinite.
+
+    Warns
+    -----
+    UserWarning
+        If the file comes from a training and has no moving average of the weights.
+    """
+    path = Path(path)
+    content = read_tensors(path)
+    states = list(_state_dicts(content))
+    names = [name for _, state in states for name in state]
+    _refuse_latent_weights(names, path)
+    found = [
+        (where, name.removesuffix(anchor), layout, state)
+        for where, state in states
+        for name in state
+        for layout, anchor in ANCHORS.items()
+        if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", name)
+    ]
+    if not found:
+        some = f"its first names are {', '.join(names[:3])}" if names else "it has no tensors by name"
+        raise ValueError(
+            f"{path} holds no network that the workbench knows ({some}); it reads the layouts of the original DDPM "
+            "(temb.dense.0 ...) and of guided-diffusion (time_embed.0 ...), and diffusers' folders"
+        )
+    where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
+    if layout == "diffusers":
+        raise ValueError(
+            f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id: its config.json "
+            "says what these weights are"
+        )
+    if not _is_average(where + prefix) and _is_training(content):
+        warnings.warn(
+            f"{path.name} has no moving average (EMA) of the weights; these are the last ones of a training, whose "
+            "samples are usually worse",
+            stacklevel=2,
+        )
+    # Counters, such as an average's number of updates, have no dimension.
+    inside = {n.removeprefix(prefix): w for n, w in state.items() if n.startswith(prefix) and w.ndim > 0}
+    _check_finite(inside, path)
+    return Checkpoint(path, layout, inside, where + prefix)
+
+
+def _state_dicts(content: object, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Every mapping of names to tensors in a file, with the names of the wrappers that it is in."""
+    if isinstance(content, Mapping):
+        tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        if tensors:
+            yield where, _with_dots(tensors)
+        inside = content.items()
+    elif isinstance(content, (list, tuple)):
+        # DDIM's training writes a list: weights, optimiser, epoch, step and the moving average.
+        inside = ((("ema" if i == 4 else i), part) for i, part in enumerate(content))
+    else:
+        return
+    for name, part in inside:
+        yield from _state_dicts(part, f"{where}{name}.")
+
+
+def _with_dots(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The moving average of Lightning models has names without dots; those of the model itself say where they go."""
+    inside = [name.removeprefix("model.") for name in state if name.startswith("model.")]
+    dotted = {f"model_ema.{name.replace('.', '')}": f"model_ema.{name}" for name in inside}
+    return {dotted.get(name, name): tensor for name, tensor in state.items()}
+
+
+def _is_average(where: str) -> bool:
+    return re.search(r"ema|shadow|average", where.lower()) is not None
+
+
+def _is_training(content: object) -> bool:
+    """Whether a file is a training's own checkpoint, rather than weights alone."""
+    if isinstance(content, (list, tuple)):
+        return True
+    parts = {"optimizer", "optimizer_states", "optimizer_state_dict", "pytorch-lightning_version", "epoch", "step"}
+    return isinstance(content, Mapping) and not parts.isdisjoint(content)
+
+
+def _refuse_latent_weights(names: list[str], path: Path) -> None:
+    parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
+    latent = next((name for name in names if name.startswith(parts) or ".transformer_blocks." in name), None)
+    if latent is not None:
+        raise ValueError(
+            f"{path} is a latent-diffusion model (it has {latent}); the workbench takes unconditional models that "
+            "denoise pixels, such as google/ddpm-ema-celebahq-256"
+        )
 
 
 def _new_name(name: str) -> str:
@@ -119,8 +262,11 @@ def _new_name(name: str) -> str:
     return re.sub(old, lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name)
 
 
-def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], *, path: Path) -> None:
+def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], *, path: Path, assign: bool = False) -> None:
     """Load weights into a module; every key and shape must fit.
+
+    With `assign` the module takes the tensors themselves and no second copy of them is made; it may then be one without
+    values, on the device "meta".
 
     Raises
     ------
@@ -139,7 +285,7 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], *, pa
     extra = sorted(set(state) - set(expected))
     if extra:
         raise ValueError(f"{path} does not fit its config.json: {extra[0]} has no place in the network")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def hash_weights(module: torch.nn.Module) -> str:

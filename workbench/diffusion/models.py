@@ -1,4 +1,4 @@
-"""Models: from a name, a hub id or a folder to a denoiser that is split at its bottleneck."""
+"""Models: from a name, a hub id, a folder or a file to a denoiser that is split at its bottleneck."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound
 
 from workbench import paths
-from workbench.diffusion import checkpoints
+from workbench.diffusion import checkpoints, golden, layouts
+from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 
@@ -55,6 +59,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         """Precision of the network's arithmetic. Images, eps and h are float32 whatever it is."""
         return self.unet.dtype
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the network's blocks are compiled: faster, and without derivatives."""
+        return self.unet.unet.mid_block._compiled_call_impl is not None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -146,7 +155,18 @@ class Model:
         )
 
 
-def load_model(source: str | Path, *, device: str | torch.device | None = None, dtype: str | None = None) -> Model:
+def load_model(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    preset: str | None = None,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    schedule: str | None = None,
+) -> Model:
     """Load a pixel-space DDPM.
 
     `clip_sample`, which the public DDPMs have on, is off here: clipping the predicted image bends the effect of an
@@ -155,12 +175,27 @@ def load_model(source: str | Path, *, device: str | torch.device | None = None, 
     Parameters
     ----------
     source : str or path
-        A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), or the id of a hub
-        repository ("google/ddpm-ema-celebahq-256").
+        A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), the id of a hub
+        repository ("google/ddpm-ema-celebahq-256"), or a single file in the layout of the original DDPM or of
+        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` makes a folder of such a file, once.
     device : str or torch.device, optional
         By default the best there is: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
+    compile : bool, default False
+        Compile the network's blocks (`torch.compile`), which takes a minute or so for every new size of batch and needs
+        a C++ compiler on a CPU. For sampling, inversion and edits; Jacobians need a model that is not compiled.
+    preset : str, optional
+        Of a single file: which published checkpoint it is. Not needed where the file has its published name, or
+        where all else is given.
+    image_size, head_channels : int, optional
+        Of a single file without a preset: side of the images in pixels, and channels of an attention head (only
+        guided-diffusion's layout has several heads). The rest of the architecture follows from the shapes.
+    attention_order : {"legacy", "new"}, optional
+        Of a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
+        have the legacy order, which is the default.
+    schedule : {"linear", "cosine"}, optional
+        Of a single file: the noise schedule; by default the preset's, or else linear.
 
     Returns
     -------
@@ -170,8 +205,118 @@ def load_model(source: str | Path, *, device: str | torch.device | None = None, 
     ------
     FileNotFoundError, ValueError
         If there is no such model, or it is not one that the workbench can split at a bottleneck.
+
+    Warns
+    -----
+    UserWarning
+        If the model is estimated to need more memory than is free.
     """
-    folder, name = _locate(source)
+    target = best_device() if device is None else _device_of(device)
+    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
+    options = {"preset": preset, **sizes, "schedule": schedule}
+    path = Path(source).expanduser()
+    if path.is_file():
+        unet, scheduler = _read_file(path, target, **options)
+        name = path.stem
+    else:
+        given = [option for option, value in options.items() if value is not None]
+        folder, name = _locate(source)
+        if given:
+            raise ValueError(f"{given[0]} is for single files; {folder} has a config of its own")
+        unet, scheduler = _read_folder(folder, target)
+    model = _make(unet, scheduler, name=name, device=target, dtype=dtype)
+    return _compiled(model) if compile else model
+
+
+def convert_checkpoint(
+    file: str | Path,
+    out: str | Path,
+    *,
+    preset: str | None = None,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    schedule: str | None = None,
+) -> Path:
+    """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
+
+    Parameters
+    ----------
+    file : path
+        In the layout of the original DDPM or of guided-diffusion.
+    out : path
+        New folder; written whole or not at all.
+    preset, image_size, head_channels, attention_order, schedule
+        As in `load_model`.
+
+    Returns
+    -------
+    Path
+        The folder; `load_model` takes it.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` exists already.
+    FileNotFoundError, ValueError
+        If there is no such file, or it is none that can be converted.
+    """
+    file, out = Path(file).expanduser(), Path(out).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; give a new folder")
+    unet, scheduler = _read_file(
+        file,
+        torch.device("cpu"),
+        preset=preset,
+        image_size=image_size,
+        head_channels=head_channels,
+        attention_order=attention_order,
+        schedule=schedule,
+    )
+    SplitUNet(unet)  # refuses what could not be loaded again
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        DDPMPipeline(unet, scheduler).save_pretrained(partial)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def verify(model: Model, reference: str) -> float:
+    """Compare a model with what its authors' library printed for a hub model (see `golden`).
+
+    Parameters
+    ----------
+    model : Model
+        Of float32.
+    reference : str
+        Hub id, one of `golden.EPS`.
+
+    Returns
+    -------
+    float
+        Largest difference of eps; up to `golden.TOLERANCE` it is the same network.
+
+    Raises
+    ------
+    ValueError
+        If there are no values for that id, or the model is of another image size.
+    """
+    if reference not in golden.EPS:
+        raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
+    architecture = layouts.HUB[reference]
+    if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
+        raise ValueError(f"{model.name} has images of shape {model.image_shape}, which {reference} has not")
+    noise = golden.noise(model.image_shape).to(model.device)
+    with torch.inference_mode():
+        eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
+    return float((eps - torch.tensor(golden.EPS[reference])).abs().max())
+
+
+def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, SchedulerMixin]:
     files = checkpoints.find_model_files(folder)
     config = checkpoints.read_json(files.unet_config)
     kind = config.get("_class_name", "an unnamed network")
@@ -187,8 +332,56 @@ def load_model(source: str | Path, *, device: str | torch.device | None = None, 
         )
     scheduler = DDPMScheduler.from_config(betas)
     unet = _build(config, path=files.unet_config)
-    checkpoints.load_strictly(unet, checkpoints.read_state_dict(files.weights), path=files.weights)
-    return wrap(unet, scheduler, name=name, device=device, dtype=dtype)
+    _warn_if_short_of_memory(_need_of(unet), folder, device)
+    state = checkpoints.read_state_dict(files.weights)
+    checkpoints.load_strictly(unet, state, path=files.weights, assign=True)
+    return unet, scheduler
+
+
+def _read_file(
+    path: Path,
+    device: torch.device,
+    *,
+    preset: str | None,
+    image_size: int | None,
+    head_channels: int | None,
+    attention_order: str | None,
+    schedule: str | None,
+) -> tuple[UNet2DModel, SchedulerMixin]:
+    if schedule is not None and schedule not in layouts.SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is not known; it is one of {', '.join(layouts.SCHEDULES)}")
+    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if preset is not None and given:
+        raise ValueError(f"a preset says {next(iter(given))}; give the one or the other")
+    known = layouts.preset_for(preset, "" if given else path.name)
+    if known is not None:
+        unet = _build(known.architecture.config(), path=path)
+        _warn_if_short_of_memory(_need_of(unet), path, device)
+    else:  # of an unknown network the size of the file is all that is known before it is read
+        _warn_if_short_of_memory(MemoryNeed(path.stat().st_size, 0), path, torch.device("cpu"))
+    checkpoint = checkpoints.read_checkpoint(path)
+    try:
+        if known is None:
+            architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **given), "the architecture"
+            unet = _build(architecture.config(), path=path)
+            _warn_if_short_of_memory(_need_of(unet), path, device)
+        else:
+            architecture = known.architecture
+            whose = f"the preset {next(name for name, p in layouts.PRESETS.items() if p is known)!r}"
+            if checkpoint.layout != architecture.layout:
+                theirs, ours = (layouts.FAMILIES[layout] for layout in (checkpoint.layout, architecture.layout))
+                raise ValueError(
+                    f"it has the layout of {theirs} ({next(iter(checkpoint.state))} ...), and {whose} is of {ours}"
+                )
+        state = layouts.convert(checkpoint.state, architecture, expected=unet.state_dict(), whose=whose)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be loaded: {error}") from error
+    checkpoints.load_strictly(unet, state, path=path, assign=True)
+    betas = known.schedule if schedule is None and known is not None else layouts.SCHEDULES[schedule or "linear"]
+    learned = architecture.out_channels == 2 * architecture.in_channels
+    variance = "learned_range" if learned else "fixed_small"
+    return unet, DDPMScheduler(**betas, clip_sample=False, variance_type=variance)
 
 
 def wrap(
@@ -221,12 +414,37 @@ def wrap(
     ValueError
         If the U-Net has no bottleneck, or predicts something else than the noise.
     """
-    schedule = scheduler if isinstance(scheduler, NoiseSchedule) else _schedule_of(scheduler)
     device = best_device() if device is None else _device_of(device)
-    split = SplitUNet(copy.deepcopy(unet), dtype=_dtype_of(dtype))
+    return _make(copy.deepcopy(unet), scheduler, name=name, device=device, dtype=dtype)
+
+
+def _make(
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin | NoiseSchedule,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: str | None,
+) -> Model:
+    schedule = scheduler if isinstance(scheduler, NoiseSchedule) else _schedule_of(scheduler)
+    split = SplitUNet(unet, dtype=_dtype_of(dtype))
     memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
     split.unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
     return Model(name, split, schedule, checkpoints.hash_weights(split.unet))
+
+
+def _compiled(model: Model) -> Model:
+    """The model with its blocks compiled, after a first pass, so that what can't be compiled shows now."""
+    unet = model.unet.unet
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        block.compile()
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, *model.image_shape, device=model.device), 0)
+    except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+    return model
 
 
 def best_device() -> torch.device:
@@ -249,6 +467,49 @@ def list_models() -> list[dict]:
     return [{"name": n, "where": where, "images": _image_shape_of(p), "path": str(p)} for where, n, p in found]
 
 
+def known_models() -> list[dict]:
+    """Public models that load, with what they need.
+
+    Returns
+    -------
+    list of dict
+        With "name" (a hub id, or a preset for single files), "about", "files" (names that the files are published
+        under), "images" (C, H, W), "h" (C, h, w), "parameters" and "memory", a `MemoryNeed`, which is estimated.
+    """
+    rows = [(name, "on the hub", (), architecture) for name, architecture in layouts.HUB.items()]
+    rows += [(name, preset.about, preset.files, preset.architecture) for name, preset in layouts.PRESETS.items()]
+    needs = {a: _need_of(_build(a.config(), path=Path("the preset"))) for *_, a in rows}
+    return [
+        {
+            "name": name,
+            "about": about,
+            "files": files,
+            "images": (a.in_channels, a.image_size, a.image_size),
+            "h": a.h_shape,
+            "parameters": needs[a].weights // 4,
+            "memory": needs[a],
+        }
+        for name, about, files, a in rows
+    ]
+
+
+def _need_of(unet: UNet2DModel) -> MemoryNeed:
+    """What a network without values will need; what can't be split is refused here."""
+    return estimate_memory(SplitUNet(unet))
+
+
+def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device) -> None:
+    """Say so before weights are read, where the model won't fit."""
+    free = free_memory(device)
+    if need.total > free:
+        warnings.warn(
+            f"{path} is estimated to need {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} of weights, the "
+            f"rest for one image), and {free / 2**30:.1f} GiB are free on {device}; it may fail or be very slow. Use a "
+            "smaller model, or a machine with more memory",
+            stacklevel=4,
+        )
+
+
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
     bundled = paths.models() / str(source)
@@ -257,13 +518,11 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     path = Path(source).expanduser()
     if path.is_dir():
         return path, path.resolve().name
-    if path.is_file():
-        raise ValueError(f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id")
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return _download(source), source
     raise FileNotFoundError(
         f"no model {str(source)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
-        "folder or a hub id such as google/ddpm-ema-celebahq-256"
+        "folder, a .ckpt or .pt file, or a hub id such as google/ddpm-ema-celebahq-256"
     )
 
 
@@ -320,7 +579,8 @@ def _build(config: dict, *, path: Path) -> UNet2DModel:
         # diffusers logs every config key that it does not know; what does not fit shows when the weights are loaded.
         level = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity(logging.ERROR)
-        return UNet2DModel.from_config(config)
+        with torch.device("meta"):  # without values: the weights of the file take their place
+            return UNet2DModel.from_config(config)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe a U-Net that diffusers can build ({error})") from error
     finally:

@@ -112,6 +112,41 @@ class HEdit:
         return f"HEdit({self.mode!r}, {sum(self.active)} of {len(self.active)} steps{asymmetric})"
 
 
+@dataclass(frozen=True, eq=False)
+class HFunction:
+    """An edit of h that depends on h itself: h_t <- h_t + weight * f(h_t, t) (Asyrp).
+
+    Attributes
+    ----------
+    function : callable (h, t) -> Tensor of shape (n, C, h, w)
+        f, of h of shape (n, C, h, w) and the timestep.
+    timesteps : tuple of int
+        Those of the run that it edits.
+    weights : tuple of float, one a step
+    active, asymmetric
+        As of `HEdit`.
+    """
+
+    function: Callable[[torch.Tensor, int], torch.Tensor] = field(repr=False)
+    timesteps: tuple[int, ...] = field(repr=False)
+    weights: tuple[float, ...] = field(repr=False)
+    active: tuple[bool, ...]
+    asymmetric: bool = True
+
+    def __call__(self, i: int, h: torch.Tensor, samples: slice) -> torch.Tensor | None:
+        """The edited h of step `i`; None where the edit does not act. Every sample is treated alike."""
+        if not self.active[i] or self.weights[i] == 0.0:
+            return None
+        return h + self.weights[i] * self.function(h, self.timesteps[i])
+
+    def __getitem__(self, samples) -> HFunction:
+        return self
+
+    def __repr__(self) -> str:
+        asymmetric = ", asymmetric" if self.asymmetric else ""
+        return f"HFunction({sum(self.active)} of {len(self.active)} steps{asymmetric})"
+
+
 def slerp(h: torch.Tensor, other: torch.Tensor, weight: float) -> torch.Tensor:
     """Spherical interpolation from h to `other` at the norm of h (InjectFusion, arXiv 2303.15403).
 
@@ -155,7 +190,7 @@ class Trajectory:
         None if the run comes from inversion.
     h, x : StepRecord, optional
         The network's own h_t (before any edit) and x_t, if they were recorded.
-    edit : HEdit, optional
+    edit : HEdit or HFunction, optional
         What was done to h.
     stored_noise : Tensor of shape (steps, n, C, H, W), float32, on the CPU, optional
         z_t that no seed gives: those of an edit-friendly inversion.
@@ -173,7 +208,7 @@ class Trajectory:
     seeds: tuple[int, ...] | None = None
     h: StepRecord | None = None
     x: StepRecord | None = None
-    edit: HEdit | None = None
+    edit: HEdit | HFunction | None = None
     stored_noise: torch.Tensor | None = field(default=None, repr=False)
     residual: torch.Tensor | None = field(default=None, repr=False)
     batch_size: int = 1
@@ -336,7 +371,7 @@ def sample(
 def replay(
     run: Trajectory,
     *,
-    edit: HEdit | None = None,
+    edit: HEdit | HFunction | None = None,
     residual: bool = False,
     record_h: bool = False,
     record_x: bool = False,
@@ -348,7 +383,7 @@ def replay(
     ----------
     run : Trajectory
         Of an inversion, the replay's x0 is the reconstruction.
-    edit : HEdit, optional
+    edit : HEdit or HFunction, optional
         In place of the run's own edit.
     residual : bool
         Add what an inversion's reconstruction lacks: without an edit x0 is then the inverted image itself, up to one
@@ -658,7 +693,11 @@ def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> HEdit:
     return HEdit(values)
 
 
-def _check_edit(edit: HEdit, run: Trajectory) -> None:
+def _check_edit(edit: HEdit | HFunction, run: Trajectory) -> None:
+    if isinstance(edit, HFunction):
+        if edit.timesteps != run.timesteps:
+            raise ValueError("an edit that is a function of h and t has the run's own timesteps; plan it for this run")
+        return
     steps, n, *shape = edit.values.shape
     if steps != run.steps or n not in (1, len(run)) or tuple(shape) != run.model.h_shape:
         raise ValueError(

@@ -62,7 +62,8 @@ def _repeated(x: torch.Tensor, k: int) -> torch.Tensor:
     """Each row k times in a row, in the memory format of x and by a single copy, which repeat_interleave is not."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return _repeated(x.permute(0, 2, 3, 1).flatten(1), k).view(-1, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-    return x.unsqueeze(1).expand(-1, k, *x.shape[1:]).flatten(0, 1)
+    # A clone, since flatten alone makes no copy of a single row: an edit of one of its k would be one of all.
+    return x.unsqueeze(1).expand(-1, k, *x.shape[1:]).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _in_format_of(x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ class SplitUNet:
         """
         unet = self.unet
         with self.autocast():
-            emb = self._embed(t, len(x_t))
+            emb = self.embed(t, len(x_t))
             x = unet.conv_in(2 * x_t - 1.0 if unet.config.center_input_sample else x_t)
             skips = (x,)
             for block in unet.down_blocks:
@@ -179,7 +180,8 @@ class SplitUNet:
         """eps_theta(x_t, t), the predicted noise; shape (n, C, H, W), float32."""
         return self.decode(self.encode(x_t, t))
 
-    def _embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+    def embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        """Embedding of the timestep for n samples; shape (n, E)."""
         unet = self.unet
         t = torch.as_tensor(t, device=unet.device).expand(n)
         return unet.time_embedding(unet.time_proj(t).to(unet.dtype))

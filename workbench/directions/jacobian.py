@@ -764,6 +764,8 @@ def _check_run(model: Model, run: Trajectory) -> None:
         )
     if model.dtype != torch.float32:
         raise ValueError(f"a Jacobian's spectrum needs float32, and {model.name} computes in {model.dtype}; load it so")
+    if model.compiled:
+        raise ValueError(f"{model.name} is compiled, which keeps no derivatives; load it with compile=False")
 
 
 def _check_population(population: HStore, model: Model, run: Trajectory) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import EDIT_MODES, HEdit, Trajectory, replay
+from workbench.diffusion.sampling import EDIT_MODES, HEdit, HFunction, Trajectory, replay
 from workbench.diffusion.schedule import NoiseSchedule
+from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction
 
 
 def edit(
     model: Model,
     run: Trajectory,
-    direction: Direction | Trajectory,
+    direction: Direction | DeltaFunction | Trajectory,
     *,
     scale: float = 1.0,
     mode: str = "add",
@@ -34,11 +35,11 @@ def edit(
         The model that the run comes from, at the tap of the direction.
     run : Trajectory
         Not edited yet.
-    direction : Direction, or Trajectory with recorded h
+    direction : Direction, DeltaFunction, or Trajectory with recorded h
         For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`.
     scale : float, default 1
-        In standard deviations of the population's projection. For "slerp" the weight of the donor, in [0, 1]. Not
-        used by "replace".
+        In standard deviations of the population's projection; of a DeltaFunction, a factor of its Delta h. For "slerp"
+        the weight of the donor, in [0, 1]. Not used by "replace".
     mode : {"add", "replace", "slerp"}
         "replace" is the swap of Haas et al. Fig. 2a, "slerp" the normalised interpolation of InjectFusion.
     asymmetric : bool
@@ -71,19 +72,23 @@ def edit(
 def plan_edit(
     model: Model,
     run: Trajectory,
-    direction: Direction | Trajectory,
+    direction: Direction | DeltaFunction | Trajectory,
     *,
     scale: float = 1.0,
     mode: str = "add",
     asymmetric: bool = False,
     t_range: tuple[int, int] | None = None,
     gain: str | None = None,
-) -> HEdit:
+) -> HEdit | HFunction:
     """What `edit` will do to h, without doing it; parameters and errors as there."""
     check_run(model, run)
     gains = step_gains(run, asymmetric, gain)
     if mode not in EDIT_MODES:
         raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(EDIT_MODES)}")
+    if mode == "add" and isinstance(direction, DeltaFunction):
+        direction.check_fits(model)
+        weights = tuple((scale * gains).tolist())
+        return HFunction(direction, run.timesteps, weights, active_steps(run, t_range), asymmetric)
     if mode == "add":
         values = _delta_of(model, run, direction, scale) * gains[:, None, None, None, None]
     else:
@@ -168,7 +173,7 @@ def pairs_of(run: Trajectory) -> list[tuple[int, int]]:
 
 def _delta_of(model: Model, run: Trajectory, direction: Direction, scale: float) -> torch.Tensor:
     if not isinstance(direction, Direction):
-        raise ValueError(f'mode "add" takes a Direction, not a {type(direction).__name__}')
+        raise ValueError(f'mode "add" takes a Direction or a DeltaFunction, not a {type(direction).__name__}')
     direction.check_fits(model, run.timesteps)
     return direction.delta(scale)[:, None]
 

@@ -108,11 +108,15 @@ def edit_grid(
         not have.
     """
     check_run(model, runs)
-    directions = [directions] if isinstance(directions, Direction) else list(directions)
+    directions = list(directions) if isinstance(directions, Sequence) else [directions]
     scales = [float(s) for s in scales]
     if not directions or not scales:
         raise ValueError("an edit grid needs at least one direction and one scale")
     for direction in directions:
+        if not isinstance(direction, Direction):
+            raise ValueError(
+                f"an edit grid takes directions, not a {type(direction).__name__}; a DeltaFunction's mean is one"
+            )
         direction.check_fits(model, runs.timesteps)
     if residual:
         check_residual(runs)

@@ -193,9 +193,9 @@ def mixing_step(
     if criterion == "commit":
         values, rule = _commitment(run, visited, classifier, copies, seed, running), mirrored(largest_below, level)
         return _read_off(run, visited, values, rule, criterion, "agreement of decodings (0: chance)", resampling)
-    measure, unit = _distance_of(distance, classifier, run.x0)
+    measure, unit = distance_of(distance, classifier, run.x0)
     if criterion == "perceptual":
-        values, rule = _prediction_errors(run, visited, measure, running), mirrored(smallest_below, level)
+        values, rule = prediction_errors(run, visited, measure, running), mirrored(smallest_below, level)
         return _read_off(run, visited, values, rule, criterion, f"distance of P_t from the image{unit}", resampling)
     return _best_edit(run, visited, table, classifier, measure, level, strengths, resampling, running)
 
@@ -274,7 +274,7 @@ def _commitment(
     return (np.maximum(shares, 1 - shares) - chance).sum(axis=2) / (1 - chance).sum()
 
 
-def _prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance, running: dict) -> np.ndarray:
+def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance, running: dict) -> np.ndarray:
     """Distance of P_t from the image: (len(visited), n)."""
     model, errors = run.model, []
     size = running["batch_size"] or model.batch_size()
@@ -377,7 +377,7 @@ def _check_judged(table: pd.DataFrame, classifier: Classifier) -> None:
             )
 
 
-def _distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> tuple[Distance, str]:
+def distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> tuple[Distance, str]:
     """The distance between images, 1 being the mean distance of two of the samples, and its unit in words."""
     if distance == "lpips":
         return _lpips(), " (LPIPS)"

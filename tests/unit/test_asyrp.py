@@ -1,0 +1,257 @@
+"""Asyrp: its DeltaBlocks as functions of h and t, their mean as a direction, its interval and its boosting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from originals import DDPMDelta, GuidedDelta, randomised
+
+import workbench as wb
+from workbench.directions.asyrp import DeltaFunction, load_asyrp
+from workbench.editing.asyrp import PUBLISHED, EditingInterval, boosted, edit_asyrp, find_interval, read_interval
+
+LAYOUTS = {"ddpm": DDPMDelta, "guided": GuidedDelta}
+CHANNELS, EMB = 64, 32
+
+
+def save(block: torch.nn.Module, path, **more):
+    """As Asyrp's training saves: the block, its optimiser and its scheduler."""
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.9)
+    states = {"0": block.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save(states | more, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide(make_unet):
+    """A tiny network whose h has two channels in each of the 32 groups: alone, a channel loses the timestep's shift."""
+    return wb.wrap(make_unet(block_out_channels=(8, CHANNELS)), DDPMScheduler(), name="wide", device="cpu")
+
+
+@pytest.fixture(params=LAYOUTS)
+def block(request):
+    return randomised(LAYOUTS[request.param](CHANNELS, EMB))
+
+
+@pytest.fixture
+def function(block, wide, tmp_path) -> DeltaFunction:
+    return load_asyrp(save(block, tmp_path / "smiling_LC_CelebA_HQ_t999_ninv40_ngen40_0.pth"), wide)
+
+
+@pytest.fixture
+def run(wide):
+    return wb.sample(wide, range(3), steps=5, eta=0.0, record_h=True, record_x=True, progress=False)
+
+
+# Delta h
+
+
+def test_a_delta_block_computes_what_the_original_does(block, function, wide):
+    h = torch.randn(2, *wide.h_shape, generator=torch.Generator().manual_seed(0))
+    for t in (0, 500, 980):
+        expected = block(h, wide.unet.embed(t, 2))
+        torch.testing.assert_close(function(h, t), expected, atol=1e-5, rtol=1e-5)
+    emb = torch.randn(2, EMB, generator=torch.Generator().manual_seed(1))
+    ((_, ours),) = function.terms
+    torch.testing.assert_close(ours(h, emb), block(h, emb), atol=1e-5, rtol=1e-5)
+    assert (ours(h, emb) - ours(h, -emb)).abs().max() > 0.1
+    assert function.name == "smiling"
+
+
+def test_several_blocks_add_up(function, wide):
+    h = torch.randn(2, *wide.h_shape, generator=torch.Generator().manual_seed(0))
+    both = 2 * function + -function
+    torch.testing.assert_close(both(h, 500), function(h, 500), atol=1e-5, rtol=1e-5)
+    assert both.name == "2 smiling + -smiling"
+    assert len(both.sources) == 2
+
+
+def test_the_mean_over_samples_is_an_ordinary_direction(function, wide, tmp_path):
+    store = wb.extract(wide, n=5, steps=4, dtype="float32", out=tmp_path / "h.zarr", progress=False)
+    plain = function.mean(store, calibrate=False, progress=False)
+    for t in store.timesteps:
+        h = torch.from_numpy(store.at(t)).unflatten(1, wide.h_shape)
+        torch.testing.assert_close(plain.at(t), function(h, t).mean(0), atol=1e-5, rtol=1e-4)
+    one_sigma = function.mean(store, progress=False)
+    torch.testing.assert_close(one_sigma.unit, plain.unit)
+    projected = store.at(store.timesteps[0]) @ plain.unit[0].flatten().numpy()
+    assert one_sigma.sigma[0].item() == pytest.approx(projected.std(ddof=1), rel=1e-4)
+    path = one_sigma.save(tmp_path / "smile.safetensors")
+    assert wb.load_direction(path, model=wide).provenance["method"] == "calibrated"
+
+
+def test_the_mean_refuses_samples_of_another_tap(function, wide, tmp_path):
+    store = wb.extract(wide.tapped("before"), n=2, steps=2, out=tmp_path / "h.zarr", progress=False)
+    with pytest.raises(ValueError, match="extract from the model that the function was loaded for"):
+        function.mean(store, progress=False)
+
+
+# Edits
+
+
+def test_an_edit_adds_delta_h_of_the_edited_runs_own_h_asymmetrically(function, wide, run):
+    """Against the loop written out: P_t from the edited eps, D_t from the plain one, at t >= t_edit."""
+    edited = wb.edit(wide, run, function, scale=0.7, asymmetric=True, t_range=(999, 400), progress=False)
+    x_t = run.x_T
+    for t, t_prev in wide.schedule.pairs(run.timesteps):
+        plain = wide.encode(x_t, t)
+        h = plain.h + (0.7 * function(plain.h, t) if t >= 400 else 0.0)
+        eps, eps_edited = wide.decode(plain), wide.decode(plain.with_h(h))
+        a, a_prev = wide.schedule.alpha_bar(t), wide.schedule.alpha_bar(t_prev)
+        p_t = (x_t - (1 - a) ** 0.5 * eps_edited) / a**0.5
+        x_t = a_prev**0.5 * p_t + (1 - a_prev) ** 0.5 * eps
+    torch.testing.assert_close(edited.x0, x_t, atol=1e-3, rtol=1e-3)
+    assert (edited.x0 - run.x0).abs().max() > 1e-2
+    assert "HFunction(3 of 5 steps, asymmetric)" in repr(edited)
+
+
+def test_scale_0_is_the_unedited_image_to_the_bit_and_signs_differ(function, wide, run):
+    options = {"asymmetric": True, "progress": False}
+    assert torch.equal(wb.edit(wide, run, function, scale=0.0, **options).x0, run.x0)
+    more, less = (wb.edit(wide, run, function, scale=s, **options).x0 for s in (0.5, -0.5))
+    assert (more - less).abs().max() > 1e-2
+    # Another size of batch rounds differently.
+    torch.testing.assert_close(wb.edit(wide, run[1], function, scale=0.5, **options).x0, more[1:2], atol=1e-3, rtol=0)
+
+
+def test_an_edit_refuses_another_model_and_other_timesteps(function, wide, run, make_unet):
+    other = wb.wrap(make_unet(seed=3, block_out_channels=(8, CHANNELS)), DDPMScheduler(), name="other", device="cpu")
+    foreign = wb.sample(other, [0], steps=5, eta=0.0, progress=False)
+    with pytest.raises(ValueError, match="smiling was loaded for 'wide' .* not for 'other'"):
+        wb.edit(other, foreign, function)
+    edited = wb.edit(wide, run, function, progress=False)
+    longer = wb.sample(wide, [0], steps=6, eta=0.0, progress=False)
+    with pytest.raises(ValueError, match="the run's own timesteps"):
+        wb.replay(longer, edit=edited.edit)
+
+
+def test_a_grid_takes_the_mean_and_says_so(function, wide, run):
+    with pytest.raises(ValueError, match="not a DeltaFunction; a DeltaFunction's mean is one"):
+        wb.edit_grid(wide, run, function)
+
+
+# Interval and boosting
+
+
+def test_boosting_adds_noise_below_t_boost_alone(wide, run):
+    noisy = wb.replay(boosted(run, 400), record_x=True, progress=False)
+    assert noisy.etas == (0.0, 0.0, 0.0, 1.0, 1.0)
+    assert torch.equal(noisy.x.values[:4], run.x.values[:4])
+    assert not torch.equal(noisy.x0, run.x0)
+    with pytest.raises(ValueError, match="adds noise already"):
+        boosted(noisy, 400)
+
+
+def test_boosting_of_inverted_images_takes_its_noise_from_the_seed(wide, run):
+    images = run.x0.clamp(-1, 1)
+    inverted = wb.invert(wide, images, steps=5, progress=False)
+    first, again, other = (wb.replay(boosted(inverted, 400, seed=s), progress=False).x0 for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(boosted(inverted, 0).x0, images)
+    plain = wb.replay(inverted, progress=False).x0
+    assert torch.equal(wb.replay(boosted(inverted, 0), progress=False).x0, plain)
+
+
+def test_the_whole_edit_rescales_by_the_steps_that_blocks_were_trained_with(function, wide, run):
+    interval = EditingInterval(400, 200)
+    whole = edit_asyrp(wide, run, function, interval=interval, scale=0.1, progress=False)
+    parts = wb.edit(
+        wide, boosted(run, 200), function, scale=0.1 * 40 / 5, asymmetric=True, t_range=(999, 400), progress=False
+    )
+    assert torch.equal(whole.x0, parts.x0)
+    unedited = edit_asyrp(wide, run, function, interval=interval, scale=0.0, progress=False)
+    assert torch.equal(unedited.x0, wb.replay(boosted(run, 200), progress=False).x0)
+
+
+def test_published_tables_are_read_off_at_the_first_timestep_that_reaches_the_level(tmp_path):
+    t = np.arange(1, 999)
+    for name, curve in (("x0_t", (t + 0.5) / 1000), ("x", (t + 0.5) / 200)):
+        lines = "".join(f"{step}\t{value:.6f}\n" for step, value in zip(t, curve, strict=True))
+        (tmp_path / f"{name}.tsv").write_text(lines)
+    interval = read_interval(tmp_path / "x0_t.tsv", tmp_path / "x.tsv")
+    assert (interval.t_edit, interval.t_boost) == (330, 240)
+    closer = interval.for_cosine(0.9)
+    assert (closer.t_edit, closer.t_boost) == (297, 240)
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"it lies in \(0, 1\]"):
+            interval.for_cosine(wrong)
+    with pytest.raises(ValueError, match="has no curves"):
+        PUBLISHED["celeba_hq"].for_cosine(0.9)
+
+
+@pytest.mark.parametrize("content", ["", "a\tb\n", "1\n2\n"])
+def test_a_bad_table_is_a_sentence(content, tmp_path):
+    (tmp_path / "table.tsv").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match="table.tsv"):
+        read_interval(tmp_path / "table.tsv", tmp_path / "table.tsv")
+    with pytest.raises(FileNotFoundError, match="there is no table"):
+        read_interval(tmp_path / "none.tsv", tmp_path / "none.tsv")
+
+
+def test_the_interval_of_a_model_is_that_of_its_distances(wide, run):
+    inverted = wb.invert(wide, run.x0.clamp(-1, 1), steps=5, record_x=True, progress=False)
+
+    def distance(a, b):
+        return (a - b).flatten(1).norm(dim=1).numpy()
+
+    interval = find_interval(inverted, distance=distance, levels=(1e-6, 1e-6), progress=False)
+    assert interval.t_edit == interval.t_boost == 0
+    curve = interval.curves["x_t"]
+    level = (curve.iloc[1] + curve.iloc[2]) / 2
+    assert find_interval(inverted, distance=distance, levels=(1e-6, level), progress=False).t_boost == curve.index[2]
+    unit = distance(inverted.x0, inverted.x0.roll(1, 0)).mean()
+    expected = distance(inverted.x_at(curve.index[2]).clamp(-1, 1), inverted.x0).mean() / unit
+    assert curve.iloc[2] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="P_t comes to .* from the image, never to 1e"):
+        find_interval(inverted, distance=distance, levels=(1e6, 1.0), progress=False)
+    with pytest.raises(ValueError, match="needs levels="):
+        find_interval(inverted, distance=distance)
+    with pytest.raises(ValueError, match="needs classifier="):
+        find_interval(inverted)
+
+
+# Files that are none of Asyrp's
+
+
+def test_files_of_something_else_are_refused(wide, tmp_path, block):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_asyrp(tmp_path / "none.pth", wide)
+    path = save(block, tmp_path / "smile.pth")
+    with pytest.raises(ValueError, match="has no DeltaBlock '1' as Asyrp saves them"):
+        load_asyrp(path, wide, index=1)
+    torch.save({"0": torch.zeros(32, 4, 4)}, path)
+    with pytest.raises(ValueError, match="it holds a plain Delta h"):
+        load_asyrp(path, wide)
+    torch.save({"0": {"weight": torch.zeros(2)}}, path)
+    with pytest.raises(ValueError, match="neither conv1 nor in_layers.2, but weight"):
+        load_asyrp(path, wide)
+    save(block, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="can't be read as weights"):
+        load_asyrp(path, wide)
+
+
+def test_missing_additional_and_misshapen_weights_are_named(wide, tmp_path, block):
+    state, path = block.state_dict(), tmp_path / "smile.pth"
+    last = list(state)[-1]
+    for change, message in (
+        ({last: None}, f"{last} is missing"),
+        ({last: torch.zeros(3)}, rf"{last} is \(3,\)"),
+        ({"more": torch.zeros(1)}, "more has no place in a DeltaBlock"),
+    ):
+        torch.save({"0": {k: v for k, v in (state | change).items() if v is not None}}, path)
+        with pytest.raises(ValueError, match=message):
+            load_asyrp(path, wide)
+
+
+def test_a_block_of_other_widths_is_refused(tmp_path, wide):
+    path = save(randomised(DDPMDelta(96, 128)), tmp_path / "smile.pth")
+    with pytest.raises(ValueError, match="takes h of 96 channels and an embedding of 128; wide has 64 and 32"):
+        load_asyrp(path, wide)
+    path = save(randomised(DDPMDelta(CHANNELS, EMB)), tmp_path / "smile.pth")
+    with pytest.raises(ValueError, match='edits h "after" the mid block'):
+        load_asyrp(path, wide.tapped("before"))

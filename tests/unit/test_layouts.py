@@ -1,0 +1,547 @@
+"""Checkpoints of other code bases: the converted network computes what the original did, and files are understood."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from originals import DDPM, Guided, randomised
+from safetensors.torch import save_file
+
+import workbench as wb
+from workbench.diffusion import golden, layouts, models
+from workbench.diffusion.checkpoints import read_checkpoint
+from workbench.diffusion.memory import estimate_memory
+from workbench.diffusion.models import known_models, verify
+from workbench.diffusion.unet import SplitUNet
+
+DDPMS = {
+    "two levels": {"size": 8, "ch": 32, "mult": (1, 2), "layers": 1, "attention": (4,)},
+    "attention at two levels": {"size": 16, "ch": 32, "mult": (1, 1, 2), "layers": 2, "attention": (8, 4)},
+    "attention in the middle alone": {"size": 8, "ch": 32, "mult": (1, 2), "layers": 1, "attention": ()},
+}
+GUIDED = {
+    "P2's kind": {"ch": 32, "mult": (1, 1, 2), "layers": 1, "attention": (2,), "head_channels": 16},
+    "new attention order": {
+        "ch": 32,
+        "mult": (1, 2),
+        "layers": 1,
+        "attention": (1, 2),
+        "head_channels": 16,
+        "new_order": True,
+    },
+    "ADM's kind": {"ch": 32, "mult": (1, 1, 2), "layers": 2, "attention": (1, 2, 4), "head_channels": 16},
+    "improved-diffusion's kind": {
+        "ch": 32,
+        "mult": (1, 2, 2),
+        "layers": 2,
+        "attention": (2, 4),
+        "head_channels": 32,
+        "updown": False,
+    },
+    "fixed variance, no scale and shift": {
+        "ch": 32,
+        "mult": (1, 2),
+        "layers": 1,
+        "attention": (2,),
+        "head_channels": 64,
+        "out": 3,
+        "scale_shift": False,
+        "updown": False,
+    },
+}
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+def images(size: int, n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def check_same(model, original, size: int) -> None:
+    x_t, t = images(size), torch.tensor([3, 740])
+    eps, h = original(x_t, t)
+    # The promise is 1e-4; these values are of the order of 1.
+    torch.testing.assert_close(model(x_t, t), eps[:, :3], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.encode(x_t, t).h, h, atol=1e-4, rtol=1e-4)
+    assert model.h_shape == tuple(h.shape[1:])
+    if eps.shape[1] == 6:
+        torch.testing.assert_close(model.unet.unet(x_t, t).sample, eps, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ddpm():
+    return randomised(DDPM(**DDPMS["two levels"]))
+
+
+@pytest.fixture(scope="module")
+def guided():
+    return randomised(Guided(**GUIDED["P2's kind"]))
+
+
+@pytest.fixture
+def ddpm_file(ddpm, tmp_path):
+    return save(ddpm.state_dict(), tmp_path / "faces.ckpt")
+
+
+@pytest.fixture
+def guided_file(guided, tmp_path):
+    return save(guided.state_dict(), tmp_path / "dogs.pt")
+
+
+@pytest.fixture
+def small_presets(monkeypatch):
+    """Presets of the small networks, in place of the published ones."""
+    ddpm = layouts.Architecture("ddpm", 8, (32, 64), 1, (1,))
+    guided = layouts.Architecture(
+        "guided",
+        16,
+        (32, 32, 64),
+        1,
+        (1,),
+        head_channels=16,
+        out_channels=6,
+        scale_shift=True,
+        residual_resampling=True,
+    )
+    presets = {
+        "faces": layouts.Preset(ddpm, "faces", ("faces.ckpt",)),
+        "dogs": layouts.Preset(guided, "dogs", ("dogs.pt",), layouts.COSINE),
+        "other dogs": layouts.Preset(replace(guided, channels=(32, 64, 64)), "other dogs"),
+    }
+    monkeypatch.setattr(layouts, "PRESETS", presets)
+
+
+# What the networks compute
+
+
+@pytest.mark.parametrize("kind", DDPMS)
+def test_an_original_ddpm_computes_the_same_after_conversion(kind, tmp_path):
+    original = randomised(DDPM(**DDPMS[kind]))
+    path, size = save(original.state_dict(), tmp_path / "original.ckpt"), DDPMS[kind]["size"]
+    check_same(wb.load_model(path, image_size=size, device="cpu"), original, size)
+
+
+@pytest.mark.parametrize("kind", GUIDED)
+def test_a_guided_diffusion_network_computes_the_same_after_conversion(kind, tmp_path):
+    settings = GUIDED[kind]
+    original = randomised(Guided(**settings))
+    model = wb.load_model(
+        save(original.state_dict(), tmp_path / "original.pt"),
+        image_size=16,
+        head_channels=settings["head_channels"],
+        attention_order="new" if settings.get("new_order") else "legacy",
+        device="cpu",
+    )
+    check_same(model, original, 16)
+
+
+def test_the_wrong_order_of_attention_or_size_of_heads_gives_another_network(guided, guided_file):
+    """Neither shows in a shape, so they must be right; the test of the right ones could not fail otherwise."""
+    x_t, t = images(16), torch.tensor([3, 740])
+    eps = guided(x_t, t)[0][:, :3]
+    for wrong in ({"head_channels": 16, "attention_order": "new"}, {"head_channels": 32}):
+        model = wb.load_model(guided_file, image_size=16, device="cpu", **wrong)
+        assert (model(x_t, t) - eps).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("preset", "h", "millions"),
+    [
+        ("celeba_hq", (512, 8, 8), 113.67),
+        ("cifar10", (256, 4, 4), 35.75),
+        ("celeba64", (512, 4, 4), 78.70),
+        ("afhq_dog", (512, 8, 8), 93.56),
+        ("adm_lsun", (1024, 8, 8), 552.81),
+        ("improved_cifar10", (256, 4, 4), 52.55),
+    ],
+)
+def test_the_published_architectures_have_their_published_sizes(preset, h, millions):
+    architecture = layouts.PRESETS[preset].architecture
+    with torch.device("meta"):
+        unet = UNet2DModel(**architecture.config())
+    model = wb.Model("meta", SplitUNet(unet), wb.NoiseSchedule.linear(), "")
+    x_t = torch.empty(1, *model.image_shape, device="meta")
+    assert architecture.h_shape == model.h_shape == tuple(model.encode(x_t, 0).h.shape[1:]) == h
+    assert model.parameters / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_conversion_is_the_same_network_from_file_and_from_folder(guided_file, tmp_path):
+    sizes = {"image_size": 16, "head_channels": 16, "schedule": "cosine"}
+    direct = wb.load_model(guided_file, device="cpu", **sizes)
+    folder = wb.convert_checkpoint(guided_file, tmp_path / "dogs", **sizes)
+    loaded = wb.load_model(folder, device="cpu")
+    assert loaded.hash == direct.hash
+    assert loaded.schedule.provenance() == direct.schedule.provenance()
+    assert torch.equal(loaded(images(16), 500), direct(images(16), 500))
+    assert not list(folder.rglob("*.bin"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dogs", "dogs.pt"]
+    assert DDPMPipeline.from_pretrained(folder).scheduler.config.variance_type == "learned_range"
+
+
+# Schedules
+
+
+def test_schedules_are_the_presets_or_the_one_that_is_asked_for(guided_file, small_presets):
+    cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double().numpy()
+    linear = wb.NoiseSchedule.linear().alpha_bars
+    assert wb.load_model(guided_file, device="cpu").schedule.alpha_bars == pytest.approx(cosine, rel=1e-6)
+    asked = wb.load_model(guided_file, device="cpu", schedule="linear").schedule.alpha_bars
+    assert asked == pytest.approx(linear, rel=1e-4)
+    with pytest.raises(ValueError, match="schedule 'quadratic' is not known; it is one of linear, cosine"):
+        wb.load_model(guided_file, schedule="quadratic")
+
+
+def test_a_network_that_counts_4000_timesteps_keeps_the_noise_levels_of_every_fourth():
+    betas = DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=4000).betas.double()
+    expected = torch.cumprod(1 - betas, 0)[::4]
+    kept = torch.cumprod(1 - torch.tensor(layouts.every_fourth_of_cosine()["trained_betas"], dtype=torch.float64), 0)
+    # At the noisy end alpha_bar is 1e-7 and float32 betas leave a few digits of it.
+    torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-7)
+    model_betas = layouts.PRESETS["improved_cifar10"].schedule
+    assert DDPMScheduler(**model_betas).config.num_train_timesteps == 1000
+
+
+# How files are wrapped
+
+
+def wrapped(state: dict, other: dict) -> dict:
+    """Files that hold `state`; `other` is what must not be taken."""
+
+    def named(prefix: str, weights: dict) -> dict:
+        return {prefix + name: tensor for name, tensor in weights.items()}
+
+    without_dots = {"model_ema." + name.replace(".", ""): tensor for name, tensor in state.items()}
+    return {
+        "plain": state,
+        "DataParallel": named("module.", state),
+        "state_dict": {"state_dict": state},
+        "model and ema": {"model": other, "ema": state, "step": 3, "optimizer": {"state": {}}},
+        "ema beside the model, by prefix": {**named("model.", other), **named("ema.module.", state)},
+        "DDIM's list": [named("module.", other), {"state": {}}, 7, 100, state],
+        "Lightning's average": {
+            "state_dict": {
+                **named("model.", other),
+                **without_dots,
+                "model_ema.decay": torch.tensor(0.999),
+                "model_ema.num_updates": torch.tensor(5),
+                "betas": torch.zeros(4),
+            },
+            "pytorch-lightning_version": "1.4",
+        },
+    }
+
+
+KINDS = [*wrapped({}, {})]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error")
+def test_prefixes_and_wrappers_are_taken_off_and_the_average_is_preferred(kind, ddpm, tmp_path):
+    other = {name: torch.zeros_like(tensor) for name, tensor in ddpm.state_dict().items()}
+    path = save(wrapped(ddpm.state_dict(), other)[kind], tmp_path / "wrapped.ckpt")
+    found = read_checkpoint(path)
+    assert found.layout == "ddpm"
+    assert found.state.keys() == ddpm.state_dict().keys()
+    assert all(torch.equal(tensor, found.state[name]) for name, tensor in ddpm.state_dict().items())
+
+
+def test_a_training_without_an_average_loads_and_says_so(ddpm, tmp_path):
+    state = {f"model.{name}": tensor for name, tensor in ddpm.state_dict().items()}
+    lightning = {"state_dict": state, "pytorch-lightning_version": "1.4", "epoch": 3, "optimizer_states": []}
+    path = save(lightning, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last.ckpt has no moving average \(EMA\) of the weights"):
+        model = wb.load_model(path, image_size=8, device="cpu")
+    check_same(model, ddpm, 8)
+
+
+def test_a_safetensors_file_of_the_originals_layout_loads(ddpm, tmp_path):
+    save_file(ddpm.state_dict(), tmp_path / "faces.safetensors")
+    check_same(wb.load_model(tmp_path / "faces.safetensors", image_size=8, device="cpu"), ddpm, 8)
+
+
+# Presets
+
+
+def test_a_preset_says_all_and_a_published_file_name_is_one(ddpm, ddpm_file, guided, guided_file, small_presets):
+    check_same(wb.load_model(ddpm_file, device="cpu"), ddpm, 8)
+    check_same(wb.load_model(guided_file, device="cpu"), guided, 16)
+    renamed = ddpm_file.rename(ddpm_file.with_name("mine.ckpt"))
+    check_same(wb.load_model(renamed, preset="faces", device="cpu"), ddpm, 8)
+
+
+def test_a_wrong_preset_names_the_first_weight_that_does_not_fit(guided_file, ddpm_file, small_presets):
+    message = (
+        r"dogs.pt can't be loaded: input_blocks.3.0.in_layers.2.weight is \(32, 32, 3, 3\) in the file and "
+        r"\(64, 32, 3, 3\) in the preset 'other dogs'"
+    )
+    with pytest.raises(ValueError, match=message):
+        wb.load_model(guided_file, preset="other dogs")
+    with pytest.raises(
+        ValueError, match="layout of the original DDPM .*, and the preset 'dogs' is of guided-diffusion"
+    ):
+        wb.load_model(ddpm_file, preset="dogs")
+    with pytest.raises(ValueError, match="there is no preset 'cats'; there are faces, dogs, other dogs"):
+        wb.load_model(ddpm_file, preset="cats")
+    with pytest.raises(ValueError, match="a preset says image_size; give the one or the other"):
+        wb.load_model(ddpm_file, preset="faces", image_size=8)
+
+
+def test_a_published_preset_on_another_network_names_key_and_shape(guided_file):
+    with pytest.raises(ValueError, match=r"time_embed.0.weight is \(128, 32\) in the file and \(512, 128\)"):
+        wb.load_model(guided_file, preset="afhq_dog")
+
+
+def test_every_published_file_name_has_one_preset():
+    files = [file for preset in layouts.PRESETS.values() for file in preset.files]
+    assert len(set(files)) == len(files)
+
+
+# What the shapes don't tell
+
+
+def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_file, ddpm_file, small_presets):
+    for path in (guided_file, ddpm_file):
+        path.rename(path.with_name(f"my-{path.name}"))
+    with pytest.raises(ValueError, match=r"don't tell image_size and head_channels; .*head_channels=64.*preset='dogs'"):
+        wb.load_model(guided_file.with_name("my-dogs.pt"))
+    with pytest.raises(ValueError, match=r"don't tell head_channels; give them"):
+        wb.load_model(guided_file.with_name("my-dogs.pt"), image_size=16)
+    with pytest.raises(ValueError, match=r"don't tell image_size; give them .*preset='faces'"):
+        wb.load_model(ddpm_file.with_name("my-faces.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image_size": 18, "head_channels": 16}, "image_size is 18; a network of 3 levels takes multiples of 4"),
+        ({"image_size": 16, "head_channels": 24}, "head_channels is 24; attention here is 32 and 64 channels wide"),
+        ({"image_size": 16, "head_channels": 16, "attention_order": "old"}, "attention_order 'old' is not known"),
+    ],
+)
+def test_sizes_that_can_not_be_are_refused(wrong, message, guided_file):
+    with pytest.raises(ValueError, match=message):
+        wb.load_model(guided_file, **wrong)
+
+
+def test_settings_of_a_file_are_refused_for_a_folder(tiny_folder):
+    for options in ({"image_size": 8}, {"attention_order": "new"}, {"preset": "ffhq"}, {"schedule": "cosine"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is for single files"):
+            wb.load_model(tiny_folder, **options)
+
+
+# Files that don't load
+
+
+@pytest.mark.parametrize("lost", ["down.1.block.0.conv1.weight", "up.0.block.1.norm2.bias", "mid.attn_1.q.weight"])
+def test_a_missing_weight_is_named(lost, ddpm, tmp_path):
+    path = save({k: v for k, v in ddpm.state_dict().items() if k != lost}, tmp_path / "lost.ckpt")
+    with pytest.raises(ValueError, match=f"lost.ckpt can't be loaded: {lost} is missing"):
+        wb.load_model(path, image_size=8)
+
+
+def test_a_weight_without_a_place_is_named(ddpm, tmp_path):
+    path = save({**ddpm.state_dict(), "mid.block_3.conv1.weight": torch.zeros(2, 2)}, tmp_path / "more.ckpt")
+    with pytest.raises(ValueError, match=r"mid.block_3.conv1.weight \(2, 2\) of the file has no place"):
+        wb.load_model(path, image_size=8)
+
+
+def test_a_class_conditional_network_is_refused(guided, tmp_path):
+    path = save({**guided.state_dict(), "label_emb.weight": torch.zeros(10, 128)}, tmp_path / "classes.pt")
+    with pytest.raises(ValueError, match="conditioned on a class"):
+        wb.load_model(path, image_size=16, head_channels=16)
+
+
+def test_a_first_level_that_is_wider_than_the_input_is_refused(tmp_path):
+    wide = DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=())
+    with pytest.raises(ValueError, match="first level has 64 channels and its first convolution 32"):
+        wb.load_model(save(wide.state_dict(), tmp_path / "wide.ckpt"), image_size=8)
+
+
+def test_a_network_without_convolutions_between_levels_is_refused(ddpm, tmp_path):
+    state = {k: v for k, v in ddpm.state_dict().items() if "sample.conv" not in k}
+    with pytest.raises(ValueError, match="resamples without convolutions"):
+        wb.load_model(save(state, tmp_path / "pooled.ckpt"), image_size=8)
+
+
+def test_a_truncated_file_is_refused(ddpm_file):
+    ddpm_file.write_bytes(ddpm_file.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="faces.ckpt can't be read as weights; it is truncated or of another kind"):
+        wb.load_model(ddpm_file, image_size=8)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.diffusion_model.time_embed.0.weight", "first_stage_model.encoder.conv_in.weight"),
+        ("model.diffusion_model.time_embed.0.weight", "model.diffusion_model.x.transformer_blocks.0.attn2.to_k.weight"),
+    ],
+)
+def test_a_latent_diffusion_file_is_refused_with_what_is_supported(names, tmp_path):
+    path = save({"state_dict": {name: torch.zeros(2, 2) for name in names}}, tmp_path / "sd-v1-4.ckpt")
+    with pytest.raises(ValueError, match="sd-v1-4.ckpt is a latent-diffusion model .*denoise pixels"):
+        wb.load_model(path)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, {"a": 1}, [1, 2], torch.zeros(2)])
+def test_a_file_of_something_else_says_what_is_supported(content, tmp_path):
+    with pytest.raises(ValueError, match="holds no network that the workbench knows .*temb.dense.0"):
+        wb.load_model(save(content, tmp_path / "other.pt"))
+
+
+class Settings:
+    """Stands for what trainings pickle beside their weights."""
+
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def test_objects_beside_the_weights_are_named_and_not_made(ddpm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save({"state_dict": ddpm.state_dict(), "hyper_parameters": Settings()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"without running code: it holds a \S*open beside them"):
+        wb.load_model(path, image_size=8)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(ddpm, tmp_path):
+    state = {**ddpm.state_dict(), "conv_out.bias": torch.full((3,), float("nan"))}
+    with pytest.raises(ValueError, match="3 of 3 values of conv_out.bias"):
+        wb.load_model(save(state, tmp_path / "nan.ckpt"), image_size=8)
+
+
+def test_convert_writes_nothing_where_it_fails_and_overwrites_nothing(ddpm_file, tmp_path):
+    with pytest.raises(ValueError, match="don't tell image_size"):
+        wb.convert_checkpoint(ddpm_file, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        wb.convert_checkpoint(tmp_path / "none.ckpt", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["faces.ckpt"]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="out exists already"):
+        wb.convert_checkpoint(ddpm_file, tmp_path / "out", image_size=8)
+
+
+# Reference values
+
+
+def test_the_noise_of_the_reference_values_is_made_again():
+    """At t = 10 a network takes nearly all of the noise for noise: its eps must follow the image that it was given."""
+    for name, values in golden.EPS.items():
+        size = layouts.HUB[name].image_size
+        noise = golden.noise((3, size, size))[0, 0, 0, : golden.COUNT]
+        assert len(values) == golden.COUNT
+        assert torch.corrcoef(torch.stack([noise, torch.tensor(values)]))[0, 1] > 0.85, name
+
+
+def test_verify_compares_eps_at_the_reference_timestep(ddpm_file, ddpm, monkeypatch):
+    model = wb.load_model(ddpm_file, image_size=8, device="cpu")
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    values = ddpm(noise, torch.tensor([10]))[0][0, 0, 0, :8].tolist()
+    monkeypatch.setattr(golden, "COUNT", 8)
+    monkeypatch.setattr(golden, "EPS", {"a/ddpm": values, "another/ddpm": [v + 0.1 for v in values]})
+    architecture = layouts.Architecture("ddpm", 8, (32, 64), 1, (1,))
+    monkeypatch.setattr(layouts, "HUB", dict.fromkeys(golden.EPS, architecture))
+    assert verify(model, "a/ddpm") < 1e-4
+    assert verify(model, "another/ddpm") == pytest.approx(0.1, abs=1e-4)
+    with pytest.raises(ValueError, match="no reference values for 'mine'; there are for a/ddpm, another/ddpm"):
+        verify(model, "mine")
+
+
+@pytest.mark.parametrize("name", golden.EPS)
+def test_a_hub_model_gives_its_reference_values(name):
+    try:
+        model = wb.load_model(name, device="cpu")
+    except FileNotFoundError:
+        pytest.skip(f"{name} is not in the hub cache")
+    assert verify(model, name) <= golden.TOLERANCE
+
+
+# What is known of public models
+
+
+def test_known_models_say_what_they_need():
+    rows = {row["name"]: row for row in known_models()}
+    assert rows.keys() == {*layouts.HUB, *layouts.PRESETS}
+    assert rows["google/ddpm-ema-celebahq-256"]["h"] == (512, 8, 8)
+    assert rows["adm_lsun"]["h"] == (1024, 8, 8)
+    assert rows["celeba_hq"]["parameters"] == 113_673_219
+    assert rows["celeba_hq"]["memory"].weights == 4 * 113_673_219
+
+
+def test_the_estimate_of_memory_counts_what_is_alive():
+    """A network of one level: at its peak, in the last block, the skip and the input are alive and joined."""
+    settings = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+    with torch.device("meta"):
+        unet = UNet2DModel(sample_size=64, block_out_channels=(32,), layers_per_block=1, **settings)
+    need = estimate_memory(SplitUNet(unet))
+    one = 4 * 32 * 64 * 64
+    assert need.weights == 4 * sum(p.numel() for p in unet.parameters())
+    assert 4 * one <= need.activations <= 12 * one
+    with torch.device("meta"):
+        twice = UNet2DModel(sample_size=128, block_out_channels=(32,), layers_per_block=1, **settings)
+    # Four times the pixels; the timestep's embedding stays.
+    assert estimate_memory(SplitUNet(twice)).activations == pytest.approx(4 * need.activations, rel=0.05)
+
+
+def test_a_model_that_will_not_fit_is_announced_before_it_is_read(ddpm_file, tiny_folder, monkeypatch):
+    monkeypatch.setattr(models, "free_memory", lambda device: 1000)
+    for source, options in ((ddpm_file, {"image_size": 8}), (tiny_folder, {})):
+        with pytest.warns(UserWarning, match=r"is estimated to need .* GiB .* 0.0 GiB are free on cpu"):
+            wb.load_model(source, device="cpu", **options)
+    (tiny_folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is estimated"), pytest.raises(ValueError, match="can't be read"):
+        wb.load_model(tiny_folder, device="cpu")
+
+
+MEASURE = """
+import json, re, sys, time, torch, workbench as wb
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
+imported = peak()
+model = wb.load_model(sys.argv[1], device="cpu")
+loaded = peak()
+x_t = torch.randn(1, *model.image_shape)
+with torch.inference_mode():
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        model(x_t, 10)
+        seconds.append(time.perf_counter() - start)
+print(json.dumps({"imported": imported, "loaded": loaded, "pass": peak(), "seconds": min(seconds)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux tells it")
+def test_the_full_size_network_of_256_pixels_computes_the_same(tmp_path):
+    """113.7 M random weights, one pass of the original and one of the converted network; prints time and memory."""
+    original = randomised(DDPM(size=256, ch=128, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=(16,)))
+    path = save(original.state_dict(), tmp_path / "celeba_hq.ckpt")
+    x_t, t = images(256, 1), torch.tensor([10])
+    eps, h = original(x_t, t)
+    del original
+    folder = wb.convert_checkpoint(path, tmp_path / "celeba_hq")
+    path.unlink()
+    model = wb.load_model(folder, device="cpu")
+    bottleneck = model.encode(x_t, t)
+    assert tuple(h.shape[1:]) == model.h_shape == (512, 8, 8)
+    torch.testing.assert_close(bottleneck.h, h, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.decode(bottleneck), eps, atol=1e-4, rtol=1e-4)
+    del model, bottleneck
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    need = next(row["memory"] for row in known_models() if row["name"] == "celeba_hq")
+    print(f"\none pass at 256 x 256: {measured['seconds']:.1f} s on {torch.get_num_threads()} threads; resident")
+    print(
+        f"{measured['imported']:.2f} GiB imported, {measured['loaded']:.2f} loaded, {measured['pass']:.2f} in a pass;"
+    )
+    print(f"estimated {need.weights / 2**30:.2f} of weights, {need.activations / 2**30:.2f} of activations")

@@ -1,0 +1,169 @@
+"""BoundaryDiffusion's pickles: their arrays are read, and nothing else that a pickle can do is done."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn
+from sklearn.svm import SVC, LinearSVC
+
+from workbench.directions.legacy import read_boundary_sav
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(40, 24)) + 0.5
+    return z, np.where(z @ rng.normal(size=24) > 1, 1, -1)
+
+
+@pytest.fixture(scope="module")
+def fitted(samples):
+    return SVC(kernel="linear").fit(*samples)
+
+
+def save(thing, path, protocol=4):
+    path.write_bytes(pickle.dumps(thing, protocol=protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_hyperplane_is_that_of_scikit_learn(fitted, samples, protocol, tmp_path):
+    z, labels = samples
+    found = read_boundary_sav(save(fitted, tmp_path / "smile_h.sav", protocol))
+    norm = np.linalg.norm(fitted.coef_)
+    np.testing.assert_allclose(found.normal, fitted.coef_[0] / norm, atol=1e-12)
+    np.testing.assert_allclose(z @ found.normal + found.intercept, fitted.decision_function(z) / norm, atol=1e-9)
+    assert found.classes == (-1.0, 1.0)
+    assert np.linalg.norm(found.normal) == pytest.approx(1.0)
+    assert found.weight_norm == pytest.approx(norm)
+    assert found.n_support == len(fitted.support_)
+    assert found.version == sklearn.__version__
+
+
+def test_names_of_older_releases_are_the_same(fitted, tmp_path):
+    """Before numpy 2 and scikit-learn 0.22 the same things were elsewhere."""
+    content = pickle.dumps(fitted, protocol=2)
+    older = content.replace(b"cnumpy._core.", b"cnumpy.core.").replace(
+        b"csklearn.svm._classes", b"csklearn.svm.classes"
+    )
+    assert older != content
+    (tmp_path / "old.sav").write_bytes(older)
+    np.testing.assert_array_equal(
+        read_boundary_sav(tmp_path / "old.sav").normal, read_boundary_sav(save(fitted, tmp_path / "new.sav")).normal
+    )
+
+
+def test_reading_runs_no_scikit_learn(fitted, tmp_path):
+    path = save(fitted, tmp_path / "smile.sav")
+    code = f"""
+import pickle, sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("sklearn"):
+            raise AssertionError(name)
+from workbench.directions.legacy import read_boundary_sav
+for name in [n for n in sys.modules if n.startswith("sklearn")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Guard())
+read_boundary_sav({str(path)!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Executes:
+    """What a malicious pickle does: call something with arguments of its choice."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda path: Executes(open, path, "w"),
+        lambda path: Executes(os.system, f"touch {path}"),
+        lambda path: Executes(eval, f"open({path!r}, 'w')"),
+        lambda path: Executes(np.ndarray.tofile, np.zeros(3), path),
+        lambda path: Executes(np.save, path, np.zeros(3)),
+        lambda path: Executes(getattr, path, "upper"),
+        lambda path: Executes(pickle.loads, pickle.dumps(Executes(open, path, "w"))),
+    ],
+)
+def test_a_malicious_pickle_is_refused_and_does_nothing(attack, protocol, tmp_path, fitted):
+    target = str(tmp_path / "executed")
+    for thing in (attack(target), [fitted, attack(target)], {"classifier": fitted, "more": attack(target)}):
+        path = save(thing, tmp_path / "evil.sav", protocol)
+        with pytest.raises(ValueError, match="evil.sav is refused: it asks for .*; nothing of it was run"):
+            read_boundary_sav(path)
+        assert not os.path.exists(target)
+
+
+def test_a_malicious_part_of_a_classifier_is_refused(samples, tmp_path):
+    classifier = SVC(kernel="linear").fit(*samples)
+    classifier.class_weight_ = Executes(open, str(tmp_path / "executed"), "w")
+    with pytest.raises(ValueError, match="is refused: it asks for .*open"):
+        read_boundary_sav(save(classifier, tmp_path / "evil.sav"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_control_a_plain_unpickling_would_have_run_it(tmp_path):
+    """Otherwise the tests above could not fail."""
+    path = save(Executes(open, str(tmp_path / "executed"), "w"), tmp_path / "evil.sav")
+    pickle.loads(path.read_bytes()).close()
+    assert (tmp_path / "executed").exists()
+
+
+def test_one_file_can_not_change_how_the_next_is_read(fitted, tmp_path):
+    """A pickle may set attributes of what it names; here, of the function that makes arrays."""
+    # Push the function, then (None, {"values": 7}), and set these attributes of the function.
+    evil = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}X\x06\x00\x00\x00valuesK\x07s\x86b."
+    (tmp_path / "evil.sav").write_bytes(evil)
+    with pytest.raises(ValueError):
+        read_boundary_sav(tmp_path / "evil.sav")
+    assert read_boundary_sav(save(fitted, tmp_path / "good.sav")).n_support == len(fitted.support_)
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (SVC(kernel="linear"), "has no array dual_coef_"),
+        ({"kernel": "linear"}, "holds no support-vector classifier; it is of type dict"),
+        (np.zeros(3), "holds no support-vector classifier; it is of type Array"),
+        (LinearSVC(), "is refused: it asks for sklearn.svm._classes.LinearSVC"),
+        (np.array(["text"]), "is refused: it asks for arrays of type 'U4'"),
+        (np.array([None]), "is refused: it asks for arrays of type 'O8'"),
+    ],
+)
+def test_other_things_are_refused(thing, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_boundary_sav(save(thing, tmp_path / "other.sav"))
+
+
+def test_other_classifiers_are_refused(samples, tmp_path):
+    z, labels = samples
+    with pytest.raises(ValueError, match="kernel 'rbf'; only a linear one"):
+        read_boundary_sav(save(SVC().fit(z, labels), tmp_path / "curved.sav"))
+    three = SVC(kernel="linear").fit(z, np.arange(40) % 3)
+    with pytest.raises(ValueError, match="tells 3 classes apart"):
+        read_boundary_sav(save(three, tmp_path / "three.sav"))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_truncated_file_is_a_sentence(fitted, tmp_path, protocol):
+    whole = pickle.dumps(fitted, protocol=protocol)
+    for kept in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.sav").write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="cut.sav can't be read; it is truncated or no pickle"):
+            read_boundary_sav(tmp_path / "cut.sav")
+    with pytest.raises(FileNotFoundError, match="there is no boundary"):
+        read_boundary_sav(tmp_path / "none.sav")

@@ -1,0 +1,53 @@
+"""Profiles: every one fits the notebooks, and those for a GPU say what they are expected to need."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from workbench import paths
+from workbench.diffusion import layouts
+from workbench.report import notebooks
+
+PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
+GPU = [name for name in PROFILES if name not in ("quick", "full", "smoke")]
+
+
+def content(name: str) -> tuple[str, dict]:
+    text = (paths.profiles() / f"{name}.yaml").read_text(encoding="utf-8")
+    return text, yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_names_parameters_that_the_notebooks_have(name):
+    plan, _ = notebooks._plan(name, None)
+    _, given = content(name)
+    for notebook, values in (given.get("notebooks") or {}).items():
+        assert values.items() <= plan[notebook].items()
+        assert plan[notebook]["model_name"] == given["common"]["model_name"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profiles_model_is_bundled_or_a_known_one(name):
+    model = content(name)[1]["common"]["model_name"]
+    assert model in {*layouts.HUB, *layouts.PRESETS} or (paths.models() / model).is_dir()
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_a_gpu_profile_says_what_it_is_estimated_to_need_and_what_to_run(name):
+    text, _ = content(name)
+    head = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    assert re.search(r"Estimated, not measured: \d+ GiB of GPU memory .* \d+ (hours?|minutes) at \d+ TFLOP/s", head)
+    command = re.search(rf"workbench report --profile {name} --only ([\d ]+)", head)
+    assert {number for number in command[1].split()} <= {n[:2] for n in notebooks.list_notebooks()}
+
+
+def test_there_is_a_profile_for_the_papers_model():
+    assert "celebahq256" in GPU
+
+
+@pytest.mark.parametrize("name", [n for n in notebooks.list_notebooks()])
+def test_every_notebook_takes_another_model_by_one_parameter(name):
+    assert notebooks.notebook_parameters(name)["model_name"].default == "avataaars32"

@@ -1,0 +1,508 @@
+"""Networks of other code bases, written as diffusers' `UNet2DModel`.
+
+Two families of pixel-space DDPMs are published as single files:
+
+- "ddpm": the PyTorch port of the original DDPM (Ho et al. 2020) that DDIM, SDEdit, DiffusionCLIP, Asyrp and
+  BoundaryDiffusion use;
+- "guided": improved-diffusion (Nichol & Dhariwal 2021), guided-diffusion (Dhariwal & Nichol 2021) and what was trained
+  with them, such as P2 weighting (Choi et al. 2022).
+
+`UNet2DModel` computes the same functions; only names and the order of some rows differ. Which family a file belongs to,
+its widths, depth and levels with attention follow from names and shapes; the size of its images and of its attention
+heads do not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+ANCHORS = {
+    "ddpm": "temb.dense.0.weight",
+    "guided": "time_embed.0.weight",
+    "diffusers": "time_embedding.linear_1.weight",
+}
+"""One weight by which a layout is known, at the end of whatever prefix."""
+
+FAMILIES = {"ddpm": "the original DDPM", "guided": "guided-diffusion", "diffusers": "diffusers"}
+
+ORDERS = ("legacy", "new")
+"""Rows of guided-diffusion's qkv: [head][q, k, v][channel], or [q, k, v][head][channel]."""
+
+GROUPS = 32
+"""Groups of every normalisation, fixed in both code bases."""
+
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+SCHEDULES = {"linear": LINEAR, "cosine": COSINE}
+"""Noise schedules as settings of a diffusers scheduler."""
+
+_RESNETS = {
+    "ddpm": {
+        "norm1": "norm1",
+        "conv1": "conv1",
+        "temb_proj": "time_emb_proj",
+        "norm2": "norm2",
+        "conv2": "conv2",
+        "nin_shortcut": "conv_shortcut",
+    },
+    "guided": {
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    },
+}
+_ATTENTIONS = {
+    "ddpm": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
+    "guided": {"norm": "group_norm", "qkv": "to_q to_k to_v", "proj_out": "to_out.0"},
+}
+_OUTSIDE = {
+    "ddpm": {
+        "temb.dense.0": "time_embedding.linear_1",
+        "temb.dense.1": "time_embedding.linear_2",
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+    },
+    "guided": {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What `UNet2DModel` needs to know to be one of these networks.
+
+    Attributes
+    ----------
+    layout : {"ddpm", "guided"}
+    image_size : int
+        Side of the images in pixels.
+    channels : tuple of int
+        At every level, finest first.
+    layers : int
+        Residual blocks a level.
+    attention : tuple of int
+        Levels with attention, 0 the finest.
+    head_channels : int, optional
+        Of an attention head; None for a single head.
+    in_channels, out_channels : int
+        A network with learned variance has twice as many outputs as inputs.
+    scale_shift : bool
+        The timestep scales and shifts the second normalisation, instead of being added before it.
+    residual_resampling : bool
+        Residual blocks change the resolution, instead of convolutions.
+    attention_order : {"legacy", "new"}
+        Order of the rows of qkv in the file; see `ORDERS`.
+    """
+
+    layout: str
+    image_size: int
+    channels: tuple[int, ...]
+    layers: int
+    attention: tuple[int, ...]
+    head_channels: int | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    scale_shift: bool = False
+    residual_resampling: bool = False
+    attention_order: str = "legacy"
+
+    def __post_init__(self) -> None:
+        if self.attention_order not in ORDERS:
+            raise ValueError(f"attention_order {self.attention_order!r} is not known; it is one of {', '.join(ORDERS)}")
+        halvings = len(self.channels) - 1
+        if self.image_size < 1 or self.image_size % 2**halvings:
+            raise ValueError(
+                f"image_size is {self.image_size}; a network of {halvings + 1} levels takes multiples of {2**halvings}"
+            )
+        widths = {self.channels[-1], *(self.channels[level] for level in self.attention)}
+        if self.head_channels is not None and (
+            self.head_channels < 1 or any(width % self.head_channels for width in widths)
+        ):
+            raise ValueError(
+                f"head_channels is {self.head_channels}; attention here is {' and '.join(map(str, sorted(widths)))} "
+                "channels wide, which it must divide"
+            )
+
+    @property
+    def h_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the bottleneck."""
+        side = self.image_size >> (len(self.channels) - 1)
+        return (self.channels[-1], side, side)
+
+    def config(self) -> dict:
+        """Arguments of `UNet2DModel`."""
+        ddpm, resampling = self.layout == "ddpm", "resnet" if self.residual_resampling else "conv"
+        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resampling == "resnet" else _PLAIN
+        blocks = [_WITH_ATTENTION if i in self.attention else plain for i in range(len(self.channels))]
+        return {
+            "sample_size": self.image_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": self.channels,
+            "layers_per_block": self.layers,
+            "down_block_types": tuple(down for down, _ in blocks),
+            "up_block_types": tuple(up for _, up in reversed(blocks)),
+            "downsample_type": resampling,
+            "upsample_type": resampling,
+            "downsample_padding": 0 if ddpm else 1,
+            "attention_head_dim": self.head_channels,
+            "norm_num_groups": GROUPS,
+            # Without it, diffusers leaves out the mid attention's normalisation where scale and shift are used.
+            "attn_norm_num_groups": None if ddpm else GROUPS,
+            "norm_eps": 1e-6 if ddpm else 1e-5,
+            "resnet_time_scale_shift": "scale_shift" if self.scale_shift else "default",
+            "freq_shift": 1 if ddpm else 0,
+            "flip_sin_to_cos": not ddpm,
+        }
+
+
+_EXAMPLES = {"image_size": 256, "head_channels": 64}
+_PLAIN = ("DownBlock2D", "UpBlock2D")
+_WITH_ATTENTION = ("AttnDownBlock2D", "AttnUpBlock2D")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published checkpoint.
+
+    Attributes
+    ----------
+    architecture : Architecture
+    about : str
+    files : tuple of str
+        Names that its file is published under; a file of such a name needs no preset.
+    schedule : dict
+        Settings of a diffusers scheduler.
+    """
+
+    architecture: Architecture
+    about: str
+    files: tuple[str, ...] = ()
+    schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
+
+
+def every_fourth_of_cosine(T: int = 4000) -> dict:
+    """The cosine schedule of improved-diffusion's models, which count 4000 timesteps.
+
+    These networks are told t / 4 (`rescale_timesteps`), so every fourth timestep is a whole number from 0 to 999. The
+    schedule is that of these alone: the same network at the same noise levels.
+
+    Parameters
+    ----------
+    T : int
+        Timesteps that the network was trained on.
+
+    Returns
+    -------
+    dict
+        Settings of a diffusers scheduler with 1000 timesteps.
+    """
+    alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    kept = np.cumprod(1.0 - betas)[:: T // 1000]
+    betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
+    return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
+
+
+_DDPM_256 = Architecture("ddpm", 256, (128, 128, 256, 256, 512, 512), 2, (4,))
+_DDPM_64 = Architecture("ddpm", 64, (128, 256, 256, 256, 512), 2, (2,))
+_DDPM_32 = Architecture("ddpm", 32, (128, 256, 256, 256), 2, (1,))
+_GUIDED = {"out_channels": 6, "head_channels": 64, "scale_shift": True}
+_P2_256 = Architecture("guided", 256, _DDPM_256.channels, 1, (4,), residual_resampling=True, **_GUIDED)
+_ADM_256 = Architecture(
+    "guided", 256, (256, 256, 512, 512, 1024, 1024), 2, (3, 4, 5), residual_resampling=True, **_GUIDED
+)
+_IDDPM_32 = Architecture("guided", 32, (128, 256, 256, 256), 3, (1, 2), **_GUIDED)
+
+PRESETS = {
+    "celeba_hq": Preset(_DDPM_256, "CelebA-HQ (SDEdit, DiffusionCLIP, Asyrp, BoundaryDiffusion)", ("celeba_hq.ckpt",)),
+    "bedroom": Preset(_DDPM_256, "LSUN bedroom (DDPM, SDEdit)", ("bedroom.ckpt", "model-2388000.ckpt")),
+    "church_outdoor": Preset(_DDPM_256, "LSUN church (DDPM, SDEdit)", ("church_outdoor.ckpt", "model-4432000.ckpt")),
+    "cat": Preset(_DDPM_256, "LSUN cat (DDPM)", ("model-1761000.ckpt",)),
+    "celeba64": Preset(_DDPM_64, "CelebA, 64 pixels (DDIM)"),
+    "cifar10": Preset(_DDPM_32, "CIFAR-10 (DDPM)", ("model-790000.ckpt",)),
+    "afhq_dog": Preset(_P2_256, "AFHQ dogs (ILVR, P2)", ("afhq_dog_4m.pt", "afhqdog_p2.pt")),
+    "ffhq": Preset(_P2_256, "FFHQ (ILVR, P2)", ("ffhq_10m.pt", "ffhq_p2.pt")),
+    "metfaces": Preset(_P2_256, "MetFaces (P2)", ("metface_p2.pt",)),
+    "celeba_hq_p2": Preset(_P2_256, "CelebA-HQ (P2)", ("celebahq_p2.pt",)),
+    "flower": Preset(_P2_256, "Oxford flowers (P2)", ("flower_p2.pt",)),
+    "cub": Preset(_P2_256, "CUB birds (P2)", ("cub_p2.pt",)),
+    "adm_lsun": Preset(_ADM_256, "LSUN (ADM)", ("lsun_bedroom.pt", "lsun_cat.pt", "lsun_horse.pt")),
+    "adm_imagenet": Preset(_ADM_256, "ImageNet, unconditional (ADM)", ("256x256_diffusion_uncond.pt",)),
+    "improved_cifar10": Preset(
+        _IDDPM_32, "CIFAR-10, cosine (improved DDPM)", ("cifar10_uncond_50M_500K.pt",), every_fourth_of_cosine()
+    ),
+}
+"""Published checkpoints by name."""
+
+HUB = {
+    f"google/ddpm-{kind}{data}-256": _DDPM_256
+    for data in ("celebahq", "church", "bedroom", "cat")
+    for kind in ("ema-", "")
+} | {"google/ddpm-cifar10-32": _DDPM_32}
+"""Repositories of the hub, which hold diffusers folders."""
+
+
+def preset_for(name: str | None, file: str) -> Preset | None:
+    """The preset of this name, else the one that publishes a file of this name, else None.
+
+    Raises
+    ------
+    ValueError
+        If the preset is unknown.
+    """
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name] if name else next((p for p in PRESETS.values() if file in p.files), None)
+
+
+def infer(
+    state: Mapping[str, torch.Tensor],
+    layout: str,
+    *,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str = "legacy",
+) -> Architecture:
+    """The architecture of a network, from the names and shapes of its weights.
+
+    Parameters
+    ----------
+    state : mapping of str -> Tensor
+    layout : {"ddpm", "guided"}
+    image_size, head_channels, attention_order
+        What no shape tells; as the attributes of `Architecture`. The layout "ddpm" has a single head.
+
+    Returns
+    -------
+    Architecture
+
+    Raises
+    ------
+    ValueError
+        If the network is of a kind that can't be converted, or `image_size` or `head_channels` is needed and missing;
+        the message names presets with these shapes.
+    """
+    missing = [name for name, given in (("image_size", image_size), ("head_channels", head_channels)) if given is None]
+    if layout == "ddpm":
+        missing = [name for name in missing if name == "image_size"]
+    if "label_emb.weight" in state:
+        raise ValueError("the network is conditioned on a class (label_emb); the workbench takes unconditional models")
+    shapes = (_shapes_of_ddpm if layout == "ddpm" else _shapes_of_guided)(state)
+    first = _rows(state, "conv_in.weight" if layout == "ddpm" else "input_blocks.0.0.weight")
+    if first != shapes["channels"][0]:
+        raise ValueError(
+            f"its first level has {shapes['channels'][0]} channels and its first convolution {first}, which diffusers' "
+            "UNet2DModel can't have"
+        )
+    if missing:
+        # Any size that all networks divide will do for the comparison.
+        found = _without_names(Architecture(layout, 1024, **shapes))
+        alike = [name for name, preset in PRESETS.items() if _without_names(preset.architecture) == found]
+        also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
+        example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
+        raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}")
+    return Architecture(
+        layout,
+        image_size,
+        head_channels=None if layout == "ddpm" else head_channels,
+        attention_order=attention_order,
+        **shapes,
+    )
+
+
+def _without_names(architecture: Architecture) -> Architecture:
+    """What the shapes tell of an architecture."""
+    return replace(architecture, image_size=1024, head_channels=None, attention_order="legacy")
+
+
+def _shapes_of_ddpm(state: Mapping[str, torch.Tensor]) -> dict:
+    levels = 1 + max(_numbers(state, r"down\.(\d+)\."), default=-1)
+    layers = 1 + max(_numbers(state, r"down\.0\.block\.(\d+)\."), default=-1)
+    if levels == 0 or layers == 0:
+        raise ValueError("there are no blocks (down.0.block.0 ...), so the network is not complete")
+    if levels > 1 and "down.0.downsample.conv.weight" not in state:
+        raise ValueError("the network resamples without convolutions (resamp_with_conv is off), which is not supported")
+    return {
+        "channels": tuple(_rows(state, f"down.{i}.block.0.conv1.weight") for i in range(levels)),
+        "layers": layers,
+        "attention": tuple(i for i in range(levels) if f"down.{i}.attn.0.norm.weight" in state),
+        "in_channels": _shape(state, "conv_in.weight")[1],
+        "out_channels": _rows(state, "conv_out.weight"),
+    }
+
+
+def _shapes_of_guided(state: Mapping[str, torch.Tensor]) -> dict:
+    # Down-sampling blocks look like all others where the width stays; up-sampling ones come second in their block.
+    upsamplers = _numbers(state, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight")
+    levels = 1 + len(upsamplers)
+    layers = (1 + max(_numbers(state, r"output_blocks\.(\d+)\."), default=-1)) // levels - 1
+    if layers < 1:
+        raise ValueError("there are too few output_blocks, so the network is not complete")
+    first = [1 + i * (layers + 1) for i in range(levels)]
+    channels = tuple(_rows(state, f"input_blocks.{k}.0.out_layers.3.weight") for k in first)
+    return {
+        "channels": channels,
+        "layers": layers,
+        "attention": tuple(i for i, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in state),
+        "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
+        "out_channels": _rows(state, "out.2.weight"),
+        "scale_shift": _rows(state, "input_blocks.1.0.emb_layers.1.weight") == 2 * channels[0],
+        "residual_resampling": levels > 1 and f"input_blocks.{layers + 1}.0.op.weight" not in state,
+    }
+
+
+def _numbers(state: Mapping[str, torch.Tensor], pattern: str) -> set[int]:
+    return {int(found[1]) for found in (re.match(pattern, name) for name in state) if found}
+
+
+def _shape(state: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    if name not in state or state[name].ndim < 2:
+        raise ValueError(f"{name} is missing, so the network is not complete")
+    return tuple(state[name].shape)
+
+
+def _rows(state: Mapping[str, torch.Tensor], name: str) -> int:
+    return _shape(state, name)[0]
+
+
+def convert(
+    state: Mapping[str, torch.Tensor],
+    architecture: Architecture,
+    *,
+    expected: Mapping[str, torch.Tensor],
+    whose: str,
+) -> dict[str, torch.Tensor]:
+    """Weights by their names in `UNet2DModel`.
+
+    Parameters
+    ----------
+    state : mapping of str -> Tensor
+        By their names in the file, without prefixes.
+    architecture : Architecture
+    expected : mapping of str -> Tensor
+        State dict of the `UNet2DModel` that the architecture describes; only the shapes count.
+    whose : str
+        What asks for these shapes, for the messages: "the preset 'ffhq'".
+
+    Returns
+    -------
+    dict of str -> Tensor
+
+    Raises
+    ------
+    ValueError
+        Naming the first weight of the file that is missing, has another shape, or has no place.
+    """
+    converted, used = {}, set()
+    for source, targets in _layers(architecture):
+        for part in ("weight", "bias"):
+            names = [f"{target}.{part}" for target in targets]
+            if names[0] not in expected:  # a residual block that keeps its width has no shortcut
+                continue
+            name, shape = f"{source}.{part}", expected[names[0]].shape
+            wanted = (len(names) * shape[0], *shape[1:])
+            if name not in state:
+                raise ValueError(f"{name} is missing in the file; {whose} has it as {wanted}")
+            given = state[name]
+            # Their attention is made of convolutions of size 1, ours of linear maps.
+            squeezed = given.flatten(len(wanted) - 1) if ".attention" in names[0] and given.ndim > 1 else given
+            if squeezed.shape != wanted:
+                raise ValueError(f"{name} is {tuple(given.shape)} in the file and {wanted} in {whose}")
+            used.add(name)
+            converted |= zip(names, _split(squeezed, len(names), architecture), strict=True)
+    extra = next((name for name in state if name not in used), None)
+    if extra is not None:
+        raise ValueError(f"{extra} {tuple(state[extra].shape)} of the file has no place in {whose}")
+    return converted
+
+
+def _split(rows: torch.Tensor, parts: int, architecture: Architecture) -> tuple[torch.Tensor, ...]:
+    """q, k and v of one matrix, each with the rows [head][channel]; what is no qkv stays whole."""
+    if parts == 1:
+        return (rows,)
+    if architecture.attention_order == "new":
+        return rows.chunk(parts)
+    by_head = rows.unflatten(0, (-1, parts, architecture.head_channels))
+    return tuple(part.flatten(0, 1) for part in by_head.unbind(1))
+
+
+def _layers(a: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names of layers in the file and in `UNet2DModel`, in the order of the network; of qkv, three of the latter."""
+    outside = [(source, (target,)) for source, target in _OUTSIDE[a.layout].items()]
+    yield from outside[:3]
+    for kind, source, target in (_blocks_of_ddpm if a.layout == "ddpm" else _blocks_of_guided)(a):
+        if kind == "layer":
+            yield source, (target,)
+        else:
+            inside = (_RESNETS if kind == "resnet" else _ATTENTIONS)[a.layout]
+            for theirs, ours in inside.items():
+                yield f"{source}.{theirs}", tuple(f"{target}.{name}" for name in ours.split())
+    yield from outside[3:]
+
+
+def _blocks_of_ddpm(a: Architecture) -> Iterator[tuple[str, str, str]]:
+    last = len(a.channels) - 1
+    for i in range(last + 1):
+        for j in range(a.layers):
+            yield "resnet", f"down.{i}.block.{j}", f"down_blocks.{i}.resnets.{j}"
+            if i in a.attention:
+                yield "attention", f"down.{i}.attn.{j}", f"down_blocks.{i}.attentions.{j}"
+        if i < last:
+            yield "layer", f"down.{i}.downsample.conv", f"down_blocks.{i}.downsamplers.0.conv"
+    yield "resnet", "mid.block_1", "mid_block.resnets.0"
+    yield "attention", "mid.attn_1", "mid_block.attentions.0"
+    yield "resnet", "mid.block_2", "mid_block.resnets.1"
+    for i in reversed(range(last + 1)):
+        for j in range(a.layers + 1):
+            yield "resnet", f"up.{i}.block.{j}", f"up_blocks.{last - i}.resnets.{j}"
+            if i in a.attention:
+                yield "attention", f"up.{i}.attn.{j}", f"up_blocks.{last - i}.attentions.{j}"
+        if i > 0:
+            yield "layer", f"up.{i}.upsample.conv", f"up_blocks.{last - i}.upsamplers.0.conv"
+
+
+def _blocks_of_guided(a: Architecture) -> Iterator[tuple[str, str, str]]:
+    last, k = len(a.channels) - 1, 1
+    for i in range(last + 1):
+        for j in range(a.layers):
+            yield "resnet", f"input_blocks.{k}.0", f"down_blocks.{i}.resnets.{j}"
+            if i in a.attention:
+                yield "attention", f"input_blocks.{k}.1", f"down_blocks.{i}.attentions.{j}"
+            k += 1
+        if i < last:
+            yield _resampler(a, f"input_blocks.{k}.0", "op", f"down_blocks.{i}.downsamplers.0")
+            k += 1
+    yield "resnet", "middle_block.0", "mid_block.resnets.0"
+    yield "attention", "middle_block.1", "mid_block.attentions.0"
+    yield "resnet", "middle_block.2", "mid_block.resnets.1"
+    k = 0
+    for i in reversed(range(last + 1)):
+        for j in range(a.layers + 1):
+            yield "resnet", f"output_blocks.{k}.0", f"up_blocks.{last - i}.resnets.{j}"
+            if i in a.attention:
+                yield "attention", f"output_blocks.{k}.1", f"up_blocks.{last - i}.attentions.{j}"
+            if i > 0 and j == a.layers:
+                place = 2 if i in a.attention else 1
+                yield _resampler(a, f"output_blocks.{k}.{place}", "conv", f"up_blocks.{last - i}.upsamplers.0")
+            k += 1
+
+
+def _resampler(a: Architecture, source: str, layer: str, target: str) -> tuple[str, str, str]:
+    if a.residual_resampling:
+        return "resnet", source, target
+    return "layer", f"{source}.{layer}", f"{target}.conv"

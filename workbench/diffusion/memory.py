@@ -1,0 +1,91 @@
+"""How much memory a network needs, estimated from its shapes alone."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from workbench.diffusion.unet import SplitUNet
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Memory of a network in float32, estimated, in bytes.
+
+    Attributes
+    ----------
+    weights : int
+    activations : int
+        Most that one pass over one image holds beside the weights. Working space of libraries is not in it; whole
+        matrices of attention are, which some kernels never make.
+    """
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the tensors that are made inside of it for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+def estimate_memory(network: SplitUNet) -> MemoryNeed:
+    """Memory of a network's weights and of one pass over one image.
+
+    The pass is run on tensors without values, and what would be alive is added up.
+
+    Parameters
+    ----------
+    network : SplitUNet
+        Of a U-Net on the device "meta".
+
+    Returns
+    -------
+    MemoryNeed
+    """
+    config, live = network.unet.config, _LiveBytes()
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.no_grad(), live:
+        network(torch.empty(1, config.in_channels, height, width, device="meta"), 0)
+    return MemoryNeed(4 * sum(p.numel() for p in network.unet.parameters()), live.peak)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; those of the machine where the device has none of its own."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,259 @@
+"""The process of Asyrp (Kwon et al. 2023): where along the chain to edit, where to add noise, and the whole edit.
+
+    T .. t_edit       edit P_t, keep D_t; eta 0
+    t_edit .. t_boost plain DDIM
+    below t_boost     plain, with noise (eta 1): "quality boosting"
+
+t_edit is the smallest timestep whose P_t is, in a perceptual distance, as far from the image as a threshold times the
+cosine between the texts of source and target; t_boost the smallest whose x_t is as far from it as another threshold.
+Asyrp's are 0.33 and 1.2 of LPIPS, averaged over 100 images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from workbench.datasets.classifiers import Classifier
+from workbench.diffusion.models import Model
+from workbench.diffusion.noise import check_seeds, step_noise
+from workbench.diffusion.sampling import Trajectory
+from workbench.directions.asyrp import DeltaFunction
+from workbench.directions.direction import Direction
+from workbench.editing.edit import edit
+from workbench.editing.mixing import Distance, distance_of, prediction_errors
+
+LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0)}
+"""Thresholds of P_t and of x_t. Those of "features" are ours, in units of the distance of two images."""
+
+TRAINED_STEPS = 40
+"""Steps that the published DeltaBlocks were trained with; with more steps each does less."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditingInterval:
+    """Where along the chain Asyrp edits and where it adds noise.
+
+    Attributes
+    ----------
+    t_edit : int
+        The edit acts at t >= t_edit.
+    t_boost : int
+        Noise is added at t < t_boost.
+    curves : pandas.DataFrame, optional
+        Mean distance from the image of "P_t" and of "x_t"; index: t.
+    levels : (float, float)
+        Thresholds of the two.
+    """
+
+    t_edit: int
+    t_boost: int
+    curves: pd.DataFrame | None = field(default=None, repr=False)
+    levels: tuple[float, float] = LEVELS["lpips"]
+
+    def for_cosine(self, cosine: float) -> EditingInterval:
+        """The interval of an edit between texts of this cosine: the more they differ, the longer it acts.
+
+        Parameters
+        ----------
+        cosine : float in (0, 1]
+            Between the embeddings of the source's and the target's text.
+
+        Returns
+        -------
+        EditingInterval
+
+        Raises
+        ------
+        ValueError
+            If there are no curves, or the cosine is outside of (0, 1].
+        """
+        if self.curves is None:
+            raise ValueError("this interval has no curves; read_interval takes Asyrp's tables, find_interval a model")
+        return _read_off(self.curves, self.levels, cosine)
+
+
+PUBLISHED = {
+    "celeba_hq": EditingInterval(538, 167),
+    "afhq_dog": EditingInterval(482, 167),
+    "church_outdoor": EditingInterval(396, 293),
+    "bedroom": EditingInterval(384, 221),
+    "metfaces": EditingInterval(396, 180),
+}
+"""Read off the tables that Asyrp publishes, for a cosine of 1; for others read the tables with `read_interval`."""
+
+
+def read_interval(predicted: str | Path, noisy: str | Path, *, cosine: float = 1.0) -> EditingInterval:
+    """The interval of Asyrp's published tables (`*_LPIPS_distance_x0_t.tsv` and `*_LPIPS_distance_x.tsv`).
+
+    Parameters
+    ----------
+    predicted, noisy : path
+        Tables of `t<TAB>mean LPIPS` of P_t and of x_t.
+    cosine : float in (0, 1], default 1
+
+    Returns
+    -------
+    EditingInterval
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If a table is not there or is none.
+    """
+    curves = pd.DataFrame({"P_t": _read_table(Path(predicted)), "x_t": _read_table(Path(noisy))}).dropna()
+    return _read_off(curves.sort_index(), LEVELS["lpips"], cosine)
+
+
+def find_interval(
+    run: Trajectory,
+    *,
+    classifier: Classifier | None = None,
+    distance: str | Distance = "features",
+    levels: tuple[float, float] | None = None,
+    cosine: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> EditingInterval:
+    """The interval of a model, from images that were inverted with it.
+
+    Parameters
+    ----------
+    run : Trajectory
+        Inverted with `record_x=True`; Asyrp takes 100 images.
+    classifier, distance
+        As in `mixing_step`: "features" of a classifier work offline, "lpips" is the distance of the paper.
+    levels : (float, float), optional
+        Thresholds of P_t and of x_t; by default `LEVELS`. A distance of your own needs its own.
+    cosine : float in (0, 1], default 1
+    batch_size, progress
+        As in `sample`.
+
+    Returns
+    -------
+    EditingInterval
+
+    Raises
+    ------
+    ValueError
+        If a distance never reaches its level, or levels or a classifier are needed.
+    """
+    if levels is None and not (isinstance(distance, str) and distance in LEVELS):
+        raise ValueError("a distance of your own needs levels=, the thresholds of P_t and of x_t")
+    if distance == "features" and classifier is None:
+        raise ValueError('distance "features" needs classifier=, such as load_classifier("avataaars-judge")')
+    measure, _ = distance_of(distance, classifier, run.x0)
+    running = {"batch_size": batch_size, "progress": progress}
+    predicted = prediction_errors(run, run.timesteps, measure, running).mean(axis=1)
+    noisy = [measure(run.x_at(t), run.x0).mean() for t in run.timesteps]
+    curves = pd.DataFrame({"P_t": predicted, "x_t": noisy}, index=pd.Index(run.timesteps, name="t")).sort_index()
+    return _read_off(curves, levels or LEVELS[distance], cosine)
+
+
+def boosted(run: Trajectory, t_boost: int, *, seed: int = 0) -> Trajectory:
+    """The same run with noise at t < t_boost: Asyrp's quality boosting.
+
+    Parameters
+    ----------
+    run : Trajectory
+        Deterministic: sampled with eta 0, or inverted.
+    t_boost : int
+    seed : int, default 0
+        Of an inverted run: the noise of the image at position p comes from seed + p.
+
+    Returns
+    -------
+    Trajectory
+        Not run again yet: its x0 is that of `run`.
+
+    Raises
+    ------
+    ValueError
+        If the run has noise of its own.
+    """
+    if any(run.etas):
+        raise ValueError("this run adds noise already; boosting is for deterministic ones (eta 0)")
+    etas = tuple(float(t < t_boost) for t in run.timesteps)
+    if run.seeds is not None:
+        return replace(run, etas=etas, h=None, x=None)
+    seeds, shape = check_seeds(range(seed, seed + len(run))), run.x_T.shape[1:]
+    noise = torch.zeros(run.steps, *run.x_T.shape)
+    for i, (t, eta) in enumerate(zip(run.timesteps, etas, strict=True)):
+        if eta > 0.0:
+            noise[i] = step_noise(seeds, shape, t=t)
+    return replace(run, etas=etas, stored_noise=noise, residual=None, h=None, x=None)
+
+
+def edit_asyrp(
+    model: Model,
+    run: Trajectory,
+    direction: DeltaFunction | Direction,
+    *,
+    interval: EditingInterval,
+    scale: float = 1.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trajectory:
+    """Asyrp's whole edit: asymmetric down to t_edit, plain to t_boost, with noise below.
+
+    Parameters
+    ----------
+    model : Model
+    run : Trajectory
+        Deterministic: inverted images, or samples with eta 0.
+    direction : DeltaFunction or Direction
+    interval : EditingInterval
+    scale : float, default 1
+        1 is what a DeltaBlock was trained to do: the effect of a step is rescaled by `TRAINED_STEPS` over the number
+        of steps. 0 gives the images that the boosting alone gives. Of a Direction as in `edit`, and not rescaled.
+    seed : int, default 0
+        Of the noise, see `boosted`.
+    progress : bool
+
+    Returns
+    -------
+    Trajectory
+
+    Raises
+    ------
+    ValueError
+        If the direction does not fit the model or the run.
+    """
+    factor = TRAINED_STEPS / run.steps if isinstance(direction, DeltaFunction) else 1.0
+    return edit(
+        model,
+        boosted(run, interval.t_boost, seed=seed),
+        direction,
+        scale=scale * factor,
+        asymmetric=True,
+        t_range=(model.schedule.T - 1, interval.t_edit),
+        progress=progress,
+    )
+
+
+def _read_off(curves: pd.DataFrame, levels: tuple[float, float], cosine: float) -> EditingInterval:
+    if not 0.0 < cosine <= 1.0:
+        raise ValueError(f"cosine is {cosine}; it lies in (0, 1]")
+    found = []
+    for name, level in zip(("P_t", "x_t"), (levels[0] * cosine, levels[1]), strict=True):
+        reached = curves.index[curves[name] >= level]
+        if not len(reached):
+            most = curves[name].max()
+            raise ValueError(f"{name} comes to a distance of {most:.3g} from the image, never to {level:.3g}")
+        found.append(int(reached.min()))
+    return EditingInterval(found[0], found[1], curves, levels)
+
+
+def _read_table(path: Path) -> pd.Series:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table {path}; Asyrp has them in its folder utils")
+    try:
+        table = pd.read_csv(path, sep="\t", header=None, names=["t", "distance"], dtype=float)
+        if table.empty or table.isna().any(axis=None):
+            raise ValueError("there are none, or some lack a value")
+        return table.set_index(table["t"].astype(int))["distance"]
+    except ValueError as error:
+        raise ValueError(f"{path} should have lines of t<TAB>distance ({error})") from error
