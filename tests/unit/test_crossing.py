@@ -136,7 +136,8 @@ def test_distances_in_sd_are_those_of_each_space(tiny, three, b):
 
 def test_all_distances_of_a_sweep_share_x_and_noise(tiny, three, b):
     grid = cross(tiny, three, *(b[s][0] for s in "hx"), distances=[2.0, -1.0, 2.0], batch_size=9)
-    assert torch.equal(grid.images[:, 0], grid.images[:, 2])
+    # Equal cells of one batch may fall to different threads, whose sums are rounded differently.
+    torch.testing.assert_close(grid.images[:, 0], grid.images[:, 2], atol=1e-5, rtol=1e-5)
     assert (grid.images[:, 0] - grid.images[:, 1]).abs().max() > 1e-3
     assert (grid.images[0, 0] - grid.images[1, 0]).abs().max() > 1e-3
 

@@ -20,6 +20,7 @@ from scipy import linalg, stats
 from scipy.special import gammaln
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
 
 from workbench.analysis.geometry import check_labels, check_samples, distances_of, gram, over_timesteps, pairs_of
 
@@ -828,11 +829,14 @@ def separabilities(
         As in `separability`.
     """
     h = check_samples(h)
-    span = _span(h)
-    return {
-        name: _probe(span, values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
-        for name, values in check_labels(labels, len(h)).items()
-    }
+    by_name = check_labels(labels, len(h))
+    # Matrices of this size are faster in one thread, by far where other work shares the machine.
+    with threadpool_limits(1, user_api="blas"):
+        span = _span(h)
+        return {
+            name: _probe(span, values, d=h.shape[1], folds=folds, seed=seed, shuffled=shuffled)
+            for name, values in by_name.items()
+        }
 
 
 def separability_over_time(
