@@ -35,7 +35,7 @@ from workbench.hspace.store import HStore
 
 CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
 
-LEVELS = {"radius_gap": 0.005, "tv": 0.25, "separability": 1.0, "commit": 0.5, "perceptual": 0.5, "edit": 0.5}
+LEVELS = {"radius_gap": 0.005, "tv": 0.25, "separability": 1.0, "commit": 0.5, "perceptual": 0.5, "edit": 0.75}
 """Default thresholds; their units are in `mixing_step`."""
 
 LPIPS_LEVEL = 0.33
@@ -63,7 +63,7 @@ def mixing_step(
     grid: Sequence[int] | None = None,
     n: int | None = None,
     copies: int = 8,
-    strengths: Sequence[float] = (0.0, 1.0, 2.0, 3.0),
+    strengths: Sequence[float] = (0.0, 1.0, 2.0, 4.0),
     distance: str | Distance = "features",
     resamples: int = 200,
     seed: int = 0,
@@ -92,11 +92,12 @@ def mixing_step(
         `distance`. t is the smallest timestep from which on, up to the noise, it is at least `level` (0.5).
     "edit"
         Success of one move of x_t across the boundary between classes, among strengths with an identity loss (distance
-        from the image) of at most `level` (0.5); needs labels and a classifier. t is the largest timestep within a
+        from the image) of at most `level` (0.75); needs labels and a classifier. t is the largest timestep within a
         standard error of the best.
 
-    "separability", "commit" and "edit" look at x_t with what comes of it, so take a stochastic run (eta 1) for them: in
-    a deterministic one x_t determines the image at every t.
+    "separability" and "commit" look at x_t with what comes of it, so take a stochastic run (eta 1) for them: in a
+    deterministic one x_t determines the image at every t. "edit" is about the images to be edited: inverted ones, if
+    these are real.
 
     Parameters
     ----------
@@ -128,9 +129,9 @@ def mixing_step(
         thirds of them and edits the others.
     copies : int, default 8
         For "commit": decodings of every x_t.
-    strengths : sequence of float, default (0, 1, 2, 3)
-        For "edit": lengths of the move along the normal of a linear support vector machine, in gaps between the means
-        of both classes; ascending.
+    strengths : sequence of float, default (0, 1, 2, 4)
+        For "edit": lengths of the move along the difference of the class means, in gaps between the means of held-out
+        samples; ascending.
     distance : "features", "lpips" or callable (a, b) -> ndarray of shape (n,)
         For "perceptual" and "edit": between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean, of the
         classifier's last layer. "lpips": the package of that name, not scaled by the distance of two images;
@@ -312,7 +313,8 @@ def _best_edit(
     loss = np.empty_like(success)
     for (i, t), (a, name) in itertools.product(enumerate(visited), enumerate(table)):
         has = table[name].to_numpy() == 1
-        boundary = fit_boundary(run[:train], has[:train].astype(int), t=t, space="x", seed=resampling["seed"])
+        options = {"t": t, "space": "x", "method": "mean", "seed": resampling["seed"]}
+        boundary = fit_boundary(run[:train], has[:train].astype(int), **options)
         gap = boundary.means[1] - boundary.means[0]
         away = np.where(has[train:], -1.0, 1.0)[:, None, None]  # from the class that the sample is in
         moves = {"distances": away * gap * np.array(strengths)[:, None], "unit": "distance", "mode": "shift"}
