@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from scipy.stats import norm
 from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -33,7 +31,7 @@ from workbench.analysis.metrics import Rate
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.diffusion.schedule import index_of
-from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of
+from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of, write_tensors
 from workbench.directions.supervised import Labels, check_classes, digest_of, matched, name_of
 from workbench.hspace.store import HStore
 
@@ -292,19 +290,10 @@ class Boundary:
         -------
         Path
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"normal": self.normal.contiguous()}
         about = {key: value for key, value in vars(self).items() if key != "normal"}
         about |= {key: None if about[key] is None else asdict(about[key]) for key in ("accuracy", "balanced_accuracy")}
-        about["sha256"] = digest(tensors)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "version": VERSION, "boundary": json.dumps(about)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        tensors = {"normal": self.normal.contiguous()}
+        return write_tensors(path, tensors, about, kind="boundary", format=FORMAT, version=VERSION)
 
     def __repr__(self) -> str:
         model = self.provenance["model"]

@@ -363,23 +363,14 @@ class Direction:
         -------
         Path
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"unit": self.unit.contiguous(), "sigma": self.sigma.contiguous()}
         about = {
             "name": self.name,
             "timesteps": list(self.timesteps),
             "provenance": self.provenance,
             "extras": self.extras,
-            "sha256": digest(tensors),
         }
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "version": VERSION, "direction": json.dumps(about)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write_tensors(path, tensors, about, kind="direction", format=FORMAT, version=VERSION)
 
     def __repr__(self) -> str:
         model, method = self.provenance["model"], self.provenance["method"]
@@ -565,6 +556,25 @@ def _visits(timesteps: tuple[int, ...]) -> str:
 def bracketed(name: str) -> str:
     """A name as a part of another."""
     return f"({name})" if " " in name else name
+
+
+def write_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], about: dict, *, kind: str, format: str, version: str
+) -> Path:
+    """Write a safetensors file with `about` and the tensors' checksum as JSON in its header, under the key `kind`.
+
+    The file is written beside and renamed, so that it appears whole or not at all.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"format": format, "version": version, kind: json.dumps({**about, "sha256": digest(tensors)})}
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, metadata=header)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
