@@ -448,9 +448,9 @@ def _compiled(model: Model) -> Model:
 
 
 def best_device() -> torch.device:
-    """CUDA if there is one, else MPS, else the CPU."""
+    """CUDA if there is one, else MPS, else the CPU; of several GPUs, the one of this process by its LOCAL_RANK."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
