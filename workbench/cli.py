@@ -164,6 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
     report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
+
+    sweep = command(
+        "sweep",
+        _sweep,
+        "run notebooks over a matrix of parameters, in parallel",
+        "workbench sweep seeds.yaml --workers 2",
+    )
+    sweep.add_argument("file", type=Path, help="YAML file with notebooks, common, matrix and timeout")
+    sweep.add_argument("--workers", type=int, help="runs at once on this machine (default: one a core)")
+    sweep.add_argument("--scheduler", help="address of a dask scheduler instead, such as tcp://host:8786")
     return parser
 
 
@@ -690,6 +700,17 @@ def _report(arguments: argparse.Namespace) -> None:
     cache = f"{made} made, and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
     print(f"extractions: {cache}")
     print(f"report: {paths.reports() / 'index.html'} ({time.monotonic() - start:.0f} s)")
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from workbench import paths
+    from workbench.report.sweep import sweep
+
+    table = sweep(arguments.file, scheduler=arguments.scheduler, workers=arguments.workers)
+    counts = table["status"].value_counts()
+    print(", ".join(f"{counts[status]} {status}" for status in ("done", "cached", "failed") if status in counts))
+    print(f"sweep: {paths.reports() / 'sweeps' / arguments.file.stem / 'index.html'}")
+    return int("failed" in counts)
 
 
 def _finished_stores() -> set[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ def extract(
     ValueError
         If the inputs don't fit the model or each other, or `out` holds a store of other inputs.
     RuntimeError
-        If another process is extracting to the same store.
+        If another process is extracting to `out`. For a store in the cache, the call waits for it, with a warning.
     OSError
         If the disk is full. The store stays resumable.
     """
@@ -135,7 +136,7 @@ def extract(
     name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
     path = paths.cache() / name if out is None else place(out)
     ranks = Ranks.launched()
-    with _alone(path) if ranks.first else contextlib.nullcontext():
+    with _alone(path, wait=out is None) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             _prepare(model, path, provenance, seeds, source)
         ranks.wait()
@@ -174,8 +175,8 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def _alone(path: Path | str):
-    """Holds the store's lock, if its place can have one."""
+def _alone(path: Path | str, *, wait: bool):
+    """Holds the store's lock, if its place can have one; `wait` for another process that does."""
     if is_address(path):
         yield
         return
@@ -184,9 +185,12 @@ def _alone(path: Path | str):
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RuntimeError(
-            f"another process is extracting to {path}; wait for it to end, or choose another path with out="
-        ) from error
+        if not wait:
+            raise RuntimeError(
+                f"another process is extracting to {path}; wait for it to end, or choose another path with out="
+            ) from error
+        warnings.warn(f"another process is extracting to {path}; waiting for it", stacklevel=4)
+        lock.acquire()
     try:
         yield
     finally:
