@@ -24,7 +24,7 @@ from workbench.hspace import extract as extraction
 
 folder, out, dies_after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
-extraction._chunk_size = lambda *args, **kwargs: 2
+extraction.chunk_size = lambda *args, **kwargs: 2
 write, written = extraction.write_chunk, []
 
 def write_chunk(store, chunk, values):
@@ -55,7 +55,7 @@ def launch(count: int, folder, out, *, dies: dict[int, int] | None = None) -> li
 
 @pytest.fixture
 def one_process(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "_chunk_size", lambda *args, **kwargs: 2)
+    monkeypatch.setattr(extraction, "chunk_size", lambda *args, **kwargs: 2)
     return wb.extract(wb.load_model(tiny_folder, device="cpu"), 11, steps=3, out=tmp_path / "one.zarr", progress=False)
 
 

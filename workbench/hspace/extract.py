@@ -131,7 +131,7 @@ def extract(
         "etas": list(model.schedule.etas(eta, len(timesteps))),
         "dtype": dtype,
         "keeps": ["h", *(["x0"] if images is not False else []), *(["x"] if record_x else [])],
-        "chunk": _chunk_size(model, len(timesteps), count, record_x=record_x),
+        "chunk": chunk_size(model.h_shape, model.image_shape, steps=len(timesteps), n=count, record_x=record_x),
     }
     name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
     path = paths.cache() / name if out is None else place(out)
@@ -271,8 +271,11 @@ def _layout(model: Model, provenance: dict, *, inverted: bool) -> dict[str, tupl
     return layout
 
 
-def _chunk_size(model: Model, steps: int, n: int, *, record_x: bool) -> int:
-    values = np.prod(model.h_shape) + record_x * np.prod(model.image_shape)
+def chunk_size(
+    h_shape: tuple[int, int, int], image_shape: tuple[int, int, int], *, steps: int, n: int, record_x: bool
+) -> int:
+    """Samples that are written at once: at most 64 and `CHUNK_BYTES`, a power of two, or all."""
+    values = np.prod(h_shape) + record_x * np.prod(image_shape)
     fits = max(1, int(CHUNK_BYTES // (4 * steps * values)))
     return min(n, 64, 2 ** (fits.bit_length() - 1))
 
