@@ -16,6 +16,7 @@ import importlib
 _WHERE = {
     "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
+    "diffusion.training": ("TrainingSettings", "train_model"),
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
     "datasets.classifiers": ("load_classifier", "train_classifier"),

@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_analysis(command)
     _add_boundary(commands, common)
 
+    _add_train(command)
+
     train = command(
         "train-classifier",
         _train_classifier,
@@ -165,6 +167,43 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
     return parser
+
+
+def _add_train(command) -> None:
+    """`workbench train`: an option a field of `TrainingSettings`; only those that are given reach it."""
+    train = command(
+        "train",
+        _train,
+        "train a diffusion model on images, or go on with one that was stopped",
+        "workbench train FOLDER --out data/models/mine --size 32 --steps 5000\n  "
+        "workbench train FOLDER --out data/models/mine --resume",
+    )
+    train.add_argument("images", nargs="+", help="folders or zips of images, or avataaars")
+    train.add_argument("-o", "--out", type=Path, required=True, help="folder of the model")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
+    train.add_argument("--minutes", type=float, default=10.0, help="time between checkpoints (default 10)")
+    train.add_argument("--previews", type=int, default=16, help="samples drawn at each of them (default 16)")
+    network = train.add_argument_group("network; --from takes it and its first weights from a model")
+    network.add_argument("--from", dest="start", metavar="MODEL", help="bundled name or folder")
+    network.add_argument("--size", type=int, help="side of the images in pixels (default 32)")
+    network.add_argument("--widths", type=int, nargs="+", help="channels, finest resolution first (default 48 96 144)")
+    network.add_argument("--layers", type=int, help="residual blocks a resolution (default 1)")
+    network.add_argument("--attention", type=int, nargs="*", help="resolutions with self-attention (default 8)")
+    network.add_argument("--head-channels", type=int, help="channels of an attention head (default 48)")
+    settings = train.add_argument_group("training")
+    settings.add_argument("--dropout", type=float, help="share of activations that are dropped (default 0)")
+    settings.add_argument("--steps", type=int, help="optimiser steps (default 10000)")
+    settings.add_argument("--batch-size", type=int, help="images a step, over all processes (default 32)")
+    settings.add_argument("--learning-rate", type=float, help="the largest one; a cosine follows (default 4e-4)")
+    settings.add_argument("--warmup", type=int, help="steps until it is reached (default 200)")
+    settings.add_argument("--weight-decay", type=float, help="of AdamW (default 1e-4)")
+    settings.add_argument("--clip", type=float, help="largest norm of the gradient (default 1)")
+    settings.add_argument("--ema", type=float, help="decay of the average of the weights (default 0.999)")
+    settings.add_argument("--gamma", type=float, help="of the min-SNR weights; inf for the plain loss (default 5)")
+    settings.add_argument("--flips", action="store_true", default=None, help="mirror every second image")
+    settings.add_argument("--precision", choices=("bfloat16", "float32"), help="of the arithmetic (default bfloat16)")
+    settings.add_argument("--compile", action="store_true", default=None, help="compile the network")
+    settings.add_argument("--seed", type=int, help="of all that is random (default 0)")
 
 
 def _add_analysis(command) -> None:
@@ -644,6 +683,27 @@ def _check_attributes(wanted: list[str], known) -> None:
     for name in wanted:
         if name not in known:
             raise ValueError(f"there is no attribute {name!r}; there are {', '.join(known)}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.diffusion import training
+
+    fields = training.TrainingSettings.__dataclass_fields__
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    if arguments.resume and given:
+        raise ValueError(f"a resumed training has its own settings; leave out --{next(iter(given)).replace('_', '-')}")
+    settings = training.read_settings(arguments.out) if arguments.resume else training.TrainingSettings(**given)
+    size = settings.size if settings.start is None else wb.load_model(settings.start, device="cpu").image_shape[1]
+    model = wb.train_model(
+        [wb.load_images(source, size=size) for source in arguments.images],
+        None if arguments.resume else settings,
+        out=arguments.out,
+        resume=arguments.resume,
+        minutes=arguments.minutes,
+        previews=arguments.previews,
+    )
+    print(f"{model}\n{arguments.out.resolve()}")
 
 
 def _train_classifier(arguments: argparse.Namespace) -> None:
