@@ -693,6 +693,9 @@ def _train(arguments: argparse.Namespace) -> None:
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     if arguments.resume and given:
         raise ValueError(f"a resumed training has its own settings; leave out --{next(iter(given)).replace('_', '-')}")
+    networks = ("size", "widths", "layers", "attention", "head_channels")
+    if arguments.start is not None and (surplus := [name for name in networks if name in given]):
+        raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")
     settings = training.read_settings(arguments.out) if arguments.resume else training.TrainingSettings(**given)
     size = settings.size if settings.start is None else wb.load_model(settings.start, device="cpu").image_shape[1]
     model = wb.train_model(
@@ -703,6 +706,9 @@ def _train(arguments: argparse.Namespace) -> None:
         minutes=arguments.minutes,
         previews=arguments.previews,
     )
+    caption = f"{model.name}: {model.parameters / 1e6:.2f} M parameters, batches of {settings.batch_size} images."
+    curve = wb.plots.training_curve(training.read_log(arguments.out), caption=caption)
+    curve.savefig(arguments.out / "curve.png", dpi=150, format="png")
     print(f"{model}\n{arguments.out.resolve()}")
 
 

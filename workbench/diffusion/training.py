@@ -79,15 +79,16 @@ class TrainingSettings:
     steps, batch_size : int
         Optimiser steps, and images a step over all processes.
     learning_rate : float
-        The largest one. It rises linearly for `warmup` steps and falls to 0 along a cosine.
+        The largest one, which is reached after `warmup` steps; a cosine then falls to 0.
     warmup : int
+        A tenth of the steps if that is less.
     weight_decay : float
         Of AdamW, whose betas are (0.9, 0.99).
     clip : float
         Largest norm of the gradient.
     ema : float in [0, 1)
         Decay of the average of the weights, which is what is kept; less in the first steps.
-    gamma : float
+    gamma : float or inf
         Of the min-SNR weights (Hang et al. 2023); inf gives the plain loss of DDPM.
     flips : bool
         Mirror every second image, drawn anew each time.
@@ -133,8 +134,9 @@ class TrainingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not known; it is one of {', '.join(PRECISIONS)}")
-        if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup is {self.warmup}; give 0 to {self.steps}, the number of steps")
+        for name in ("warmup", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.start is None:
             self._check_network()
 
@@ -150,9 +152,10 @@ class TrainingSettings:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+        warmup = min(self.warmup, self.steps // 10)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +223,7 @@ def train_model(
     `out` becomes a model folder that `load_model` and diffusers' `DDPMPipeline` read, with the averaged weights; from
     the first checkpoint on it can be used while the training goes on. Beside the model it holds `training.json`
     (settings, images, versions, git commit, hours), `checkpoint.safetensors` (to resume from; delete it when you are
-    done), `log.csv` and `samples/`. Each is written beside and renamed.
+    done), `log.csv` and `samples/`. All are written beside and renamed.
 
     Parameters
     ----------
@@ -232,7 +235,8 @@ def train_model(
         Folder of the model.
     resume : bool, default False
         Go on with the training in `out` from its last checkpoint: with the same images it becomes the same model, bit
-        for bit on the same machine and number of threads. One that is finished is left as it is.
+        for bit on the same machine and number of threads. One that was killed before its first checkpoint begins anew,
+        one that is finished is left as it is.
     minutes : float, default 10
         Time between checkpoints, which is what a kill costs at most.
     log_every : int, default 50
@@ -252,7 +256,7 @@ def train_model(
     FileExistsError
         If `out` holds a training or a model already and is not to be resumed.
     FileNotFoundError
-        If it is to be resumed and there is no checkpoint.
+        If it is to be resumed and there is no training.
     ValueError
         If the images are of another size, or others than the resumed training had, settings are given to a training
         that is resumed, or the checkpoint is damaged.
@@ -274,19 +278,20 @@ def train_model(
             f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
             "multiple of their number"
         )
-    unet = _new_unet(settings)
+    begun = resume and (out / STATE).is_file()
+    unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
     pixels = _to_bytes(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
     description = _describe(settings, unet, pixels)
-    # channels_last makes convolutions faster everywhere but on MPS.
-    memory_format = torch.contiguous_format if accelerator.device.type == "mps" else torch.channels_last
-    unet.to(device=accelerator.device, memory_format=memory_format)
-    run = _Run(unet, settings)
     if resume:
-        _check_same(description, read_json(out / CONFIG), out)
+        _refuse_other_images(description["images"], read_json(out / CONFIG)["images"], out)
+    run = _Run(unet, description, settings=settings, device=accelerator.device)
+    if begun:
         run.load(out / STATE)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.save_model(out)
     network, run.optimiser = accelerator.prepare(unet, run.optimiser)
     network = torch.compile(network) if settings.compile else network
-    weights = torch.tensor(min_snr_weights(settings.gamma), dtype=torch.float32, device=accelerator.device)
     seen, saved = [], time.monotonic()
     with tqdm(
         desc="training",
@@ -298,13 +303,12 @@ def train_model(
     ) as bar:
         while run.step < settings.steps:
             batch = make_batch(settings, run.step, n=len(pixels), shape=tuple(pixels.shape[1:]))
-            seen.append(_take_step(run, network, (batch, pixels, weights), accelerator=accelerator))
+            seen.append(_take_step(run, network, batch, pixels=pixels, accelerator=accelerator))
             bar.update(settings.batch_size)
             finished = run.step == settings.steps
             if run.step % log_every and not finished:
                 continue
-            # A row of t and one of losses; all processes' are gathered.
-            row = _log_row(accelerator.gather(torch.cat(seen, dim=1).T).cpu().numpy(), run.step, settings)
+            row = _log_row(accelerator.gather(torch.cat(seen)).cpu().numpy(), run.step, settings)
             seen = []
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             if not math.isfinite(row["loss"]):
@@ -314,14 +318,52 @@ def train_model(
                 )
             due = finished or time.monotonic() - saved >= 60 * minutes
             if accelerator.is_main_process:
-                run.log.append(row | {"hours": run.hours + (time.monotonic() - run.since) / 3600})
+                run.log.append(row | {"hours": run.hours()})
                 _write(out / LOG, lambda path: pd.DataFrame(run.log).to_csv(path, index=False))
                 if due:
-                    run.save(out, description, previews=previews)
+                    run.save(out, previews=previews)
             if due:
                 saved = time.monotonic()
     accelerator.wait_for_everyone()
     return load_model(out, device=accelerator.device)
+
+
+def read_settings(out: str | Path) -> TrainingSettings:
+    """Settings of the training in a folder.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no training, or its file is damaged.
+    """
+    path = Path(out) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
+    try:
+        return TrainingSettings(**read_json(path)["settings"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a training ({error}); train again") from error
+
+
+def read_log(out: str | Path) -> pd.DataFrame:
+    """Losses of the training in a folder.
+
+    Returns
+    -------
+    DataFrame
+        A row every `log_every` steps: `step`, `images` (trained on so far), `rate` (of learning), `loss` (mean squared
+        error of eps since the last row), `weighted` (by min-SNR), the loss by noise level (`t 0-49`, ...; missing where
+        no image had such a timestep) and `hours`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    path = Path(out) / LOG
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give a folder that train_model wrote")
+    return pd.read_csv(path)
 
 
 def min_snr_weights(gamma: float) -> np.ndarray:
@@ -342,108 +384,114 @@ def min_snr_weights(gamma: float) -> np.ndarray:
 
 
 class _Run:
-    """What changes in a training and is in a checkpoint: weights, their average, the optimiser, step and log."""
+    """A training on its way. A checkpoint holds weights, their average, the optimiser's state, the step and the log."""
 
-    def __init__(self, unet: UNet2DModel, settings: TrainingSettings) -> None:
-        self.unet, self.settings = unet.train().requires_grad_(True), settings
+    def __init__(
+        self, unet: UNet2DModel, description: dict, *, settings: TrainingSettings, device: torch.device
+    ) -> None:
+        # channels_last makes convolutions faster everywhere but on MPS.
+        memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        self.unet = unet.to(device=device, memory_format=memory_format).train().requires_grad_(True)
+        self.description, self.settings = description, settings
         self.average = EMAModel(unet.parameters(), decay=settings.ema)
         self.optimiser = torch.optim.AdamW(
             unet.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
-        self.step = 0
-        self.log: list[dict] = []
-        self.hours, self.since = 0.0, time.monotonic()
+        constants = NoiseSchedule.linear(T=T).alpha_bars, min_snr_weights(settings.gamma)
+        self.alpha_bar, self.weight = (torch.tensor(c, dtype=torch.float32, device=device) for c in constants)
+        self.step, self.log = 0, []
+        self._hours_before, self._since = 0.0, time.monotonic()
 
-    def averaged(self) -> UNet2DModel:
-        """The network with the averaged weights."""
-        unet = copy.deepcopy(self.unet)
-        self.average.copy_to(unet.parameters())
-        return unet.eval().requires_grad_(False)
+    def hours(self) -> float:
+        """Time of the whole training, with that before it was resumed."""
+        return self._hours_before + (time.monotonic() - self._since) / 3600
 
-    def save(self, out: Path, description: dict, *, previews: int) -> None:
-        """Write a checkpoint, the model of its averaged weights and some of its samples."""
-        out.mkdir(parents=True, exist_ok=True)
-        hours = self.hours + (time.monotonic() - self.since) / 3600
+    def save(self, out: Path, *, previews: int) -> None:
+        """Write a checkpoint, the model and some of its samples."""
         names = [name for name, _ in self.unet.named_parameters()]
         tensors = {f"weights.{name}": value for name, value in self.unet.named_parameters()}
         tensors |= {f"average.{name}": v for name, v in zip(names, self.average.shadow_params, strict=True)}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{key}": value for key, value in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"step": self.step, "log": self.log, "hours": hours, "images": description["images"]}
-        unet = self.averaged()
-        scheduler = DDPMScheduler(num_train_timesteps=T)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-            DDPMPipeline(unet, scheduler).save_pretrained(partial)
-            for file in Path(partial).rglob("*.*"):
-                if file.is_file():
-                    target = out / file.relative_to(partial)
-                    target.parent.mkdir(exist_ok=True)
-                    os.replace(file, target)
-        state = {"step": self.step, "hours": round(hours, 3), "hash": hash_weights(unet)}
-        _write(out / CONFIG, lambda path: path.write_text(json.dumps(description | state, indent=2) + "\n"))
-        _write(out / STATE, lambda path: save_file(tensors, path, {"training": json.dumps(metadata)}))
+        standing = {"training": json.dumps({"step": self.step, "hours": self.hours(), "log": self.log})}
+        _write(out / STATE, lambda path: save_file(tensors, path, standing))
+        unet = self.save_model(out)
         if previews:
             model = wrap(unet, NoiseSchedule.linear(T=T), name=out.name, device=self.unet.device)
-            run = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False)
-            (out / "samples").mkdir(exist_ok=True)
-            path = out / "samples" / f"{self.step:07d}.png"
-            _write(path, lambda path: _contact_sheet(run.x0).save(path, "PNG"))
+            images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).x0
+            sheet = _contact_sheet(images)
+            _write(out / "samples" / f"{self.step:07d}.png", lambda path: sheet.save(path, "PNG"))
+
+    def save_model(self, out: Path) -> UNet2DModel:
+        """Write the network with the averaged weights, and what training it is of."""
+        unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.average.copy_to(unet.parameters())
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+            DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=T)).save_pretrained(partial)
+            for file in filter(Path.is_file, Path(partial).rglob("*")):
+                target = out / file.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        standing = {"step": self.step, "hours": round(self.hours(), 3), "hash": hash_weights(unet)}
+        text = json.dumps(self.description | standing, indent=2) + "\n"
+        _write(out / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        return unet
 
     def load(self, path: Path) -> None:
         """Go back to a checkpoint."""
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = json.loads(file.metadata()["training"])
+                standing = json.loads(file.metadata()["training"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            named = zip(self.unet.named_parameters(), self.average.shadow_params, strict=True)
             with torch.no_grad():
-                for (name, weight), averaged in zip(
-                    self.unet.named_parameters(), self.average.shadow_params, strict=True
-                ):
+                for (name, weight), average in named:
                     weight.copy_(tensors[f"weights.{name}"])
-                    averaged.copy_(tensors[f"average.{name}"])
+                    average.copy_(tensors[f"average.{name}"])
+            state: dict[int, dict] = {}
+            for name in filter(lambda name: name.startswith("optimiser."), tensors):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensors[name]
+            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+            self.average.optimization_step = self.step = standing["step"]
+            self.log, self._hours_before = standing["log"], standing["hours"]
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is no checkpoint of this training ({error}); train again") from error
-        state: dict[int, dict] = {}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                i, _, key = rest.partition(".")
-                state.setdefault(int(i), {})[key] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        self.average.optimization_step = self.step = metadata["step"]
-        self.log, self.hours = metadata["log"], metadata["hours"]
 
 
 def _take_step(
-    run: _Run, network: torch.nn.Module, data: tuple[Batch, torch.Tensor, torch.Tensor], *, accelerator: Accelerator
+    run: _Run, network: torch.nn.Module, batch: Batch, *, pixels: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Train one step; returns the timesteps and the unweighted losses of its images, shape (2, b)."""
-    settings, (batch, pixels, weights) = run.settings, data
+    """Train one step; returns the timestep and the unweighted loss of each image of this process, shape (b, 2)."""
+    settings, device = run.settings, accelerator.device
     b = settings.batch_size // accelerator.num_processes
     own = slice(accelerator.process_index * b, (accelerator.process_index + 1) * b)
-    x0 = pixels[torch.from_numpy(batch.rows[own])].to(accelerator.device).float() / 127.5 - 1
-    flipped, t, noise = (torch.from_numpy(a[own]).to(accelerator.device) for a in (batch.flipped, batch.t, batch.noise))
+    rows, flipped, t, noise = (
+        torch.from_numpy(values[own]) for values in (batch.rows, batch.flipped, batch.t, batch.noise)
+    )
+    x0 = pixels[rows].to(device).float() / 127.5 - 1
+    flipped, t, noise = flipped.to(device), t.to(device), noise.to(device)
     x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
-    alpha_bar = torch.tensor(NoiseSchedule.linear(T=T).alpha_bars, dtype=torch.float32, device=x0.device)[t]
-    alpha_bar = alpha_bar[:, None, None, None]
+    alpha_bar = run.alpha_bar[t][:, None, None, None]
     x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
     for group in run.optimiser.param_groups:
         group["lr"] = settings.rate(run.step)
-    low = settings.precision != "float32" and x_t.device.type != "mps"
+    low = settings.precision != "float32" and device.type != "mps"
     with (
         _seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
-        torch.autocast(x_t.device.type, PRECISIONS[settings.precision], enabled=low),
+        torch.autocast(device.type, PRECISIONS[settings.precision], enabled=low),
     ):
         eps = network(x_t, t).sample
     losses = (eps.float() - noise).square().mean(dim=(1, 2, 3))
     run.optimiser.zero_grad(set_to_none=True)
-    accelerator.backward((weights[t] * losses).mean())
+    accelerator.backward((run.weight[t] * losses).mean())
     accelerator.clip_grad_norm_(run.unet.parameters(), settings.clip)
     run.optimiser.step()
     run.average.step(run.unet.parameters())
     run.step += 1
-    return torch.stack([t.float(), losses.detach()])
+    return torch.stack([t.float(), losses.detach()], dim=1)
 
 
 def _log_row(seen: np.ndarray, step: int, settings: TrainingSettings) -> dict:
@@ -477,29 +525,35 @@ def _new_unet(settings: TrainingSettings) -> UNet2DModel:
     if settings.start is not None:
         model = load_model(settings.start, device="cpu")
         if not np.allclose(model.schedule.alpha_bars, NoiseSchedule.linear(T=T).alpha_bars, rtol=1e-4):
-            raise ValueError(f"{settings.start} has another noise schedule than the linear one of {T} timesteps; ")
-        unet = model.unet.unet
-        unet.register_to_config(dropout=settings.dropout)
-        for module in unet.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = settings.dropout
+            raise ValueError(
+                f"{settings.start} has another noise schedule than the linear one of {T} timesteps, which trainings "
+                "here have; begin with another model, or with random weights"
+            )
+        unet = _build({**model.unet.unet.config, "dropout": settings.dropout})
+        unet.load_state_dict(model.unet.unet.state_dict())
         return unet
     sides = [settings.size >> level for level in range(len(settings.widths))]
-    attend = ["Attn" if side in settings.attention else "" for side in sides]
+    attends = ["Attn" if side in settings.attention else "" for side in sides]
     with _seeded([settings.seed, _WEIGHTS]):
         return UNet2DModel(
             sample_size=settings.size,
             block_out_channels=settings.widths,
             layers_per_block=settings.layers,
-            down_block_types=[f"{a}DownBlock2D" for a in attend],
-            up_block_types=[f"{a}UpBlock2D" for a in reversed(attend)],
+            down_block_types=[f"{attn}DownBlock2D" for attn in attends],
+            up_block_types=[f"{attn}UpBlock2D" for attn in reversed(attends)],
             attention_head_dim=settings.head_channels,
             norm_num_groups=NORM_GROUPS,
             dropout=settings.dropout,
         )
 
 
-def _to_bytes(images, shape: tuple[int, int, int]) -> torch.Tensor:
+def _build(config: dict) -> UNet2DModel:
+    """A network whose weights are read next, so that the global generator stays as it is."""
+    with _seeded([0]):
+        return UNet2DModel.from_config(config)
+
+
+def _to_bytes(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """All images in memory, 8 bits a value."""
     if isinstance(images, (list, tuple)):
         return torch.cat([_to_bytes(part, shape) for part in images])
@@ -519,36 +573,22 @@ def _to_bytes(images, shape: tuple[int, int, int]) -> torch.Tensor:
 
 def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
     """What `training.json` says."""
+    packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
         "settings": asdict(settings),
-        "parameters": sum(p.numel() for p in unet.parameters()),
         "images": {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()},
+        "network": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+        "parameters": sum(p.numel() for p in unet.parameters()),
         "commit": _commit(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate", "numpy")},
+        "versions": {package: importlib.metadata.version(package) for package in packages},
     }
 
 
-def read_settings(out: Path) -> TrainingSettings:
-    """Settings of the training in a folder.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is none to resume, or its file is damaged.
-    """
-    if not (out / CONFIG).is_file() or not (out / STATE).is_file():
-        raise FileNotFoundError(f"{out} has no {CONFIG} and {STATE}, so there is no training to resume; start one")
-    try:
-        return TrainingSettings(**read_json(out / CONFIG)["settings"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{out / CONFIG} does not describe a training ({error})") from error
-
-
-def _check_same(now: dict, then: dict, out: Path) -> None:
-    if now["images"] != then["images"]:
+def _refuse_other_images(now: dict, then: dict, out: Path) -> None:
+    if now != then:
         raise ValueError(
-            f"the training in {out} was of {then['images']['n']} other images than these {now['images']['n']}; "
-            "resume it with those that it began with"
+            f"the training in {out} is of {then['n']} images, and these {now['n']} are not the same; resume it with "
+            "those that it began with, in the same order"
         )
 
 
