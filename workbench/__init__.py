@@ -42,6 +42,7 @@ _WHERE = {
     "editing.edit": ("edit",),
     "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
+    "editing.evaluation": ("Evaluation", "evaluate_model"),
     "editing.mixing": ("mixing_step",),
     "report.notebooks": ("run_notebook",),
 }

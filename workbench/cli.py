@@ -135,6 +135,27 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(command)
 
+    evaluate = command(
+        "evaluate-model",
+        _evaluate_model,
+        "measure a model's samples against held-out images, and write it into the model card",
+        "workbench evaluate-model avataaars32 --images held-out --training part0 part1 --card data/models/avataaars32",
+    )
+    _add_model(evaluate)
+    evaluate.add_argument("--images", default="avataaars", help="held-out images (default avataaars, the bundled ones)")
+    evaluate.add_argument("--training", nargs="+", default=[], help="what it was trained on, to look for copies")
+    evaluate.add_argument("--n", type=int, default=2000, help="number of samples (default 2000)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+    evaluate.add_argument(
+        "--classifiers",
+        nargs="+",
+        default=["avataaars", "avataaars-judge"],
+        help="feature spaces; the last one judges attributes (default avataaars avataaars-judge)",
+    )
+    evaluate.add_argument("--inverted", type=int, default=32, help="images to invert and reconstruct (default 32)")
+    evaluate.add_argument("--recipe", action="store_true", help="expect the bundled domain's probabilities")
+    evaluate.add_argument("--card", type=Path, help="model folder whose README.md takes the numbers")
+
     train = command(
         "train-classifier",
         _train_classifier,
@@ -710,6 +731,40 @@ def _train(arguments: argparse.Namespace) -> None:
     curve = wb.plots.training_curve(training.read_log(arguments.out), caption=caption)
     curve.savefig(arguments.out / "curve.png", dpi=150, format="png")
     print(f"{model}\n{arguments.out.resolve()}")
+
+
+def _evaluate_model(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.editing.evaluation import RECIPE
+
+    model = _load(arguments)
+    size = model.image_shape[1]
+    training = [wb.load_images(source, size=size) for source in arguments.training]
+    evaluation = wb.evaluate_model(
+        model,
+        wb.load_images(arguments.images, size=size),
+        classifiers=[wb.load_classifier(source, device=arguments.device) for source in arguments.classifiers],
+        training=training or None,
+        n=arguments.n,
+        steps=arguments.steps,
+        eta=arguments.eta,
+        seed=arguments.seed,
+        n_inverted=arguments.inverted,
+        batch_size=arguments.batch_size,
+        **(RECIPE if arguments.recipe else {}),
+    )
+    print(evaluation.to_markdown())
+    if arguments.card is None:
+        return
+    caption = (
+        f"{model.name}: the first {min(100, arguments.n)} samples, {arguments.steps} steps, eta {arguments.eta:g}."
+    )
+    sheet = wb.plots.image_grid(evaluation.images[:100], columns=10, caption=caption)
+    sheet.savefig(arguments.card / "samples.png", dpi=100, format="png")
+    if evaluation.nearest is not None:
+        labels = ["samples", "nearest training images"]
+        wb.plots.image_grid(evaluation.nearest, row_labels=labels).savefig(arguments.card / "nearest.png", dpi=100)
+    print(evaluation.write(arguments.card).resolve())
 
 
 def _train_classifier(arguments: argparse.Namespace) -> None:

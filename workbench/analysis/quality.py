@@ -189,7 +189,7 @@ def joint_frequencies(labels: pd.DataFrame, expected: Mapping[tuple[str, str], S
         One row a pair: `expected` and `found`, each four times (second level of columns: `00`, `01`, `10`, `11`), and
         `distance`, the total variation, half the sum of the absolute differences.
     """
-    rows = {}
+    rows = []
     for (a, b), probabilities in expected.items():
         missing = [name for name in (a, b) if name not in labels]
         if missing:
@@ -197,15 +197,13 @@ def joint_frequencies(labels: pd.DataFrame, expected: Mapping[tuple[str, str], S
         p = np.asarray(probabilities, dtype=float)
         cells = 2 * labels[a].to_numpy().astype(int) + labels[b].to_numpy().astype(int)
         q = np.bincount(cells, minlength=4) / len(cells)
-        rows[a, b] = {
-            **{("expected", name): value for name, value in zip(_CELLS, p, strict=True)},
-            **{("found", name): value for name, value in zip(_CELLS, q, strict=True)},
-            ("distance", ""): 0.5 * np.abs(p - q).sum(),
-        }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.columns = pd.MultiIndex.from_tuples(table.columns)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=("a", "b"))
-    return table
+        rows.append([*p, *q, 0.5 * np.abs(p - q).sum()])
+    columns = [(kind, cell) for kind in ("expected", "found") for cell in _CELLS]
+    return pd.DataFrame(
+        rows,
+        index=pd.MultiIndex.from_tuples(list(expected), names=("a", "b")),
+        columns=pd.MultiIndex.from_tuples([*columns, ("distance", "")]),
+    )
 
 
 _CELLS = ("00", "01", "10", "11")
