@@ -718,7 +718,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.start is not None and (surplus := [name for name in networks if name in given]):
         raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")
     settings = training.read_settings(arguments.out) if arguments.resume else training.TrainingSettings(**given)
-    size = settings.size if settings.start is None else wb.load_model(settings.start, device="cpu").image_shape[1]
+    size = settings.size if arguments.start is None else wb.load_model(arguments.start, device="cpu").image_shape[1]
     model = wb.train_model(
         [wb.load_images(source, size=size) for source in arguments.images],
         None if arguments.resume else settings,

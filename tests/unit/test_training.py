@@ -252,6 +252,7 @@ def test_a_training_that_begins_with_a_model_begins_with_its_weights(images, tra
     for name, weight in model.unet.unet.state_dict().items():
         torch.testing.assert_close(weight, parent.unet.unet.state_dict()[name], atol=1e-9, rtol=0)
     assert model.unet.unet.config.dropout == 0.3
+    assert training.read_settings(tmp_path / "model").size == 4
 
 
 def test_several_sources_are_one_set_of_images(images, trained, tmp_path):

@@ -340,7 +340,8 @@ def read_settings(out: str | Path) -> TrainingSettings:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
     try:
-        return TrainingSettings(**read_json(path)["settings"])
+        about = read_json(path)
+        return TrainingSettings(**{**about["settings"], "size": about["network"]["sample_size"]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a training ({error}); train again") from error
 
