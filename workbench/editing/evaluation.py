@@ -33,7 +33,7 @@ BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /
 HALVINGS = 5
 """Times that the held-out images are halved at random, for the distances' means and ranges."""
 
-RECIPE = dict(frequencies=avataaars.FREQUENCIES, pairs=avataaars.PLANTED)
+RECIPE = {"frequencies": avataaars.FREQUENCIES, "pairs": avataaars.PLANTED}
 """What is to be expected of samples of the bundled domain."""
 
 
