@@ -517,7 +517,8 @@ def _seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
     if not needed:
         yield
         return
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.random.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
         yield
 
