@@ -46,7 +46,8 @@ class Evaluation:
     distances : DataFrame
         One row a feature space and measure ("frechet", "kernel"): `generated`, the distance of samples to one half of
         the held-out images, and `real`, that of the other half to it, of as many each; means over halvings, with their
-        ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real.
+        ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real, for "frechet"
+        (the kernel distance of real images is 0 on average).
     coverage : DataFrame
         One row a feature space: precision and recall of samples, and of the other half, each a `Rate`.
     frequencies : DataFrame
@@ -95,7 +96,8 @@ class Evaluation:
             _table(
                 ["feature space", "measure", "generated", "real", "ratio"],
                 [
-                    [space, measure, _ranged(row, "generated"), _ranged(row, "real"), f"{row['ratio']:.1f}"]
+                    [space, measure, _ranged(row, "generated"), _ranged(row, "real")]
+                    + [f"{row['ratio']:.1f}" if measure == "frechet" else ""]
                     for (space, measure), row in self.distances.iterrows()
                 ],
             ),
@@ -126,13 +128,13 @@ class Evaluation:
             ]
         if len(self.pairs):
             rows = [
-                [f"`{a}`, `{b}`"]
+                [f"`{first}`, `{second}`"]
                 + [
                     f"{100 * row['expected'][cell]:.1f}, {100 * row['found'][cell]:.1f}"
                     for cell in ("00", "01", "10", "11")
                 ]
                 + [f"{100 * row[('distance', '')]:.1f}"]
-                for (a, b), row in self.pairs.iterrows()
+                for (first, second), row in self.pairs.iterrows()
             ]
             lines += ["", "Planted pairs, each expected and found, in percent:", ""]
             lines += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
@@ -156,7 +158,7 @@ class Evaluation:
     def numbers(self) -> dict:
         """All numbers, for a file."""
         records = {
-            "distances": self.distances.reset_index().to_dict("records"),
+            "distances": self.distances.astype(object).replace({np.nan: None}).reset_index().to_dict("records"),
             "coverage": {space: row.map(_rate).to_dict() for space, row in self.coverage.iterrows()},
             "frequencies": self.frequencies.reset_index().to_dict("records"),
             "pairs": {f"{a}, {b}": _pair(row) for (a, b), row in self.pairs.iterrows()},
@@ -263,7 +265,9 @@ def evaluate_model(
     for classifier in classifiers:
         made, drawn = (classifier.features(x, progress=progress) for x in (samples, real))
         for measure, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):
-            distances[classifier.name, measure] = _compared(distance, made, drawn, halvings=halvings, taken=taken)
+            row = _compared(distance, made, drawn, halvings=halvings, taken=taken)
+            ratio = row["generated"] / row["real"] if measure == "frechet" else np.nan
+            distances[classifier.name, measure] = row | {"ratio": ratio}
         (half, other), rows = halvings[0], taken[0]
         found = [precision_recall(x, drawn[half]) for x in (made[rows], drawn[other])]
         coverage[classifier.name] = [rate for pair in found for rate in (pair.precision, pair.recall)]
@@ -276,7 +280,7 @@ def evaluate_model(
     copies = copies_real = nearest = None
     if training is not None:
         learned = _stacked(training)
-        (half, other), rows = halvings[0], taken[0]
+        half, other = halvings[0]
         flat, flat_real, flat_learned = (x.flatten(1).numpy() for x in (samples, real, learned))
         copies = memorisation(flat, flat_learned, flat_real[half], seed=seed)
         copies_real = memorisation(flat_real[other], flat_learned, flat_real[half], seed=seed)
@@ -366,7 +370,7 @@ def _compared(
     row = {}
     for name, values in (("generated", generated), ("real", real)):
         row |= {name: np.mean(values), f"{name}_low": np.min(values), f"{name}_high": np.max(values)}
-    return {name: float(value) for name, value in row.items()} | {"ratio": float(np.mean(generated) / np.mean(real))}
+    return {name: float(value) for name, value in row.items()}
 
 
 def _stacked(images) -> torch.Tensor:
