@@ -16,6 +16,7 @@ import importlib
 _WHERE = {
     "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
+    "diffusion.training": ("TrainingSettings", "train_model"),
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
     "datasets.classifiers": ("load_classifier", "train_classifier"),
@@ -41,6 +42,7 @@ _WHERE = {
     "editing.edit": ("edit",),
     "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
+    "editing.evaluation": ("Evaluation", "evaluate_model"),
     "editing.mixing": ("mixing_step",),
     "report.facts": ("read_facts", "record_facts"),
     "report.notebooks": ("run_notebook",),

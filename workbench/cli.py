@@ -153,6 +153,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_analysis(command)
     _add_boundary(commands, common)
 
+    _add_train(command)
+
+    evaluate = command(
+        "evaluate-model",
+        _evaluate_model,
+        "measure a model's samples against held-out images, and write it into the model card",
+        "workbench evaluate-model avataaars32 --images held-out --training part0 part1 --card data/models/avataaars32",
+    )
+    _add_model(evaluate)
+    evaluate.add_argument("--images", default="avataaars", help="held-out images (default avataaars, the bundled ones)")
+    evaluate.add_argument("--training", nargs="+", default=[], help="what it was trained on, to look for copies")
+    evaluate.add_argument("--n", type=int, default=2000, help="number of samples (default 2000)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+    evaluate.add_argument(
+        "--classifiers",
+        nargs="+",
+        default=["avataaars", "avataaars-judge"],
+        help="feature spaces; the last one judges attributes (default avataaars avataaars-judge)",
+    )
+    evaluate.add_argument("--inverted", type=int, default=32, help="images to invert and reconstruct (default 32)")
+    evaluate.add_argument("--recipe", action="store_true", help="expect the bundled domain's probabilities")
+    evaluate.add_argument("--card", type=Path, help="model folder whose README.md takes the numbers")
+
     train = command(
         "train-classifier",
         _train_classifier,
@@ -195,6 +218,43 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workers", type=int, help="runs at once on this machine (default: one a core)")
     sweep.add_argument("--scheduler", help="address of a dask scheduler instead, such as tcp://host:8786")
     return parser
+
+
+def _add_train(command) -> None:
+    """`workbench train`: an option a field of `TrainingSettings`; only those that are given reach it."""
+    train = command(
+        "train",
+        _train,
+        "train a diffusion model on images, or go on with one that was stopped",
+        "workbench train FOLDER --out data/models/mine --size 32 --steps 5000\n  "
+        "workbench train FOLDER --out data/models/mine --resume",
+    )
+    train.add_argument("images", nargs="+", help="folders or zips of images, or avataaars")
+    train.add_argument("-o", "--out", type=Path, required=True, help="folder of the model")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
+    train.add_argument("--minutes", type=float, default=10.0, help="time between checkpoints (default 10)")
+    train.add_argument("--previews", type=int, default=16, help="samples drawn at each of them (default 16)")
+    network = train.add_argument_group("network; --from takes it and its first weights from a model")
+    network.add_argument("--from", dest="start", metavar="MODEL", help="bundled name or folder")
+    network.add_argument("--size", type=int, help="side of the images in pixels (default 32)")
+    network.add_argument("--widths", type=int, nargs="+", help="channels, finest resolution first (default 48 96 144)")
+    network.add_argument("--layers", type=int, help="residual blocks a resolution (default 1)")
+    network.add_argument("--attention", type=int, nargs="*", help="resolutions with self-attention (default 8)")
+    network.add_argument("--head-channels", type=int, help="channels of an attention head (default 48)")
+    settings = train.add_argument_group("training")
+    settings.add_argument("--dropout", type=float, help="share of activations that are dropped (default 0)")
+    settings.add_argument("--steps", type=int, help="optimiser steps (default 10000)")
+    settings.add_argument("--batch-size", type=int, help="images a step, over all processes (default 32)")
+    settings.add_argument("--learning-rate", type=float, help="the largest one; a cosine follows (default 4e-4)")
+    settings.add_argument("--warmup", type=int, help="steps until it is reached (default 200)")
+    settings.add_argument("--weight-decay", type=float, help="of AdamW (default 1e-4)")
+    settings.add_argument("--clip", type=float, help="largest norm of the gradient (default 1)")
+    settings.add_argument("--ema", type=float, help="decay of the average of the weights (default 0.999)")
+    settings.add_argument("--gamma", type=float, help="of the min-SNR weights; inf for the plain loss (default 5)")
+    settings.add_argument("--flips", action="store_true", default=None, help="mirror every second image")
+    settings.add_argument("--precision", choices=("bfloat16", "float32"), help="of the arithmetic (default bfloat16)")
+    settings.add_argument("--compile", action="store_true", default=None, help="compile the network")
+    settings.add_argument("--seed", type=int, help="of all that is random (default 0)")
 
 
 def _add_analysis(command) -> None:
@@ -698,6 +758,67 @@ def _check_attributes(wanted: list[str], known) -> None:
     for name in wanted:
         if name not in known:
             raise ValueError(f"there is no attribute {name!r}; there are {', '.join(known)}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.diffusion import training
+
+    fields = training.TrainingSettings.__dataclass_fields__
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    if arguments.resume and given:
+        raise ValueError(f"a resumed training has its own settings; leave out --{next(iter(given)).replace('_', '-')}")
+    networks = ("size", "widths", "layers", "attention", "head_channels")
+    if arguments.start is not None and (surplus := [name for name in networks if name in given]):
+        raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")
+    settings = training.read_settings(arguments.out) if arguments.resume else training.TrainingSettings(**given)
+    size = settings.size if arguments.start is None else wb.load_model(arguments.start, device="cpu").image_shape[1]
+    model = wb.train_model(
+        [wb.load_images(source, size=size) for source in arguments.images],
+        None if arguments.resume else settings,
+        out=arguments.out,
+        resume=arguments.resume,
+        minutes=arguments.minutes,
+        previews=arguments.previews,
+    )
+    caption = f"{model.name}: {model.parameters / 1e6:.2f} M parameters, batches of {settings.batch_size} images."
+    curve = wb.plots.training_curve(training.read_log(arguments.out), caption=caption)
+    curve.savefig(arguments.out / "curve.png", dpi=150, format="png")
+    print(f"{model}\n{arguments.out.resolve()}")
+
+
+def _evaluate_model(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.editing.evaluation import RECIPE
+
+    model = _load(arguments)
+    size = model.image_shape[1]
+    training = [wb.load_images(source, size=size) for source in arguments.training]
+    evaluation = wb.evaluate_model(
+        model,
+        wb.load_images(arguments.images, size=size),
+        classifiers=[wb.load_classifier(source, device=arguments.device) for source in arguments.classifiers],
+        training=training or None,
+        n=arguments.n,
+        steps=arguments.steps,
+        eta=arguments.eta,
+        seed=arguments.seed,
+        n_inverted=arguments.inverted,
+        batch_size=arguments.batch_size,
+        **(RECIPE if arguments.recipe else {}),
+    )
+    print(evaluation.to_markdown())
+    if arguments.card is None:
+        return
+    caption = (
+        f"{model.name}: the first {min(100, arguments.n)} samples, {arguments.steps} steps, eta {arguments.eta:g}."
+    )
+    sheet = wb.plots.image_grid(evaluation.images[:100], columns=10, caption=caption)
+    sheet.savefig(arguments.card / "samples.png", dpi=100, format="png")
+    if evaluation.nearest is not None:
+        labels = ["samples", "nearest training images"]
+        wb.plots.image_grid(evaluation.nearest, row_labels=labels).savefig(arguments.card / "nearest.png", dpi=100)
+    print(evaluation.write(arguments.card).resolve())
 
 
 def _train_classifier(arguments: argparse.Namespace) -> None:

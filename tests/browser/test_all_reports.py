@@ -44,6 +44,7 @@ NOTEBOOKS = {
         "n_measured": 4,
     },
     "90_your_images": {"n_images": 2, "n_directions": 2},
+    "95_train_your_own": {"training_steps": 20},
 }
 
 

@@ -10,6 +10,7 @@ import zipfile
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -503,3 +504,16 @@ def test_shipped_regions_are_a_fresh_drawing(tmp_path):
         for name in avataaars.REGIONS:
             assert fresh[name].shape == shipped[name].shape == (210, 198) and shipped[name].dtype == bool
             assert (fresh[name] ^ shipped[name]).sum() <= 0.01 * shipped[name].sum()
+
+
+def test_the_probabilities_are_those_that_the_recipe_draws_with():
+    labels = pd.DataFrame([avataaars.attributes(avataaars.factors(20, i)) for i in range(4000)])
+    assert list(avataaars.FREQUENCIES) == [name for name in labels if name != "Tilt"]
+    for name, p in avataaars.FREQUENCIES.items():
+        assert labels[name].mean() == pytest.approx(p, abs=3.5 * (p * (1 - p) / 4000) ** 0.5), name
+    for (a, b), probabilities in avataaars.PLANTED.items():
+        assert sum(probabilities) == pytest.approx(1.0)
+        assert sum(probabilities[2:]) == pytest.approx(avataaars.FREQUENCIES[a])
+        assert probabilities[1] + probabilities[3] == pytest.approx(avataaars.FREQUENCIES[b])
+        found = [((labels[a] == i) & (labels[b] == j)).mean() for i in (0, 1) for j in (0, 1)]
+        np.testing.assert_allclose(found, probabilities, atol=3.5 * 0.5 / 4000**0.5)

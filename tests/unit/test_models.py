@@ -19,6 +19,8 @@ from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+BUNDLED = {"avataaars32": "08075dd909f8b0ee"}
+"""The bundled models and their weights."""
 
 
 def images_for(model, n: int = 2) -> torch.Tensor:
@@ -48,11 +50,18 @@ def test_the_bundled_model_is_a_ddpm_with_clipping_off_and_says_so(model):
     assert f"weights {model.hash}" in repr(model)
 
 
-def test_the_bundled_folder_is_the_network_that_diffusers_loads(model):
-    pipeline = DDPMPipeline.from_pretrained(paths.models() / "avataaars32")
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_folder_is_the_network_that_diffusers_loads(name):
+    model = wb.load_model(name, device="cpu")
+    pipeline = DDPMPipeline.from_pretrained(paths.models() / name)
     x_t = images_for(model)
     with torch.no_grad():
         torch.testing.assert_close(model(x_t, 500), pipeline.unet(x_t, 500).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_the_bundled_models_have_the_weights_that_they_are_known_by():
+    bundled = [found["name"] for found in wb.list_models() if found["where"] == "bundled"]
+    assert {name: wb.load_model(name, device="cpu").hash for name in bundled} == BUNDLED
 
 
 def test_a_folder_with_unet_and_scheduler_loads(tiny, tiny_folder):

@@ -392,3 +392,17 @@ def test_mixing_steps_share_one_axis_of_timesteps_noise_first():
     assert len(plots.mixing_steps(first).axes) == 1
     with pytest.raises(ValueError, match="at least one mixing step"):
         plots.mixing_steps([])
+
+
+def test_a_training_curve_draws_each_noise_level_and_all_of_them():
+    log = pd.DataFrame({"images": [10, 20, 30], "loss": [0.5, 0.2, 0.1], "t 0-99": [0.9, 0.5, None], "t 100-999": 0.1})
+    figure = plots.training_curve(log, caption="a caption")
+    (axes,) = figure.axes
+    found = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(found) == ["t 0-99", "t 100-999", "all"]
+    np.testing.assert_array_equal(found["all"], log["loss"])
+    np.testing.assert_array_equal(found["t 0-99"], log["t 0-99"])
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert "a caption" in texts(figure)
+    with pytest.raises(ValueError, match="log of the training is empty"):
+        plots.training_curve(log[:0])

@@ -65,6 +65,31 @@ BACKGROUNDS = (
 )
 SHIRTS = ("BLUE_02", "RED", "GRAY_02", "PASTEL_GREEN", "WHITE", "BLACK")
 
+FREQUENCIES = {
+    "Smiling": 0.49,
+    "Mouth_Open": 0.49 * 2 / 3 + 0.51 / 5,
+    "Eyeglasses": 0.254,
+    "Sunglasses": 0.08,
+    "Beard": 0.2475,
+    "Long_Hair": 0.45,
+    "Bald": 0.055,
+    "Blond_Hair": 0.945 * 0.82 * 0.27,
+    "Black_Hair": 0.945 * 0.82 * 0.40,
+    "Gray_Hair": 0.945 * 0.18,
+    "Dark_Skin": 0.5,
+    "Angry_Brows": 0.20,
+    "Raised_Brows": 0.25,
+    "Eyes_Closed": 0.30,
+}
+"""Probability of every attribute of 0 or 1."""
+
+PLANTED = {
+    ("Long_Hair", "Beard"): (0.3025, 0.2475, 0.45, 0.0),
+    ("Long_Hair", "Smiling"): (0.33, 0.22, 0.18, 0.27),
+    ("Gray_Hair", "Eyeglasses"): (0.66095, 0.16895, 0.08505, 0.08505),
+}
+"""Pairs whose correlation is planted: probabilities of neither, of the second alone, of the first alone, of both."""
+
 REGIONS = ("mouth", "eyes", "brows", "hair", "beard", "glasses")
 """Names that `region_mask` takes."""
 

@@ -384,6 +384,41 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
     return figure
 
 
+def training_curve(log: pd.DataFrame, *, caption: str | None = None) -> Figure:
+    """Draw the losses of a training by noise level, and all of them together.
+
+    Parameters
+    ----------
+    log : DataFrame
+        From `read_log` of `diffusion.training`.
+    caption : str, optional
+        Drawn below in small type.
+
+    Returns
+    -------
+    Figure
+        Both axes are logarithmic. Levels are drawn from dark (little noise) to light; the black line is their mean.
+
+    Raises
+    ------
+    ValueError
+        If the log has no rows or no losses.
+    """
+    levels = [name for name in log if str(name).startswith("t ")]
+    if not len(log) or "loss" not in log:
+        raise ValueError("the log of the training is empty; train for more steps than it takes to log one row")
+    with style.context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot(xlabel="images", ylabel="squared error of eps", xscale="log", yscale="log")
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(levels)))
+        for name, color in zip(levels, colors, strict=True):
+            axes.plot(log["images"], log[name], color=color, label=name)
+        axes.plot(log["images"], log["loss"], color="black", linewidth=2, label="all")
+        axes.legend(ncols=2)
+        _add_caption(figure, caption)
+    return figure
+
+
 def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> Figure:
     """Draw the curves of several criteria above one axis of timesteps, and the timestep that each of them picks.
 

@@ -1,0 +1,344 @@
+"""Training: the same run whether it is stopped or not, and the loss, schedule and average that it says it has."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file
+
+import workbench as wb
+from workbench import cli
+from workbench.diffusion import training
+from workbench.diffusion.training import TrainingSettings, make_batch, min_snr_weights, train_model
+
+TINY = {"size": 4, "widths": (16, 16), "attention": (2,), "head_channels": 8, "batch_size": 4, "learning_rate": 3e-3}
+QUIET = {"log_every": 5, "minutes": 0, "previews": 0, "progress": False}
+
+
+def tiny(**settings) -> TrainingSettings:
+    return TrainingSettings(**{**TINY, "steps": 20, **settings})
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 256, (18, 3, 4, 4), generator=generator)) / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A tiny training from beginning to end."""
+    out = tmp_path_factory.mktemp("trained") / "model"
+    train_model(images, tiny(), out=out, **{**QUIET, "previews": 2})
+    return out
+
+
+def log_of(out) -> pd.DataFrame:
+    return pd.read_csv(out / "log.csv").drop(columns="hours")
+
+
+def assert_same_training(one, other):
+    a, b = (load_file(folder / "checkpoint.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert wb.load_model(one, device="cpu").hash == wb.load_model(other, device="cpu").hash
+    pd.testing.assert_frame_equal(log_of(one), log_of(other))
+
+
+# Resuming
+
+KILLED = """
+import sys, torch
+from workbench.diffusion import training
+torch.set_num_threads(1)
+settings = training.TrainingSettings(**eval(sys.argv[1]))
+training.train_model(torch.load(sys.argv[2]), settings, out=sys.argv[3], **eval(sys.argv[4]))
+"""
+
+
+def test_a_training_that_was_killed_becomes_the_one_that_was_not(images, tmp_path):
+    """With flips and dropout, over several passes through the images: order, noise, weights, average and log agree."""
+    options = {**QUIET, "log_every": 10}
+    settings = {**TINY, "steps": 40, "flips": True, "dropout": 0.1, "ema": 0.9}
+    torch.save(images, tmp_path / "images.pt")
+    command = [sys.executable, "-c", KILLED, str(settings), str(tmp_path / "images.pt"), str(tmp_path / "killed")]
+    process = subprocess.Popen([*command, str(options)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    config = tmp_path / "killed" / "training.json"
+    while not config.is_file() or json.loads(config.read_text())["step"] < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = json.loads(config.read_text())["step"]
+    assert 20 <= reached < 40
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_model(images, out=tmp_path / "killed", resume=True, **options)
+        train_model(images, TrainingSettings(**settings), out=tmp_path / "whole", **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
+    assert log_of(tmp_path / "killed")["step"].tolist() == [10, 20, 30, 40]
+
+
+def test_a_training_that_was_stopped_before_its_first_checkpoint_begins_anew(images, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(training, "_take_step", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_model(images, tiny(), out=tmp_path / "model", **QUIET)
+    monkeypatch.undo()
+    assert not (tmp_path / "model" / "checkpoint.safetensors").exists()
+    train_model(images, out=tmp_path / "model", resume=True, **QUIET)
+    assert_same_training(tmp_path / "model", trained)
+
+
+def test_a_finished_training_is_left_as_it_is(images, trained):
+    before = load_file(trained / "checkpoint.safetensors")
+    hash = wb.load_model(trained, device="cpu").hash
+    assert train_model(images, out=trained, resume=True, **QUIET).hash == hash
+    after = load_file(trained / "checkpoint.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_seed_is_another_training(images, trained, tmp_path):
+    other = train_model(images, tiny(seed=1), out=tmp_path / "model", **QUIET)
+    assert other.hash != wb.load_model(trained, device="cpu").hash
+
+
+def test_training_leaves_the_global_generators_alone(images, tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    train_model(images, tiny(steps=2, dropout=0.5), out=tmp_path / "model", **{**QUIET, "previews": 1})
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.random.rand() == expected[1]  # noqa: NPY002
+
+
+# A step
+
+
+def test_a_batch_depends_on_the_seed_and_the_step_alone():
+    settings = tiny(flips=True)
+    one, same = (make_batch(settings, 7, n=18, shape=(3, 4, 4)) for _ in range(2))
+    for name in ("rows", "flipped", "t", "noise"):
+        assert np.array_equal(getattr(one, name), getattr(same, name))
+    for other in (make_batch(settings, 8, n=18, shape=(3, 4, 4)), make_batch(tiny(seed=1), 7, n=18, shape=(3, 4, 4))):
+        assert not np.array_equal(one.noise, other.noise)
+        assert not np.array_equal(one.t, other.t)
+
+
+def test_every_image_comes_once_before_any_comes_again():
+    rows = np.concatenate([make_batch(tiny(), step, n=18, shape=(1, 1, 1)).rows for step in range(9)])
+    assert sorted(rows[:18]) == sorted(rows[18:]) == list(range(18))
+    assert list(rows[:18]) != list(rows[18:])
+
+
+def test_timesteps_are_uniform_and_spread_within_a_batch():
+    batches = [make_batch(tiny(), step, n=18, shape=(1, 1, 1)).t for step in range(2000)]
+    assert all(np.array_equal(t // 250, range(4)) for t in batches)
+    counts = np.bincount(np.concatenate(batches) // 10, minlength=100)
+    assert counts.sum() == 8000 and abs(counts - 80).max() < 5 * 80**0.5
+
+
+def test_images_are_mirrored_only_where_asked_for():
+    flipped = [make_batch(tiny(flips=flips), 3, n=18, shape=(1, 1, 1)).flipped for flips in (False, True)]
+    assert not flipped[0].any()
+    share = np.mean([make_batch(tiny(flips=True), s, n=18, shape=(1, 1, 1)).flipped.mean() for s in range(500)])
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_first_losses_are_those_of_diffusers_noise_and_a_plain_mean_square(images, tmp_path):
+    """The network's first prediction on diffusers' own noisy images, mirrored ones among them."""
+    settings = tiny(steps=1, flips=True, learning_rate=1e-12, precision="float32")
+    model = train_model(images, settings, out=tmp_path / "model", **QUIET)
+    batch = make_batch(settings, 0, n=18, shape=(3, 4, 4))
+    assert batch.flipped.any() and not batch.flipped.all()
+    x0 = torch.stack(
+        [images[row].flip(-1) if f else images[row] for row, f in zip(batch.rows, batch.flipped, strict=True)]
+    )
+    noise, t = torch.from_numpy(batch.noise), torch.from_numpy(batch.t)
+    x_t = DDPMScheduler().add_noise(x0, noise, t)
+    with torch.inference_mode():
+        losses = ((model(x_t, t) - noise) ** 2).mean(dim=(1, 2, 3)).numpy()
+    row = log_of(tmp_path / "model").iloc[0]
+    assert row["loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert row["weighted"] == pytest.approx((losses * min_snr_weights(5.0)[batch.t]).mean(), rel=1e-4)
+    edges = training.NOISE_LEVELS
+    for low, high in itertools.pairwise(edges):
+        inside = (batch.t >= low) & (batch.t < high)
+        expected = losses[inside].mean() if inside.any() else np.nan
+        assert row[f"t {low}-{high - 1}"] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+
+
+def test_min_snr_weights_are_the_papers():
+    alpha_bar = DDPMScheduler().alphas_cumprod.double().numpy()
+    snr = alpha_bar / (1 - alpha_bar)
+    expected = [min(ratio, 5.0) / ratio for ratio in snr]
+    np.testing.assert_allclose(min_snr_weights(5.0), expected, rtol=1e-3)  # diffusers has float32
+    assert (min_snr_weights(np.inf) == 1).all()
+
+
+def test_the_learning_rate_rises_to_its_largest_and_falls_to_nothing():
+    settings = tiny(steps=100, warmup=8, learning_rate=1.0)
+    rates = np.array([settings.rate(step) for step in range(100)])
+    np.testing.assert_allclose(rates[:8], np.arange(1, 9) / 8)
+    assert (np.diff(rates[8:]) < 0).all()
+    assert rates[8 + 46] == pytest.approx(0.5) and rates[-1] < 1e-3
+    assert tiny(steps=20, warmup=200).rate(2) == pytest.approx(TINY["learning_rate"])
+
+
+# What comes of it
+
+
+def test_a_single_image_is_learned(tmp_path):
+    image = torch.tensor([0.9, -0.6, 0.2])[None, :, None, None].expand(1, 3, 4, 4)
+    settings = tiny(steps=100, batch_size=8, ema=0.95, learning_rate=1e-2)
+    model = train_model(image, settings, out=tmp_path / "model", **{**QUIET, "log_every": 25, "minutes": 9})
+    losses = log_of(tmp_path / "model")["loss"].to_numpy()
+    assert (np.diff(losses) < 0).all() and losses[-1] < 0.4 * losses[0]
+    noise = torch.from_numpy(make_batch(settings, 0, n=1, shape=(3, 4, 4)).noise)
+    x_t = model.schedule.add_noise(image, noise, 200)
+    with torch.inference_mode():
+        x0 = model.schedule.predict_x0(x_t, model(x_t, 200), 200)
+    assert (x0 - image).abs().mean() < 0.3
+    assert (x0 - image.roll(1, 1)).abs().mean() > 0.6
+
+
+def test_the_averaged_weights_are_the_models(trained):
+    state = load_file(trained / "checkpoint.safetensors")
+    weights = wb.load_model(trained, device="cpu").unet.unet.state_dict()
+    assert all(torch.equal(state[f"average.{name}"], value) for name, value in weights.items())
+    assert not all(torch.equal(state[f"weights.{name}"], value) for name, value in weights.items())
+
+
+def test_the_folder_is_one_that_diffusers_reads(trained):
+    pipeline = DDPMPipeline.from_pretrained(trained)
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    x_t = torch.from_numpy(make_batch(tiny(), 0, n=18, shape=(3, 4, 4)).noise)
+    with torch.no_grad():
+        expected = pipeline.unet(x_t, 500).sample
+        torch.testing.assert_close(wb.load_model(trained, device="cpu")(x_t, 500), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_folder_says_what_training_it_is_of(trained, images):
+    about = json.loads((trained / "training.json").read_text())
+    assert TrainingSettings(**about["settings"]) == tiny()
+    assert about["images"]["n"] == len(images) and len(about["images"]["sha256"]) == 64
+    assert about["hash"] == wb.load_model(trained, device="cpu").hash
+    assert about["step"] == 20 and about["versions"]["torch"] == torch.__version__
+    assert about["hours"] > 0
+    assert [path.name for path in sorted((trained / "samples").iterdir())][-1] == "0000020.png"
+    assert not list(trained.rglob("*partial*"))
+
+
+def test_a_training_that_begins_with_a_model_begins_with_its_weights(images, trained, tmp_path):
+    settings = TrainingSettings(start=str(trained), steps=1, batch_size=4, learning_rate=1e-12, dropout=0.3)
+    model = train_model(images, settings, out=tmp_path / "model", **QUIET)
+    parent = wb.load_model(trained, device="cpu")
+    for name, weight in model.unet.unet.state_dict().items():
+        torch.testing.assert_close(weight, parent.unet.unet.state_dict()[name], atol=1e-9, rtol=0)
+    assert model.unet.unet.config.dropout == 0.3
+    assert training.read_settings(tmp_path / "model").size == 4
+
+
+def test_several_sources_are_one_set_of_images(images, trained, tmp_path):
+    train_model([images[:7], images[7:]], tiny(), out=tmp_path / "model", **QUIET)
+    assert_same_training(tmp_path / "model", trained)
+
+
+# Refusals
+
+
+def test_a_folder_is_not_trained_over(images, trained, tiny_folder):
+    (tiny_folder / "model_index.json").write_text("{}")
+    for folder in (trained, tiny_folder):
+        with pytest.raises(FileExistsError, match="holds a model or a training already; resume it"):
+            train_model(images, tiny(), out=folder, **QUIET)
+
+
+def test_nothing_is_resumed_that_is_not_there_or_not_the_same(images, trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no training to resume"):
+        train_model(images, out=tmp_path / "none", resume=True)
+    with pytest.raises(ValueError, match="resumed with its own settings"):
+        train_model(images, tiny(), out=trained, resume=True)
+    with pytest.raises(ValueError, match="is of 18 images, and these 18 are not the same"):
+        train_model(images.flip(0), out=trained, resume=True, **QUIET)
+
+
+def test_a_damaged_checkpoint_is_refused(images, trained, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "training.json").write_bytes((trained / "training.json").read_bytes())
+    (folder / "checkpoint.safetensors").write_bytes((trained / "checkpoint.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="is no checkpoint of this training"):
+        train_model(images, out=folder, resume=True, **QUIET)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_checkpoint(images, tmp_path):
+    settings = tiny(steps=40, learning_rate=1e25, clip=1e30, warmup=0, precision="float32")
+    with pytest.raises(RuntimeError, match="the loss is .* resume from the last checkpoint"):
+        train_model(images, settings, out=tmp_path / "model", **QUIET)
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").values()
+    )
+
+
+def test_images_of_another_size_are_refused(images):
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 4\) and the model takes \(3, 8, 8\); open them with load_im"):
+        train_model(images, tiny(size=8), out="nowhere", **QUIET)
+    with pytest.raises(ValueError, match="there are no images"):
+        train_model(images[:0], tiny(), out="nowhere", **QUIET)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": 0}, "steps is 0; give 1 or more"),
+        ({"ema": 1.0}, "ema is 1.0; give a number from 0 to below 1"),
+        ({"gamma": 0.0}, "gamma is 0.0; give a number above 0"),
+        ({"seed": -1}, "seed is -1; give 0 or more"),
+        ({"precision": "float16"}, "'float16' is not known; it is one of float32, bfloat16"),
+        ({"widths": (20, 32)}, r"widths are \[20, 32\]; give multiples of 16"),
+        ({"size": 30, "widths": (16, 32, 48)}, "30 pixels can't be halved 2 times"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingSettings(**{**TINY, **settings})
+
+
+# The command
+
+
+def test_the_command_trains_resumes_and_draws_the_curve(tmp_path, capsys, images):
+    from PIL import Image
+
+    folder, out = tmp_path / "images", tmp_path / "model"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        pixels = ((image + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    network = ["--size", "4", "--widths", "16", "16", "--attention", "2", "--head-channels", "8"]
+    assert cli.main(["train", str(folder), "--out", str(out), *network, "--steps", "6", "--batch-size", "4"]) == 0
+    assert "0.0" in capsys.readouterr().out and (out / "curve.png").is_file()
+    assert training.read_settings(out) == TrainingSettings(**{**TINY, "steps": 6, "learning_rate": 4e-4})
+    assert cli.main(["train", str(folder), "--out", str(out), "--resume"]) == 0
+    assert cli.main(["train", str(folder), "--out", str(out), "--resume", "--steps", "9"]) == 2
+    assert "leave out --steps" in capsys.readouterr().err
+    assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--from", str(out), "--size", "8"]) == 2
+    assert "--from takes the network of the model; leave out --size" in capsys.readouterr().err

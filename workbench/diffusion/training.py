@@ -1,0 +1,622 @@
+"""Training a pixel-space DDPM on images, so that it can be stopped and killed at any time and continues as it was.
+
+All that is random in a step (which images, their flips, timesteps and noise) is a function of the seed and the number
+of the step; weights, their average and the optimiser's state are kept in checkpoints. A resumed run is therefore the
+same run. accelerate places the network on the device, and on several with `accelerate launch`; each process then takes
+its rows of the same batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from workbench import paths
+from workbench.diffusion.checkpoints import hash_weights, read_json
+from workbench.diffusion.models import Model, load_model, wrap
+from workbench.diffusion.sampling import sample
+from workbench.diffusion.schedule import NoiseSchedule
+
+CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
+"""Files of a training beside the model's own: what it is, where it stands, its losses."""
+
+NOISE_LEVELS = (0, 50, 100, 200, 400, 600, 1000)
+"""Edges of the bins of timesteps that the loss is logged in."""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NORM_GROUPS = 16
+T = 1000
+PREVIEW_STEPS = 20
+
+_ORDER, _WEIGHTS, _DROPOUT = 1, 2, 3
+"""Streams of a training's seed, beside that of the steps."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """All that decides a training besides its images; `start` apart, the defaults are those of `avataaars32`.
+
+    Attributes
+    ----------
+    size : int
+        Side of the images in pixels. With `start` it is that model's, and so are the four that follow.
+    widths : tuple of int
+        Channels at every resolution, finest first, each half of the one before: multiples of 16. The last one is that
+        of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
+    layers : int
+        Residual blocks a resolution.
+    attention : tuple of int
+        Resolutions with self-attention, in pixels. The mid block always has it.
+    head_channels : int
+        Channels of an attention head.
+    start : str or None
+        Name or folder of the model whose weights it begins with; by default it begins with random ones.
+    dropout : float in [0, 1)
+    steps, batch_size : int
+        Optimiser steps, and images a step over all processes.
+    learning_rate : float
+        The largest one, which is reached after `warmup` steps; a cosine then falls to 0.
+    warmup : int
+        A tenth of the steps if that is less.
+    weight_decay : float
+        Of AdamW, whose betas are (0.9, 0.99).
+    clip : float
+        Largest norm of the gradient.
+    ema : float in [0, 1)
+        Decay of the average of the weights, which is what is kept; less in the first steps.
+    gamma : float or inf
+        Of the min-SNR weights (Hang et al. 2023); inf gives the plain loss of DDPM.
+    flips : bool
+        Mirror every second image, drawn anew each time.
+    precision : {"bfloat16", "float32"}
+        Of the arithmetic; weights and their average are float32.
+    compile : bool
+        Compile the network (a minute at the start).
+    seed : int
+        Of the first weights, the order of the images, flips, timesteps, noise and dropout.
+    """
+
+    size: int = 32
+    widths: tuple[int, ...] = (48, 96, 144)
+    layers: int = 1
+    attention: tuple[int, ...] = (8,)
+    head_channels: int = 48
+    start: str | None = None
+    dropout: float = 0.0
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 4e-4
+    warmup: int = 200
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    ema: float = 0.999
+    gamma: float = 5.0
+    flips: bool = False
+    precision: str = "bfloat16"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "attention"):
+            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+        for name in ("size", "layers", "head_channels", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("learning_rate", "clip", "gamma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is not known; it is one of {', '.join(PRECISIONS)}")
+        for name in ("warmup", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.start is None:
+            self._check_network()
+
+    def _check_network(self) -> None:
+        halvings = len(self.widths) - 1
+        if not self.widths or any(width < 1 or width % NORM_GROUPS for width in self.widths):
+            raise ValueError(f"widths are {list(self.widths)}; give multiples of {NORM_GROUPS}, the finest first")
+        if self.size % 2**halvings:
+            raise ValueError(
+                f"images of {self.size} pixels can't be halved {halvings} times, as {halvings + 1} widths need it; "
+                f"give fewer widths, or a size that is a multiple of {2**halvings}"
+            )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warmup = min(self.warmup, self.steps // 10)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """All that is random in one step.
+
+    Attributes
+    ----------
+    rows : ndarray of int, shape (b,)
+        Positions of its images.
+    flipped : ndarray of bool, shape (b,)
+    t : ndarray of int, shape (b,)
+    noise : ndarray of float32, shape (b, C, H, W)
+    """
+
+    rows: np.ndarray
+    flipped: np.ndarray
+    t: np.ndarray
+    noise: np.ndarray
+
+
+def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[int, int, int]) -> Batch:
+    """Draw what a step is trained on, which depends on the seed and the step alone.
+
+    Every image comes once before any comes again. Timesteps are spread evenly over 0..T-1 from a random start (Kingma
+    et al. 2021, section I.1): each is uniform, and a batch has few and many steps of noise in equal shares.
+
+    Parameters
+    ----------
+    settings : TrainingSettings
+    step : int
+        Counted from 0.
+    n : int
+        Number of images.
+    shape : (C, H, W)
+
+    Returns
+    -------
+    Batch
+    """
+    b = settings.batch_size
+    places = range(step * b, (step + 1) * b)
+    rng = np.random.default_rng([settings.seed, step])
+    return Batch(
+        rows=np.array([_order(settings.seed, place // n, n)[place % n] for place in places]),
+        flipped=(rng.random(b) < 0.5) & settings.flips,
+        t=((np.arange(b) + rng.random()) / b * T).astype(int),
+        noise=rng.standard_normal((b, *shape), dtype=np.float32),
+    )
+
+
+def train_model(
+    images: Sequence[torch.Tensor] | torch.Tensor,
+    settings: TrainingSettings | None = None,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    minutes: float = 10.0,
+    log_every: int = 50,
+    previews: int = 16,
+    progress: bool = True,
+) -> Model:
+    """Train a DDPM: eps-prediction, 1000 timesteps, linear beta (Ho et al. 2020), min-SNR weights (Hang et al. 2023).
+
+    `out` becomes a model folder that `load_model` and diffusers' `DDPMPipeline` read, with the averaged weights; from
+    the first checkpoint on it can be used while the training goes on. Beside the model it holds `training.json`
+    (settings, images, versions, git commit, hours), `checkpoint.safetensors` (to resume from; delete it when you are
+    done), `log.csv` and `samples/`. All are written beside and renamed.
+
+    Parameters
+    ----------
+    images : LabelledImages or Tensor of shape (n, C, H, W) with values in [-1, 1], or a list of these
+        Of the size of the settings: `load_images(source, size=...)`. Kept in memory as bytes; labels are not used.
+    settings : TrainingSettings, optional
+        Left out when a training is resumed: it goes on with its own.
+    out : str or Path
+        Folder of the model.
+    resume : bool, default False
+        Go on with the training in `out` from its last checkpoint: with the same images it becomes the same model, bit
+        for bit on the same machine and number of threads. One that was killed before its first checkpoint begins anew,
+        one that is finished is left as it is.
+    minutes : float, default 10
+        Time between checkpoints, which is what a kill costs at most.
+    log_every : int, default 50
+        Steps a row of the log; checkpoints come after such a row.
+    previews : int, default 16
+        Samples drawn at every checkpoint, of the same seeds each time; 0 for none.
+    progress : bool
+        Show a bar with the images a second.
+
+    Returns
+    -------
+    Model
+        The one in `out`.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` holds a training or a model already and is not to be resumed.
+    FileNotFoundError
+        If it is to be resumed and there is no training.
+    ValueError
+        If the images are of another size, or others than the resumed training had, settings are given to a training
+        that is resumed, or the checkpoint is damaged.
+    RuntimeError
+        If the loss is no longer finite.
+    """
+    out = Path(out).expanduser()
+    if resume:
+        if settings is not None:
+            raise ValueError(f"the training in {out} is resumed with its own settings; give none, or another folder")
+        settings = read_settings(out)
+    elif (out / CONFIG).exists() or (out / "model_index.json").exists():
+        raise FileExistsError(f"{out} holds a model or a training already; resume it, or give another folder")
+    elif settings is None:
+        settings = TrainingSettings()
+    accelerator = Accelerator()
+    if settings.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
+            "multiple of their number"
+        )
+    begun = resume and (out / STATE).is_file()
+    unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
+    pixels = _to_bytes(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
+    description = _describe(settings, unet, pixels)
+    if resume:
+        _refuse_other_images(description["images"], read_json(out / CONFIG)["images"], out)
+    run = _Run(unet, description, settings=settings, device=accelerator.device)
+    if begun:
+        run.load(out / STATE)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.save_model(out)
+    network, run.optimiser = accelerator.prepare(unet, run.optimiser)
+    network = torch.compile(network) if settings.compile else network
+    seen, saved = [], time.monotonic()
+    with tqdm(
+        desc="training",
+        total=settings.steps * settings.batch_size,
+        initial=run.step * settings.batch_size,
+        unit="image",
+        smoothing=0.05,
+        disable=not (progress and accelerator.is_main_process),
+    ) as bar:
+        while run.step < settings.steps:
+            batch = make_batch(settings, run.step, n=len(pixels), shape=tuple(pixels.shape[1:]))
+            seen.append(_take_step(run, network, batch, pixels=pixels, accelerator=accelerator))
+            bar.update(settings.batch_size)
+            finished = run.step == settings.steps
+            if run.step % log_every and not finished:
+                continue
+            row = _log_row(accelerator.gather(torch.cat(seen)).cpu().numpy(), run.step, settings)
+            seen = []
+            bar.set_postfix(loss=f"{row['loss']:.4f}")
+            if not math.isfinite(row["loss"]):
+                raise RuntimeError(
+                    f"the loss is {row['loss']} after {run.step} steps; resume from the last checkpoint, or train "
+                    f"again with a learning rate below {settings.learning_rate:g}"
+                )
+            due = finished or time.monotonic() - saved >= 60 * minutes
+            if accelerator.is_main_process:
+                run.log.append(row | {"hours": run.hours()})
+                _write(out / LOG, lambda path: pd.DataFrame(run.log).to_csv(path, index=False))
+                if due:
+                    run.save(out, previews=previews)
+            if due:
+                saved = time.monotonic()
+    accelerator.wait_for_everyone()
+    return load_model(out, device=accelerator.device)
+
+
+def read_settings(out: str | Path) -> TrainingSettings:
+    """Settings of the training in a folder.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no training, or its file is damaged.
+    """
+    path = Path(out) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
+    try:
+        about = read_json(path)
+        return TrainingSettings(**{**about["settings"], "size": about["network"]["sample_size"]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a training ({error}); train again") from error
+
+
+def read_log(out: str | Path) -> pd.DataFrame:
+    """Losses of the training in a folder.
+
+    Returns
+    -------
+    DataFrame
+        A row every `log_every` steps: `step`, `images` (trained on so far), `rate` (of learning), `loss` (mean squared
+        error of eps since the last row), `weighted` (by min-SNR), the loss by noise level (`t 0-49`, ...; missing where
+        no image had such a timestep) and `hours`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    path = Path(out) / LOG
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give a folder that train_model wrote")
+    return pd.read_csv(path)
+
+
+def min_snr_weights(gamma: float) -> np.ndarray:
+    """Weight of the loss of eps at every timestep, min(SNR(t), gamma) / SNR(t) (Hang et al. 2023, section 3.4).
+
+    Parameters
+    ----------
+    gamma : float
+        5 in the paper; inf weighs all alike.
+
+    Returns
+    -------
+    ndarray of shape (T,), float64, values in (0, 1]
+    """
+    alpha_bar = NoiseSchedule.linear(T=T).alpha_bars
+    snr = alpha_bar / (1 - alpha_bar)
+    return np.minimum(snr, gamma) / snr
+
+
+class _Run:
+    """A training on its way. A checkpoint holds weights, their average, the optimiser's state, the step and the log."""
+
+    def __init__(
+        self, unet: UNet2DModel, description: dict, *, settings: TrainingSettings, device: torch.device
+    ) -> None:
+        # channels_last makes convolutions faster everywhere but on MPS.
+        memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        self.unet = unet.to(device=device, memory_format=memory_format).train().requires_grad_(True)
+        self.description, self.settings = description, settings
+        self.average = EMAModel(unet.parameters(), decay=settings.ema)
+        self.optimiser = torch.optim.AdamW(
+            unet.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        )
+        constants = NoiseSchedule.linear(T=T).alpha_bars, min_snr_weights(settings.gamma)
+        self.alpha_bar, self.weight = (torch.tensor(c, dtype=torch.float32, device=device) for c in constants)
+        self.step, self.log = 0, []
+        self._hours_before, self._since = 0.0, time.monotonic()
+
+    def hours(self) -> float:
+        """Time of the whole training, with that before it was resumed."""
+        return self._hours_before + (time.monotonic() - self._since) / 3600
+
+    def save(self, out: Path, *, previews: int) -> None:
+        """Write a checkpoint, the model and some of its samples."""
+        names = [name for name, _ in self.unet.named_parameters()]
+        tensors = {f"weights.{name}": value for name, value in self.unet.named_parameters()}
+        tensors |= {f"average.{name}": v for name, v in zip(names, self.average.shadow_params, strict=True)}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{key}": value for key, value in state.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        standing = {"training": json.dumps({"step": self.step, "hours": self.hours(), "log": self.log})}
+        _write(out / STATE, lambda path: save_file(tensors, path, standing))
+        unet = self.save_model(out)
+        if previews:
+            model = wrap(unet, NoiseSchedule.linear(T=T), name=out.name, device=self.unet.device)
+            images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).x0
+            sheet = _contact_sheet(images)
+            _write(out / "samples" / f"{self.step:07d}.png", lambda path: sheet.save(path, "PNG"))
+
+    def save_model(self, out: Path) -> UNet2DModel:
+        """Write the network with the averaged weights, and what training it is of."""
+        unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.average.copy_to(unet.parameters())
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+            DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=T)).save_pretrained(partial)
+            for file in filter(Path.is_file, Path(partial).rglob("*")):
+                target = out / file.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        standing = {"step": self.step, "hours": round(self.hours(), 3), "hash": hash_weights(unet)}
+        text = json.dumps(self.description | standing, indent=2) + "\n"
+        _write(out / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        return unet
+
+    def load(self, path: Path) -> None:
+        """Go back to a checkpoint."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                standing = json.loads(file.metadata()["training"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            named = zip(self.unet.named_parameters(), self.average.shadow_params, strict=True)
+            with torch.no_grad():
+                for (name, weight), average in named:
+                    weight.copy_(tensors[f"weights.{name}"])
+                    average.copy_(tensors[f"average.{name}"])
+            state: dict[int, dict] = {}
+            for name in filter(lambda name: name.startswith("optimiser."), tensors):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensors[name]
+            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+            self.average.optimization_step = self.step = standing["step"]
+            self.log, self._hours_before = standing["log"], standing["hours"]
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is no checkpoint of this training ({error}); train again") from error
+
+
+def _take_step(
+    run: _Run, network: torch.nn.Module, batch: Batch, *, pixels: torch.Tensor, accelerator: Accelerator
+) -> torch.Tensor:
+    """Train one step; returns the timestep and the unweighted loss of each image of this process, shape (b, 2)."""
+    settings, device = run.settings, accelerator.device
+    b = settings.batch_size // accelerator.num_processes
+    own = slice(accelerator.process_index * b, (accelerator.process_index + 1) * b)
+    rows, flipped, t, noise = (
+        torch.from_numpy(values[own]) for values in (batch.rows, batch.flipped, batch.t, batch.noise)
+    )
+    x0 = pixels[rows].to(device).float() / 127.5 - 1
+    flipped, t, noise = flipped.to(device), t.to(device), noise.to(device)
+    x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
+    alpha_bar = run.alpha_bar[t][:, None, None, None]
+    x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+    for group in run.optimiser.param_groups:
+        group["lr"] = settings.rate(run.step)
+    low = settings.precision != "float32" and device.type != "mps"
+    with (
+        _seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
+        torch.autocast(device.type, PRECISIONS[settings.precision], enabled=low),
+    ):
+        eps = network(x_t, t).sample
+    losses = (eps.float() - noise).square().mean(dim=(1, 2, 3))
+    run.optimiser.zero_grad(set_to_none=True)
+    accelerator.backward((run.weight[t] * losses).mean())
+    accelerator.clip_grad_norm_(run.unet.parameters(), settings.clip)
+    run.optimiser.step()
+    run.average.step(run.unet.parameters())
+    run.step += 1
+    return torch.stack([t.float(), losses.detach()], dim=1)
+
+
+def _log_row(seen: np.ndarray, step: int, settings: TrainingSettings) -> dict:
+    """Mean losses of the steps since the last row, of all timesteps and by noise level; `seen` has columns t, loss."""
+    t, losses = seen.T
+    row = {"step": step, "images": step * settings.batch_size, "rate": settings.rate(step - 1), "loss": losses.mean()}
+    row["weighted"] = (losses * min_snr_weights(settings.gamma)[t.astype(int)]).mean()
+    for low, high in itertools.pairwise(NOISE_LEVELS):
+        inside = (t >= low) & (t < high)
+        row[f"t {low}-{high - 1}"] = losses[inside].mean() if inside.any() else None
+    return {key: value if value is None or isinstance(value, int) else float(value) for key, value in row.items()}
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, _ORDER, epoch]).permutation(n)
+
+
+@contextlib.contextmanager
+def _seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
+    """torch's own generators, which new weights and dropout draw from, start from a seed inside and are put back."""
+    if not needed:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+def _new_unet(settings: TrainingSettings) -> UNet2DModel:
+    if settings.start is not None:
+        model = load_model(settings.start, device="cpu")
+        if not np.allclose(model.schedule.alpha_bars, NoiseSchedule.linear(T=T).alpha_bars, rtol=1e-4):
+            raise ValueError(
+                f"{settings.start} has another noise schedule than the linear one of {T} timesteps, which trainings "
+                "here have; begin with another model, or with random weights"
+            )
+        unet = _build({**model.unet.unet.config, "dropout": settings.dropout})
+        unet.load_state_dict(model.unet.unet.state_dict())
+        return unet
+    sides = [settings.size >> level for level in range(len(settings.widths))]
+    attends = ["Attn" if side in settings.attention else "" for side in sides]
+    with _seeded([settings.seed, _WEIGHTS]):
+        return UNet2DModel(
+            sample_size=settings.size,
+            block_out_channels=settings.widths,
+            layers_per_block=settings.layers,
+            down_block_types=[f"{attn}DownBlock2D" for attn in attends],
+            up_block_types=[f"{attn}UpBlock2D" for attn in reversed(attends)],
+            attention_head_dim=settings.head_channels,
+            norm_num_groups=NORM_GROUPS,
+            dropout=settings.dropout,
+        )
+
+
+def _build(config: dict) -> UNet2DModel:
+    """A network whose weights are read next, so that the global generator stays as it is."""
+    with _seeded([0]):
+        return UNet2DModel.from_config(config)
+
+
+def _to_bytes(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """All images in memory, 8 bits a value."""
+    if isinstance(images, (list, tuple)):
+        return torch.cat([_to_bytes(part, shape) for part in images])
+    if not len(images):
+        raise ValueError("there are no images; give 1 or more")
+    if tuple(images[:1].shape[1:]) != shape:
+        raise ValueError(
+            f"the images have shape {tuple(images[:1].shape[1:])} and the model takes {shape}; open them with "
+            f"load_images(source, size={shape[1]}), or train a model of their size"
+        )
+    pixels = torch.empty(len(images), *shape, dtype=torch.uint8)
+    for start in tqdm(range(0, len(images), 256), "reading images", delay=2, leave=False):
+        rows = slice(start, start + 256)
+        pixels[rows] = ((images[rows] + 1) * 127.5).round().clamp(0, 255)
+    return pixels
+
+
+def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
+    """What `training.json` says."""
+    packages = ("torch", "diffusers", "accelerate", "numpy")
+    return {
+        "settings": asdict(settings),
+        "images": {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()},
+        "network": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "commit": _commit(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def _refuse_other_images(now: dict, then: dict, out: Path) -> None:
+    if now != then:
+        raise ValueError(
+            f"the training in {out} is of {then['n']} images, and these {now['n']} are not the same; resume it with "
+            "those that it began with, in the same order"
+        )
+
+
+def _commit() -> str | None:
+    """Commit of the code that trains, with "-dirty" where files differ from it; None outside of a clone."""
+    command = ["git", "-C", str(paths.home()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _contact_sheet(images: torch.Tensor) -> Image.Image:
+    """Images of shape (n, 3, H, W), values in [-1, 1], in rows of about a square."""
+    pictures = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    n, height, width, _ = pictures.shape
+    columns = math.ceil(math.sqrt(n))
+    sheet = Image.new("RGB", (columns * width, math.ceil(n / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
+    return sheet
+
+
+def _write(path: Path, write) -> None:
+    """Write beside and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    os.replace(partial, path)

@@ -1,0 +1,399 @@
+"""How good a model's samples are, measured against held-out images, and written down in its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.analysis.metrics import Rate, kernel_distance
+from workbench.analysis.quality import (
+    attribute_frequencies,
+    frechet_distance,
+    joint_frequencies,
+    memorisation,
+    nearest_neighbours,
+    precision_recall,
+)
+from workbench.datasets import avataaars
+from workbench.datasets.classifiers import Classifier
+from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import invert, sample
+
+CARD, NUMBERS = "README.md", "evaluation.json"
+BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /evaluation -->"
+
+HALVINGS = 5
+"""Times that the held-out images are halved at random, for the distances' means and ranges."""
+
+RECIPE = {"frequencies": avataaars.FREQUENCIES, "pairs": avataaars.PLANTED}
+"""What is to be expected of samples of the bundled domain."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The quality of a model's samples; made by `evaluate_model`.
+
+    Attributes
+    ----------
+    distances : DataFrame
+        One row a feature space and measure ("frechet", "kernel"): `generated`, the distance of samples to one half of
+        the held-out images, and `real`, that of the other half to it, of as many each; means over halvings, with their
+        ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real, for "frechet"
+        (the kernel distance of real images is 0 on average).
+    coverage : DataFrame
+        One row a feature space: precision and recall of samples, and of the other half, each a `Rate`.
+    frequencies : DataFrame
+        See `attribute_frequencies`; `drawn` is what the judge finds among the held-out images.
+    pairs : DataFrame
+        See `joint_frequencies`.
+    copies : Rate or None
+        Share of samples nearer to a training image than to a held-out one, in pixels; None without training images.
+    copies_real : Rate or None
+        The same of held-out images that were not compared with.
+    inversion : ndarray of shape (k,), dB
+        Peak signal-to-noise ratio of held-out images and what DDIM inversion reconstructs of them.
+    images : Tensor of shape (n, C, H, W)
+        The samples.
+    about : dict
+        Model, settings and numbers of images.
+    nearest : Tensor of shape (2, 10, C, H, W) or None
+        The ten samples that are nearest to a training image, above that image.
+    """
+
+    distances: pd.DataFrame
+    coverage: pd.DataFrame = field(repr=False)
+    frequencies: pd.DataFrame = field(repr=False)
+    pairs: pd.DataFrame = field(repr=False)
+    copies: Rate | None
+    copies_real: Rate | None = field(repr=False)
+    inversion: np.ndarray = field(repr=False)
+    images: torch.Tensor = field(repr=False)
+    about: dict
+    nearest: torch.Tensor | None = field(repr=False)
+
+    def to_markdown(self) -> str:
+        """Section of a model card."""
+        a = self.about
+        expected = (
+            "the recipe's probability" if a["expected"] == "recipe" else "the frequency among the held-out images"
+        )
+        lines = [
+            "## Measured quality",
+            "",
+            f"{a['n']:,} samples (seeds {a['seed']} to {a['seed'] + a['n'] - 1}, {a['steps']} steps, eta {a['eta']:g}, "
+            f"weights {a['hash']}), {a['held_out']:,} held-out images. Distances are between {a['m']:,} and {a['m']:,} "
+            f"images, means over {HALVINGS} random halvings of the held-out ones (in brackets their range). `real` is "
+            "the distance of the two halves: what a perfect model would have.",
+            "",
+            _table(
+                ["feature space", "measure", "generated", "real", "ratio"],
+                [
+                    [space, measure, _ranged(row, "generated"), _ranged(row, "real")]
+                    + [f"{row['ratio']:.1f}" if measure == "frechet" else ""]
+                    for (space, measure), row in self.distances.iterrows()
+                ],
+            ),
+            "",
+            "Precision (share of samples among the real images) and recall (share of real images among the samples), "
+            "k = 3, and those of real images in the samples' place:",
+            "",
+            _table(
+                ["feature space", "precision", "recall", "precision of real", "recall of real"],
+                [[space, *map(_percent, row)] for space, row in self.coverage.iterrows()],
+            ),
+        ]
+        if len(self.frequencies):
+            lines += [
+                "",
+                f"Attributes by the judge, `{a['judge']}`: {expected}, what it finds among the samples with the 95% "
+                "interval, their distance (total variation, in points), and what it finds among the held-out images.",
+                "",
+                _table(
+                    ["attribute", "expected", "samples", "interval", "points off", "held out"],
+                    [
+                        [f"`{name}`", *(f"{100 * row[key]:.1f}" for key in ("expected", "found"))]
+                        + [f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"]
+                        + [f"{100 * row[key]:.1f}" for key in ("distance", "drawn")]
+                        for name, row in self.frequencies.iterrows()
+                    ],
+                ),
+            ]
+        if len(self.pairs):
+            rows = [
+                [f"`{first}`, `{second}`"]
+                + [
+                    f"{100 * row['expected'][cell]:.1f}, {100 * row['found'][cell]:.1f}"
+                    for cell in ("00", "01", "10", "11")
+                ]
+                + [f"{100 * row[('distance', '')]:.1f}"]
+                for (first, second), row in self.pairs.iterrows()
+            ]
+            lines += ["", "Planted pairs, each expected and found, in percent:", ""]
+            lines += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
+        lines += [
+            "",
+            f"{self._memorised()} DDIM inversion of {len(self.inversion)} held-out images and back, in "
+            f"{a['inversion_steps']} steps: median {np.median(self.inversion):.1f} dB, {self.inversion.min():.1f} to "
+            f"{self.inversion.max():.1f}.",
+        ]
+        return "\n".join(lines)
+
+    def _memorised(self) -> str:
+        if self.copies is None:
+            return "Memorisation was not measured (no training images were given)."
+        return (
+            f"{_percent(self.copies)} of the samples are nearer in pixels to one of {self.about['compared']:,} "
+            "training images than to one of as many held-out ones; of other real images it is "
+            f"{_percent(self.copies_real)} (a half is what a model that copies nothing gives)."
+        )
+
+    def numbers(self) -> dict:
+        """All numbers, for a file."""
+        records = {
+            "distances": self.distances.astype(object).replace({np.nan: None}).reset_index().to_dict("records"),
+            "coverage": {space: row.map(_rate).to_dict() for space, row in self.coverage.iterrows()},
+            "frequencies": self.frequencies.reset_index().to_dict("records"),
+            "pairs": {f"{a}, {b}": _pair(row) for (a, b), row in self.pairs.iterrows()},
+            "memorisation": {"generated": _rate(self.copies), "real": _rate(self.copies_real)},
+            "inversion_dB": [round(float(value), 2) for value in self.inversion],
+        }
+        return {"about": self.about, **records}
+
+    def write(self, folder: str | Path) -> Path:
+        """Put the numbers into the folder's `evaluation.json` and into its model card, in place of earlier ones.
+
+        A card that has no such section gets it at its end; a folder without a card gets one. Returns the card.
+        """
+        folder = Path(folder)
+        card = folder / CARD
+        text = card.read_text(encoding="utf-8") if card.is_file() else new_card(folder)
+        section = f"{BEGIN}\n{self.to_markdown()}\n{END}"
+        before, begin, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2] if begin else "\n"
+        for path, content in (
+            (card, f"{before.rstrip()}\n\n{section}{after}"),
+            (folder / NUMBERS, json.dumps(self.numbers(), indent=2) + "\n"),
+        ):
+            partial = path.with_name(f".partial-{path.name}")
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, path)
+        return card
+
+
+def evaluate_model(
+    model: Model,
+    images: LabelledImages,
+    *,
+    classifiers: Sequence[Classifier],
+    training: torch.Tensor | LabelledImages | Sequence | None = None,
+    frequencies: Mapping[str, float] | None = None,
+    pairs: Mapping[tuple[str, str], Sequence[float]] | None = None,
+    n: int = 2000,
+    steps: int = 50,
+    eta: float = 1.0,
+    seed: int = 0,
+    n_inverted: int = 32,
+    inversion_steps: int = 50,
+    samples: torch.Tensor | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure the samples of a model against held-out images.
+
+    Parameters
+    ----------
+    model : Model
+    images : LabelledImages
+        Held out, of the model's size, 8 or more.
+    classifiers : sequence of Classifier
+        Their features are the spaces that distances are measured in; the last one is the judge of attributes.
+    training : LabelledImages or Tensor of shape (k, C, H, W) with values in [-1, 1], or a list of these, optional
+        What the model was trained on, for the memorisation check.
+    frequencies : mapping of attribute to probability, optional
+        What to expect of samples. Default: the frequencies of the held-out images' labels, where the judge knows them.
+    pairs : mapping of (attribute, attribute) to 4 probabilities, optional
+        See `joint_frequencies`. `evaluation.RECIPE` has both for the bundled domain.
+    n : int, default 2000
+        Samples, of the seeds from `seed` on. Distances take as many of them as half of the held-out images.
+    steps, eta
+        Of the samples; see `sample`. Fewer steps give a larger distance.
+    seed : int
+        Of the samples, and of what is drawn here.
+    n_inverted, inversion_steps : int
+        Held-out images that are inverted, and the steps.
+    samples : Tensor of shape (n, C, H, W), optional
+        These samples, if they were drawn before with these seeds, steps and eta.
+    batch_size : int, optional
+    progress : bool
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    ValueError
+        If the images are of another size, there are too few of them or of samples, or the samples are not `n`.
+    """
+    if images.size != model.image_shape[1]:
+        raise ValueError(
+            f"the images are of {images.size} pixels and the model's of {model.image_shape[1]}; give "
+            f"images.at_size({model.image_shape[1]})"
+        )
+    if len(images) < 8 or n < 8:
+        raise ValueError(f"{len(images)} held-out images and {n} samples are too few; give 8 or more of both")
+    if samples is None:
+        samples = sample(
+            model, range(seed, seed + n), steps=steps, eta=eta, batch_size=batch_size, progress=progress
+        ).x0
+    if len(samples) != n:
+        raise ValueError(f"there are {len(samples)} samples and n is {n}; give as many")
+    real, samples = images[:].clamp(-1, 1), samples.clamp(-1, 1)
+    m = min(n, len(real) // 2)
+    rng = np.random.default_rng(seed)
+    halvings = [rng.permutation(len(real))[: 2 * m].reshape(2, m) for _ in range(HALVINGS)]
+    taken = [rng.permutation(n)[:m] for _ in range(HALVINGS)]
+    distances, coverage = {}, {}
+    for classifier in classifiers:
+        made, drawn = (classifier.features(x, progress=progress) for x in (samples, real))
+        for measure, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):
+            row = _compared(distance, made, drawn, halvings=halvings, taken=taken)
+            ratio = row["generated"] / row["real"] if measure == "frechet" else np.nan
+            distances[classifier.name, measure] = row | {"ratio": ratio}
+        (half, other), rows = halvings[0], taken[0]
+        found = [precision_recall(x, drawn[half]) for x in (made[rows], drawn[other])]
+        coverage[classifier.name] = [rate for pair in found for rate in (pair.precision, pair.recall)]
+    judge = classifiers[-1]
+    labels, drawn_labels = ((judge(x, progress=progress) > 0.5).astype(int) for x in (samples, real))
+    known = [name for name in judge.attributes if name in images.names]
+    expected = frequencies or {name: float(images.label(name).mean()) for name in known}
+    table = attribute_frequencies(labels, expected)
+    table["drawn"] = drawn_labels[list(expected)].mean()
+    copies = copies_real = nearest = None
+    if training is not None:
+        learned = _stacked(training)
+        half, other = halvings[0]
+        flat, flat_real, flat_learned = (x.flatten(1).numpy() for x in (samples, real, learned))
+        copies = memorisation(flat, flat_learned, flat_real[half], seed=seed)
+        copies_real = memorisation(flat_real[other], flat_learned, flat_real[half], seed=seed)
+        near, position = nearest_neighbours(flat, flat_learned)
+        closest = np.argsort(near[:, 0])[:10]
+        nearest = torch.stack([samples[closest], learned[position[closest, 0]]])
+    inverted = invert(model, real[:n_inverted], steps=inversion_steps, batch_size=batch_size, progress=progress)
+    return Evaluation(
+        distances=pd.DataFrame.from_dict(distances, orient="index").rename_axis(["space", "measure"]),
+        coverage=pd.DataFrame.from_dict(
+            coverage, orient="index", columns=["precision", "recall", "precision_real", "recall_real"]
+        ),
+        frequencies=table,
+        pairs=joint_frequencies(labels, pairs or {}),
+        copies=copies,
+        copies_real=copies_real,
+        inversion=inverted.round_trip_error(),
+        images=samples,
+        about={
+            "model": model.name,
+            "hash": model.hash,
+            "n": n,
+            "seed": seed,
+            "steps": steps,
+            "eta": eta,
+            "held_out": len(real),
+            "m": m,
+            "compared": 0 if training is None else min(len(learned), m),
+            "inversion_steps": inversion_steps,
+            "expected": "labels" if frequencies is None else "recipe",
+            "judge": judge.name,
+        },
+        nearest=nearest,
+    )
+
+
+def new_card(folder: str | Path) -> str:
+    """A model card from the `training.json` that a training leaves; headings to fill in where it knows nothing.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Returns
+    -------
+    str
+        Markdown.
+    """
+    folder = Path(folder)
+    path = folder / "training.json"
+    if not path.is_file():
+        return f"# {folder.resolve().name}\n"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    s, side = about["settings"], about["network"]["sample_size"]
+    begun = "random weights" if s["start"] is None else f"the weights of `{s['start']}`"
+    return f"""# {folder.resolve().name}
+
+A DDPM of {side} x {side} pixels: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, T = 1000, linear beta \
+1e-4..0.02, eps-prediction. Averaged weights, float32 safetensors. Loads with `workbench.load_model` and with \
+diffusers' `DDPMPipeline.from_pretrained`. The scheduler file has `clip_sample` on, as the public DDPMs do; \
+`load_model` switches it off.
+
+## Training
+
+{about["images"]["n"]:,} images, from {begun}; {about["step"]:,} steps of {s["batch_size"]} images, \
+{about["hours"]:.1f} hours, learning rate {s["learning_rate"]:g} after {s["warmup"]} steps of warmup and cosine decay, \
+weight decay {s["weight_decay"]:g}, gradient norm clipped at {s["clip"]:g}, average of the weights {s["ema"]:g}, \
+min-SNR weights (gamma {s["gamma"]:g}), {"" if s["flips"] else "no "}flips, dropout {s["dropout"]:g}, \
+{s["precision"]}, seed {s["seed"]}. All settings, the images' checksum, versions and the commit are in `training.json`.
+
+## Use and limits
+
+To be written: what the images are and under which licence, what the model is for, and what it does badly.
+"""
+
+
+def _compared(
+    distance: Callable[[np.ndarray, np.ndarray], float],
+    made: np.ndarray,
+    drawn: np.ndarray,
+    *,
+    halvings: list[np.ndarray],
+    taken: list[np.ndarray],
+) -> dict[str, float]:
+    generated = [distance(made[rows], drawn[half]) for rows, (half, _) in zip(taken, halvings, strict=True)]
+    real = [distance(drawn[other], drawn[half]) for half, other in halvings]
+    row = {}
+    for name, values in (("generated", generated), ("real", real)):
+        row |= {name: np.mean(values), f"{name}_low": np.min(values), f"{name}_high": np.max(values)}
+    return {name: float(value) for name, value in row.items()}
+
+
+def _stacked(images) -> torch.Tensor:
+    if isinstance(images, (list, tuple)):
+        return torch.cat([_stacked(part) for part in images])
+    return images[:].clamp(-1, 1)
+
+
+def _rate(rate: Rate | None) -> dict | None:
+    return None if rate is None else {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+
+
+def _pair(row: pd.Series) -> dict:
+    return {**{key: row[key].to_dict() for key in ("expected", "found")}, "distance": row[("distance", "")]}
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f}% ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+
+
+def _ranged(row: pd.Series, name: str) -> str:
+    return f"{row[name]:.4g} ({row[f'{name}_low']:.4g} to {row[f'{name}_high']:.4g})"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
