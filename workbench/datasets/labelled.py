@@ -343,12 +343,13 @@ def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: in
     return LabelledImages(labels.to_frame(), _Parts(parts), _checked(size))
 
 
-def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
+def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tensor:
     """Decode one image file.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or bytes
+        A file, or the content of one.
     size : int, optional
         Side in pixels. Default: the native size, cropped to a square.
 
@@ -363,6 +364,8 @@ def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
     ValueError
         If it cannot be decoded, or the size is below 1.
     """
+    if isinstance(path, bytes):
+        return _decode(path, size, "what was given")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
