@@ -42,7 +42,10 @@ _WHERE = {
     "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
     "editing.mixing": ("mixing_step",),
+    "editing.recipe": ("open_recipe", "save_recipe"),
+    "editing.session": ("EditSession",),
     "report.notebooks": ("run_notebook",),
+    "report.widgets": ("EditStudio",),
 }
 _MODULES = {"experiments": "editing.experiments", "plots": "report.plots", "paths": "paths"}
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from workbench import paths
@@ -448,7 +448,8 @@ def _decode(content: bytes, size: int | None, where: str, crop: str | None = Non
 
 
 def _undecodable(where: str, error: Exception) -> ValueError:
-    return ValueError(f"{where} cannot be decoded as an image ({error}); replace it or remove it")
+    reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"{where} cannot be decoded as an image ({reason}); replace it or remove it")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.models import Model, load_model
 from workbench.diffusion.sampling import Trajectory, sample
+from workbench.directions.boundary import FORMAT as BOUNDARY_FORMAT
 from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, digest, load_direction
 from workbench.editing.session import EditSession, EditState, Rendering
@@ -150,6 +151,16 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
         eta=recipe["eta"],
     )
     session.restore(state)
+
+
+def load_editable(path: str | Path, *, model: Model) -> Direction | Boundary:
+    """Read a direction or a boundary, whichever the file holds; raises as `load_direction` and `load_boundary` do."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            is_boundary = (file.metadata() or {}).get("format") == BOUNDARY_FORMAT
+    except (SafetensorError, OSError):
+        is_boundary = False
+    return (load_boundary if is_boundary else load_direction)(path, model=model)
 
 
 def read_recipe(path: str | Path) -> dict:

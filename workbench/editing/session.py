@@ -9,6 +9,7 @@ the next (as an edit-friendly inversion finds it), and its edit has the first-or
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from workbench.datasets.classifiers import Classifier
@@ -151,6 +153,14 @@ class Rendering:
     def difference(self) -> torch.Tensor:
         """after - before, half of it, so that it lies in [-1, 1]; 0 is grey."""
         return (self.after - self.before) / 2
+
+    def save(self, path: str | Path) -> Path:
+        """Write both images as tensors "before" and "after" of a safetensors file."""
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        save_file({"before": self.before.contiguous(), "after": self.after.contiguous()}, partial)
+        os.replace(partial, path)
+        return path
 
 
 @dataclass(frozen=True, eq=False)
