@@ -332,7 +332,6 @@ def _add_studio(command) -> None:
     studio.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     studio.add_argument("--port", type=int, default=0, help="(default: a free one)")
     studio.add_argument("--theme", choices=("light", "dark"), default="light")
-    studio.add_argument("--open", action="store_true", help="open the page in the browser too")
 
     edit = command(
         "edit",
@@ -689,7 +688,6 @@ def _studio(arguments: argparse.Namespace) -> None:
         on_ready=lambda address: print(f"the studio is at\n  {address}\nuntil Ctrl-C", flush=True),
         port=arguments.port,
         theme=arguments.theme,
-        open_browser=arguments.open,
     )
 
 

@@ -18,7 +18,7 @@ from workbench.editing.recipe import apply_recipe, open_recipe, read_recipe, res
 from workbench.editing.session import Cancelled, EditSession, Progress
 
 STEPS = 12
-T = 498
+T = 498  # visited by 6 steps and by 12
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,11 @@ def hair(tiny, run):
 
 @pytest.fixture(scope="module")
 def boundaries(tiny, run):
-    t = run.timesteps[5]
     found = []
     for seed, (space, shape) in enumerate((("h", tiny.h_shape), ("x", tiny.image_shape))):
         normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         about = {"model": tiny.provenance(), "method": "planted", "parameters": {}}
-        found.append(Boundary(normal / normal.norm(), 0.5, t, space, "beard", about))
+        found.append(Boundary(normal / normal.norm(), 0.5, T, space, "beard", about))
     return found
 
 

@@ -23,6 +23,7 @@ from workbench.hspace.extract import extract
 from workbench.report.widgets import EditStudio
 
 LOOPBACK = "127.0.0.1"
+_OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
 
 
 def serve_studio(
@@ -31,7 +32,6 @@ def serve_studio(
     on_ready: Callable[[str], None],
     port: int = 0,
     theme: str = "light",
-    open_browser: bool = False,
 ) -> None:
     """Serve a studio until interrupted, to this machine alone and only with the token in the address.
 
@@ -44,7 +44,6 @@ def serve_studio(
     port : int, default 0
         0 takes a free one.
     theme : {"light", "dark"}
-    open_browser : bool
 
     Raises
     ------
@@ -62,6 +61,8 @@ def serve_studio(
     token = secrets.token_urlsafe(24)
     config = Config()
     config.Voila.update(ip=LOOPBACK, port=port, port_retries=0, token=token, open_browser=False, log_level="ERROR")
+    # Voila's page asks a server elsewhere for its icons; this one works without a network, and tells nobody.
+    config.Voila.tornado_settings = {"headers": {"Content-Security-Policy": _OWN_SOURCES}}
     config.VoilaConfiguration.update(theme=theme, strip_sources=True)
     with TemporaryDirectory(prefix="studio-") as folder:
         notebook = Path(folder) / "studio.ipynb"

@@ -32,7 +32,7 @@ from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.editing.grid import EditGrid
 from workbench.editing.recipe import apply_recipe, save_recipe
-from workbench.editing.session import PROCESSES, Cancelled, EditSession, Progress, Rendering, describe
+from workbench.editing.session import Cancelled, EditSession, Progress, Rendering, describe
 from workbench.hspace.store import HStore
 from workbench.report import plots
 
@@ -41,6 +41,11 @@ REST = 0.2
 
 _ROOM = Path(__file__).parent
 _BEFORE, _AFTER = plots.PALETTE[0], plots.PALETTE[1]
+_PROCESSES = {
+    "symmetric": "P_t and D_t change (Haas et al.)",
+    "asymmetric": "P_t alone changes (Asyrp)",
+    "single-step": "x_t and h_t cross boundaries, once (BoundaryDiffusion)",
+}
 _STRIP = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 _GRID = (-2.0, -1.0, 0.0, 1.0, 2.0)
 _WIDE = {"description_width": "150px"}
@@ -200,7 +205,6 @@ class EditStudio(widgets.VBox):
     # Layout.
 
     def _layout(self) -> list[widgets.Widget]:
-        session = self.session
         self.style_sheet = widgets.HTML()
         self.status = widgets.HTML().add_class("hspace-status")
         self.progress = widgets.FloatProgress(
@@ -226,7 +230,6 @@ class EditStudio(widgets.VBox):
         self.views.observe(lambda _: self._update(), "selected_index")
         images = widgets.VBox([pictures, self.progress, self.status, self.views]).add_class("hspace-images")
         columns = widgets.Box([controls, images]).add_class("hspace-columns")
-        self.eta.value = float(np.mean(session.etas))
         return [self.style_sheet, columns]
 
     def _sample_controls(self) -> list[widgets.Widget]:
@@ -262,14 +265,9 @@ class EditStudio(widgets.VBox):
             slider.style, slider.layout = _WIDE, widgets.Layout(width="400px")
 
         self.process = widgets.ToggleButtons(
-            options=PROCESSES,
-            tooltips=(
-                "P_t and D_t change (Haas et al.)",
-                "P_t alone (Asyrp)",
-                "cross boundaries once (BoundaryDiffusion)",
-            ),
-            description="Process",
-            style={"button_width": "96px", "description_width": "70px"},
+            options=[process for process in _PROCESSES if self._possible(process)],
+            tooltips=[words for process, words in _PROCESSES.items() if self._possible(process)],
+            style={"button_width": "112px"},
         )
         self._on(self.process, session.set_process, show=True)
         self.window = widgets.SelectionRangeSlider(
@@ -299,6 +297,9 @@ class EditStudio(widgets.VBox):
             rows += [_title("Boundaries (signed distance)"), *(widgets.HBox(pair) for pair in pairs)]
         buttons = widgets.HBox([self.undo, self.redo, self.reset])
         return [*rows, _title("How"), self.process, self.window, self.eta, buttons]
+
+    def _possible(self, process: str) -> bool:
+        return bool(self.session.boundaries if process == "single-step" else self.session.directions)
 
     def _projection_controls(self) -> list[widgets.Widget]:
         names = list(self.scales)
