@@ -1,4 +1,4 @@
-"""From a slider's move to the new image, in passes of the network and in time. Printed, never asserted: `make bench`."""
+"""From a slider's move to the new image, in passes of the network and in time. Printed, never asserted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def studio(model):
 
 
 def test_a_move_of_a_slider(studio, model, monkeypatch):
-    """Both times are of the widget: from the change of the slider's value to that of the picture."""
+    """Both times are of the widget: from the change of the slider's value to that of the picture.
+
+    The pause after which a slider counts as resting is left out: it is waited for on purpose.
+    """
     monkeypatch.setattr(widgets, "REST", 0.0)
     previews, images, passes = [], [], []
     slider, x_t = next(iter(studio.scales.values())), studio.session.samples[0].x_T
