@@ -507,6 +507,11 @@ def test_bad_recipes_are_refused(session, tiny, model, run, smile, tmp_path):
         open_recipe(tmp_path / "bad.json", model=tiny)
     with pytest.raises(ValueError, match="is a .json file"):
         save_recipe(session, tmp_path / "edit.txt")
+    recipe = read_recipe(path)
+    recipe["directions"][0]["file"] = "../elsewhere.safetensors"
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="parts lie in bad.parts itself"):
+        open_recipe(tmp_path / "bad.json", model=tiny)
     for part in (tmp_path / "edit.parts").iterdir():
         part.unlink()
     with pytest.raises(FileNotFoundError, match="no direction at"):

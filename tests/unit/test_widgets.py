@@ -169,6 +169,29 @@ def test_saving_and_loading(studio, tiny):
     assert studio.wait() and "without folders" in studio.status.value
 
 
+def test_a_recipe_brings_its_own_sliders(studio, tiny, run, parts, tmp_path):
+    studio.scales["hair"].value = 5.0
+    studio.scales["smile"].value = 1.0
+    studio.save_recipe.click()
+    assert studio.wait()
+    other = EditStudio(tiny, run, parts[0], folder=studio.folder)
+    assert list(other.scales) == ["smile"] and not other.against
+    other.load_recipe.click()
+    assert other.wait() and list(other.scales) == ["smile", "hair"]
+    assert other.scales["hair"].value == 4.0 and other.against
+    np.testing.assert_array_equal(shown(other), shown(studio))
+
+
+def test_a_session_that_was_changed_in_python_is_shown_by_refresh(studio):
+    studio.session.set_scale("smile", 6.0)
+    studio.session.set_window(700, 100)
+    studio.refresh()
+    assert studio.scales["smile"].value == 6.0
+    high, low = studio.window.value
+    assert high <= 700 and low >= 100
+    np.testing.assert_array_equal(shown(studio), expected(studio))
+
+
 def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio):
     studio.scales["smile"].value = 1.0
     bundle = studio._repr_mimebundle_()

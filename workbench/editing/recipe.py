@@ -176,7 +176,17 @@ def read_recipe(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a recipe of an edit")
     if recipe.get("version") != VERSION:
         raise ValueError(f"{path} is a recipe of version {recipe.get('version')}; this workbench reads {VERSION}")
-    lacking = {"model", "sample", "timesteps", "etas", "process", "t_range", "directions", "boundaries"} - recipe.keys()
+    lacking = {
+        "model",
+        "sample",
+        "timesteps",
+        "etas",
+        "process",
+        "t_range",
+        "directions",
+        "boundaries",
+        "result",
+    } - recipe.keys()
     if lacking:
         raise ValueError(f"{path} is not a whole recipe; it lacks {', '.join(sorted(lacking))}")
     return recipe
@@ -193,6 +203,13 @@ def result_of(rendering: Rendering) -> dict:
 
 def _folder_of(path: Path) -> Path:
     return path.with_suffix(".parts")
+
+
+def _part(path: Path, name: str) -> Path:
+    """A file beside a recipe; its name leads nowhere else."""
+    if Path(name).name != name:
+        raise ValueError(f"{path} names a part {name!r}; parts lie in {_folder_of(path).name} itself")
+    return _folder_of(path) / name
 
 
 def _save_part(part: Direction | Boundary, name: str, folder: Path) -> str:
@@ -219,9 +236,8 @@ def _parts_of(recipe: dict, path: Path, model: Model) -> dict[str, Direction | B
                 f"{path} is an edit of the model {own['name']!r} with {what} {own[key]!r}, not of {model.name!r} with "
                 f"{given[key]!r}"
             )
-    folder = _folder_of(path)
-    found = {d["name"]: load_direction(folder / d["file"], model=model) for d in recipe["directions"]}
-    return found | {b["name"]: load_boundary(folder / b["file"], model=model) for b in recipe["boundaries"]}
+    found = {d["name"]: load_direction(_part(path, d["file"]), model=model) for d in recipe["directions"]}
+    return found | {b["name"]: load_boundary(_part(path, b["file"]), model=model) for b in recipe["boundaries"]}
 
 
 def _place_of(part: Direction | Boundary, session: EditSession) -> str:
@@ -244,7 +260,7 @@ def _run_of(recipe: dict, path: Path, model: Model) -> Trajectory:
     timesteps, etas = tuple(recipe["timesteps"]), tuple(recipe["etas"])
     if "seed" in recipe["sample"]:
         return sample(model, [recipe["sample"]["seed"]], steps=timesteps, eta=etas, progress=False)
-    file = _folder_of(path) / recipe["sample"]["image"]
+    file = _part(path, recipe["sample"]["image"])
     if not file.is_file():
         raise FileNotFoundError(f"there is no inverted image {file}; the recipe's folder must come with it")
     try:

@@ -6,6 +6,7 @@ import json
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from workbench import paths
 from workbench.datasets.classifiers import load_classifier
 from workbench.diffusion.models import Model, load_model
 from workbench.diffusion.sampling import sample
+from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.directions.pca import find_pca
@@ -55,7 +57,7 @@ def serve_studio(
     from voila.app import Voila  # slow to import, and needed by this command alone
 
     model = load_model(options["model"], device=options.get("device"))
-    find_editables(model, options.get("directions"))
+    find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
     port = port or _free_port()
     _check_free(port)
     token = secrets.token_urlsafe(24)
@@ -110,33 +112,47 @@ def open_studio(
         If something named is not there, or does not fit the model.
     """
     loaded = load_model(model, device=device)
-    found = find_editables(loaded, directions)
     runs = sample(loaded, seeds, steps=steps, eta=eta, progress=False)
-    visited = runs.timesteps
-    fitting = [each for each in found if isinstance(each, Direction) or each.t in visited]
-    if not any(isinstance(each, Direction) for each in fitting):
+    found = find_editables(loaded, directions, runs.timesteps)
+    if directions is None and not any(isinstance(each, Direction) for each in found):
         store = extract(loaded, 96, steps=steps, eta=eta, progress=False)
-        fitting = [*find_pca(store, k=4), *fitting]
+        found = [*find_pca(store, k=4), *found]
     scores = load_classifier(classifier, device=device) if classifier else None
-    return EditStudio(loaded, runs, fitting, classifier=scores)
+    return EditStudio(loaded, runs, found, classifier=scores)
 
 
-def find_editables(model: Model, named: Sequence[str] | None) -> list[Direction | Boundary]:
-    """Directions and boundaries: those of the files and folders named, or all saved ones that fit the model.
+def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequence[int]) -> list[Direction | Boundary]:
+    """Directions and boundaries: those of the files and folders named, or all saved ones that fit.
+
+    Parameters
+    ----------
+    model : Model
+    named : sequence of str, optional
+    timesteps : sequence of int
+        Those that samples visit; a boundary needs its own among them.
+
+    Returns
+    -------
+    list of Direction and Boundary
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If a file or folder that is named is not there, holds nothing, or does not fit the model.
+        If a file or folder that is named is not there, holds nothing, or does not fit.
     """
+
+    def load(path: Path) -> Direction | Boundary:
+        found = load_editable(path, model=model)
+        if isinstance(found, Boundary):
+            index_of(found.t, timesteps, trained=model.schedule.T)
+        return found
+
     if named is None:
         found = []
         for folder in (paths.directions(), paths.boundaries()):
             for path in sorted(folder.glob("*.safetensors")):
-                try:
-                    found.append(load_editable(path, model=model))
-                except ValueError:
-                    continue  # of another model, which is no mistake in a folder of all
+                with suppress(ValueError):  # of another model, which is no mistake in a folder of all
+                    found.append(load(path))
         return found
     files = []
     for name in named:
@@ -145,7 +161,7 @@ def find_editables(model: Model, named: Sequence[str] | None) -> list[Direction 
         if not within:
             raise FileNotFoundError(f"there is no direction in {path}; workbench find writes some")
         files += within
-    return [load_editable(path, model=model) for path in files]
+    return [load(path) for path in files]
 
 
 def _notebook(options: dict) -> dict:

@@ -174,14 +174,18 @@ class EditStudio(widgets.VBox):
         self._maps: dict[tuple[str, int], Embedding] = {}
         super().__init__(self._layout())
         self.add_class("hspace-studio")
-        self._show_state()
+        self.refresh()
         if self.session.notes:
-            self._say("; ".join(self.session.notes))
-        self._update()
+            self._say(html.escape("; ".join(self.session.notes)))
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until nothing is being computed; False if that takes longer than `timeout` seconds."""
         return self._worker.wait(timeout)
+
+    def refresh(self) -> None:
+        """Show the session's state, after it was changed in Python."""
+        self._show_state()
+        self._update()
 
     def figure(self) -> plots.Figure:
         """The current edit as a figure: before, after, difference, and the read-out."""
@@ -240,35 +244,12 @@ class EditStudio(widgets.VBox):
 
     def _edit_controls(self) -> list[widgets.Widget]:
         session = self.session
+        self.scales: dict[str, widgets.FloatSlider] = {}
+        self.distances: dict[str, widgets.FloatSlider] = {}
+        self.leave: dict[str, widgets.Button] = {}
         self.against: dict[tuple[str, str], widgets.Checkbox] = {}
-        self.scales = {
-            name: widgets.FloatSlider(0.0, min=-4.0, max=4.0, step=0.1, description=name, tooltip=f"{name}, in sigma")
-            for name in session.directions
-        }
-        self.distances = {
-            name: widgets.FloatSlider(
-                0.0, min=-1.0, max=1.0, description=name, tooltip=f"signed distance from the boundary {name}"
-            )
-            for name in session.boundaries
-        }
-        self.leave = {
-            name: widgets.Button(description="leave", tooltip=f"don't move to {name}") for name in session.boundaries
-        }
-        for name, slider in self.scales.items():
-            self._on(slider, lambda value, name=name: session.set_scale(name, value))
-        for name, slider in self.distances.items():
-            slider.style, slider.layout = _WIDE, widgets.Layout(width="340px")
-            self._on(slider, lambda value, name=name: session.set_distance(name, value))
-            self.leave[name].layout = widgets.Layout(width="60px")
-            self._on_click(self.leave[name], lambda name=name: session.set_distance(name, None))
-        for slider in self.scales.values():
-            slider.style, slider.layout = _WIDE, widgets.Layout(width="400px")
-
-        self.process = widgets.ToggleButtons(
-            options=[process for process in _PROCESSES if self._possible(process)],
-            tooltips=[words for process, words in _PROCESSES.items() if self._possible(process)],
-            style={"button_width": "112px"},
-        )
+        self.edits = widgets.VBox()
+        self.process = widgets.ToggleButtons(style={"button_width": "112px"})
         self._on(self.process, session.set_process, show=True)
         self.window = widgets.SelectionRangeSlider(
             options=session.timesteps,
@@ -289,17 +270,60 @@ class EditStudio(widgets.VBox):
         for button, action in ((self.undo, session.undo), (self.redo, session.redo), (self.reset, session.reset)):
             self._on_click(button, action)
 
+        buttons = widgets.HBox([self.undo, self.redo, self.reset])
+        return [self.edits, _title("How"), self.process, self.window, self.eta, buttons]
+
+    def _show_edits(self) -> None:
+        """A slider for each direction and boundary that the session has; a recipe may bring some."""
+        session = self.session
+        if list(self.scales) == list(session.directions) and list(self.distances) == list(session.boundaries):
+            return
+        for name in session.directions.keys() - self.scales.keys():
+            self._add_scale(name)
+        for name in session.boundaries.keys() - self.distances.keys():
+            self._add_distance(name)
+        self.scales = {name: self.scales[name] for name in session.directions}
+        self.distances = {name: self.distances[name] for name in session.boundaries}
         rows = []
         if self.scales:
             rows += [_title("Directions (sigma)"), *self.scales.values(), *self._projection_controls()]
         if self.distances:
-            pairs = zip(self.distances.values(), self.leave.values(), strict=True)
-            rows += [_title("Boundaries (signed distance)"), *(widgets.HBox(pair) for pair in pairs)]
-        buttons = widgets.HBox([self.undo, self.redo, self.reset])
-        return [*rows, _title("How"), self.process, self.window, self.eta, buttons]
+            pairs = [widgets.HBox([slider, self.leave[name]]) for name, slider in self.distances.items()]
+            rows += [_title("Boundaries (signed distance)"), *pairs]
+        self.edits.children = rows
+        possible = [p for p in _PROCESSES if (session.boundaries if p == "single-step" else session.directions)]
+        self.process.tooltips, self.process.options = [_PROCESSES[process] for process in possible], possible
 
-    def _possible(self, process: str) -> bool:
-        return bool(self.session.boundaries if process == "single-step" else self.session.directions)
+    def _add_scale(self, name: str) -> None:
+        slider = widgets.FloatSlider(
+            0.0,
+            min=-4.0,
+            max=4.0,
+            step=0.1,
+            description=name,
+            tooltip=f"{name}, in sigma",
+            style=_WIDE,
+            layout=widgets.Layout(width="400px"),
+        )
+        self._on(slider, lambda value: self.session.set_scale(name, value))
+        self.scales[name] = slider
+
+    def _add_distance(self, name: str) -> None:
+        slider = widgets.FloatSlider(
+            0.0,
+            min=-1.0,
+            max=1.0,
+            description=name,
+            tooltip=f"signed distance from the boundary {name}",
+            style=_WIDE,
+            layout=widgets.Layout(width="340px"),
+        )
+        button = widgets.Button(
+            description="leave", tooltip=f"don't move to {name}", layout=widgets.Layout(width="60px")
+        )
+        self._on(slider, lambda value: self.session.set_distance(name, value))
+        self._on_click(button, lambda: self.session.set_distance(name, None))
+        self.distances[name], self.leave[name] = slider, button
 
     def _projection_controls(self) -> list[widgets.Widget]:
         names = list(self.scales)
@@ -477,9 +501,8 @@ class EditStudio(widgets.VBox):
     def _load_recipe(self, progress: Progress) -> None:
         path = self._file(".json")
         apply_recipe(self.session, path)
-        self._show_state()
+        self.refresh()
         self._say(f"loaded {path.name}")
-        self._update()
 
     def _file(self, ending: str) -> Path:
         name = self.file_name.value.strip()
@@ -634,15 +657,15 @@ class EditStudio(widgets.VBox):
         try:
             state, session = self.session.state, self.session
             self._show_samples()
-            for name in (
-                session.directions.keys() - self.scales.keys() | session.boundaries.keys() - self.distances.keys()
-            ):
-                self._on_problem(f"{name} came with the recipe and has no slider here")
+            self._show_edits()
             for name, slider in self.scales.items():
-                slider.value = state.scales.get(name, 0.0)
+                scale = state.scales.get(name, 0.0)
+                slider.min, slider.max = min(slider.min, scale), max(slider.max, scale)
+                slider.value = scale
             for (name, other), box in self.against.items():
                 box.value = other in state.against.get(name, ())
-            self.process.value, self.window.value = state.process, state.t_range
+            inside = [t for t in session.timesteps if state.t_range[1] <= t <= state.t_range[0]]
+            self.process.value, self.window.value = state.process, (inside[0], inside[-1])
             run = session.samples[state.sample]
             self.eta.value = float(np.mean(run.etas)) if state.eta is None else state.eta
             single = state.process == "single-step"
