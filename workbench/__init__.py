@@ -44,7 +44,9 @@ _WHERE = {
     "editing.mixing": ("mixing_step",),
     "editing.recipe": ("open_recipe", "save_recipe"),
     "editing.session": ("EditSession",),
+    "report.facts": ("read_facts", "record_facts"),
     "report.notebooks": ("run_notebook",),
+    "report.sweep": ("sweep",),
     "report.widgets": ("EditStudio",),
 }
 _MODULES = {"experiments": "editing.experiments", "plots": "report.plots", "paths": "paths"}

@@ -45,6 +45,7 @@ ONLY_IN = {
     "voila": {"report/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/classifiers.py"},
+    "distributed": {"report/sweep.py"},
 }
 
 

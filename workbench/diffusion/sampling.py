@@ -488,16 +488,18 @@ def _run(
     model, n, device = plan.model, len(plan), plan.model.device
     pairs = model.schedule.pairs(plan.timesteps)[:stop]
     x0 = torch.empty_like(plan.x_T)
-    h = torch.empty(len(pairs), n, *model.h_shape) if record_h else None
-    x = torch.empty(len(pairs), n, *model.image_shape) if record_x else None
+    # Out of pinned memory a GPU writes a step's record while it computes the next; x0 is copied last and waits for all.
+    memory = {"pin_memory": device.type == "cuda"}
+    h = torch.empty(len(pairs), n, *model.h_shape, **memory) if record_h else None
+    x = torch.empty(len(pairs), n, *model.image_shape, **memory) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
         for batch in batches(n, plan.batch_size):
 
             def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor, batch=batch) -> None:
                 if h is not None:
-                    h[i, batch] = h_t.cpu()
+                    h[i, batch].copy_(h_t, non_blocking=True)
                 if x is not None:
-                    x[i, batch] = x_t.cpu()
+                    x[i, batch].copy_(x_t, non_blocking=True)
                 bar.update(batch.stop - batch.start)
 
             x0[batch] = denoise(
