@@ -68,7 +68,7 @@ def serve_studio(
     config.VoilaConfiguration.update(theme=theme, strip_sources=True)
     with TemporaryDirectory(prefix="studio-") as folder:
         notebook = Path(folder) / "studio.ipynb"
-        notebook.write_text(json.dumps(_notebook(options)), encoding="utf-8")
+        notebook.write_text(json.dumps(_notebook(_absolute(options))), encoding="utf-8")
         app = Voila.instance(config=config)
         app.initialize([str(notebook)])
         address = f"http://{LOOPBACK}:{port}/?token={token}"
@@ -162,6 +162,19 @@ def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequenc
             raise FileNotFoundError(f"there is no direction in {path}; workbench find writes some")
         files += within
     return [load(path) for path in files]
+
+
+def _absolute(options: dict) -> dict:
+    """The same, with whole paths: the page's kernel runs in another folder."""
+
+    def whole(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else name
+
+    changed = {key: whole(options[key]) for key in ("model", "classifier") if options.get(key)}
+    if options.get("directions") is not None:
+        changed["directions"] = [whole(name) for name in options["directions"]]
+    return options | changed
 
 
 def _notebook(options: dict) -> dict:

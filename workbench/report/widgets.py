@@ -171,12 +171,12 @@ class EditStudio(widgets.VBox):
         self.rendering: Rendering | None = None
         self._local = threading.local()
         self._worker = Worker(self._on_progress, self._on_problem)
-        self._maps: dict[tuple[str, int], Embedding] = {}
+        self._maps: dict[tuple[str, int, int], tuple[Embedding, np.ndarray, list[str]]] = {}
         super().__init__(self._layout())
         self.add_class("hspace-studio")
         self.refresh()
         if self.session.notes:
-            self._say(html.escape("; ".join(self.session.notes)))
+            self._say("; ".join(self.session.notes))
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until nothing is being computed; False if that takes longer than `timeout` seconds."""
@@ -463,10 +463,10 @@ class EditStudio(widgets.VBox):
         data = bytes(buffers[0])
 
         def task(progress: Progress) -> None:
-            self._say(f"inverting {html.escape(name)}")
+            self._say(f"inverting {name}")
             k = self.session.add_image(data, progress=progress)
             self._try(lambda: self._pick(k), show=True)
-            self._say(f"{html.escape(name)} is {self.session.label(k)}")
+            self._say(f"{name} is {self.session.label(k)}")
 
         self._worker.submit(task)
 
@@ -536,11 +536,7 @@ class EditStudio(widgets.VBox):
 
     def _show(self, rendering: Rendering) -> None:
         self.rendering = rendering
-        steps = (
-            f"preview, {self.session.preview_steps} steps"
-            if rendering.preview
-            else f"{len(self.session.timesteps)} steps"
-        )
+        steps = "preview" if rendering.preview else f"{len(self.session.timesteps)} steps"
         self.before.value = _picture(rendering.before, "before", self.session.label(rendering.state.sample))
         self.after.value = _picture(rendering.after, "after", f"{describe(rendering.state)} ({steps})")
         self.difference.value = _picture(rendering.difference, "difference", "after - before; grey is none")
@@ -572,11 +568,10 @@ class EditStudio(widgets.VBox):
     def _show_predictions(self, progress: Progress) -> None:
         self._predicted = self.session.predictions(progress=progress)
         every = max(1, len(self._predicted.timesteps) // 10)
-        kept = range(0, len(self._predicted.timesteps), every)
         grid = EditGrid(
-            torch.stack([self._predicted.before[kept], self._predicted.after[kept]]),
+            torch.stack([self._predicted.before[::every], self._predicted.after[::every]]),
             ("before", "after"),
-            tuple(f"t = {self._predicted.timesteps[k]}" for k in kept),
+            tuple(f"t = {t}" for t in self._predicted.timesteps[::every]),
             {},
         )
         self.predictions.value = _cells(grid)
@@ -591,16 +586,17 @@ class EditStudio(widgets.VBox):
 
     def _show_map(self, progress: Progress) -> None:
         method, t = self.map_method.value, self.map_t.value
-        h, images, names = self._points(t, progress)
-        if (method, t) not in self._maps:
-            if len(h) < 4:
-                self.hover.value = "A map takes at least 4 samples; give store= for one of a whole population."
-                return
+        n = len(self.session.samples if self.store is None else self.store)
+        if n < 4:
+            self.hover.value = "A map takes at least 4 samples; give store= for one of a whole population."
+            return
+        if (method, t, n) not in self._maps:
             self._say("making the map")
-            neighbours = min(15, len(h) - 1)
-            self._maps[method, t] = embed(h, method=method, **({} if method == "pca" else {"neighbours": neighbours}))
+            h, images, names = self._points(t, progress)
+            options = {} if method == "pca" else {"neighbours": min(15, n - 1)}
+            self._maps[method, t, n] = embed(h, method=method, **options), images, names
             self._say("")
-        found = self._maps[method, t]
+        found, self._map_images, names = self._maps[method, t, n]
         path = found.place(self.session.path(t, progress=progress))
         if self.map is None:
             self.map = self._new_map()
@@ -609,7 +605,6 @@ class EditStudio(widgets.VBox):
             points.x, points.y, points.text = found.points[:, 0], found.points[:, 1], names
             line.x, line.y = path[:, 0], path[:, 1]
             self.map.update_layout(xaxis_title=found.axes[0], yaxis_title=found.axes[1])
-        self._map_images = images
         self.map_box.children = [self.map_box.children[0], self.map, self.hover]
 
     def _points(self, t: int, progress: Progress) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -726,7 +721,7 @@ class EditStudio(widgets.VBox):
         self.progress.value = part
 
     def _say(self, words: str) -> None:
-        self.status.value = f'<span role="status">{words}</span>'
+        self.status.value = f'<span role="status">{html.escape(words)}</span>'
 
     def _on_problem(self, sentence: str) -> None:
         self.status.value = f'<span role="alert" class="hspace-problem">{html.escape(sentence)}</span>'
