@@ -44,9 +44,12 @@ _WHERE = {
     "editing.grid": ("EditGrid", "edit_grid"),
     "editing.evaluation": ("Evaluation", "evaluate_model"),
     "editing.mixing": ("mixing_step",),
+    "editing.recipe": ("open_recipe", "save_recipe"),
+    "editing.session": ("EditSession",),
     "report.facts": ("read_facts", "record_facts"),
     "report.notebooks": ("run_notebook",),
     "report.sweep": ("sweep",),
+    "report.widgets": ("EditStudio",),
 }
 _MODULES = {"experiments": "editing.experiments", "plots": "report.plots", "paths": "paths"}
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
   workbench mixing-step avataaars32 --n 256         the timestep at which x_t has mixed
   workbench boundary fit avataaars32 --t 500 --attributes Smiling
+  workbench studio --model avataaars32              edit by sliders, in the browser
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
   workbench report --profile quick                  all of them, and reports/index.html
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_find(commands, common)
     _add_analysis(command)
     _add_boundary(commands, common)
+    _add_studio(command)
 
     _add_train(command)
 
@@ -397,6 +399,43 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     edit.add_argument("--h-policy", choices=("first", "offset", "offset-asymmetric", "none", "stale"), default="first")
     edit.add_argument("--keep-norm", action="store_true", help="move on a great circle")
     edit.add_argument("-o", "--out", type=Path, default=Path("edits.png"), help="PNG file (default edits.png)")
+
+
+def _add_studio(command) -> None:
+    """`workbench studio`, a page to edit on, and `workbench edit`, which renders what it saved."""
+    studio = command(
+        "studio",
+        _studio,
+        "edit by sliders in the browser, as a page on its own for this machine alone",
+        "workbench studio --model avataaars32 --directions data/directions --seeds 0-7",
+    )
+    studio.add_argument("--model", default="avataaars32", help="bundled name, diffusers folder, hub id or file")
+    studio.add_argument(
+        "--directions",
+        nargs="+",
+        help="files or folders of directions and boundaries (default: those saved for the model, or PCA)",
+    )
+    studio.add_argument("--seeds", type=_seeds, default=list(range(8)), help="samples to edit (default 0-7)")
+    studio.add_argument("--steps", type=int, default=50, help="visited timesteps (default 50)")
+    studio.add_argument("--eta", type=float, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
+    studio.add_argument("--classifier", default="", help="scores images before and after, e.g. avataaars-judge")
+    studio.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    studio.add_argument("--port", type=int, default=0, help="(default: a free one)")
+    studio.add_argument("--theme", choices=("light", "dark"), default="light")
+
+    edit = command(
+        "edit",
+        _edit,
+        "render a recipe that the studio saved",
+        "workbench edit data/edits/edit.json -o edit.png",
+    )
+    edit.add_argument("recipe", type=Path, help=".json file, with its .parts folder beside it")
+    edit.add_argument("--model", help="the same model elsewhere (default: as the recipe names it)")
+    edit.add_argument("--classifier", help="scores to draw beside the images, e.g. avataaars-judge")
+    edit.add_argument("--device", help="cpu, cuda or mps (default cpu, which is exact to the bit)")
+    edit.add_argument(
+        "-o", "--out", type=Path, default=Path("edit.png"), help="figure as PNG, PDF and SVG, or .safetensors of values"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -752,6 +791,50 @@ def _boundary_edit(arguments: argparse.Namespace) -> None:
     shown = replace(grid, images=grid.images.clamp(-1, 1))
     wb.plots.edit_grid(shown).savefig(arguments.out, dpi=150, format="png")
     print(f"{grid}\n{arguments.out.resolve()}")
+
+
+def _studio(arguments: argparse.Namespace) -> None:
+    from workbench.report.server import serve_studio
+
+    names = ("model", "directions", "seeds", "steps", "eta", "classifier", "device")
+    serve_studio(
+        {name: getattr(arguments, name) for name in names},
+        on_ready=lambda address: print(f"the studio is at\n  {address}\nuntil Ctrl-C", flush=True),
+        port=arguments.port,
+        theme=arguments.theme,
+    )
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    import torch
+
+    import workbench as wb
+    from workbench.editing import recipe
+    from workbench.editing.session import describe
+
+    own = recipe.read_recipe(arguments.recipe)
+    torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits
+    model = wb.load_model(arguments.model or own["model"]["name"], device=arguments.device or "cpu")
+    classifier = arguments.classifier and wb.load_classifier(arguments.classifier, device=arguments.device)
+    session = wb.open_recipe(arguments.recipe, model=model.tapped(own["model"]["tap"]), classifier=classifier or None)
+    rendering = session.render()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    words = f"{session.label(rendering.state.sample)}: {describe(rendering.state)}"
+    if arguments.out.suffix == ".safetensors":
+        files = [rendering.save(arguments.out)]
+    else:
+        scores = session.read_out(rendering)
+        figure = wb.plots.before_after(rendering.before, rendering.after, scores=scores, caption=f"{words}.")
+        files = wb.plots.save_figure(figure, arguments.out)
+    here, recorded = recipe.result_of(rendering), own["result"]
+    made = "torch {torch}, {threads} threads"
+    print(words)
+    if here["sha256"] == recorded["sha256"]:
+        print("the same image as when it was saved, bit for bit")
+    else:
+        print(f"not the same bits as when it was saved ({made.format(**recorded)}; here {made.format(**here)})")
+    for path in files:
+        print(path.resolve())
 
 
 def _check_attributes(wanted: list[str], known) -> None:

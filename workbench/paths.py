@@ -56,6 +56,11 @@ def boundaries() -> Path:
     return data() / "boundaries"
 
 
+def edits() -> Path:
+    """Figures, recipes and directions that an edit studio saved."""
+    return data() / "edits"
+
+
 def notebooks() -> Path:
     """The staged notebooks, without outputs."""
     return home() / "notebooks"

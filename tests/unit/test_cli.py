@@ -13,14 +13,19 @@ import pytest
 import torch
 from originals import Guided, randomised
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.svm import SVC
+from test_session import planted
 
 from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
 from workbench.diffusion import golden, layouts
 from workbench.diffusion.models import load_model
+from workbench.diffusion.sampling import sample
 from workbench.directions.boundary import load_boundary
 from workbench.directions.direction import load_direction
+from workbench.editing.recipe import save_recipe
+from workbench.editing.session import EditSession
 from workbench.hspace.store import open_store
 
 
@@ -51,7 +56,7 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 @pytest.mark.parametrize(
     "command",
     "models|sample|extract|store|geometry|mixing-step|boundary|boundary fit|boundary edit|data|params|run|report|"
-    "train-classifier|convert|convert-boundary|verify".split("|"),
+    "train-classifier|convert|convert-boundary|verify|studio|edit".split("|"),
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -278,6 +283,46 @@ def test_a_list_of_seeds_that_is_none_is_refused(text):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "avataaars32", f"--seeds={text}"])
     assert stop.value.code == 2
+
+
+@pytest.fixture
+def recipe(tiny_folder, tmp_path):
+    """A saved edit of an untrained network, and the session that it comes from."""
+    model = load_model(tiny_folder, device="cpu")
+    samples = sample(model, [3, 4], steps=4, record_h=True, progress=False)
+    session = EditSession(model, samples, planted(model, samples, 1, "smile"))
+    session.set_scale("smile", 0.1)
+    return save_recipe(session, tmp_path / "edit.json"), session, tiny_folder
+
+
+def test_edit_renders_a_recipe_bit_for_bit(recipe, tmp_path, capsys):
+    path, session, folder = recipe
+    status, out, _ = run(capsys, "edit", path, "--model", folder, "-o", tmp_path / "again.safetensors")
+    assert status == 0 and "seed 3: smile +0.1 sigma" in out and "bit for bit" in out
+    assert torch.equal(load_file(tmp_path / "again.safetensors")["after"], session.render().after)
+    assert run(capsys, "edit", path, "--model", folder, "-o", tmp_path / "figure.png")[0] == 0
+    assert (tmp_path / "figure.png").is_file() and (tmp_path / "figure.pdf").is_file()
+
+
+def test_edit_says_when_the_bits_differ(recipe, tmp_path, capsys):
+    path, _, folder = recipe
+    path.write_text(path.read_text().replace('"scale": 0.1', '"scale": 0.2'))
+    status, out, _ = run(capsys, "edit", path, "--model", folder, "-o", tmp_path / "again.png")
+    assert status == 0 and "not the same bits as when it was saved" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["studio", "--model", "nope"], "no model 'nope'"),
+        (["studio", "--directions", "nope.safetensors"], "there is no direction at nope.safetensors"),
+        (["studio", "--directions", "."], "there is no direction in ."),
+        (["edit", "nope.json"], "there is no recipe nope.json"),
+    ],
+)
+def test_studio_and_edit_say_what_is_missing_before_anything_opens(no_traces, capsys, arguments, words):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and words in err and err.count("\n") == 1
 
 
 def test_a_failing_notebook_is_status_1(tmp_path, monkeypatch, capsys):

@@ -98,6 +98,24 @@ def test_umap_is_the_same_for_the_same_seed_and_keeps_neighbours(blobs):
     assert silhouette_score(first.points, groups) > 0.5
 
 
+@pytest.mark.parametrize("method", ["pca", "umap"])
+def test_other_samples_find_their_place_in_a_finished_map(blobs, method):
+    h, groups = blobs
+    found = embed(h, method=method)
+    before = found.points.copy()
+    placed = found.place(h[::10] + 0.01)
+    nearest = NearestNeighbors(n_neighbors=1).fit(found.points).kneighbors(placed, return_distance=False)[:, 0]
+    assert (groups[nearest] == groups[::10]).all()
+    if method == "pca":
+        np.testing.assert_allclose(found.place(h), found.points, atol=1e-3)
+    assert np.array_equal(found.points, before)
+
+
+def test_tsne_has_no_place_for_other_samples(blobs):
+    with pytest.raises(ValueError, match="take PCA or UMAP"):
+        embed(blobs[0], method="tsne").place(blobs[0][:2])
+
+
 def test_tsne_is_the_same_for_the_same_seed_and_keeps_groups_apart(blobs):
     h, groups = blobs
     first, again = (embed(h, method="tsne", seed=3) for _ in range(2))

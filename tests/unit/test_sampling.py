@@ -131,7 +131,15 @@ def test_replay_of_an_edited_run_is_the_edited_image(tiny):
 
 @pytest.mark.parametrize(
     ("index", "positions"),
-    [(0, [0]), (-1, [2]), (np.int64(1), [1]), (slice(1, None), [1, 2]), ([2, 0], [2, 0]), (range(2), [0, 1])],
+    [
+        (0, [0]),
+        (-1, [2]),
+        (np.int64(1), [1]),
+        (slice(1, None), [1, 2]),
+        ([2, 0], [2, 0]),
+        ([1], [1]),
+        (range(2), [0, 1]),
+    ],
 )
 def test_a_part_of_a_run_is_a_run_of_these_samples(tiny, index, positions):
     run = sample(tiny, record_h=True, record_x=True, delta_h=torch.ones(STEPS, 3, *tiny.h_shape))

@@ -13,7 +13,7 @@ twice is its own nearest neighbour.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,30 @@ class Embedding:
     explained_variance_ratio: np.ndarray | None
     variance_kept: float
     parameters: dict = field(default_factory=dict)
+    _transform: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False)
+
+    def place(self, h: Any) -> np.ndarray:
+        """Where other samples lie in this map, which stays as it is.
+
+        Parameters
+        ----------
+        h : array of shape (m, ...)
+            Of the timestep of the map.
+
+        Returns
+        -------
+        ndarray of shape (m, k), float64
+
+        Raises
+        ------
+        ValueError
+            If the method can't place samples that it was not fitted on.
+        """
+        if self._transform is None:
+            raise ValueError(
+                f"{METHODS[self.method]} has no place for samples that it was not fitted on; take PCA or UMAP"
+            )
+        return np.asarray(self._transform(check_samples(h, fewest=1)), dtype=np.float64)
 
     @property
     def axes(self) -> list[str]:
@@ -414,15 +438,18 @@ def _embed(
     pca = PCA(k if linear else n_pcs, random_state=seed, **(options if linear else {}))
     scores = pca.fit_transform(h)
     parameters = {"k": k, "seed": seed, **options}
+    transform = pca.transform
     if linear:
         points, backend, ratio = scores, "scikit-learn", pca.explained_variance_ratio_.astype(np.float64)
     else:
         make = {"umap": _umap, "pacmap": _pacmap, "tsne": _tsne}[method]
         estimator, backend = make(k, seed, neighbours, options)
         points, ratio = estimator.fit_transform(scores), None
+        transform = (lambda other: estimator.transform(pca.transform(other))) if method == "umap" else None
         parameters |= {"n_pcs": n_pcs, "neighbours": neighbours}
     points = np.asarray(points, dtype=np.float64)
-    return Embedding(points, method, backend, ratio, float(pca.explained_variance_ratio_.sum()), parameters)
+    kept = float(pca.explained_variance_ratio_.sum())
+    return Embedding(points, method, backend, ratio, kept, parameters, transform)
 
 
 def _umap(k: int, seed: int, neighbours: int, options: dict[str, Any]) -> tuple[Any, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from workbench import paths
@@ -343,12 +343,13 @@ def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: in
     return LabelledImages(labels.to_frame(), _Parts(parts), _checked(size))
 
 
-def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
+def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tensor:
     """Decode one image file.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or bytes
+        A file, or the content of one.
     size : int, optional
         Side in pixels. Default: the native size, cropped to a square.
 
@@ -363,6 +364,8 @@ def load_image(path: str | Path, size: int | None = None) -> torch.Tensor:
     ValueError
         If it cannot be decoded, or the size is below 1.
     """
+    if isinstance(path, bytes):
+        return _decode(path, size, "what was given")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
@@ -445,7 +448,8 @@ def _decode(content: bytes, size: int | None, where: str, crop: str | None = Non
 
 
 def _undecodable(where: str, error: Exception) -> ValueError:
-    return ValueError(f"{where} cannot be decoded as an image ({error}); replace it or remove it")
+    reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"{where} cannot be decoded as an image ({reason}); replace it or remove it")
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,8 @@ class Trajectory:
             samples = slice(samples, samples + 1)
         elif not isinstance(samples, slice):
             samples = torch.as_tensor(list(samples))
-        positions = np.arange(len(self))[samples]
+        # As a list: numpy takes a tensor of one position for a number.
+        positions = np.arange(len(self))[samples if isinstance(samples, slice) else samples.tolist()]
         return replace(
             self,
             x_T=self.x_T[samples],

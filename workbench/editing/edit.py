@@ -130,12 +130,10 @@ def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool
     return active
 
 
-def match_gain(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> float:
-    """Factor that gives an asymmetric edit the first-order effect of the symmetric one at a step.
+def eps_effects(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> tuple[float, float]:
+    """By how much a change of eps moves x_prev, through P_t and through D_t.
 
-    A change of eps moves x_prev by c_P + c_D if it enters P_t and D_t, and by c_P if it enters P_t alone:
-    c_P = -sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar), c_D = sqrt(1 - alpha_bar_prev - sigma^2). The two have
-    opposite signs, so the asymmetric edit is the stronger one, the more so the smaller the step (Asyrp, Theorem 1).
+    c_P = -sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar), c_D = sqrt(1 - alpha_bar_prev - sigma^2); from DDIM eq. 12.
 
     Parameters
     ----------
@@ -146,13 +144,34 @@ def match_gain(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) ->
 
     Returns
     -------
-    float
-        |c_P + c_D| / |c_P|, in (0, 1].
+    (float, float)
+        c_P and c_D, of opposite signs.
     """
     t, t_prev = pair
     a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
     c_p = -((a_prev * (1.0 - a) / a) ** 0.5)
     c_d = (1.0 - a_prev - schedule.sigma(t, t_prev, eta) ** 2) ** 0.5
+    return c_p, c_d
+
+
+def match_gain(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> float:
+    """Factor that gives an asymmetric edit the first-order effect of the symmetric one at a step.
+
+    A change of eps moves x_prev by c_P + c_D (`eps_effects`) if it enters P_t and D_t, and by c_P if it enters P_t
+    alone. The two have opposite signs, so the asymmetric edit is the stronger one, the more so the smaller the step
+    (Asyrp, Theorem 1).
+
+    Parameters
+    ----------
+    schedule, pair, eta
+        As of `eps_effects`.
+
+    Returns
+    -------
+    float
+        |c_P + c_D| / |c_P|, in (0, 1].
+    """
+    c_p, c_d = eps_effects(schedule, pair, eta=eta)
     return abs(c_p + c_d) / abs(c_p)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "PALETTE",
     "HoverFigure",
     "bars",
+    "before_after",
     "edit_grid",
     "image_grid",
     "line",
@@ -40,6 +41,7 @@ __all__ = [
     "save_figure",
     "scatter",
     "scatter_hover",
+    "to_pixels",
     "unet_diagram",
 ]
 
@@ -216,6 +218,59 @@ def edit_grid(grid: EditGrid, *, caption: str | None = None) -> Figure:
     matplotlib Figure
     """
     return image_grid(grid.images, row_labels=grid.row_labels, column_labels=grid.column_labels, caption=caption)
+
+
+def before_after(before, after, *, scores: pd.DataFrame | None = None, caption: str | None = None) -> Figure:
+    """One edit: the image before, after, the difference, and what a classifier says of both.
+
+    Parameters
+    ----------
+    before, after : array or Tensor of shape (C, H, W), values in [-1, 1]
+    scores : DataFrame with columns "before" and "after", values in [0, 1], optional
+        One row an attribute. The 8 that change most are drawn.
+    caption : str, optional
+        Drawn below in small type.
+
+    Returns
+    -------
+    Figure
+        The difference is after - before, halved: grey where there is none.
+    """
+    before, after = _numpy(before).clip(-1, 1), _numpy(after).clip(-1, 1)
+    pictures = to_pixels(np.stack([before, after, (after - before) / 2]))
+    with style.context(STYLE):
+        figure = Figure(figsize=(5.4 if scores is None else 8.6, 2.4 if caption is None else 2.8), layout="constrained")
+        panels = figure.subplots(1, 3 if scores is None else 4, width_ratios=[1, 1, 1] + ([1.5] * (scores is not None)))
+        for axes, picture, title in zip(panels, pictures, ("before", "after", "difference"), strict=False):
+            axes.imshow(picture)
+            axes.set_title(title)
+            axes.set_axis_off()
+        if scores is not None:
+            order = (scores["after"] - scores["before"]).abs().nlargest(8).index[::-1]
+            at = np.arange(len(order))
+            panels[-1].barh(at + 0.2, scores.loc[order, "before"], 0.38, color=PALETTE[0], label="before")
+            panels[-1].barh(at - 0.2, scores.loc[order, "after"], 0.38, color=PALETTE[1], label="after")
+            panels[-1].set_yticks(at, [str(name).replace("_", " ") for name in order], fontsize=8)
+            panels[-1].set(xlim=(0, 1), xlabel="probability")
+            panels[-1].grid(visible=False, axis="y")
+            figure.legend(loc="outside upper right", ncols=2, fontsize=8)
+        _add_caption(figure, caption)
+    return figure
+
+
+def to_pixels(images) -> np.ndarray:
+    """8-bit pictures of images.
+
+    Parameters
+    ----------
+    images : array or Tensor of shape (n, C, H, W), values in [-1, 1]
+        Values outside, as strong edits have them, are clipped.
+
+    Returns
+    -------
+    ndarray of shape (n, H, W, 3), uint8
+    """
+    return _pictures(_numpy(images).clip(-1, 1), "images")
 
 
 def line(

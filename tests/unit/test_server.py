@@ -1,0 +1,73 @@
+"""What the studio's page opens: names and files become directions, and a mistake is told before anything is served."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+from test_session import planted
+
+import workbench as wb
+from workbench import paths
+from workbench.report import server
+from workbench.report.server import find_editables, open_studio
+
+
+@pytest.fixture
+def saved(tiny_folder, tmp_path, monkeypatch):
+    """Two directions of the tiny model and one of the bundled model's weights, in data/directions."""
+    folder = tmp_path / "directions"
+    monkeypatch.setattr(paths, "directions", lambda: folder)
+    monkeypatch.setattr(paths, "boundaries", lambda: tmp_path / "boundaries")
+    model = wb.load_model(tiny_folder, device="cpu")
+    run = wb.sample(model, range(2), steps=4, record_h=True, progress=False)
+    for seed, name in enumerate(("hair", "smile")):
+        planted(model, run, seed, name).save(folder / f"{name}.safetensors")
+    foreign = planted(model, run, 2, "foreign")
+    foreign.provenance["model"]["hash"] = "0" * 16
+    foreign.save(folder / "foreign.safetensors")
+    return model, folder
+
+
+def test_without_names_all_saved_ones_that_fit_are_taken(saved):
+    model, _ = saved
+    assert [d.name for d in find_editables(model, None, [750, 500, 250, 0])] == ["hair", "smile"]
+
+
+def test_what_is_named_has_to_fit(saved):
+    model, folder = saved
+    assert [d.name for d in find_editables(model, [str(folder / "smile.safetensors")], [0])] == ["smile"]
+    with pytest.raises(ValueError, match="foreign belongs to the model"):
+        find_editables(model, [str(folder)], [0])
+    with pytest.raises(FileNotFoundError, match="there is no direction at"):
+        find_editables(model, ["none.safetensors"], [0])
+
+
+def test_a_studio_is_opened_by_names(saved, tiny_folder, tmp_path):
+    studio = open_studio(str(tiny_folder), seeds=[3, 4], steps=4, device="cpu")
+    assert studio.wait() and list(studio.scales) == ["hair", "smile"]
+    assert [button.description for button in studio.samples.children] == ["✓ seed 3", "seed 4"]
+
+
+def test_without_any_saved_direction_principal_components_are_found(saved, tiny_folder, tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(paths, "directions", lambda: tmp_path / "none")
+    studio = open_studio(str(tiny_folder), seeds=[3], steps=4, device="cpu")
+    assert studio.wait() and list(studio.scales) == ["PC1", "PC2", "PC3", "PC4"]
+
+
+def test_the_pages_notebook_names_whole_paths(saved, tmp_path, monkeypatch):
+    _, folder = saved
+    monkeypatch.chdir(folder.parent)
+    options = server._absolute({"model": "avataaars32", "classifier": "", "directions": ["directions"], "steps": 4})
+    assert options == {"model": "avataaars32", "classifier": "", "directions": [str(folder)], "steps": 4}
+    (cell,) = json.loads(json.dumps(server._notebook(options)))["cells"]
+    compile(cell["source"], "studio", "exec")
+
+
+def test_a_port_that_is_taken_is_a_sentence():
+    with socket.socket() as taken:
+        taken.bind((server.LOOPBACK, 0))
+        taken.listen()
+        with pytest.raises(OSError, match="is taken .*; choose another with --port"):
+            server._check_free(taken.getsockname()[1])

@@ -1,0 +1,518 @@
+"""The edit studio without its widgets: state, images, previews, recipes."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from workbench.directions.boundary import Boundary
+from workbench.directions.direction import Direction, load_direction, random_like
+from workbench.editing.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
+from workbench.editing.session import Cancelled, EditSession, Progress
+
+STEPS = 12
+T = 498  # visited by 6 steps and by 12
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return wb.sample(tiny, range(3), steps=STEPS, record_h=True, progress=False)
+
+
+def planted(model, run, seed, name):
+    provenance = {
+        "model": model.provenance(),
+        "etas": list(run.etas),
+        "method": "planted",
+        "parameters": {},
+        "seeds": [],
+    }
+    delta = torch.randn(run.steps, *model.h_shape, generator=torch.Generator().manual_seed(seed))
+    sigma = run.h.values.flatten(2).norm(dim=2).mean(dim=1) / delta.flatten(1).norm(dim=1)
+    delta = delta * sigma.view(-1, 1, 1, 1)
+    return Direction.from_delta(delta, timesteps=run.timesteps, name=name, provenance=provenance)
+
+
+@pytest.fixture(scope="module")
+def smile(tiny, run):
+    return planted(tiny, run, 1, "smile")
+
+
+@pytest.fixture(scope="module")
+def hair(tiny, run):
+    return planted(tiny, run, 2, "hair")
+
+
+@pytest.fixture(scope="module")
+def boundaries(tiny, run):
+    found = []
+    for seed, (space, shape) in enumerate((("h", tiny.h_shape), ("x", tiny.image_shape))):
+        normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        about = {"model": tiny.provenance(), "method": "planted", "parameters": {}}
+        found.append(Boundary(normal / normal.norm(), 0.5, T, space, "beard", about))
+    return found
+
+
+def classify(images):
+    return torch.stack([images.mean(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))], dim=1).sigmoid()
+
+
+@pytest.fixture
+def session(tiny, run, smile, hair, boundaries):
+    classifier = wb.load_classifier(classify, attributes=["bright", "peak"], device="cpu")
+    return EditSession(tiny, run, [smile, hair, *boundaries], classifier=classifier)
+
+
+# Images
+
+
+def test_without_an_edit_after_is_before_and_that_is_the_sample(session, run):
+    rendering = session.render()
+    assert torch.equal(rendering.after, rendering.before)
+    assert torch.equal(rendering.before, wb.replay(run[0], progress=False).x0[0])
+    assert not rendering.difference.any()
+
+
+@pytest.mark.parametrize("process", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("window", [None, (600, 200)])
+def test_the_image_is_that_of_wb_edit_bit_for_bit(session, tiny, run, process, window):
+    session.pick(1)
+    session.set_scale("smile", 1.5)
+    session.set_scale("hair", -0.5)
+    session.set_process(process)
+    if window is not None:
+        session.set_window(*window)
+    rendering = session.render()
+    alone = wb.edit(tiny, run[1], session.direction(), asymmetric=process == "asymmetric", progress=False).x0[0]
+    assert torch.equal(rendering.after, alone)
+    assert (rendering.after - rendering.before).abs().max() > 1e-3
+
+
+def test_steps_before_the_edit_are_computed_once(session, tiny, monkeypatch):
+    session.set_scale("smile", 1.0)
+    session.set_window(200, 0)
+    session.render()
+    visited, encode = [], type(tiny).encode
+    monkeypatch.setattr(type(tiny), "encode", lambda self, x, t: visited.append(t) or encode(self, x, t))
+    session.set_scale("smile", 2.0)
+    session.render()
+    assert visited == [t for t in session.timesteps if t <= 200]
+
+
+def test_a_single_step_is_cross_boundary(session, tiny, run, boundaries):
+    session.set_process("single-step")
+    names = list(session.boundaries)
+    for name, distance in zip(names, (4.0, 2.0), strict=True):
+        session.set_distance(name, distance)
+    grid = wb.cross_boundary(
+        tiny,
+        run[:1],
+        *boundaries,
+        distances={"h": [4.0], "x": [2.0]},
+        unit="distance",
+        eta=None,
+        progress=False,
+    )
+    rendering = session.render()
+    torch.testing.assert_close(rendering.after, grid.images[0, 0], atol=1e-4, rtol=1e-4)
+    assert (rendering.after - rendering.before).abs().max() > 1e-3
+
+
+def test_a_move_to_where_the_sample_is_changes_nothing(session):
+    session.set_process("single-step")
+    for name, own in session.distances().items():
+        session.set_distance(name, own)
+    rendering = session.render()
+    torch.testing.assert_close(rendering.after, rendering.before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_projected_direction_is_what_the_others_leave(session, tiny, run, smile, hair):
+    session.set_scale("smile", 2.0)
+    session.set_against("smile", ["hair"])
+    expected = wb.edit(tiny, run[0], 2.0 * smile.orthogonal_to(hair), progress=False).x0[0]
+    assert torch.equal(session.render().after, expected)
+    assert abs(session.direction().cosine(hair)) < 1e-5
+    session.set_against("smile", [])
+    assert not torch.equal(session.render().after, expected)
+
+
+def test_eta_samples_the_seed_anew(session, tiny, run):
+    session.set_eta(0.0)
+    expected = wb.sample(tiny, run.seeds[:1], steps=STEPS, eta=0.0, progress=False).x0[0]
+    assert torch.equal(session.render().before, expected)
+    session.set_eta(None)
+    assert not torch.equal(session.render().before, expected)
+
+
+def test_the_read_out_is_the_classifiers(session):
+    session.set_scale("smile", 1.0)
+    rendering = session.render()
+    table = session.read_out(rendering)
+    assert list(table.index) == ["bright", "peak"] and list(table.columns) == ["before", "after"]
+    expected = session.classifier(torch.stack([rendering.before, rendering.after]).clamp(-1, 1), progress=False)
+    np.testing.assert_array_equal(table.to_numpy(), expected.to_numpy().T)
+    session.classifier = None
+    assert session.read_out(rendering) is None
+
+
+def test_predictions_are_p_t_with_and_without_the_edit(session, tiny, run):
+    high = run.timesteps[4]
+    session.set_scale("smile", 1.0)
+    session.set_window(high, 0)
+    predictions = session.predictions()
+    plain = wb.replay(run[0], record_x=True, progress=False)
+    edited = wb.edit(tiny, run[0], session.direction(), record_h=True, progress=False)
+    with torch.inference_mode():
+        for i, t in enumerate(run.timesteps):
+            x_t = plain.x.values[i]
+            expected = tiny.schedule.predict_x0(x_t, tiny(x_t, t), t)[0]
+            torch.testing.assert_close(predictions.before[i], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(predictions.after[:4], predictions.before[:4])
+    assert (predictions.after[4] - predictions.before[4]).abs().max() > 1e-3
+    torch.testing.assert_close(predictions.after[-1], edited.x0[0], atol=0.2, rtol=0)
+    some = session.predictions(run.timesteps[::4])
+    torch.testing.assert_close(some.after, predictions.after[::4], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="timestep 3 was not visited"):
+        session.predictions([3])
+
+
+def test_a_strip_and_a_grid_are_their_cells(session):
+    session.set_scale("hair", 0.5)
+    session.set_window(600, 0)
+    values = (-1.0, 0.0, 2.0)
+    strip = session.strip("smile", values)
+    grid = session.grid("hair", "smile", values=values)
+    assert strip.images.shape[:2] == (1, 3) and grid.images.shape[:2] == (3, 3)
+    assert grid.column_labels == ("smile\n-1 sigma", "smile\n+0 sigma", "smile\n+2 sigma")
+    for column, scale in enumerate(values):
+        session.set_scale("smile", scale)
+        torch.testing.assert_close(strip.images[0, column], session.render().after, atol=1e-4, rtol=1e-4)
+        for row, other in enumerate(values):
+            session.set_scale("hair", other)
+            torch.testing.assert_close(grid.images[row, column], session.render().after, atol=1e-4, rtol=1e-4)
+        session.set_scale("hair", 0.5)
+    with pytest.raises(ValueError, match="two different controls"):
+        session.grid("hair", "hair", values=values)
+
+
+def test_a_path_begins_at_the_samples_own_h_and_ends_at_the_edited_one(session, run):
+    session.set_scale("smile", 2.0)
+    t = run.timesteps[3]
+    path = session.path(t, parts=[0.0, 0.5, 1.0])
+    np.testing.assert_allclose(path[0], run[:1].h.at(t)[0], atol=1e-4)
+    assert np.linalg.norm(path[2] - path[0]) > np.linalg.norm(path[1] - path[0]) > 0
+    session.set_process("single-step")
+    name = next(iter(session.boundaries))
+    session.set_distance(name, 7.0)
+    boundary = session.boundaries[name]
+    ends = session.path(boundary.t, parts=[0.0, 1.0])
+    np.testing.assert_allclose(boundary.distance(ends), [session.distances()[name], 7.0], atol=1e-3)
+
+
+# Previews
+
+
+@pytest.mark.parametrize(("eta", "process", "scale"), [(0.0, "symmetric", 0.5), (1.0, "asymmetric", 0.2)])
+def test_a_preview_takes_few_passes_and_resembles_the_image(model, eta, process, scale):
+    """On the bundled model, along the difference of two samples, it errs by less than half of what the edit changes."""
+    run = wb.sample(model, [3, 5], steps=24, eta=eta, record_h=True, progress=False)
+    between, about = run.h.values[:, 1] - run.h.values[:, 0], planted(model, run, 5, "random").provenance
+    direction = Direction.from_delta(between, timesteps=run.timesteps, name="to the other", provenance=about)
+    session = EditSession(model, run, direction)
+    session.set_process(process)
+    session.set_scale("to the other", scale)
+    whole, preview = session.render(), session.render(preview=True)
+    assert preview.preview and not whole.preview
+    assert (preview.after - whole.after).norm() < 0.5 * (whole.after - whole.before).norm()
+    parts = []
+    session.render(preview=True, progress=Progress(parts.append))
+    assert len(parts) == session.preview_steps and parts[-1] == 1.0
+
+
+def test_an_abridged_run_without_an_edit_is_the_sample(session):
+    session.set_scale("smile", 1e-7)
+    preview = session.render(preview=True)
+    torch.testing.assert_close(preview.after, preview.before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_late_window_is_previewed_in_all_of_its_steps(session):
+    session.set_scale("smile", 1.0)
+    session.set_window(session.timesteps[-4], 0)
+    assert torch.equal(session.render(preview=True).after, session.render().after)
+
+
+# History
+
+
+def test_undo_and_redo_walk_through_the_changes(session):
+    states = [session.state]
+    for change in (
+        lambda: session.set_scale("smile", 1.0),
+        lambda: session.set_scale("hair", 2.0),
+        lambda: session.set_window(500, 100),
+        lambda: session.pick(2),
+        lambda: session.set_process("asymmetric"),
+    ):
+        change()
+        states.append(session.state)
+    assert not session.can_redo
+    for state in reversed(states[:-1]):
+        session.undo()
+        assert session.state == state
+    assert not session.can_undo
+    session.undo()
+    for state in states[1:]:
+        session.redo()
+        assert session.state == state
+
+
+def test_a_pull_of_one_slider_is_one_change_until_it_rests(session):
+    for scale in (0.5, 1.0, 1.5):
+        session.set_scale("smile", scale)
+    session.rest()
+    session.set_scale("smile", 2.0)
+    session.undo()
+    assert session.state.scales == {"smile": 1.5}
+    session.undo()
+    assert session.state.scales == {}
+    session.set_scale("hair", 1.0)
+    assert not session.can_redo
+
+
+def test_reset_keeps_the_sample_and_can_be_undone(session):
+    session.pick(2)
+    session.set_scale("smile", 1.0)
+    session.reset()
+    assert session.state.sample == 2 and not session.state.edits
+    session.undo()
+    assert session.state.scales == {"smile": 1.0}
+
+
+# Cancelling
+
+
+def test_cancelled_work_stops_at_the_next_step_and_leaves_nothing_half_done(session):
+    session.set_scale("smile", 1.0)
+    seen = []
+    progress = Progress(lambda part: (seen.append(part), progress.cancel() if len(seen) == 3 else None))
+    with pytest.raises(Cancelled):
+        session.render(progress=progress)
+    assert seen == [pytest.approx(k / STEPS) for k in (1, 2, 3)]
+    again = session.render()
+    fresh = EditSession(session.model, session.samples[0], session.directions["smile"])
+    fresh.set_scale("smile", 1.0)
+    assert torch.equal(again.after, fresh.render().after)
+
+
+def test_waiting_ends_at_once_when_the_work_is_stopped():
+    progress = Progress()
+    timer = threading.Timer(0.05, progress.cancel)
+    timer.start()
+    with pytest.raises(Cancelled):
+        progress.wait(30.0)
+
+
+# Samples and images
+
+
+def test_a_dropped_image_is_inverted_and_scale_zero_gives_it_back(session, tiny, tmp_path):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    for source in (tmp_path / "photo.png", (tmp_path / "photo.png").read_bytes()):
+        k = session.add_image(source)
+    assert session.label(k) == f"image {k}"
+    session.pick(k)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(session.render().before, expected)
+    session.set_scale("smile", 1e-7)
+    torch.testing.assert_close(session.render().after, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="keeps the eta of its inversion"):
+        session.set_eta(0.5)
+
+
+@pytest.mark.parametrize("method", ["ddim", "edit-friendly"])
+def test_other_inversions_are_edited_and_previewed_too(session, run, method):
+    session.pick(session.add_image(run.x0[0].clamp(-1, 1), method=method))
+    session.set_scale("smile", 0.5)
+    whole, preview = session.render(), session.render(preview=True)
+    assert torch.isfinite(preview.after).all() and (whole.after - whole.before).abs().max() > 1e-3
+
+
+def test_a_file_that_is_no_image_is_one_sentence(session, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    for source in (tmp_path / "text.png", b"nor this"):
+        with pytest.raises(ValueError, match="cannot be decoded as an image"):
+            session.add_image(source)
+    with pytest.raises(FileNotFoundError, match="there is no image"):
+        session.add_image(tmp_path / "none.png")
+    assert len(session.samples) == 3
+
+
+def test_seeds_are_added_once_and_are_those_of_sample(session, tiny):
+    assert session.add_seeds([2, 7]) == [2, 3]
+    assert session.add_seeds([7]) == [3]
+    session.pick(3)
+    expected = wb.sample(tiny, [7], steps=STEPS, progress=False).x0[0]
+    assert torch.equal(session.render().before, expected)
+    with pytest.raises(ValueError, match="holds 48 samples"):
+        session.add_seeds(range(100, 150))
+
+
+# What is refused
+
+
+def test_no_direction_is_refused(tiny, run):
+    with pytest.raises(ValueError, match="no direction and no boundary"):
+        EditSession(tiny, run, [])
+
+
+def test_a_direction_of_another_model_is_refused(tiny, run, smile):
+    model = {**tiny.provenance(), "hash": "0" * 16, "name": "other"}
+    with pytest.raises(ValueError, match="belongs to the model 'other'"):
+        EditSession(tiny, run, replace(smile, provenance={**smile.provenance, "model": model}))
+
+
+def test_a_direction_of_other_steps_is_resampled_and_the_notes_say_so(tiny, run, smile):
+    session = EditSession(tiny, run, smile.resampled(5))
+    assert session.directions["smile"].timesteps == run.timesteps
+    assert session.notes == [
+        f"smile was found with 5 steps and is resampled to the samples' {STEPS}",
+    ]
+
+
+def test_what_is_neither_direction_nor_boundary_is_refused(tiny, run, boundaries):
+    with pytest.raises(ValueError, match="takes directions and boundaries, not a str"):
+        EditSession(tiny, run, ["smile"])
+    with pytest.raises(ValueError, match="timestep 501 was not visited"):
+        EditSession(tiny, run, replace(boundaries[0], t=501))
+
+
+def test_directions_of_one_name_get_two(tiny, run, smile):
+    session = EditSession(tiny, run, [smile, random_like(smile, seed=1), replace(smile, sigma=2 * smile.sigma)])
+    assert list(session.directions) == ["smile", "random 1 like smile", "smile (2)"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.set_scale("beard", 1.0), "there is no direction 'beard'; there is smile, hair"),
+        (lambda s: s.set_scale("smile", math.nan), "give a finite number"),
+        (lambda s: s.set_distance("smile", 1.0), "there is no boundary 'smile'"),
+        (lambda s: s.set_against("smile", ["smile"]), "against itself"),
+        (lambda s: s.set_window(100, 500), "give the noisier end first"),
+        (lambda s: s.set_process("both"), "it is one of symmetric, asymmetric, single-step"),
+        (lambda s: s.set_eta(2.0), "eta must lie in"),
+        (lambda s: s.pick(9), "there is no sample 9; there are 0 to 2"),
+        (lambda s: s.direction(), "no direction is pulled"),
+        (lambda s: save_recipe(s, "edit.json"), "nothing is edited"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_changes_nothing(session, call, message):
+    before = session.state
+    with pytest.raises(ValueError, match=message):
+        call(session)
+    assert session.state == before
+
+
+def test_processes_need_what_they_edit_with(tiny, run, smile, boundaries):
+    with pytest.raises(ValueError, match="there is none; fit one"):
+        EditSession(tiny, run, smile).set_process("single-step")
+    alone = EditSession(tiny, run, boundaries)
+    assert alone.state.process == "single-step"
+    with pytest.raises(ValueError, match="there is no direction"):
+        alone.set_process("symmetric")
+
+
+def test_two_sessions_have_states_of_their_own(session, tiny, run, smile):
+    other = EditSession(tiny, run, smile)
+    session.set_scale("smile", 3.0)
+    assert other.state.scales == {} and torch.equal(other.render().after, other.render().before)
+
+
+# Recipes
+
+
+def edited(session):
+    session.pick(1)
+    session.set_scale("smile", 1.5)
+    session.set_scale("hair", -0.5)
+    session.set_against("smile", ["hair"])
+    session.set_window(700, 100)
+    session.set_eta(0.5)
+    session.set_process("asymmetric")
+    return session
+
+
+def test_a_recipe_renders_again_bit_for_bit(session, tiny, tmp_path):
+    path = save_recipe(edited(session), tmp_path / "edit.json")
+    again = open_recipe(path, model=tiny)
+    assert torch.equal(again.render().after, session.render().after)
+    assert result_of(again.render()) == read_recipe(path)["result"]
+
+
+def test_a_recipe_of_an_image_and_of_a_single_step_comes_back(session, tiny, run, tmp_path):
+    session.pick(session.add_image(run.x0[2].clamp(-1, 1), method="edit-friendly"))
+    session.set_process("single-step")
+    for name in session.boundaries:
+        session.set_distance(name, 3.0)
+    again = open_recipe(save_recipe(session, tmp_path / "edit.json"), model=tiny)
+    assert torch.equal(again.render().after, session.render().after)
+
+
+def test_a_recipe_is_reloaded_into_a_session_as_one_change(session, tmp_path):
+    path = save_recipe(edited(session), tmp_path / "edit.json")
+    wanted = session.state
+    session.reset()
+    session.pick(0)
+    apply_recipe(session, path)
+    assert session.state == wanted and len(session.samples) == 3 and len(session.directions) == 2
+    session.undo()
+    assert not session.state.edits
+
+
+def test_the_combined_direction_is_saved_and_edits_alike(session, tiny, run, tmp_path):
+    session.set_scale("smile", 1.5)
+    session.set_window(700, 100)
+    path = session.direction().save(tmp_path / "combined.safetensors")
+    alone = wb.edit(tiny, run[0], load_direction(path, model=tiny), progress=False).x0[0]
+    assert torch.equal(alone, session.render().after)
+
+
+def test_bad_recipes_are_refused(session, tiny, model, run, smile, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        open_recipe(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="it is not JSON"):
+        open_recipe(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="not a recipe of an edit"):
+        open_recipe(tmp_path / "bad.json")
+    path = save_recipe(edited(session), tmp_path / "edit.json")
+    with pytest.raises(ValueError, match="is an edit of the model 'tiny'"):
+        open_recipe(path, model=model)
+    with pytest.raises(ValueError, match="has 12 steps and this session 6"):
+        apply_recipe(EditSession(tiny, wb.sample(tiny, [0], steps=6, progress=False), smile), path)
+    lacking = {key: value for key, value in json.loads(path.read_text()).items() if key != "process"}
+    (tmp_path / "bad.json").write_text(json.dumps(lacking))
+    with pytest.raises(ValueError, match="it lacks process"):
+        open_recipe(tmp_path / "bad.json", model=tiny)
+    with pytest.raises(ValueError, match="is a .json file"):
+        save_recipe(session, tmp_path / "edit.txt")
+    recipe = read_recipe(path)
+    recipe["directions"][0]["file"] = "../elsewhere.safetensors"
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="parts lie in bad.parts itself"):
+        open_recipe(tmp_path / "bad.json", model=tiny)
+    for part in (tmp_path / "edit.parts").iterdir():
+        part.unlink()
+    with pytest.raises(FileNotFoundError, match="no direction at"):
+        open_recipe(path, model=tiny)

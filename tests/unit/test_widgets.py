@@ -1,0 +1,257 @@
+"""The edit studio's widgets without a browser: controls are traits, and so is all that shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_session import T, planted
+
+import workbench as wb
+from workbench.directions.boundary import Boundary
+from workbench.report import plots, widgets
+from workbench.report.widgets import EditStudio, Worker
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return wb.sample(tiny, range(4), steps=STEPS, record_h=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny, run):
+    normal = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(0))
+    about = {"model": tiny.provenance(), "method": "planted", "parameters": {}}
+    boundary = Boundary(normal / normal.norm(), 0.0, T, "x", "beard", about)
+    return [planted(tiny, run, 1, "smile"), planted(tiny, run, 2, "hair"), boundary]
+
+
+@pytest.fixture
+def studio(tiny, run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(widgets, "REST", 0.0)
+    classifier = wb.load_classifier(
+        lambda images: images.mean(dim=(1, 2, 3))[:, None].sigmoid(), attributes=["bright"], device="cpu"
+    )
+    made = EditStudio(tiny, run, parts, classifier=classifier, folder=tmp_path / "edits")
+    assert made.wait()
+    return made
+
+
+def pixels(words: str) -> np.ndarray:
+    """The first picture in a piece of HTML."""
+    data = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", words)[1])
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def shown(studio) -> np.ndarray:
+    assert studio.wait()
+    return pixels(studio.after.value)
+
+
+def expected(studio) -> np.ndarray:
+    return plots.to_pixels(studio.session.render().after[None])[0]
+
+
+def test_a_slider_changes_the_image_to_what_the_session_renders(studio):
+    before = shown(studio)
+    np.testing.assert_array_equal(before, expected(studio))
+    studio.scales["smile"].value = 1.5
+    after = shown(studio)
+    assert (after != before).any()
+    np.testing.assert_array_equal(after, expected(studio))
+    assert "smile +1.5 sigma" in studio.after.value and f"({STEPS} steps)" in studio.after.value
+    assert "bright" in studio.read_out.value
+
+
+def test_every_control_reaches_the_session(studio):
+    studio.scales["hair"].value = -1.0
+    studio.against["hair", "smile"].value = True
+    studio.window.value = (studio.session.timesteps[1], studio.session.timesteps[4])
+    studio.process.value = "asymmetric"
+    studio.eta.value = 0.5
+    studio.samples.children[2].click()
+    state = studio.session.state
+    assert state.scales == {"hair": -1.0} and state.against == {"hair": ("smile",)}
+    assert state.t_range == (studio.session.timesteps[1], studio.session.timesteps[4])
+    assert (state.process, state.eta, state.sample) == ("asymmetric", 0.5, 2)
+    np.testing.assert_array_equal(shown(studio), expected(studio))
+
+
+def test_undo_redo_and_reset_bring_the_controls_along(studio):
+    assert studio.undo.disabled and studio.redo.disabled
+    studio.scales["smile"].value = 2.0
+    assert studio.wait() and not studio.undo.disabled
+    studio.undo.click()
+    assert studio.scales["smile"].value == 0.0 and not studio.redo.disabled
+    studio.redo.click()
+    assert studio.scales["smile"].value == 2.0
+    studio.reset.click()
+    assert studio.scales["smile"].value == 0.0 and not studio.session.state.edits
+
+
+def test_a_single_step_frees_the_boundaries_sliders_and_holds_the_others(studio):
+    (name,) = studio.distances
+    assert studio.distances[name].disabled and not studio.scales["smile"].disabled
+    studio.process.value = "single-step"
+    assert studio.wait() and studio.scales["smile"].disabled and not studio.distances[name].disabled
+    assert studio.distances[name].value == pytest.approx(studio.session.distances()[name])
+    studio.distances[name].value = 3.0
+    assert studio.session.state.distances == {name: 3.0}
+    np.testing.assert_array_equal(shown(studio), expected(studio))
+    studio.leave[name].click()
+    assert not studio.session.state.edits
+
+
+def test_views_are_computed_when_they_are_looked_at(studio):
+    studio.scales["smile"].value = 1.0
+    for view, widget in enumerate((studio.strip, studio.grid, studio.predictions), start=1):
+        assert widget.value == ""
+        studio.views.selected_index = view
+        assert studio.wait() and "<img" in widget.value
+        assert widget.value.count("<img") == widget.value.count('alt="')
+    assert studio.strip.value.count("<img") == 7 and studio.grid.value.count("<img") == 25
+    t = studio.session.timesteps[1]
+    studio.timestep.value = t
+    predicted = studio.session.predictions([t])
+    np.testing.assert_array_equal(pixels(studio.predicted.value), plots.to_pixels(predicted.before)[0])
+
+
+def test_the_map_shows_the_samples_and_the_edits_path_and_a_lasso_picks(studio):
+    studio.scales["smile"].value = 2.0
+    studio.views.selected_index = 4
+    assert studio.wait() and studio.map in studio.map_box.children
+    points, path = studio.map.data
+    assert len(points.x) == 4 and len(path.x) == 5
+    assert (path.x[0], path.y[0]) == pytest.approx((points.x[0], points.y[0]), abs=1e-3)
+    assert np.hypot(path.x[-1] - path.x[0], path.y[-1] - path.y[0]) > 1e-3
+    studio._show_hover(points, [1])
+    assert "seed 1" in studio.hover.value
+    studio._on_lasso([3, 1])
+    assert studio.wait() and studio.session.state.sample == 3
+
+
+def test_a_dropped_image_joins_the_samples_and_what_is_none_is_a_sentence(studio):
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), "teal").save(data, format="PNG")
+    studio._on_drop(studio.drop, {"name": "<b>teal</b>.png"}, [data.getvalue()])
+    assert studio.wait() and len(studio.samples.children) == 5 and studio.session.state.sample == 4
+    assert "&lt;b&gt;teal" in studio.status.value and studio.eta.disabled
+    studio._on_drop(studio.drop, {"name": "x.png"}, [b"not an image"])
+    assert studio.wait() and 'role="alert"' in studio.status.value and "cannot be decoded" in studio.status.value
+    assert len(studio.samples.children) == 5
+
+
+def test_saving_and_loading(studio, tiny):
+    studio.save_recipe.click()
+    assert studio.wait() and "nothing is edited" in studio.status.value
+    studio.scales["smile"].value = 1.5
+    for button in (studio.save_figure, studio.save_recipe, studio.save_direction):
+        button.click()
+    assert studio.wait()
+    names = {path.name for path in studio.folder.iterdir()}
+    assert names == {"edit.pdf", "edit.svg", "edit.png", "edit.json", "edit.parts", "edit.safetensors"}
+    wanted = shown(studio)
+    studio.reset.click()
+    studio.load_recipe.click()
+    np.testing.assert_array_equal(shown(studio), wanted)
+    assert studio.scales["smile"].value == 1.5
+    studio.file_name.value = "../edit"
+    studio.save_recipe.click()
+    assert studio.wait() and "without folders" in studio.status.value
+
+
+def test_a_recipe_brings_its_own_sliders(studio, tiny, run, parts, tmp_path):
+    studio.scales["hair"].value = 5.0
+    studio.scales["smile"].value = 1.0
+    studio.save_recipe.click()
+    assert studio.wait()
+    other = EditStudio(tiny, run, parts[0], folder=studio.folder)
+    assert list(other.scales) == ["smile"] and not other.against
+    other.load_recipe.click()
+    assert other.wait() and list(other.scales) == ["smile", "hair"]
+    assert other.scales["hair"].value == 4.0 and other.against
+    np.testing.assert_array_equal(shown(other), shown(studio))
+
+
+def test_a_session_that_was_changed_in_python_is_shown_by_refresh(studio):
+    studio.session.set_scale("smile", 6.0)
+    studio.session.set_window(700, 100)
+    studio.refresh()
+    assert studio.scales["smile"].value == 6.0
+    high, low = studio.window.value
+    assert high <= 700 and low >= 100
+    np.testing.assert_array_equal(shown(studio), expected(studio))
+
+
+def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio):
+    studio.scales["smile"].value = 1.0
+    bundle = studio._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert min(picture.size) > 100
+    studio.scales["smile"].value = 3.0
+    assert studio._repr_mimebundle_()["image/png"] != bundle["image/png"]
+
+
+def test_two_studios_are_independent(studio, tiny, run, parts):
+    other = EditStudio(tiny, run, parts)
+    assert other.wait()
+    untouched = other.after.value
+    studio.scales["smile"].value = 2.0
+    assert studio.wait() and other.wait()
+    assert other.scales["smile"].value == 0.0 and other.after.value == untouched
+    assert "Give a classifier" in other.read_out.value
+
+
+def test_every_control_has_a_name_for_those_who_do_not_see_it(studio):
+    controls = [*studio.scales.values(), *studio.distances.values(), studio.window, studio.eta, studio.timestep]
+    controls += [*studio.leave.values(), *studio.samples.children, *studio.against.values()]
+    assert all(control.tooltip or control.description for control in controls)
+    assert all(control.description for control in controls)
+
+
+def test_a_newer_move_stops_an_older_one_and_nothing_queues():
+    started, stopped, finished = [], [], []
+    worker = Worker(lambda part: None, lambda sentence: None)
+
+    def work(k: int):
+        def run(progress):
+            started.append(k)
+            try:
+                progress.wait(0.3)
+            except Exception:
+                stopped.append(k)
+                raise
+            finished.append(k)
+
+        return run
+
+    for k in range(6):
+        worker.show(work(k))
+        time.sleep(0.02)
+    assert worker.wait(5.0)
+    assert finished == [5] and set(stopped) == set(started) - {5}
+
+
+def test_tasks_all_run_and_their_errors_are_told():
+    told, done, release = [], [], threading.Event()
+    worker = Worker(lambda part: None, told.append)
+
+    def fail(progress):
+        release.wait(5.0)
+        raise ValueError("a sentence")
+
+    worker.submit(fail)
+    worker.submit(lambda progress: done.append(1))
+    assert not worker.wait(0.05)
+    release.set()
+    assert worker.wait(5.0) and told == ["a sentence"] and done == [1]

@@ -1,0 +1,280 @@
+"""An edit as a file: a page of JSON, and beside it the tensors that no seed gives.
+
+`edit.json` names the model by its hash, the sample by its seed, and each direction and boundary by the checksum of its
+file in `edit.parts/`. An image that was dropped in is kept there too, as its inversion. The recipe also says which
+image came of it, so that whoever renders it again knows whether it is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from workbench.datasets.classifiers import Classifier
+from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.sampling import Trajectory, sample
+from workbench.directions.boundary import FORMAT as BOUNDARY_FORMAT
+from workbench.directions.boundary import Boundary, load_boundary
+from workbench.directions.direction import Direction, digest, load_direction
+from workbench.editing.session import EditSession, EditState, Rendering
+
+FORMAT, VERSION = "hspace-edit", 1
+
+
+def save_recipe(session: EditSession, path: str | Path) -> Path:
+    """Write the current edit of a session; it is rendered for that.
+
+    Parameters
+    ----------
+    session : EditSession
+    path : path
+        Ends in `.json`; the tensors go to a folder of the same name, ending in `.parts`.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ValueError
+        If the path ends otherwise, or nothing is edited.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"a recipe is a .json file, not {path.name}")
+    if not session.state.edits:
+        raise ValueError("nothing is edited, so there is no recipe; pull a slider first")
+    state, run = session.state, session.samples[session.state.sample]
+    folder = _folder_of(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys([*state.scales, *(other for name in state.scales for other in state.against.get(name, ()))])
+    recipe = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": session.model.provenance(),
+        "sample": {"seed": run.seeds[0]} if run.seeds is not None else {"image": _save_run(run, folder)},
+        "timesteps": list(run.timesteps),
+        "etas": list(run.etas),
+        "eta": state.eta,
+        "process": state.process,
+        "t_range": list(state.t_range),
+        "directions": [
+            {
+                "name": name,
+                "file": _save_part(session.directions[name], name, folder),
+                "scale": state.scales.get(name, 0.0),
+                "against": list(state.against.get(name, ())) if name in state.scales else [],
+            }
+            for name in names
+        ],
+        "boundaries": [
+            {"name": name, "file": _save_part(session.boundaries[name], name, folder), "distance": distance}
+            for name, distance in state.distances.items()
+        ],
+        "result": result_of(session.render()),
+    }
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Classifier | None = None) -> EditSession:
+    """A session with the sample, directions and edit of a recipe, ready to render.
+
+    Parameters
+    ----------
+    path : path
+    model : Model, optional
+        By default the bundled model or hub model that the recipe names.
+    classifier : Classifier, optional
+
+    Returns
+    -------
+    EditSession
+
+    Raises
+    ------
+    FileNotFoundError
+        If the recipe, a part of it or its model is not there.
+    ValueError
+        If it is not a recipe, or the model has other weights or another tap than its own.
+    """
+    recipe = read_recipe(path)
+    own = recipe["model"]
+    if model is None:
+        model = load_model(own["name"], device="cpu").tapped(own["tap"])
+    parts = _parts_of(recipe, Path(path), model)
+    run = _run_of(recipe, Path(path), model)
+    session = EditSession(model, run, list(parts.values()), classifier=classifier)
+    apply_recipe(session, path)
+    return session
+
+
+def apply_recipe(session: EditSession, path: str | Path) -> None:
+    """Bring a session to the edit of a recipe, as one change; what it lacks of sample and directions is added.
+
+    Parameters
+    ----------
+    session : EditSession
+    path : path
+
+    Raises
+    ------
+    FileNotFoundError
+        If the recipe or a part of it is not there.
+    ValueError
+        If it is not a recipe, or of another model or other timesteps than the session's.
+    """
+    recipe = read_recipe(path)
+    parts = _parts_of(recipe, Path(path), session.model)
+    if tuple(recipe["timesteps"]) != session.timesteps:
+        raise ValueError(
+            f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}; render it with "
+            "`workbench edit`, or open it by itself"
+        )
+    named = {name: _place_of(part, session) for name, part in parts.items()}
+    state = EditState(
+        t_range=tuple(recipe["t_range"]),
+        sample=_sample_of(recipe, Path(path), session),
+        scales={named[d["name"]]: d["scale"] for d in recipe["directions"] if d["scale"]},
+        distances={named[b["name"]]: b["distance"] for b in recipe["boundaries"]},
+        against={named[d["name"]]: tuple(named[o] for o in d["against"]) for d in recipe["directions"] if d["against"]},
+        process=recipe["process"],
+        eta=recipe["eta"],
+    )
+    session.restore(state)
+
+
+def load_editable(path: str | Path, *, model: Model) -> Direction | Boundary:
+    """Read a direction or a boundary, whichever the file holds; raises as `load_direction` and `load_boundary` do."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            is_boundary = (file.metadata() or {}).get("format") == BOUNDARY_FORMAT
+    except (SafetensorError, OSError):
+        is_boundary = False
+    return (load_boundary if is_boundary else load_direction)(path, model=model)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The JSON of a recipe; FileNotFoundError or ValueError if it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {path}; the studio saves one")
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a recipe: it is not JSON ({error})") from error
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a recipe of an edit")
+    if recipe.get("version") != VERSION:
+        raise ValueError(f"{path} is a recipe of version {recipe.get('version')}; this workbench reads {VERSION}")
+    lacking = {
+        "model",
+        "sample",
+        "timesteps",
+        "etas",
+        "process",
+        "t_range",
+        "directions",
+        "boundaries",
+        "result",
+    } - recipe.keys()
+    if lacking:
+        raise ValueError(f"{path} is not a whole recipe; it lacks {', '.join(sorted(lacking))}")
+    return recipe
+
+
+def result_of(rendering: Rendering) -> dict:
+    """The checksum of an edited image, and what may change its last bits."""
+    return {
+        "sha256": hashlib.sha256(rendering.after.contiguous().numpy().tobytes()).hexdigest(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _folder_of(path: Path) -> Path:
+    return path.with_suffix(".parts")
+
+
+def _part(path: Path, name: str) -> Path:
+    """A file beside a recipe; its name leads nowhere else."""
+    if Path(name).name != name:
+        raise ValueError(f"{path} names a part {name!r}; parts lie in {_folder_of(path).name} itself")
+    return _folder_of(path) / name
+
+
+def _save_part(part: Direction | Boundary, name: str, folder: Path) -> str:
+    plain = re.sub(r"[^\w.+-]+", "-", name).strip("-")
+    file = f"{plain}-{checksum_of(part)[:12]}.safetensors"
+    part.save(folder / file)
+    return file
+
+
+def checksum_of(part: Direction | Boundary) -> str:
+    """Checksum of the values of a direction or a boundary."""
+    if isinstance(part, Direction):
+        return digest({"unit": part.unit.contiguous(), "sigma": part.sigma.contiguous()})
+    intercept = torch.tensor([part.intercept], dtype=torch.float64)
+    return digest({"normal": part.normal.contiguous(), "intercept": intercept})
+
+
+def _parts_of(recipe: dict, path: Path, model: Model) -> dict[str, Direction | Boundary]:
+    own = recipe["model"]
+    given = model.provenance()
+    for key, what in (("hash", "weights"), ("tap", "h"), ("network", "a network"), ("schedule", "a schedule")):
+        if own[key] != given[key]:
+            raise ValueError(
+                f"{path} is an edit of the model {own['name']!r} with {what} {own[key]!r}, not of {model.name!r} with "
+                f"{given[key]!r}"
+            )
+    found = {d["name"]: load_direction(_part(path, d["file"]), model=model) for d in recipe["directions"]}
+    return found | {b["name"]: load_boundary(_part(path, b["file"]), model=model) for b in recipe["boundaries"]}
+
+
+def _place_of(part: Direction | Boundary, session: EditSession) -> str:
+    """The session's name of a direction or boundary; it is added if need be."""
+    known = session.directions if isinstance(part, Direction) else session.boundaries
+    wanted = checksum_of(part)
+    return next((name for name, own in known.items() if checksum_of(own) == wanted), None) or session.add(part)
+
+
+def _sample_of(recipe: dict, path: Path, session: EditSession) -> int:
+    run = _run_of(recipe, path, session.model)
+    for k, own in enumerate(session.samples):
+        if own.seeds == run.seeds and own.etas == run.etas and torch.equal(own.x_T, run.x_T):
+            return k
+    return session.add_samples(run)
+
+
+def _run_of(recipe: dict, path: Path, model: Model) -> Trajectory:
+    """The plain sample."""
+    timesteps, etas = tuple(recipe["timesteps"]), tuple(recipe["etas"])
+    if "seed" in recipe["sample"]:
+        return sample(model, [recipe["sample"]["seed"]], steps=timesteps, eta=etas, progress=False)
+    file = _part(path, recipe["sample"]["image"])
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no inverted image {file}; the recipe's folder must come with it")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            kept = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} can't be read as an inverted image ({type(error).__name__})") from error
+    return Trajectory(model, kept["x_T"], kept["x0"], timesteps, etas, stored_noise=kept.get("stored_noise"))
+
+
+def _save_run(run: Trajectory, folder: Path) -> str:
+    tensors = {"x_T": run.x_T.contiguous(), "x0": run.x0.contiguous()}
+    if run.stored_noise is not None:
+        tensors["stored_noise"] = run.stored_noise.contiguous()
+    file = f"image-{digest(tensors)[:12]}.safetensors"
+    save_file(tensors, folder / file)
+    return file

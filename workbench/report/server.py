@@ -1,0 +1,204 @@
+"""The edit studio as a page on its own, served by Voila to this machine alone."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from traitlets.config import Config
+
+from workbench import paths
+from workbench.datasets.classifiers import load_classifier
+from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.sampling import sample
+from workbench.diffusion.schedule import index_of
+from workbench.directions.boundary import Boundary
+from workbench.directions.direction import Direction
+from workbench.directions.pca import find_pca
+from workbench.editing.recipe import load_editable
+from workbench.hspace.extract import extract
+from workbench.report.widgets import EditStudio
+
+LOOPBACK = "127.0.0.1"
+_OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
+
+
+def serve_studio(
+    options: dict,
+    *,
+    on_ready: Callable[[str], None],
+    port: int = 0,
+    theme: str = "light",
+) -> None:
+    """Serve a studio until interrupted, to this machine alone and only with the token in the address.
+
+    Parameters
+    ----------
+    options : dict
+        Arguments of `open_studio`, as JSON can hold them. What they name is checked before anything is served.
+    on_ready : callable (str) -> None
+        Called with the address when the page can be opened.
+    port : int, default 0
+        0 takes a free one.
+    theme : {"light", "dark"}
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As of `open_studio`.
+    OSError
+        If the port is taken.
+    """
+    from voila.app import Voila  # slow to import, and needed by this command alone
+
+    model = load_model(options["model"], device=options.get("device"))
+    find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
+    port = port or _free_port()
+    _check_free(port)
+    token = secrets.token_urlsafe(24)
+    config = Config()
+    config.Voila.update(ip=LOOPBACK, port=port, port_retries=0, token=token, open_browser=False, log_level="ERROR")
+    # Voila's page asks a server elsewhere for its icons; this one works without a network, and tells nobody.
+    config.Voila.tornado_settings = {"headers": {"Content-Security-Policy": _OWN_SOURCES}}
+    config.VoilaConfiguration.update(theme=theme, strip_sources=True)
+    with TemporaryDirectory(prefix="studio-") as folder:
+        notebook = Path(folder) / "studio.ipynb"
+        notebook.write_text(json.dumps(_notebook(_absolute(options))), encoding="utf-8")
+        app = Voila.instance(config=config)
+        app.initialize([str(notebook)])
+        address = f"http://{LOOPBACK}:{port}/?token={token}"
+        on_ready(address)
+        app.start()
+
+
+def open_studio(
+    model: str,
+    *,
+    directions: Sequence[str] | None = None,
+    seeds: Sequence[int] = range(8),
+    steps: int = 50,
+    eta: float = 1.0,
+    classifier: str = "",
+    device: str | None = None,
+) -> EditStudio:
+    """The studio of names and files, as `workbench studio` shows it.
+
+    Parameters
+    ----------
+    model : str
+        As in `load_model`.
+    directions : sequence of str, optional
+        Files of directions and boundaries, or folders of them. By default those saved for this model in
+        `data/directions` and `data/boundaries`, or, if there are none, principal components of 96 samples.
+    seeds : sequence of int
+    steps, eta
+        As in `sample`.
+    classifier : str, optional
+        As in `load_classifier`; empty for none.
+    device : str, optional
+
+    Returns
+    -------
+    EditStudio
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If something named is not there, or does not fit the model.
+    """
+    loaded = load_model(model, device=device)
+    runs = sample(loaded, seeds, steps=steps, eta=eta, progress=False)
+    found = find_editables(loaded, directions, runs.timesteps)
+    if directions is None and not any(isinstance(each, Direction) for each in found):
+        store = extract(loaded, 96, steps=steps, eta=eta, progress=False)
+        found = [*find_pca(store, k=4), *found]
+    scores = load_classifier(classifier, device=device) if classifier else None
+    return EditStudio(loaded, runs, found, classifier=scores)
+
+
+def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequence[int]) -> list[Direction | Boundary]:
+    """Directions and boundaries: those of the files and folders named, or all saved ones that fit.
+
+    Parameters
+    ----------
+    model : Model
+    named : sequence of str, optional
+    timesteps : sequence of int
+        Those that samples visit; a boundary needs its own among them.
+
+    Returns
+    -------
+    list of Direction and Boundary
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If a file or folder that is named is not there, holds nothing, or does not fit.
+    """
+
+    def load(path: Path) -> Direction | Boundary:
+        found = load_editable(path, model=model)
+        if isinstance(found, Boundary):
+            index_of(found.t, timesteps, trained=model.schedule.T)
+        return found
+
+    if named is None:
+        found = []
+        for folder in (paths.directions(), paths.boundaries()):
+            for path in sorted(folder.glob("*.safetensors")):
+                with suppress(ValueError):  # of another model, which is no mistake in a folder of all
+                    found.append(load(path))
+        return found
+    files = []
+    for name in named:
+        path = Path(name).expanduser()
+        within = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not within:
+            raise FileNotFoundError(f"there is no direction in {path}; workbench find writes some")
+        files += within
+    return [load(path) for path in files]
+
+
+def _absolute(options: dict) -> dict:
+    """The same, with whole paths: the page's kernel runs in another folder."""
+
+    def whole(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else name
+
+    changed = {key: whole(options[key]) for key in ("model", "classifier") if options.get(key)}
+    if options.get("directions") is not None:
+        changed["directions"] = [whole(name) for name in options["directions"]]
+    return options | changed
+
+
+def _notebook(options: dict) -> dict:
+    source = f"from workbench.report.server import open_studio\n\nopen_studio(**{options!r})"
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cell = {"cell_type": "code", "id": "studio", "metadata": {}, "outputs": [], "execution_count": None}
+    return {
+        "cells": [cell | {"source": source}],
+        "metadata": {"kernelspec": kernel, "title": "h-space edit studio"},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise OSError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
