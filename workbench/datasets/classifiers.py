@@ -90,6 +90,7 @@ class Classifier:
     _score: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
     _features: Callable[[torch.Tensor], torch.Tensor] | None = field(repr=False)
     _to_probability: Callable[[torch.Tensor], torch.Tensor] = field(default=torch.sigmoid, repr=False)
+    _maps: Callable[[torch.Tensor], list[torch.Tensor]] | None = field(default=None, repr=False)
 
     def __call__(self, images, *, batch_size: int = 64, progress: bool = True) -> pd.DataFrame:
         """Probability of every attribute.
@@ -141,6 +142,28 @@ class Classifier:
         if self._features is None:
             raise ValueError(f"{self.name} is a function and has no features; take a bundled classifier or a network")
         return self._collect(self._features, images, batch_size=batch_size, progress=progress).float().numpy()
+
+    def maps(self, images, *, batch_size: int = 64) -> list[np.ndarray]:
+        """What every stage of the network sees, for perceptual distances; arguments as of a call.
+
+        Returns
+        -------
+        list of ndarray of shape (n, C_l, H_l, W_l), float32
+            One a stage, finest first.
+
+        Raises
+        ------
+        ValueError
+            If the classifier is not a network of this project's, whose stages are known.
+        """
+        if self._maps is None:
+            raise ValueError(f"the stages of {self.name} are not known; take a classifier that train_classifier wrote")
+        n, stages = _count(images), []
+        for start in range(0, n, batch_size):
+            with torch.inference_mode():
+                batch = self._maps(_read(images, slice(start, start + batch_size)))
+            stages.append([stage.cpu().numpy() for stage in batch])
+        return [np.concatenate(parts) for parts in zip(*stages, strict=True)]
 
     @torch.inference_mode()
     def _collect(self, function, images, *, batch_size: int, progress: bool) -> torch.Tensor:
@@ -489,6 +512,14 @@ class AttributeNet(nn.Module):
         """Tensor of shape (n, 3, size, size), values in [-1, 1], to (n, widths[-1])."""
         return self.stages(images).mean(dim=(2, 3))
 
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Tensor of shape (n, 3, size, size), values in [-1, 1], to the output of every stage."""
+        outputs = []
+        for stage in self.stages:
+            images = stage(images)
+            outputs.append(images)
+        return outputs
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Tensor of shape (n, 3, size, size), values in [-1, 1], to logits (n, attributes)."""
         return self.head(self.features(images))
@@ -615,6 +646,7 @@ def _from_folder(folder: Path, name: str, config: dict, device: torch.device) ->
         device,
         lambda batch: network(network.prepare(batch)),
         lambda batch: network.features(network.prepare(batch)),
+        _maps=lambda batch: network.maps(network.prepare(batch)),
     )
 
 
