@@ -73,12 +73,12 @@ def leaderboard(
     -------
     DataFrame, one row a method, best first
         `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
-        `change`, how far that point was reached by the strengths that were measured; `leakage` there, the sum of the sizes of the mean changes of all other attributes; `reached`, the share of
-        attributes whose edits succeed as often as asked for at any strength, and over these `entanglement` (leakage by
-        effect), `psnr_outside` (of the mean squared error, dB) and `identity`; each with its 95% interval, `..._low`
-        and `..._high`. `p_random`, one-sided, that success is no higher than the best control's, adjusted for the
-        number of methods by Holm's rule. `monotonicity` and `linearity` of the logit in the scale. `attributes` and
-        `n`, the mean number of samples without the attribute.
+        `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
+        changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
+        any strength, and over these `entanglement` (leakage by effect), `psnr_outside` (of the mean squared error, dB)
+        and `identity`; each with its 95% interval, `..._low` and `..._high`. `p_random`, one-sided, that success is no
+        higher than the best control's, adjusted for the number of methods by Holm's rule. `monotonicity` and
+        `linearity` of the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
     """
     curves = list(_curves(edits, resamples, seed))
     methods = list(dict.fromkeys(c.method for c in curves))

@@ -308,7 +308,11 @@ class Bench:
     def _plain(self) -> dict[str, np.ndarray]:
         """What the judge sees of the held-out samples."""
         images = self._held_out.x0
-        return {"scores": self._logits(images), "features": self.judge.features(images), "maps": self.judge.maps(images)}
+        return {
+            "scores": self._logits(images),
+            "features": self.judge.features(images),
+            "maps": self.judge.maps(images),
+        }
 
     @cached_property
     def _real(self) -> torch.Tensor:

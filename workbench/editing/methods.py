@@ -89,6 +89,8 @@ class Method:
         What it is drawn with: one of `FAMILIES`.
     unit : str
         Of the scales.
+    code : str
+        Digest of the function's source, so that a changed one is measured again.
     """
 
     name: str
@@ -96,11 +98,7 @@ class Method:
     scales: tuple[float, ...]
     family: str
     unit: str
-
-    @property
-    def code(self) -> str:
-        """Digest of the function's source, so that a changed one is measured again."""
-        return hashlib.sha256(inspect.getsource(self.find).encode()).hexdigest()[:16]
+    code: str = field(repr=False)
 
 
 METHODS: dict[str, Method] = {}
@@ -146,7 +144,8 @@ def register_method(
         raise ValueError(f"scales are {list(scales)}; give at least one, all above 0")
 
     def register(find: Callable) -> Callable:
-        METHODS[name] = Method(name, find, strengths, family, unit)
+        code = hashlib.sha256(inspect.getsource(find).encode()).hexdigest()[:16]
+        METHODS[name] = Method(name, find, strengths, family, unit, code)
         return find
 
     return register
@@ -323,7 +322,7 @@ def _enough(labels: pd.Series, what: str) -> pd.Series:
     fewest = int(min(labels.sum(), len(labels) - labels.sum()))
     if fewest < FEWEST:
         raise NotApplicable(
-            f"{int(labels.sum())} of {len(labels)} {what} have {labels.name}; {FEWEST} must have it and {FEWEST} lack it"
+            f"{int(labels.sum())} of {len(labels)} {what} have {labels.name}; {FEWEST} must have and {FEWEST} lack it"
         )
     return labels
 
