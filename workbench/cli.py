@@ -231,6 +231,28 @@ def _add_benchmark(command) -> None:
     for size in ("population", "held-out", "repeats", "steps"):
         benchmark.add_argument(f"--{size}", type=int, help="in place of the size's own")
 
+    figure = command(
+        "figure",
+        _figure,
+        "make a figure of the papers on a model, as PDF, SVG and PNG, with its numbers as JSON",
+        "workbench figure haas-fig4 --out figures",
+    )
+    figure.add_argument("names", nargs="*", metavar="NAME", help="of `workbench figure --list`, or all")
+    figure.add_argument("--list", action="store_true", help="what there is, what it shows and how long it takes")
+    figure.add_argument("--model", default="avataaars32", help="default avataaars32")
+    figure.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
+    figure.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
+    figure.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
+    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), default=["Long_Hair", "Smiling"])
+    figure.add_argument("--n", type=int, default=192, help="samples and images to learn from (default 192)")
+    figure.add_argument("--measured", type=int, default=24, help="samples and images to edit (default 24)")
+    figure.add_argument("--steps", type=int, default=20, help="visited timesteps (default 20)")
+    figure.add_argument("--t", type=int, default=500, help="timestep of boundaries and Jacobians (default 500)")
+    figure.add_argument("--seed", type=int, default=0)
+    figure.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    figure.add_argument("--columns", choices=("single", "double", "both"), default="both", help="width (default both)")
+    figure.add_argument("-o", "--out", type=Path, default=Path("figures"), help="folder (default figures)")
+
 
 def _add_find(commands, common: argparse.ArgumentParser) -> None:
     """`workbench find pca|jacobian|scores|labels`: one subcommand a method."""
@@ -693,7 +715,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         labeller=labeller,
         judge=judge,
         images=wb.load_images(arguments.images, size=model.image_shape[1]),
-        masks=benchmark.find_masks(attributes, size=model.image_shape[1]),
+        masks=benchmark.find_masks(attributes, size=model.image_shape[1]) if arguments.images == "avataaars" else None,
     )
     folder = result.save(arguments.out)
     table = leaderboard.leaderboard(result.edits)
@@ -708,6 +730,30 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         parameters |= {"classifier_name": arguments.labeller, "judge_name": arguments.judge}
         parameters |= {"attributes": list(attributes), "methods": list(protocol.methods)}
         print(notebooks.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)
+
+
+def _figure(arguments: argparse.Namespace) -> None:
+    from workbench.report import figures
+
+    known = figures.list_figures()
+    if arguments.list:
+        for made in known.values():
+            print(f"{made.name:12s} {made.experiment:9s} {made.minutes:4.1f} min  {made.shows}")
+        return
+    if not arguments.names:
+        raise ValueError("name a figure, or `all`; `workbench figure --list` shows them")
+    setup = figures.Setup(
+        model_name=arguments.model,
+        images_name=arguments.images,
+        classifier_name=arguments.labeller,
+        judge_name=arguments.judge,
+        attribute=arguments.attributes[0],
+        other=arguments.attributes[1],
+        **{name: getattr(arguments, name) for name in ("n", "measured", "steps", "t", "seed", "device")},
+    )
+    for name in known if arguments.names == ["all"] else arguments.names:
+        for path in figures.draw_figure(name, setup, out=arguments.out, columns=arguments.columns):
+            print(path.resolve())
 
 
 def _check_attributes(wanted: list[str], known) -> None:

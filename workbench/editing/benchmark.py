@@ -35,6 +35,7 @@ from workbench.analysis.metrics import (
     peak_signal_to_noise,
     perceptual_distance,
 )
+from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
@@ -618,7 +619,5 @@ def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, gro
 
 def find_masks(attributes: Sequence[str], *, size: int) -> dict[str, np.ndarray]:
     """The regions of the bundled domain that its attributes lie in; see `datasets.avataaars.attribute_mask`."""
-    from workbench.datasets.avataaars import attribute_mask
-
     masks = {name: attribute_mask(name, size=size) for name in attributes}
     return {name: mask for name, mask in masks.items() if mask is not None}

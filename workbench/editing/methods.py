@@ -414,6 +414,8 @@ def projected(study: Study, attribute: str) -> Direction:
     """The difference of means outside of the span of those of all other attributes (Haas et al., eq. 12)."""
     study.labels(attribute)
     others = [name for name in _learnable(study, study.labels) if name != attribute]
+    if not others:
+        raise NotApplicable("there is no other attribute that can be learned, to project out")
     found = {name: mean_difference(study, name) for name in [attribute, *others]}
     store = study.store
     return found[attribute].orthogonal_to(*(found[name] for name in others)).calibrated(store, progress=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from workbench.diffusion.sampling import Trajectory, invert, sample
 from workbench.directions.boundary import Boundary, fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
+from workbench.editing.benchmark import find_masks
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore
 from workbench.report.plots import STYLE, line, save_figure
@@ -241,6 +242,10 @@ class Setup:
         labels = self.truth[self.attribute]
         return {s: fit_boundary(self.inverted, labels, t=self.at, space=s, balance=True) for s in ("h", "x")}
 
+    def masks(self, attributes: Sequence[str]) -> dict[str, np.ndarray]:
+        """Where attributes can be, as far as that is known: of the bundled domain."""
+        return find_masks(attributes, size=self.model.image_shape[1]) if self.images_name == "avataaars" else {}
+
     def direction(self, attribute: str) -> Direction:
         """The difference of means of a quarter of the samples a side, by the labeller's scores."""
         return find_from_scores(self.store, self.scores[attribute], k=self.n // 4, name=attribute, progress=False)
@@ -392,5 +397,11 @@ def curves(table: pd.DataFrame, by: str, x: str, xlabel: str, ylabel: str, **opt
     """One line a name in the column `by`, with its band, of rows with `value`, `low` and `high`."""
     wide = {end: table.pivot(index=x, columns=by, values=end) for end in ("value", "low", "high")}
     names = list(table[by].unique())
-    values, low, high = ({str(name): wide[end][name] for name in names} for end in ("value", "low", "high"))
-    return line(wide["value"].index, values, low=low, high=high, xlabel=xlabel, ylabel=ylabel, **options)
+    words = {name: str(name).replace("_", " ") for name in names}
+    values, low, high = ({words[name]: wide[end][name] for name in names} for end in ("value", "low", "high"))
+    figure = line(wide["value"].index, values, low=low, high=high, xlabel=xlabel, ylabel=ylabel, **options)
+    if len(names) > 4:
+        with style.context(STYLE):
+            figure.axes[0].get_legend().remove()
+            figure.legend(loc="outside upper left", ncols=3)
+    return figure

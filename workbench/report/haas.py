@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
-from workbench.analysis.metrics import cosine_similarity, effect_matrix, kernel_distance, kernel_distance_interval
+from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.directions.direction import Direction, random_like
 from workbench.directions.jacobian import find_jacobian
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_labels
-from workbench.editing.benchmark import backdrop, find_masks
+from workbench.editing.benchmark import backdrop
 from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid
@@ -166,10 +166,11 @@ def transfer(setup: Setup) -> Drawn:
 @recipe("haas-fig6", "Haas E6", "masked Jacobian directions: how much of the change lies in the region", minutes=0.8)
 def masks(setup: Setup) -> Drawn:
     """Share of the squared change inside of a region, by its own direction, the unmasked and a random one."""
-    size, runs = setup.model.image_shape[1], setup.run[: min(8, len(setup.run))]
-    regions = find_masks(["Smiling", "Eyes_Closed", "Raised_Brows"], size=size) or {
-        "upper half": np.arange(size)[:, None] + np.zeros((1, size)) < size // 2
-    }
+    runs = setup.run[: min(8, len(setup.run))]
+    known = setup.masks(["Smiling", "Eyes_Closed", "Raised_Brows"])
+    if not known:
+        raise ValueError("no regions of these images are known; give masks to find_jacobian, in 40_unsupervised")
+    regions = dict(zip(("mouth", "eyes", "brows"), known.values(), strict=False))
     rows = []
     for i in range(len(runs)):
         options = {"t": setup.at, "k": 1, "tol": 1e-3, "population": setup.store, "progress": False}
@@ -269,7 +270,8 @@ def sums(setup: Setup) -> Drawn:
         errors[i] = ((change - expected).norm(dim=1) / expected.norm(dim=1)).numpy()
         rows.append({"edits": " + ".join(names[: i + 1]), **vars(mean_of(errors[i]))})
     figure = plots.image_grid(
-        torch.stack(images, dim=1)[:SHOWN].clamp(-1, 1), column_labels=["sample", *(f"+ {name}" for name in names)]
+        torch.stack(images, dim=1)[:SHOWN].clamp(-1, 1),
+        column_labels=["sample", *(f"+ {name.replace('_', ' ')}" for name in names)],
     )
     return Drawn(
         figure,
@@ -293,25 +295,21 @@ def table1(setup: Setup) -> Drawn:
         setup.model, runs, {name: setup.direction(name) for name in names}, classifier=setup.judge,
         scales=(1.5,), success=0.0, repeats=4, progress=False,
     )  # fmt: skip
-    both = pd.concat({v: found.matrix(v) for v in ("original", "disentangled")}, axis=1)
-    both.columns = [f"{b} {'' if v == 'original' else '⟂'}".strip() for v, b in both.columns]
-    gaps = []
-    for name in names:
-        leak = {}
-        for variant, effects in found.effects.items():
-            before, after = effects.scores(name, 1.5)
-            sizes = np.abs(effect_matrix(before[names], {name: after[names]}).draws[:, 0])
-            own = names.index(name)
-            leak[variant] = (sizes.sum(axis=1) - sizes[:, own]) / sizes[:, own]
-        gaps.append(leak["original"] - leak["disentangled"])
-    draws = np.mean(gaps, axis=0)
-    value = float((found.entanglement["original"] - found.entanglement["disentangled"]).mean())
-    low, high = np.quantile(draws, (0.025, 0.975))
+    both = pd.concat({variant: found.matrix(variant) for variant in found.effects}, axis=1)
+    both.columns = [f"{name}{'' if variant == 'original' else ' ⊥'}" for variant, name in both.columns]
+    leaks = {}
+    for variant, effects in found.effects.items():
+        matrix = effects.matrix(1.5).of(names)
+        sizes = np.abs(np.concatenate([matrix.mean.to_numpy()[None], matrix.draws]))
+        own = np.trace(sizes, axis1=1, axis2=2)
+        leaks[variant] = (sizes.sum(axis=(1, 2)) - own) / own
+    fall = leaks["original"] - leaks["disentangled"]
+    low, high = np.quantile(fall[1:], (0.025, 0.975))
     return Drawn(
         plots.matrix(both),
         found.table,
-        f"Change of the score at 1.5 sigma, {len(runs)} samples; columns with ⟂ after projection (eq. 12).",
-        {"entanglement_falls": Number(value, float(low), float(high), len(runs))},
+        f"Change of the score at 1.5 sigma, {len(runs)} samples; columns with ⊥ after projection (eq. 12).",
+        {"leakage_falls": Number(float(fall[0]), float(low), float(high), len(runs))},
     )
 
 
@@ -453,4 +451,4 @@ def _frequent(setup: Setup) -> list[str]:
 
 
 def _mask(setup: Setup) -> np.ndarray | None:
-    return find_masks([setup.other], size=setup.model.image_shape[1]).get(setup.other)
+    return setup.masks([setup.other]).get(setup.other)

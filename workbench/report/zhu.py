@@ -17,7 +17,7 @@ from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
 from workbench.directions.boundary import fit_boundary
 from workbench.editing import experiments
-from workbench.editing.benchmark import SIZES, Protocol, find_masks, run_benchmark
+from workbench.editing.benchmark import SIZES, Protocol, run_benchmark
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing import mixing_step
 from workbench.report import plots
@@ -340,10 +340,9 @@ def benchmark(setup: Setup) -> Drawn:
     )  # fmt: skip
     size = {**SIZES["quick"], "population": setup.n, "labelled": setup.n}
     protocol = Protocol(methods, names, seed=setup.seed, transfer=False, t=setup.t, **size)
-    masks = find_masks(names, size=setup.model.image_shape[1])
     result = run_benchmark(
-        setup.model, protocol, labeller=setup.labeller, judge=setup.judge, images=setup.images, masks=masks,
-        progress=False,
+        setup.model, protocol, labeller=setup.labeller, judge=setup.judge, images=setup.images,
+        masks=setup.masks(names), progress=False,
     )  # fmt: skip
     table = leaderboard.pareto(result.edits)
 
