@@ -441,7 +441,8 @@ def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
         If there are fewer than 2 of one, or they have other numbers of features.
     """
     a, b = _two_sets(features, others)
-    roots = [(x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    # The triangular factor has the same A'A in at most d rows.
+    roots = [np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b)]
     traces = sum((root**2).sum() for root in roots)
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc"))
 

@@ -293,6 +293,13 @@ class Bench:
         seeds = range(HELD_OUT + p.seed, HELD_OUT + p.seed + p.held_out)
         return sample(self.model, seeds, steps=p.steps, eta=p.eta, record_x=True, progress=False)
 
+    def _seen(self, study: Study) -> Trajectory:
+        """Samples of a population, as many as are edited at other timesteps."""
+        p, learned = self.protocol, study.learned
+        seeds = range(study.seed, study.seed + min(p.held_out // 2, p.population))
+        options = {"steps": p.steps, "eta": p.eta, "record_x": True, "progress": False}
+        return learned("seen by the benchmark", lambda: sample(self.model, seeds, **options))
+
     @cached_property
     def _finer(self) -> Trajectory:
         p = self.protocol
@@ -405,7 +412,7 @@ class Bench:
             return {}
         middle = method.scales[len(method.scales) // 2]
         found = {}
-        seen = study.run[: self.protocol.held_out // 2]
+        seen = self._seen(study)
         for name, run in {"population": seen, "other steps": self._finer}.items():
             try:
                 after = edit.apply(run, [middle])[:, 0]

@@ -356,14 +356,32 @@ def resized(figure: Figure, width: float) -> Figure:
     -------
     Figure
     """
+    laid_out = figure.get_layout_engine() is not None
     with style.context(STYLE):
-        for _ in range(3):
-            renderer = FigureCanvasAgg(figure).get_renderer()
-            factor = width / figure.get_tightbbox(renderer).width
-            figure.set_size_inches(*(figure.get_size_inches() * factor))
-            for text in figure.findobj(Text):
+        factor = width / _drawn_width(figure)
+        # Letters don't shrink below what is legible: what has a layout of its own keeps some height for them.
+        _scale(figure, factor, factor**0.5 if laid_out else factor)
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            sizes = [label.get_fontsize() for label in axis.get_ticklabels()[:1]]
+            axis.set_tick_params(labelsize=max([SMALLEST, *(size * factor for size in sizes)]))
+        ticks = {id(label) for axes in figure.axes for a in (axes.xaxis, axes.yaxis) for label in a.get_ticklabels()}
+        for text in figure.findobj(Text):
+            if id(text) not in ticks:
                 text.set_fontsize(max(SMALLEST, text.get_fontsize() * factor))
+        for _ in range(8):
+            factor = width / _drawn_width(figure)
+            _scale(figure, factor, 1.0 if laid_out else factor)
     return figure
+
+
+def _drawn_width(figure: Figure) -> float:
+    """Width in inches of all that is drawn, labels outside of the axes too."""
+    figure.draw_without_rendering()
+    return figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).width
+
+
+def _scale(figure: Figure, across: float, up: float) -> None:
+    figure.set_size_inches(figure.get_figwidth() * across, figure.get_figheight() * up)
 
 
 def mean_of(values, *, seed: int = 0) -> Number:

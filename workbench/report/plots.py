@@ -376,7 +376,7 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
         axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * limit else _INK
-            shown = f"{value:+.2f}" if columns <= 10 else f"{value:+.2f}".replace("0.", ".", 1)
+            shown = f"{value:+.2f}" if columns <= 10 else f"{value:.2f}".replace("0.", ".", 1)
             axes.text(j, i, shown, ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(range(columns), [str(c).replace("_", " ") for c in table.columns], rotation=45, ha="right")
         axes.set_yticks(range(rows), [str(r).replace("_", " ") for r in table.index])

@@ -259,7 +259,7 @@ def noise_after(setup: Setup) -> Drawn:
 @recipe("zhu-e12", "Zhu E12", "the distance effect: straight moves, great circles and random normals", minutes=1)
 def distance_effect(setup: Setup) -> Drawn:
     """Kernel distance to real images with the attribute against the distance."""
-    sizes = [4.0, 8.0, 16.0]
+    sizes = [STRENGTH / 2, STRENGTH, 2 * STRENGTH]
     measured = experiments.measure_crossings(
         setup.model, setup.without, experiments.norms(None, setup.boundaries["x"], control=setup.seed),
         classifier=setup.judge, distances=sizes, real=_positives(setup), seed=setup.seed, progress=False,
@@ -452,7 +452,7 @@ def _crossed(
     real: torch.Tensor | None = None,
     kept: str = "psnr",
 ) -> Drawn:
-    """Variants of a crossing: change of the attribute against preservation, and differences at the largest distance."""
+    """Variants of a crossing: change of the attribute against preservation, and differences, mean over distances."""
     sizes = [STRENGTH / 2, STRENGTH, 2 * STRENGTH]
     measured = experiments.measure_crossings(
         setup.model, setup.without, variants, classifier=setup.judge, distances=sizes, real=real, seed=setup.seed,
@@ -460,14 +460,14 @@ def _crossed(
     )  # fmt: skip
     table = measured.summary(setup.attribute)
     figure = plots.pareto(
-        _with_ends(table, kept), family=dict.fromkeys(variants, "variants"), x=kept,
+        _with_ends(table, kept), family=dict.fromkeys(variants, f"t = {setup.at}"), x=kept,
         xlabel="PSNR against the image (dB)" if kept == "psnr_image" else "PSNR against no move (dB)",
         y="change", ylabel=f"change of {setup.attribute}",
     )  # fmt: skip
 
     def change(variant: str) -> np.ndarray:
-        before, after = measured.effects.scores(variant, sizes[-1])
-        return (after - before)[setup.attribute].to_numpy()
+        both = [measured.effects.scores(variant, size) for size in sizes]
+        return np.mean([(after - before)[setup.attribute].to_numpy() for before, after in both], axis=0)
 
     found = {name: mean_of(change(first) - change(second)) for name, (first, second) in claims.items()}
     caption = f"{', '.join(f'{s:g}' for s in sizes)} sd at t = {setup.at}; {len(setup.without)} images."
