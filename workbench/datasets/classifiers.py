@@ -828,6 +828,25 @@ def _from_prompts(folder: Path, name: str, prompts: Mapping[str, tuple[str, str]
     for attribute, pair in prompts.items():
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(prompt, str) for prompt in pair):
             raise ValueError(f"prompts[{attribute!r}] is {pair!r}; give two texts, with the attribute and without it")
+    network, features, embed = _clip(folder, name, device)
+    with torch.inference_mode():
+        embedded = embed([text for pair in prompts.values() for text in pair])
+        present, absent = embedded[0::2], embedded[1::2]
+        difference = network.logit_scale.exp() * (present - absent).T
+    digest = hashlib.sha256(json.dumps([hash_weights(network), list(prompts.items())]).encode()).hexdigest()[:16]
+    return Classifier(name, tuple(prompts), digest, device, lambda batch: features(batch) @ difference, features)
+
+
+def clip_encoders(source: str | Path, *, device: str | torch.device | None = None) -> tuple[Callable, Callable]:
+    """Functions from images in [-1, 1], and from a list of texts, to CLIP's embeddings of length 1."""
+    folder, name = _locate(source)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise ValueError(f"{name} is a model of type {kind!r}, not a CLIP")
+    return _clip(folder, name, best_device() if device is None else torch.device(device))[1:]
+
+
+def _clip(folder: Path, name: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
     transformers = _import_transformers()
     network = _load_pretrained(transformers.CLIPModel, folder, name).to(device)
     prepare = _preprocessing(folder)
@@ -836,16 +855,24 @@ def _from_prompts(folder: Path, name: str, prompts: Mapping[str, tuple[str, str]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} has no tokenizer that can be read ({_first_line(error)}); copy it again") from error
 
-    def features(batch: torch.Tensor) -> torch.Tensor:
+    def images(batch: torch.Tensor) -> torch.Tensor:
         return F.normalize(network.get_image_features(pixel_values=prepare(batch).to(device)).pooler_output, dim=1)
 
-    with torch.inference_mode():
-        texts = tokeniser([text for pair in prompts.values() for text in pair], padding=True, return_tensors="pt")
-        embedded = F.normalize(network.get_text_features(**texts.to(device)).pooler_output, dim=1)
-        present, absent = embedded[0::2], embedded[1::2]
-        difference = network.logit_scale.exp() * (present - absent).T
-    digest = hashlib.sha256(json.dumps([hash_weights(network), list(prompts.items())]).encode()).hexdigest()[:16]
-    return Classifier(name, tuple(prompts), digest, device, lambda batch: features(batch) @ difference, features)
+    def texts(given: list[str]) -> torch.Tensor:
+        tokens = tokeniser(given, padding=True, return_tensors="pt").to(device)
+        return F.normalize(network.get_text_features(**tokens).pooler_output, dim=1)
+
+    return network, images, texts
+
+
+def segmentation_logits(source: str | Path, *, device: str | torch.device | None = None) -> Callable:
+    """A function from images in [-1, 1] to the logits of a transformers segmentation, (n, classes, h, w)."""
+    folder, name = _locate(source)
+    transformers = _import_transformers()
+    device = best_device() if device is None else torch.device(device)
+    network = _load_pretrained(transformers.AutoModelForSemanticSegmentation, folder, name).to(device)
+    prepare = _preprocessing(folder)
+    return lambda batch: network(pixel_values=prepare(batch).to(device)).logits
 
 
 def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
@@ -861,7 +888,8 @@ def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
                 folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{folder} can't be loaded as an image classifier or CLIP ({_first_line(error)})") from error
+        what = "a segmentation" if "Segmentation" in kind.__name__ else "an image classifier or CLIP"
+        raise ValueError(f"{folder} can't be loaded as {what} ({_first_line(error)})") from error
     finally:
         log.set_verbosity(level)
         if bars:
