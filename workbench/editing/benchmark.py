@@ -267,7 +267,7 @@ class Bench:
             self._studies[repeat] = Study(
                 self.model,
                 self.labeller,
-                attributes=p.attributes,
+                attributes=self.labeller.attributes,
                 n=p.population,
                 seed=p.seed + repeat * p.population,
                 steps=p.steps,

@@ -161,6 +161,7 @@ class Study:
     labeller : Classifier
         Labels samples; another one judges.
     attributes : tuple of str
+        All that the labeller knows, not those that are measured alone: what a method finds must not depend on these.
     n, seed : int
         The population: samples of the seeds `seed`, `seed` + 1, ...
     steps : int
