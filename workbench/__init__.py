@@ -44,7 +44,9 @@ _WHERE = {
     "editing.effects": ("disentangling_table", "few_examples", "matched_scale", "measure_effects"),
     "editing.grid": ("EditGrid", "edit_grid"),
     "editing.mixing": ("mixing_step",),
+    "report.facts": ("read_facts", "record_facts"),
     "report.notebooks": ("run_notebook",),
+    "report.sweep": ("sweep",),
 }
 _MODULES = {
     "benchmark": "editing.benchmark",

@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   workbench convert celeba_hq.ckpt celeba_hq        a published checkpoint as a model folder
   workbench sample avataaars32 --seeds 0-15 -o samples.png
   workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
+  workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100
   workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
   workbench mixing-step avataaars32 --n 256         the timestep at which x_t has mixed
   workbench boundary fit avataaars32 --t 500 --attributes Smiling
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
   workbench report --profile quick                  all of them, and reports/index.html
+  workbench sweep seeds.yaml --workers 2            notebooks over a matrix of parameters
   workbench data avataaars --n 2000 --part 10       draw the bundled images again
 """
 
@@ -128,6 +130,24 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--record-x", action="store_true", help="keep x_t too")
     extract.add_argument("-o", "--out", type=Path, help="store (default: under data/cache)")
 
+    plan = command(
+        "plan",
+        _plan,
+        "say what an extraction will need: disk, memory, passes, hours",
+        "workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100",
+    )
+    plan.add_argument("--model", default="avataaars32", help="as for extract, or a public one that is not here")
+    plan.add_argument("--n", type=int, default=512, help="number of samples (default 512)")
+    plan.add_argument("--steps", type=int, default=50, help="visited timesteps (default 50)")
+    plan.add_argument("--gpu", help="h100, a100, l4, ...: assume a share of its peak (default: measure this machine)")
+    plan.add_argument("--utilisation", type=float, help="that share (default 0.25)")
+    plan.add_argument("--rate", type=float, help="passes a second of one process, as you measured them")
+    plan.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    plan.add_argument("--processes", type=int, default=1, help="processes, one a GPU (default 1)")
+    plan.add_argument("--batch-size", type=int, default=64, help="samples a pass (default 64)")
+    plan.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of h on disk")
+    plan.add_argument("--record-x", action="store_true", help="keep x_t too")
+
     store = command("store", _store, "describe an extracted store", "workbench store data/cache/NAME.zarr")
     store.add_argument("path", type=Path)
 
@@ -167,6 +187,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
     report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
+
+    sweep = command(
+        "sweep",
+        _sweep,
+        "run notebooks over a matrix of parameters, in parallel",
+        "workbench sweep seeds.yaml --workers 2",
+    )
+    sweep.add_argument("file", type=Path, help="YAML file with notebooks, common, matrix and timeout")
+    sweep.add_argument("--workers", type=int, help="runs at once on this machine (default: one a core)")
+    sweep.add_argument("--scheduler", help="address of a dask scheduler instead, such as tcp://host:8786")
     return parser
 
 
@@ -468,6 +498,30 @@ def _extract(arguments: argparse.Namespace) -> None:
         **source,
     )
     print(f"{store}\n{store.path}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    import workbench as wb
+    from workbench.diffusion.models import best_device, load_shapes
+    from workbench.hspace import planning
+
+    network = load_shapes(arguments.model)
+    on_gpu = arguments.gpu is not None or best_device().type != "cpu"
+    if arguments.rate is not None:
+        flop_rate, source = arguments.rate * planning.count_flops(network), "as given"
+    elif arguments.gpu is not None:
+        share = planning.UTILISATION if arguments.utilisation is None else arguments.utilisation
+        flop_rate = planning.peak_rate(arguments.gpu, dtype=arguments.precision, utilisation=share)
+        source = f"assumed: {share:.0%} of the peak of a {arguments.gpu.upper()} in {arguments.precision}"
+    else:
+        model = wb.load_model("avataaars32", dtype=arguments.precision)
+        batch = min(arguments.batch_size, arguments.n, model.batch_size())
+        passes = planning.measure_pass_rate(model, batch_size=batch)
+        flop_rate = passes * planning.count_flops(load_shapes(model.name))
+        source = f"measured with {model.name} on {model.device}: {flop_rate / 1e12:.2g} TFLOP/s"
+    options = ("n", "steps", "processes", "batch_size", "dtype", "record_x")
+    options = {name: getattr(arguments, name) for name in options}
+    print(planning.plan_extraction(network, flop_rate=flop_rate, source=source, on_gpu=on_gpu, **options))
 
 
 def _store(arguments: argparse.Namespace) -> None:
@@ -806,6 +860,17 @@ def _report(arguments: argparse.Namespace) -> None:
     cache = f"{made} made, and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
     print(f"extractions: {cache}")
     print(f"report: {paths.reports() / 'index.html'} ({time.monotonic() - start:.0f} s)")
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from workbench import paths
+    from workbench.report.sweep import sweep
+
+    table = sweep(arguments.file, scheduler=arguments.scheduler, workers=arguments.workers)
+    counts = table["status"].value_counts()
+    print(", ".join(f"{counts[status]} {status}" for status in ("done", "cached", "failed") if status in counts))
+    print(f"sweep: {paths.reports() / 'sweeps' / arguments.file.stem / 'index.html'}")
+    return int("failed" in counts)
 
 
 def _finished_stores() -> set[Path]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.diffusion.models import load_shapes
+from workbench.hspace import planning
 
 STEPS, ROUNDS = 3, 3
 
@@ -47,6 +49,21 @@ def test_extraction_is_about_as_fast_as_the_network(model, tmp_path):
     run = wb.sample(model, range(3), steps=STEPS, record_h=True, progress=False)
     t = store.timesteps[1]
     np.testing.assert_allclose(store.at(t)[:3], run.h.at(t), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_the_planned_time_against_the_measured(model, tmp_path):
+    n, steps = 2 * model.batch_size(), 10
+    rate = planning.measure_pass_rate(model)
+    flop_rate = rate * planning.count_flops(load_shapes(model.name))
+    planned = planning.plan_extraction(
+        load_shapes(model.name), n=n, steps=steps, flop_rate=flop_rate, source="measured", on_gpu=False
+    )
+    start = time.perf_counter()
+    store = wb.extract(model, n, steps=steps, out=tmp_path / "a.zarr", progress=False)
+    measured = time.perf_counter() - start
+    assert len(store) * steps == planned.passes
+    print(f"\nplanned {planned.seconds:.1f} s, {planned.seconds / measured:.2f} of what {n} samples took")
 
 
 MEMORY = """

@@ -42,6 +42,7 @@ ONLY_IN = {
     "ipywidgets": {"report/widgets.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/classifiers.py"},
+    "distributed": {"report/sweep.py"},
 }
 
 

@@ -228,6 +228,30 @@ def load_model(
     return _compiled(model) if compile else model
 
 
+def load_shapes(source: str | Path) -> SplitUNet:
+    """The network of a model without its weights, on the device "meta": what memory, FLOPs and shapes follow from.
+
+    Parameters
+    ----------
+    source : str or path
+        As of `load_model`, or one of the public ones of `known_models`, which need not be here.
+
+    Returns
+    -------
+    SplitUNet
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such model, or it can't be split.
+    """
+    known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
+    if source in known:
+        return SplitUNet(_build(known[source].config(), path=Path("the preset")))
+    files = checkpoints.find_model_files(_locate(source)[0])
+    return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
+
+
 def convert_checkpoint(
     file: str | Path,
     out: str | Path,
@@ -448,9 +472,9 @@ def _compiled(model: Model) -> Model:
 
 
 def best_device() -> torch.device:
-    """CUDA if there is one, else MPS, else the CPU."""
+    """CUDA if there is one, else MPS, else the CPU; of several GPUs, the one of this process by its LOCAL_RANK."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

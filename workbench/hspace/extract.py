@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from workbench import __version__, paths
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import Trajectory, check_batch_size, check_images, invert, progress_bar, sample
-from workbench.hspace.store import DTYPES, HStore, create_store, disk_error, key_of, open_store, read_store, write_chunk
+from workbench.hspace.store import (
+    DTYPES,
+    HStore,
+    create_store,
+    disk_error,
+    exists,
+    is_address,
+    key_of,
+    open_store,
+    place,
+    read_store,
+    write_chunk,
+)
 
 CHUNK_BYTES = 2**28
 """Upper bound of the h of one chunk of samples in memory (float32)."""
@@ -39,7 +57,12 @@ def extract(
     """Record h_t of many samples at every visited timestep, on disk.
 
     Asking again with the same inputs returns the finished store at once; a call that was cut short, even by a kill,
-    resumes and repeats at most one chunk of samples. Memory does not grow with n.
+    resumes and repeats at most two chunks of samples. Memory does not grow with n: a chunk is written while the next is
+    computed, so there are at most two of them.
+
+    In a script that several processes were launched with (`accelerate launch`, `torchrun`), they share the work: each
+    writes chunks of its own, and all return the finished store, which is the one that a single process writes. Another
+    number of processes may resume it.
 
     Parameters
     ----------
@@ -58,8 +81,9 @@ def extract(
         0 is DDIM, 1 has the variance of DDPM. Not used for inversion.
     seed : int, default 0
         First seed.
-    out : path, optional
-        Where to put the store; by default under `data/cache/`, named by all inputs.
+    out : path or address, optional
+        Where to put the store; by default under `data/cache/`, named by all inputs. An address that fsspec knows, such
+        as `s3://bucket/name.zarr` (install s3fs), keeps it there; nothing then stops two extractions to one address.
     dtype : {"float16", "float32"}
         Of h on disk. A value that float16 can't hold is an error, not an infinity.
     record_x : bool
@@ -77,7 +101,7 @@ def extract(
     ValueError
         If the inputs don't fit the model or each other, or `out` holds a store of other inputs.
     RuntimeError
-        If another process is extracting to the same store.
+        If another process is extracting to `out`. For a store in the cache, the call waits for it, with a warning.
     OSError
         If the disk is full. The store stays resumable.
     """
@@ -107,47 +131,118 @@ def extract(
         "etas": list(model.schedule.etas(eta, len(timesteps))),
         "dtype": dtype,
         "keeps": ["h", *(["x0"] if images is not False else []), *(["x"] if record_x else [])],
-        "chunk": _chunk_size(model, len(timesteps), count, record_x=record_x),
+        "chunk": chunk_size(model.h_shape, model.image_shape, steps=len(timesteps), n=count, record_x=record_x),
     }
     name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
-    path = paths.cache() / name if out is None else Path(out)
+    path = paths.cache() / name if out is None else place(out)
+    ranks = Ranks.launched()
+    with _alone(path, wait=out is None) if ranks.first else contextlib.nullcontext():
+        if ranks.first:
+            _prepare(model, path, provenance, seeds, source)
+        ranks.wait()
+        return _extract(model, path, provenance, seeds, source, batch_size, progress, ranks)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that were launched together, as one of them sees them.
+
+    Attributes
+    ----------
+    rank, count : int
+        This process, from 0, and how many there are.
+    wait : callable () -> None
+        Returns when all of them have called it.
+    """
+
+    rank: int
+    count: int
+    wait: Callable[[], None]
+
+    @classmethod
+    def launched(cls) -> Ranks:
+        """Those of the environment that `accelerate launch` and `torchrun` set, or this process alone."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls(0, 1, lambda: None)
+        if not dist.is_initialized():
+            # They exchange nothing but that they are ready, which the CPU's backend does for GPUs too.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.barrier)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def _alone(path: Path | str, *, wait: bool):
+    """Holds the store's lock, if its place can have one; `wait` for another process that does."""
+    if is_address(path):
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
-        with lock.acquire(timeout=0):
-            return _extract(model, path, provenance, seeds, source, batch_size, progress)
+        lock.acquire(timeout=0)
     except Timeout as error:
-        raise RuntimeError(
-            f"another process is extracting to {path}; wait for it to end, or choose another path with out="
-        ) from error
-
-
-def _extract(model, path, provenance, seeds, source, batch_size, progress) -> HStore:
-    if path.exists():
-        store = read_store(path)
-        _refuse_other_inputs(store, provenance)
-        if store.complete:
-            return replace(store, cached=True)
+        if not wait:
+            raise RuntimeError(
+                f"another process is extracting to {path}; wait for it to end, or choose another path with out="
+            ) from error
+        warnings.warn(f"another process is extracting to {path}; waiting for it", stacklevel=4)
+        lock.acquire()
     try:
-        if not path.exists():
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(model, path, provenance, seeds, source) -> None:
+    """Lay the store out, or check that the one that is there is of these inputs."""
+    try:
+        if exists(path):
+            store = read_store(path)
+            _refuse_other_inputs(store, provenance)
+        else:
             layout = _layout(model, provenance, inverted=source is not None)
             names = [str(name) for name in source.labels.index] if hasattr(source, "labels") else None
             store = create_store(path, provenance, layout, names=names)
-        if seeds is not None:
+        if seeds is not None and not store.complete:
             store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
     except OSError as error:
         raise disk_error(error, path, "before the first sample") from error
+
+
+def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks) -> HStore:
+    store = read_store(path)
+    _refuse_other_inputs(store, provenance)
+    if store.complete:
+        return replace(store, cached=True)
     size, n, timesteps = provenance["chunk"], provenance["n"], provenance["timesteps"]
     todo = [slice(c * size, min((c + 1) * size, n)) for c in np.flatnonzero(store.group["done"][:] == 0)]
+    ranks.wait()  # all have seen the same list before the first of them shortens it
+    mine = todo[ranks.rank :: ranks.count]
+    others = n - sum(rows.stop - rows.start for rows in mine)
     options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"], "batch_size": batch_size}
-    with progress_bar(n, len(timesteps), "extracting", show=progress) as bar:
-        bar.update((n - sum(rows.stop - rows.start for rows in todo)) * len(timesteps))
-        for rows in todo:
+    verb = "extracting" if ranks.count == 1 else f"extracting, process 1 of {ranks.count}"
+    with (
+        progress_bar(n, len(timesteps), verb, show=progress and ranks.first) as bar,
+        ThreadPoolExecutor(1, "writer") as writer,
+    ):
+        bar.update(others * len(timesteps))
+        last = None
+        for rows in mine:
             if source is None:
                 run = sample(model, seeds[rows], eta=provenance["etas"], progress=bar, **options)
             else:
                 run = invert(model, source[rows], progress=bar, **options)
-            write_chunk(store, rows.start // size, {name: _value(run, name) for name in _arrays(store)})
+            values = {name: _value(run, name) for name in _arrays(store)}
+            if last is not None:
+                last.result()
+            last = writer.submit(write_chunk, store, rows.start // size, values)
+        if last is not None:
+            last.result()
+    ranks.wait()
     return open_store(path)
 
 
@@ -176,8 +271,11 @@ def _layout(model: Model, provenance: dict, *, inverted: bool) -> dict[str, tupl
     return layout
 
 
-def _chunk_size(model: Model, steps: int, n: int, *, record_x: bool) -> int:
-    values = np.prod(model.h_shape) + record_x * np.prod(model.image_shape)
+def chunk_size(
+    h_shape: tuple[int, int, int], image_shape: tuple[int, int, int], *, steps: int, n: int, record_x: bool
+) -> int:
+    """Samples that are written at once: at most 64 and `CHUNK_BYTES`, a power of two, or all."""
+    values = np.prod(h_shape) + record_x * np.prod(image_shape)
     fits = max(1, int(CHUNK_BYTES // (4 * steps * values)))
     return min(n, 64, 2 ** (fits.bit_length() - 1))
 

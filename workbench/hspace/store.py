@@ -12,7 +12,8 @@ inside it each timestep is a chunk of its own, so reading one timestep of all sa
 | seeds | (n,) | of generated samples |
 | done | (chunks,) | 1 where a chunk of samples is complete |
 
-The group's attributes hold all inputs that determine the content.
+The group's attributes hold all inputs that determine the content. A store lies in a folder, or at an address that
+fsspec knows, such as s3://bucket/name.zarr.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import zarr
@@ -45,14 +47,14 @@ class HStore:
 
     Attributes
     ----------
-    path : Path
+    path : Path, or str for an address
     provenance : dict
         All inputs of the extraction: model, seeds or images, timesteps, etas, dtype.
     cached : bool
         True if `extract` found it finished and computed nothing.
     """
 
-    path: Path
+    path: Path | str
     provenance: dict = field(repr=False)
     group: zarr.Group = field(repr=False)
     cached: bool = False
@@ -193,7 +195,7 @@ def open_store(path: str | Path) -> HStore:
 
     Parameters
     ----------
-    path : path
+    path : path or address
 
     Returns
     -------
@@ -218,8 +220,8 @@ def open_store(path: str | Path) -> HStore:
 
 def read_store(path: str | Path) -> HStore:
     """Open a store that may not be finished; raises as `open_store` otherwise."""
-    path = Path(path)
-    if not path.exists():
+    path = place(path)
+    if not exists(path):
         raise FileNotFoundError(f"there is no store at {path}; make one with extract")
     try:
         group = zarr.open_group(path, mode="r+")
@@ -234,8 +236,8 @@ def read_store(path: str | Path) -> HStore:
         arrays = {name for name, _ in group.arrays()}
         if {"h", "done"} - arrays or group["h"].shape[1] != len(store.timesteps):
             raise ValueError(f"{path} is corrupt: its arrays don't match its description; delete it and extract again")
-        finished = np.flatnonzero(group["done"][:])
-        if not all(_chunk_file(group[name], c).is_file() for name in arrays - {"done"} for c in finished):
+        finished, files = np.flatnonzero(group["done"][:]), _files(path)
+        if not all(_chunk_file(group[name], c) in files for name in arrays - {"done"} for c in finished):
             raise ValueError(f"{path} is corrupt: files of finished samples are missing; delete it and extract again")
     except (BaseZarrError, KeyError, OSError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(
@@ -245,13 +247,37 @@ def read_store(path: str | Path) -> HStore:
     return store
 
 
-def _chunk_file(array: zarr.Array, chunk: int) -> Path:
-    """Where an array keeps a chunk of samples."""
-    return array.store_path.store.root.joinpath(array.path, "c", str(chunk), *["0"] * (array.ndim - 1))
+def is_address(path: str | Path) -> bool:
+    """Whether a store is meant that lies in no folder of this machine."""
+    return isinstance(path, str) and "://" in path and not path.startswith("file://")
+
+
+def place(path: str | Path) -> Path | str:
+    """A folder as a Path, also where it is written as file://, and any other address as it is."""
+    return path if is_address(path) else Path(str(path).removeprefix("file://"))
+
+
+def exists(path: Path | str) -> bool:
+    """Whether there is something at `path`; at an address, where layouts can be cut short, a described group."""
+    if not is_address(path):
+        return path.exists()
+    files, root = fsspec.url_to_fs(path)
+    return files.exists(f"{root}/zarr.json") and bool(zarr.open_group(path, mode="r").attrs)
+
+
+def _files(path: Path | str) -> set[str]:
+    """Names of all files below `path`, relative to it."""
+    files, root = fsspec.url_to_fs(str(path))
+    return {name.removeprefix(root).lstrip("/") for name in files.find(root)}
+
+
+def _chunk_file(array: zarr.Array, chunk: int) -> str:
+    """Where an array keeps a chunk of samples, relative to the store."""
+    return "/".join([array.name.lstrip("/"), "c", str(chunk), *["0"] * (array.ndim - 1)])
 
 
 def create_store(
-    path: Path,
+    path: Path | str,
     provenance: dict,
     arrays: dict[str, tuple[tuple[int, ...], str]],
     *,
@@ -261,7 +287,7 @@ def create_store(
 
     Parameters
     ----------
-    path : Path
+    path : Path, or str for an address
     provenance : dict
         With "chunk", the number of samples that are written at once.
     arrays : dict of name -> (shape, dtype)
@@ -269,13 +295,23 @@ def create_store(
     names : list of str, optional
         File names of inverted images.
     """
+    attributes = {"format": FORMAT, "version": VERSION, "provenance": provenance, "names": names}
+    if is_address(path):
+        # Objects can't be renamed, so the description comes last.
+        group = zarr.open_group(path, mode="a", zarr_format=3)
+        _add_arrays(group, provenance["chunk"], arrays)
+        group.attrs.update(attributes)
+        return read_store(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    attributes = {"format": FORMAT, "version": VERSION, "provenance": provenance, "names": names}
-    group = zarr.create_group(partial, zarr_format=3, attributes=attributes)
-    size = provenance["chunk"]
+    _add_arrays(zarr.create_group(partial, zarr_format=3, attributes=attributes), provenance["chunk"], arrays)
+    os.replace(partial, path)
+    return read_store(path)
+
+
+def _add_arrays(group: zarr.Group, size: int, arrays: dict[str, tuple[tuple[int, ...], str]]) -> None:
     n = arrays["h"][0][0]
     for name, (shape, dtype) in arrays.items():
         per_step = name in ("h", "x")
@@ -289,10 +325,10 @@ def create_store(
             compressors="auto" if name == "x0" else None,
             # No chunk consists of these, so that zarr writes all of them and a missing file is a loss.
             fill_value=np.iinfo(dtype).max if dtype == "uint64" else np.nan,
+            # Of a layout that was cut short at an address.
+            overwrite=True,
         )
-    group.create_array("done", shape=(-(-n // size),), dtype="uint8", chunks=(1,), compressors=None)
-    os.replace(partial, path)
-    return read_store(path)
+    group.create_array("done", shape=(-(-n // size),), dtype="uint8", chunks=(1,), compressors=None, overwrite=True)
 
 
 def write_chunk(store: HStore, chunk: int, values: dict[str, np.ndarray]) -> None:

@@ -47,7 +47,9 @@ __all__ = [
     "NotebookFailed",
     "Parameter",
     "Report",
+    "check_parameters",
     "export_html",
+    "find_notebook",
     "list_notebooks",
     "notebook_parameters",
     "parse_parameters",
@@ -133,6 +135,37 @@ def list_notebooks() -> list[str]:
     return sorted(path.stem for path in paths.notebooks().glob("[!.]*.ipynb"))
 
 
+def find_notebook(name: str | Path) -> Path:
+    """File of a notebook.
+
+    Parameters
+    ----------
+    name : str or Path
+        Name ("10_extract"), the start of one name alone ("10"), or a path.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If there is none, or a start fits several.
+    """
+    path, known = Path(name), list_notebooks()
+    if path.suffix == ".ipynb":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no notebook {path}; the staged ones are {', '.join(known) or 'missing'}")
+        return path.absolute()
+    matches = [stem for stem in known if stem == str(name)] or [stem for stem in known if stem.startswith(str(name))]
+    if len(matches) != 1:
+        problem = f"fits {', '.join(matches)}" if matches else f"is none of {', '.join(known) or '(no notebooks)'}"
+        raise ValueError(
+            f"notebook {str(name)!r} {problem}; give one whole name or its start{_suggestion(name, known)}"
+        )
+    return paths.notebooks() / f"{matches[0]}.ipynb"
+
+
 def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
     """Parameters that a notebook takes.
 
@@ -146,7 +179,7 @@ def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
     dict of str to Parameter
     """
     parameters = {}
-    for key, found in papermill.inspect_notebook(_braced(_find(name))).items():
+    for key, found in papermill.inspect_notebook(_braced(find_notebook(name))).items():
         declared = found["inferred_type_name"].replace(" ", "")
         try:
             default = ast.literal_eval(found["default"])
@@ -156,6 +189,33 @@ def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
         kind = declared if declared.partition("[")[0] in _TYPES else inferred
         parameters[key] = Parameter(key, kind if kind.partition("[")[0] in _TYPES else "", default, found["help"])
     return parameters
+
+
+def check_parameters(name: str | Path, parameters: Mapping[str, object]) -> dict[str, object]:
+    """Parameters as JSON values of the types that the notebook declares.
+
+    Parameters
+    ----------
+    name : str or Path
+        As for `notebook_parameters`.
+    parameters : mapping
+        numpy scalars, arrays, tuples and paths are converted.
+
+    Returns
+    -------
+    dict of str to value
+
+    Raises
+    ------
+    ValueError
+        If the notebook has no such parameter, or the value is not of its type.
+    """
+    known, stem = notebook_parameters(name), find_notebook(name).stem
+    checked = {}
+    for key, value in parameters.items():
+        parameter = _known(key, known, stem)
+        checked[key] = _typed(_plain(value), parameter.type, parameter, stem)
+    return checked
 
 
 def parse_parameters(name: str | Path, assignments: Iterable[str]) -> dict[str, object]:
@@ -177,7 +237,7 @@ def parse_parameters(name: str | Path, assignments: Iterable[str]) -> dict[str, 
     ValueError
         If a word has no "=", the notebook has no such parameter, or the value is not of its type.
     """
-    name, known = _find(name).stem, notebook_parameters(name)
+    name, known = find_notebook(name).stem, notebook_parameters(name)
     values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -225,9 +285,9 @@ def run_notebook(
     NotebookFailed
         If a cell fails. The executed notebook and its HTML lie in `failed/` beside `out`; the last good report stays.
     """
-    source = _find(name)
+    source = find_notebook(name)
     stem = source.stem
-    given = _checked(source, parameters or {})
+    given = check_parameters(source, parameters or {})
     everything = {key: parameter.default for key, parameter in notebook_parameters(source).items()} | given
     out = paths.reports() / f"{stem}.ipynb" if out is None else Path(out).absolute()
     if out.suffix != ".ipynb":
@@ -356,14 +416,22 @@ def export_html(
     return html_path
 
 
-def write_index() -> Path:
-    """Write `reports/index.html`, a page with a card for each report there is, failed ones in red.
+def write_index(folder: str | Path | None = None, *, title: str = "Reports", intro: str = "") -> Path:
+    """Write `index.html`, a page with a card for each report in a folder, failed ones in red.
+
+    Parameters
+    ----------
+    folder : str or Path, optional
+        Default: `reports/`.
+    title : str
+    intro : str
+        HTML to stand before the cards.
 
     Returns
     -------
     Path
     """
-    folder = paths.reports()
+    folder = paths.reports() if folder is None else Path(folder)
     good = {path.stem: path for path in folder.glob("*.ipynb")}
     bad = {path.stem: path for path in (folder / "failed").glob("*.ipynb")}
     cards = [_card(good.get(name), bad.get(name)) for name in sorted(good.keys() | bad.keys())]
@@ -373,13 +441,14 @@ def write_index() -> Path:
 <head>
 <meta charset="utf-8" />
 <meta name="viewport" content="width=device-width, initial-scale=1.0" />
-<title>h-space workbench: reports</title>
+<title>h-space workbench: {html.escape(title.lower())}</title>
 <style>{_css()}</style>
 </head>
 <body>
 <header class="report-header"><b>h-space workbench</b><span>{words} · {_now()}</span></header>
 <main>
-<h1>Reports</h1>
+<h1>{html.escape(title)}</h1>
+{intro}
 <div class="cards">
 {"".join(cards)}
 </div>
@@ -459,21 +528,6 @@ def _html_of(output: NotebookNode) -> str:
     return "".join(output.get("data", {}).get("text/html", ""))
 
 
-def _find(name: str | Path) -> Path:
-    path, known = Path(name), list_notebooks()
-    if path.suffix == ".ipynb":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no notebook {path}; the staged ones are {', '.join(known) or 'missing'}")
-        return path.absolute()
-    matches = [stem for stem in known if stem == str(name)] or [stem for stem in known if stem.startswith(str(name))]
-    if len(matches) != 1:
-        problem = f"fits {', '.join(matches)}" if matches else f"is none of {', '.join(known) or '(no notebooks)'}"
-        raise ValueError(
-            f"notebook {str(name)!r} {problem}; give one whole name or its start{_suggestion(name, known)}"
-        )
-    return paths.notebooks() / f"{matches[0]}.ipynb"
-
-
 def _known(key: str, known: Mapping[str, Parameter], notebook: str) -> Parameter:
     if key not in known:
         names = ", ".join(known) or "no parameters"
@@ -484,16 +538,6 @@ def _known(key: str, known: Mapping[str, Parameter], notebook: str) -> Parameter
 def _suggestion(word: str | Path, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _checked(source: Path, parameters: Mapping[str, object]) -> dict[str, object]:
-    """Parameters as JSON values of the declared types."""
-    known = notebook_parameters(source)
-    checked = {}
-    for key, value in parameters.items():
-        parameter = _known(key, known, source.stem)
-        checked[key] = _typed(_plain(value), parameter.type, parameter, source.stem)
-    return checked
 
 
 def _plain(value: object) -> object:
@@ -564,6 +608,7 @@ def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, pr
                 progress_bar={"desc": source.stem, "leave": False} if progress else False,
                 execution_timeout=timeout,
                 store_widget_state=False,
+                log_output=True,
                 extra_arguments=["--log-level=ERROR"],
             )
             return None
@@ -678,12 +723,12 @@ def _plan(profile: str, only: Sequence[str] | None) -> tuple[dict[str, dict], in
     plan = {}
     for name in known:
         shared = {key: value for key, value in common.items() if key in parameters[name]}
-        plan[name] = _checked(paths.notebooks() / f"{name}.ipynb", shared | (own.get(name) or {}))
+        plan[name] = check_parameters(name, shared | (own.get(name) or {}))
     timeout = content.get("timeout", 3600)
     if type(timeout) is not int or timeout < 1:
         raise ValueError(f"timeout of profile {profile!r} is {timeout!r}; it must be a number of seconds")
     if only is not None:
-        wanted = {_find(name).stem for name in only}
+        wanted = {find_notebook(name).stem for name in only}
         plan = {name: values for name, values in plan.items() if name in wanted}
     return plan, timeout
 

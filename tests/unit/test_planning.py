@@ -1,0 +1,86 @@
+"""What an extraction is said to need, against what it needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench import cli
+from workbench.diffusion.models import load_shapes
+from workbench.hspace import planning
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_shapes("avataaars32")
+
+
+def plan(network, **options):
+    return planning.plan_extraction(network, **{"n": 10, "steps": 5, "flop_rate": 1e12, "source": "a test", **options})
+
+
+def test_flops_are_those_of_the_layers_added_up(network):
+    unet = wb.load_model("avataaars32", device="cpu").unet.unet
+    layers = 0
+
+    def add(module, inputs, output):
+        nonlocal layers
+        if isinstance(module, torch.nn.Conv2d):
+            layers += 2 * output.numel() * module.weight[0].numel()
+        elif isinstance(module, torch.nn.Linear):
+            layers += 2 * output.numel() * module.in_features
+
+    for module in unet.modules():
+        module.register_forward_hook(add)
+    with torch.inference_mode():
+        unet(torch.zeros(1, 3, 32, 32), 0)
+    flops = planning.count_flops(network)
+    assert layers < flops < 1.05 * layers  # the products of attention are no layer's
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"record_x": True}])
+def test_the_disk_is_that_of_the_arrays(tmp_path, tiny_folder, options):
+    model = wb.load_model(tiny_folder, device="cpu")
+    store = wb.extract(model, 10, steps=5, out=tmp_path / "a.zarr", progress=False, **options)
+    arrays = sum(array.nbytes for name, array in store.group.arrays() if name != "done")
+    assert plan(load_shapes(tiny_folder), **options).disk == arrays
+
+
+def test_shapes_are_the_models(network):
+    model = wb.load_model("avataaars32", device="cpu")
+    assert planning.shapes_of(network) == (model.image_shape, model.h_shape)
+
+
+def test_time_is_passes_by_rate_and_processes_share_it(network):
+    one, four = plan(network), plan(network, processes=4)
+    assert one.passes == 50
+    assert one.seconds == pytest.approx(50 * one.flops / 1e12)
+    assert four.seconds == pytest.approx(one.seconds / 4)
+
+
+def test_memory_is_bounded_by_parameters_and_batch_not_by_n(network):
+    many = [plan(network, n=n, steps=20) for n in (1_000, 1_000_000)]
+    assert many[0].ram == many[1].ram and many[0].gpu_memory == many[1].gpu_memory
+    assert plan(network, batch_size=128).gpu_memory > plan(network, batch_size=64).gpu_memory
+
+
+def test_a_public_model_is_planned_without_its_weights(capsys):
+    words = ["plan", "--model", "google/ddpm-ema-celebahq-256", "--n", "50000", "--steps", "50", "--gpu", "h100"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "2,500,000" in said and "hours" in said and "assumed: 25% of the peak of a H100" in said
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--gpu", "abacus"], "GPU 'abacus' is not known"),
+        (["--gpu", "h100", "--utilisation", "2"], "utilisation is 2.0"),
+        (["--gpu", "h100", "--n", "0"], "n is 0; give 1 or more"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_plans_are_sentences(words, sentence, capsys):
+    assert cli.main(["plan", *words]) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Sweeps: what runs is known by its content, and every run is accounted for."""
+
+from __future__ import annotations
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+
+from workbench import cli
+from workbench.report.facts import read_facts, record_facts
+from workbench.report.notebooks import run_notebook
+from workbench.report.sweep import plan_sweep, sweep
+
+CELL = """import os
+from workbench.report.facts import record_facts
+assert seed != 3, "three is refused"
+print("seed", seed)
+record_facts({"twice": 2 * seed, "threads": os.environ["OMP_NUM_THREADS"]})"""
+
+
+def write_notebook(path, parameters: str, cell: str = CELL) -> None:
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(cell)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project with two notebooks; by the environment, so that workers and kernels see it too."""
+    for folder in ("data", "notebooks", "reports"):
+        (tmp_path / folder).mkdir()
+    write_notebook(tmp_path / "notebooks" / "10_first.ipynb", "seed: int = 0  # a seed\nn: int = 4  # samples")
+    write_notebook(tmp_path / "notebooks" / "20_second.ipynb", "seed: int = 0  # a seed")
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    return tmp_path
+
+
+def write_sweep(home, **content):
+    path = home / "seeds.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_every_combination_runs_once_in_the_notebooks_that_have_its_parameters(home):
+    runs = plan_sweep({"matrix": {"seed": [1, 2], "n": [4, 8, 16]}}, name="all")
+    assert [run.notebook for run in runs] == ["10_first"] * 6 + ["20_second"] * 2
+    assert [run.varied for run in runs[6:]] == [{"seed": 1}, {"seed": 2}]
+    assert len({run.name for run in runs}) == 8
+    assert all(run.folder == home / "reports" / "sweeps" / "all" for run in runs)
+
+
+def test_a_run_is_known_by_all_parameters_and_the_code(home):
+    def key(**content):
+        (run,) = plan_sweep({"notebooks": ["10"], **content})
+        return run.key
+
+    assert key() == key(common={"n": 4}) == key(matrix={"seed": [0]})
+    assert key() != key(common={"n": 5})
+    before = key()
+    write_notebook(
+        home / "notebooks" / "10_first.ipynb", "seed: int = 0  # a seed\nn: int = 4  # samples", CELL + "\n1"
+    )
+    assert key() != before
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ({"matrix": {"nonsense": [1]}}, "none of 10_first, 20_second has the parameter 'nonsense'"),
+        ({"matrix": {"seed": 3}}, "must be a list of values"),
+        ({"matrix": {"seed": []}}, "must be a list of values"),
+        ({"matrix": {"seed": ["many"]}}, "parameter seed of 10_first is 'many'"),
+        ({"notebooks": ["30"]}, "notebook '30'"),
+        ({"runs": 3}, "must be a mapping of notebooks, common, matrix, timeout"),
+        ({"timeout": 0}, "timeout of the sweep is 0"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_runs(home, content, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plan_sweep(content)
+
+
+def test_a_missing_file_and_no_workers_are_sentences(home):
+    with pytest.raises(FileNotFoundError, match="there is no sweep at"):
+        plan_sweep(home / "none.yaml")
+    with pytest.raises(ValueError, match="workers is 0"):
+        sweep({}, workers=0)
+
+
+@pytest.mark.slow
+def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home, capsys):
+    path = write_sweep(home, notebooks=["10"], matrix={"seed": [1, 3]})
+    table = sweep(path, workers=2, progress=False)
+    assert table["status"].tolist() == ["done", "failed"]
+    assert "three is refused" in table["error"][1]
+    assert table["twice"][0] == 2
+    folder = home / "reports" / "sweeps" / "seeds"
+    good, bad = (folder / "logs" / f"{run}.log" for run in table["run"])
+    assert "seed 1" in good.read_text() and "three is refused" in bad.read_text()
+
+    write_sweep(home, notebooks=["10"], matrix={"seed": [1, 2]})
+    assert cli.main(["sweep", str(path), "--workers", "2"]) == 0
+    again = pd.read_csv(folder / "facts.csv")
+    assert again["status"].tolist() == ["cached", "done"] and again["twice"].tolist() == [2, 4]
+    page = (folder / "index.html").read_text()
+    assert all(f'href="{run}.html"' in page and f"logs/{run}.log" in page for run in again["run"])
+    assert "index.html" in capsys.readouterr().out
+
+
+FACTS = """from workbench.analysis.metrics import Rate
+from workbench.report.facts import record_facts
+record_facts({"rate": Rate(0.5, 0.3, 0.7, 20), "t": 450, "loss": float("nan"), "model": "a"})"""
+
+
+def test_facts_are_read_back_as_they_were_recorded(tmp_path):
+    write_notebook(tmp_path / "a.ipynb", "seed: int = 0", FACTS)
+    run_notebook(tmp_path / "a.ipynb", {}, tmp_path / "out" / "a.ipynb", progress=False)
+    rate = {"value": 0.5, "low": 0.3, "high": 0.7, "n": 20}
+    assert read_facts(tmp_path / "out" / "a.ipynb") == {"rate": rate, "t": 450, "loss": "nan", "model": "a"}
+    assert "0.5 (0.3 to 0.7), n = 20" in (tmp_path / "out" / "a.html").read_text()
+
+
+def test_a_fact_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="fact 'curve' is list"):
+        record_facts({"curve": [1, 2]})
