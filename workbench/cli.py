@@ -280,7 +280,9 @@ def _add_benchmark(command) -> None:
     figure.add_argument("--t", type=int, default=500, help="timestep of boundaries and Jacobians (default 500)")
     figure.add_argument("--seed", type=int, default=0)
     figure.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    figure.add_argument("--columns", choices=("single", "double", "both"), default="both", help="width (default both)")
+    figure.add_argument(
+        "--columns", choices=("single", "double", "both", "none"), default="both", help="width; none: numbers alone"
+    )
     figure.add_argument("-o", "--out", type=Path, default=Path("figures"), help="folder (default figures)")
 
 

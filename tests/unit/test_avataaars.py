@@ -503,3 +503,13 @@ def test_shipped_regions_are_a_fresh_drawing(tmp_path):
         for name in avataaars.REGIONS:
             assert fresh[name].shape == shipped[name].shape == (210, 198) and shipped[name].dtype == bool
             assert (fresh[name] ^ shipped[name]).sum() <= 0.01 * shipped[name].sum()
+
+
+def test_an_attributes_mask_holds_its_regions_at_every_tilt():
+    for attribute, names in avataaars.ATTRIBUTE_REGIONS.items():
+        mask = avataaars.attribute_mask(attribute, size=32)
+        for name in names:
+            for tilt in (-10, 0, 5):
+                assert mask[avataaars.region_mask(name, size=32, tilt=tilt)].all()
+        assert not mask.all()
+    assert avataaars.attribute_mask("Dark_Skin") is None

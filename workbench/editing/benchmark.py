@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
-from workbench import paths
+from workbench import __version__, paths
 from workbench.analysis.metrics import (
     cosine_similarity,
     diversity,
@@ -347,6 +347,7 @@ class Bench:
         """All that a cell depends on, as JSON can hold it."""
         p, mask = self.protocol, self.masks.get(attribute)
         return {
+            "workbench": __version__,
             "model": self.model.provenance(),
             "precision": str(self.model.dtype),
             "labeller": [self.labeller.name, self.labeller.hash],
@@ -446,7 +447,8 @@ class Bench:
             skipped=pd.DataFrame(gone, columns=["method", "attribute", "repeat", "reason"]),
             strips=strips,
             provenance={
-                "protocol": {**vars(self.protocol)},
+                "workbench": __version__,
+                "protocol": dict(vars(self.protocol)),
                 "model": self.model.provenance(),
                 "labeller": [self.labeller.name, self.labeller.hash],
                 "judge": [self.judge.name, self.judge.hash],

@@ -273,8 +273,8 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
         What to measure on; by default the bundled model.
     out : path
         Folder: `NAME.json` has the numbers, `NAME-single` and `NAME-double` the figure as PDF, SVG and PNG.
-    columns : {"single", "double", "both"}
-        How wide: a column of 3.4 inches, a page of 7.0, or both.
+    columns : {"single", "double", "both", "none"}
+        How wide: a column of 3.4 inches, a page of 7.0, or both; "none" writes the numbers alone.
 
     Returns
     -------
@@ -288,20 +288,15 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
     known = list_figures()
     if name not in known:
         raise ValueError(f"there is no figure {name!r}; `workbench figure --list` has {', '.join(known)}")
-    if columns not in (*WIDTHS, "both"):
-        raise ValueError(f"columns is {columns!r}; it is single, double or both")
+    if columns not in (*WIDTHS, "both", "none"):
+        raise ValueError(f"columns is {columns!r}; it is single, double, both or none")
     setup = Setup() if setup is None else setup
     drawn = known[name].draw(setup)
     out, files = Path(out), []
-    for width in WIDTHS if columns == "both" else (columns,):
-        files += save_figure(resized(drawn.figure, WIDTHS[width]), out / f"{name}-{width}")
+    for width, inches in WIDTHS.items():
+        if columns in (width, "both"):
+            files += save_figure(resized(drawn.figure, inches), out / f"{name}-{width}")
     return [write_record(known[name], drawn, setup, out=out), *files]
-
-
-def record(name: str, setup: Setup, *, out: str | Path) -> Path:
-    """Measure what a figure shows, and write the numbers alone; arguments as of `draw_figure`."""
-    made = list_figures()[name]
-    return write_record(made, made.draw(setup), setup, out=out)
 
 
 def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -> Path:
@@ -411,12 +406,16 @@ def difference_of(one: Number, other: Number) -> Number:
     return Number(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
 
 
+def words(name: str) -> str:
+    """A name as a figure writes it."""
+    return str(name).replace("_", " ")
+
+
 def curves(table: pd.DataFrame, by: str, x: str, xlabel: str, ylabel: str, **options) -> Figure:
     """One line a name in the column `by`, with its band, of rows with `value`, `low` and `high`."""
     wide = {end: table.pivot(index=x, columns=by, values=end) for end in ("value", "low", "high")}
     names = list(table[by].unique())
-    words = {name: str(name).replace("_", " ") for name in names}
-    values, low, high = ({words[name]: wide[end][name] for name in names} for end in ("value", "low", "high"))
+    values, low, high = ({words(name): wide[end][name] for name in names} for end in ("value", "low", "high"))
     figure = line(wide["value"].index, values, low=low, high=high, xlabel=xlabel, ylabel=ylabel, **options)
     if len(names) > 4:
         with style.context(STYLE):

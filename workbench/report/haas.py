@@ -20,7 +20,7 @@ from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid
 from workbench.report import plots
-from workbench.report.figures import Drawn, Number, Setup, curves, difference_of, mean_of, ratio_of, recipe
+from workbench.report.figures import Drawn, Number, Setup, curves, difference_of, mean_of, ratio_of, recipe, words
 
 SHOWN = 4
 """Samples in a figure of images: the first ones of those to edit, none picked."""
@@ -85,7 +85,7 @@ def arithmetic(setup: Setup) -> Drawn:
         gaps = change["pair"] - change["random"]
     table = pd.DataFrame(rows)
     return Drawn(
-        curves(table, "direction", "scale", "share of the difference that is added", f"change of {setup.other}"),
+        curves(table, "direction", "scale", "share of the difference that is added", f"change of {words(setup.other)}"),
         table,
         f"Samples without {setup.other}, 95% intervals; one pair of samples.",
         {"effect": mean_of(gaps)},
@@ -242,7 +242,7 @@ def examples(setup: Setup) -> Drawn:
     by = few.set_index(["space", "count", "draw"])["effect"].sort_index()
     shown = table[(table["count"] > 0) & np.isfinite(table["count"])]
     return Drawn(
-        curves(shown, "space", "count", "examples of each class", f"change of {setup.other}"),
+        curves(shown, "space", "count", "examples of each class", f"change of {words(setup.other)}"),
         table,
         f"4 draws from {len(labels)} samples; {len(setup.still_run)} samples edited. 2 sigma in h, 10 in x_T.",
         {
@@ -271,7 +271,7 @@ def sums(setup: Setup) -> Drawn:
         rows.append({"edits": " + ".join(names[: i + 1]), **vars(mean_of(errors[i]))})
     figure = plots.image_grid(
         torch.stack(images, dim=1)[:SHOWN].clamp(-1, 1),
-        column_labels=["sample", *(f"+ {name.replace('_', ' ')}" for name in names)],
+        column_labels=["sample", *(f"+ {words(name)}" for name in names)],
     )
     return Drawn(
         figure,
@@ -421,7 +421,7 @@ def from_images(setup: Setup) -> Drawn:
             rows.append({"direction": name, "scale": scale, **vars(mean_of(change[name, scale]))})
     table = pd.DataFrame(rows)
     return Drawn(
-        curves(table, "direction", "scale", "scale (sigma)", f"change of {setup.other}"),
+        curves(table, "direction", "scale", "scale (sigma)", f"change of {words(setup.other)}"),
         table,
         f"Samples without {setup.other}, 95% intervals.",
         {"effect_above_random": mean_of(change["images", 2.0] - change["random", 2.0])},

@@ -21,7 +21,7 @@ from workbench.editing.benchmark import SIZES, Protocol, run_benchmark
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing import mixing_step
 from workbench.report import plots
-from workbench.report.figures import Drawn, Number, Setup, curves, difference_of, mean_of, recipe
+from workbench.report.figures import Drawn, Number, Setup, curves, difference_of, mean_of, recipe, words
 
 SHOWN = 4
 T_AXIS = "timestep t (1000 is noise, 0 is the image)"
@@ -208,7 +208,7 @@ def degrees(setup: Setup) -> Drawn:
     table = pd.DataFrame([{"distance": s, **vars(mean_of(scores[:, i]))} for i, s in enumerate(sweep)])
     figure = plots.line(
         sweep, table["value"].to_numpy(), low=table["low"].to_numpy(), high=table["high"].to_numpy(),
-        xlabel="distance (sd)", ylabel=f"score of {setup.attribute}",
+        xlabel="distance (sd)", ylabel=f"score of {words(setup.attribute)}",
     )  # fmt: skip
     caption = f"x and h moved at t = {setup.at}; {len(scores)} images, 95% interval."
     return Drawn(figure, table, caption, {"rank_correlation": mean_of(monotonicity(scores, sweep))})
@@ -241,7 +241,7 @@ def when(setup: Setup) -> Drawn:
     found = drawn[drawn["variant"] == "found"].set_index("t")
     ends = {t: _number(found.loc[t], "value") for t in some}
     return Drawn(
-        curves(drawn, "variant", "t", T_AXIS, f"change of {setup.attribute}", reverse_x=True),
+        curves(drawn, "variant", "t", T_AXIS, f"change of {words(setup.attribute)}", reverse_x=True),
         table,
         f"x moved to {STRENGTH:g} sd, eta 1 from there; {len(setup.without)} images, 95% intervals.",
         {"middle_above_late": difference_of(ends[setup.at], ends[some[-1]])},
@@ -417,7 +417,7 @@ def defects(setup: Setup) -> Drawn:
     rows = table.set_index("variant")
     figure = plots.bars(
         {"change": rows["change"]}, low={"change": rows["low"]}, high={"change": rows["high"]},
-        ylabel=f"change of {setup.attribute}",
+        ylabel=f"change of {words(setup.attribute)}",
     )  # fmt: skip
     return Drawn(figure, table, f"{STRENGTH:g} sd at t = {setup.at}, {len(setup.without)} images, 95% intervals.")
 
@@ -462,7 +462,7 @@ def _crossed(
     figure = plots.pareto(
         _with_ends(table, kept), family=dict.fromkeys(variants, f"t = {setup.at}"), x=kept,
         xlabel="PSNR against the image (dB)" if kept == "psnr_image" else "PSNR against no move (dB)",
-        y="change", ylabel=f"change of {setup.attribute}",
+        y="change", ylabel=f"change of {words(setup.attribute)}",
     )  # fmt: skip
 
     def change(variant: str) -> np.ndarray:
