@@ -764,7 +764,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     usual = [name for name in judge.attributes if not arguments.quick or name in benchmark.QUICK_ATTRIBUTES]
     attributes = tuple(arguments.attributes or usual or judge.attributes)
     _check_attributes(attributes, judge.attributes)
-    protocol = wb.Protocol(tuple(arguments.methods or METHODS), attributes, seed=arguments.seed, **size)
+    plan = {**size, "labelled": size["population"], "seed": arguments.seed}
+    protocol = wb.Protocol(tuple(arguments.methods or METHODS), attributes, **plan)
     result = wb.run_benchmark(
         model,
         protocol,

@@ -218,6 +218,23 @@ def test_shown_samples_are_drawn_and_their_strips_begin_with_the_sample(setting)
     assert [s - 1 for s in other] != result.provenance["shown"]
 
 
+def test_transfer_is_of_the_same_samples_at_timesteps_that_hold_those_of_the_others(setting):
+    """With 8 steps, 16 evenly spaced ones would miss the boundary's timestep."""
+    result = run(setting, protocol("boundary in x", "mean difference", steps=8))
+    bench = Bench(
+        setting["model"], result.protocol, **{k: setting[k] for k in ("labeller", "judge", "images", "masks")}
+    )
+    assert set(bench._held_out.timesteps) < set(bench._finer.timesteps) and len(bench._finer.timesteps) == 15
+    assert bench._finer.seeds == bench._held_out.seeds[:6]
+    rows = result.edits.query("method == 'mean difference' and attribute == 'Red' and scale == 2.0").sort_values("seed")
+    halves = {"population": rows, "other steps": rows[:6]}
+    moved = result.transfer.query("method == 'mean difference' and attribute == 'Red'").set_index("kind")
+    for kind, part in halves.items():
+        part = part[part.before <= 0.5]
+        assert moved.held_out[kind] == pytest.approx((part.after - part.before).mean(), rel=1e-5)
+    assert (moved.n <= 6).all()
+
+
 def test_it_is_saved_as_tables(setting, tmp_path):
     result = run(setting, protocol("mean difference", transfer=False))
     folder = result.save(tmp_path / "out")

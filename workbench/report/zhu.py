@@ -338,7 +338,7 @@ def benchmark(setup: Setup) -> Drawn:
         "random h", "random x", "PCA", "Jacobian", "Jacobian, masked", "mean difference", "boundary in h",
         "boundary in x", "boundary in x and h", "noise", "LOCO",
     )  # fmt: skip
-    size = {**SIZES["quick"], "population": setup.n, "labelled": setup.n}
+    size = {**SIZES["quick"], "population": setup.n, "labelled": setup.n, "held_out": 16}
     protocol = Protocol(methods, names, seed=setup.seed, transfer=False, t=setup.t, **size)
     result = run_benchmark(
         setup.model, protocol, labeller=setup.labeller, judge=setup.judge, images=setup.images,
