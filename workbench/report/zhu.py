@@ -92,8 +92,9 @@ def angles(setup: Setup) -> Drawn:
     table["N(0, I)"] = pd.Series(dynamics.gaussian_reference(setup.n, d))
     relative = table.div(table["N(0, I)"], axis=0)
     gaps = []
-    for counts in np.random.default_rng(setup.seed).permuted(np.tile(np.arange(setup.n), (200, 1)), axis=1):
-        half = ensembles["inverted"][counts[: setup.n // 2]]
+    for order in np.random.default_rng(setup.seed).permuted(np.tile(np.arange(setup.n), (200, 1)), axis=1):
+        # Halves spread as much around the whole as wholes around the truth.
+        half = ensembles["inverted"][order[: setup.n // 2]]
         scaled = half / np.linalg.norm(half, axis=1, keepdims=True)
         # Mean cosine of pairs, from the length of the mean.
         m = len(scaled)
