@@ -40,8 +40,13 @@ NOTEBOOKS = {
         "n": 100,
         "steps": 6,
         "attribute": renamed("Long_Hair"),
-        "pair": [renamed("Black_Hair"), renamed("Smiling")],
+        "pair": [renamed("Gray_Hair"), renamed("Smiling")],
         "n_measured": 4,
+    },
+    "80_benchmark": {
+        "methods": ["random h", "mean difference"],
+        "attributes": [renamed("Smiling"), renamed("Long_Hair")],
+        "population": 48,
     },
     "90_your_images": {"n_images": 2, "n_directions": 2},
 }
