@@ -99,7 +99,7 @@ class Protocol:
 QUICK_ATTRIBUTES = ("Smiling", "Eyeglasses", "Beard", "Long_Hair", "Blond_Hair", "Dark_Skin")
 
 SIZES = {
-    "quick": {"population": 192, "held_out": 24, "repeats": 1, "steps": 10},
+    "quick": {"population": 192, "held_out": 16, "repeats": 1, "steps": 10},
     "full": {"population": 1000, "held_out": 128, "repeats": 3, "steps": 50},
 }
 """Two sizes of a protocol: minutes and hours on two cores."""
