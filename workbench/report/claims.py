@@ -318,7 +318,7 @@ CLAIMS = (
         "h_above_noise",
     ),
 )
-"""The claims of the notes on both papers, in the order of the papers."""
+"""The claims of both papers, in their order."""
 
 
 def verdicts(records: Mapping[str, Mapping]) -> pd.DataFrame:

@@ -41,6 +41,11 @@ WIDTHS = {"single": 3.4, "double": 7.0}
 SMALLEST = 5.5
 """Points below which no letter of a figure falls."""
 
+SHOWN = 4
+"""Samples in a figure of images: the first ones of those to edit, none picked."""
+
+T_AXIS = "timestep t (1000 is noise, 0 is the image)"
+
 HELD_OUT = 10**6
 """Seeds of samples to edit count from here."""
 
@@ -90,7 +95,7 @@ class Recipe:
     ----------
     name : str
     experiment : str
-        Its number in the notes of the paper, such as "Haas E4".
+        Its paper and its number there, such as "Haas E4".
     shows : str
     minutes : float
         Expected on two cores, with the setup's defaults and the bundled model.

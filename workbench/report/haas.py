@@ -20,12 +20,19 @@ from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid
 from workbench.report import plots
-from workbench.report.figures import Drawn, Number, Setup, curves, difference_of, mean_of, ratio_of, recipe, words
-
-SHOWN = 4
-"""Samples in a figure of images: the first ones of those to edit, none picked."""
-
-T_AXIS = "timestep t (1000 is noise, 0 is the image)"
+from workbench.report.figures import (
+    SHOWN,
+    T_AXIS,
+    Drawn,
+    Number,
+    Setup,
+    curves,
+    difference_of,
+    mean_of,
+    ratio_of,
+    recipe,
+    words,
+)
 
 
 @recipe("haas-fig2a", "Haas E1", "h of one sample in another: what follows h, and what follows x_T", minutes=0.2)

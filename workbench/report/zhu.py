@@ -1,6 +1,7 @@
-"""What Zhu et al. 2023 (arXiv 2302.08357, BoundaryDiffusion) show or claim, by the numbers of the notes, E1 to E21.
+"""What Zhu et al. 2023 (arXiv 2302.08357, BoundaryDiffusion) show or claim, E1 to E21.
 
-E15, an unseen domain, has no recipe: it takes images of things that the model has never seen, which are not bundled.
+The numbers are those of `editing.experiments`. E15, an unseen domain, has no recipe: it takes images of things that the
+model has never seen, which are not bundled.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from workbench.editing.benchmark import SIZES, Protocol, run_benchmark
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing import mixing_step
 from workbench.report import plots
-from workbench.report.figures import Drawn, Number, Setup, curves, difference_of, mean_of, recipe, words
+from workbench.report.figures import SHOWN, T_AXIS, Drawn, Number, Setup, curves, difference_of, mean_of, recipe, words
 
-SHOWN = 4
-T_AXIS = "timestep t (1000 is noise, 0 is the image)"
 STRENGTH = 4.0
 """Standard deviations that x or h are moved by, where one strength is shown."""
 
@@ -331,7 +330,7 @@ def rules(setup: Setup) -> Drawn:
     return Drawn(plots.matrix(wide), table, f"+{pair[0]} -{pair[1]} at t = {setup.at}; {len(setup.without)} images.")
 
 
-@recipe("zhu-e17", "Zhu E17", "every method on the same held-out samples: success against preservation", minutes=5)
+@recipe("zhu-e17", "Zhu E17", "every method on the same held-out samples: success against preservation", minutes=1)
 def benchmark(setup: Setup) -> Drawn:
     """The quick benchmark on two attributes, and the differences that the papers speak of."""
     names = (setup.attribute, setup.other)
