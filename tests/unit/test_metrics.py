@@ -20,6 +20,7 @@ from workbench.analysis.metrics import (
     kernel_distance_interval,
     leakage,
     linearity,
+    mean_interval,
     monotonicity,
     outside,
     peak_signal_to_noise,
@@ -328,3 +329,10 @@ def test_segmentation_consistency_by_hand():
 def test_cosine_similarity_is_by_pairs():
     np.testing.assert_allclose(cosine_similarity([[1, 0], [1, 1]], [[0, 2], [-1, -1]]), [0, -1], atol=1e-12)
     assert np.isnan(cosine_similarity([[0.0, 0.0]], [[1.0, 0.0]])).all()
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    low, high = mean_interval(values, resamples=4000)
+    np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * values.std() / 20, atol=0.01)
+    assert np.isnan(mean_interval([])).all()

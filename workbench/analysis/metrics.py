@@ -527,6 +527,16 @@ def drawn_again(n: int, *, resamples: int, seed: int) -> np.ndarray:
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
 
 
+def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of a mean; (NaN, NaN) of nothing."""
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return float("nan"), float("nan")
+    means = drawn_again(len(values), resamples=resamples, seed=seed) @ values / len(values)
+    low, high = np.quantile(means, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    return float(low), float(high)
+
+
 def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
     """p-values of several tests, adjusted so that the chance of any false one stays below the level (Holm 1979).
 

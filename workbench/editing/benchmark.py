@@ -31,6 +31,7 @@ from workbench.analysis.metrics import (
     frechet_distance,
     kernel_distance,
     kernel_distance_interval,
+    mean_interval,
     outside,
     peak_signal_to_noise,
     perceptual_distance,
@@ -119,8 +120,8 @@ class Benchmark:
         `change NAME`, that of every attribute's probability.
     transfer : DataFrame
         One row a method, attribute, population and kind ("population", "other steps"): mean `effect` on samples without
-        the attribute, that on `held_out` ones at the same `scale` (of "other steps" the same seeds), and the number of
-        samples that the effect is of, `n`.
+        the attribute with its 95% interval `low`, `high`, that on `held_out` ones at the same `scale` (of "other steps"
+        the same seeds), and the number of samples that the effect is of, `n`.
     realism : DataFrame
         One row a method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
         distance of all attributes' edited images from real ones, `kernel_low` and `kernel_high`, `diversity` relative
@@ -492,10 +493,11 @@ class Bench:
             held_out = np.stack([before[:, own], cell.tensors["logits"][:, middle, own].numpy()], axis=1)
             for kind, compared in {"population": held_out, "other steps": held_out[: len(held_out) // 2]}.items():
                 if kind in cell.tensors:
-                    effect, n = _effect(cell.tensors[kind].numpy())
-                    reference, _ = _effect(compared)
+                    changes, reference = _changes(cell.tensors[kind].numpy()), _changes(compared)
+                    low, high = mean_interval(changes)
                     key = {"method": method, "attribute": attribute, "repeat": repeat, "kind": kind}
-                    rows.append(key | {"scale": scales[middle], "effect": effect, "held_out": reference, "n": n})
+                    found = {"effect": _mean(changes), "low": low, "high": high, "held_out": _mean(reference)}
+                    rows.append(key | {"scale": scales[middle], **found, "n": len(changes)})
         return pd.DataFrame(rows)
 
     def _realism(self, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
@@ -606,10 +608,14 @@ def _probability(logits: np.ndarray) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(-np.asarray(logits, dtype=float)))
 
 
-def _effect(logits: np.ndarray) -> tuple[float, int]:
-    """Mean change of the probability of the samples without the attribute, and their number; logits (n, 2)."""
+def _changes(logits: np.ndarray) -> np.ndarray:
+    """Change of the probability of each sample without the attribute; logits (n, 2), before and after."""
     p = _probability(logits[logits[:, 0] <= 0])
-    return (float((p[:, 1] - p[:, 0]).mean()) if len(p) else float("nan")), len(p)
+    return p[:, 1] - p[:, 0]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, groups: int = 1) -> dict:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from workbench import __version__, paths
-from workbench.analysis.metrics import drawn_again
+from workbench.analysis.metrics import drawn_again, mean_interval
 from workbench.datasets.classifiers import Classifier, load_classifier
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.models import Model, load_model
@@ -388,11 +388,8 @@ def mean_of(values, *, seed: int = 0) -> Number:
     """Mean of one value a sample, with its bootstrap interval; samples whose value is not known are left out."""
     values = np.asarray(values, dtype=float).ravel()
     values = values[np.isfinite(values)]
-    if not len(values):
-        return Number(float("nan"), float("nan"), float("nan"), 0)
-    draws = drawn_again(len(values), resamples=1000, seed=seed) @ values / len(values)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Number(float(values.mean()), float(low), float(high), len(values))
+    mean = float(values.mean()) if len(values) else float("nan")
+    return Number(mean, *mean_interval(values, seed=seed), len(values))
 
 
 def ratio_of(above, below, *, seed: int = 0) -> Number:
