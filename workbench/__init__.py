@@ -37,6 +37,8 @@ _WHERE = {
     "directions.jacobian": ("find_jacobian", "find_pullback"),
     "directions.pca": ("find_pca",),
     "directions.supervised": ("find_from_labels", "find_from_scores", "find_many"),
+    "editing.benchmark": ("Benchmark", "Protocol", "run_benchmark"),
+    "editing.methods": ("Edit", "register_method"),
     "editing.asyrp": ("EditingInterval", "edit_asyrp", "find_interval"),
     "editing.crossing": ("cross_boundary",),
     "editing.edit": ("edit",),
@@ -51,7 +53,13 @@ _WHERE = {
     "report.sweep": ("sweep",),
     "report.widgets": ("EditStudio",),
 }
-_MODULES = {"experiments": "editing.experiments", "plots": "report.plots", "paths": "paths"}
+_MODULES = {
+    "benchmark": "editing.benchmark",
+    "experiments": "editing.experiments",
+    "figures": "report.figures",
+    "paths": "paths",
+    "plots": "report.plots",
+}
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 
 __version__ = "0.1.0"

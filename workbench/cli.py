@@ -22,6 +22,8 @@ EXAMPLES = """examples:
   workbench mixing-step avataaars32 --n 256         the timestep at which x_t has mixed
   workbench boundary fit avataaars32 --t 500 --attributes Smiling
   workbench studio --model avataaars32              edit by sliders, in the browser
+  workbench benchmark --quick                       every method on known factors, and a leaderboard
+  workbench figure haas-fig4 --out figures          a figure of the papers, with its numbers
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
   workbench report --profile quick                  all of them, and reports/index.html
@@ -153,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_find(commands, common)
     _add_analysis(command)
     _add_boundary(commands, common)
+    _add_benchmark(command)
     _add_studio(command)
 
     _add_train(command)
@@ -295,6 +298,54 @@ def _add_analysis(command) -> None:
     )
     mixing.add_argument("--judge", default="avataaars-judge", help="classifier that judges (default avataaars-judge)")
     mixing.add_argument("-o", "--out", type=Path, help="figure, written as PDF, SVG and PNG")
+
+
+def _add_benchmark(command) -> None:
+    """`workbench benchmark` and `workbench figure`: tables, figures and a report in files."""
+    benchmark = command(
+        "benchmark",
+        _benchmark,
+        "measure every method of finding directions on the same held-out samples",
+        "workbench benchmark --quick --methods PCA 'mean difference' -o benchmark",
+    )
+    benchmark.add_argument("model", nargs="?", default="avataaars32", help="default avataaars32")
+    benchmark.add_argument("--quick", action="store_true", help="few samples and six attributes: minutes, not hours")
+    benchmark.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all that are registered")
+    benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or six")
+    benchmark.add_argument("--plugin", type=Path, help="Python file that registers more methods")
+    benchmark.add_argument("--seed", type=int, default=0, help="of populations and held-out samples (default 0)")
+    benchmark.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
+    benchmark.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
+    benchmark.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
+    benchmark.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    benchmark.add_argument("-o", "--out", type=Path, default=Path("benchmark"), help="folder (default benchmark)")
+    benchmark.add_argument("--no-report", action="store_true", help="leave out the HTML of 80_benchmark")
+    for size in ("population", "held-out", "repeats", "steps"):
+        benchmark.add_argument(f"--{size}", type=int, help="in place of the size's own")
+
+    figure = command(
+        "figure",
+        _figure,
+        "make a figure of the papers on a model, as PDF, SVG and PNG, with its numbers as JSON",
+        "workbench figure haas-fig4 --out figures",
+    )
+    figure.add_argument("names", nargs="*", metavar="NAME", help="of `workbench figure --list`, or all")
+    figure.add_argument("--list", action="store_true", help="what there is, what it shows and how long it takes")
+    figure.add_argument("--model", default="avataaars32", help="default avataaars32")
+    figure.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
+    figure.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
+    figure.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
+    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), default=["Long_Hair", "Smiling"])
+    figure.add_argument("--n", type=int, default=192, help="samples and images to learn from (default 192)")
+    figure.add_argument("--measured", type=int, default=24, help="samples and images to edit (default 24)")
+    figure.add_argument("--steps", type=int, default=20, help="visited timesteps (default 20)")
+    figure.add_argument("--t", type=int, default=500, help="timestep of boundaries and Jacobians (default 500)")
+    figure.add_argument("--seed", type=int, default=0)
+    figure.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    figure.add_argument(
+        "--columns", choices=("single", "double", "both", "none"), default="both", help="width; none: numbers alone"
+    )
+    figure.add_argument("-o", "--out", type=Path, default=Path("figures"), help="folder (default figures)")
 
 
 def _add_find(commands, common: argparse.ArgumentParser) -> None:
@@ -835,6 +886,74 @@ def _edit(arguments: argparse.Namespace) -> None:
         print(f"not the same bits as when it was saved ({made.format(**recorded)}; here {made.format(**here)})")
     for path in files:
         print(path.resolve())
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    import runpy
+
+    import workbench as wb
+    from workbench.analysis import leaderboard
+    from workbench.editing import benchmark
+    from workbench.editing.methods import METHODS
+    from workbench.report import notebooks
+
+    if arguments.plugin is not None:
+        runpy.run_path(str(arguments.plugin))
+    labeller, judge = (wb.load_classifier(c, device=arguments.device) for c in (arguments.labeller, arguments.judge))
+    model = wb.load_model(arguments.model, device=arguments.device)
+    size = benchmark.SIZES["quick" if arguments.quick else "full"]
+    given = {name: getattr(arguments, name) for name in ("population", "held_out", "repeats", "steps")}
+    size = {**size, **{name: value for name, value in given.items() if value is not None}}
+    usual = [name for name in judge.attributes if not arguments.quick or name in benchmark.QUICK_ATTRIBUTES]
+    attributes = tuple(arguments.attributes or usual or judge.attributes)
+    _check_attributes(attributes, judge.attributes)
+    plan = {**size, "labelled": size["population"], "seed": arguments.seed}
+    protocol = wb.Protocol(tuple(arguments.methods or METHODS), attributes, **plan)
+    result = wb.run_benchmark(
+        model,
+        protocol,
+        labeller=labeller,
+        judge=judge,
+        images=wb.load_images(arguments.images, size=model.image_shape[1]),
+        masks=benchmark.find_masks(attributes, size=model.image_shape[1]) if arguments.images == "avataaars" else None,
+    )
+    folder = result.save(arguments.out)
+    table = leaderboard.leaderboard(result.edits)
+    table.to_csv(folder / "leaderboard.csv")
+    figure = wb.plots.pareto(leaderboard.pareto(result.edits), family=result.provenance["family"])
+    wb.plots.save_figure(figure, folder / "pareto")
+    shown = "success success_low success_high leakage entanglement psnr_outside identity p_random".split()
+    print(f"{result}\n{table[[c for c in shown if c in table]].round(2).to_string()}\n{folder.resolve()}")
+    if not arguments.no_report and arguments.plugin is None:
+        parameters = {name: getattr(protocol, name) for name in size}
+        parameters |= {"model_name": arguments.model, "seed": arguments.seed, "images_name": arguments.images}
+        parameters |= {"classifier_name": arguments.labeller, "judge_name": arguments.judge}
+        parameters |= {"attributes": list(attributes), "methods": list(protocol.methods)}
+        print(notebooks.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)
+
+
+def _figure(arguments: argparse.Namespace) -> None:
+    from workbench.report import figures
+
+    known = figures.list_figures()
+    if arguments.list:
+        for made in known.values():
+            print(f"{made.name:12s} {made.experiment:9s} {made.minutes:4.1f} min  {made.shows}")
+        return
+    if not arguments.names:
+        raise ValueError("name a figure, or `all`; `workbench figure --list` shows them")
+    setup = figures.Setup(
+        model_name=arguments.model,
+        images_name=arguments.images,
+        classifier_name=arguments.labeller,
+        judge_name=arguments.judge,
+        attribute=arguments.attributes[0],
+        other=arguments.attributes[1],
+        **{name: getattr(arguments, name) for name in ("n", "measured", "steps", "t", "seed", "device")},
+    )
+    for name in known if arguments.names == ["all"] else arguments.names:
+        for path in figures.draw_figure(name, setup, out=arguments.out, columns=arguments.columns):
+            print(path.resolve())
 
 
 def _check_attributes(wanted: list[str], known) -> None:

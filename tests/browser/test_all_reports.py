@@ -43,6 +43,11 @@ NOTEBOOKS = {
         "pair": [renamed("Gray_Hair"), renamed("Smiling")],
         "n_measured": 4,
     },
+    "80_benchmark": {
+        "methods": ["random h", "mean difference"],
+        "attributes": [renamed("Smiling"), renamed("Long_Hair")],
+        "population": 48,
+    },
     "90_your_images": {"n_images": 2, "n_directions": 2},
     "95_train_your_own": {"training_steps": 20},
 }

@@ -517,3 +517,13 @@ def test_the_probabilities_are_those_that_the_recipe_draws_with():
         assert probabilities[1] + probabilities[3] == pytest.approx(avataaars.FREQUENCIES[b])
         found = [((labels[a] == i) & (labels[b] == j)).mean() for i in (0, 1) for j in (0, 1)]
         np.testing.assert_allclose(found, probabilities, atol=3.5 * 0.5 / 4000**0.5)
+
+
+def test_an_attributes_mask_holds_its_regions_at_every_tilt():
+    for attribute, names in avataaars.ATTRIBUTE_REGIONS.items():
+        mask = avataaars.attribute_mask(attribute, size=32)
+        for name in names:
+            for tilt in (-10, 0, 5):
+                assert mask[avataaars.region_mask(name, size=32, tilt=tilt)].all()
+        assert not mask.all()
+    assert avataaars.attribute_mask("Dark_Skin") is None

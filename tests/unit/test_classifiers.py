@@ -719,3 +719,14 @@ def test_degrading_keeps_the_picture(faces):
     back = F.interpolate(degraded, size=faces.shape[2:], mode="bicubic", antialias=True)
     assert (back - faces).abs().mean() < 0.2 < (faces.flip(3) - faces).abs().mean() + 0.1
     assert not torch.equal(back, faces)
+
+
+def test_the_maps_of_every_stage_end_in_the_features(faces):
+    classifier = load_classifier("avataaars-judge", device="cpu")
+    maps = classifier.maps(faces, batch_size=4)
+    assert [m.shape[:2] for m in maps] == [(6, 24), (6, 48), (6, 96), (6, 128)]
+    assert [m.shape[2] for m in maps] == [24, 12, 6, 3]
+    np.testing.assert_allclose(maps[-1].mean(axis=(2, 3)), classifier.features(faces), rtol=1e-4, atol=1e-5)
+    function = load_classifier(lambda x: x.mean(dim=(2, 3)).sigmoid(), attributes=["R", "G", "B"])
+    with pytest.raises(ValueError, match="the stages of .* are not known"):
+        function.maps(faces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from workbench.diffusion.models import load_model
 from workbench.diffusion.sampling import sample
 from workbench.directions.boundary import load_boundary
 from workbench.directions.direction import load_direction
+from workbench.editing import methods
 from workbench.editing.recipe import save_recipe
 from workbench.editing.session import EditSession
 from workbench.hspace.store import open_store
@@ -56,7 +58,7 @@ def test_help_shows_examples_and_loads_no_heavy_package():
 @pytest.mark.parametrize(
     "command",
     "models|sample|extract|store|geometry|mixing-step|boundary|boundary fit|boundary edit|data|params|run|report|"
-    "train-classifier|convert|convert-boundary|verify|studio|edit".split("|"),
+    "train-classifier|convert|convert-boundary|verify|studio|edit|benchmark|figure".split("|"),
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -339,3 +341,49 @@ def test_a_failing_notebook_is_status_1(tmp_path, monkeypatch, capsys):
     status, _, err = run(capsys, "run", source)
     assert status == 1 and "ZeroDivisionError" in err
     assert list((tmp_path / "reports" / "failed").glob("broken*.ipynb"))
+
+
+def test_the_figures_are_listed_and_an_unknown_one_is_a_sentence(capsys, no_traces):
+    status, out, _ = run(capsys, "figure", "--list")
+    assert status == 0
+    line = next(line for line in out.splitlines() if line.startswith("haas-fig4 "))
+    assert "Haas E4" in line and " min  " in line
+    status, _, err = run(capsys, "figure", "haas-fig99")
+    assert (status, err.count("\n")) == (2, 1) and "there is no figure 'haas-fig99'" in err
+    status, _, err = run(capsys, "figure")
+    assert status == 2 and "name a figure, or `all`" in err
+
+
+def test_a_method_of_ones_own_is_benchmarked_as_the_readme_says(tmp_path, capsys, cache):
+    before = dict(methods.METHODS)
+    blocks = re.findall(r"```python\n(.*?)```", (paths.home() / "README.md").read_text(), re.S)
+    (block,) = [block for block in blocks if "register_method" in block]
+    assert len(block.strip().splitlines()) <= 10
+    plugin, out = tmp_path / "mine.py", tmp_path / "out"
+    plugin.write_text(block)
+    sizes = ("--population", 32, "--held-out", 8, "--steps", 3, "--attributes", "Smiling")
+    chosen = ("--methods", "two a side", "random h", "--plugin", plugin)
+    try:
+        status, text, _ = run(capsys, "benchmark", "--quick", *sizes, *chosen, "-o", out)
+    finally:
+        methods.METHODS.clear()
+        methods.METHODS.update(before)
+    assert status == 0 and "two a side" in text
+    assert {"edits.parquet", "edits.csv", "leaderboard.csv", "realism.csv", "costs.csv", "pareto.pdf"} <= {
+        path.name for path in out.iterdir()
+    }
+    table = pd.read_parquet(out / "edits.parquet")
+    assert set(table.method) == {"two a side", "random h"} and set(table.attribute) == {"Smiling"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--methods", "magic"), "there is no method 'magic'"),
+        (("--attributes", "Hat"), "there is no attribute 'Hat'"),
+        (("--plugin", "absent.py"), "No such file"),
+    ],
+)
+def test_a_benchmark_of_what_there_is_not_is_a_sentence(arguments, words, no_traces, capsys):
+    status, _, err = run(capsys, "benchmark", *arguments, "-o", "none")
+    assert (status, err.count("\n")) == (2, 1) and words in err

@@ -5,16 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import linalg, stats
 
 from workbench.analysis.metrics import (
     EffectMatrix,
+    cosine_similarity,
+    directional_similarity,
+    diversity,
     effect_matrix,
     entanglement_index,
+    frechet_distance,
+    holm,
     kernel_distance,
+    kernel_distance_interval,
     leakage,
+    linearity,
+    mean_interval,
     monotonicity,
+    outside,
     peak_signal_to_noise,
+    perceptual_distance,
+    segmentation_consistency,
     success_rate,
 )
 
@@ -187,3 +198,141 @@ def test_the_kernel_distance_is_unbiased_and_sees_a_difference():
     assert kernel_distance(a, b) == pytest.approx(k[0][1] + k[2][3] - (k[0][2] + k[0][3] + k[1][2] + k[1][3]) / 2)
     with pytest.raises(ValueError, match="at least 2 rows"):
         kernel_distance(a[:1], b)
+
+
+def test_psnr_within_a_mask_sees_nothing_else():
+    rng = np.random.default_rng(0)
+    images, others = rng.random((2, 3, 3, 4, 4))
+    mask = np.zeros((4, 4), bool)
+    mask[:2] = True
+    assert np.allclose(
+        peak_signal_to_noise(images, others, mask=mask),
+        peak_signal_to_noise(images[:, :, :2], others[:, :, :2]),
+    )
+    assert np.isnan(peak_signal_to_noise(images, others, mask=np.zeros((4, 4), bool))).all()
+    own = np.zeros((3, 1, 4, 4), bool)
+    own[1] = True
+    assert np.isfinite(peak_signal_to_noise(images, others, mask=own)).tolist() == [False, True, False]
+
+
+def test_linearity_is_the_squared_correlation():
+    rng, scales = np.random.default_rng(0), [-2, 0, 1, 3]
+    values = rng.random((5, 4))
+    expected = [stats.pearsonr(row, scales).statistic ** 2 for row in values]
+    np.testing.assert_allclose(linearity(values, scales), expected)
+    assert linearity([[1, 3, 4, 6]], scales)[0] == pytest.approx(1.0)
+    assert np.isnan(linearity(np.ones((1, 4)), scales)).all()
+    with pytest.raises(ValueError, match=r"3 or more"):
+        linearity(values[:, :2], scales[:2])
+
+
+def test_the_perceptual_distance_by_a_loop():
+    rng = np.random.default_rng(0)
+    a, b = ([rng.random((2, 3, 4, 4)), rng.random((2, 5, 2, 2))] for _ in range(2))
+    expected = []
+    for i in range(2):
+        total = 0.0
+        for x, y in zip(a, b, strict=True):
+            _, _, height, width = x.shape
+            for r in range(height):
+                for c in range(width):
+                    u, v = (m[i, :, r, c] / np.linalg.norm(m[i, :, r, c]) for m in (x, y))
+                    total += ((u - v) ** 2).sum() / (height * width)
+        expected.append(total)
+    np.testing.assert_allclose(perceptual_distance(a, b), expected, rtol=1e-6)
+    assert (perceptual_distance(a, a) == 0).all()
+    assert np.allclose(perceptual_distance([3 * m for m in a], a), 0), "the length of a feature vector means nothing"
+
+
+def test_outside_a_mask_the_edit_stays_and_inside_it_is_taken_back():
+    images, edited = np.zeros((2, 3, 4, 4)), np.ones((2, 3, 4, 4))
+    mask = np.eye(4, dtype=bool)
+    found = outside(images, edited, mask)
+    assert (found[:, :, mask] == 0).all() and (found[:, :, ~mask] == 1).all()
+
+
+def test_the_frechet_distance_is_its_formula_also_for_singular_covariances():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((50, 4)), 1 + rng.standard_normal((60, 4)) @ np.diag([1, 2, 3, 0.5])
+    s, t = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * linalg.sqrtm(s @ t).real)
+    assert frechet_distance(a, b) == pytest.approx(expected)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    few = rng.standard_normal((3, 10))
+    assert frechet_distance(few, few + 2.0) == pytest.approx(40.0)
+    # Of N(0, 1) and N(m, s): m^2 + (1 - s)^2.
+    one, two = rng.standard_normal((20_000, 1)), 1 + 3 * rng.standard_normal((20_000, 1))
+    assert frechet_distance(one, two) == pytest.approx(5.0, rel=0.05)
+
+
+def test_the_interval_of_the_kernel_distance_is_as_wide_as_new_samples_vary():
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal((200, 3))
+    widths, values = [], []
+    for _ in range(30):
+        features = 0.3 + rng.standard_normal((40, 3))
+        low, high = kernel_distance_interval(features, target, resamples=100)
+        widths.append((high - low) / (2 * 1.96))
+        values.append(kernel_distance(features, target))
+        assert low <= values[-1] <= high
+    assert 0.6 < np.mean(widths) / np.std(values) < 1.6
+
+
+def test_samples_in_several_versions_are_drawn_together():
+    """Twice the same samples tell no more than once: the interval does not shrink."""
+    rng = np.random.default_rng(0)
+    features, target = 0.5 + rng.standard_normal((30, 3)), rng.standard_normal((200, 3))
+    once = np.diff(kernel_distance_interval(features, target))
+    twice = np.diff(kernel_distance_interval(np.tile(features, (2, 1)), target, groups=2))
+    as_new = np.diff(kernel_distance_interval(np.tile(features, (2, 1)), target))
+    assert as_new < 0.85 * twice and twice == pytest.approx(once, rel=0.25)
+
+
+def test_holm_corrects_as_by_hand_and_keeps_the_order():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(holm([0.9, 0.5]), [1.0, 1.0])
+    rng = np.random.default_rng(0)
+    false = np.mean([(holm(rng.random(10)) < 0.05).any() for _ in range(2000)])
+    assert false < 0.07
+
+
+def test_diversity_is_the_distance_of_pairs():
+    features = np.random.default_rng(0).random((6, 3))
+    squares = [((a - b) ** 2).sum() for i, a in enumerate(features) for b in features[:i]]
+    assert diversity(features) == pytest.approx(np.sqrt(np.mean(squares)))
+
+
+def test_directional_similarity_is_one_where_images_move_as_the_text_did():
+    rng = np.random.default_rng(0)
+    source, target = rng.standard_normal((2, 3, 8))
+    mean = [(e / np.linalg.norm(e, axis=1, keepdims=True)).mean(axis=0) for e in (source, target)]
+    text = mean[1] - mean[0]
+    images = rng.standard_normal((4, 8))
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    moved = images + 1e-4 * (text - (images @ text)[:, None] * images)
+    found = directional_similarity(images, moved, source=source, target=target)
+    across = text - (images @ text)[:, None] * images
+    np.testing.assert_allclose(found, np.linalg.norm(across, axis=1) / np.linalg.norm(text), rtol=1e-3)
+    swapped = directional_similarity(images, moved, source=target, target=source)
+    np.testing.assert_allclose(swapped, -found, rtol=1e-6)
+    # The length of an embedding means nothing.
+    np.testing.assert_allclose(directional_similarity(3 * images, moved, source=source, target=5 * target), found)
+    assert np.isnan(directional_similarity(images, images, source=source, target=target)).all()
+
+
+def test_segmentation_consistency_by_hand():
+    maps = np.array([[[0, 0], [1, 1]], [[0, 0], [0, 0]]])
+    others = np.array([[[0, 1], [1, 1]], [[0, 0], [0, 0]]])
+    np.testing.assert_allclose(segmentation_consistency(maps, others), [(1 / 2 + 2 / 3) / 2, 1.0])
+
+
+def test_cosine_similarity_is_by_pairs():
+    np.testing.assert_allclose(cosine_similarity([[1, 0], [1, 1]], [[0, 2], [-1, -1]]), [0, -1], atol=1e-12)
+    assert np.isnan(cosine_similarity([[0.0, 0.0]], [[1.0, 0.0]])).all()
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    low, high = mean_interval(values, resamples=4000)
+    np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * values.std() / 20, atol=0.01)
+    assert np.isnan(mean_interval([])).all()

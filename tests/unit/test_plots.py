@@ -406,3 +406,32 @@ def test_a_training_curve_draws_each_noise_level_and_all_of_them():
     assert "a caption" in texts(figure)
     with pytest.raises(ValueError, match="log of the training is empty"):
         plots.training_curve(log[:0])
+
+
+def pareto_table(*methods):
+    rows = []
+    for k, method in enumerate(methods):
+        for i in range(3):
+            x, y = 40 - 5 * i, 0.2 * i + 0.1 * k
+            ends = {"psnr_outside_low": x - 1, "psnr_outside_high": x + 1, "success_low": y, "success_high": y + 0.1}
+            rows.append({"method": method, "psnr_outside": x, "success": y, **ends})
+    return pd.DataFrame(rows)
+
+
+def test_pareto_has_a_panel_a_family_and_the_controls_in_each():
+    family = {"PCA": "unsupervised, h", "mean": "supervised, h", "probe": "supervised, h", "random": "control"}
+    figure = plots.pareto(pareto_table(*family), family=family)
+    panels = {axes.get_title(loc="left"): axes.get_legend_handles_labels()[1] for axes in figure.axes}
+    assert panels == {"unsupervised, h": ["PCA", "random"], "supervised, h": ["mean", "probe", "random"]}
+    (drawn,) = [line for line in figure.axes[1].lines if line.get_label() == "probe"]
+    np.testing.assert_allclose(drawn.get_xdata(), [40, 35, 30])
+    assert plots.pareto(pareto_table("random"), family={"random": "control"}).axes[0].lines
+    with pytest.raises(ValueError, match="there is no family of 'PCA'"):
+        plots.pareto(pareto_table("PCA"), family={})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.pareto(pareto_table("PCA")[:0], family={"PCA": "control"})
+
+
+def test_a_wide_matrix_writes_short_numbers():
+    wide = plots.matrix(pd.DataFrame(np.full((1, 12), -0.25)))
+    assert {text.get_text() for text in wide.axes[0].texts} == {"-.25"}

@@ -1,7 +1,7 @@
-"""What an edit does to the scores of attributes: effects, entanglement, success, monotonicity.
+"""What an edit does: to the scores of attributes, to the rest of the image, and to how real the images are.
 
 Scores are DataFrames of shape (n, attributes), probabilities in [0, 1]; rows are samples, in the same order before and
-after.
+after. Images are arrays of shape (n, C, H, W) in [-1, 1], features of shape (n, d); whoever computes them is not here.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ def effect_matrix(
     plain = before if isinstance(before, Mapping) else dict.fromkeys(after, before)
     changes = np.stack([_change(plain[name], scores, name) for name, scores in after.items()], axis=1)
     n = len(changes)
-    rng = np.random.default_rng(seed)
-    counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
+    counts = drawn_again(n, resamples=resamples, seed=seed)
     draws = np.tensordot(counts, changes, axes=1) / n
     low, high = np.quantile(draws, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2), axis=0)
 
@@ -256,20 +255,196 @@ def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> 
         return ranks @ steps / (np.linalg.norm(ranks, axis=1) * np.linalg.norm(steps))
 
 
-def peak_signal_to_noise(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+def linearity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:
+    """Share of the variance of a sample's scores over scales that a straight line explains (R squared).
+
+    Parameters
+    ----------
+    scores : array of shape (n, scales)
+        Of one attribute; take logits, since probabilities bend where they come near 0 or 1.
+    scales : sequence of float
+        At least 3: two points lie on a line.
+
+    Returns
+    -------
+    ndarray of shape (n,), values in [0, 1]
+        NaN where the score is the same at all scales.
+
+    Raises
+    ------
+    ValueError
+        If the scores have another number of columns than there are scales, or fewer than three.
+    """
+    values, x = np.asarray(scores, dtype=float), np.asarray(scales, dtype=float)
+    if values.ndim != 2 or values.shape[1] != len(x) or len(x) < 3:
+        raise ValueError(f"scores of {len(x)} scales (3 or more) have shape (n, {len(x)}), not {values.shape}")
+    values, x = values - values.mean(axis=1, keepdims=True), x - x.mean()
+    with np.errstate(invalid="ignore"):
+        return (values @ x) ** 2 / ((values**2).sum(axis=1) * (x @ x))
+
+
+def peak_signal_to_noise(images: np.ndarray, others: np.ndarray, *, mask: np.ndarray | None = None) -> np.ndarray:
     """10 log10(4 / mean squared difference) of images in [-1, 1], pair by pair; dB, inf for equal ones.
 
     Parameters
     ----------
     images, others : array of shape (n, ...)
+    mask : bool array that broadcasts to their shape, optional
+        Only these values count; NaN for an image of which none does.
 
     Returns
     -------
     ndarray of shape (n,)
     """
-    a, b = (np.asarray(values, dtype=float).reshape(len(values), -1) for values in (images, others))
-    with np.errstate(divide="ignore"):
-        return 10.0 * np.log10(4.0 / ((a - b) ** 2).mean(axis=1))
+    a, b = (np.asarray(values, dtype=float) for values in (images, others))
+    squares = ((a - b) ** 2).reshape(len(a), -1)
+    counted = np.ones_like(squares) if mask is None else np.broadcast_to(mask, a.shape).reshape(len(a), -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 10.0 * np.log10(4.0 / ((squares * counted).sum(axis=1) / counted.sum(axis=1)))
+
+
+def perceptual_distance(maps: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
+    """Distance of a network's feature maps, pair by pair (Zhang et al. 2018, eq. 1, with all channel weights 1).
+
+    At every pixel of every layer both feature vectors are scaled to length 1; their squared difference is averaged
+    over the pixels, and summed over the layers. LPIPS has channel weights that were fitted to human judgement; there
+    are none for other networks than its own.
+
+    Parameters
+    ----------
+    maps, others : sequence of arrays of shape (n, C_l, H_l, W_l)
+        One a layer.
+
+    Returns
+    -------
+    ndarray of shape (n,), values in [0, 2 * layers] for maps that are not negative
+    """
+    total = 0.0
+    for a, b in zip(maps, others, strict=True):
+        a, b = (np.asarray(m, dtype=float) for m in (a, b))
+        a, b = (m / (np.linalg.norm(m, axis=1, keepdims=True) + 1e-10) for m in (a, b))
+        total = total + ((a - b) ** 2).sum(axis=1).mean(axis=(1, 2))
+    return total
+
+
+def outside(images: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The edited images with the masked pixels taken back: what an edit does where it should do nothing.
+
+    Parameters
+    ----------
+    images, edited : array of shape (n, C, H, W)
+    mask : bool array of shape (H, W) or (n, 1, H, W)
+
+    Returns
+    -------
+    ndarray of shape (n, C, H, W)
+    """
+    return np.where(mask, images, edited)
+
+
+def cosine_similarity(features: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between feature vectors, pair by pair: identity, if a network of faces gives them.
+
+    Parameters
+    ----------
+    features, others : array of shape (n, d)
+
+    Returns
+    -------
+    ndarray of shape (n,), values in [-1, 1]
+        NaN where one of both is zero.
+    """
+    a, b = (np.asarray(values, dtype=float) for values in (features, others))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def directional_similarity(
+    images: np.ndarray, edited: np.ndarray, *, source: np.ndarray, target: np.ndarray
+) -> np.ndarray:
+    """S_dir: whether images moved in CLIP's space as the text did (Kim et al. 2022, DiffusionCLIP).
+
+    cos(E_I(edited) - E_I(image), E_T(target) - E_T(source)), of embeddings that are scaled to length 1 first.
+
+    Parameters
+    ----------
+    images, edited : array of shape (n, d)
+        Embeddings of the images before and after.
+    source, target : array of shape (d,) or (templates, d)
+        Embeddings of the two texts; those of several templates are averaged.
+
+    Returns
+    -------
+    ndarray of shape (n,), values in [-1, 1]
+        NaN where an image did not move.
+    """
+    before, after, first, second = (_scaled(np.atleast_2d(e)) for e in (images, edited, source, target))
+    text = _scaled((second.mean(axis=0) - first.mean(axis=0))[None])
+    return cosine_similarity(after - before, np.broadcast_to(text, after.shape))
+
+
+def segmentation_consistency(maps: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """SC: mean intersection over union of two segmentations, over the classes that either has.
+
+    An image that was not edited has 1, so it says nothing without a measure of success beside it.
+
+    Parameters
+    ----------
+    maps, others : int array of shape (n, H, W)
+        Class of every pixel.
+
+    Returns
+    -------
+    ndarray of shape (n,), values in [0, 1]
+    """
+    found = []
+    for a, b in zip(maps, others, strict=True):
+        classes = np.union1d(a, b)
+        found.append(np.mean([((a == c) & (b == c)).sum() / ((a == c) | (b == c)).sum() for c in classes]))
+    return np.array(found)
+
+
+def diversity(features: np.ndarray) -> float:
+    """Root mean square distance of pairs of different samples.
+
+    Parameters
+    ----------
+    features : array of shape (n, d)
+        At least 2 samples.
+
+    Returns
+    -------
+    float
+    """
+    return float(np.sqrt(2.0 * np.var(np.asarray(features, dtype=float), axis=0, ddof=1).sum()))
+
+
+def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
+    """Frechet distance of the Gaussians with the means and covariances of two sets of features (FID, Heusel 2017).
+
+    ||m_1 - m_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). With S = A'A, tr (S_1 S_2)^(1/2) is the nuclear norm of A_1
+    A_2', which holds for singular covariances too. Of fewer samples than features it is too large, the more so the
+    fewer there are: compare it with that of two sets of real images of the same sizes.
+
+    Parameters
+    ----------
+    features, others : array of shape (n, d), (m, d)
+        At least 2 of each.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 2 of one, or they have other numbers of features.
+    """
+    a, b = _two_sets(features, others)
+    # The triangular factor has the same A'A in at most d rows.
+    roots = [np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b)]
+    traces = sum((root**2).sum() for root in roots)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc"))
 
 
 def kernel_distance(features: np.ndarray, others: np.ndarray) -> float:
@@ -291,15 +466,107 @@ def kernel_distance(features: np.ndarray, others: np.ndarray) -> float:
     ValueError
         If there are fewer than 2 of one, or they have other numbers of features.
     """
-    a, b = np.asarray(features, dtype=float), np.asarray(others, dtype=float)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features have shapes {a.shape} and {b.shape}; give at least 2 rows each, of one length")
+    a, b = _two_sets(features, others)
+    return float(_kernel_distances(a, b, np.ones((1, len(a))))[0])
+
+
+def kernel_distance_interval(
+    features: np.ndarray, others: np.ndarray, *, groups: int = 1, resamples: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of `kernel_distance` over the samples of the first set.
+
+    The samples are drawn with replacement and each drawn one is taken once, since one that is taken twice would be its
+    own neighbour. Of such subsets, a share f of the samples, a mean varies (1 - f) / f times as much as that of n new
+    samples would; their spread is scaled to it.
+
+    Parameters
+    ----------
+    features, others : array of shape (groups * n, d), (m, d)
+    groups : int
+        The same n samples in several versions, one after the other; they are drawn together.
+    resamples, seed : int
+
+    Returns
+    -------
+    (float, float)
+    """
+    a, b = _two_sets(features, others)
+    drawn = drawn_again(len(a) // groups, resamples=resamples, seed=seed) > 0
+    drawn = drawn[drawn.sum(axis=1) > 1]
+    weights = np.tile(drawn, (1, groups))
+    whole, *parts = _kernel_distances(a, b, np.vstack([np.ones(len(a)), weights]))
+    share = drawn.mean()
+    spread = (np.array(parts) - np.mean(parts)) * np.sqrt(share / (1.0 - share))
+    low, high = whole + np.quantile(spread, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    return float(low), float(high)
+
+
+def _kernel_distances(a: np.ndarray, b: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """`kernel_distance` of some rows of a from all of b, for every row of `taken`, which is 1 for those and else 0."""
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1.0) ** 3
 
-    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
-    return float(sum(within) - 2.0 * kernel(a, b).mean())
+    def within(k: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        m = taken.sum(axis=1)
+        return (np.einsum("ij,ij->i", taken @ k, taken) - taken @ np.diagonal(k)) / (m * (m - 1))
+
+    target = within(kernel(b, b), np.ones((1, len(b))))
+    between = taken @ kernel(a, b).mean(axis=1) / taken.sum(axis=1)
+    return within(kernel(a, a), taken) + target - 2.0 * between
+
+
+def drawn_again(n: int, *, resamples: int, seed: int) -> np.ndarray:
+    """How often each of n samples is drawn when n are drawn with replacement, for bootstrap intervals.
+
+    Returns
+    -------
+    ndarray of shape (resamples, n), int
+    """
+    rng = np.random.default_rng(seed)
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
+
+
+def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of a mean; (NaN, NaN) of nothing."""
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return float("nan"), float("nan")
+    means = drawn_again(len(values), resamples=resamples, seed=seed) @ values / len(values)
+    low, high = np.quantile(means, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    return float(low), float(high)
+
+
+def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
+    """p-values of several tests, adjusted so that the chance of any false one stays below the level (Holm 1979).
+
+    Parameters
+    ----------
+    p_values : array of shape (m,), values in [0, 1]
+
+    Returns
+    -------
+    ndarray of shape (m,), values in [0, 1], not below the given ones
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return adjusted
+
+
+def _two_sets(features: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(features, dtype=float), np.asarray(others, dtype=float)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features have shapes {a.shape} and {b.shape}; give at least 2 rows each, of one length")
+    return a, b
+
+
+def _scaled(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    vectors = np.asarray(vectors, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def _listed(names: pd.Index) -> str:

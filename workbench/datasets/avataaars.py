@@ -93,6 +93,24 @@ PLANTED = {
 REGIONS = ("mouth", "eyes", "brows", "hair", "beard", "glasses")
 """Names that `region_mask` takes."""
 
+ATTRIBUTE_REGIONS = {
+    "Smiling": ("mouth",),
+    "Mouth_Open": ("mouth",),
+    "Eyeglasses": ("glasses",),
+    "Sunglasses": ("glasses",),
+    "Beard": ("beard",),
+    "Long_Hair": ("hair",),
+    "Bald": ("hair",),
+    "Blond_Hair": ("hair", "beard"),
+    "Black_Hair": ("hair", "beard"),
+    "Gray_Hair": ("hair", "beard"),
+    "Angry_Brows": ("brows",),
+    "Raised_Brows": ("brows",),
+    "Eyes_Closed": ("eyes",),
+}
+"""Regions that an attribute is drawn in; a beard has the colour of the hair, and skin is no region."""
+
+_TILTS = (-10.0, -5.0, 0.0, 5.0, 10.0)
 _PART_STRIDE = 1_000_000
 _MOST_IMAGES = 100_000
 _POOL_FROM = 100
@@ -374,6 +392,25 @@ def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray
     upright = _read_regions(paths.data() / "avataaars" / "regions.npz")[name]
     face = upright.rotate(tilt, Image.Resampling.BILINEAR, center=_CENTER).crop(_CROP)
     return np.asarray(face.resize((size, size), Image.Resampling.BOX)) >= _COVERED * 255
+
+
+def attribute_mask(attribute: str, *, size: int = SIZE) -> np.ndarray | None:
+    """Where an attribute can be, for a head of unknown tilt: its regions, united over tilts from -10 to 10 degrees.
+
+    Parameters
+    ----------
+    attribute : str
+    size : int
+        Side of the picture in pixels.
+
+    Returns
+    -------
+    ndarray of bool, shape (size, size), or None
+        None for what is no region of the face, such as the colour of the skin.
+    """
+    names = ATTRIBUTE_REGIONS.get(attribute, ())
+    masks = [region_mask(name, size=size, tilt=tilt) for name in names for tilt in _TILTS]
+    return np.any(masks, axis=0) if masks else None
 
 
 def build_regions(out: str | Path, *, progress: bool = True) -> Path:

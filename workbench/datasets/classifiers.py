@@ -90,6 +90,7 @@ class Classifier:
     _score: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
     _features: Callable[[torch.Tensor], torch.Tensor] | None = field(repr=False)
     _to_probability: Callable[[torch.Tensor], torch.Tensor] = field(default=torch.sigmoid, repr=False)
+    _maps: Callable[[torch.Tensor], list[torch.Tensor]] | None = field(default=None, repr=False)
 
     def __call__(self, images, *, batch_size: int = 64, progress: bool = True) -> pd.DataFrame:
         """Probability of every attribute.
@@ -141,6 +142,28 @@ class Classifier:
         if self._features is None:
             raise ValueError(f"{self.name} is a function and has no features; take a bundled classifier or a network")
         return self._collect(self._features, images, batch_size=batch_size, progress=progress).float().numpy()
+
+    def maps(self, images, *, batch_size: int = 64) -> list[np.ndarray]:
+        """What every stage of the network sees, for perceptual distances; arguments as of a call.
+
+        Returns
+        -------
+        list of ndarray of shape (n, C_l, H_l, W_l), float32
+            One a stage, finest first.
+
+        Raises
+        ------
+        ValueError
+            If the classifier is not a network of this project's, whose stages are known.
+        """
+        if self._maps is None:
+            raise ValueError(f"the stages of {self.name} are not known; take a classifier that train_classifier wrote")
+        n, stages = _count(images), []
+        for start in range(0, n, batch_size):
+            with torch.inference_mode():
+                batch = self._maps(_read(images, slice(start, start + batch_size)))
+            stages.append([stage.cpu().numpy() for stage in batch])
+        return [np.concatenate(parts) for parts in zip(*stages, strict=True)]
 
     @torch.inference_mode()
     def _collect(self, function, images, *, batch_size: int, progress: bool) -> torch.Tensor:
@@ -489,6 +512,14 @@ class AttributeNet(nn.Module):
         """Tensor of shape (n, 3, size, size), values in [-1, 1], to (n, widths[-1])."""
         return self.stages(images).mean(dim=(2, 3))
 
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Tensor of shape (n, 3, size, size), values in [-1, 1], to the output of every stage."""
+        outputs = []
+        for stage in self.stages:
+            images = stage(images)
+            outputs.append(images)
+        return outputs
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Tensor of shape (n, 3, size, size), values in [-1, 1], to logits (n, attributes)."""
         return self.head(self.features(images))
@@ -615,6 +646,7 @@ def _from_folder(folder: Path, name: str, config: dict, device: torch.device) ->
         device,
         lambda batch: network(network.prepare(batch)),
         lambda batch: network.features(network.prepare(batch)),
+        _maps=lambda batch: network.maps(network.prepare(batch)),
     )
 
 
@@ -796,6 +828,25 @@ def _from_prompts(folder: Path, name: str, prompts: Mapping[str, tuple[str, str]
     for attribute, pair in prompts.items():
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(prompt, str) for prompt in pair):
             raise ValueError(f"prompts[{attribute!r}] is {pair!r}; give two texts, with the attribute and without it")
+    network, features, embed = _clip(folder, name, device)
+    with torch.inference_mode():
+        embedded = embed([text for pair in prompts.values() for text in pair])
+        present, absent = embedded[0::2], embedded[1::2]
+        difference = network.logit_scale.exp() * (present - absent).T
+    digest = hashlib.sha256(json.dumps([hash_weights(network), list(prompts.items())]).encode()).hexdigest()[:16]
+    return Classifier(name, tuple(prompts), digest, device, lambda batch: features(batch) @ difference, features)
+
+
+def clip_encoders(source: str | Path, *, device: str | torch.device | None = None) -> tuple[Callable, Callable]:
+    """Functions from images in [-1, 1], and from a list of texts, to CLIP's embeddings of length 1."""
+    folder, name = _locate(source)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise ValueError(f"{name} is a model of type {kind!r}, not a CLIP")
+    return _clip(folder, name, best_device() if device is None else torch.device(device))[1:]
+
+
+def _clip(folder: Path, name: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
     transformers = _import_transformers()
     network = _load_pretrained(transformers.CLIPModel, folder, name).to(device)
     prepare = _preprocessing(folder)
@@ -804,16 +855,24 @@ def _from_prompts(folder: Path, name: str, prompts: Mapping[str, tuple[str, str]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} has no tokenizer that can be read ({_first_line(error)}); copy it again") from error
 
-    def features(batch: torch.Tensor) -> torch.Tensor:
+    def images(batch: torch.Tensor) -> torch.Tensor:
         return F.normalize(network.get_image_features(pixel_values=prepare(batch).to(device)).pooler_output, dim=1)
 
-    with torch.inference_mode():
-        texts = tokeniser([text for pair in prompts.values() for text in pair], padding=True, return_tensors="pt")
-        embedded = F.normalize(network.get_text_features(**texts.to(device)).pooler_output, dim=1)
-        present, absent = embedded[0::2], embedded[1::2]
-        difference = network.logit_scale.exp() * (present - absent).T
-    digest = hashlib.sha256(json.dumps([hash_weights(network), list(prompts.items())]).encode()).hexdigest()[:16]
-    return Classifier(name, tuple(prompts), digest, device, lambda batch: features(batch) @ difference, features)
+    def texts(given: list[str]) -> torch.Tensor:
+        tokens = tokeniser(given, padding=True, return_tensors="pt").to(device)
+        return F.normalize(network.get_text_features(**tokens).pooler_output, dim=1)
+
+    return network, images, texts
+
+
+def segmentation_logits(source: str | Path, *, device: str | torch.device | None = None) -> Callable:
+    """A function from images in [-1, 1] to the logits of a transformers segmentation, (n, classes, h, w)."""
+    folder, name = _locate(source)
+    transformers = _import_transformers()
+    device = best_device() if device is None else torch.device(device)
+    network = _load_pretrained(transformers.AutoModelForSemanticSegmentation, folder, name).to(device)
+    prepare = _preprocessing(folder)
+    return lambda batch: network(pixel_values=prepare(batch).to(device)).logits
 
 
 def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
@@ -829,7 +888,8 @@ def _load_pretrained(kind, folder: Path, name: str) -> nn.Module:
                 folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{folder} can't be loaded as an image classifier or CLIP ({_first_line(error)})") from error
+        what = "a segmentation" if "Segmentation" in kind.__name__ else "an image classifier or CLIP"
+        raise ValueError(f"{folder} can't be loaded as {what} ({_first_line(error)})") from error
     finally:
         log.set_verbosity(level)
         if bars:

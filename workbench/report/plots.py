@@ -38,6 +38,7 @@ __all__ = [
     "line",
     "matrix",
     "mixing_steps",
+    "pareto",
     "save_figure",
     "scatter",
     "scatter_hover",
@@ -430,7 +431,8 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
         axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * limit else _INK
-            axes.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=8, color=color)
+            shown = f"{value:+.2f}" if columns <= 10 else f"{value:.2f}".replace("0.", ".", 1)
+            axes.text(j, i, shown, ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(range(columns), [str(c).replace("_", " ") for c in table.columns], rotation=45, ha="right")
         axes.set_yticks(range(rows), [str(r).replace("_", " ") for r in table.index])
         axes.grid(visible=False)
@@ -514,6 +516,71 @@ def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> 
             axes.set_ylabel(_wrap(step.quantity, 1.5), fontsize=7.5)
         panels[-1].set_xlabel("timestep t (1000 is noise, 0 is the image)")
         panels[-1].invert_xaxis()
+        _add_caption(figure, caption)
+    return figure
+
+
+def pareto(
+    table: pd.DataFrame,
+    *,
+    family: Mapping[str, str],
+    x: str = "psnr_outside",
+    xlabel: str = "PSNR outside of the attribute's region (dB)",
+    y: str = "success",
+    ylabel: str = "share that gains the attribute",
+    caption: str | None = None,
+) -> Figure:
+    """Draw what methods achieve against what they preserve, one curve a method over its strengths.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `leaderboard.pareto`: one row a method and strength, with `x` and `y` and their ends `..._low`, `..._high`.
+    family : mapping of method -> family
+        A panel each; those of the family "control" are drawn in grey in all of them.
+    x, y : str
+    xlabel, ylabel : str
+    caption : str, optional
+        Drawn below in small type.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or a method has no family.
+    """
+    missing = [name for name in table["method"].unique() if name not in family]
+    if table.empty or missing:
+        raise ValueError(f"there is no family of {missing[0]!r}" if missing else "there is nothing to draw")
+    panels = list(dict.fromkeys(family[name] for name in table["method"] if family[name] != "control")) or ["control"]
+    with style.context(STYLE):
+        columns = min(2, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.4), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes, panel in zip(grid, panels, strict=False):
+            colors = iter(zip(PALETTE, "osD^vP*X", strict=True))
+            for name, part in table.groupby("method", sort=False):
+                if family[name] not in (panel, "control"):
+                    continue
+                color, marker = (_QUIET, ".") if family[name] == "control" else next(colors)
+                line_style = ":" if family[name] == "control" else "-"
+                ends = [np.abs(part[f"{v}_{e}"] - part[v]) for v in (x, y) for e in ("low", "high")]
+                axes.errorbar(
+                    part[x], part[y], xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1
+                )
+                axes.plot(part[x], part[y], line_style, color=color, marker=marker, label=name, linewidth=1.3)
+            axes.set_title(panel, loc="left", fontsize=9)
+            axes.legend(fontsize=6.5, loc="best", handlelength=1.4)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        figure.supylabel(ylabel, fontsize=9)
+        for axes in grid[: len(panels)][-columns:]:
+            axes.set_xlabel(xlabel, fontsize=9)
+            axes.tick_params(labelbottom=True)
         _add_caption(figure, caption)
     return figure
 

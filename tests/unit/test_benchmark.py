@@ -1,0 +1,265 @@
+"""The benchmark on a network of a few thousand weights: cells, cache, resumption, new methods."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import workbench as wb
+from workbench.datasets.labelled import load_images
+from workbench.editing import benchmark, methods
+from workbench.editing.benchmark import Bench, Protocol, backdrop, run_benchmark
+from workbench.editing.methods import METHODS, Edit, register_method
+
+NAMES = ("Bright", "Red")
+USUAL = -0.17  # what splits the tiny network's samples in halves
+
+
+class Network:
+    """Reads how bright an image is, and how red; with the parts of a classifier that the benchmark uses."""
+
+    attributes, device = NAMES, torch.device("cpu")
+
+    def __init__(self, name, gain):
+        self.name, self.hash, self.gain = name, name, gain
+
+    def scores(self, images, **_):
+        images = torch.as_tensor(np.asarray(images)).clamp(-1, 1)
+        bright, red = images.mean(dim=(1, 2, 3)), (images[:, 0] - images[:, 1]).mean(dim=(1, 2))
+        return pd.DataFrame({"Bright": (self.gain * bright).numpy(), "Red": (self.gain * (red - USUAL)).numpy()})
+
+    def __call__(self, images, **_):
+        return 1 / (1 + np.exp(-self.scores(images)))
+
+    def features(self, images, **_):
+        return torch.as_tensor(np.asarray(images)).clamp(-1, 1).flatten(2).mean(dim=2).numpy() + 2.0
+
+    def maps(self, images, **_):
+        return [np.asarray(images) + 2.0]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        shade = rng.integers(60, 200, 3)
+        picture = (shade + rng.normal(0, 20, (8, 8, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+        rows.append({"file": f"{i:03d}.png", "Bright": int(shade.mean() > 128), "Red": int(shade[0] > shade[1])})
+    pd.DataFrame(rows).to_csv(folder / "attributes.csv", index=False)
+    return load_images(folder, size=8)
+
+
+@pytest.fixture
+def setting(tiny, images, cache):
+    parts = {"labeller": Network("labels", 30.0), "judge": Network("judges", 25.0), "images": images}
+    return parts | {"model": tiny, "progress": False, "masks": {"Bright": np.arange(64).reshape(8, 8) < 24}}
+
+
+def protocol(*names, **sizes):
+    sizes = {"population": 40, "labelled": 30, "held_out": 12, "steps": 4, "shown": 2, **sizes}
+    return Protocol(names or ("random h", "PCA", "mean difference", "boundary in x"), NAMES, **sizes)
+
+
+@pytest.fixture
+def added():
+    """Take methods that a test registers out again."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def run(setting, plan):
+    parts = dict(setting)
+    return run_benchmark(parts.pop("model"), plan, **parts)
+
+
+def test_every_registered_method_is_measured_on_the_same_samples(setting):
+    result = run(setting, protocol(*METHODS))
+    counts = result.edits.groupby(["method", "attribute"]).size()
+    assert set(result.edits.method) == set(METHODS)
+    assert (counts == 12 * 4).all()
+    # Only where a method needs a region, and none is known, is there none.
+    assert set(result.skipped.method) == {"Jacobian, masked", "LOCO"} and set(result.skipped.attribute) == {"Red"}
+    seeds = result.edits.groupby("method").seed.unique()
+    assert all(list(s) == list(seeds.iloc[0]) and min(s) >= benchmark.HELD_OUT for s in seeds)
+    before = result.edits.groupby(["attribute", "seed"]).before.nunique()
+    assert (before == 1).all()
+    assert {"population", "other steps"} == set(result.transfer.kind)
+    assert set(result.realism.method) == {"real", "plain", *METHODS} and set(result.realism.space) == {
+        "judge",
+        "pixels",
+    }
+    assert (result.realism.kernel_low <= result.realism.kernel_high).all()
+
+
+def test_a_row_is_what_the_edit_does(setting):
+    """The difference of means, found and applied here, gives the recorded scores."""
+    result = run(setting, protocol("mean difference"))
+    bench = Bench(
+        setting["model"], result.protocol, **{k: setting[k] for k in ("labeller", "judge", "images", "masks")}
+    )
+    found = methods.mean_difference(bench.study(0), "Bright")
+    held_out = wb.sample(setting["model"], range(benchmark.HELD_OUT, benchmark.HELD_OUT + 12), steps=4, progress=False)
+    edited = wb.edit_grid(setting["model"], held_out, found, scales=[2.0], progress=False).images[:, 0].clamp(-1, 1)
+    rows = result.edits.query("attribute == 'Bright' and scale == 2.0").sort_values("seed")
+    np.testing.assert_allclose(rows.after, setting["judge"](edited).Bright, rtol=1e-5)
+    np.testing.assert_allclose(rows.before, setting["judge"](held_out.x0).Bright, rtol=1e-5)
+    plain = held_out.x0.clamp(-1, 1)
+    np.testing.assert_allclose(rows.rms, (edited - plain).square().mean(dim=(1, 2, 3)).sqrt(), rtol=1e-5)
+    inside = torch.from_numpy(setting["masks"]["Bright"])
+    error = (edited - plain).square()[:, :, ~inside].mean(dim=(1, 2))
+    np.testing.assert_allclose(rows.psnr_outside, 10 * torch.log10(4 / error), rtol=1e-4)
+
+
+def test_nothing_is_measured_twice_and_a_cut_is_resumed(setting, monkeypatch, cache):
+    plan = protocol("PCA", "mean difference")
+    calls = []
+    measured = Bench._measured
+
+    def counted(self, method, attribute, repeat):
+        calls.append((method.name, attribute))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(self, method, attribute, repeat)
+
+    monkeypatch.setattr(Bench, "_measured", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(setting, plan)
+    assert len(list((cache / "benchmark").glob("*.safetensors"))) == 2
+    first = run(setting, plan)
+    assert len(calls) == 5
+    again = run(setting, plan)
+    assert len(calls) == 5
+    pd.testing.assert_frame_equal(first.edits, again.edits)
+    run(setting, protocol("PCA", "mean difference", "random h"))
+    assert calls[5:] == [("random h", "Bright"), ("random h", "Red")]
+
+
+def test_the_cache_knows_all_that_a_cell_depends_on(setting, cache):
+    run(setting, protocol("mean difference", transfer=False))
+    files = cache / "benchmark"
+    count = len(list(files.iterdir()))
+    changes = [{"seed": 1}, {"t": 250}, {"population": 41}, {"held_out": 13}]
+    for change in changes:
+        run(setting, protocol("mean difference", transfer=False, **change))
+        assert len(list(files.iterdir())) == count + 2
+        count += 2
+    run(setting | {"judge": Network("another", 25.0)}, protocol("mean difference", transfer=False))
+    assert len(list(files.iterdir())) == count + 2
+
+
+def test_a_damaged_cell_is_refused(setting, cache):
+    plan = protocol("mean difference", transfer=False)
+    run(setting, plan)
+    for path in (cache / "benchmark").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged .* delete it and run again"):
+        run(setting, plan)
+
+
+def test_anyone_can_add_a_method_by_registering_one_function(setting, added):
+    @register_method("brighter pixels", scales=(0.1, 0.2), family="x and noise", unit="pixel value")
+    def brighter(study, attribute):
+        if attribute != "Bright":
+            raise methods.NotApplicable("more light is all that this can do")
+        return Edit("brighter", lambda runs, scales: torch.stack([runs.x0 + s for s in scales], dim=1))
+
+    result = run(setting, protocol("brighter pixels", "random h"))
+    rows = result.edits[result.edits.method == "brighter pixels"]
+    assert set(rows.attribute) == {"Bright"} and (rows.after > rows.before).mean() > 0.9
+    small, large = (rows[rows.scale == scale].rms.to_numpy() for scale in (0.1, 0.2))
+    assert (0 < small).all() and (small < large).all()
+    assert result.skipped.reason.tolist() == ["more light is all that this can do"]
+    with pytest.raises(ValueError, match="there is a method 'brighter pixels' already"):
+        register_method("brighter pixels")
+    with pytest.raises(ValueError, match="family 'mine' is not known; it is one of control"):
+        register_method("mine", family="mine")
+    with pytest.raises(ValueError, match=r"scales are \[0\]"):
+        register_method("mine", scales=[0])
+
+
+def test_scale_0_is_the_sample_for_every_method(setting):
+    """So that curves start where nothing is done."""
+    bench = Bench(
+        setting["model"], protocol(), **{key: setting[key] for key in ("labeller", "judge", "images", "masks")}
+    )
+    for name, method in METHODS.items():
+        edit = methods.as_edit(method.find(bench.study(0), "Bright"), setting["model"])
+        still = edit.apply(bench._held_out, [0.0])[:, 0]
+        assert (still - bench._held_out.x0).abs().max() < 1e-5, name
+
+
+def test_costs_do_not_depend_on_the_cache(setting):
+    first = run(setting, protocol("PCA", "mean difference, labels", transfer=False)).costs
+    assert set(first.passes[first.method == "PCA"]) == {40 * 4 + 18 * 8 * 4}
+    assert set(first.labels) == {0, 30}
+    assert first.edit_passes.tolist() == [4.0] * 4
+    later = run(setting, protocol("mean difference, labels", "PCA", transfer=False, shown=1)).costs
+    both = (t.set_index(["method", "attribute"]).passes.sort_index() for t in (first, later))
+    pd.testing.assert_series_equal(*both)
+
+
+def test_shown_samples_are_drawn_and_their_strips_begin_with_the_sample(setting):
+    result = run(setting, protocol("mean difference", transfer=False))
+    strip = result.strips["mean difference", "Red"]
+    assert strip.shape == (2, 5, 3, 8, 8)
+    held_out = wb.sample(setting["model"], result.provenance["shown"], steps=4, progress=False).x0.clamp(-1, 1)
+    np.testing.assert_allclose(strip[:, 0], held_out, atol=1e-5)
+    other = run(setting, protocol("mean difference", transfer=False, seed=1)).provenance["shown"]
+    assert [s - 1 for s in other] != result.provenance["shown"]
+
+
+def test_transfer_is_of_the_same_samples_at_timesteps_that_hold_those_of_the_others(setting):
+    """With 8 steps, 16 evenly spaced ones would miss the boundary's timestep."""
+    result = run(setting, protocol("boundary in x", "mean difference", steps=8))
+    bench = Bench(
+        setting["model"], result.protocol, **{k: setting[k] for k in ("labeller", "judge", "images", "masks")}
+    )
+    assert set(bench._held_out.timesteps) < set(bench._finer.timesteps) and len(bench._finer.timesteps) == 15
+    assert bench._finer.seeds == bench._held_out.seeds[:6]
+    rows = result.edits.query("method == 'mean difference' and attribute == 'Red' and scale == 2.0").sort_values("seed")
+    halves = {"population": rows, "other steps": rows[:6]}
+    moved = result.transfer.query("method == 'mean difference' and attribute == 'Red'").set_index("kind")
+    for kind, part in halves.items():
+        part = part[part.before <= 0.5]
+        assert moved.held_out[kind] == pytest.approx((part.after - part.before).mean(), rel=1e-5)
+    assert (moved.n <= 6).all()
+
+
+def test_it_is_saved_as_tables(setting, tmp_path):
+    result = run(setting, protocol("mean difference", transfer=False))
+    folder = result.save(tmp_path / "out")
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "edits.parquet"), result.edits, check_dtype=False)
+    assert len(pd.read_csv(folder / "edits.csv")) == len(result.edits)
+    assert json.loads((folder / "provenance.json").read_text())["judge"][0] == "judges"
+
+
+def test_bad_input_is_a_sentence(setting):
+    for plan, message in (
+        (protocol("magic"), "there is no method 'magic'; there are random h, "),
+        (replace(protocol(), attributes=("Hat",)), "there is no attribute 'Hat'; there are Bright, Red"),
+        (protocol(held_out=4), "population is 40, held_out 4"),
+        (protocol(labelled=50), "labelled is 50; half of 60 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(setting, plan)
+    with pytest.raises(ValueError, match="whoever labels does not judge"):
+        run(setting | {"judge": setting["labeller"]}, protocol())
+    with pytest.raises(ValueError, match="returns a Direction or an Edit, not a str"):
+        methods.as_edit("smile", setting["model"])
+
+
+def test_the_backdrop_is_what_has_the_colour_of_the_corners():
+    picture = np.zeros((1, 3, 8, 8))
+    picture[:, :, 4:, :] = 0.8
+    picture[:, :, 0, 5] = 0.1
+    assert backdrop(picture)[0, 0].sum() == 32

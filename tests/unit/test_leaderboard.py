@@ -1,0 +1,117 @@
+"""Rankings of edits on tables whose curves are planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from workbench.analysis.leaderboard import by_attribute, difference, leaderboard, pareto
+
+SCALES, N = (1.0, 2.0, 4.0), 40
+
+
+def edits(*, populations=1, seed=0, **powers):
+    """One row an edit: each method succeeds with probability min(1, power * scale) and changes the image by scale / 10.
+
+    The other attribute changes by a tenth of the power, whatever the method.
+    """
+    rows, rng = [], np.random.default_rng(seed)
+    luck = rng.random((2, N, populations))
+    for method, power in powers.items():
+        for a, attribute in enumerate(("A", "B")):
+            for repeat in range(populations):
+                for s in range(N):
+                    for scale in SCALES:
+                        gains = luck[a, s, repeat] < power * scale
+                        change = {"change A": 0.1 * power * scale, "change B": 0.1 * power * scale}
+                        change[f"change {attribute}"] = 0.8 * gains
+                        rows.append(
+                            {
+                                "method": method,
+                                "attribute": attribute,
+                                "repeat": repeat,
+                                "scale": scale,
+                                "seed": s,
+                                "before": 0.1 if s % 4 else 0.9,
+                                "after": 0.9 if gains or s % 4 == 0 else 0.1,
+                                "logit": 2.0 if gains else -2.0,
+                                "rms": scale / 10,
+                                "psnr_outside": 40.0 - 10 * np.log10(scale),
+                                "identity": 1 - scale / 10,
+                                "perceptual": scale / 10,
+                                **change,
+                            }
+                        )
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return edits(good=0.2, fair=0.1, **{"random h": 0.01})
+
+
+def test_methods_are_ranked_at_equal_change_and_the_numbers_are_means(table):
+    found = leaderboard(table, change=0.2, resamples=200)
+    assert list(found.index) == ["good", "fair", "random h"]
+    part = table[(table.method == "good") & (table.scale == 2.0) & (table.before < 0.5)]
+    by_hand = part.assign(gains=part.after > 0.5).groupby("attribute").gains.mean().mean()
+    assert found.loc["good", "success"] == pytest.approx(by_hand)
+    assert found.loc["good", "leakage"] == pytest.approx(0.1 * 0.2 * 2)
+    assert found.loc["good", "change"] == pytest.approx(0.2)
+    assert (found.success_low <= found.success).all() and (found.success <= found.success_high).all()
+    assert found.loc["good", ["attributes", "n"]].tolist() == [2, 30]
+
+
+def test_between_two_strengths_the_curve_is_a_line_and_beyond_the_last_it_ends(table):
+    one, two, between = (leaderboard(table, change=c, resamples=20).effect["good"] for c in (0.1, 0.2, 0.15))
+    assert between == pytest.approx((one + two) / 2)
+    last = leaderboard(table, change=5.0, resamples=20).loc["good"]
+    assert last["change"] == pytest.approx(0.4)
+
+
+def test_what_never_succeeds_as_often_has_no_number_at_equal_success(table):
+    found = leaderboard(table, success=0.6, resamples=100)
+    assert found.loc["good", "reached"] == 1.0 and found.loc["random h", "reached"] == 0.0
+    assert np.isnan(found.loc["random h", "entanglement"])
+    assert found.loc["good", "psnr_outside"] > found.loc["good", "psnr_outside_low"]
+
+
+def test_p_values_are_against_the_control_and_corrected_for_the_number_of_methods(table):
+    found = leaderboard(table, resamples=400)
+    assert found.p_random["good"] < 0.05 and np.isnan(found.p_random["random h"])
+    null = leaderboard(edits(one=0.1, two=0.1, **{"random h": 0.1}), resamples=400)
+    assert (null.p_random.dropna() > 0.5).all()
+
+
+def test_the_interval_covers_the_truth_and_populations_count():
+    hits, truth = 0, 0.4
+    for seed in range(40):
+        found = leaderboard(edits(m=0.2, seed=seed), change=0.2, resamples=200).loc["m"]
+        hits += found.success_low <= truth <= found.success_high
+    assert hits >= 33
+    assert leaderboard(edits(m=0.2, populations=3), resamples=50).loc["m", "success"] > 0
+
+
+def test_a_difference_is_paired(table):
+    found = difference(table, "good", "fair", resamples=200)
+    assert found["low"] > 0 and found["n"] == 2
+    assert found["value"] == pytest.approx(leaderboard(table).success["good"] - leaderboard(table).success["fair"])
+    assert difference(table, "good", "good", resamples=50) == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    assert difference(table, "good", "random h", at="success", point=0.9)["n"] == 0
+    with pytest.raises(ValueError, match="'best' was not measured; there are good, fair, random h"):
+        difference(table, "best", "good")
+
+
+def test_pareto_has_a_row_a_strength_and_by_attribute_one_an_attribute(table):
+    curve = pareto(table, resamples=50)
+    assert len(curve) == 9 and curve.groupby("method").success.apply(lambda s: s.is_monotonic_increasing).all()
+    # Of the mean squared error: 40 dB at scale 1, and 10 log10 of the scale less after that.
+    assert curve.psnr_outside[:3].tolist() == pytest.approx([40.0 - 10 * np.log10(s) for s in SCALES])
+    each = by_attribute(table, resamples=50)
+    assert len(each) == 6 and (each.n == 30).all()
+
+
+def test_an_attribute_that_all_samples_have_does_not_count(table):
+    everyone = table.assign(before=np.where(table.attribute == "B", 0.9, table.before))
+    assert leaderboard(everyone, resamples=20).loc["good", "attributes"] == 1

@@ -1,0 +1,334 @@
+"""A benchmark's edits as curves, rankings and intervals.
+
+An edit that does more leaks more, so methods are compared at two points of their curves: where they change the image
+alike, and where they succeed alike. Curves run through scale 0, where nothing changes, and are interpolated linearly
+between the measured strengths. Intervals are of a bootstrap over the held-out samples, the same draws for all methods,
+and over populations if there are several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from workbench.analysis.metrics import LEVEL, drawn_again, holm, linearity, monotonicity
+
+CHANGE = 0.2
+"""Root mean square change of an image, in [-1, 1], at which methods are compared by default."""
+
+SUCCESS = 0.5
+"""Share of the samples without an attribute that have it after the edit, at which they are compared by default."""
+
+FEWEST = 3
+"""Held-out samples without an attribute, at least, for it to count."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """Means over the samples without the attribute, draw by draw; arrays of shape (1 + resamples, 1 + scales).
+
+    The first row is of the samples as they are, the first column of scale 0.
+    """
+
+    method: str
+    attribute: str
+    n: int
+    scales: np.ndarray
+    rms: np.ndarray = field(repr=False)
+    effect: np.ndarray = field(repr=False)
+    success: np.ndarray = field(repr=False)
+    leak: np.ndarray = field(repr=False)
+    error_outside: np.ndarray = field(repr=False)
+    identity: np.ndarray = field(repr=False)
+    perceptual: np.ndarray = field(repr=False)
+
+
+def leaderboard(
+    edits: pd.DataFrame,
+    *,
+    change: float = CHANGE,
+    success: float = SUCCESS,
+    controls: Sequence[str] = ("random h", "random x"),
+    resamples: int = 500,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Methods by what they achieve at the same change of the image, means over attributes.
+
+    Parameters
+    ----------
+    edits : DataFrame
+        As of a `Benchmark`.
+    change : float
+        Root mean square change of the image at which `success` and `effect` are read.
+    success : float in (0, 1)
+        Success at which `entanglement`, `psnr_outside` and `identity` are read.
+    controls : sequence of str
+        Methods that the others must beat.
+    resamples, seed : int
+
+    Returns
+    -------
+    DataFrame, one row a method, best first
+        `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
+        `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
+        changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
+        any strength, and over these `entanglement` (leakage by effect), `psnr_outside` (of the mean squared error, dB)
+        and `identity`; each with its 95% interval, `..._low` and `..._high`. `p_random`, one-sided, that success is no
+        higher than the best control's, adjusted for the number of methods by Holm's rule. `monotonicity` and
+        `linearity` of the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
+    """
+    curves = list(_curves(edits, resamples, seed))
+    methods = list(dict.fromkeys(c.method for c in curves))
+    rows, draws = {}, {}
+    for method in methods:
+        own = [c for c in curves if c.method == method]
+        values = {
+            "success": _mean([_at(c.rms, c.success, change) for c in own]),
+            "change": _mean([_at(c.rms, c.rms, change) for c in own]),
+            "effect": _mean([_at(c.rms, c.effect, change) for c in own]),
+            "leakage": _mean([_at(c.rms, c.leak, change) for c in own]),
+            "reached": _mean([(c.success.max(axis=1) >= success).astype(float) for c in own]),
+            "entanglement": _mean([_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own]),
+            "psnr_outside": _decibel(_mean([_succeeding(c, c.error_outside, success) for c in own])),
+            "identity": _mean([_succeeding(c, c.identity, success) for c in own]),
+        }
+        row = {}
+        for name, drawn in values.items():
+            low, high = _interval(drawn)
+            row |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
+        rows[method] = row | {"attributes": len(own), "n": np.mean([c.n for c in own])}
+        draws[method] = values["success"]
+    table = pd.DataFrame(rows).T.rename_axis("method")
+    against = [draws[name] for name in controls if name in draws]
+    if against:
+        best = np.max(against, axis=0)
+        found = [name for name in methods if name not in controls]
+        # One more than the draws in each count: a p-value of 0 is none that draws can give.
+        p = [(1 + (draws[name][1:] <= best[1:]).sum()) / len(best) for name in found]
+        table["p_random"] = pd.Series(dict(zip(found, holm(p), strict=True)), dtype=float)
+    table = table.join(_shape_of_response(edits))
+    return table.astype(float).sort_values("success", ascending=False)
+
+
+def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
+    """Success against what is left of the rest of the image, strength by strength; means over attributes.
+
+    Parameters
+    ----------
+    edits : DataFrame
+        As of a `Benchmark`.
+    resamples, seed : int
+
+    Returns
+    -------
+    DataFrame, one row a method and strength
+        `method`, `scale`, and `success`, `psnr_outside` (dB, of the mean squared error outside of the attribute's
+        region), `identity`, `perceptual`, `leakage`, `rms`, each with `..._low` and `..._high`.
+    """
+    curves, rows = list(_curves(edits, resamples, seed)), []
+    for method in dict.fromkeys(c.method for c in curves):
+        own = [c for c in curves if c.method == method]
+        for i in range(1, len(own[0].scales)):
+            row = {"method": method, "scale": own[0].scales[i]}
+            values = {
+                "success": _mean([c.success[:, i] for c in own]),
+                "psnr_outside": _decibel(_mean([c.error_outside[:, i] for c in own])),
+                "identity": _mean([c.identity[:, i] for c in own]),
+                "perceptual": _mean([c.perceptual[:, i] for c in own]),
+                "leakage": _mean([c.leak[:, i] for c in own]),
+                "rms": _mean([c.rms[:, i] for c in own]),
+            }
+            for name, drawn in values.items():
+                low, high = _interval(drawn)
+                row |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_attribute(
+    edits: pd.DataFrame, *, change: float = CHANGE, value: str = "success", resamples: int = 500, seed: int = 0
+) -> pd.DataFrame:
+    """What each method achieves for each attribute at equal change.
+
+    Parameters
+    ----------
+    edits : DataFrame
+    change : float
+    value : {"success", "effect", "leak"}
+    resamples, seed : int
+
+    Returns
+    -------
+    DataFrame
+        One row a method and attribute: `value`, `low`, `high` (95%), `n`.
+    """
+    rows = []
+    for c in _curves(edits, resamples, seed):
+        drawn = _at(c.rms, getattr(c, value), change)
+        low, high = _interval(drawn)
+        key = {"method": c.method, "attribute": c.attribute}
+        rows.append(key | {"value": drawn[0], "low": low, "high": high, "n": c.n})
+    return pd.DataFrame(rows)
+
+
+def difference(
+    edits: pd.DataFrame,
+    first: str,
+    second: str,
+    *,
+    value: str = "success",
+    at: str = "change",
+    point: float = CHANGE,
+    resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, float]:
+    """By how much one method exceeds another, over the attributes that both have, on the same samples.
+
+    Parameters
+    ----------
+    edits : DataFrame
+    first, second : str
+        Methods.
+    value : {"success", "effect", "leak", "identity"}
+    at : {"change", "success"}
+        Where both are read: at the same change of the image, or at the same success, over the attributes for which
+        both reach it.
+    point : float
+    resamples, seed : int
+
+    Returns
+    -------
+    dict
+        `value`, `low`, `high` (95%), and `n`, the number of attributes; NaN where there is none.
+
+    Raises
+    ------
+    ValueError
+        If a method was not measured.
+    """
+    curves = {name: {} for name in (first, second)}
+    for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
+        curves[c.method][c.attribute] = c
+    missing = [name for name, found in curves.items() if not found]
+    if missing:
+        raise ValueError(f"{missing[0]!r} was not measured; there are {', '.join(edits['method'].unique())}")
+    gaps = []
+    for attribute in [a for a in curves[first] if a in curves[second]]:
+        pair = [curves[name][attribute] for name in (first, second)]
+        if at == "success" and any(c.success[0].max() < point for c in pair):
+            continue
+        if at == "success":
+            drawn = [_succeeding(c, getattr(c, value), point) for c in pair]
+        else:
+            drawn = [_at(c.rms, getattr(c, value), point) for c in pair]
+        gaps.append(drawn[0] - drawn[1])
+    if not gaps:
+        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
+    mean = _mean(gaps)
+    low, high = _interval(mean)
+    return {"value": float(mean[0]), "low": low, "high": high, "n": len(gaps)}
+
+
+def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]:
+    others = [name for name in edits if name.startswith("change ")]
+    samples = np.sort(edits["seed"].unique())
+    counts = np.vstack([np.ones(len(samples), int), drawn_again(len(samples), resamples=resamples, seed=seed)])
+    populations = max(edits["repeat"]) + 1
+    repeats = np.vstack([np.ones(populations, int), drawn_again(populations, resamples=resamples, seed=seed + 1)])
+    for (method, attribute), part in edits.groupby(["method", "attribute"], sort=False):
+        part = part.sort_values(["repeat", "seed", "scale"])
+        scales, there = np.sort(part["scale"].unique()), part["repeat"].unique()
+        shape = (len(there), len(samples), len(scales))
+        without = part["before"].to_numpy().reshape(shape)[0, :, 0] <= 0.5
+        if without.sum() < FEWEST:
+            continue
+        weights = counts * without
+
+        def mean(values: np.ndarray, shape=shape, weights=weights, there=there) -> np.ndarray:
+            """Mean of (populations, n, scales) over samples and populations, with scale 0 in front."""
+            drawn = np.einsum("bn,rns->brs", weights, values.reshape(shape))
+            share = repeats[:, there]
+            total = weights.sum(axis=1) * share.sum(axis=1)
+            with np.errstate(invalid="ignore"):
+                means = np.einsum("br,brs->bs", share, drawn) / total[:, None]
+            return np.hstack([np.zeros((len(means), 1)), means])
+
+        values = {name: part[name].to_numpy(dtype=float) for name in ("rms", "before", "after", "identity")}
+        changes = {name: mean(part[name].to_numpy(dtype=float)) for name in others}
+        yield _Curves(
+            str(method),
+            str(attribute),
+            int(without.sum()),
+            np.concatenate([[0.0], scales]),
+            rms=mean(values["rms"]),
+            effect=mean(values["after"] - values["before"]),
+            success=mean((values["after"] > 0.5).astype(float)),
+            leak=sum(np.abs(m) for name, m in changes.items() if name != f"change {attribute}"),
+            error_outside=mean(4.0 * 10.0 ** (-part["psnr_outside"].to_numpy(dtype=float) / 10.0)),
+            identity=1.0 + mean(values["identity"] - 1.0),
+            perceptual=mean(part["perceptual"].to_numpy(dtype=float)),
+        )
+
+
+def _at(x: np.ndarray, y: np.ndarray, target: float) -> np.ndarray:
+    """y where x first reaches the target, row by row; at the largest x where it does not.
+
+    x, y : (draws, points), x from 0.
+    """
+    top = np.maximum.accumulate(x, axis=1)
+    rows = np.arange(len(x))
+    last = np.where(top[:, -1] >= target, (top < target).sum(axis=1), top.argmax(axis=1))
+    last = last.clip(1, x.shape[1] - 1)
+    before, after = top[rows, last - 1], top[rows, last]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.clip((target - before) / (after - before), 0.0, 1.0)
+    share = np.where(after > before, share, 1.0)
+    return (1 - share) * y[rows, last - 1] + share * y[rows, last]
+
+
+def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarray:
+    """Values where the edit first succeeds as often as asked for; NaN where it never does."""
+    reached = curves.success.max(axis=1) >= success
+    return np.where(reached, _at(curves.success, values, success), np.nan)
+
+
+def _mean(drawn: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over attributes, of those that are known; NaN where none is."""
+    values = np.array(drawn)
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    known = drawn[1:][np.isfinite(drawn[1:])]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    return float(low), float(high)
+
+
+def _decibel(error: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(4.0 / error)
+
+
+def _shape_of_response(edits: pd.DataFrame) -> pd.DataFrame:
+    """How a sample's logit follows the scale: mean rank correlation and share explained by a line."""
+    p = edits["before"].clip(1e-6, 1 - 1e-6)
+    plain = edits.assign(logit=np.log(p / (1 - p)), scale=0.0)
+    both = pd.concat([plain, edits])[["method", "attribute", "repeat", "seed", "scale", "logit", "before"]]
+    both = both[both["before"] <= 0.5]
+    rows = {}
+    for method, part in both.groupby("method", sort=False):
+        wide = part.pivot_table(index=["attribute", "repeat", "seed"], columns="scale", values="logit")
+        scales = list(wide.columns)
+        enough = len(scales) > 2
+        rows[method] = {
+            "monotonicity": np.nanmean(monotonicity(wide, scales)),
+            "linearity": np.nanmean(linearity(wide, scales)) if enough else np.nan,
+        }
+    return pd.DataFrame(rows).T

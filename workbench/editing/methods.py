@@ -1,0 +1,546 @@
+"""Ways to find an edit for an attribute, on one footing: each is a function of a study and an attribute.
+
+A method sees a `Study`: samples of the model with a labeller's scores, labelled images to invert, and nothing that the
+benchmark judges with. It returns a `Direction`, or an `Edit` where it moves something else than h. `register_method`
+adds one:
+
+    @register_method("my method", scales=(0.5, 1.0, 2.0))
+    def my_method(study, attribute):
+        return find_from_labels(study.store, study.labels(attribute))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.models import Model
+from workbench.diffusion.noise import initial_noise, step_noise
+from workbench.diffusion.sampling import Trajectory, replay, sample
+from workbench.directions.boundary import Boundary, fit_boundaries, random_boundary
+from workbench.directions.direction import Direction, random_like
+from workbench.directions.jacobian import Convergence, JacobianSpectrum, XSpectrum, find_jacobian, find_pullback
+from workbench.directions.pca import find_pca
+from workbench.directions.supervised import find_from_scores, find_many
+from workbench.editing.crossing import cross_boundary
+from workbench.editing.effects import Classifier
+from workbench.editing.grid import edit_grid
+from workbench.hspace.extract import extract
+from workbench.hspace.store import HStore
+
+FAMILIES = ("control", "unsupervised, h", "supervised, h", "boundary", "x and noise")
+
+FEWEST = 8
+"""Samples that have an attribute and that lack it, at least, for a method to learn it."""
+
+TRIED = 8
+"""Samples that candidates are tried on, to see which of them changes an attribute."""
+
+CANDIDATES = 3
+"""Vectors of a spectrum, at most, that an attribute is sought among; of principal components three times as many."""
+
+TOLERANCE = 1e-3
+"""Of a spectrum's singular values: the candidates are compared by what they do, not by these."""
+
+
+class NotApplicable(ValueError):
+    """A method says that it has nothing to offer for an attribute, in a sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """An edit that is no direction in h.
+
+    Attributes
+    ----------
+    name : str
+    apply : callable (runs, scales) -> Tensor of shape (n, scales, C, H, W)
+        The edited images of the samples at every scale; scale 0 must give the samples themselves.
+    """
+
+    name: str
+    apply: Callable[[Trajectory, Sequence[float]], torch.Tensor] = field(repr=False)
+
+    def turned(self) -> Edit:
+        """The same edit the other way round."""
+        return Edit(f"-{self.name}", lambda runs, scales: self.apply(runs, [-s for s in scales]))
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A registered way to find an edit.
+
+    Attributes
+    ----------
+    name : str
+    find : callable (study, attribute) -> Direction or Edit
+    scales : tuple of float, ascending, above 0
+        Strengths that the benchmark measures, in the method's own unit.
+    family : str
+        What it is drawn with: one of `FAMILIES`.
+    unit : str
+        Of the scales.
+    code : str
+        Digest of the function's source, so that a changed one is measured again.
+    """
+
+    name: str
+    find: Callable[[Study, str], Direction | Edit] = field(repr=False)
+    scales: tuple[float, ...]
+    family: str
+    unit: str
+    code: str = field(repr=False)
+
+
+METHODS: dict[str, Method] = {}
+"""Every registered method by its name, in the order of registration."""
+
+
+def register_method(
+    name: str,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
+    family: str = "supervised, h",
+    unit: str = "sigma",
+) -> Callable[[Callable], Callable]:
+    """Decorator that adds a method to the benchmark.
+
+    Parameters
+    ----------
+    name : str
+    scales : sequence of float, above 0
+        Strengths to measure, in the method's own unit; let them reach from a change that can hardly be seen to one
+        that is too much, since methods are compared where they change the image alike.
+    family : str
+        One of `FAMILIES`; methods of a family share a panel of the Pareto plot.
+    unit : str
+        Of the scales.
+
+    Returns
+    -------
+    callable
+        The function itself.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken, the family unknown, or a scale not above 0.
+    """
+    if name in METHODS:
+        raise ValueError(f"there is a method {name!r} already; choose another name")
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} is not known; it is one of {', '.join(FAMILIES)}")
+    strengths = tuple(sorted({float(s) for s in scales}))
+    if not strengths or strengths[0] <= 0:
+        raise ValueError(f"scales are {list(scales)}; give at least one, all above 0")
+
+    def register(find: Callable) -> Callable:
+        code = hashlib.sha256(inspect.getsource(find).encode()).hexdigest()[:16]
+        METHODS[name] = Method(name, find, strengths, family, unit, code)
+        return find
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What a method may learn from. What it uses is charged to `cost`, whatever the cache holds.
+
+    Attributes
+    ----------
+    model : Model
+    labeller : Classifier
+        Labels samples; another one judges.
+    attributes : tuple of str
+        All that the labeller knows, not those that are measured alone: what a method finds must not depend on these.
+    n, seed : int
+        The population: samples of the seeds `seed`, `seed` + 1, ...
+    steps : int
+    eta : float
+    t : int
+        Visited timestep of the methods that act at one.
+    images : LabelledImages, optional
+        For methods that learn from labelled images.
+    masks : mapping of attribute -> bool array of shape (H, W)
+        Where an attribute can be.
+    cost : dict of str -> Counter
+        By what it was for: `passes` of one sample through the U-Net (a product with a Jacobian counts as one),
+        `scored`, samples that the labeller scored, and `labels`, images that people labelled.
+    """
+
+    model: Model
+    labeller: Classifier = field(repr=False)
+    attributes: tuple[str, ...]
+    n: int
+    seed: int
+    steps: int
+    eta: float
+    t: int
+    images: LabelledImages | None = field(default=None, repr=False)
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    cost: dict[str, Counter] = field(default_factory=dict, repr=False)
+
+    @property
+    def store(self) -> HStore:
+        """h_t and x_t of the population at every visited timestep."""
+        self.cost["population"] = Counter(passes=self.n * self.steps)
+        return self._store
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """The labeller's probabilities, one row a sample of the population, by seed."""
+        self.cost["scores"] = Counter(scored=self.n)
+        return self._scores
+
+    def labels(self, attribute: str) -> pd.Series:
+        """Which samples of the population have an attribute, by the labeller; 0 or 1, by seed.
+
+        Raises
+        ------
+        NotApplicable
+            If too few have it or lack it.
+        """
+        return _enough(self.scores[attribute].gt(0.5).astype(int), "samples")
+
+    @property
+    def inverted(self) -> HStore:
+        """h_t and x_t of the labelled images, by DDIM inversion."""
+        self.cost["inversion"] = Counter(passes=len(self._images) * self.steps)
+        return self._inverted
+
+    def truth(self, attribute: str) -> pd.Series:
+        """Which images have an attribute, by their labels; raises as `labels`."""
+        if attribute not in self._images.names:
+            raise NotApplicable(f"the images have no labels of {attribute}")
+        self.cost["truth"] = Counter(labels=len(self._images))
+        return _enough(self._images.labels[attribute].astype(int), "images")
+
+    @property
+    def run(self) -> Trajectory:
+        """The first samples of the population, as a run."""
+        return self._run
+
+    def mask(self, attribute: str) -> np.ndarray:
+        """Where an attribute can be; raises NotApplicable if that is not known."""
+        if attribute not in self.masks:
+            raise NotApplicable(f"no region of the image is known for {attribute}")
+        return self.masks[attribute]
+
+    def learned(self, name: str, find: Callable[[], object]) -> object:
+        """What `find` gives, computed once for all attributes."""
+        if name not in self._kept:
+            self._kept[name] = find()
+        return self._kept[name]
+
+    def spent_on(self, convergence: Convergence, *, width: int) -> None:
+        """Charge the products of a Jacobian's spectrum."""
+        self.cost["spectrum"] = Counter(passes=2 * width * convergence.iterations)
+
+    def pick(self, name: str, candidates: Sequence[Direction | Edit], attribute: str, *, scale: float) -> Edit:
+        """The candidate, either way round, that raises an attribute's mean score the most, as the labeller sees it.
+
+        Parameters
+        ----------
+        name : str
+            Under which what the candidates do is kept, for other attributes.
+        candidates : sequence of Direction or Edit
+        attribute : str
+        scale : float
+            At which they are tried, on samples of the population.
+
+        Returns
+        -------
+        Edit
+        """
+        edits = [as_edit(found, self.model) for found in candidates]
+        signed = [edit for one in edits for edit in (one, one.turned())]
+        self.cost["candidates"] = Counter(passes=len(signed) * TRIED * self.steps, scored=len(signed) * TRIED)
+
+        def tried() -> pd.DataFrame:
+            images = torch.cat([edit.apply(self._run[:TRIED], [-scale, scale])[:, [1, 0]] for edit in edits])
+            after = self.labeller(images.unflatten(0, (len(edits), -1)).transpose(1, 2).flatten(0, 2))
+            before = self.labeller(self._run.x0[:TRIED])
+            changes = after.to_numpy().reshape(len(signed), -1, after.shape[1]) - before.to_numpy()
+            return pd.DataFrame(changes.mean(axis=1), columns=after.columns)
+
+        changes = self.learned(f"{name}, tried", tried)
+        return signed[int(changes[attribute].to_numpy().argmax())]
+
+    @cached_property
+    def _store(self) -> HStore:
+        return extract(
+            self.model, self.n, seed=self.seed, steps=self.steps, eta=self.eta, record_x=True, progress=False
+        )
+
+    @cached_property
+    def _scores(self) -> pd.DataFrame:
+        return self.labeller(self._store.images[:]).set_axis(list(self._store.seeds))
+
+    @cached_property
+    def _inverted(self) -> HStore:
+        return extract(self.model, images=self._images, steps=self.steps, progress=False)
+
+    @property
+    def _images(self) -> LabelledImages:
+        if self.images is None:
+            raise NotApplicable("there are no labelled images")
+        return self.images
+
+    @cached_property
+    def _run(self) -> Trajectory:
+        seeds = range(self.seed, self.seed + self.n)
+        return sample(self.model, seeds[: max(TRIED, 2)], steps=self.steps, eta=self.eta, progress=False)
+
+    @cached_property
+    def _kept(self) -> dict:
+        return {}
+
+
+def as_edit(found: Direction | Edit, model: Model) -> Edit:
+    """What a method found, as an edit; a direction of other timesteps than a run's is resampled for it."""
+    if isinstance(found, Edit):
+        return found
+    if not isinstance(found, Direction):
+        raise ValueError(f"a method returns a Direction or an Edit, not a {type(found).__name__}")
+
+    def apply(runs: Trajectory, scales: Sequence[float]) -> torch.Tensor:
+        fits = found if found.timesteps == runs.timesteps else found.resampled(runs.timesteps)
+        return edit_grid(model, runs, fits, scales=scales, progress=False).images
+
+    return Edit(found.name, apply)
+
+
+def _enough(labels: pd.Series, what: str) -> pd.Series:
+    fewest = int(min(labels.sum(), len(labels) - labels.sum()))
+    if fewest < FEWEST:
+        raise NotApplicable(
+            f"{int(labels.sum())} of {len(labels)} {what} have {labels.name}; {FEWEST} must have and {FEWEST} lack it"
+        )
+    return labels
+
+
+def _learnable(study: Study, labels: Callable[[str], pd.Series]) -> pd.DataFrame:
+    """The labels of all attributes that can be learned, so that they share one pass."""
+    columns = {}
+    for name in study.attributes:
+        try:
+            columns[name] = labels(name)
+        except NotApplicable:
+            continue
+    return pd.DataFrame(columns)
+
+
+# Controls
+
+
+@register_method("random h", scales=(2.0, 4.0, 8.0, 16.0), family="control")
+def random_direction(study: Study, attribute: str) -> Direction:
+    """A random direction as long as the difference of means at every timestep."""
+    return random_like(mean_difference(study, attribute), seed=study.seed)
+
+
+@register_method("random x", scales=(8.0, 16.0, 32.0, 64.0), family="control", unit="sd")
+def random_move(study: Study, attribute: str) -> Edit:
+    """A random normal in x_t at the boundary's timestep, in the boundary's unit."""
+    return _crossing(study, x=random_boundary(_boundary(study, attribute, "x"), seed=study.seed))
+
+
+# Unsupervised, in h
+
+
+@register_method("PCA", scales=(0.5, 1.0, 2.0, 4.0), family="unsupervised, h")
+def principal_component(study: Study, attribute: str) -> Edit:
+    """The principal component that changes the attribute most (Haas et al.)."""
+    store = study.store
+    components = study.learned("pca", lambda: find_pca(store, k=3 * CANDIDATES, progress=False))
+    return study.pick("pca", list(components), attribute, scale=2.0)
+
+
+@register_method("Jacobian", scales=(2.0, 4.0, 8.0, 16.0), family="unsupervised, h")
+def jacobian(study: Study, attribute: str) -> Edit:
+    """The singular vector of one sample's Jacobian that changes the attribute most (Haas et al.)."""
+    return study.pick("jacobian", _spectrum(study, None), attribute, scale=8.0)
+
+
+@register_method("Jacobian, masked", scales=(2.0, 4.0, 8.0, 16.0), family="unsupervised, h")
+def masked_jacobian(study: Study, attribute: str) -> Edit:
+    """The same, with the rows of the attribute's region alone (Haas et al., eqs. 9-10)."""
+    mask = study.mask(attribute)
+    return study.pick(f"jacobian {digest_of_mask(mask)}", _spectrum(study, mask), attribute, scale=8.0)
+
+
+def _spectrum(study: Study, mask: np.ndarray | None) -> JacobianSpectrum:
+    options = {"t": study.t, "k": CANDIDATES, "mask": mask, "tol": TOLERANCE, "population": study.store}
+    name = f"spectrum {'' if mask is None else digest_of_mask(mask)}"
+    found = study.learned(name, lambda: find_jacobian(study.model, study.run[0], progress=False, **options))
+    study.spent_on(found.convergence, width=2)
+    return found
+
+
+def digest_of_mask(mask: np.ndarray) -> str:
+    """What a mask is known by."""
+    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:8]
+
+
+# Supervised, in h
+
+
+@register_method("mean difference")
+def mean_difference(study: Study, attribute: str) -> Direction:
+    """From the samples of the lowest to those of the highest scores, a quarter of them each (Haas et al., eq. 11)."""
+    study.labels(attribute)
+    return find_from_scores(study.store, study.scores[attribute], k=study.n // 4, progress=False)
+
+
+@register_method("mean difference, labels")
+def mean_difference_of_images(study: Study, attribute: str) -> Direction:
+    """From inverted images without the attribute to those with it, by their labels (Haas et al., SM F)."""
+    study.truth(attribute)
+    store = study.inverted
+    table = study.learned("truth", lambda: _learnable(study, study.truth))
+    return study.learned("images", lambda: find_many(store, table, progress=False))[attribute]
+
+
+@register_method("mean difference, projected")
+def projected(study: Study, attribute: str) -> Direction:
+    """The difference of means outside of the span of those of all other attributes (Haas et al., eq. 12)."""
+    study.labels(attribute)
+    others = [name for name in _learnable(study, study.labels) if name != attribute]
+    if not others:
+        raise NotApplicable("there is no other attribute that can be learned, to project out")
+    found = {name: mean_difference(study, name) for name in [attribute, *others]}
+    store = study.store
+    return found[attribute].orthogonal_to(*(found[name] for name in others)).calibrated(store, progress=False)
+
+
+@register_method("probe, logistic")
+def logistic_probe(study: Study, attribute: str) -> Direction:
+    """The normal of a logistic regression at every timestep."""
+    return _probe(study, attribute, "logistic")
+
+
+@register_method("probe, LDA")
+def discriminant_probe(study: Study, attribute: str) -> Direction:
+    """The normal of Fisher's discriminant with shrinkage at every timestep."""
+    return _probe(study, attribute, "lda")
+
+
+def _probe(study: Study, attribute: str, method: str) -> Direction:
+    study.labels(attribute)
+    store = study.store
+    table = study.learned("labels", lambda: _learnable(study, study.labels))
+    return study.learned(method, lambda: find_many(store, table, method=method, progress=False))[attribute]
+
+
+# Boundaries
+
+
+@register_method("boundary in h", scales=(4.0, 8.0, 16.0, 32.0), family="boundary", unit="sd")
+def boundary_in_h(study: Study, attribute: str) -> Edit:
+    """h_t moved along the normal of a linear SVM, in one step (Zhu et al.)."""
+    return _crossing(study, h=_boundary(study, attribute, "h"))
+
+
+@register_method("boundary in h, every step", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+def boundary_in_h_throughout(study: Study, attribute: str) -> Edit:
+    """The same change of h at every step from there on."""
+    return _crossing(study, h=_boundary(study, attribute, "h"), h_policy="offset")
+
+
+@register_method("boundary in x", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+def boundary_in_x(study: Study, attribute: str) -> Edit:
+    """x_t moved along the normal of a linear SVM, once (Zhu et al.)."""
+    return _crossing(study, x=_boundary(study, attribute, "x"))
+
+
+@register_method("boundary in x and h", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+def boundary_in_both(study: Study, attribute: str) -> Edit:
+    """Both moved at once (Zhu et al., Algorithm 1)."""
+    return _crossing(study, h=_boundary(study, attribute, "h"), x=_boundary(study, attribute, "x"))
+
+
+def _boundary(study: Study, attribute: str, space: str) -> Boundary:
+    study.labels(attribute)
+    store = study.store
+    table = study.learned("labels", lambda: _learnable(study, study.labels))
+    options = {"t": study.t, "space": space, "balance": True}
+    return study.learned(f"boundary {space}", lambda: fit_boundaries(store, table, **options))[attribute]
+
+
+def _crossing(study: Study, *, h: Boundary | None = None, x: Boundary | None = None, h_policy: str = "first") -> Edit:
+    """A shift across boundaries that keeps the run's own noise, so that scale 0 is the sample."""
+    options = {"mode": "shift", "eta": None, "h_policy": h_policy, "progress": False}
+
+    def apply(runs: Trajectory, scales: Sequence[float]) -> torch.Tensor:
+        return cross_boundary(study.model, runs, h, x, distances=scales, **options).images
+
+    return Edit((x or h).name, apply)
+
+
+# In x and in the noise
+
+
+@register_method("noise", scales=(2.5, 5.0, 10.0, 20.0), family="x and noise", unit="sd of each noise")
+def noise_difference(study: Study, attribute: str) -> Edit:
+    """The difference of means of x_T and of every z_t, each added to its own (the x_T baseline of Haas et al.)."""
+    y = study.labels(attribute).to_numpy(dtype=float)
+    weights = torch.from_numpy(y / y.sum() - (1 - y) / (1 - y).sum()).float()
+    shape, seeds, visited = study.model.image_shape, list(study.labels(attribute).index), study.store.timesteps
+    noises = [initial_noise(seeds, shape), *(step_noise(seeds, shape, t=t) for t in visited)]
+    units = torch.stack([torch.einsum("n,nchw->chw", weights, noise) for noise in noises])
+    units /= units.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+    def apply(runs: Trajectory, scales: Sequence[float]) -> torch.Tensor:
+        if runs.timesteps != visited:
+            raise NotApplicable("the noise of other timesteps is other noise")
+        own, stochastic = runs.noise, runs.noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
+        edited = []
+        for scale in scales:
+            noise = own + scale * stochastic * units[1:, None]
+            moved = replace(runs, x_T=runs.x_T + scale * units[0], stored_noise=noise, seeds=None)
+            edited.append(replay(moved, progress=False).x0)
+        return torch.stack(edited, dim=1)
+
+    return Edit(attribute, apply)
+
+
+@register_method("pullback", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
+def pullback(study: Study, attribute: str) -> Edit:
+    """The singular vector of d h / d x_t of one sample that changes the attribute most (Park et al.)."""
+    found = study.learned("pullback", lambda: _vectors(study, map="x->h"))
+    study.spent_on(found.convergence, width=2)
+    return study.pick("pullback", _moves(found), attribute, scale=8.0)
+
+
+@register_method("LOCO", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
+def loco(study: Study, attribute: str) -> Edit:
+    """The same for the predicted image within the region, without what acts outside of it (LOCO-Edit)."""
+    mask = study.mask(attribute)
+    name = f"loco {digest_of_mask(mask)}"
+    found = study.learned(name, lambda: _vectors(study, map="x->x0", mask=mask, nullspace=CANDIDATES))
+    study.spent_on(found.convergence, width=4)
+    return study.pick(name, _moves(found), attribute, scale=8.0)
+
+
+def _vectors(study: Study, **options) -> XSpectrum:
+    settings = {"t": study.t, "k": CANDIDATES, "tol": TOLERANCE, "progress": False, **options}
+    return find_pullback(study.model, study.run[0], **settings)
+
+
+def _moves(found: XSpectrum) -> list[Edit]:
+    def move(i: int) -> Edit:
+        return Edit(
+            f"vector {i + 1}",
+            lambda runs, scales: torch.stack([found.edit(runs, i, scale=s) for s in scales], dim=1),
+        )
+
+    return [move(i) for i in range(len(found))]

@@ -1,0 +1,426 @@
+"""The papers' figures by name: each recipe measures on a model, draws, and hands out the numbers that it drew.
+
+A recipe is a function of a `Setup`; `recipe` enters it in the list. It returns a `Drawn`: the figure, the table behind
+it, and the numbers that the claims of the papers stand or fall with, each with its interval and n.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from workbench import __version__, paths
+from workbench.analysis.metrics import drawn_again, mean_interval
+from workbench.datasets.classifiers import Classifier, load_classifier
+from workbench.datasets.labelled import LabelledImages, load_images
+from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.sampling import Trajectory, invert, sample
+from workbench.directions.boundary import Boundary, fit_boundary
+from workbench.directions.direction import Direction
+from workbench.directions.supervised import find_from_scores
+from workbench.editing.benchmark import find_masks
+from workbench.hspace.extract import extract
+from workbench.hspace.store import HStore
+from workbench.report.plots import STYLE, line, save_figure
+
+WIDTHS = {"single": 3.4, "double": 7.0}
+"""Widths of a column and of a page, in inches."""
+
+SMALLEST = 5.5
+"""Points below which no letter of a figure falls."""
+
+SHOWN = 4
+"""Samples in a figure of images: the first ones of those to edit, none picked."""
+
+T_AXIS = "timestep t (1000 is noise, 0 is the image)"
+
+HELD_OUT = 10**6
+"""Seeds of samples to edit count from here."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured value with its 95% interval.
+
+    Attributes
+    ----------
+    value, low, high : float
+    n : int
+        Of what the interval is over.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What a recipe returns.
+
+    Attributes
+    ----------
+    figure : matplotlib Figure
+    table : DataFrame
+        The numbers drawn.
+    caption : str
+    claims : dict of str -> Number
+        What a claim is judged by.
+    """
+
+    figure: Figure = field(repr=False)
+    table: pd.DataFrame = field(repr=False)
+    caption: str
+    claims: dict[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A figure that can be asked for.
+
+    Attributes
+    ----------
+    name : str
+    experiment : str
+        Its paper and its number there, such as "Haas E4".
+    shows : str
+    minutes : float
+        Expected on two cores, with the setup's defaults and the bundled model.
+    draw : callable (Setup) -> Drawn
+    """
+
+    name: str
+    experiment: str
+    shows: str
+    minutes: float
+    draw: Callable[[Setup], Drawn] = field(repr=False)
+
+
+_RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(name: str, experiment: str, shows: str, *, minutes: float) -> Callable[[Callable], Callable]:
+    """Decorator that enters a function of a `Setup` in the list of figures."""
+
+    def enter(draw: Callable[[Setup], Drawn]) -> Callable[[Setup], Drawn]:
+        _RECIPES[name] = Recipe(name, experiment, shows, minutes, draw)
+        return draw
+
+    return enter
+
+
+def list_figures() -> dict[str, Recipe]:
+    """Every figure that can be asked for, by its name."""
+    for module in ("haas", "zhu"):
+        importlib.import_module(f"workbench.report.{module}")
+    return dict(_RECIPES)
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What recipes measure on; everything is made when it is first asked for.
+
+    Attributes
+    ----------
+    model_name, images_name, classifier_name, judge_name : str
+    n : int
+        Samples that directions are found on, and images that boundaries are fitted on.
+    measured : int
+        Samples and images that are edited; none of the above.
+    steps : int
+    t : int
+        Timestep of boundaries and Jacobians; the nearest visited is taken.
+    attribute, other : str
+        The one that is edited, and a second one.
+    seed : int
+    device : str, optional
+    """
+
+    model_name: str = "avataaars32"
+    images_name: str = "avataaars"
+    classifier_name: str = "avataaars"
+    judge_name: str = "avataaars-judge"
+    n: int = 192
+    measured: int = 24
+    steps: int = 20
+    t: int = 500
+    attribute: str = "Long_Hair"
+    other: str = "Smiling"
+    seed: int = 0
+    device: str | None = None
+
+    @cached_property
+    def model(self) -> Model:
+        """The model."""
+        return load_model(self.model_name, device=self.device)
+
+    @cached_property
+    def labeller(self) -> Classifier:
+        """Labels the samples that directions are found on."""
+        return load_classifier(self.classifier_name, device=self.device)
+
+    @cached_property
+    def judge(self) -> Classifier:
+        """Scores the edits."""
+        return load_classifier(self.judge_name, device=self.device)
+
+    @cached_property
+    def images(self) -> LabelledImages:
+        """Labelled images; the first n are learned from, the last ones edited."""
+        return load_images(self.images_name, size=self.model.image_shape[1])
+
+    @cached_property
+    def timesteps(self) -> tuple[int, ...]:
+        """Visited timesteps."""
+        return self.model.schedule.timesteps(self.steps)
+
+    @cached_property
+    def at(self) -> int:
+        """The visited timestep that is nearest to t."""
+        return min(self.timesteps, key=lambda visited: abs(visited - self.t))
+
+    @cached_property
+    def store(self) -> HStore:
+        """h and x of n samples at eta 1."""
+        return extract(self.model, self.n, seed=self.seed, steps=self.steps, record_x=True, progress=False)
+
+    @cached_property
+    def still(self) -> HStore:
+        """h and x of n samples at eta 0."""
+        return extract(self.model, self.n, seed=self.seed, steps=self.steps, eta=0.0, record_x=True, progress=False)
+
+    @cached_property
+    def inverted(self) -> HStore:
+        """h and x of n inverted images."""
+        images = self.images.select(slice(self.n))
+        return extract(self.model, images=images, steps=self.steps, record_x=True, progress=False)
+
+    @cached_property
+    def truth(self) -> pd.DataFrame:
+        """Labels of these images, for the judge's attributes."""
+        names = [name for name in self.judge.attributes if name in self.images.names]
+        return self.images.labels[names].iloc[: self.n].astype(int)
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """The labeller's probabilities of the samples at eta 1, by seed."""
+        return self.labeller(self.store.images[:], progress=False).set_axis(list(self.store.seeds))
+
+    @cached_property
+    def run(self) -> Trajectory:
+        """Samples to edit, at eta 1."""
+        return self._sampled(1.0)
+
+    @cached_property
+    def still_run(self) -> Trajectory:
+        """The same seeds at eta 0."""
+        return self._sampled(0.0)
+
+    @cached_property
+    def without(self) -> Trajectory:
+        """Inverted images without the attribute, none of those that are learned from."""
+        return invert(self.model, self.real_without, steps=self.timesteps, record_x=True, progress=False)
+
+    @cached_property
+    def real_without(self):
+        """Images without the attribute, none of those that are learned from; shape (measured, C, H, W)."""
+        labels = self.images.labels[self.attribute].to_numpy()
+        chosen = [i for i in range(self.n, len(self.images)) if labels[i] == 0]
+        return self.images[chosen[-self.measured :]]
+
+    @cached_property
+    def boundaries(self) -> dict[str, Boundary]:
+        """Of the attribute in h and x, from the inverted images."""
+        labels = self.truth[self.attribute]
+        return {s: fit_boundary(self.inverted, labels, t=self.at, space=s, balance=True) for s in ("h", "x")}
+
+    def masks(self, attributes: Sequence[str]) -> dict[str, np.ndarray]:
+        """Where attributes can be, as far as that is known: of the bundled domain."""
+        return find_masks(attributes, size=self.model.image_shape[1]) if self.images_name == "avataaars" else {}
+
+    def direction(self, attribute: str) -> Direction:
+        """The difference of means of a quarter of the samples a side, by the labeller's scores."""
+        return find_from_scores(self.store, self.scores[attribute], k=self.n // 4, name=attribute, progress=False)
+
+    def provenance(self) -> dict:
+        """What the numbers depend on."""
+        settings = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
+        settings.pop("device")
+        known = {"workbench": __version__, "model": self.model.provenance(), "settings": settings}
+        return known | {"judge": [self.judge.name, self.judge.hash]}
+
+    def _sampled(self, eta: float) -> Trajectory:
+        seeds = range(HELD_OUT + self.seed, HELD_OUT + self.seed + self.measured)
+        return sample(self.model, seeds, steps=self.steps, eta=eta, record_h=True, record_x=True, progress=False)
+
+
+def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, columns: str = "both") -> list[Path]:
+    """Make a figure of the papers, in files.
+
+    Parameters
+    ----------
+    name : str
+        One of `list_figures`.
+    setup : Setup, optional
+        What to measure on; by default the bundled model.
+    out : path
+        Folder: `NAME.json` has the numbers, `NAME-single` and `NAME-double` the figure as PDF, SVG and PNG.
+    columns : {"single", "double", "both", "none"}
+        How wide: a column of 3.4 inches, a page of 7.0, or both; "none" writes the numbers alone.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    ValueError
+        If there is no such figure, or `columns` is something else.
+    """
+    known = list_figures()
+    if name not in known:
+        raise ValueError(f"there is no figure {name!r}; `workbench figure --list` has {', '.join(known)}")
+    if columns not in (*WIDTHS, "both", "none"):
+        raise ValueError(f"columns is {columns!r}; it is single, double, both or none")
+    setup = Setup() if setup is None else setup
+    drawn = known[name].draw(setup)
+    out, files = Path(out), []
+    for width, inches in WIDTHS.items():
+        if columns in (width, "both"):
+            files += save_figure(resized(drawn.figure, inches), out / f"{name}-{width}")
+    return [write_record(known[name], drawn, setup, out=out), *files]
+
+
+def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -> Path:
+    """The numbers of a figure as JSON; whole or not at all."""
+    path = Path(out) / f"{made.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "figure": made.name,
+        "experiment": made.experiment,
+        "shows": made.shows,
+        "caption": drawn.caption,
+        "claims": {name: vars(number) for name, number in drawn.claims.items()},
+        "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
+        "provenance": setup.provenance(),
+    }
+    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def read_records(folder: str | Path | None = None, *, model: Model) -> dict[str, dict]:
+    """The recorded numbers of every figure, by name.
+
+    Parameters
+    ----------
+    folder : path, optional
+        By default those that are bundled for the model.
+    model : Model
+        Records of other weights are left out.
+
+    Returns
+    -------
+    dict of str -> dict
+    """
+    folder = paths.data() / "records" / model.name if folder is None else Path(folder)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return {each["figure"]: each for each in found if each["provenance"]["model"]["hash"] == model.hash}
+
+
+def resized(figure: Figure, width: float) -> Figure:
+    """The figure at another width on paper, with all that is drawn on it, letters as far as they stay legible.
+
+    Parameters
+    ----------
+    figure : matplotlib Figure
+        Changed in place.
+    width : float
+        In inches.
+
+    Returns
+    -------
+    Figure
+    """
+    laid_out = figure.get_layout_engine() is not None
+    with style.context(STYLE):
+        factor = width / _drawn_width(figure)
+        # Letters don't shrink below what is legible: what has a layout of its own keeps some height for them.
+        _scale(figure, factor, factor**0.5 if laid_out else factor)
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            sizes = [label.get_fontsize() for label in axis.get_ticklabels()[:1]]
+            axis.set_tick_params(labelsize=max([SMALLEST, *(size * factor for size in sizes)]))
+        ticks = {id(label) for axes in figure.axes for a in (axes.xaxis, axes.yaxis) for label in a.get_ticklabels()}
+        for text in figure.findobj(Text):
+            if id(text) not in ticks:
+                text.set_fontsize(max(SMALLEST, text.get_fontsize() * factor))
+        for _ in range(8):
+            factor = width / _drawn_width(figure)
+            _scale(figure, factor, 1.0 if laid_out else factor)
+    return figure
+
+
+def _drawn_width(figure: Figure) -> float:
+    """Width in inches of all that is drawn, labels outside of the axes too."""
+    figure.draw_without_rendering()
+    return figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).width
+
+
+def _scale(figure: Figure, across: float, up: float) -> None:
+    figure.set_size_inches(figure.get_figwidth() * across, figure.get_figheight() * up)
+
+
+def mean_of(values, *, seed: int = 0) -> Number:
+    """Mean of one value a sample, with its bootstrap interval; samples whose value is not known are left out."""
+    values = np.asarray(values, dtype=float).ravel()
+    values = values[np.isfinite(values)]
+    mean = float(values.mean()) if len(values) else float("nan")
+    return Number(mean, *mean_interval(values, seed=seed), len(values))
+
+
+def ratio_of(above, below, *, seed: int = 0) -> Number:
+    """Ratio of two means over the same samples, with its bootstrap interval."""
+    a, b = (np.asarray(values, dtype=float).ravel() for values in (above, below))
+    counts = drawn_again(len(a), resamples=1000, seed=seed)
+    low, high = np.quantile((counts @ a) / (counts @ b), (0.025, 0.975))
+    return Number(float(a.mean() / b.mean()), float(low), float(high), len(a))
+
+
+def difference_of(one: Number, other: Number) -> Number:
+    """Difference of two independent numbers; the errors add in squares."""
+    gap = one.value - other.value
+    down = np.hypot(one.value - one.low, other.high - other.value)
+    up = np.hypot(one.high - one.value, other.value - other.low)
+    return Number(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
+
+
+def words(name: str) -> str:
+    """A name as a figure writes it."""
+    return str(name).replace("_", " ")
+
+
+def curves(table: pd.DataFrame, by: str, x: str, xlabel: str, ylabel: str, **options) -> Figure:
+    """One line a name in the column `by`, with its band, of rows with `value`, `low` and `high`."""
+    wide = {end: table.pivot(index=x, columns=by, values=end) for end in ("value", "low", "high")}
+    names = list(table[by].unique())
+    values, low, high = ({words(name): wide[end][name] for name in names} for end in ("value", "low", "high"))
+    figure = line(wide["value"].index, values, low=low, high=high, xlabel=xlabel, ylabel=ylabel, **options)
+    if len(names) > 4:
+        with style.context(STYLE):
+            figure.axes[0].get_legend().remove()
+            figure.legend(loc="outside upper left", ncols=3)
+    return figure
