@@ -43,6 +43,7 @@ NOTEBOOKS = {
         "pair": [renamed("Gray_Hair"), renamed("Smiling")],
         "n_measured": 4,
     },
+    "70_edit_studio": {"k": 16, "attributes": [renamed("Smiling"), renamed("Long_Hair")], "n_samples": 4},
     "80_benchmark": {
         "methods": ["random h", "mean difference"],
         "attributes": [renamed("Smiling"), renamed("Long_Hair")],
