@@ -16,14 +16,15 @@ install: $(VENV)/installed  ## create .venv and install the workbench with pinne
 report: $(VENV)/installed  ## run the notebooks on the bundled model, write reports/index.html (PROFILE=full for more)
 	@$(BIN)/workbench report --profile $(PROFILE)
 
-test: $(VENV)/installed-test  ## run the whole suite: unit, notebooks, report, browser, benchmarks
-	cd $(ROOT) && $(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+test: $(VENV)/installed-test  ## run the whole suite: unit, notebooks, report, browser
+	cd $(ROOT) && $(BIN)/python -m pytest tests notebooks --ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 lab: $(VENV)/installed  ## open JupyterLab on the notebooks
 	cd $(ROOT) && $(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/installed-test  ## print the benchmarks' ratios
-	cd $(ROOT) && $(BIN)/python -m pytest tests/benchmarks -s
+bench: $(VENV)/installed-test  ## run the benchmarks, write reports/benchmarks.html (10 minutes on a quiet machine)
+	cd $(ROOT) && $(BIN)/python -m pytest tests/benchmarks --benchmark-json reports/benchmarks.json
+	cd $(ROOT) && $(BIN)/python tests/benchmarks/page.py reports/benchmarks.json
 
 clean:  ## remove .venv, cached extractions and reports
 	rm -rf $(VENV) $(ROOT)/data/cache $(ROOT)/*.egg-info

@@ -1,9 +1,6 @@
-"""What boundaries and sweeps of edits cost, as ratios of times in one run. Printed, never asserted: `make bench`."""
+"""What boundaries and sweeps of edits cost, as ratios of times in one run. Recorded, never asserted: `make bench`."""
 
 from __future__ import annotations
-
-import statistics
-import time
 
 import numpy as np
 import pandas as pd
@@ -17,18 +14,7 @@ from workbench.directions.boundary import fit_boundaries, fit_boundary
 pytestmark = pytest.mark.slow
 
 
-def medians(*calls, repeats: int = 3) -> list[float]:
-    """Median seconds of each call; the calls take turns, so that the machine's other work falls on all alike."""
-    times = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
-
-
-def test_a_boundary_of_100_images_of_256_pixels_against_svc_on_the_samples():
+def test_a_boundary_of_100_images_of_256_pixels_against_svc_on_the_samples(medians, record):
     rng = np.random.default_rng(0)
     y = np.arange(100) % 2
     z = rng.standard_normal((100, 196608), dtype=np.float32)
@@ -41,12 +27,11 @@ def test_a_boundary_of_100_images_of_256_pixels_against_svc_on_the_samples():
     w = SVC(kernel="linear").fit(z, y).coef_
     cosine = fit_boundary(z, y, t=500, space="x").coordinate(w)[0] / np.linalg.norm(w)
     assert cosine > 1 - 1e-6
-    print(
-        f"\n100 x 196,608: 2 folds {ours:.2f} s, 5 folds {held_out:.2f} s; SVC without folds {plain / held_out:.1f} x"
-    )
+    record("boundary with 5 folds, 100 x 196,608, against an SVC without", plain / held_out, "times as fast")
+    record("boundary with 2 folds, 100 x 196,608", ours, "s")
 
 
-def test_fourteen_attributes_share_the_products():
+def test_fourteen_attributes_share_the_products(medians, record):
     rng = np.random.default_rng(0)
     z = rng.standard_normal((100, 196608), dtype=np.float32)
     table = pd.DataFrame(rng.integers(2, size=(100, 14)), columns=[f"A{i}" for i in range(14)])
@@ -55,10 +40,10 @@ def test_fourteen_attributes_share_the_products():
         lambda: [fit_boundary(z, table[name], t=500, space="x") for name in table],
         repeats=1,
     )
-    print(f"\n14 attributes together: {together:.2f} s, {apart / together:.1f} times as fast as one by one")
+    record("14 boundaries together against one by one", apart / together, "times as fast")
 
 
-def test_a_sweep_of_20_strengths_against_one_by_one(model):
+def test_a_sweep_of_20_strengths_against_one_by_one(model, medians, record):
     visited = list(range(500, -1, -25))
     images = wb.load_images("avataaars", size=32)[:40]
     run = wb.invert(model, images, steps=visited, progress=False)
@@ -74,4 +59,4 @@ def test_a_sweep_of_20_strengths_against_one_by_one(model):
 
     torch.testing.assert_close(sweep(), one_by_one(), atol=1e-3, rtol=1e-3)
     batched, single = medians(sweep, one_by_one)
-    print(f"\nsweep of 20 strengths over 21 steps: {batched:.2f} s, {single / batched:.1f} times as fast as one by one")
+    record("sweep of 20 strengths against one by one", single / batched, "times as fast")

@@ -1,9 +1,6 @@
-"""What edits cost, as ratios of times that are taken in turn in one run. Printed, never asserted: `make bench`."""
+"""What edits cost, as ratios of times that are taken in turn in one run. Recorded, never asserted: `make bench`."""
 
 from __future__ import annotations
-
-import statistics
-import time
 
 import pytest
 import torch
@@ -36,42 +33,36 @@ def direction(model, run):
     return random_like(plain, seed=0)
 
 
-def medians(*calls, repeats: int = 5) -> list[float]:
-    """Median seconds of each call; the calls take turns, so that the machine's other work falls on all alike."""
-    times = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
-
-
-def test_an_asymmetric_edit_in_unet_passes_a_step(model, run, direction):
+def test_an_asymmetric_edit_in_unet_passes_a_step(model, run, direction, medians, record):
     plain, symmetric, asymmetric = medians(
         lambda: wb.replay(run, progress=False),
         lambda: wb.edit(model, run, direction, progress=False),
         lambda: wb.edit(model, run, direction, asymmetric=True, progress=False),
     )
-    print(f"\nU-Net passes a step: symmetric edit {symmetric / plain:.2f}, asymmetric {asymmetric / plain:.2f}")
+    record("symmetric edit", symmetric / plain, "U-Net passes a step")
+    record("asymmetric edit", asymmetric / plain, "U-Net passes a step", goal="at most 1.75")
 
 
-def test_a_grid_against_its_cells_one_by_one(model, run, direction):
-    scales = [-2.0, -1.0, 1.0, 2.0]
+@pytest.mark.parametrize("share, goal", [(1, ""), (2, "at least 3")])
+def test_a_grid_against_its_cells_one_by_one(model, run, direction, medians, record, share, goal):
+    """Edited in all steps, where a batch is what a grid gains, and in the last half, where it also shares the first."""
+    scales, window = [-2.0, -1.0, 1.0, 2.0], (run.timesteps[STEPS - STEPS // share], 0)
+    options = {"t_range": window, "progress": False}
 
     def grid():
-        return wb.edit_grid(model, run[:4], direction, scales=scales, progress=False).images
+        return wb.edit_grid(model, run[:4], direction, scales=scales, **options).images
 
     def cells():
-        edited = [wb.edit(model, run[s], direction, scale=c, progress=False).x0 for s in range(4) for c in scales]
+        edited = [wb.edit(model, run[s], direction, scale=c, **options).x0 for s in range(4) for c in scales]
         return torch.cat(edited).unflatten(0, (4, 4))
 
     torch.testing.assert_close(grid(), cells(), atol=1e-3, rtol=1e-3)
     batched, one_by_one = medians(grid, cells, repeats=3)
-    print(f"\nedit grid of 4 x 4: {one_by_one / batched:.1f} times as fast as its cells one by one")
+    name = f"edit grid of 4 x 4 in {STEPS // share} of {STEPS} steps, against its cells one by one"
+    record(name, one_by_one / batched, "times as fast", goal=goal)
 
 
-def test_steps_before_the_edit_cost_once(model, run, direction):
+def test_steps_before_the_edit_cost_once(model, run, direction, medians, record):
     last = run.timesteps[-2:]
     scales = [-2.0, -1.0, 1.0, 2.0]
     everywhere, late = medians(
@@ -80,4 +71,4 @@ def test_steps_before_the_edit_cost_once(model, run, direction):
         repeats=3,
     )
     passes = (4 * (STEPS - 2) + 16 * 2) / (16 * STEPS)
-    print(f"\nedit of the last 2 of {STEPS} steps: {late / everywhere:.2f} of the time ({passes:.2f} of the passes)")
+    record(f"grid edited in the last 2 of {STEPS} steps ({passes:.2f} of the passes)", late / everywhere, "of the time")

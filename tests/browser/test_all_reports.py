@@ -40,7 +40,7 @@ NOTEBOOKS = {
         "n": 100,
         "steps": 6,
         "attribute": renamed("Long_Hair"),
-        "pair": [renamed("Black_Hair"), renamed("Smiling")],
+        "pair": [renamed("Gray_Hair"), renamed("Smiling")],
         "n_measured": 4,
     },
     "90_your_images": {"n_images": 2, "n_directions": 2},

@@ -192,6 +192,18 @@ def test_a_seed_is_the_same_image_on_the_cpu_and_on_cuda(model):
     # Twenty steps of float32 (TF32 in convolutions) on images in [-1, 1].
     torch.testing.assert_close(on_gpu.x0, on_cpu.x0, atol=0.05, rtol=0)
     torch.testing.assert_close(on_gpu.h.values[0], on_cpu.h.values[0], atol=0.05, rtol=0.05)
+    # The record is copied beside the computing, so its last step must not be missed.
+    assert on_gpu.h.values.is_pinned()
+    torch.testing.assert_close(on_gpu.h.values[-1], on_cpu.h.values[-1], atol=0.2, rtol=0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a CUDA device, and there is none")
+def test_bfloat16_on_cuda_is_near_float32_on_the_cpu(model):
+    gpu = wb.load_model("avataaars32", device="cuda", dtype="bfloat16")
+    x_t = torch.randn(4, *model.image_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(gpu(x_t.cuda(), 500).cpu(), model(x_t, 500), atol=0.1, rtol=0.1)
 
 
 # What does not
