@@ -1015,11 +1015,12 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
     caption = (
         f"{model.name}: the first {min(100, arguments.n)} samples, {arguments.steps} steps, eta {arguments.eta:g}."
     )
-    sheet = wb.plots.image_grid(evaluation.images[:100], columns=10, caption=caption)
-    sheet.savefig(arguments.card / "samples.png", dpi=100, format="png")
+    sheets = {"samples": wb.plots.image_grid(evaluation.images[:100], columns=10, caption=caption)}
     if evaluation.nearest is not None:
-        labels = ["samples", "nearest training images"]
-        wb.plots.image_grid(evaluation.nearest, row_labels=labels).savefig(arguments.card / "nearest.png", dpi=100)
+        labels = ["samples", "nearest\ntraining images"]
+        sheets["nearest"] = wb.plots.image_grid(evaluation.nearest, row_labels=labels)
+    for name, sheet in sheets.items():
+        sheet.savefig(arguments.card / f"{name}.png", dpi=100, format="png", bbox_inches="tight")
     print(evaluation.write(arguments.card).resolve())
 
 
