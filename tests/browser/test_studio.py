@@ -174,7 +174,7 @@ def test_a_slider_pulled_by_keyboard_changes_the_image(lab):
 
 def test_a_saved_recipe_renders_the_browsers_image_in_another_process_and_reloads(lab):
     shown = pixels(lab)
-    open_view(lab, "Save and load")
+    open_view(lab, "Files")
     lab.get_by_label("Name").fill(NAME)
     lab.get_by_label("Name").press("Tab")
     for words, said in (("Save recipe", "saved " + NAME + ".json"), ("Save figure", NAME + ".pdf")):

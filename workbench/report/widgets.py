@@ -229,7 +229,7 @@ class EditStudio(widgets.VBox):
                 self._map_view(),
                 self._files(),
             ],
-            titles=("Read-out", "Strip", "Grid", "Timesteps", "Map", "Save and load"),
+            titles=("Read-out", "Strip", "Grid", "Timesteps", "Map", "Files"),
         )
         self.views.observe(lambda _: self._update(), "selected_index")
         images = widgets.VBox([pictures, self.progress, self.status, self.views]).add_class("hspace-images")
