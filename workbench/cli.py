@@ -779,6 +779,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     table.to_csv(folder / "leaderboard.csv")
     figure = wb.plots.pareto(leaderboard.pareto(result.edits), family=result.provenance["family"])
     wb.plots.save_figure(figure, folder / "pareto")
+    seeds = [f"seed {seed % benchmark.HELD_OUT}" for seed in result.provenance["shown"][:2]]
+    for attribute in sorted({of for _, of in result.strips}):
+        strips = wb.plots.edit_strips(result.strips, attribute, names=seeds)
+        wb.plots.save_figure(strips, folder / f"strips-{attribute.replace(' ', '-')}")
     shown = "success success_low success_high leakage entanglement psnr_outside identity p_random".split()
     print(f"{result}\n{table[[c for c in shown if c in table]].round(2).to_string()}\n{folder.resolve()}")
     if not arguments.no_report and arguments.plugin is None:

@@ -33,6 +33,7 @@ __all__ = [
     "HoverFigure",
     "bars",
     "edit_grid",
+    "edit_strips",
     "image_grid",
     "line",
     "matrix",
@@ -217,6 +218,47 @@ def edit_grid(grid: EditGrid, *, caption: str | None = None) -> Figure:
     matplotlib Figure
     """
     return image_grid(grid.images, row_labels=grid.row_labels, column_labels=grid.column_labels, caption=caption)
+
+
+def edit_strips(
+    strips: Mapping[tuple[str, str], np.ndarray],
+    attribute: str,
+    *,
+    names: Sequence[str],
+    caption: str | None = None,
+) -> Figure:
+    """Samples and their edits from weak to strong, one row a method.
+
+    Parameters
+    ----------
+    strips : mapping of (method, attribute) -> array of shape (samples, 1 + strengths, C, H, W), values in [-1, 1]
+        As of a `Benchmark`; the first column is the sample itself.
+    attribute : str
+    names : sequence of str
+        Of the samples to draw, the first ones.
+    caption : str, optional
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If no method has a strip of that attribute.
+    """
+    shown = {method: strip[: len(names)] for (method, of), strip in strips.items() if of == attribute}
+    if not shown:
+        raise ValueError(f"there is no strip of {attribute!r}; there are {_listed({of for _, of in strips})}")
+    columns = max(strip.shape[1] for strip in shown.values())
+    # A method with fewer strengths leaves white cells.
+    rows = [
+        np.pad(strip, [(0, 0), (0, columns - strip.shape[1]), (0, 0), (0, 0), (0, 0)], constant_values=1.0)
+        for strip in shown.values()
+    ]
+    labels = [label for name in names for label in (name, *(f"edit {i + 1}" for i in range(columns - 1)))]
+    images = np.stack([np.concatenate(list(row)) for row in rows])
+    return image_grid(images, row_labels=list(shown), column_labels=labels, caption=caption)
 
 
 def line(
