@@ -11,6 +11,7 @@ import io
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -514,12 +515,12 @@ def pareto(
         figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
-            colors = iter(zip(PALETTE, "osD^vP*X", strict=True))
+            colors, grey = iter(zip(PALETTE, "osD^vP*X", strict=True)), cycle((":", "--"))
             for name, part in table.groupby("method", sort=False):
                 if family[name] not in (panel, "control"):
                     continue
                 color, marker = (_QUIET, ".") if family[name] == "control" else next(colors)
-                line_style = ":" if family[name] == "control" else "-"
+                line_style = next(grey) if family[name] == "control" else "-"
                 ends = [np.abs(part[f"{v}_{e}"] - part[v]) for v in (x, y) for e in ("low", "high")]
                 axes.errorbar(
                     part[x], part[y], xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1
