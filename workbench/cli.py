@@ -309,9 +309,9 @@ def _add_benchmark(command) -> None:
         "workbench benchmark --quick --methods PCA 'mean difference' -o benchmark",
     )
     benchmark.add_argument("model", nargs="?", default="avataaars32", help="default avataaars32")
-    benchmark.add_argument("--quick", action="store_true", help="few samples and six attributes: minutes, not hours")
+    benchmark.add_argument("--quick", action="store_true", help="few samples and four attributes: minutes, not hours")
     benchmark.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all that are registered")
-    benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or six")
+    benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or four")
     benchmark.add_argument("--plugin", type=Path, help="Python file that registers more methods")
     benchmark.add_argument("--seed", type=int, default=0, help="of populations and held-out samples (default 0)")
     benchmark.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
@@ -922,6 +922,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     table.to_csv(folder / "leaderboard.csv")
     figure = wb.plots.pareto(leaderboard.pareto(result.edits), family=result.provenance["family"])
     wb.plots.save_figure(figure, folder / "pareto")
+    seeds = [f"seed {seed % benchmark.HELD_OUT}" for seed in result.provenance["shown"][:2]]
+    for attribute in sorted({of for _, of in result.strips}):
+        strips = wb.plots.edit_strips(result.strips, attribute, names=seeds)
+        wb.plots.save_figure(strips, folder / f"strips-{attribute.replace(' ', '-')}")
     shown = "success success_low success_high leakage entanglement psnr_outside identity p_random".split()
     print(f"{result}\n{table[[c for c in shown if c in table]].round(2).to_string()}\n{folder.resolve()}")
     if not arguments.no_report and arguments.plugin is None:

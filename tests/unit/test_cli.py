@@ -369,9 +369,15 @@ def test_a_method_of_ones_own_is_benchmarked_as_the_readme_says(tmp_path, capsys
         methods.METHODS.clear()
         methods.METHODS.update(before)
     assert status == 0 and "two a side" in text
-    assert {"edits.parquet", "edits.csv", "leaderboard.csv", "realism.csv", "costs.csv", "pareto.pdf"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {
+        "edits.parquet",
+        "edits.csv",
+        "leaderboard.csv",
+        "realism.csv",
+        "costs.csv",
+        "pareto.pdf",
+        "strips-Smiling.png",
+    } <= {path.name for path in out.iterdir()}
     table = pd.read_parquet(out / "edits.parquet")
     assert set(table.method) == {"two a side", "random h"} and set(table.attribute) == {"Smiling"}
 

@@ -435,3 +435,19 @@ def test_pareto_has_a_panel_a_family_and_the_controls_in_each():
 def test_a_wide_matrix_writes_short_numbers():
     wide = plots.matrix(pd.DataFrame(np.full((1, 12), -0.25)))
     assert {text.get_text() for text in wide.axes[0].texts} == {"-.25"}
+
+
+def test_strips_have_a_row_a_method_and_white_cells_where_it_has_fewer_strengths():
+    strips = {("long", "A"): np.zeros((3, 4, 3, 8, 8)), ("short", "A"): np.zeros((3, 2, 3, 8, 8))}
+    figure = plots.edit_strips(strips, "A", names=["one", "two"])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["long", "short"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "edit 1", "edit 2", "edit 3", "two"] + [
+        "edit 1",
+        "edit 2",
+        "edit 3",
+    ]
+    cells = [image.get_array() for image in axes.images]
+    assert [int(cell.min()) for cell in cells] == [127 + 1] * 8 + [128, 128, 255, 255] * 2
+    with pytest.raises(ValueError, match="there is no strip of 'B'; there are 'A'"):
+        plots.edit_strips(strips, "B", names=["one"])

@@ -97,7 +97,7 @@ class Protocol:
     transfer: bool = True
 
 
-QUICK_ATTRIBUTES = ("Smiling", "Eyeglasses", "Beard", "Long_Hair", "Blond_Hair", "Dark_Skin")
+QUICK_ATTRIBUTES = ("Smiling", "Eyeglasses", "Long_Hair", "Dark_Skin")
 
 SIZES = {
     "quick": {"population": 192, "held_out": 16, "repeats": 1, "steps": 10},

@@ -11,6 +11,7 @@ import io
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,7 @@ __all__ = [
     "bars",
     "before_after",
     "edit_grid",
+    "edit_strips",
     "image_grid",
     "line",
     "matrix",
@@ -272,6 +274,47 @@ def to_pixels(images) -> np.ndarray:
     ndarray of shape (n, H, W, 3), uint8
     """
     return _pictures(_numpy(images).clip(-1, 1), "images")
+
+
+def edit_strips(
+    strips: Mapping[tuple[str, str], np.ndarray],
+    attribute: str,
+    *,
+    names: Sequence[str],
+    caption: str | None = None,
+) -> Figure:
+    """Samples and their edits from weak to strong, one row a method.
+
+    Parameters
+    ----------
+    strips : mapping of (method, attribute) -> array of shape (samples, 1 + strengths, C, H, W), values in [-1, 1]
+        As of a `Benchmark`; the first column is the sample itself.
+    attribute : str
+    names : sequence of str
+        Of the samples to draw, the first ones.
+    caption : str, optional
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If no method has a strip of that attribute.
+    """
+    shown = {method: strip[: len(names)] for (method, of), strip in strips.items() if of == attribute}
+    if not shown:
+        raise ValueError(f"there is no strip of {attribute!r}; there are {_listed({of for _, of in strips})}")
+    columns = max(strip.shape[1] for strip in shown.values())
+    # A method with fewer strengths leaves white cells.
+    rows = [
+        np.pad(strip, [(0, 0), (0, columns - strip.shape[1]), (0, 0), (0, 0), (0, 0)], constant_values=1.0)
+        for strip in shown.values()
+    ]
+    labels = [label for name in names for label in (name, *(f"edit {i + 1}" for i in range(columns - 1)))]
+    images = np.stack([np.concatenate(list(row)) for row in rows])
+    return image_grid(images, row_labels=list(shown), column_labels=labels, caption=caption)
 
 
 def line(
@@ -562,12 +605,12 @@ def pareto(
         figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
-            colors = iter(zip(PALETTE, "osD^vP*X", strict=True))
+            colors, grey = iter(zip(PALETTE, "osD^vP*X", strict=True)), cycle((":", "--"))
             for name, part in table.groupby("method", sort=False):
                 if family[name] not in (panel, "control"):
                     continue
                 color, marker = (_QUIET, ".") if family[name] == "control" else next(colors)
-                line_style = ":" if family[name] == "control" else "-"
+                line_style = next(grey) if family[name] == "control" else "-"
                 ends = [np.abs(part[f"{v}_{e}"] - part[v]) for v in (x, y) for e in ("low", "high")]
                 axes.errorbar(
                     part[x], part[y], xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1
