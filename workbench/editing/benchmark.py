@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench import __version__, paths
@@ -214,7 +215,8 @@ def run_benchmark(
         for method, attribute, repeat in bar:
             bar.set_postfix_str(f"{method}, {attribute}")
             cells.append(bench.measure(method, attribute, repeat))
-    return bench.gathered(dict(zip(wanted, cells, strict=True)))
+    with threadpool_limits(1, user_api="blas"):
+        return bench.gathered(dict(zip(wanted, cells, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,7 +368,9 @@ class Bench:
         study.cost.clear()
         start = time.perf_counter()
         try:
-            edit = as_edit(method.find(study, attribute), self.model)
+            # Many small matrices: more threads cost more than they give, and far more where cores are busy.
+            with threadpool_limits(1, user_api="blas"):
+                edit = as_edit(method.find(study, attribute), self.model)
             seconds, held_out = time.perf_counter() - start, self._held_out
             cost = sum(study.cost.values(), Counter())
             with _counted(self.model) as passes:
