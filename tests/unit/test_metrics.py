@@ -258,6 +258,8 @@ def test_the_frechet_distance_is_its_formula_also_for_singular_covariances():
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * linalg.sqrtm(s @ t).real)
     assert frechet_distance(a, b) == pytest.approx(expected)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        frechet_distance(a, np.full_like(b, np.nan))
     few = rng.standard_normal((3, 10))
     assert frechet_distance(few, few + 2.0) == pytest.approx(40.0)
     # Of N(0, 1) and N(m, s): m^2 + (1 - s)^2.

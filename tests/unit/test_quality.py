@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import linalg
 
 from workbench.analysis.quality import (
     attribute_frequencies,
-    frechet_distance,
     joint_frequencies,
     memorisation,
     nearest_neighbours,
@@ -19,28 +17,6 @@ from workbench.analysis.quality import (
 
 def points(n=300, d=6, *, seed=0, shift=0.0, scale=1.0):
     return shift + scale * np.random.default_rng(seed).standard_normal((n, d))
-
-
-def test_the_frechet_distance_is_its_formula_by_scipys_matrix_root():
-    a, b = points() @ np.random.default_rng(5).standard_normal((6, 6)), points(200, seed=1, shift=0.3)
-    C, D = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(C + D - 2 * linalg.sqrtm(C @ D).real)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
-
-
-def test_it_is_the_shift_alone_of_a_set_and_its_copy_elsewhere():
-    a = points()
-    assert frechet_distance(a, a + 2.0) == pytest.approx(6 * 4.0)
-    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-8)
-
-
-def test_it_takes_features_that_are_constant_or_fewer_rows_than_columns():
-    a, b = points(5, 20), points(5, 20, seed=1)
-    a[:, 0] = b[:, 0] = 1.0
-    assert np.isfinite(frechet_distance(a, b))
-    one = points(50, 1)
-    assert frechet_distance(one, 3 * one) == pytest.approx((one.mean() * 2) ** 2 + 4 * one.var(ddof=1))
 
 
 def test_precision_and_recall_are_those_of_a_loop():
@@ -104,8 +80,6 @@ def test_joint_frequencies_see_a_correlation_that_the_single_ones_do_not():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: frechet_distance(points(3), points(3, 5)), r"shapes \(3, 6\) and \(3, 5\); give 2 rows"),
-        (lambda: frechet_distance(points(3), np.full((3, 6), np.nan)), "NaN or infinite"),
         (lambda: precision_recall(points(3), points(9)), "k is 3; with 3 and 9 points give 1 to 2"),
         (lambda: nearest_neighbours(points(3), points(2), k=3), "k is 3; of 2 points give 1 to 2"),
         (lambda: attribute_frequencies(pd.DataFrame({"A": [1]}), {"B": 0.5}), "no labels for B; there are for A"),

@@ -559,6 +559,8 @@ def _two_sets(features: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.
     a, b = np.asarray(features, dtype=float), np.asarray(others, dtype=float)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features have shapes {a.shape} and {b.shape}; give at least 2 rows each, of one length")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features are NaN or infinite; the network that they come from gave no finite value")
     return a, b
 
 

@@ -1,7 +1,7 @@
 """How close generated images are to held-out ones: distances between sets of features, precision, recall, memorisation.
 
 Features are arrays of shape (n, d), one row an image: what a classifier's last layer sees, or the pixels themselves.
-The unbiased kernel distance is in `metrics`.
+The Frechet and the kernel distance are in `metrics`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import linalg
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 
@@ -29,38 +28,6 @@ class PrecisionRecall:
 
     precision: Rate
     recall: Rate
-
-
-def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
-    """Frechet distance of two sets of features, each taken as a Gaussian (Heusel et al. 2017, section 4).
-
-    d^2 = |m - m'|^2 + trace(C + C' - 2 (C C')^(1/2))
-
-    It is above 0 for two samples of one distribution too, the more so the fewer they are: compare it with the distance
-    of two sets of real images of the same n.
-
-    Parameters
-    ----------
-    features, others : array of shape (n, d), (m, d)
-        At least 2 of each.
-
-    Returns
-    -------
-    float
-        d^2, 0 or more.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than 2 of one, or they have other numbers of features, or are not finite.
-    """
-    a, b = _features(features, others)
-    shift = a.mean(axis=0) - b.mean(axis=0)
-    C, D = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    # The trace of (C D)^(1/2) is that of (C^(1/2) D C^(1/2))^(1/2), which stays symmetric.
-    root = _symmetric_root(C)
-    mixed = np.sqrt(linalg.eigvalsh(root @ D @ root).clip(min=0)).sum()
-    return max(0.0, float(shift @ shift + np.trace(C + D) - 2 * mixed))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, *, k: int = 3) -> PrecisionRecall:
@@ -216,11 +183,6 @@ def _features(features: np.ndarray, others: np.ndarray, *, least: int = 2) -> tu
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("features hold NaN or infinite values; check the images")
     return a, b
-
-
-def _symmetric_root(C: np.ndarray) -> np.ndarray:
-    values, vectors = linalg.eigh(C)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def _inside(points: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:

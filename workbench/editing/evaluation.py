@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.metrics import Rate, kernel_distance
+from workbench.analysis.metrics import Rate, frechet_distance, kernel_distance
 from workbench.analysis.quality import (
     attribute_frequencies,
-    frechet_distance,
     joint_frequencies,
     memorisation,
     nearest_neighbours,
