@@ -309,9 +309,9 @@ def _add_benchmark(command) -> None:
         "workbench benchmark --quick --methods PCA 'mean difference' -o benchmark",
     )
     benchmark.add_argument("model", nargs="?", default="avataaars32", help="default avataaars32")
-    benchmark.add_argument("--quick", action="store_true", help="few samples and four attributes: minutes, not hours")
+    benchmark.add_argument("--quick", action="store_true", help="few samples and three attributes: minutes, not hours")
     benchmark.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all that are registered")
-    benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or four")
+    benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or three")
     benchmark.add_argument("--plugin", type=Path, help="Python file that registers more methods")
     benchmark.add_argument("--seed", type=int, default=0, help="of populations and held-out samples (default 0)")
     benchmark.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")

@@ -98,7 +98,7 @@ class Protocol:
     transfer: bool = True
 
 
-QUICK_ATTRIBUTES = ("Smiling", "Eyeglasses", "Long_Hair", "Dark_Skin")
+QUICK_ATTRIBUTES = ("Smiling", "Long_Hair", "Dark_Skin")
 
 SIZES = {
     "quick": {"population": 192, "held_out": 16, "repeats": 1, "steps": 10},
