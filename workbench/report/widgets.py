@@ -625,6 +625,7 @@ class EditStudio(widgets.VBox):
         figure.add_scatter(mode="lines+markers", line=line, marker=end, name="the edit's path", hoverinfo="name")
         clear, grey = "rgba(0,0,0,0)", "#888"
         figure.update_layout(
+            width=540,  # a tab that is not shown has no width to follow
             height=420,
             margin={"l": 50, "r": 10, "t": 10, "b": 45},
             paper_bgcolor=clear,
