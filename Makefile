@@ -17,7 +17,8 @@ report: $(VENV)/installed  ## run the notebooks on the bundled model, write repo
 	@$(BIN)/workbench report --profile $(PROFILE)
 
 test: $(VENV)/installed-test  ## run the whole suite: unit, notebooks, report, browser
-	cd $(ROOT) && $(BIN)/python -m pytest tests notebooks --ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --ignore tests/benchmarks \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 --numprocesses auto --dist loadfile
 
 lab: $(VENV)/installed  ## open JupyterLab on the notebooks
 	cd $(ROOT) && $(BIN)/jupyter lab notebooks

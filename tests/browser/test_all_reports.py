@@ -42,6 +42,7 @@ NOTEBOOKS = {
         "attribute": renamed("Long_Hair"),
         "pair": [renamed("Gray_Hair"), renamed("Smiling")],
         "n_measured": 4,
+        "strength": 2.0,
     },
     "70_edit_studio": {"k": 16, "attributes": [renamed("Smiling"), renamed("Long_Hair")], "n_samples": 4},
     "80_benchmark": {

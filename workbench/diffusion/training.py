@@ -435,7 +435,7 @@ class _Run:
                 target = out / file.relative_to(partial)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
-        standing = {"step": self.step, "hours": round(self.hours(), 3), "hash": hash_weights(unet)}
+        standing = {"step": self.step, "hours": round(self.hours(), 6), "hash": hash_weights(unet)}
         text = json.dumps(self.description | standing, indent=2) + "\n"
         _write(out / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
         return unet
