@@ -1,4 +1,4 @@
-"""From a slider's move to the new image, in passes of the network and in time. Printed, never asserted."""
+"""From a slider's move to the new image, in passes of the network and in time. Recorded, never asserted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def studio(model):
     return made
 
 
-def test_a_move_of_a_slider(studio, model, monkeypatch):
+def test_a_move_of_a_slider(studio, model, monkeypatch, record):
     """Both times are of the widget: from the change of the slider's value to that of the picture.
 
     The pause after which a slider counts as resting is left out: it is waited for on purpose.
@@ -52,14 +52,13 @@ def test_a_move_of_a_slider(studio, model, monkeypatch):
             model(x_t, 500)
         passes.append(time.perf_counter() - start)
     one, preview, image = (statistics.median(times) for times in (passes, previews, images))
-    print(
-        f"\none pass {1000 * one:.1f} ms on {torch.get_num_threads()} threads; from a move to the preview "
-        f"{1000 * preview:.0f} ms = {preview / one:.1f} passes (goal {1000 * PREVIEW_GOAL:.0f} ms), to the image of "
-        f"{STEPS} steps {image:.2f} s = {image / one:.1f} passes (goal {IMAGE_GOAL} s); medians of {MOVES} moves"
-    )
+    record("studio: from a move to the preview", preview, "s", goal=f"at most {PREVIEW_GOAL}")
+    record("studio: from a move to the preview", preview / one, "U-Net passes")
+    record(f"studio: from a move to the image of {STEPS} steps", image, "s", goal=f"at most {IMAGE_GOAL}")
+    record(f"studio: from a move to the image of {STEPS} steps", image / one, "U-Net passes")
 
 
-def test_steps_before_the_window_cost_nothing(studio):
+def test_steps_before_the_window_cost_nothing(studio, record):
     """An edit of the last fifth of the steps against one of all."""
     session, times = studio.session, {}
     session.reset()
@@ -74,4 +73,4 @@ def test_steps_before_the_window_cost_nothing(studio):
             taken.append(time.perf_counter() - start)
         times[window] = statistics.median(taken)
     everywhere, late = times.values()
-    print(f"\nedit of the last {STEPS // 5} of {STEPS} steps: {late / everywhere:.2f} of the time of all")
+    record(f"studio: image edited in the last {STEPS // 5} of {STEPS} steps", late / everywhere, "of the time of all")
