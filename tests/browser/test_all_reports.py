@@ -92,10 +92,16 @@ def test_every_figure_of_the_notebook_is_on_the_page(reports, name):
     check_report(reports / f"{name}.html", images=flat, plotly=plotly, hover=hover, formulas=formulas)
 
 
-def test_a_second_report_reuses_the_extractions_and_says_so(reports, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "profiles", lambda: reports)
-    monkeypatch.setattr(paths, "reports", lambda: reports)
-    assert cli.main(["report", "--profile", "smoke", "--only", "10"]) == 0
-    # Other tests may extract to the same cache meanwhile, which the count of new stores would tell.
-    assert "extractions: " in capsys.readouterr().out
-    assert "from the cache" in (reports / "10_extract.html").read_text()
+def test_a_second_report_reuses_the_extractions_and_says_so(tmp_path, monkeypatch, capsys):
+    # A cache of its own, since the count of new stores is that of the whole folder.
+    for folder in ("data", "profiles"):
+        (tmp_path / folder).mkdir()
+    for source in (paths.models(), paths.data() / "avataaars"):
+        (tmp_path / "data" / source.name).symlink_to(source)
+    (tmp_path / "notebooks").symlink_to(paths.notebooks())
+    (tmp_path / "profiles" / "smoke.yaml").write_text("common: {n: 8, steps: 4, n_images: 2}\n")
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    for said in ("extractions: 2 made", "extractions: all from"):
+        assert cli.main(["report", "--profile", "smoke", "--only", "10"]) == 0
+        assert said in capsys.readouterr().out
+    assert "from the cache" in (paths.reports() / "10_extract.html").read_text()

@@ -137,9 +137,6 @@ def extract(
     path = paths.cache() / name if out is None else place(out)
     ranks = Ranks.launched()
     with _alone(path, wait=out is None) if ranks.first else contextlib.nullcontext():
-        if ranks.first:
-            _prepare(model, path, provenance, seeds, source)
-        ranks.wait()
         return _extract(model, path, provenance, seeds, source, batch_size, progress, ranks)
 
 
@@ -197,27 +194,21 @@ def _alone(path: Path | str, *, wait: bool):
         lock.release()
 
 
-def _prepare(model, path, provenance, seeds, source) -> None:
-    """Lay the store out, or check that the one that is there is of these inputs."""
+def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks) -> HStore:
     try:
-        if exists(path):
-            store = read_store(path)
-            _refuse_other_inputs(store, provenance)
-        else:
+        if ranks.first and not exists(path):
             layout = _layout(model, provenance, inverted=source is not None)
             names = [str(name) for name in source.labels.index] if hasattr(source, "labels") else None
-            store = create_store(path, provenance, layout, names=names)
-        if seeds is not None and not store.complete:
+            create_store(path, provenance, layout, names=names)
+        ranks.wait()
+        store = read_store(path)
+        _refuse_other_inputs(store, provenance)
+        if store.complete:
+            return replace(store, cached=True)
+        if ranks.first and seeds is not None:
             store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
     except OSError as error:
         raise disk_error(error, path, "before the first sample") from error
-
-
-def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks) -> HStore:
-    store = read_store(path)
-    _refuse_other_inputs(store, provenance)
-    if store.complete:
-        return replace(store, cached=True)
     size, n, timesteps = provenance["chunk"], provenance["n"], provenance["timesteps"]
     todo = [slice(c * size, min((c + 1) * size, n)) for c in np.flatnonzero(store.group["done"][:] == 0)]
     ranks.wait()  # all have seen the same list before the first of them shortens it
