@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from workbench import plots
-from workbench.report.notebooks import write_index
+from workbench.report.notebooks import write_page
 
 
 def main(source: Path) -> None:
@@ -29,10 +29,8 @@ def main(source: Path) -> None:
     words = (
         f"{machine.get('brand_raw', platform.processor())}, {machine.get('count', '?')} cores, {content['datetime']}"
     )
-    intro = f"<p>Ratios of times of one run. {html.escape(words)}.</p>{ratios.to_html(index=False, border=0)}{pictures}"
-    page = write_index(source.parent / "benchmarks", title="Benchmarks", intro=intro)
-    page.replace(source.with_suffix(".html"))
-    page.parent.rmdir()
+    body = f"<p>Ratios of times of one run. {html.escape(words)}.</p>{ratios.to_html(index=False, border=0)}{pictures}"
+    write_page(source.with_suffix(".html"), title="Benchmarks", body=body)
 
 
 def picture(group: str, points: list[dict]) -> str:

@@ -56,6 +56,7 @@ __all__ = [
     "report",
     "run_notebook",
     "write_index",
+    "write_page",
 ]
 
 _ROOM = Path(__file__).parent
@@ -434,8 +435,31 @@ def write_index(folder: str | Path | None = None, *, title: str = "Reports", int
     folder = paths.reports() if folder is None else Path(folder)
     good = {path.stem: path for path in folder.glob("*.ipynb")}
     bad = {path.stem: path for path in (folder / "failed").glob("*.ipynb")}
-    cards = [_card(good.get(name), bad.get(name)) for name in sorted(good.keys() | bad.keys())]
+    cards = "".join(_card(good.get(name), bad.get(name)) for name in sorted(good.keys() | bad.keys()))
     words = f"{len(good)} complete" + (f", {len(bad)} failed" if bad else "")
+    return write_page(
+        folder / "index.html", title=title, words=words, body=f'{intro}\n<div class="cards">\n{cards}\n</div>'
+    )
+
+
+def write_page(path: str | Path, *, title: str, body: str, words: str = "") -> Path:
+    """Write a page in the style of the reports, whole or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+    title : str
+    body : str
+        HTML below the title.
+    words : str
+        To stand in the header, before the date.
+
+    Returns
+    -------
+    Path
+    """
+    path = Path(path)
+    header = " · ".join(filter(None, [words, _now()]))
     text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -445,20 +469,17 @@ def write_index(folder: str | Path | None = None, *, title: str = "Reports", int
 <style>{_css()}</style>
 </head>
 <body>
-<header class="report-header"><b>h-space workbench</b><span>{words} · {_now()}</span></header>
+<header class="report-header"><b>h-space workbench</b><span>{header}</span></header>
 <main>
 <h1>{html.escape(title)}</h1>
-{intro}
-<div class="cards">
-{"".join(cards)}
-</div>
+{body}
 </main>
 </body>
 </html>
 """
-    folder.mkdir(exist_ok=True)
-    _write(folder / "index.html", text)
-    return folder / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    _write(path, text)
+    return path
 
 
 class _Renderer(IPythonRenderer):
