@@ -6,6 +6,7 @@ Errors of the user's making are one sentence on stderr and exit status 2; a note
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -241,6 +242,7 @@ def _add_train(command) -> None:
     train.add_argument("--previews", type=int, default=16, help="samples drawn at each of them (default 16)")
     network = train.add_argument_group("network; --from takes it and its first weights from a model")
     network.add_argument("--from", dest="start", metavar="MODEL", help="bundled name or folder")
+    network.add_argument("--grow", action="store_true", default=None, help="to twice its size: a resolution outside")
     network.add_argument("--size", type=int, help="side of the images in pixels (default 32)")
     network.add_argument("--widths", type=int, nargs="+", help="channels, finest resolution first (default 48 96 144)")
     network.add_argument("--layers", type=int, help="residual blocks a resolution (default 1)")
@@ -318,6 +320,8 @@ def _add_benchmark(command) -> None:
     benchmark.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
     benchmark.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
     benchmark.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    benchmark.add_argument("--workers", type=int, help="processes (default: one a core, or one where there is a GPU)")
+    benchmark.add_argument("--scheduler", metavar="ADDRESS", help="of dask, tcp://host:8786, for workers elsewhere")
     benchmark.add_argument("-o", "--out", type=Path, default=Path("benchmark"), help="folder (default benchmark)")
     benchmark.add_argument("--no-report", action="store_true", help="leave out the HTML of 80_benchmark")
     for size in ("population", "held-out", "repeats", "steps"):
@@ -909,6 +913,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     _check_attributes(attributes, judge.attributes)
     plan = {**size, "labelled": size["population"], "seed": arguments.seed}
     protocol = wb.Protocol(tuple(arguments.methods or METHODS), attributes, **plan)
+    usual_workers = os.cpu_count() if model.device.type == "cpu" else 1
     result = wb.run_benchmark(
         model,
         protocol,
@@ -916,6 +921,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         judge=judge,
         images=wb.load_images(arguments.images, size=model.image_shape[1]),
         masks=benchmark.find_masks(attributes, size=model.image_shape[1]) if arguments.images == "avataaars" else None,
+        workers=usual_workers if arguments.workers is None else arguments.workers,
+        scheduler=arguments.scheduler,
     )
     folder = result.save(arguments.out)
     table = leaderboard.leaderboard(result.edits)
@@ -978,7 +985,9 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.start is not None and (surplus := [name for name in networks if name in given]):
         raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")
     settings = training.read_settings(arguments.out) if arguments.resume else training.TrainingSettings(**given)
-    size = settings.size if arguments.start is None else wb.load_model(arguments.start, device="cpu").image_shape[1]
+    size = settings.size
+    if arguments.start is not None:
+        size = wb.load_model(arguments.start, device="cpu").image_shape[1] * (2 if settings.grow else 1)
     model = wb.train_model(
         [wb.load_images(source, size=size) for source in arguments.images],
         None if arguments.resume else settings,

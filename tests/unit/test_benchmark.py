@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +14,9 @@ import torch
 from PIL import Image
 
 import workbench as wb
+from workbench.analysis import leaderboard
 from workbench.datasets.labelled import load_images
+from workbench.directions.supervised import find_from_labels
 from workbench.editing import benchmark, methods
 from workbench.editing.benchmark import Bench, Protocol, backdrop, run_benchmark
 from workbench.editing.methods import METHODS, Edit, register_method
@@ -99,6 +103,47 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
         "pixels",
     }
     assert (result.realism.kernel_low <= result.realism.kernel_high).all()
+    assert (result.realism.frechet_low < result.realism.frechet).all()
+    assert (result.realism.frechet < result.realism.frechet_high).all()
+
+
+def test_workers_measure_the_same_with_methods_that_they_never_saw_registered(setting, added, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    monkeypatch.setattr("workbench.paths.cache", lambda: tmp_path / "data" / "cache")
+
+    @register_method("of a test", scales=(0.5, 1.0))
+    def of_a_test(study, attribute):
+        """Difference of means, once more."""
+        return find_from_labels(study.store, study.labels(attribute))
+
+    plan = protocol("random h", "mean difference", "of a test", repeats=2)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        result = run(setting | {"workers": 2}, plan)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "_measured", lambda *_: pytest.fail("the workers left a cell out"))
+        assert run(setting, plan).edits.equals(result.edits)
+    # Last bits depend on the number of threads; a cache of its own makes this one measure anew.
+    monkeypatch.setattr("workbench.paths.cache", lambda: tmp_path / "another")
+    alone = run(setting, plan)
+    pd.testing.assert_frame_equal(result.edits, alone.edits, rtol=1e-3, atol=1e-4)
+
+
+def test_no_worker_is_refused_by_name(setting):
+    with pytest.raises(ValueError, match="workers is 0; give 1 or more"):
+        run(setting | {"workers": 0}, protocol("random h"))
+
+
+def test_costs_are_means_with_intervals():
+    costs = pd.DataFrame({"method": ["a"] * 4 + ["b"] * 2, "passes": [10, 10, 10, 10, 1, 3], "scored": 0, "labels": 2})
+    costs = costs.assign(seconds=[1.0, 2.0, 3.0, 4.0, 1.0, 1.0], edit_passes=8.0)
+    table = leaderboard.cost_table(costs)
+    assert table.loc["a", ["passes", "passes_low", "passes_high"]].tolist() == [10, 10, 10]
+    assert table.loc["b", "passes"] == 2 and table.loc["b", ["passes_low", "passes_high"]].tolist() == [1, 3]
+    assert table.loc["a", "seconds_low"] < 2.5 == table.loc["a", "seconds"] < table.loc["a", "seconds_high"]
 
 
 def test_a_row_is_what_the_edit_does(setting):

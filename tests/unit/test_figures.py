@@ -28,10 +28,10 @@ def small(tmp_path_factory):
         yield Setup(n=16, measured=4, steps=4, device="cpu")
 
 
-def test_every_experiment_of_both_papers_has_a_figure_but_the_one_that_needs_unseen_images(known):
+def test_every_experiment_of_both_papers_has_a_figure(known):
     there = {made.experiment for made in known.values()}
     assert there >= {f"Haas E{i}" for i in range(1, 16)}
-    assert {f"Zhu E{i}" for i in range(1, 22)} - there == {"Zhu E15"}
+    assert there >= {f"Zhu E{i}" for i in range(1, 22)}
     assert all(made.shows and 0 < made.minutes < 30 for made in known.values())
     assert all(name == made.name for name, made in known.items())
 

@@ -15,6 +15,7 @@ from workbench.analysis.metrics import (
     effect_matrix,
     entanglement_index,
     frechet_distance,
+    frechet_distance_interval,
     holm,
     kernel_distance,
     kernel_distance_interval,
@@ -288,6 +289,29 @@ def test_samples_in_several_versions_are_drawn_together():
     twice = np.diff(kernel_distance_interval(np.tile(features, (2, 1)), target, groups=2))
     as_new = np.diff(kernel_distance_interval(np.tile(features, (2, 1)), target))
     assert as_new < 0.85 * twice and twice == pytest.approx(once, rel=0.25)
+
+
+def test_the_frechet_interval_is_as_wide_as_the_distance_varies():
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal((400, 4))
+    widths, values = [], []
+    for _ in range(60):
+        features = 0.5 + rng.standard_normal((48, 4))
+        low, high = frechet_distance_interval(features, target)
+        widths.append((high - low) / (2 * stats.t.ppf(0.975, 15)))
+        values.append(frechet_distance(features, target))
+        assert low <= values[-1] <= high
+    assert 0.7 < np.mean(widths) / np.std(values) < 1.4
+
+
+def test_samples_in_several_versions_are_left_out_together():
+    rng = np.random.default_rng(0)
+    features, target = 0.5 + rng.standard_normal((30, 3)), rng.standard_normal((200, 3))
+    once = np.diff(frechet_distance_interval(features, target))
+    twice = np.diff(frechet_distance_interval(np.tile(features, (2, 1)), target, groups=2))
+    as_new = np.diff(frechet_distance_interval(np.tile(features, (2, 1)), target))
+    assert as_new < 0.85 * twice and twice == pytest.approx(once, rel=0.25)
+    assert np.isnan(frechet_distance_interval(features[:2], target)).all()
 
 
 def test_holm_corrects_as_by_hand_and_keeps_the_order():

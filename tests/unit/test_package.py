@@ -28,12 +28,13 @@ STATEFUL = {"EditSession", "EditStudio"}  # what a person changes by its control
 RECORDS = [name for name in wb.__all__ if name in wb._NAMES and name[0].isupper() and name not in STATEFUL]
 
 ROOMS = ("diffusion", "hspace", "analysis", "directions", "editing", "report", "cli")
-MAY_IMPORT = {room: {"paths", *ROOMS[: i + 1]} for i, room in enumerate(ROOMS)}
+BESIDE = {"paths", "workers"}
+MAY_IMPORT = {room: BESIDE | {*ROOMS[: i + 1]} for i, room in enumerate(ROOMS)}
 # datasets stands beside hspace: the two don't know each other, whoever comes later knows both.
 MAY_IMPORT["datasets"] = {"paths", "diffusion", "datasets"}
 for later in ROOMS[2:]:
     MAY_IMPORT[later].add("datasets")
-MAY_IMPORT["paths"] = set()
+MAY_IMPORT["paths"] = MAY_IMPORT["workers"] = set()
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
@@ -45,7 +46,7 @@ ONLY_IN = {
     "voila": {"report/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/classifiers.py"},
-    "distributed": {"report/sweep.py"},
+    "distributed": {"workers.py", "report/sweep.py", "editing/benchmark.py"},
 }
 
 

@@ -255,6 +255,34 @@ def test_a_training_that_begins_with_a_model_begins_with_its_weights(images, tra
     assert training.read_settings(tmp_path / "model").size == 4
 
 
+def test_a_grown_network_has_the_weights_of_its_start_and_a_finer_resolution_around_them(trained, tmp_path):
+    settings = TrainingSettings(start=str(trained), grow=True, steps=1, batch_size=4, learning_rate=1e-12)
+    larger = torch.rand(18, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = train_model(larger, settings, out=tmp_path / "model", **QUIET)
+    parent = wb.load_model(trained, device="cpu").unet.unet
+    grown = model.unet.unet
+    assert model.image_shape == (3, 8, 8) and grown.config.block_out_channels == [16, *parent.config.block_out_channels]
+    assert model.h_shape == wb.load_model(trained, device="cpu").h_shape
+    # Blocks of the way down move on by one, those of the way up keep their numbers; the rate moves no weight.
+    for inside, outside in ((grown.down_blocks[1:], parent.down_blocks), (grown.up_blocks, parent.up_blocks)):
+        for block, of_parent in zip(inside, outside, strict=False):
+            weights = block.state_dict()
+            for name, weight in of_parent.state_dict().items():
+                torch.testing.assert_close(weights[name], weight, atol=1e-9, rtol=0)
+    for name in ("mid_block", "time_embedding", "conv_in", "conv_out"):
+        for weight, of_parent in zip(
+            getattr(grown, name).parameters(), getattr(parent, name).parameters(), strict=True
+        ):
+            torch.testing.assert_close(weight, of_parent, atol=1e-9, rtol=0)
+    resumed = train_model(larger, out=tmp_path / "model", resume=True, **QUIET)
+    assert resumed.hash == model.hash
+
+
+def test_growing_needs_a_model(images, tmp_path):
+    with pytest.raises(ValueError, match="grow needs a model to grow"):
+        TrainingSettings(grow=True)
+
+
 def test_several_sources_are_one_set_of_images(images, trained, tmp_path):
     train_model([images[:7], images[7:]], tiny(), out=tmp_path / "model", **QUIET)
     assert_same_training(tmp_path / "model", trained)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from workbench.analysis.metrics import LEVEL, drawn_again, holm, linearity, monotonicity
+from workbench.analysis.metrics import LEVEL, drawn_again, holm, linearity, mean_interval, monotonicity
 
 CHANGE = 0.2
 """Root mean square change of an image, in [-1, 1], at which methods are compared by default."""
@@ -172,6 +172,31 @@ def by_attribute(
         key = {"method": c.method, "attribute": c.attribute}
         rows.append(key | {"value": drawn[0], "low": low, "high": high, "n": c.n})
     return pd.DataFrame(rows)
+
+
+def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
+    """What each method costs, means over attributes and populations.
+
+    Parameters
+    ----------
+    costs : DataFrame
+        As of a `Benchmark`.
+
+    Returns
+    -------
+    DataFrame, one row a method
+        `passes`, `scored`, `labels` and `seconds` to find an edit, and `edit_passes` of one, each with its 95% interval
+        over attributes and populations, `..._low` and `..._high`. Of what is learned once for all attributes, the
+        passes are charged to each, the seconds to the first.
+    """
+    rows = {}
+    for method, part in costs.groupby("method", sort=False):
+        row = {}
+        for name in ("passes", "scored", "labels", "seconds", "edit_passes"):
+            low, high = mean_interval(part[name])
+            row |= {name: float(part[name].mean()), f"{name}_low": low, f"{name}_high": high}
+        rows[method] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 def difference(

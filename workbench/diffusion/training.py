@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -75,6 +76,9 @@ class TrainingSettings:
         Channels of an attention head.
     start : str or None
         Name or folder of the model whose weights it begins with; by default it begins with random ones.
+    grow : bool
+        Put a resolution twice as fine around the network of `start`, as wide as its finest one, and train on images of
+        twice its size; only what is new begins with random weights (progressive growing, Karras et al. 2018).
     dropout : float in [0, 1)
     steps, batch_size : int
         Optimiser steps, and images a step over all processes.
@@ -106,6 +110,7 @@ class TrainingSettings:
     attention: tuple[int, ...] = (8,)
     head_channels: int = 48
     start: str | None = None
+    grow: bool = False
     dropout: float = 0.0
     steps: int = 10_000
     batch_size: int = 32
@@ -138,6 +143,8 @@ class TrainingSettings:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.start is None:
+            if self.grow:
+                raise ValueError("grow needs a model to grow; give start")
             self._check_network()
 
     def _check_network(self) -> None:
@@ -390,8 +397,8 @@ class _Run:
     def __init__(
         self, unet: UNet2DModel, description: dict, *, settings: TrainingSettings, device: torch.device
     ) -> None:
-        # channels_last makes convolutions faster everywhere but on MPS.
-        memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        # channels_last makes convolutions faster on CUDA; in bfloat16 on a CPU, slower by a sixth to a quarter.
+        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.unet = unet.to(device=device, memory_format=memory_format).train().requires_grad_(True)
         self.description, self.settings = description, settings
         self.average = EMAModel(unet.parameters(), decay=settings.ema)
@@ -531,8 +538,12 @@ def _new_unet(settings: TrainingSettings) -> UNet2DModel:
                 f"{settings.start} has another noise schedule than the linear one of {T} timesteps, which trainings "
                 "here have; begin with another model, or with random weights"
             )
-        unet = _build({**model.unet.unet.config, "dropout": settings.dropout})
-        unet.load_state_dict(model.unet.unet.state_dict())
+        config = {**model.unet.unet.config, "dropout": settings.dropout}
+        weights = model.unet.unet.state_dict()
+        if settings.grow:
+            return _grown(config, weights, seed=settings.seed)
+        unet = _build(config)
+        unet.load_state_dict(weights)
         return unet
     sides = [settings.size >> level for level in range(len(settings.widths))]
     attends = ["Attn" if side in settings.attention else "" for side in sides]
@@ -547,6 +558,25 @@ def _new_unet(settings: TrainingSettings) -> UNet2DModel:
             norm_num_groups=NORM_GROUPS,
             dropout=settings.dropout,
         )
+
+
+def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet2DModel:
+    """The network with one more resolution outside, as wide as the finest; the other blocks have the weights."""
+    outer = {
+        "sample_size": 2 * config["sample_size"],
+        "block_out_channels": (config["block_out_channels"][0], *config["block_out_channels"]),
+        "down_block_types": ("DownBlock2D", *config["down_block_types"]),
+        "up_block_types": (*config["up_block_types"], "UpBlock2D"),
+    }
+    with _seeded([seed, _WEIGHTS]):
+        unet = UNet2DModel.from_config({**config, **outer})
+
+    def moved(name: str) -> str:
+        # Blocks are counted from the input: all on the way down move on by one, those on the way up stay.
+        return re.sub(r"^down_blocks\.(\d+)", lambda found: f"down_blocks.{int(found[1]) + 1}", name)
+
+    unet.load_state_dict(unet.state_dict() | {moved(name): weight for name, weight in weights.items()})
+    return unet
 
 
 def _build(config: dict) -> UNet2DModel:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from workbench.analysis.metrics import (
     cosine_similarity,
     diversity,
     frechet_distance,
+    frechet_distance_interval,
     kernel_distance,
     kernel_distance_interval,
     mean_interval,
@@ -44,6 +45,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
 from workbench.editing.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
+from workbench.workers import start_workers
 
 FORMAT, VERSION = "hspace-benchmark-cell", "1"
 
@@ -125,8 +127,8 @@ class Benchmark:
         the same seeds), and the number of samples that the effect is of, `n`.
     realism : DataFrame
         One row a method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
-        distance of all attributes' edited images from real ones, `kernel_low` and `kernel_high`, `diversity` relative
-        to the plain samples, `n`. "real" against other real ones, and the plain samples, are the floor.
+        distance of all attributes' edited images from real ones, each with `..._low` and `..._high`, `diversity`
+        relative to the plain samples, `n`. "real" against other real ones, and the plain samples, are the floor.
     costs : DataFrame
         One row a method and attribute: `passes`, `scored`, `labels` to find it, `seconds` that took, and `edit_passes`
         of one edit.
@@ -181,6 +183,8 @@ def run_benchmark(
     judge: Classifier,
     images: LabelledImages,
     masks: Mapping[str, np.ndarray] | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
     progress: bool = True,
 ) -> Benchmark:
     """Measure the methods of a protocol, or read what is measured already.
@@ -197,26 +201,68 @@ def run_benchmark(
         The first ones are learned from, the last ones stand for real images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Where an attribute can be.
+    workers : int
+        Processes that measure at the same time, each with its share of the cores; a method and population is a task.
+        On a GPU, one is enough.
+    scheduler : str, optional
+        Address of a dask scheduler whose workers measure instead; they must see the same cache.
     progress : bool
 
     Returns
     -------
     Benchmark
+        The same for any number of workers, but for the last bits that the number of threads decides.
 
     Raises
     ------
     ValueError
-        If the judge is the labeller, a method or attribute is not known, or there are too few images or samples.
+        If the judge is the labeller, a method or attribute is not known, there are too few images or samples, or
+        `workers` is below 1.
     """
     bench = Bench(model, protocol, labeller=labeller, judge=judge, images=images, masks=dict(masks or {}))
     wanted = list(bench.cells())
-    cells = []
-    with tqdm(wanted, desc="benchmark", unit=" cells", disable=not progress, leave=False) as bar:
-        for method, attribute, repeat in bar:
-            bar.set_postfix_str(f"{method}, {attribute}")
-            cells.append(bench.measure(method, attribute, repeat))
+    alone = workers == 1 and scheduler is None
+    todo = [] if alone else [key for key in wanted if not bench.measured(*key)]
+    cells = {}
+    with tqdm(total=len(wanted), desc="benchmark", unit=" cells", disable=not progress, leave=False) as bar:
+        for done in _elsewhere(bench, todo, workers, scheduler):
+            bar.update(done)
+        for key in wanted:
+            bar.set_postfix_str(f"{key[0]}, {key[1]}")
+            cells[key] = bench.measure(*key)
+            bar.update(key not in todo)
     with threadpool_limits(1, user_api="blas"):
-        return bench.gathered(dict(zip(wanted, cells, strict=True)))
+        return bench.gathered(cells)
+
+
+def _elsewhere(
+    bench: Bench, todo: Sequence[tuple[str, str, int]], workers: int, scheduler: str | None
+) -> Iterator[int]:
+    """Have cells measured by other processes, which put them into the cache; the number of cells of each task done."""
+    tasks: dict[tuple[int, str], list[str]] = {}
+    for method, attribute, repeat in todo:
+        tasks.setdefault((repeat, method), []).append(attribute)
+    if not tasks:
+        return
+    from distributed import as_completed  # a second to import
+
+    with start_workers(workers, scheduler=scheduler) as client:
+        # What the workers keep between tasks is their own.
+        shared = client.scatter(replace(bench), broadcast=True, hash=False)
+        futures = {
+            client.submit(_measure_task, shared, METHODS[method], attributes, repeat, pure=False): len(attributes)
+            for (repeat, method), attributes in tasks.items()
+        }
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+
+
+def _measure_task(bench: Bench, method: Method, attributes: Sequence[str], repeat: int) -> None:
+    """On a worker, which may never have seen where the method was registered."""
+    METHODS[method.name] = method
+    for attribute in attributes:
+        bench.measure(method.name, attribute, repeat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,11 +303,14 @@ class Bench:
     def measure(self, method: str, attribute: str, repeat: int) -> Cell:
         """Find and measure one cell, or read it from the cache."""
         known = self._inputs(METHODS[method], attribute, repeat)
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
-        path = paths.cache() / "benchmark" / f"{digest}.safetensors"
+        path = _path(known)
         if path.is_file():
             return Cell.read(path, known)
         return self._measured(METHODS[method], attribute, repeat).write(path, known)
+
+    def measured(self, method: str, attribute: str, repeat: int) -> bool:
+        """Whether a cell is in the cache."""
+        return _path(self._inputs(METHODS[method], attribute, repeat)).is_file()
 
     def study(self, repeat: int) -> Study:
         """What methods may learn from in one population."""
@@ -577,6 +626,11 @@ class Cell:
         return cls(tensors, header["about"])
 
 
+def _path(inputs: dict) -> Path:
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
+    return paths.cache() / "benchmark" / f"{digest}.safetensors"
+
+
 def backdrop(images: np.ndarray) -> np.ndarray:
     """Pixels of the colour of an image's upper corners.
 
@@ -625,8 +679,11 @@ def _mean(values: np.ndarray) -> float:
 def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, groups: int = 1) -> dict:
     """Distances of a set of features from the reference."""
     low, high = kernel_distance_interval(features, reference, groups=groups)
+    frechet_low, frechet_high = frechet_distance_interval(features, reference, groups=groups)
     return {
         "frechet": frechet_distance(features, reference),
+        "frechet_low": frechet_low,
+        "frechet_high": frechet_high,
         "kernel": kernel_distance(features, reference),
         "kernel_low": low,
         "kernel_high": high,

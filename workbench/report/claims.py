@@ -289,6 +289,14 @@ CLAIMS = (
     ),
     Claim(
         ZHU,
+        "what the model never saw is out of reach of a boundary, or nearly (stated limitation)",
+        "change of a probe's probability: hats less an attribute that it knows",
+        "zhu-e15",
+        "unseen_less_than_known",
+        above=False,
+    ),
+    Claim(
+        ZHU,
         "a boundary is fitted in about a second",
         "seconds",
         "zhu-e19",

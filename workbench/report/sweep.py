@@ -6,7 +6,6 @@ not there yet. The workers are dask's, on this machine or on a cluster that sees
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import json
@@ -33,6 +32,7 @@ from workbench.report.notebooks import (
     run_notebook,
     write_index,
 )
+from workbench.workers import start_workers
 
 SECTIONS = ("notebooks", "common", "matrix", "timeout")
 
@@ -179,39 +179,12 @@ def _carry_out(
         return
     from distributed import as_completed  # a second to import
 
-    with _client(scheduler, min(workers or os.cpu_count(), len(todo))) as client:
+    with start_workers(min(workers or os.cpu_count(), len(todo)), scheduler=scheduler) as client:
         # What a notebook does wrong is a result; a worker that is lost is dask's to replace, so it tries again.
         futures = {client.submit(_run, run, timeout, key=run.name, retries=2, pure=False): run for run in todo}
         for future in as_completed(futures):
             error = future.exception()
             yield futures[future], future.result() if error is None else f"{type(error).__name__}: {error}"
-
-
-@contextlib.contextmanager
-def _client(scheduler: str | None, workers: int):
-    import dask
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
-        with Client(scheduler, timeout=20) as client:
-            yield client
-        return
-    threads = str(max(1, os.cpu_count() // workers))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {"distributed.nanny.pre-spawn-environ": dict.fromkeys(names, threads)}
-    with (
-        dask.config.set(environment),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address=None,
-            memory_limit=0,
-            host="127.0.0.1",
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def _run(run: Run, timeout: int) -> str | None:

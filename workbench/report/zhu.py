@@ -1,26 +1,32 @@
 """What Zhu et al. 2023 (arXiv 2302.08357, BoundaryDiffusion) show or claim, E1 to E21.
 
-The numbers are those of `editing.experiments`. E15, an unseen domain, has no recipe: it takes images of things that the
-model has never seen, which are not bundled.
+The numbers are those of `editing.experiments`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from workbench.analysis import dynamics, leaderboard
 from workbench.analysis.metrics import monotonicity
+from workbench.datasets import avataaars
+from workbench.datasets.labelled import to_tensor
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
-from workbench.directions.boundary import fit_boundary
+from workbench.directions.boundary import fit_boundary, random_boundary
 from workbench.editing import experiments
 from workbench.editing.benchmark import SIZES, Protocol, run_benchmark
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing import mixing_step
+from workbench.hspace.extract import extract
 from workbench.report import plots
 from workbench.report.figures import SHOWN, T_AXIS, Drawn, Number, Setup, curves, difference_of, mean_of, recipe, words
 
@@ -315,6 +321,44 @@ def other_source(setup: Setup) -> Drawn:
     return replace(drawn, claims=drawn.claims | {"sources_told_apart": Number(told.value, told.low, told.high, told.n)})
 
 
+@recipe("zhu-e15", "Zhu E15", "a thing that the model never saw, hats, against an attribute that it knows", minutes=1)
+def unseen(setup: Setup) -> Drawn:
+    """Boundaries in x and h to drawings with hats and to the attribute, crossed by images that have neither.
+
+    Probes of the judge's features, fitted on drawings and images, say whether a hat or the attribute is there.
+    """
+    hats, bare = _drawn_avatars(setup, hair="HAT"), _drawn_avatars(setup)
+    learned, labels = torch.cat([hats[::2], bare[::2]]), np.repeat([1, 0], [len(hats[::2]), len(bare[::2])])
+    store = extract(setup.model, images=learned, steps=setup.steps, record_x=True, progress=False)
+    options = {"t": setup.at, "balance": True, "name": "hat"}
+    to_hats = {s: fit_boundary(store, labels, space=s, **options) for s in ("h", "x")}
+    known = setup.images[: setup.n], setup.truth[setup.attribute].to_numpy()
+    probes = {"hat": _probe(setup, learned, labels), "attribute": _probe(setup, *known)}
+    told = probes["hat"](torch.cat([hats[1::2], bare[1::2]])) > 0.5
+    right = told == np.repeat([True, False], [len(hats[1::2]), len(bare[1::2])])
+    b, sweep = setup.boundaries, [0.0, STRENGTH, 2 * STRENGTH, 3 * STRENGTH]
+    moves = {
+        "hat, which it never saw": ("hat", to_hats),
+        f"{setup.attribute}, which it knows": ("attribute", b),
+        "random, seen as a hat": ("hat", {s: random_boundary(to_hats[s], seed=setup.seed) for s in to_hats}),
+    }
+    rows, changes = [], {}
+    for name, (probe, pair) in moves.items():
+        grid = cross_boundary(
+            setup.model, setup.without, pair["h"], pair["x"], distances=sweep, seed=setup.seed, progress=False
+        )
+        scores = np.stack([probes[probe](x) for x in grid.images.unbind(1)], axis=1)
+        changes[name] = scores[:, 1:].mean(axis=1) - scores[:, 0]
+        rows += [{"move": name, "distance": s, **vars(mean_of(scores[:, i]))} for i, s in enumerate(sweep)]
+    table, (hat, attribute, _) = pd.DataFrame(rows), changes.values()
+    return Drawn(
+        curves(table, "move", "distance", "distance (sd)", "probability that it is there"),
+        table,
+        f"x and h moved at t = {setup.at}; {len(hat)} images. The probe for hats is right in {right.mean():.0%}.",
+        {"unseen_less_than_known": mean_of(hat - attribute), "effect": mean_of(hat), "probe": mean_of(right)},
+    )
+
+
 @recipe("zhu-e16", "Zhu E16", "two attributes at once, by three rules", minutes=0.6)
 def rules(setup: Setup) -> Drawn:
     """Add one attribute and take another away: what each rule changes."""
@@ -436,6 +480,21 @@ def _ensembles(setup: Setup, t: int) -> dict[str, np.ndarray]:
 def _still_labels(setup: Setup) -> pd.Series:
     scores = setup.labeller(setup.still.images[:], progress=False).set_axis(list(setup.still.seeds))
     return scores[setup.attribute].gt(0.5).astype(int)
+
+
+def _drawn_avatars(setup: Setup, **changed: str) -> torch.Tensor:
+    """As many drawings of held-out avatars as images are learned from, with factors changed; at the model's size."""
+    factors = [avataaars.factors(avataaars.HELD_OUT_PART + 10, i) for i in range(setup.n)]
+    size = setup.model.image_shape[1]
+    return torch.stack([to_tensor(avataaars.render(replace(one, **changed)), size) for one in factors])
+
+
+def _probe(setup: Setup, images: torch.Tensor, labels: np.ndarray) -> Callable[[torch.Tensor], np.ndarray]:
+    """A logistic regression on the judge's features, from images to probabilities."""
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
+        setup.judge.features(images), labels
+    )
+    return lambda x: fitted.predict_proba(setup.judge.features(x.clamp(-1, 1)))[:, 1]
 
 
 def _positives(setup: Setup) -> torch.Tensor:
