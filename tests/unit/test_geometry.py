@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -412,6 +413,16 @@ def test_bad_input_is_refused_in_a_sentence(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "pacmap", None)
     with pytest.raises(ValueError, match="needs the package pacmap, which is not installed"):
         embed(h, method="pacmap", neighbours=5)
+
+
+def test_umap_leaves_the_number_of_threads_as_it_was():
+    code = (
+        "import numpy as np, torch; from workbench.analysis.geometry import embed;"
+        "embed(np.random.default_rng(0).standard_normal((60, 5)), method='umap', neighbours=9);"
+        "raise SystemExit(torch.get_num_threads() - 1)"
+    )
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": "omp"}
+    assert subprocess.run([sys.executable, "-c", code], env=alone).returncode == 0
 
 
 def test_the_analysis_room_needs_neither_torch_nor_umap_to_load():

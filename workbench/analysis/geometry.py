@@ -23,6 +23,7 @@ from scipy import linalg
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
 from sklearn.metrics import silhouette_score
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 METHODS = {"pca": "PC", "umap": "UMAP", "pacmap": "PaCMAP", "tsne": "t-SNE"}
@@ -444,7 +445,9 @@ def _embed(
     else:
         make = {"umap": _umap, "pacmap": _pacmap, "tsne": _tsne}[method]
         estimator, backend = make(k, seed, neighbours, options)
-        points, ratio = estimator.fit_transform(scores), None
+        # numba, which umap-learn starts, sets the threads of the whole process to its own number: put them back.
+        with threadpool_limits(None):
+            points, ratio = estimator.fit_transform(scores), None
         transform = (lambda other: estimator.transform(pca.transform(other))) if method == "umap" else None
         parameters |= {"n_pcs": n_pcs, "neighbours": neighbours}
     points = np.asarray(points, dtype=np.float64)
