@@ -12,8 +12,11 @@ import torch
 import workbench as wb
 from workbench.diffusion.models import load_shapes
 from workbench.hspace import planning
+from workbench.hspace.extract import chunk_size
 
-STEPS, ROUNDS = 3, 3
+STEPS, ROUNDS = 5, 3
+CHUNKS = 4
+"""A chunk is written while the next is computed, so of one alone nothing would be hidden."""
 
 
 def bare_loop(model, x_T, batch_size: int) -> float:
@@ -29,7 +32,7 @@ def bare_loop(model, x_T, batch_size: int) -> float:
 @pytest.mark.slow
 def test_extraction_is_about_as_fast_as_the_network(model, tmp_path, record):
     batch_size = model.batch_size()
-    n = min(2 * batch_size, 64)
+    n = CHUNKS * chunk_size(model.h_shape, model.image_shape, steps=STEPS, n=10**6, record_x=False)
     x_T = wb.sample(model, range(n), steps=1, progress=False).x_T
     bare_loop(model, x_T[:batch_size], batch_size)
     bare, whole = [], []

@@ -246,6 +246,8 @@ def _elsewhere(
         return
     from distributed import as_completed  # a second to import
 
+    for repeat in dict.fromkeys(repeat for repeat, _ in tasks):
+        bench.study(repeat).store  # noqa: B018 - all would wait for the first that extracts it
     with start_workers(workers, scheduler=scheduler) as client:
         # What the workers keep between tasks is their own.
         shared = client.scatter(replace(bench), broadcast=True, hash=False)
