@@ -14,7 +14,7 @@ from workbench.diffusion.models import load_shapes
 from workbench.hspace import planning
 from workbench.hspace.extract import chunk_size
 
-STEPS, ROUNDS = 5, 3
+STEPS, ROUNDS = 10, 3
 CHUNKS = 4
 """A chunk is written while the next is computed, so of one alone nothing would be hidden."""
 

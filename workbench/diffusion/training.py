@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights, read_json
+from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model, load_model, wrap
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule
@@ -285,6 +286,8 @@ def train_model(
             f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
             "multiple of their number"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     begun = resume and (out / STATE).is_file()
     unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
     pixels = _to_bytes(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))

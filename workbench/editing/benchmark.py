@@ -41,6 +41,7 @@ from workbench.analysis.metrics import (
 from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
@@ -263,6 +264,8 @@ def _elsewhere(
 def _measure_task(bench: Bench, method: Method, attributes: Sequence[str], repeat: int) -> None:
     """On a worker, which may never have seen where the method was registered."""
     METHODS[method.name] = method
+    if bench.model.device.type == "cpu":
+        keep_freed_memory()  # as loading a model does, and this one came as it is
     for attribute in attributes:
         bench.measure(method.name, attribute, repeat)
 

@@ -180,7 +180,8 @@ def _alone(path: Path | str, *, wait: bool):
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
-        lock.acquire(timeout=0)
+        # Another process may just be opening a store that is there already, which takes no more than this.
+        lock.acquire(timeout=2 if wait else 0)
     except Timeout as error:
         if not wait:
             raise RuntimeError(
