@@ -400,11 +400,12 @@ import psutil, torch
 from workbench.diffusion.memory import keep_freed_memory
 
 def held():
-    rss = psutil.Process().memory_info().rss
     buffers = [torch.ones(4 << 20) for _ in range(12)]  # 16 MiB each
     del buffers
-    return (psutil.Process().memory_info().rss - rss) >> 20
+    return (psutil.Process().memory_info().rss - before) >> 20
 
+torch.ones(4 << 20)
+before = psutil.Process().memory_info().rss
 held()
 print(held() < 96, keep_freed_memory(), held() > 150)
 """
