@@ -335,6 +335,7 @@ def new_card(folder: str | Path) -> str:
     about = json.loads(path.read_text(encoding="utf-8"))
     s, side = about["settings"], about["network"]["sample_size"]
     begun = "random weights" if s["start"] is None else f"the weights of `{s['start']}`"
+    begun += " with a finer resolution around them" if s.get("grow") else ""
     return f"""# {folder.resolve().name}
 
 A DDPM of {side} x {side} pixels: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, T = 1000, linear beta \
