@@ -94,6 +94,20 @@ def test_a_training_that_was_killed_becomes_the_one_that_was_not(images, tmp_pat
     assert log_of(tmp_path / "killed")["step"].tolist() == [10, 20, 30, 40]
 
 
+def test_two_processes_train_the_model_that_one_does(images, tmp_path):
+    """On a CPU without a word of accelerate's, as the README launches them."""
+    torch.save(images, tmp_path / "images.pt")
+    (tmp_path / "train.py").write_text(KILLED)
+    settings = {**TINY, "steps": 20, "flips": True, "precision": "float32", "learning_rate": 3e-4}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "train.py", str(settings), "images.pt", "two", str({**QUIET, "previews": 1})]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
+    subprocess.run(command, cwd=tmp_path, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, check=True, timeout=300)
+    train_model(images, TrainingSettings(**settings), out=tmp_path / "one", **QUIET)
+    # Gradients that are not shared are 1e-2 away; a larger learning rate makes rounding grow.
+    np.testing.assert_allclose(log_of(tmp_path / "two"), log_of(tmp_path / "one"), rtol=1e-5)
+
+
 def test_a_training_that_was_stopped_before_its_first_checkpoint_begins_anew(images, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(training, "_take_step", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -2,8 +2,8 @@
 
 All that is random in a step (which images, their flips, timesteps and noise) is a function of the seed and the number
 of the step; weights, their average and the optimiser's state are kept in checkpoints. A resumed run is therefore the
-same run. accelerate places the network on the device, and on several with `accelerate launch`; each process then takes
-its rows of the same batch.
+same run. accelerate places the network on the device, and on several with `accelerate launch`, or with `torchrun` on a
+CPU; each process then takes its rows of the same batch.
 """
 
 from __future__ import annotations
@@ -280,7 +280,8 @@ def train_model(
         raise FileExistsError(f"{out} holds a model or a training already; resume it, or give another folder")
     elif settings is None:
         settings = TrainingSettings()
-    accelerator = Accelerator()
+    # Left to find that there is no device, it would take each of several launched processes for one alone.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if settings.batch_size % accelerator.num_processes:
         raise ValueError(
             f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
