@@ -198,8 +198,23 @@ def test_the_cache_knows_all_that_a_cell_depends_on(setting, cache):
         run(setting, protocol("mean difference", transfer=False, **change))
         assert len(list(files.iterdir())) == count + 2
         count += 2
-    run(setting | {"judge": Network("another", 25.0)}, protocol("mean difference", transfer=False))
-    assert len(list(files.iterdir())) == count + 2
+    labels = setting["images"].labels
+    relabelled = replace(setting["images"], labels=labels.assign(Red=1 - labels["Red"]))
+    assert relabelled.fingerprint == setting["images"].fingerprint
+    for changed in ({"judge": Network("another", 25.0)}, {"images": relabelled}):
+        run(setting | changed, protocol("mean difference", transfer=False))
+        assert len(list(files.iterdir())) == count + 2
+        count += 2
+
+
+def test_what_a_function_labels_is_not_read_from_the_cache(setting, cache):
+    """Two functions can't be told apart; neither may be given the other's measurements."""
+    one, other = Network("labels", 30.0), Network("labels", -30.0)
+    one.hash = other.hash = None
+    plan = protocol("mean difference", transfer=False)
+    first = run(setting | {"labeller": one, "workers": 2}, plan)
+    second = run(setting | {"labeller": other}, plan)
+    assert not (cache / "benchmark").exists() and not first.edits.equals(second.edits)
 
 
 def test_a_damaged_cell_is_refused(setting, cache):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.analysis.leaderboard import by_attribute, difference, leaderboard, pareto
+from workbench.analysis.leaderboard import _at, by_attribute, difference, leaderboard, pareto
 
 SCALES, N = (1.0, 2.0, 4.0), 40
 
@@ -82,6 +82,39 @@ def test_p_values_are_against_the_control_and_corrected_for_the_number_of_method
     assert found.p_random["good"] < 0.05 and np.isnan(found.p_random["random h"])
     null = leaderboard(edits(one=0.1, two=0.1, **{"random h": 0.1}), resamples=400)
     assert (null.p_random.dropna() > 0.5).all()
+
+
+def test_a_method_that_skips_an_attribute_is_compared_with_the_control_on_the_others():
+    """Else skipping the hard attribute would count as beating chance."""
+    table = edits(**{"masked": 0.2, "random h": 0.2})
+    hard = (table.method == "random h") & (table.attribute == "B")
+    table.loc[hard, "after"] = table.loc[hard, "before"]
+    skipping = table[(table.method != "masked") | (table.attribute == "A")]
+    assert leaderboard(skipping, resamples=100).p_random["masked"] == 1.0
+    apart = skipping[(skipping.method == "masked") | (skipping.attribute == "B")]
+    assert np.isnan(leaderboard(apart, resamples=20).p_random["masked"])
+
+
+def test_draws_without_the_control_are_no_evidence_against_it():
+    table = edits(populations=3, **{"worse": 0.02, "random h": 0.2})
+    once = table[(table.method == "worse") | (table.repeat == 0)]
+    assert leaderboard(once, resamples=100).p_random["worse"] == 1.0
+
+
+def test_a_curve_is_read_where_it_first_reaches_the_point_also_after_a_dip():
+    x = np.array([[0.0, 0.15, 0.05, 0.3]])
+    assert _at(x, x, 0.2) == pytest.approx(0.2) and _at(x, x, 0.1) == pytest.approx(0.1)
+    assert _at(x, 10 * x, 9.0) == pytest.approx(3.0), "at the largest where it is never reached"
+
+
+def test_a_sample_without_a_region_leaves_the_others_error_as_it_is(table):
+    """Seed 0 has the attribute and does not count, seed 1 does; neither may blank the mean."""
+    for seeds in ([0], [0, 1]):
+        holes = table.copy()
+        holes.loc[holes.seed.isin(seeds), "psnr_outside"] = np.nan
+        assert pareto(holes, resamples=20).psnr_outside.tolist() == pytest.approx(
+            pareto(table, resamples=20).psnr_outside.tolist()
+        )
 
 
 def test_the_interval_covers_the_truth_and_populations_count():

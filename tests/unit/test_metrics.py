@@ -286,10 +286,29 @@ def test_samples_in_several_versions_are_drawn_together(interval):
     """Twice the same samples tell no more than once: the interval does not shrink."""
     rng = np.random.default_rng(0)
     features, target = 0.5 + rng.standard_normal((30, 3)), rng.standard_normal((200, 3))
-    once = np.diff(interval(features, target))
-    twice = np.diff(interval(np.tile(features, (2, 1)), target, groups=2))
-    as_new = np.diff(interval(np.tile(features, (2, 1)), target))
-    assert as_new < 0.85 * twice and twice == pytest.approx(once, rel=0.25)
+    twice = np.tile(features, (2, 1))
+    np.testing.assert_allclose(interval(twice, target, groups=2), interval(features, target), rtol=1e-9)
+    assert np.diff(interval(twice, target)) < 0.85 * np.diff(interval(features, target))
+
+
+def test_versions_of_a_sample_are_no_pair_of_samples():
+    """The distances of n samples in one version each, by loops; copies of the samples change nothing."""
+    rng = np.random.default_rng(0)
+    versions, target = rng.standard_normal((3, 5, 4)), rng.standard_normal((40, 4))
+    rows = versions.reshape(15, 4)
+    pairs = [(v[i], w[j]) for v in versions for w in versions for i in range(5) for j in range(5) if i != j]
+    within = np.mean([(x @ y / 4 + 1) ** 3 for x, y in pairs])
+    between = np.mean([(x @ y / 4 + 1) ** 3 for x in rows for y in target])
+    others = np.mean([(x @ y / 4 + 1) ** 3 for i, x in enumerate(target) for j, y in enumerate(target) if i != j])
+    assert kernel_distance(rows, target, groups=3) == pytest.approx(within + others - 2 * between)
+    sets = [np.stack([versions[(i + turn) % 3, i] for i in range(5)]) for turn in range(3)]
+    each = [frechet_distance(one, target) for one in sets]
+    assert frechet_distance(rows, target, groups=3) == pytest.approx(np.mean(each))
+    copies = np.tile(versions[0], (6, 1))
+    for distance in (kernel_distance, frechet_distance):
+        assert distance(copies, target, groups=6) == pytest.approx(distance(versions[0], target))
+    with pytest.raises(ValueError, match="15 rows are not 4 versions"):
+        kernel_distance(rows, target, groups=4)
 
 
 def test_the_frechet_interval_is_as_wide_as_the_distance_varies():
@@ -313,6 +332,7 @@ def test_the_frechet_interval_of_two_samples_is_not_known():
 def test_holm_corrects_as_by_hand_and_keeps_the_order():
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
     np.testing.assert_allclose(holm([0.9, 0.5]), [1.0, 1.0])
+    np.testing.assert_allclose(holm([0.04, np.nan, 0.01]), [0.04, np.nan, 0.02])
     rng = np.random.default_rng(0)
     false = np.mean([(holm(rng.random(10)) < 0.05).any() for _ in range(2000)])
     assert false < 0.07

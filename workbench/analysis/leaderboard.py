@@ -77,16 +77,18 @@ def leaderboard(
         changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
         any strength, and over these `entanglement` (leakage by effect), `psnr_outside` (of the mean squared error, dB)
         and `identity`; each with its 95% interval, `..._low` and `..._high`. `p_random`, one-sided, that success is no
-        higher than the best control's, adjusted for the number of methods by Holm's rule. `monotonicity` and
-        `linearity` of the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
+        higher than a control's over the attributes that both have, of the control for which that is likeliest, adjusted
+        for the number of methods by Holm's rule; NaN without an attribute in common. `monotonicity` and `linearity` of
+        the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
     """
     curves = list(_curves(edits, resamples, seed))
     methods = list(dict.fromkeys(c.method for c in curves))
     rows, draws = {}, {}
     for method in methods:
         own = [c for c in curves if c.method == method]
+        draws[method] = {c.attribute: _at(c.rms, c.success, change) for c in own}
         values = {
-            "success": _mean([_at(c.rms, c.success, change) for c in own]),
+            "success": _mean(list(draws[method].values())),
             "change": _mean([_at(c.rms, c.rms, change) for c in own]),
             "effect": _mean([_at(c.rms, c.effect, change) for c in own]),
             "leakage": _mean([_at(c.rms, c.leak, change) for c in own]),
@@ -100,14 +102,11 @@ def leaderboard(
             low, high = _interval(drawn)
             row |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
         rows[method] = row | {"attributes": len(own), "n": np.mean([c.n for c in own])}
-        draws[method] = values["success"]
     table = pd.DataFrame(rows).T.rename_axis("method")
-    against = [draws[name] for name in controls if name in draws]
+    against = [name for name in controls if name in draws]
     if against:
-        best = np.max(against, axis=0)
         found = [name for name in methods if name not in controls]
-        # One more than the draws in each count: a p-value of 0 is none that draws can give.
-        p = [(1 + (draws[name][1:] <= best[1:]).sum()) / len(best) for name in found]
+        p = [max(_chance(draws[name], draws[control]) for control in against) for name in found]
         table["p_random"] = pd.Series(dict(zip(found, holm(p), strict=True)), dtype=float)
     table = table.join(_shape_of_response(edits))
     return table.astype(float).sort_values("success", ascending=False)
@@ -274,11 +273,14 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]
 
         def mean(values: np.ndarray, shape=shape, weights=weights, there=there) -> np.ndarray:
             """Mean of (populations, n, scales) over samples and populations, with scale 0 in front."""
-            drawn = np.einsum("bn,rns->brs", weights, values.reshape(shape))
-            share = repeats[:, there]
-            total = weights.sum(axis=1) * share.sum(axis=1)
+            values = values.reshape(shape)
+            known = np.isfinite(values)  # a region without a pixel has no error
+            drawn, seen = (
+                np.einsum("br,bn,rns->bs", repeats[:, there], weights, each, optimize=True)
+                for each in (np.where(known, values, 0.0), known.astype(float))
+            )
             with np.errstate(invalid="ignore"):
-                means = np.einsum("br,brs->bs", share, drawn) / total[:, None]
+                means = drawn / seen
             return np.hstack([np.zeros((len(means), 1)), means])
 
         values = {name: part[name].to_numpy(dtype=float) for name in ("rms", "before", "after", "identity")}
@@ -307,7 +309,7 @@ def _at(x: np.ndarray, y: np.ndarray, target: float) -> np.ndarray:
     rows = np.arange(len(x))
     last = np.where(top[:, -1] >= target, (top < target).sum(axis=1), top.argmax(axis=1))
     last = last.clip(1, x.shape[1] - 1)
-    before, after = top[rows, last - 1], top[rows, last]
+    before, after = x[rows, last - 1], x[rows, last]
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.clip((target - before) / (after - before), 0.0, 1.0)
     share = np.where(after > before, share, 1.0)
@@ -326,6 +328,17 @@ def _mean(drawn: Sequence[np.ndarray]) -> np.ndarray:
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
+
+
+def _chance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    """Share of the draws in which the first is no higher than the second, over the attributes that both have."""
+    shared = [first[attribute] - second[attribute] for attribute in first if attribute in second]
+    if not shared:
+        return float("nan")
+    gaps = _mean(shared)[1:]
+    gaps = gaps[np.isfinite(gaps)]
+    # One more than the draws in each count: a p-value of 0 is none that draws can give.
+    return (1 + (gaps <= 0).sum()) / (1 + len(gaps))
 
 
 def _interval(drawn: np.ndarray) -> tuple[float, float]:

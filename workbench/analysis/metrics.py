@@ -420,7 +420,7 @@ def diversity(features: np.ndarray) -> float:
     return float(np.sqrt(2.0 * np.var(np.asarray(features, dtype=float), axis=0, ddof=1).sum()))
 
 
-def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
+def frechet_distance(features: np.ndarray, others: np.ndarray, *, groups: int = 1) -> float:
     """Frechet distance of the Gaussians with the means and covariances of two sets of features (FID, Heusel 2017).
 
     ||m_1 - m_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). With S = A'A, tr (S_1 S_2)^(1/2) is the nuclear norm of A_1
@@ -429,8 +429,11 @@ def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
 
     Parameters
     ----------
-    features, others : array of shape (n, d), (m, d)
-        At least 2 of each.
+    features, others : array of shape (groups * n, d), (m, d)
+        n and m at least 2.
+    groups : int, default 1
+        The same n samples in several versions, one after the other. The distance is then that of n samples, each in one
+        of its versions: the mean over sets in which every version of every sample comes once.
 
     Returns
     -------
@@ -439,13 +442,10 @@ def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If there are fewer than 2 of one, or they have other numbers of features.
+        If there are fewer than 2 of one, they have other numbers of features, or the groups are not of one size.
     """
-    a, b = _two_sets(features, others)
-    # The triangular factor has the same A'A in at most d rows.
-    roots = [np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b)]
-    traces = sum((root**2).sum() for root in roots)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * np.linalg.norm(roots[0] @ roots[1].T, "nuc"))
+    a, b = _two_sets(features, others, groups)
+    return float(_frechet_distances(a, b, [np.ones(a.shape[1], bool)])[0])
 
 
 def frechet_distance_interval(
@@ -460,7 +460,7 @@ def frechet_distance_interval(
     ----------
     features, others : array of shape (groups * n, d), (m, d)
     groups : int
-        The same n samples in several versions, one after the other; they are left out together.
+        As of `frechet_distance`; all versions of a sample are left out together.
     folds : int
         At most n.
 
@@ -469,28 +469,48 @@ def frechet_distance_interval(
     (float, float)
         NaN of fewer than 3 samples.
     """
-    a, b = _two_sets(features, others)
-    n = len(a) // groups
+    a, b = _two_sets(features, others, groups)
+    n = a.shape[1]
     if n < 3:
         return float("nan"), float("nan")
     folds = min(folds, n)
-    fold = np.tile(np.arange(n) % folds, groups)
-    parts = np.array([frechet_distance(a[fold != k], b) for k in range(folds)])
-    error = np.sqrt((folds - 1) * parts.var())
+    fold = np.arange(n) % folds
+    whole, *parts = _frechet_distances(a, b, [fold != k for k in range(-1, folds)])
+    error = np.sqrt((folds - 1) * np.var(parts))
     half = stats.t.ppf(0.5 + LEVEL / 2, folds - 1) * error
-    whole = frechet_distance(a, b)
     return float(whole - half), float(whole + half)
 
 
-def kernel_distance(features: np.ndarray, others: np.ndarray) -> float:
+def _frechet_distances(a: np.ndarray, b: np.ndarray, kept: Sequence[np.ndarray]) -> list[float]:
+    """`frechet_distance` of some samples of a (groups, n, d) from all of b, for every mask of samples in `kept`."""
+
+    def gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean, and a triangle with the covariance as its A'A, of at most d rows."""
+        return x.mean(axis=0), np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r")
+
+    def distance(x: np.ndarray) -> float:
+        mean, root = gaussian(x)
+        traces = (root**2).sum() + (target_root**2).sum()
+        return ((mean - target_mean) ** 2).sum() + traces - 2 * np.linalg.norm(root @ target_root.T, "nuc")
+
+    groups, n, _ = a.shape
+    target_mean, target_root = gaussian(b)
+    sets = [a[(np.arange(n) + turn) % groups, np.arange(n)] for turn in range(groups)]
+    return [np.mean([distance(each[mask]) for each in sets]) for mask in kept]
+
+
+def kernel_distance(features: np.ndarray, others: np.ndarray, *, groups: int = 1) -> float:
     """Squared maximum mean discrepancy of two sets of features, without bias (KID, Binkowski et al. 2018, eq. 4).
 
     The kernel is (x.y / d + 1)^3. Of two samples of one distribution it is 0 on average, and can be negative.
 
     Parameters
     ----------
-    features, others : array of shape (n, d), (m, d)
-        At least 2 of each.
+    features, others : array of shape (groups * n, d), (m, d)
+        n and m at least 2.
+    groups : int, default 1
+        The same n samples in several versions, one after the other. Two versions of one sample are no pair of samples,
+        and are not counted as one.
 
     Returns
     -------
@@ -499,10 +519,10 @@ def kernel_distance(features: np.ndarray, others: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If there are fewer than 2 of one, or they have other numbers of features.
+        If there are fewer than 2 of one, they have other numbers of features, or the groups are not of one size.
     """
-    a, b = _two_sets(features, others)
-    return float(_kernel_distances(a, b, np.ones((1, len(a))))[0])
+    a, b = _two_sets(features, others, groups)
+    return float(_kernel_distances(a, b, np.ones((1, a.shape[1])))[0])
 
 
 def kernel_distance_interval(
@@ -518,18 +538,17 @@ def kernel_distance_interval(
     ----------
     features, others : array of shape (groups * n, d), (m, d)
     groups : int
-        The same n samples in several versions, one after the other; they are drawn together.
+        As of `kernel_distance`; all versions of a sample are drawn together.
     resamples, seed : int
 
     Returns
     -------
     (float, float)
     """
-    a, b = _two_sets(features, others)
-    drawn = drawn_again(len(a) // groups, resamples=resamples, seed=seed) > 0
+    a, b = _two_sets(features, others, groups)
+    drawn = drawn_again(a.shape[1], resamples=resamples, seed=seed) > 0
     drawn = drawn[drawn.sum(axis=1) > 1]
-    weights = np.tile(drawn, (1, groups))
-    whole, *parts = _kernel_distances(a, b, np.vstack([np.ones(len(a)), weights]))
+    whole, *parts = _kernel_distances(a, b, np.vstack([np.ones(a.shape[1]), drawn]))
     share = drawn.mean()
     spread = (np.array(parts) - np.mean(parts)) * np.sqrt(share / (1.0 - share))
     low, high = whole + np.quantile(spread, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
@@ -537,7 +556,7 @@ def kernel_distance_interval(
 
 
 def _kernel_distances(a: np.ndarray, b: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """`kernel_distance` of some rows of a from all of b, for every row of `taken`, which is 1 for those and else 0."""
+    """`kernel_distance` of some samples of a (groups, n, d) from all of b, for every row of `taken`, of 0 and 1."""
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1.0) ** 3
@@ -546,9 +565,13 @@ def _kernel_distances(a: np.ndarray, b: np.ndarray, taken: np.ndarray) -> np.nda
         m = taken.sum(axis=1)
         return (np.einsum("ij,ij->i", taken @ k, taken) - taken @ np.diagonal(k)) / (m * (m - 1))
 
+    groups, n, d = a.shape
+    rows = a.reshape(groups * n, d)
+    # Means over the versions of either sample; the diagonal, which is left out, has all those of one.
+    pairs = kernel(rows, rows).reshape(groups, n, groups, n).mean(axis=(0, 2))
     target = within(kernel(b, b), np.ones((1, len(b))))
-    between = taken @ kernel(a, b).mean(axis=1) / taken.sum(axis=1)
-    return within(kernel(a, a), taken) + target - 2.0 * between
+    between = taken @ kernel(rows, b).reshape(groups, n, -1).mean(axis=(0, 2)) / taken.sum(axis=1)
+    return within(pairs, taken) + target - 2.0 * between
 
 
 def drawn_again(n: int, *, resamples: int, seed: int) -> np.ndarray:
@@ -578,25 +601,29 @@ def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
     Parameters
     ----------
     p_values : array of shape (m,), values in [0, 1]
+        NaN of a test that was not made.
 
     Returns
     -------
     ndarray of shape (m,), values in [0, 1], not below the given ones
     """
     p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    order = np.argsort(p, kind="stable")[: np.isfinite(p).sum()]
+    adjusted = np.full_like(p, np.nan)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1.0)
     return adjusted
 
 
-def _two_sets(features: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _two_sets(features: np.ndarray, others: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features as (groups, n, d) and (m, d)."""
     a, b = np.asarray(features, dtype=float), np.asarray(others, dtype=float)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a) // groups, len(b)) < 2:
         raise ValueError(f"features have shapes {a.shape} and {b.shape}; give at least 2 rows each, of one length")
+    if len(a) % groups:
+        raise ValueError(f"{len(a)} rows are not {groups} versions of the same samples; give as many of each")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("features are NaN or infinite; the network that they come from gave no finite value")
-    return a, b
+    return a.reshape(groups, -1, a.shape[1]), b
 
 
 def _scaled(vectors: np.ndarray) -> np.ndarray:

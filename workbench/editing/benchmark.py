@@ -128,8 +128,9 @@ class Benchmark:
         the same seeds), and the number of samples that the effect is of, `n`.
     realism : DataFrame
         One row a method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
-        distance of all attributes' edited images from real ones, each with `..._low` and `..._high`, `diversity`
-        relative to the plain samples, `n`. "real" against other real ones, and the plain samples, are the floor.
+        distance of edited images from real ones, each sample with one attribute edited, with `..._low` and `..._high`;
+        `diversity` relative to the plain samples; `n`, the samples of a set. "real", as many real images against other
+        ones, and the plain samples are the floor.
     costs : DataFrame
         One row a method and attribute: `passes`, `scored`, `labels` to find it, `seconds` that took, and `edit_passes`
         of one edit.
@@ -190,6 +191,9 @@ def run_benchmark(
 ) -> Benchmark:
     """Measure the methods of a protocol, or read what is measured already.
 
+    What was measured is read as long as nothing that it depends on has changed: weights, methods' code, images, labels.
+    With a classifier that is a function, which has no hash, all is measured anew, and in this process.
+
     Parameters
     ----------
     model : Model
@@ -222,7 +226,7 @@ def run_benchmark(
     """
     bench = Bench(model, protocol, labeller=labeller, judge=judge, images=images, masks=dict(masks or {}))
     wanted = list(bench.cells())
-    alone = workers == 1 and scheduler is None
+    alone = (workers == 1 and scheduler is None) or not bench.kept
     todo = [] if alone else [key for key in wanted if not bench.measured(*key)]
     cells = {}
     with tqdm(total=len(wanted), desc="benchmark", unit=" cells", disable=not progress, leave=False) as bar:
@@ -309,13 +313,20 @@ class Bench:
         """Find and measure one cell, or read it from the cache."""
         known = self._inputs(METHODS[method], attribute, repeat)
         path = _path(known)
+        if not self.kept:
+            return self._measured(METHODS[method], attribute, repeat)
         if path.is_file():
             return Cell.read(path, known)
         return self._measured(METHODS[method], attribute, repeat).write(path, known)
 
     def measured(self, method: str, attribute: str, repeat: int) -> bool:
         """Whether a cell is in the cache."""
-        return _path(self._inputs(METHODS[method], attribute, repeat)).is_file()
+        return self.kept and _path(self._inputs(METHODS[method], attribute, repeat)).is_file()
+
+    @property
+    def kept(self) -> bool:
+        """Whether cells are kept: those of a classifier that is a function can't be told from another's."""
+        return None not in (self.labeller.hash, self.judge.hash)
 
     def study(self, repeat: int) -> Study:
         """What methods may learn from in one population."""
@@ -389,6 +400,12 @@ class Bench:
         pixels = self._real.flatten(1).numpy()
         return PCA(min(PIXEL_COMPONENTS, len(pixels) - 1), random_state=0).fit(pixels)
 
+    @cached_property
+    def _labels(self) -> str:
+        """Digest of the images' labels, which methods may learn from."""
+        text = self.images.labels.iloc[: self.protocol.labelled].to_csv()
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     @property
     def shown(self) -> list[int]:
         """Positions of the held-out samples that are shown: drawn by the seed, none picked."""
@@ -405,9 +422,9 @@ class Bench:
             "workbench": __version__,
             "model": self.model.provenance(),
             "precision": str(self.model.dtype),
-            "labeller": [self.labeller.name, self.labeller.hash],
-            "judge": [self.judge.name, self.judge.hash],
-            "images": self.images.fingerprint,
+            "labeller": [self.labeller.name, self.labeller.hash, list(self.labeller.attributes)],
+            "judge": [self.judge.name, self.judge.hash, list(self.judge.attributes)],
+            "images": [self.images.fingerprint, self._labels],
             "method": [method.name, method.code, list(method.scales)],
             "attribute": attribute,
             "repeat": repeat,
@@ -570,7 +587,11 @@ class Bench:
             # Every second one, so that both halves are alike; the first half is the reference of all.
             reference, other = target[::2], target[1::2]
             usual = diversity(own)
-            rows.append({"method": "real", "position": -1, "space": space, **_distances(other, reference, usual)})
+            # As many at a time as there are samples, since few make the Frechet distance larger.
+            sets = max(len(other) // len(own), 1)
+            other = other[: sets * (len(other) // sets)]
+            found = _distances(other, reference, usual, groups=sets)
+            rows.append({"method": "real", "position": -1, "space": space, **found})
             rows.append({"method": "plain", "position": -1, "space": space, **_distances(own, reference, usual)})
             key = "features" if space == "judge" else "pixels"
             for method in self.protocol.methods:
@@ -682,18 +703,18 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, groups: int = 1) -> dict:
-    """Distances of a set of features from the reference."""
+    """Distances of a set of features from the reference; of several versions of it, one after the other."""
     low, high = kernel_distance_interval(features, reference, groups=groups)
     frechet_low, frechet_high = frechet_distance_interval(features, reference, groups=groups)
     return {
-        "frechet": frechet_distance(features, reference),
+        "frechet": frechet_distance(features, reference, groups=groups),
         "frechet_low": frechet_low,
         "frechet_high": frechet_high,
-        "kernel": kernel_distance(features, reference),
+        "kernel": kernel_distance(features, reference, groups=groups),
         "kernel_low": low,
         "kernel_high": high,
         "diversity": diversity(features) / usual,
-        "n": len(features),
+        "n": len(features) // groups,
     }
 
 
