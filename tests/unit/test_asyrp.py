@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,12 @@ def test_the_mean_over_samples_is_an_ordinary_direction(function, wide, tmp_path
     assert one_sigma.sigma[0].item() == pytest.approx(projected.std(ddof=1), rel=1e-4)
     path = one_sigma.save(tmp_path / "smile.safetensors")
     assert wb.load_direction(path, model=wide).provenance["method"] == "calibrated"
+
+
+def test_the_mean_takes_the_samples_of_the_model_by_another_name(function, wide, tmp_path):
+    """As `extract` does, which finds the same store for both."""
+    renamed = wb.extract(replace(wide, name="mine"), n=2, steps=2, out=tmp_path / "h.zarr", progress=False)
+    assert function.mean(renamed, progress=False).timesteps == renamed.timesteps
 
 
 def test_the_mean_refuses_samples_of_another_tap(function, wide, tmp_path):

@@ -16,6 +16,7 @@ from sklearn.svm import SVC
 
 import workbench as wb
 from workbench.analysis.geometry import gram
+from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions import boundary as module
 from workbench.directions.boundary import (
     METHODS,
@@ -397,12 +398,20 @@ def test_a_boundary_survives_its_file(run, labels, boundary, tmp_path):
     assert load_boundary(bare.save(tmp_path / "bare.safetensors")).accuracy is None
 
 
+def test_a_normal_that_is_not_a_number_is_refused(boundary):
+    with pytest.raises(ValueError, match="length 1"):
+        replace(boundary, normal=torch.full_like(boundary.normal, torch.nan))
+
+
 def test_a_foreign_or_damaged_file_is_refused(run, boundary, make_unet, tmp_path):
     path = boundary.save(tmp_path / "b.safetensors")
     other = wb.wrap(make_unet(seed=1), run.model.schedule, name="other", device="cpu")
+    noise = NoiseSchedule(run.model.schedule.alpha_bars**1.1)
+    rescheduled = wb.wrap(run.model.unet.unet, noise, name="tiny", device="cpu")
     for options, message in (
         ({"model": other}, "belongs to the model 'tiny'.*don't carry over"),
         ({"model": run.model.tapped("before")}, "h 'after' the mid block, this model has it 'before'"),
+        ({"model": rescheduled}, "another noise schedule than this model"),
         ({"t": 250}, "timestep 500, asked for is 250"),
         ({"space": "x"}, "space h, asked for is x"),
     ):

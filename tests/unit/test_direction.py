@@ -98,6 +98,7 @@ def test_arithmetic_is_that_of_the_deltas():
     torch.testing.assert_close((a + b).delta(), a.delta() + b.delta())
     torch.testing.assert_close((a - b).delta(2.0), 2 * a.delta() - 2 * b.delta())
     torch.testing.assert_close((-a).delta(), -a.delta())
+    assert not (-replace(a, extras={"class_gap": 2.0})).extras, "what was measured along a direction is not so along -v"
     torch.testing.assert_close((-1.5 * a).delta(), -1.5 * a.delta())
     torch.testing.assert_close((a * np.float64(0.5) + 2 * (a - b)).delta(), 2.5 * a.delta() - 2 * b.delta())
     assert ((-1.5 * a).sigma > 0).all()
@@ -205,8 +206,26 @@ def test_resampled_takes_the_nearest_unit_and_interpolates_sigma():
 
 
 def test_resampled_keeps_a_restricted_direction_silent_outside_of_its_range():
-    part = make_direction(0).restricted_to((750, 500)).resampled((800, 400, 300, 0))
-    assert (part.sigma > 0).tolist() == part.unit.flatten(1).any(dim=1).tolist() == [True, True, False, False]
+    d = make_direction(0)
+    part = d.restricted_to((500, 250)).resampled((800, 500, 400, 300, 250, 240, 0))
+    assert (
+        (part.sigma > 0).tolist()
+        == part.unit.flatten(1).any(dim=1).tolist()
+        == [False, True, True, True, True, False, False]
+    )
+    torch.testing.assert_close(part.sigma[1:5], d.resampled((500, 400, 300, 250)).sigma)
+    first = d.restricted_to((750, 500)).resampled((800, 400, 300, 0))
+    assert (first.sigma > 0).tolist() == [True, False, False, False], "beyond the ends it goes on"
+
+
+@pytest.mark.parametrize("timesteps", [range(990, -1, -10), (900, 540, 100, 0), (900, 460)])
+def test_a_direction_of_one_timestep_resampled_acts_at_one_with_its_own_sigma(timesteps):
+    d = make_direction(0)
+    one = d.restricted_to((500, 500)).resampled(tuple(timesteps))
+    acting = one.sigma.nonzero().flatten().tolist()
+    assert acting == [int(np.abs(np.array(one.timesteps) - 500).argmin())]
+    assert one.sigma[acting[0]] == pytest.approx(float(d.sigma[1]))
+    assert torch.equal(one.unit[acting[0]], d.unit[1])
 
 
 def test_cosine_of_known_angles():
@@ -247,6 +266,11 @@ def test_check_fits_names_what_differs():
         d.check_fits(make_model(hash="ffff"))
     with pytest.raises(ValueError, match=r"'before'.*model.tapped\('after'\)"):
         d.check_fits(make_model(tap="before"))
+    with pytest.raises(ValueError, match="another noise schedule"):
+        d.check_fits(make_model(schedule=NoiseSchedule(NoiseSchedule.linear().alpha_bars ** 1.1).provenance()))
+    d = make_direction(0, model={**MODEL, "network": "a"})
+    with pytest.raises(ValueError, match="another network around the same weights"):
+        d.check_fits(make_model(network="b"))
     with pytest.raises(ValueError, match="4 steps t=750..0, the run has 2 steps t=500..0.*resampled"):
         d.check_fits(make_model(), (500, 0))
 

@@ -396,6 +396,8 @@ def test_the_single_timestep_edit_is_a_step_of_x_t_denoised(model):
     runs = wb.sample(model, [5, 6], steps=STEPS, eta=1.0, record_x=True, progress=False)
     found = find_pullback(model, runs[0], t=500, k=2, progress=False)
     assert torch.equal(found.edit(runs, scale=0.0), runs.x0)
+    singly = wb.sample(model, [5, 6], steps=STEPS, eta=1.0, record_x=True, batch_size=1, progress=False)
+    assert torch.equal(found.edit(singly, scale=0.0), singly.x0)
     x = runs.x_at(500) + 3.0 * found.vectors[1]
     with torch.no_grad():
         for t, t_prev in ((500, 200), (200, 0), (0, -1)):

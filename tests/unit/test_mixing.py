@@ -13,6 +13,7 @@ from exact import exact_model, rms, which_class
 from scipy import integrate, stats
 
 import workbench as wb
+from workbench.analysis import mixing
 from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
 from workbench.analysis.mixing import (
     agreement,
@@ -362,6 +363,14 @@ def test_labels_are_matched_by_seed(run, labels):
     pd.testing.assert_frame_equal(a, b)
 
 
+@pytest.mark.parametrize("n", [4, 31, 62, 63, 85, 170, 171, 183])
+def test_total_variation_takes_any_number_of_samples(n):
+    """Also where the halves of an odd number would have other bins; and of a uniform law it is 0 on average."""
+    u, v = np.random.default_rng(n).random((2, n, 400))
+    for found in (mixing._tv_uniform(u), mixing._tv_pair(u, v)):
+        assert abs(found.mean()) < 4 * found.std() / 20
+
+
 def test_decoding_with_the_samples_own_noise_gives_the_samples(tiny):
     run = wb.sample(tiny, [3, 5, 8], steps=6, eta=1.0, record_x=True, progress=False)
     again = decode_from(
@@ -370,6 +379,8 @@ def test_decoding_with_the_samples_own_noise_gives_the_samples(tiny):
     torch.testing.assert_close(again, run.x0, atol=1e-5, rtol=1e-5)
     other = decode_from(run, run.x_at(run.timesteps[2]), run.timesteps[2], seeds=[1, 1, 2], progress=False)
     assert (other - run.x0).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="batch_size is -1"):
+        decode_from(run, run.x0, 0, seeds=run.seeds, batch_size=-1, progress=False)
 
 
 # Bad input

@@ -238,12 +238,25 @@ def test_the_interval_is_the_bootstrap_of_the_samples():
     rng = np.random.default_rng(1)
     h = rng.standard_normal((8, 2, 3))
     h -= h.mean(axis=0)
-    shares, interval = pca._explained(h[..., :1], h[..., :1], (h**2).sum(axis=2), seed=5)
+    shares, interval = pca._explained(h[..., :1], h[..., :1], (h**2).sum(axis=2), h, seed=5)
     np.testing.assert_allclose(shares[:, 0], h[..., 0].var(axis=0) / h.var(axis=0).sum(axis=1))
     rng = np.random.default_rng(5)
     drawn = [h[rng.integers(8, size=8)] for _ in range(pca.RESAMPLES)]
-    expected = [d[..., 0].var(axis=0) / (d**2).sum(axis=2).mean(axis=0) for d in drawn]
+    expected = [d[..., 0].var(axis=0) / d.var(axis=0).sum(axis=1) for d in drawn]
     np.testing.assert_allclose(interval[:, 0], np.quantile(expected, (0.025, 0.975), axis=0).T)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_interval_of_a_component_that_is_nearly_all_of_few_samples_holds_its_share(tmp_path, joint):
+    """That a draw has another mean explains nothing, and is no variance either."""
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((20, 2, 1)) * np.eye(8)[0] * 10 + 0.1 * rng.standard_normal((20, 2, 8))
+    found = find_pca(make_store(tmp_path / "h.zarr", h.astype(np.float32)), 1, joint=joint)
+    low, high = found.explained_variance_interval[..., 0, :].T
+    share = found.explained_variance_ratio[:, 0]
+    assert (low <= share).all() and (share <= high).all()
+    if not joint:
+        assert (low > 0.99).all()
 
 
 def test_the_same_seed_gives_the_same_result(tmp_path):

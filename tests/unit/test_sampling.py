@@ -259,7 +259,7 @@ def test_the_modes_of_an_edit_on_numbers_that_can_be_checked_by_hand():
     assert half.flatten(1).norm(dim=1).tolist() == pytest.approx([5.0, 1.0], rel=1e-6)
     whole = HEdit(OTHER, mode="slerp", weight=1.0)(0, H, both)
     assert whole.flatten(1).tolist() == [pytest.approx([0, 5], abs=1e-5), pytest.approx([0, 1], abs=1e-6)]
-    torch.testing.assert_close(HEdit(OTHER, mode="slerp", weight=0.0)(0, H, both), H)
+    assert HEdit(OTHER, mode="slerp", weight=0.0)(0, H, both) is None
     assert HEdit(OTHER, active=(False, True))(0, H, both) is None
     assert HEdit(OTHER, active=(False, True))(1, H, both) is not None
 
@@ -278,6 +278,13 @@ def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
         torch.testing.assert_close(slerp(a, b, weight).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
         torch.testing.assert_close(slerp(a, 3 * a, weight), a)
     assert torch.isfinite(slerp(a, a + 1e-6 * b, 0.5)).all()
+    assert torch.isfinite(slerp(0 * a, b, 0.5)).all() and torch.isfinite(slerp(a, 0 * b, 0.5)).all()
+
+
+def test_one_sample_of_a_record_is_a_record_of_one_sample(tiny, run):
+    t = run.timesteps[1]
+    for i in (0, -1, np.int64(1)):
+        np.testing.assert_array_equal(run.h[i].at(t), run.h.at(t)[[i]])
 
 
 def test_replacing_h_by_its_own_is_the_same_image_and_by_anothers_is_not(tiny, run):

@@ -62,6 +62,8 @@ def test_steps_offset_shifts_the_leading_spacing_as_in_diffusers():
     scheduler.set_timesteps(50)
     schedule = NoiseSchedule(scheduler.alphas_cumprod.double().numpy(), offset=1)
     assert list(schedule.timesteps(50)) == scheduler.timesteps.tolist()
+    with pytest.raises(ValueError, match="1000 steps with the offset 1 begin at timestep 1000 of 1000; give fewer"):
+        schedule.timesteps(1000)
 
 
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])

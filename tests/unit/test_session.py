@@ -468,6 +468,33 @@ def test_a_recipe_of_an_image_and_of_a_single_step_comes_back(session, tiny, run
     assert torch.equal(again.render().after, session.render().after)
 
 
+def test_boundaries_of_two_timesteps_are_not_crossed_in_one_step(tiny, run, boundaries):
+    """Whichever way the grid is turned; also not in a state that was put together by hand."""
+    h, x = boundaries
+    session = EditSession(tiny, run, [h, replace(x, t=249)])
+    names = list(session.boundaries)
+    session.set_distance(names[0], 2.0)
+    for call in (
+        lambda: session.strip(names[1], [-1.0, 1.0]),
+        lambda: session.grid(*names, values=[-1.0, 1.0]),
+        lambda: session.grid(*names[::-1], values=[-1.0, 1.0]),
+    ):
+        with pytest.raises(ValueError, match=f"is at t={T} and .* at t=249, so move to one of them"):
+            call()
+
+
+def test_a_recipe_moves_to_the_boundary_of_its_own_timestep(tiny, run, boundaries, tmp_path):
+    twins = [boundaries[1], replace(boundaries[1], t=249)]
+    session = EditSession(tiny, run, twins)
+    late = next(name for name, each in session.boundaries.items() if each.t == 249)
+    session.set_distance(late, 3.0)
+    path = save_recipe(session, tmp_path / "edit.json")
+    other = EditSession(tiny, run, twins)
+    apply_recipe(other, path)
+    assert other.state.distances == {late: 3.0}
+    assert torch.equal(other.render().after, session.render().after)
+
+
 def test_a_recipe_is_reloaded_into_a_session_as_one_change(session, tmp_path):
     path = save_recipe(edited(session), tmp_path / "edit.json")
     wanted = session.state

@@ -275,6 +275,17 @@ def test_shares_of_strata_add_up():
         supervised._shares(np.array([3, 3, 3, 1]), 5)
 
 
+def test_what_small_strata_have_no_room_for_the_large_ones_take():
+    rng = np.random.default_rng(0)
+    for sizes in [np.array([1] * 10 + [90]), *(rng.integers(1, 30, 8) for _ in range(20))]:
+        most = (sizes // 2).sum()
+        for k in range(1, most + 1):
+            shares = supervised._shares(sizes, k)
+            assert shares.sum() == k and (shares <= sizes // 2).all()
+        with pytest.raises(ValueError, match=f"at most {most} on a side"):
+            supervised._shares(sizes, most + 1)
+
+
 # Few examples
 
 
@@ -370,6 +381,8 @@ def test_seeds_that_are_numbered_are_seeds(tmp_path, tiny, h, table):
     store = make_store(tmp_path / "ordered.zarr", tiny, h, order)
     by_seed = pd.Series(table["A"].to_numpy(), index=order).sort_index()
     same(find(store, by_seed), find(store, table["A"].to_numpy()))
+    with pytest.raises(ValueError, match=r"positions or seeds.*pass \.to_numpy\(\)"):
+        find(store, table["A"].reset_index(drop=True))
 
 
 def test_file_names_are_matched_where_the_store_knows_them(inverted_store, table, monkeypatch):

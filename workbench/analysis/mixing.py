@@ -561,13 +561,13 @@ def _directions(x0: np.ndarray, labels: object, k: int, rng: np.random.Generator
 
 def _tv_uniform(u: np.ndarray) -> np.ndarray:
     """Total variation of every column of u to the uniform law on [0, 1]: (columns,)."""
-    even, odd = (_histogram(half) for half in (u[::2], u[1::2]))
+    even, odd = (_histogram(half, _bins(len(u))) for half in (u[::2], u[1::2]))
     return _cross_fitted(even - 1 / even.shape[1], odd - 1 / odd.shape[1])
 
 
 def _tv_pair(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Total variation between the columns of u and those of v, of as many samples: (columns,)."""
-    even, odd = (_histogram(u[i::2]) - _histogram(v[i::2]) for i in (0, 1))
+    even, odd = (_histogram(u[i::2], _bins(len(u))) - _histogram(v[i::2], _bins(len(u))) for i in (0, 1))
     return _cross_fitted(even, odd)
 
 
@@ -579,12 +579,16 @@ def _cross_fitted(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((np.sign(a) * b).sum(axis=1) + (np.sign(b) * a).sum(axis=1)) / 4
 
 
-def _histogram(u: np.ndarray) -> np.ndarray:
-    """Shares of equal bins of [0, 1], for every column of u: (columns, bins).
+def _bins(n: int) -> int:
+    """Bins of [0, 1] for each half of n samples, of the width of Freedman & Diaconis for a uniform law.
 
-    Their width is that of Freedman & Diaconis, 2 IQR n^(-1/3), for a uniform law, whose IQR is 1/2.
+    That is 2 IQR m^(-1/3) of m samples, and the IQR is 1/2.
     """
-    bins = max(2, round(len(u) ** (1 / 3)))
+    return max(2, round((n // 2) ** (1 / 3)))
+
+
+def _histogram(u: np.ndarray, bins: int) -> np.ndarray:
+    """Shares of equal bins of [0, 1], for every column of u: (columns, bins)."""
     index = np.minimum((u * bins).astype(int), bins - 1) + bins * np.arange(u.shape[1])
     return np.bincount(index.ravel(), minlength=bins * u.shape[1]).reshape(-1, bins) / len(u)
 

@@ -155,6 +155,19 @@ class Model:
         )
 
 
+def differs(own: dict, other: dict) -> str:
+    """What, besides name, weights and tap, tells two provenances of models apart, in words; empty if nothing does.
+
+    What one of them does not say, as those of before and of arrays, is no difference.
+    """
+    network = [each.get("network") for each in (own, other)]
+    schedule = [(each.get("schedule") or {}).get("hash") for each in (own, other)]
+    for what, pair in (("network around the same weights", network), ("noise schedule", schedule)):
+        if None not in pair and pair[0] != pair[1]:
+            return what
+    return ""
+
+
 def load_model(
     source: str | Path,
     *,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model
@@ -53,7 +54,8 @@ class StepRecord:
         return self.values[index_of(t, self.timesteps)].flatten(1).numpy()
 
     def __getitem__(self, samples) -> StepRecord:
-        return replace(self, values=self.values[:, samples])
+        one = isinstance(samples, (int, np.integer))
+        return replace(self, values=self.values[:, [samples] if one else samples])
 
     def __repr__(self) -> str:
         return f"StepRecord({tuple(self.values.shape)}, t={self.timesteps[0]}..{self.timesteps[-1]})"
@@ -95,7 +97,7 @@ class HEdit:
 
     def __call__(self, i: int, h: torch.Tensor, samples: slice) -> torch.Tensor | None:
         """The edited h of step `i` for the samples at positions `samples`; None where the edit does not act."""
-        if not self.active[i]:
+        if not self.active[i] or (self.mode == "slerp" and self.weight == 0.0):
             return None
         values = self.values[i] if self.values.shape[1] == 1 else self.values[i, samples]
         values = values.to(h)
@@ -163,7 +165,7 @@ def slerp(h: torch.Tensor, other: torch.Tensor, weight: float) -> torch.Tensor:
     """
     a, b = h.flatten(1), other.flatten(1)
     norm = a.norm(dim=1, keepdim=True)
-    a, b = a / norm, b / b.norm(dim=1, keepdim=True)
+    a, b = F.normalize(a), F.normalize(b)
     angle = torch.arccos((a * b).sum(1, keepdim=True).clamp(-1.0, 1.0))
     small = angle < 1e-4
     sine = torch.where(small, torch.ones_like(angle), torch.sin(angle))

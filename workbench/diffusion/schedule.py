@@ -117,7 +117,13 @@ class NoiseSchedule:
         if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
             if not 1 <= steps <= self.T:
                 raise ValueError(f"steps is {steps}; a model trained on {self.T} timesteps takes 1 to {self.T} steps")
-            return tuple(int(t) for t in self._spaced(int(steps)))
+            visited = self._spaced(int(steps))
+            if visited[0] >= self.T:
+                raise ValueError(
+                    f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}; give "
+                    "fewer steps, or the timesteps themselves"
+                )
+            return tuple(int(t) for t in visited)
         try:
             visited = tuple(operator.index(t) for t in steps)
         except TypeError as error:
@@ -136,7 +142,7 @@ class NoiseSchedule:
             visited = np.round(np.arange(self.T, 0, -self.T / steps))[:steps] - 1
         else:
             visited = np.round(np.linspace(0, self.T - 1, steps))[::-1]
-        return np.minimum(visited, self.T - 1).astype(int)
+        return visited.astype(int)
 
     def pairs(self, steps: int | Sequence[int]) -> list[tuple[int, int]]:
         """Visited (t, t_prev), noisiest first; the last t_prev is -1, the clean image.

@@ -28,7 +28,7 @@ from sklearn.svm import SVC
 
 from workbench.analysis.geometry import check_samples, gram
 from workbench.analysis.metrics import Rate
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, differs
 from workbench.diffusion.sampling import Trajectory
 from workbench.diffusion.schedule import index_of
 from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of, write_tensors
@@ -86,7 +86,7 @@ class Boundary:
 
     def __post_init__(self) -> None:
         normal = torch.as_tensor(self.normal, dtype=torch.float32).detach().cpu()
-        if abs(normal.norm().item() - 1.0) > 1e-3 or not math.isfinite(self.intercept):
+        if not abs(normal.norm().item() - 1.0) <= 1e-3 or not math.isfinite(self.intercept):
             raise ValueError("the normal of a boundary has length 1, and its intercept is finite")
         _check_space(self.space)
         object.__setattr__(self, "normal", normal)
@@ -328,6 +328,8 @@ class Boundary:
                 f"{self.name} is a boundary of h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
                 f"use model.tapped({own['tap']!r})"
             )
+        if different := differs(own, model):
+            raise ValueError(f"{self.name} belongs to a model with another {different} than {whose} does")
 
 
 def move_jointly(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, differs
 from workbench.diffusion.schedule import NoiseSchedule, index_of
 from workbench.hspace.store import HStore
 
@@ -140,6 +140,7 @@ class Direction:
             unit=-self.unit,
             name=f"-{bracketed(self.name)}",
             provenance=_derived("product", {"factor": -1.0}, self),
+            extras={},
         )
 
     def __mul__(self, factor: float) -> Direction:
@@ -241,13 +242,16 @@ class Direction:
             sigma=self.sigma * inside,
             name=f"{bracketed(self.name)} [{t_high}..{t_low}]",
             provenance=_derived("restricted", {"t_range": [int(t_high), int(t_low)]}, self),
+            extras={},
         )
 
     def resampled(self, steps: int | Sequence[int]) -> Direction:
         """The direction for another number of steps.
 
         Each new timestep takes the unit vector of the nearest old one (of two, the noisier) and a sigma that is
-        interpolated linearly between the old ones, constant beyond both ends.
+        interpolated linearly between the old ones, constant beyond both ends. Where the direction acts on a part of the
+        timesteps, it acts on the new ones within that part, from its first to its last, or on the nearest one if there
+        is none: what acts at one timestep does so after as before.
 
         Parameters
         ----------
@@ -259,16 +263,24 @@ class Direction:
         Direction
         """
         timesteps = _schedule_of(self.provenance).timesteps(steps)
-        old = np.array(self.timesteps)
-        nearest = [int(np.abs(old - t).argmin()) for t in timesteps]
-        sigma = np.interp(timesteps, old[::-1], self.sigma.numpy()[::-1])
-        acts = self.unit[nearest].flatten(1).any(dim=1)
+        old, new = np.array(self.timesteps), np.array(timesteps)
+        unit, sigma = torch.zeros(len(new), *self.h_shape), np.zeros(len(new))
+        acting = np.flatnonzero(self.unit.flatten(1).any(dim=1))
+        for part in np.split(acting, np.flatnonzero(np.diff(acting) > 1) + 1) if len(acting) else []:
+            high = old[part[0]] if part[0] > 0 else np.inf
+            low = old[part[-1]] if part[-1] < len(old) - 1 else -np.inf
+            inside = np.flatnonzero((low <= new) & (new <= high))
+            if not len(inside):
+                inside = np.abs(new - old[part].mean()).argmin(keepdims=True)
+            unit[inside] = self.unit[part[np.abs(old[part] - new[inside, None]).argmin(axis=1)]]
+            sigma[inside] = np.interp(new[inside], old[part][::-1], self.sigma.numpy()[part][::-1])
         return replace(
             self,
-            unit=self.unit[nearest],
-            sigma=torch.from_numpy(sigma) * acts,
+            unit=unit,
+            sigma=torch.from_numpy(sigma),
             timesteps=timesteps,
             provenance=_derived("resampled", {"from": list(self.timesteps)}, self),
+            extras={},
         )
 
     def cosine(self, other: Direction, *, per_step: bool = False) -> float | torch.Tensor:
@@ -328,6 +340,7 @@ class Direction:
             self,
             sigma=torch.tensor(sigma),
             provenance=_derived("calibrated", {"population": population}, self),
+            extras={},
         )
 
     def check_fits(self, model: Model, timesteps: Sequence[int] | None = None) -> None:
@@ -539,6 +552,8 @@ def _refuse_other_space(direction: Direction, model: dict, whose: str) -> None:
             f"{direction.name} edits h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
             f"use model.tapped({own['tap']!r})"
         )
+    if different := differs(own, model):
+        raise ValueError(f"{direction.name} belongs to a model with another {different} than {whose} does")
 
 
 def _schedule_of(provenance: dict) -> NoiseSchedule:

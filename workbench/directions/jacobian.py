@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from workbench.datasets.avataaars import region_mask
-from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, denoise, replay
+from workbench.diffusion.models import Model, differs
+from workbench.diffusion.sampling import Trajectory, batches, denoise, replay
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
 
@@ -156,17 +156,20 @@ class XSpectrum:
         ValueError
             If the run did not visit `t`.
         """
-        x_t = run.x_at(self.t)
-        x_t = (x_t + scale * self.vectors[i].to(x_t)).to(run.model.device)
+        x_t, device = run.x_at(self.t), run.model.device
+        x_t = x_t + scale * self.vectors[i].to(x_t)
         start = run.timesteps.index(self.t)
+        images = torch.empty_like(run.x0)
         with torch.inference_mode():
-            return denoise(
-                run.model,
-                x_t,
-                pairs=run.model.schedule.pairs(run.timesteps)[start:],
-                etas=run.etas[start:],
-                noise=lambda step: run.noise_at(start + step).to(x_t),
-            ).cpu()
+            for batch in batches(len(run), run.batch_size):
+                images[batch] = denoise(
+                    run.model,
+                    x_t[batch].to(device),
+                    pairs=run.model.schedule.pairs(run.timesteps)[start:],
+                    etas=run.etas[start:],
+                    noise=lambda step, part=run[batch]: part.noise_at(start + step).to(device),
+                ).cpu()
+        return images
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -775,6 +778,8 @@ def _check_population(population: HStore, model: Model, run: Trajectory) -> None
             f"{population.path} holds h {other['tap']!r} the mid block of {other['name']!r} (weights {other['hash']}); "
             f"this is {model.name!r} (weights {model.hash}), tapped {model.tap!r}"
         )
+    if different := differs(other, model.provenance()):
+        raise ValueError(f"{population.path} is of a model with another {different} than {model.name!r} has")
     missing = sorted(set(run.timesteps) - set(population.timesteps), reverse=True)
     if missing:
         raise ValueError(

@@ -144,7 +144,8 @@ def find_pca(
         units, scores = _per_timestep(fits, k, align=align)
         shared = None
     energy = np.stack([fit.energy for fit in fits], axis=1)
-    shares, intervals = _explained(scores, shared if joint else scores, energy, seed)
+    spanned = np.stack([fit.scores for fit in fits], axis=1)
+    shares, intervals = _explained(scores, shared if joint else scores, energy, spanned, seed)
     shape = (len(fits), *store.h_shape)
     parameters = {"k": k, "joint": joint, "n": n, "align": align, "seed": seed}
     directions = tuple(
@@ -274,12 +275,15 @@ def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     return units * signs[:, None], scores * signs, shared * signs
 
 
-def _explained(scores: np.ndarray, factors: np.ndarray, energy: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _explained(
+    scores: np.ndarray, factors: np.ndarray, energy: np.ndarray, spanned: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Share of each timestep's variance that each factor explains, (T, k), and its bootstrap interval, (T, k, 2).
 
     The share is cov(s, z)^2 / var(z) of the total variance, for scores s of shape (n, T, k) along the direction of the
     regression of h_t on the factor z; a timestep's own component is its own factor, and then it is var(s). The total
-    comes from the energies |h - mean|^2 of shape (n, T), so that the data are not needed again.
+    comes from the energies |h - mean|^2 of shape (n, T), so that the data are not needed again; that the mean of a draw
+    is another one is taken off within the components that were found, of scores `spanned` of shape (n, T, m).
     """
     n = len(scores)
     s = scores.astype(np.float64)
@@ -296,7 +300,8 @@ def _explained(scores: np.ndarray, factors: np.ndarray, energy: np.ndarray, seed
         variance = np.broadcast_to(weighted(counts, z**2) - mean_z**2, covariance.shape)
         # A draw of one sample alone, likely where there are few, explains nothing.
         explained = np.divide(covariance**2, variance, out=np.zeros_like(covariance), where=variance > 0)
-        return explained / weighted(counts, energy)[:, :, None]
+        total = weighted(counts, energy) - (weighted(counts, spanned) ** 2).sum(axis=2)
+        return np.divide(explained, total[:, :, None], out=np.zeros_like(explained), where=total[:, :, None] > 0)
 
     rng = np.random.default_rng(seed)
     drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]).astype(np.float64)

@@ -299,6 +299,13 @@ def matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Serie
     n, ids = len(store), _ids(store)
     indexed = isinstance(values, (pd.Series, pd.DataFrame))
     table = values if indexed else pd.Series(np.asarray(values))
+    if indexed and ids is not None and isinstance(table.index, pd.RangeIndex) and table.index.equals(pd.RangeIndex(n)):
+        if set(ids) == set(range(n)) and list(ids) != list(range(n)):
+            raise ValueError(
+                f"{what} are numbered 0 to {n - 1}, which may be positions or seeds, and the seeds come in another "
+                f"order ({_some(ids)}); index them by seed, .set_axis(list(run.seeds)), or pass .to_numpy() for the "
+                "order of the samples"
+            )
     if len(table) == n and (not indexed or ids is None or set(table.index) != set(ids)):
         if table.index.equals(pd.RangeIndex(n)):
             return table
@@ -424,12 +431,14 @@ def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | N
 
 def _shares(sizes: np.ndarray, k: int) -> np.ndarray:
     """k split in proportion to the sizes, at most half of each (method of largest remainders)."""
+    most = sizes // 2
+    if k > most.sum():
+        raise ValueError(f"k is {k}; balanced, these samples have at most {most.sum()} on a side")
     exact = k * sizes / sizes.sum()
     shares = np.floor(exact).astype(int)
-    room = np.flatnonzero(shares < sizes // 2)
-    shares[room[np.argsort(shares[room] - exact[room], kind="stable")][: k - shares.sum()]] += 1
-    if shares.sum() < k:
-        raise ValueError(f"k is {k}; balanced, these samples have at most {shares.sum()} on a side")
+    while shares.sum() < k:  # again where a group has no room for what it was to take
+        room = np.flatnonzero(shares < most)
+        shares[room[np.argsort(shares[room] - exact[room], kind="stable")][: k - shares.sum()]] += 1
     return shares
 
 

@@ -232,7 +232,7 @@ def _targets(
     values = given[:, None] if given.ndim == 1 else given
     if values.ndim == 2 and values.shape[1] in (1, m):
         values = np.broadcast_to(values, (n, len(values), m))
-    if values.shape != (n, values.shape[-2], m) or values.size == 0 or not np.isfinite(values).all():
+    if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
             f"distances have shape {given.shape}; finite numbers of shape (k,), (k, {m}) or ({n}, k, {m}) are "
             f"distances of k columns for {m} boundaries and {n} samples"

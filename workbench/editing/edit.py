@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, differs
 from workbench.diffusion.sampling import EDIT_MODES, HEdit, HFunction, Trajectory, replay
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.asyrp import DeltaFunction
@@ -101,13 +101,19 @@ def plan_edit(
 
 def check_run(model: Model, run: Trajectory) -> None:
     """Refuse a run of another model, or one that is edited already."""
-    if run.model.hash != model.hash or run.model.tap != model.tap:
-        raise ValueError(
-            f"the run comes from {run.model.name!r} tapped {run.model.tap!r} the mid block (weights {run.model.hash}), "
-            f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
-        )
+    _refuse_other_model(model, run.model, "the run")
     if run.edit is not None:
         raise ValueError("this run is edited already; edit the plain run, with the sum of both directions")
+
+
+def _refuse_other_model(model: Model, other: Model, whose: str) -> None:
+    if other.hash != model.hash or other.tap != model.tap:
+        raise ValueError(
+            f"{whose} comes from {other.name!r} tapped {other.tap!r} the mid block (weights {other.hash}), "
+            f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
+        )
+    if different := differs(other.provenance(), model.provenance()):
+        raise ValueError(f"{whose} comes from {other.name!r} with another {different}; sample it again with this model")
 
 
 def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool, ...]:
@@ -201,6 +207,7 @@ def _donor_h(run: Trajectory, donor: Trajectory) -> torch.Tensor:
     h = donor.h if isinstance(donor, Trajectory) else None
     if h is None:
         raise ValueError('modes "replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)')
+    _refuse_other_model(run.model, donor.model, "the donor")
     if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
         raise ValueError(
             f"the donor has {len(donor)} samples at {donor.steps} timesteps; it needs 1 or {len(run)} samples "

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, batches, check_residual, denoise, progress_bar
+from workbench.diffusion.sampling import Trajectory, batches, check_batch_size, check_residual, denoise, progress_bar
 from workbench.directions.direction import Direction
 from workbench.editing.edit import active_steps, check_run, pairs_of, step_gains
 
@@ -130,7 +130,7 @@ def edit_grid(
     # A sample is its own cell of scale 0, but for an inverted one whose reconstruction shows its error.
     todo = torch.arange(len(cells)) if runs.seeds is None and not residual else scale_of.nonzero().flatten()
     images = runs.x0[sample_of]
-    size = batch_size or model.batch_size()
+    size = check_batch_size(batch_size, model, len(cells))
     prefix, rest = range(first), range(first, runs.steps)
     with progress_bar(len(todo), max(len(rest), 1), "editing", show=progress) as bar:
         samples = torch.arange(len(runs))

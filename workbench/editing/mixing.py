@@ -26,7 +26,17 @@ from workbench.analysis.mixing import (
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.models import Model, load_model
 from workbench.diffusion.noise import step_noise
-from workbench.diffusion.sampling import StepRecord, Trajectory, batches, denoise, invert, progress_bar, replay, sample
+from workbench.diffusion.sampling import (
+    StepRecord,
+    Trajectory,
+    batches,
+    check_batch_size,
+    denoise,
+    invert,
+    progress_bar,
+    replay,
+    sample,
+)
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import fit_boundary
 from workbench.directions.supervised import matched
@@ -233,7 +243,7 @@ def decode_from(
     pairs = model.schedule.pairs(run.timesteps)[index_of(t, run.timesteps) :]
     images = torch.empty_like(x_t)
     with progress_bar(len(x_t), len(pairs), "decoding", show=progress) as bar, torch.inference_mode():
-        for batch in batches(len(x_t), batch_size or model.batch_size()):
+        for batch in batches(len(x_t), check_batch_size(batch_size, model, len(x_t))):
             noise_seeds = seeds[batch]
             images[batch] = denoise(
                 model,
@@ -278,7 +288,7 @@ def _commitment(
 def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance, running: dict) -> np.ndarray:
     """Distance of P_t from the image: (len(visited), n)."""
     model, errors = run.model, []
-    size = running["batch_size"] or model.batch_size()
+    size = check_batch_size(running["batch_size"], model, len(run))
     with progress_bar(len(run), len(visited), "predicting", show=running["progress"]) as bar, torch.inference_mode():
         for t in visited:
             predicted = torch.empty_like(run.x0)

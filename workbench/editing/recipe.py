@@ -220,11 +220,12 @@ def _save_part(part: Direction | Boundary, name: str, folder: Path) -> str:
 
 
 def checksum_of(part: Direction | Boundary) -> str:
-    """Checksum of the values of a direction or a boundary."""
+    """Checksum of the values of a direction or a boundary, and of where they belong."""
     if isinstance(part, Direction):
-        return digest({"unit": part.unit.contiguous(), "sigma": part.sigma.contiguous()})
+        timesteps = torch.tensor(part.timesteps)
+        return digest({"unit": part.unit.contiguous(), "sigma": part.sigma.contiguous(), "timesteps": timesteps})
     intercept = torch.tensor([part.intercept], dtype=torch.float64)
-    return digest({"normal": part.normal.contiguous(), "intercept": intercept})
+    return digest({f"normal in {part.space} at {part.t}": part.normal.contiguous(), "intercept": intercept})
 
 
 def _parts_of(recipe: dict, path: Path, model: Model) -> dict[str, Direction | Boundary]:

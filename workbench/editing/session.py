@@ -803,7 +803,12 @@ class EditSession:
         return torch.stack([self.direction(s).delta() if s.scales else nothing for s in states], dim=1)
 
     def _step_of(self, states: Sequence[EditState]) -> int:
-        t = next(self.boundaries[name].t for state in states for name in state.distances)
+        (t, first), *others = {self.boundaries[k].t: k for state in states for k in state.distances}.items()
+        if others:
+            raise ValueError(
+                f"a single step is at one timestep; {first} is at t={t} and {others[0][1]} at t={others[0][0]}, so "
+                "move to one of them"
+            )
         return index_of(t, self.timesteps)
 
     def _moves(self, states: Sequence[EditState], progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
