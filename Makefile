@@ -27,7 +27,7 @@ bench: $(VENV)/installed-test  ## run the benchmarks, write reports/benchmarks.h
 	cd $(ROOT) && $(BIN)/python -m pytest tests/benchmarks --benchmark-json reports/benchmarks.json
 	cd $(ROOT) && $(BIN)/python tests/benchmarks/page.py reports/benchmarks.json
 
-clean:  ## remove .venv, cached extractions and reports
+clean:  ## remove .venv, reports and data/cache (extractions, cells of the benchmark)
 	rm -rf $(VENV) $(ROOT)/data/cache $(ROOT)/*.egg-info
 	find $(ROOT)/reports -mindepth 1 -not -name README.md -delete
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   workbench models                                  what can be loaded, and what it needs
-  workbench convert celeba_hq.ckpt celeba_hq        a published checkpoint as a model folder
+  workbench convert celeba_hq.ckpt data/models/celeba_hq
   workbench sample avataaars32 --seeds 0-15 -o samples.png
   workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
   workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
     extract.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of h on disk")
     extract.add_argument("--record-x", action="store_true", help="keep x_t too")
-    extract.add_argument("-o", "--out", type=Path, help="store (default: under data/cache)")
+    extract.add_argument("-o", "--out", help="store, a folder or an address like s3://... (default: under data/cache)")
 
     plan = command(
         "plan",
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--record-x", action="store_true", help="keep x_t too")
 
     store = command("store", _store, "describe an extracted store", "workbench store data/cache/NAME.zarr")
-    store.add_argument("path", type=Path)
+    store.add_argument("path", help="folder or address")
 
     _add_find(commands, common)
     _add_analysis(command)
@@ -363,8 +363,15 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
     )
     methods = find.add_subparsers(title="methods", metavar="METHOD", required=True)
 
-    def method(name: str, action, text: str) -> argparse.ArgumentParser:
-        made = methods.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
+    def method(name: str, action, text: str, example: str) -> argparse.ArgumentParser:
+        made = methods.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  workbench find {name} avataaars32 {example}",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         made.set_defaults(action=action)
         _add_model(made)
         made.add_argument("--n", type=int, default=512, help="number of samples or images (default 512)")
@@ -373,21 +380,24 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
         made.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
         return made
 
-    pca = method("pca", _find_pca, "principal components of the samples' h (Haas et al.)")
+    pca = method("pca", _find_pca, "principal components of the samples' h (Haas et al.)", "--n 512 --k 5")
     pca.add_argument("--k", type=int, default=5, help="number of components (default 5)")
     pca.add_argument("--joint", action="store_true", help="one PCA over all timesteps")
 
-    jacobian = method("jacobian", _find_jacobian, "what one sample reacts to most (Haas et al.); scaled by n samples")
+    text = "what one sample reacts to most (Haas et al.); scaled by n samples"
+    jacobian = method("jacobian", _find_jacobian, text, "--t 600 --region mouth")
     jacobian.add_argument("--k", type=int, default=3, help="number of directions (default 3)")
     jacobian.add_argument("--t", type=int, required=True, help="timestep")
     jacobian.add_argument("--region", help="of the bundled domain: mouth, eyes, brows, hair, beard or glasses")
 
-    scores = method("scores", _find_scores, "from the samples of lowest to those of highest classifier score")
+    text = "from the samples of lowest to those of highest classifier score"
+    scores = method("scores", _find_scores, text, "--attributes Smiling Beard")
     scores.add_argument("--attributes", nargs="+", required=True, help="columns of the classifier, e.g. Smiling Beard")
     scores.add_argument("--k", type=int, default=100, help="samples a side (default 100)")
     scores.add_argument("--classifier", default="avataaars", help="bundled name, folder or hub id (default avataaars)")
 
-    labels = method("labels", _find_labels, "from labelled images, inverted, without to those with an attribute")
+    text = "from labelled images, inverted, without to those with an attribute"
+    labels = method("labels", _find_labels, text, "--attributes Smiling")
     labels.add_argument("--images", default="avataaars", help="avataaars, or a folder or zip with attributes.csv")
     labels.add_argument("--attributes", nargs="+", required=True, help="columns of attributes.csv")
 
@@ -431,7 +441,7 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     fit.add_argument("--t", type=int, required=True, help="timestep, one of those visited")
     fit.add_argument("--n", type=int, default=100, help="number of images or samples (default 100)")
     fit.add_argument("--images", default="avataaars", help="to invert: avataaars, or a folder or zip with labels")
-    fit.add_argument("--attributes", nargs="+", help="columns of the labels, e.g. Smiling Beard")
+    fit.add_argument("--attributes", nargs="+", help="columns of the labels (default: all with two classes)")
     fit.add_argument("--classifier", help="label generated samples by this one instead")
     fit.add_argument("--positive", help="folder or zip of images with the attribute, in place of labels")
     fit.add_argument("--negative", help="folder or zip of images without it")
@@ -808,9 +818,14 @@ def _labelled_samples(model, arguments: argparse.Namespace):
         attributes = [name]
     else:
         images = wb.load_images(arguments.images).select(slice(arguments.n))
-        attributes = arguments.attributes or images.names
+        attributes = arguments.attributes or [name for name in images.names if _two_classes(images.label(name))]
         _check_attributes(attributes, images.names)
     return wb.extract(model, images=images, steps=visited[first:], **options), images.labels[attributes]
+
+
+def _two_classes(labels) -> bool:
+    """Whether there is a boundary to find: an angle has none, nor what hardly any image has."""
+    return labels.isin([0, 1]).all() and 2 <= labels.sum() <= len(labels) - 2
 
 
 def _boundary_edit(arguments: argparse.Namespace) -> None:
@@ -962,9 +977,18 @@ def _figure(arguments: argparse.Namespace) -> None:
         other=arguments.attributes[1],
         **{name: getattr(arguments, name) for name in ("n", "measured", "steps", "t", "seed", "device")},
     )
-    for name in known if arguments.names == ["all"] else arguments.names:
-        for path in figures.draw_figure(name, setup, out=arguments.out, columns=arguments.columns):
-            print(path.resolve())
+    names, failed = list(known) if arguments.names == ["all"] else arguments.names, {}
+    for name in names:
+        try:
+            for path in figures.draw_figure(name, setup, out=arguments.out, columns=arguments.columns):
+                print(path.resolve(), flush=True)
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            if len(names) == 1 or arguments.debug:
+                raise
+            failed[name] = error
+    if failed:
+        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(names)} figures could not be made. {reasons}")
 
 
 def _check_attributes(wanted: list[str], known) -> None:

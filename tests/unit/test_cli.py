@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -20,6 +21,7 @@ from test_session import planted
 
 from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
+from workbench.datasets.labelled import load_images
 from workbench.diffusion import golden, layouts
 from workbench.diffusion.models import load_model
 from workbench.diffusion.sampling import sample
@@ -29,6 +31,7 @@ from workbench.editing import methods
 from workbench.editing.recipe import save_recipe
 from workbench.editing.session import EditSession
 from workbench.hspace.store import open_store
+from workbench.report import figures
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -145,6 +148,37 @@ def test_extract_then_store(tiny_folder, tmp_path, capsys):
     assert "from the cache" in run(capsys, *arguments)[1]
     status, out, _ = run(capsys, "store", path)
     assert status == 0 and "'before' the mid block" in out and "float16" in out
+
+
+def test_extract_to_an_address_then_store(tiny_folder, tmp_path, capsys, monkeypatch):
+    """As a path, "//" would become "/", and the store a folder here."""
+    monkeypatch.chdir(tmp_path)
+    address = "memory://of-the-command/h.zarr"
+    assert run(capsys, "extract", tiny_folder, "--n", 2, "--steps", 2, "-o", address)[0] == 0
+    assert run(capsys, "store", address)[0] == 0 and list(tmp_path.iterdir()) == [tiny_folder]
+
+
+def test_of_several_figures_one_that_fails_stops_no_other(tmp_path, capsys, monkeypatch):
+    def draw(name, setup, **options):
+        if name == "haas-fig6":
+            raise ValueError("no regions of these images are known")
+        return [tmp_path / name]
+
+    monkeypatch.setattr(figures, "draw_figure", draw)
+    status, out, err = run(capsys, "figure", "haas-fig4", "haas-fig6", "zhu-e3")
+    assert status == 2 and [Path(line).name for line in out.split()] == ["haas-fig4", "zhu-e3"]
+    assert "1 of 3 figures could not be made. haas-fig6: no regions" in err
+    status, _, err = run(capsys, "figure", "haas-fig6")
+    assert status == 2 and err.startswith("workbench: no regions")
+
+
+def test_boundaries_are_of_all_labels_of_two_classes_unless_told_otherwise(tiny_folder, tmp_path, capsys, cache):
+    """The bundled labels hold an angle as well."""
+    assert "Tilt" in load_images("avataaars").names
+    fit = ("boundary", "fit", tiny_folder, "--steps", 4, "--t", 500, "--n", 60, "-o", tmp_path / "found")
+    assert run(capsys, *fit)[0] == 0
+    found = {path.name.split("-")[1] for path in (tmp_path / "found").iterdir()}
+    assert "Smiling" in found and "Tilt" not in found
 
 
 def test_extract_of_real_images(tiny_folder, tmp_path, capsys):

@@ -152,6 +152,21 @@ def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
 
 @pytest.mark.slow
 class TestRun:
+    def test_a_file_here_is_meant_although_the_notebook_runs_elsewhere(self, home, tmp_path, monkeypatch):
+        parameters = 'image_path: str = ""\nimages_name: str = ""\nmodel_name: str = ""\ntarget: str = ""'
+        cell = "from pathlib import Path\nprint(Path(image_path).read_text(), images_name, target)"
+        write_notebook(home / "notebooks" / "10_first.ipynb", cell, parameters=parameters)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "photo.jpg").write_text("here")
+        for folder in ("avataaars", "Smiling"):
+            (tmp_path / folder).mkdir()
+        (home / "data" / "avataaars").mkdir()
+        given = {"image_path": "photo.jpg", "images_name": "avataaars", "model_name": "none", "target": "Smiling"}
+        report = notebooks.run_notebook("10", given, progress=False)
+        assert "here avataaars Smiling" in output_of(report.notebook), "bundled names and attributes stay"
+        assert report.parameters["image_path"] == str(tmp_path / "photo.jpg")
+        assert report.parameters["model_name"] == "none"
+
     def test_runs_with_the_given_values_and_says_how(self, home, notebook):
         given = {"steps": np.int64(4), "eta": 1, "scales": (0, np.float32(0.5)), "model_name": Path("some/where")}
         report = notebooks.run_notebook("10", given, progress=False)

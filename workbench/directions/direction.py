@@ -430,7 +430,7 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no direction at {path}; direction.save writes one")
+        raise FileNotFoundError(f"there is no direction at {path}; direction.save and `workbench find` write one")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -265,7 +265,8 @@ def run_notebook(
         Name ("10_extract"), the start of one name alone ("10"), or a path.
     parameters : mapping, optional
         Values in place of the notebook's defaults, of the same types (an int will do for a float; numpy scalars,
-        arrays, tuples and paths are converted).
+        arrays, tuples and paths are converted). A parameter that ends in `_name` or `_path` and names a file or folder
+        here is that one, although the notebook runs in its own folder; a bundled name stays one.
     out : str or Path, optional
         The executed notebook, `.ipynb`; default: `reports/` under the notebook's name, entered in the index page.
     progress : bool
@@ -288,7 +289,7 @@ def run_notebook(
     """
     source = find_notebook(name)
     stem = source.stem
-    given = check_parameters(source, parameters or {})
+    given = {key: _from_here(key, value) for key, value in check_parameters(source, parameters or {}).items()}
     everything = {key: parameter.default for key, parameter in notebook_parameters(source).items()} | given
     out = paths.reports() / f"{stem}.ipynb" if out is None else Path(out).absolute()
     if out.suffix != ".ipynb":
@@ -613,6 +614,14 @@ def _parsed(text: str, parameter: Parameter, notebook: str) -> object:
     except yaml.YAMLError:
         raise ValueError(f"{problem}, like its default {parameter.default!r}") from None
     return _typed(value, parameter.type, parameter, notebook)
+
+
+def _from_here(key: str, value: object) -> object:
+    if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
+        return value
+    path = Path(value).expanduser()
+    bundled = path.name == value and any((folder / value).exists() for folder in (paths.models(), paths.data()))
+    return str(path.absolute()) if path.exists() and not bundled else value
 
 
 def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool) -> dict | None:
