@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import zarr
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
+from torch import nn
 
 from workbench import paths
 from workbench.datasets import avataaars, classifiers
@@ -505,10 +506,13 @@ def hub(tmp_path_factory):
         "vit": transformers.ViTImageProcessor(size=square),
         "resnet": transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
         "clip": transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=square),
+        "convnext": transformers.ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=0.8),
+        "large convnext": transformers.ConvNextImageProcessorPil(size={"shortest_edge": 384}, crop_pct=0.8),
     }
     networks = {"vit": vit, "resnet": resnet, "clip": clip}
     for name, processor in processors.items():
-        networks[name].save_pretrained(folder / name)
+        if name in networks:
+            networks[name].save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     tokeniser.save_pretrained(folder / "clip")
     return SimpleNamespace(folder=folder, processors=processors, tokeniser=tokeniser, **networks)
@@ -639,7 +643,7 @@ def test_the_package_does_not_need_the_extra(few, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 20), (3, 31, 17), (3, 8, 12)])
-@pytest.mark.parametrize("name", ["vit", "resnet", "clip"])
+@pytest.mark.parametrize("name", ["vit", "resnet", "clip", "convnext", "large convnext"])
 def test_preprocessing_is_that_of_the_image_processor(hub, name, shape):
     """Resize, crop, scale and normalise as transformers does, for square and other images.
 
@@ -650,6 +654,32 @@ def test_preprocessing_is_that_of_the_image_processor(hub, name, shape):
     expected = hub.processors[name](images=pictures, return_tensors="pt")["pixel_values"]
     prepared = classifiers._preprocessing(hub.folder / name)(images)
     torch.testing.assert_close(prepared, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"include_top": True}, "a second normalisation"),
+        ({"rescale_offset": True}, "a shifted scale"),
+        ({"resample": 0}, "PIL's filter 0; known here are 2 and 3"),
+    ],
+)
+def test_preprocessing_that_is_not_known_is_refused(tmp_path, setting, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 8, **setting}))
+    with pytest.raises(ValueError, match=message):
+        classifiers._preprocessing(tmp_path)
+
+
+def test_a_module_scores_an_image_alike_in_any_batch_and_stays_as_it_was():
+    """Also one that was left in the mode of training, with batch statistics and dropout."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid()]
+    module = nn.Sequential(*layers).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    classifier = load_classifier(module, attributes=list("ABCD"))
+    images = torch.rand(6, 3, 8, 8)
+    whole = classifier(images, progress=False)
+    np.testing.assert_allclose(whole, np.concatenate([classifier(x[None], progress=False) for x in images]), atol=1e-6)
+    assert module.training and all(torch.equal(before[name], v) for name, v in module.state_dict().items())
 
 
 # Calibration

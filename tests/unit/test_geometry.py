@@ -415,6 +415,14 @@ def test_bad_input_is_refused_in_a_sentence(rng, monkeypatch):
         embed(h, method="pacmap", neighbours=5)
 
 
+@pytest.mark.parametrize("n", [6, 7, 29, 31, 32, 33])
+def test_quality_takes_as_many_neighbours_as_it_says(n):
+    """Half-samples have fewer than half of them to give."""
+    h = np.random.default_rng(0).standard_normal((n, 5))
+    found = quality(h, h[:, :2], neighbours=min(15, (n - 1) // 2), resamples=3)
+    assert np.isfinite(found[["value", "low", "high"]].to_numpy(dtype=float)).all()
+
+
 def test_umap_leaves_the_number_of_threads_as_it_was():
     code = (
         "import numpy as np, torch; from workbench.analysis.geometry import embed;"

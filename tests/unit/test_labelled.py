@@ -129,9 +129,12 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     torch.testing.assert_close(tensor, expected_row.expand(3, 4, 4))
 
 
-def test_32_bits_are_refused():
+def test_32_bits_are_refused(tmp_path):
     with pytest.raises(ValueError, match="32-bit"):
         to_tensor(Image.new("F", (4, 4)))
+    Image.new("F", (4, 4)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep\.tif: .*save with 8 or 16 bits a channel$"):
+        load_image(tmp_path / "deep.tif")
 
 
 def test_a_path_and_its_image_give_the_same(folder):
@@ -358,7 +361,7 @@ def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
     with pytest.raises(ValueError, match="there is no crop 'face'; there are celeba64"):
         load_images(tmp_path, crop="face")
     picture(0).save(tmp_path / "000001.png")
-    with pytest.raises(ValueError, match="is for images of 178 x 218 pixels, not"):
+    with pytest.raises(ValueError, match="is for images of 178 x 218 pixels, not .*; leave it out for others$"):
         load_images(tmp_path, crop="celeba64")[0]
 
 
@@ -528,6 +531,31 @@ def test_a_damaged_member_of_a_zip_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"c\.png in .*faces\.zip cannot be decoded") as failure:
         load_images(target)[2]
     sentence(failure)
+
+
+def test_a_zip_that_cant_be_read_is_a_sentence(folder, tmp_path):
+    """With a password, which zipfile says in an error of its own."""
+    target = zip_of(folder, tmp_path / "faces.zip")
+    content = bytearray(target.read_bytes())
+    with zipfile.ZipFile(target) as archive:
+        places = [
+            archive.getinfo("c.png").header_offset + 6,
+            content.rindex(b"PK\x01\x02", 0, content.index(b"c.png", archive.start_dir)) + 8,
+        ]
+    for place in places:
+        content[place] |= 1
+    target.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.png in .*faces\.zip cannot be decoded.*encrypted"):
+        load_images(target)[2]
+
+
+def test_linked_folders_are_read_and_a_link_in_a_circle_ends(tmp_path):
+    for name in ("one/real", "two/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(0).save(tmp_path / name / "a.png")
+    (tmp_path / "one" / "cat").symlink_to(tmp_path / "two" / "cat")
+    (tmp_path / "two" / "cat" / "back").symlink_to(tmp_path / "one")
+    assert list(load_images(tmp_path / "one").labels.index) == ["cat/a.png", "real/a.png"]
 
 
 def test_images_of_several_sizes_need_a_size(folder):

@@ -199,6 +199,11 @@ def test_schedules_are_the_presets_or_the_one_that_is_asked_for(guided_file, sma
     assert asked == pytest.approx(linear, rel=1e-4)
     with pytest.raises(ValueError, match="schedule 'quadratic' is not known; it is one of linear, cosine"):
         wb.load_model(guided_file, schedule="quadratic")
+    sizes = {"image_size": 16, "head_channels": 16}
+    with pytest.raises(ValueError, match=r"don't tell the noise schedule, and dogs.*preset='dogs', or schedule="):
+        wb.load_model(guided_file, **sizes, device="cpu")
+    asked = wb.load_model(guided_file, **sizes, schedule="linear", device="cpu").schedule.alpha_bars
+    assert asked == pytest.approx(linear, rel=1e-4)
 
 
 def test_a_network_that_counts_4000_timesteps_keeps_the_noise_levels_of_every_fourth():
@@ -226,6 +231,11 @@ def wrapped(state: dict, other: dict) -> dict:
         "DataParallel": named("module.", state),
         "state_dict": {"state_dict": state},
         "model and ema": {"model": other, "ema": state, "step": 3, "optimizer": {"state": {}}},
+        "ema-pytorch": {
+            "model": other,
+            "ema": {**named("online_model.", other), **named("ema_model.", state), "step": torch.tensor(3)},
+            "step": 3,
+        },
         "ema beside the model, by prefix": {**named("model.", other), **named("ema.module.", state)},
         "DDIM's list": [named("module.", other), {"state": {}}, 7, 100, state],
         "Lightning's average": {

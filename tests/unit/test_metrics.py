@@ -223,6 +223,7 @@ def test_linearity_is_the_squared_correlation():
     np.testing.assert_allclose(linearity(values, scales), expected)
     assert linearity([[1, 3, 4, 6]], scales)[0] == pytest.approx(1.0)
     assert np.isnan(linearity(np.ones((1, 4)), scales)).all()
+    assert np.isnan(linearity(np.full((1, 7), 0.1), range(7))).all(), "also where their mean is rounded"
     with pytest.raises(ValueError, match=r"3 or more"):
         linearity(values[:, :2], scales[:2])
 

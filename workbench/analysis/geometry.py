@@ -512,7 +512,7 @@ def quality(
     points : Embedding or array of shape (n, k)
     labels : array of shape (n,), or mapping or DataFrame of attribute -> such arrays, optional
     neighbours : int, default 15
-        Fewer than n/2.
+        Fewer than n/2; in half-samples half of them, or as many as those have.
     resamples : int, default 50
     most : int, default 2000
         Of more samples, that many random ones are used.
@@ -529,7 +529,7 @@ def quality(
     ValueError
         If labels are constant, a value is not finite, or there are too many neighbours.
     """
-    h, points = check_samples(h, fewest=4), check_samples(getattr(points, "points", points))
+    h, points = check_samples(h, fewest=6), check_samples(getattr(points, "points", points))
     if len(h) != len(points):
         raise ValueError(f"the map has {len(points)} points and h {len(h)} samples; they must be the same samples")
     by_name = {} if labels is None else check_labels(labels, len(h))
@@ -558,10 +558,8 @@ def quality(
     for (_, name, _), value in values.items():
         if np.isnan(value):
             raise ValueError(f"the labels {name!r} have fewer than two groups of two samples; there is no silhouette")
-    halves = [
-        measure(rows, max(1, round(neighbours / 2)))
-        for rows in half_samples(n, resamples, rng, progress="half-samples")
-    ]
+    fewer = max(1, min(round(neighbours / 2), (n // 2 - 1) // 2))
+    halves = [measure(rows, fewer) for rows in half_samples(n, resamples, rng, progress="half-samples")]
     chance = {"trustworthiness": _chance_trustworthiness(n, neighbours), "silhouette": 0.0}
     chance["neighbourhood preservation"] = neighbours / (n - 1)
     rows = []

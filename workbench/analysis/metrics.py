@@ -279,9 +279,10 @@ def linearity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.
     values, x = np.asarray(scores, dtype=float), np.asarray(scales, dtype=float)
     if values.ndim != 2 or values.shape[1] != len(x) or len(x) < 3:
         raise ValueError(f"scores of {len(x)} scales (3 or more) have shape (n, {len(x)}), not {values.shape}")
+    same = np.ptp(values, axis=1) == 0  # whatever rounding leaves of them
     values, x = values - values.mean(axis=1, keepdims=True), x - x.mean()
     with np.errstate(invalid="ignore"):
-        return (values @ x) ** 2 / ((values**2).sum(axis=1) * (x @ x))
+        return np.where(same, np.nan, (values @ x) ** 2 / ((values**2).sum(axis=1) * (x @ x)))
 
 
 def peak_signal_to_noise(images: np.ndarray, others: np.ndarray, *, mask: np.ndarray | None = None) -> np.ndarray:

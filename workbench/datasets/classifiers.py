@@ -6,6 +6,7 @@ Whoever labels never scores: find directions with `load_classifier("avataaars")`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -776,8 +777,12 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device)
         device = "cpu" if first is None else first.device
     device = torch.device(device)
 
+    if is_module:
+        function.to(device)
+
     def score(batch: torch.Tensor) -> torch.Tensor:
-        given = function(batch.to(device))
+        with _evaluating(function) if is_module else contextlib.nullcontext():
+            given = function(batch.to(device))
         if isinstance(given, pd.DataFrame):
             missing = [n for n in names if n not in given]
             if missing:
@@ -794,6 +799,17 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device)
         return torch.logit(values.double(), eps=1e-12)
 
     return Classifier(name, tuple(names), hash_weights(function) if is_module else None, device, score, None)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Batch statistics and dropout are off inside, so that an image's score is its own."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def _from_transformers(folder: Path, name: str, device: torch.device) -> Classifier:
@@ -911,8 +927,21 @@ def _preprocessing(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     config = read_json(path)
     config = config.get("image_processor", config)
     size, crop = config.get("size"), config.get("crop_size")
+    for key, what in (("include_top", "a second normalisation"), ("rescale_offset", "a shifted scale of values")):
+        if config.get(key):
+            raise ValueError(f"{path} asks for {what} ({key}), which is not known here; give a function instead")
     # PIL's numbers: 2 is bilinear, 3 bicubic.
-    mode = "bilinear" if config.get("resample", 2) == 2 else "bicubic"
+    modes = {2: "bilinear", 3: "bicubic"}
+    if config.get("resample", 2) not in modes:
+        raise ValueError(f"{path} resizes by PIL's filter {config['resample']}; known here are 2 and 3")
+    mode = modes[config.get("resample", 2)]
+    edge = (size or {}).get("shortest_edge") if isinstance(size, Mapping) else size
+    if config.get("crop_pct") and edge is not None:
+        # ConvNext's: a smaller image is cut out of one that is resized to more, a larger one is only resized.
+        cut = edge < 384
+        size = {"shortest_edge": int(edge / config["crop_pct"])} if cut else {"height": edge, "width": edge}
+        crop = {"height": edge, "width": edge}
+        config = {**config, "do_center_crop": cut}
     mean, std = (torch.tensor(config.get(key, 0.5)).view(-1, 1, 1) for key in ("image_mean", "image_std"))
 
     def prepare(batch: torch.Tensor) -> torch.Tensor:

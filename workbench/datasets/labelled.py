@@ -52,6 +52,7 @@ _UNDECODABLE = (
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
+    RuntimeError,  # a zip with a password, or packed in a way that zipfile does not know
     Image.DecompressionBombError,
 )
 
@@ -401,10 +402,14 @@ def to_tensor(image: Image.Image | str | Path, size: int | None = None) -> torch
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
+class _Unsuitable(ValueError):
+    """A sound image that is not what was asked for."""
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError("the range of 32-bit pixels is unknown, save with 8 or 16 bits a channel")
+        raise _Unsuitable("the range of 32-bit pixels is unknown; save with 8 or 16 bits a channel")
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255.
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
@@ -426,8 +431,9 @@ def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
     size, box = CROPS[crop]
     if image.size != size:
         width, height = size
-        raise ValueError(
-            f"the crop {crop!r} is for images of {width} x {height} pixels, not {image.width} x {image.height}"
+        raise _Unsuitable(
+            f"the crop {crop!r} is for images of {width} x {height} pixels, not {image.width} x {image.height}; leave "
+            "it out for others"
         )
     return image.crop(box)
 
@@ -448,6 +454,8 @@ def _decode(content: bytes, size: int | None, where: str, crop: str | None = Non
 
 
 def _undecodable(where: str, error: Exception) -> ValueError:
+    if isinstance(error, _Unsuitable):
+        return ValueError(f"{where}: {error}")
     reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
     return ValueError(f"{where} cannot be decoded as an image ({reason}); replace it or remove it")
 
@@ -460,11 +468,14 @@ class _Folder:
     prefix: str = ""
 
     def members(self) -> list[str]:
-        return [
-            Path(folder, file).relative_to(self.path).as_posix()
-            for folder, _, files in os.walk(self.path)
-            for file in files
-        ]
+        found, trails = [], {str(self.path): {os.path.realpath(self.path)}}
+        for folder, folders, files in os.walk(self.path, followlinks=True):
+            found += [Path(folder, file).relative_to(self.path).as_posix() for file in files]
+            trail = trails.pop(folder)
+            inside = {name: os.path.realpath(Path(folder, name)) for name in folders}
+            folders[:] = [name for name in folders if inside[name] not in trail]  # a link to where it lies has no end
+            trails |= {os.path.join(folder, name): {*trail, inside[name]} for name in folders}
+        return found
 
     def names(self) -> list[str]:
         return _image_names(self.members(), self.prefix)

@@ -236,7 +236,8 @@ def _with_dots(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _is_average(where: str) -> bool:
-    return re.search(r"ema|shadow|average", where.lower()) is not None
+    # The ema of ema-pytorch holds the weights as they are beside their average.
+    return re.search(r"ema|shadow|average", where.lower()) is not None and "online" not in where.lower()
 
 
 def _is_training(content: object) -> bool:

@@ -315,7 +315,15 @@ def infer(
         alike = [name for name, preset in PRESETS.items() if _without_names(preset.architecture) == found]
         also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
         example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
-        raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}")
+        widths = {shapes["channels"][-1], *(shapes["channels"][level] for level in shapes["attention"])}
+        heads = (
+            "; where the training gave a number of heads, head_channels is the width by that number, and with "
+            f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
+        )
+        raise ValueError(
+            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}"
+            f"{heads if 'head_channels' in missing and len(widths) > 1 else ''}"
+        )
     return Architecture(
         layout,
         image_size,
@@ -323,6 +331,22 @@ def infer(
         attention_order=attention_order,
         **shapes,
     )
+
+
+def refuse_unknown_schedule(architecture: Architecture) -> None:
+    """Weights don't tell their noise schedule: refuse to guess where a published network has another than the linear.
+
+    Raises
+    ------
+    ValueError
+        If the architecture is that of such a preset.
+    """
+    for name, preset in PRESETS.items():
+        if preset.architecture == architecture and preset.schedule != LINEAR:
+            raise ValueError(
+                f"the weights don't tell the noise schedule, and {name}, which has these shapes, does not have the linear "
+                f"one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}"
+            )
 
 
 def _without_names(architecture: Architecture) -> Architecture:

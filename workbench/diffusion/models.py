@@ -401,6 +401,8 @@ def _read_file(
     try:
         if known is None:
             architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **given), "the architecture"
+            if schedule is None:
+                layouts.refuse_unknown_schedule(architecture)
             unet = _build(architecture.config(), path=path)
             _warn_if_short_of_memory(_need_of(unet), path, device)
         else:
