@@ -1,5 +1,8 @@
 # Works from anywhere: make -C path/to/the/clone report
 ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+ifneq ($(words $(MAKEFILE_LIST)) $(words $(ROOT)),1 1)
+$(error make takes a space in a path for its end, and would work on other folders; move the clone to a path without one)
+endif
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -28,8 +31,8 @@ bench: $(VENV)/installed-test  ## run the benchmarks, write reports/benchmarks.h
 	cd $(ROOT) && $(BIN)/python tests/benchmarks/page.py reports/benchmarks.json
 
 clean:  ## remove .venv, reports and data/cache (extractions, cells of the benchmark)
-	rm -rf $(VENV) $(ROOT)/data/cache $(ROOT)/*.egg-info
-	find $(ROOT)/reports -mindepth 1 -not -name README.md -delete
+	rm -rf "$(VENV)" "$(ROOT)/data/cache" "$(ROOT)"/*.egg-info
+	find "$(ROOT)/reports" -mindepth 1 -not -name README.md -delete
 
 $(VENV)/installed: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        if getattr(arguments, "n", None) is not None and arguments.n < 1:
+            raise ValueError(f"--n is {arguments.n}; give 1 or more")
         return arguments.action(arguments) or 0
     except KeyboardInterrupt:
         print("workbench: interrupted", file=sys.stderr)
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         # An OSError's own text leads with its number; the sentence is in strerror where there is one.
         sentence = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename and str(error.filename) not in sentence:
+            sentence = f"{error.filename}: {sentence}"
         print(f"workbench: {sentence}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotebookFailed" else 2
 
@@ -146,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--rate", type=float, help="passes a second of one process, as you measured them")
     plan.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
     plan.add_argument("--processes", type=int, default=1, help="processes, one a GPU (default 1)")
-    plan.add_argument("--batch-size", type=int, default=64, help="samples a pass (default 64)")
+    plan.add_argument("--batch-size", type=int, help="samples a pass (default: 64 on a GPU, else as extract takes)")
     plan.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of h on disk")
     plan.add_argument("--record-x", action="store_true", help="keep x_t too")
 
@@ -191,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("images", help="folder or zip of images with attributes.csv, or avataaars")
     train.add_argument("-o", "--out", type=Path, required=True, help="folder for config.json and model.safetensors")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--steps", type=int, default=1500, help="batches of 128 images (default 1500)")
+    train.add_argument("--steps", type=int, default=2000, help="batches of 128 images (default 2000)")
     train.add_argument(
         "--design", choices=("labeller", "judge"), default="labeller", help="one labels, the other scores"
     )
@@ -375,7 +379,8 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
         made.set_defaults(action=action)
         _add_model(made)
         made.add_argument("--n", type=int, default=512, help="number of samples or images (default 512)")
-        made.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+        if name != "labels":
+            made.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
         made.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
         made.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
         return made
@@ -599,7 +604,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _extract(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
-    source: dict = {"n": arguments.n or 512, "seed": arguments.seed, "eta": arguments.eta}
+    source: dict = {"n": 512 if arguments.n is None else arguments.n, "seed": arguments.seed, "eta": arguments.eta}
     if arguments.images is not None:
         images = wb.load_images(arguments.images)
         source = {"images": images.select(slice(arguments.n))}
@@ -617,11 +622,15 @@ def _extract(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.diffusion.models import best_device, load_shapes
+    from workbench.diffusion.models import best_device, cpu_batch, load_shapes
     from workbench.hspace import planning
 
     network = load_shapes(arguments.model)
     on_gpu = arguments.gpu is not None or best_device().type != "cpu"
+    if arguments.rate is not None and not arguments.rate > 0:
+        raise ValueError(f"--rate is {arguments.rate:g}; give passes a second")
+    if arguments.batch_size is None:
+        arguments.batch_size = 64 if on_gpu else cpu_batch(planning.shapes_of(network)[0])
     if arguments.rate is not None:
         flop_rate, source = arguments.rate * planning.count_flops(network), "as given"
     elif arguments.gpu is not None:
@@ -646,13 +655,15 @@ def _store(arguments: argparse.Namespace) -> None:
     print(f"{store}\n{store.summary().to_string()}")
 
 
-def _save(directions, model, arguments: argparse.Namespace) -> None:
+def _save(directions, model, arguments: argparse.Namespace, kind: str = "") -> None:
+    """Save directions by their names; `kind` keeps apart what others find by the same name."""
     from workbench import paths
 
     folder = arguments.out or paths.directions()
+    ending = kind + ("" if arguments.tap == "after" else f"-{arguments.tap}")
     for direction in directions:
         name = direction.name.replace(" ", "-").replace("=", "")
-        path = direction.save(folder / f"{model.name.replace('/', '--')}-{name}.safetensors")
+        path = direction.save(folder / f"{model.name.replace('/', '--')}-{name}{ending}.safetensors")
         print(f"{direction}\n{path}")
 
 
@@ -675,7 +686,8 @@ def _find_pca(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
     model, store = _model_and_samples(arguments)
-    _save(wb.find_pca(store, k=arguments.k, joint=arguments.joint), model, arguments)
+    found = wb.find_pca(store, k=arguments.k, joint=arguments.joint)
+    _save(found, model, arguments, "-joint" if arguments.joint else "")
 
 
 def _find_jacobian(arguments: argparse.Namespace) -> None:
@@ -709,7 +721,7 @@ def _find_labels(arguments: argparse.Namespace) -> None:
     images = images.select(slice(arguments.n))
     model = _load(arguments).tapped(arguments.tap)
     store = wb.extract(model, images=images, steps=arguments.steps, batch_size=arguments.batch_size)
-    _save(wb.find_many(store, images.labels[arguments.attributes]).values(), model, arguments)
+    _save(wb.find_many(store, images.labels[arguments.attributes]).values(), model, arguments, "-labels")
 
 
 def _geometry(arguments: argparse.Namespace) -> None:
@@ -789,7 +801,12 @@ def _boundary_fit(arguments: argparse.Namespace) -> None:
             wanted=arguments.wanted,
         )
         for boundary in found.values():
-            name = f"{model.name.replace('/', '--')}-{boundary.name}-{space}-t{boundary.t}.safetensors"
+            kind = "".join(
+                f"-{word}"
+                for word, other in ((arguments.method, "svm"), (arguments.tap if space == "h" else "after", "after"))
+                if word != other
+            )
+            name = f"{model.name.replace('/', '--')}-{boundary.name}-{space}-t{boundary.t}{kind}.safetensors"
             print(f"{boundary}\n{boundary.save(folder / name)}")
 
 
@@ -803,6 +820,10 @@ def _labelled_samples(model, arguments: argparse.Namespace):
     options = {"record_x": True, "batch_size": arguments.batch_size}
     if (arguments.positive is None) != (arguments.negative is None):
         raise ValueError("give both --positive and --negative, the images with and without the attribute")
+    if arguments.classifier is not None and arguments.positive is not None:
+        raise ValueError("--classifier labels samples of the model; leave out --positive and --negative, or it")
+    if arguments.positive is not None and len(arguments.attributes or []) > 1:
+        raise ValueError("two folders have one attribute between them; give its name alone as --attributes")
     if arguments.classifier is not None:
         classifier = wb.load_classifier(arguments.classifier, device=arguments.device)
         attributes = arguments.attributes or list(classifier.attributes)
@@ -1004,7 +1025,8 @@ def _train(arguments: argparse.Namespace) -> None:
     fields = training.TrainingSettings.__dataclass_fields__
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     if arguments.resume and given:
-        raise ValueError(f"a resumed training has its own settings; leave out --{next(iter(given)).replace('_', '-')}")
+        surplus = "from" if "start" in given else next(iter(given)).replace("_", "-")
+        raise ValueError(f"a resumed training has its own settings; leave out --{surplus}")
     networks = ("size", "widths", "layers", "attention", "head_channels")
     if arguments.start is not None and (surplus := [name for name in networks if name in given]):
         raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")

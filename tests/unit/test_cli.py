@@ -158,6 +158,26 @@ def test_extract_to_an_address_then_store(tiny_folder, tmp_path, capsys, monkeyp
     assert run(capsys, "store", address)[0] == 0 and list(tmp_path.iterdir()) == [tiny_folder]
 
 
+def test_what_is_found_in_another_way_does_not_replace_a_direction_of_the_same_name(
+    tiny_folder, tmp_path, capsys, cache
+):
+    out = tmp_path / "found"
+    common = (tiny_folder, "--n", 40, "--steps", 2, "-o", out)
+    for words in (
+        ("pca", *common, "--k", 1),
+        ("pca", *common, "--k", 1, "--joint"),
+        ("pca", *common, "--k", 1, "--tap", "before"),
+        ("labels", *common, "--attributes", "Smiling"),
+    ):
+        assert run(capsys, "find", *words)[0] == 0
+    fit = ("boundary", "fit", *common, "--t", 500, "--attributes", "Smiling")
+    for words in ((), ("--method", "mean"), ("--tap", "before")):
+        assert run(capsys, *fit, *words)[0] == 0
+    names = {path.name.removeprefix("tiny-").removesuffix(".safetensors") for path in out.iterdir()}
+    assert names >= {"PC1", "PC1-joint", "PC1-before", "Smiling-labels", "Smiling-h-t500", "Smiling-h-t500-before"}
+    assert len(names) == 4 + 5  # a boundary in x has no tap
+
+
 def test_of_several_figures_one_that_fails_stops_no_other(tmp_path, capsys, monkeypatch):
     def draw(name, setup, **options):
         if name == "haas-fig6":
@@ -196,7 +216,7 @@ def test_find_saves_directions_that_load_again(tiny_folder, tmp_path, capsys, ca
     bundled = ("avataaars32", *common[1:])
     assert run(capsys, "find", "scores", *bundled, "--attributes", "Beard", "--k", 2)[0] == 0
     files = sorted(path.name for path in (tmp_path / "found").iterdir())
-    tiny = [f"tiny-{name}.safetensors" for name in ("PC1", "PC2", "Smiling", "mouth-jacobian-1-t500")]
+    tiny = [f"tiny-{name}.safetensors" for name in ("PC1", "PC2", "Smiling-labels", "mouth-jacobian-1-t500")]
     assert files == ["avataaars32-Beard.safetensors", *tiny]
     directions = [load_direction(tmp_path / "found" / name) for name in files]
     assert {direction.provenance["method"] for direction in directions} == {"pca", "scores", "labels", "jacobian"}
@@ -282,7 +302,10 @@ def test_params_lists_notebooks_and_their_parameters(capsys):
         (("sample", "avataaars32", "--steps", 1001), "1 to 1000 steps"),
         (("sample", "avataaars32", "--steps", 0), "1 to 1000 steps"),
         (("sample", "avataaars32", "--eta", 2), "eta"),
-        (("extract", "avataaars32", "--n", -5), "at least one sample"),
+        (("extract", "avataaars32", "--n", -5), "--n is -5; give 1 or more"),
+        (("extract", "avataaars32", "--n", 0), "--n is 0; give 1 or more"),
+        (("find", "labels", "avataaars32", "--n", -3, "--attributes", "Smiling"), "--n is -3"),
+        (("benchmark", "--plugin", "missing.py"), "missing.py: No such file"),
         (("extract", "avataaars32", "--n", 5, "--seed", -1), "seeds"),
         (("extract", "avataaars32", "--images", "missing"), "missing"),
         (("store", "missing.zarr"), "there is no store"),

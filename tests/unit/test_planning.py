@@ -72,6 +72,17 @@ def test_a_public_model_is_planned_without_its_weights(capsys):
     assert "2,500,000" in said and "hours" in said and "assumed: 25% of the peak of a H100" in said
 
 
+def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(capsys):
+    network = load_shapes("avataaars32")
+    one, many = (plan(network, processes=n, on_gpu=False) for n in (1, 8))
+    assert many.rate == one.rate
+    words = ["plan", "--model", "google/ddpm-ema-celebahq-256", "--n", "10", "--rate", "1"]
+    if not torch.cuda.is_available():
+        assert cli.main(words) == cli.main([*words, "--batch-size", "1"]) == 0
+        said = capsys.readouterr().out
+        assert said[: len(said) // 2] == said[len(said) // 2 :]
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
@@ -79,6 +90,7 @@ def test_a_public_model_is_planned_without_its_weights(capsys):
         (["--gpu", "h100", "--utilisation", "2"], "utilisation is 2.0"),
         (["--gpu", "h100", "--n", "0"], "n is 0; give 1 or more"),
         (["--model", "nowhere"], "nowhere"),
+        (["--rate", "0"], "--rate is 0; give passes a second"),
     ],
 )
 def test_bad_plans_are_sentences(words, sentence, capsys):

@@ -71,3 +71,21 @@ def test_a_port_that_is_taken_is_a_sentence():
         taken.listen()
         with pytest.raises(OSError, match="is taken .*; choose another with --port"):
             server._check_free(taken.getsockname()[1])
+
+
+def test_no_configuration_of_the_users_opens_the_page_to_others(saved, tiny_folder, tmp_path, monkeypatch):
+    from voila.app import Voila
+
+    started = []
+    monkeypatch.setattr(Voila, "start", lambda self: started.append((self.ip, self.token, self.port)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voila.json").write_text(json.dumps({"Voila": {"ip": "0.0.0.0", "token": "", "port": 1}}))
+    addresses = []
+    options = {"model": str(tiny_folder), "directions": None, "steps": 4, "device": "cpu"}
+    try:
+        server.serve_studio(options, on_ready=addresses.append)
+    finally:
+        Voila.clear_instance()
+    ((ip, token, port),) = started
+    assert ip == server.LOOPBACK and len(token) > 20
+    assert addresses == [f"http://{server.LOOPBACK}:{port}/?token={token}"]

@@ -286,6 +286,35 @@ def test_a_pull_of_one_slider_is_one_change_until_it_rests(session):
     assert not session.can_redo
 
 
+def test_a_slider_that_is_pulled_back_leaves_nothing_to_undo(session):
+    session.set_scale("smile", 1.0)
+    session.rest()
+    session.set_scale("hair", 2.0)
+    session.set_scale("hair", 0.0)
+    assert session.state.scales == {"smile": 1.0}
+    session.set_scale("hair", 3.0)
+    session.undo()
+    assert session.state.scales == {"smile": 1.0}
+    session.undo()
+    assert not session.state.scales
+
+
+def test_a_recipe_is_of_the_moment_that_it_is_saved_at(session, tmp_path, monkeypatch):
+    """Sliders stay alive while files are written."""
+    session.set_scale("smile", 2.0)
+    save = Direction.save
+
+    def pulling(self, path):
+        session.set_scale("smile", 1.0)
+        return save(self, path)
+
+    monkeypatch.setattr(Direction, "save", pulling)
+    recipe = read_recipe(save_recipe(session, tmp_path / "edit.json"))
+    assert recipe["directions"][0]["scale"] == 2.0
+    session.set_scale("smile", 2.0)
+    assert recipe["result"] == result_of(session.render())
+
+
 def test_reset_keeps_the_sample_and_can_be_undone(session):
     session.pick(2)
     session.set_scale("smile", 1.0)
@@ -532,6 +561,9 @@ def test_bad_recipes_are_refused(session, tiny, model, run, smile, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(lacking))
     with pytest.raises(ValueError, match="it lacks process"):
         open_recipe(tmp_path / "bad.json", model=tiny)
+    (tmp_path / "bad.json").write_text(json.dumps({**read_recipe(path), "result": {}}))
+    with pytest.raises(ValueError, match="it lacks sha256, threads, torch"):
+        read_recipe(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="is a .json file"):
         save_recipe(session, tmp_path / "edit.txt")
     recipe = read_recipe(path)

@@ -65,6 +65,18 @@ def test_a_run_is_known_by_all_parameters_and_the_code(home):
     assert key() != before
 
 
+def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
+    write_notebook(home / "notebooks" / "30_third.ipynb", 'images_name: str = "avataaars"')
+    keys = set()
+    for place in ("here", "there"):
+        (home / place / "faces").mkdir(parents=True)
+        monkeypatch.chdir(home / place)
+        (run,) = plan_sweep({"notebooks": ["30"], "common": {"images_name": "faces"}}, name="mine")
+        assert run.parameters == {"images_name": str(home / place / "faces")}
+        keys.add(run.key)
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [

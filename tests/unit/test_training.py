@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import workbench as wb
@@ -307,9 +309,36 @@ def test_several_sources_are_one_set_of_images(images, trained, tmp_path):
 
 def test_a_folder_is_not_trained_over(images, trained, tiny_folder):
     (tiny_folder / "model_index.json").write_text("{}")
-    for folder in (trained, tiny_folder):
-        with pytest.raises(FileExistsError, match="holds a model or a training already; resume it"):
+    for folder, message in ((trained, "a training already; resume it"), (tiny_folder, "a model already; give another")):
+        with pytest.raises(FileExistsError, match=f"holds {message}"):
             train_model(images, tiny(), out=folder, **QUIET)
+
+
+def test_a_model_whose_checkpoint_was_deleted_is_not_trained_over(images, trained, tmp_path):
+    """As the docstring allows when a training is done, and as the bundled models are."""
+    out = tmp_path / "done"
+    shutil.copytree(trained, out)
+    (out / "checkpoint.safetensors").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert train_model(images, out=out, resume=True, **QUIET).hash == wb.load_model(trained, device="cpu").hash
+    about = json.loads((out / "training.json").read_text())
+    assert all(path.read_bytes() == content for path, content in before.items())
+    (out / "training.json").write_text(json.dumps(about | {"step": 10}))
+    with pytest.raises(FileNotFoundError, match="stands at step 10 of 20 and its checkpoint is gone"):
+        train_model(images, out=out, resume=True, **QUIET)
+    assert wb.load_model(out, device="cpu").hash == about["hash"]
+
+
+def test_one_process_trains_in_a_folder_and_clears_what_another_left(images, trained, tmp_path):
+    out = tmp_path / "shared"
+    shutil.copytree(trained, out)
+    with FileLock(out / ".lock"), pytest.raises(RuntimeError, match="another process is training in"):
+        train_model(images, out=out, resume=True, **QUIET)
+    (out / ".partial-1-checkpoint.safetensors").write_bytes(b"half")
+    (out / ".partial-unet").mkdir()
+    train_model(images, out=out, resume=True, **QUIET)
+    assert not list(out.glob(".partial-*"))
+    assert (out / "training.json").read_bytes() == (trained / "training.json").read_bytes()
 
 
 def test_nothing_is_resumed_that_is_not_there_or_not_the_same(images, trained, tmp_path):
@@ -332,7 +361,7 @@ def test_a_damaged_checkpoint_is_refused(images, trained, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_checkpoint(images, tmp_path):
     settings = tiny(steps=40, learning_rate=1e25, clip=1e30, warmup=0, precision="float32")
-    with pytest.raises(RuntimeError, match="the loss is .* resume from the last checkpoint"):
+    with pytest.raises(RuntimeError, match="the loss is .* train again with a learning rate below 1e"):
         train_model(images, settings, out=tmp_path / "model", **QUIET)
     assert all(
         tensor.isfinite().all()

@@ -344,8 +344,8 @@ def refuse_unknown_schedule(architecture: Architecture) -> None:
     for name, preset in PRESETS.items():
         if preset.architecture == architecture and preset.schedule != LINEAR:
             raise ValueError(
-                f"the weights don't tell the noise schedule, and {name}, which has these shapes, does not have the linear "
-                f"one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}"
+                f"the weights don't tell the noise schedule, and {name}, which has these shapes, does not have the "
+                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}"
             )
 
 

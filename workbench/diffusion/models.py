@@ -119,12 +119,12 @@ class Model:
     def batch_size(self) -> int:
         """Number of samples that run at once when nothing else is asked for.
 
-        On a CPU, the size up to which larger batches are faster (32 at 32 x 32 pixels, fewer for larger images); on an
-        accelerator, what fits 70% of its free memory by the measured need of one sample, up to 256.
+        On a CPU, that of `cpu_batch` (32 at 32 x 32 pixels, fewer for larger images); on an accelerator, what fits 70%
+        of its free memory by the measured need of one sample, up to 256.
         """
         channels, height, width = self.image_shape
         if self.device.type != "cuda":
-            return max(1, 2**15 // (height * width))
+            return cpu_batch(self.image_shape)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         with torch.inference_mode():
@@ -153,6 +153,11 @@ class Model:
             f"h {self.h_shape} {self.tap!r} the mid block, T={self.schedule.T}, {self.device} {precision}, "
             f"weights {self.hash}, clip_sample off)"
         )
+
+
+def cpu_batch(image_shape: tuple[int, int, int]) -> int:
+    """Samples that run at once on a CPU: the size up to which larger batches are faster."""
+    return max(1, 2**15 // (image_shape[1] * image_shape[2]))
 
 
 def differs(own: dict, other: dict) -> str:

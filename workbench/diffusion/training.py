@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -31,6 +32,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -264,20 +266,29 @@ def train_model(
     FileExistsError
         If `out` holds a training or a model already and is not to be resumed.
     FileNotFoundError
-        If it is to be resumed and there is no training.
+        If it is to be resumed and there is no training, or none of its checkpoints.
     ValueError
         If the images are of another size, or others than the resumed training had, settings are given to a training
         that is resumed, or the checkpoint is damaged.
     RuntimeError
-        If the loss is no longer finite.
+        If the loss is no longer finite, or another process trains in `out`.
     """
     out = Path(out).expanduser()
     if resume:
         if settings is not None:
             raise ValueError(f"the training in {out} is resumed with its own settings; give none, or another folder")
-        settings = read_settings(out)
-    elif (out / CONFIG).exists() or (out / "model_index.json").exists():
-        raise FileExistsError(f"{out} holds a model or a training already; resume it, or give another folder")
+        settings, step = read_settings(out), read_json(out / CONFIG).get("step", 0)
+        if step and not (out / STATE).is_file():
+            if step == settings.steps:
+                return load_model(out)
+            raise FileNotFoundError(
+                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; the "
+                "model is as it was, and start= trains on from it in another folder"
+            )
+    elif (out / CONFIG).exists():
+        raise FileExistsError(f"{out} holds a training already; resume it, or give another folder")
+    elif (out / "model_index.json").exists():
+        raise FileExistsError(f"{out} holds a model already; give another folder")
     elif settings is None:
         settings = TrainingSettings()
     # Left to find that there is no device, it would take each of several launched processes for one alone.
@@ -299,44 +310,58 @@ def train_model(
     if begun:
         run.load(out / STATE)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        run.save_model(out)
-    network, run.optimiser = accelerator.prepare(unet, run.optimiser)
-    network = torch.compile(network) if settings.compile else network
-    seen, saved = [], time.monotonic()
-    with tqdm(
-        desc="training",
-        total=settings.steps * settings.batch_size,
-        initial=run.step * settings.batch_size,
-        unit="image",
-        smoothing=0.05,
-        disable=not (progress and accelerator.is_main_process),
-    ) as bar:
-        while run.step < settings.steps:
-            batch = make_batch(settings, run.step, n=len(pixels), shape=tuple(pixels.shape[1:]))
-            seen.append(_take_step(run, network, batch, pixels=pixels, accelerator=accelerator))
-            bar.update(settings.batch_size)
-            finished = run.step == settings.steps
-            if run.step % log_every and not finished:
-                continue
-            row = _log_row(accelerator.gather(torch.cat(seen)).cpu().numpy(), run.step, settings)
-            seen = []
-            bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if not math.isfinite(row["loss"]):
-                raise RuntimeError(
-                    f"the loss is {row['loss']} after {run.step} steps; resume from the last checkpoint, or train "
-                    f"again with a learning rate below {settings.learning_rate:g}"
-                )
-            due = finished or time.monotonic() - saved >= 60 * minutes
-            if accelerator.is_main_process:
-                run.log.append(row | {"hours": run.hours()})
-                _write(out / LOG, lambda path: pd.DataFrame(run.log).to_csv(path, index=False))
+    with _alone(out) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process and run.step < settings.steps:
+            run.save_model(out)
+        network, run.optimiser = accelerator.prepare(unet, run.optimiser)
+        network = torch.compile(network) if settings.compile else network
+        seen, saved = [], time.monotonic()
+        with tqdm(
+            desc="training",
+            total=settings.steps * settings.batch_size,
+            initial=run.step * settings.batch_size,
+            unit="image",
+            smoothing=0.05,
+            disable=not (progress and accelerator.is_main_process),
+        ) as bar:
+            while run.step < settings.steps:
+                batch = make_batch(settings, run.step, n=len(pixels), shape=tuple(pixels.shape[1:]))
+                seen.append(_take_step(run, network, batch, pixels=pixels, accelerator=accelerator))
+                bar.update(settings.batch_size)
+                finished = run.step == settings.steps
+                if run.step % log_every and not finished:
+                    continue
+                row = _log_row(accelerator.gather(torch.cat(seen)).cpu().numpy(), run.step, settings)
+                seen = []
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+                if not math.isfinite(row["loss"]):
+                    raise RuntimeError(
+                        f"the loss is {row['loss']} after {run.step} steps; train again with a learning rate below "
+                        f"{settings.learning_rate:g}, perhaps from the last checkpoint, which is a model (start=)"
+                    )
+                due = finished or time.monotonic() - saved >= 60 * minutes
+                if accelerator.is_main_process:
+                    run.log.append(row | {"hours": run.hours()})
+                    _write(out / LOG, lambda path: pd.DataFrame(run.log).to_csv(path, index=False))
+                    if due:
+                        run.save(out, previews=previews)
                 if due:
-                    run.save(out, previews=previews)
-            if due:
-                saved = time.monotonic()
-    accelerator.wait_for_everyone()
+                    saved = time.monotonic()
+        accelerator.wait_for_everyone()
     return load_model(out, device=accelerator.device)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """The folder is this process's inside, without what a killed one left half written."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            for left in out.glob(".partial-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield
+    except Timeout as error:
+        raise RuntimeError(f"another process is training in {out}; wait for it, or give another folder") from error
 
 
 def read_settings(out: str | Path) -> TrainingSettings:
@@ -439,7 +464,6 @@ class _Run:
         """Write the network with the averaged weights, and what training it is of."""
         unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.average.copy_to(unet.parameters())
-        out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
             DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=T)).save_pretrained(partial)
             for file in filter(Path.is_file, Path(partial).rglob("*")):
@@ -651,6 +675,6 @@ def _contact_sheet(images: torch.Tensor) -> Image.Image:
 def _write(path: Path, write) -> None:
     """Write beside and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     write(partial)
     os.replace(partial, path)

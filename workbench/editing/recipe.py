@@ -78,7 +78,7 @@ def save_recipe(session: EditSession, path: str | Path) -> Path:
             {"name": name, "file": _save_part(session.boundaries[name], name, folder), "distance": distance}
             for name, distance in state.distances.items()
         ],
-        "result": result_of(session.render()),
+        "result": result_of(session.render(state=state)),
     }
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
@@ -187,6 +187,8 @@ def read_recipe(path: str | Path) -> dict:
         "boundaries",
         "result",
     } - recipe.keys()
+    if not lacking:
+        lacking = {"sha256", "torch", "threads"}.difference(recipe["result"])
     if lacking:
         raise ValueError(f"{path} is not a whole recipe; it lacks {', '.join(sorted(lacking))}")
     return recipe

@@ -714,6 +714,11 @@ class EditSession:
         if changed == self.state:
             return
         first = self._position if control == self._control else self._position + 1
+        if first > 0 and changed == self._history[first - 1]:
+            # Pulled back to where the gesture began: nothing to undo.
+            del self._history[first:]
+            self._position, self._control = first - 1, None
+            return
         self._history[first:] = [changed]
         self._position, self._control = first, control
 

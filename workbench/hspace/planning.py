@@ -114,7 +114,7 @@ def plan_extraction(
         On the device "meta" (`load_shapes`), so that no weights are needed.
     n, steps : int
     flop_rate : float
-        Floating-point operations a second of one process: `measure_flop_rate`, or `peak_rate` of a GPU.
+        Floating-point operations a second: of one of the GPUs (`peak_rate`), or of all cores.
     source : str
         Where that rate comes from, in words.
     processes : int
@@ -158,7 +158,8 @@ def plan_extraction(
         disk=disk,
         ram=LIBRARIES + need.weights + buffers + (0 if on_gpu else batch_size * need.activations),
         gpu_memory=on_device if on_gpu else 0,
-        rate=processes * flop_rate / flops,
+        # Processes on a CPU share its cores, which one alone uses as well.
+        rate=(processes if on_gpu else 1) * flop_rate / flops,
         source=source,
     )
 

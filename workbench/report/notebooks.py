@@ -219,6 +219,22 @@ def check_parameters(name: str | Path, parameters: Mapping[str, object]) -> dict
     return checked
 
 
+def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
+
+    Names of bundled models and images stay names.
+    """
+
+    def whole(key: str, value: object) -> object:
+        if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
+            return value
+        path = Path(value).expanduser()
+        bundled = path.name == value and any((folder / value).exists() for folder in (paths.models(), paths.data()))
+        return str(path.absolute()) if path.exists() and not bundled else value
+
+    return {key: whole(key, value) for key, value in parameters.items()}
+
+
 def parse_parameters(name: str | Path, assignments: Iterable[str]) -> dict[str, object]:
     """Read "key=value" words by the types that the notebook declares, so that `model_name=007` stays text.
 
@@ -289,7 +305,7 @@ def run_notebook(
     """
     source = find_notebook(name)
     stem = source.stem
-    given = {key: _from_here(key, value) for key, value in check_parameters(source, parameters or {}).items()}
+    given = from_here(check_parameters(source, parameters or {}))
     everything = {key: parameter.default for key, parameter in notebook_parameters(source).items()} | given
     out = paths.reports() / f"{stem}.ipynb" if out is None else Path(out).absolute()
     if out.suffix != ".ipynb":
@@ -614,14 +630,6 @@ def _parsed(text: str, parameter: Parameter, notebook: str) -> object:
     except yaml.YAMLError:
         raise ValueError(f"{problem}, like its default {parameter.default!r}") from None
     return _typed(value, parameter.type, parameter, notebook)
-
-
-def _from_here(key: str, value: object) -> object:
-    if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
-        return value
-    path = Path(value).expanduser()
-    bundled = path.name == value and any((folder / value).exists() for folder in (paths.models(), paths.data()))
-    return str(path.absolute()) if path.exists() and not bundled else value
 
 
 def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool) -> dict | None:

@@ -70,7 +70,10 @@ def serve_studio(
         notebook = Path(folder) / "studio.ipynb"
         notebook.write_text(json.dumps(_notebook(_absolute(options))), encoding="utf-8")
         app = Voila.instance(config=config)
-        app.initialize([str(notebook)])
+        # As arguments, since a voila.json of the user's would come before the configuration, and may open the page to
+        # all. They stay in this process: other users of the machine don't see the token.
+        safe = {"ip": LOOPBACK, "port": port, "token": token, "port_retries": 0, "open_browser": False}
+        app.initialize([str(notebook), *(f"--Voila.{name}={value}" for name, value in safe.items())])
         address = f"http://{LOOPBACK}:{port}/?token={token}"
         on_ready(address)
         app.start()

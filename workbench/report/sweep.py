@@ -27,6 +27,7 @@ from workbench.report.notebooks import (
     NotebookFailed,
     check_parameters,
     find_notebook,
+    from_here,
     list_notebooks,
     notebook_parameters,
     run_notebook,
@@ -112,7 +113,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> list
         shared = {key: value for key, value in common.items() if key in known[notebook]}
         for combination in product(*axes.values()):
             varied = dict(zip(axes, combination, strict=True))
-            parameters = check_parameters(notebook, shared | varied)
+            parameters = from_here(check_parameters(notebook, shared | varied))
             run = Run(notebook, parameters, varied, _key(notebook, parameters), folder)
             runs[run.name] = run
     return list(runs.values())
