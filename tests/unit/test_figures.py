@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from workbench import paths
+from workbench.datasets.classifiers import load_classifier
+from workbench.datasets.labelled import load_images
 from workbench.diffusion.models import load_model
 from workbench.report import claims, figures, plots
 from workbench.report.figures import Drawn, Number, Setup
@@ -133,7 +136,8 @@ def test_there_are_claims_of_both_papers_each_with_a_figure(known):
 
 def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bundled_model():
     model = load_model("avataaars32", device="cpu")
-    records = figures.read_records(model=model)
+    parts = {"labeller": load_classifier("avataaars"), "judge": load_classifier("avataaars-judge")}
+    records = figures.read_records(model=model, images=load_images("avataaars", size=32), **parts)
     judged = claims.verdicts(records)
     assert "not measured" not in set(judged.verdict)
     assert judged[["value", "low", "high", "n"]].notna().all(axis=None)
@@ -141,7 +145,7 @@ def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bu
         assert record["provenance"]["model"]["hash"] == model.hash
 
 
-def test_a_record_of_other_weights_or_none_at_all_is_not_measured(small, tmp_path):
+def test_a_record_of_other_weights_code_or_none_at_all_is_not_measured(small, tmp_path, monkeypatch):
     known = figures.list_figures()["haas-fig2a"]
     drawn = Drawn(plots.line([0, 1], [0, 1], xlabel="x", ylabel="y"), pd.DataFrame({"a": [1]}), "caption",
                   {"follows_h": Number(0.9, 0.8, 1.0, 10)})  # fmt: skip
@@ -150,6 +154,14 @@ def test_a_record_of_other_weights_or_none_at_all_is_not_measured(small, tmp_pat
     first = judged.loc["h carries what an image shows (Fig. 2a)"]
     assert (first.verdict, first.value, first.n) == ("holds", 0.9, 10)
     assert (judged.verdict == "not measured").sum() == len(claims.CLAIMS) - 1
+    same = {"labeller": small.labeller, "judge": small.judge, "images": small.images}
+    assert list(figures.read_records(tmp_path, model=small.model, **same)) == ["haas-fig2a"]
+    assert figures.read_records(tmp_path, model=small.model, judge=small.labeller) == {}
+    assert figures.read_records(tmp_path, model=small.model, labeller=small.judge) == {}
+    assert figures.read_records(tmp_path, model=small.model, images=small.images.at_size(8)) == {}
+    with monkeypatch.context() as patch:
+        patch.setitem(figures._RECIPES, "haas-fig2a", replace(known, draw=figures.list_figures()["haas-fig3"].draw))
+        assert figures.read_records(tmp_path, model=small.model) == {}, "it is drawn in another way now"
     content = json.loads(path.read_text())
     content["provenance"]["model"]["hash"] = "other"
     path.write_text(json.dumps(content))

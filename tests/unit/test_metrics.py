@@ -378,4 +378,11 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     values = np.random.default_rng(0).normal(2.0, 1.0, 400)
     low, high = mean_interval(values, resamples=4000)
     np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * values.std() / 20, atol=0.01)
-    assert np.isnan(mean_interval([])).all()
+    assert np.isnan(mean_interval([])).all() and np.isnan(mean_interval([0.3])).all(), "one value does not tell"
+
+
+@pytest.mark.parametrize("n", [4, 6, 16])
+def test_the_interval_of_a_mean_of_few_values_is_as_sure_as_it_says(n):
+    rng = np.random.default_rng(n)
+    ends = np.array([mean_interval(rng.standard_normal(n), resamples=400) for _ in range(400)])
+    assert 0.91 < ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean() < 0.99

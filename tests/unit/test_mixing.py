@@ -383,6 +383,23 @@ def test_decoding_with_the_samples_own_noise_gives_the_samples(tiny):
         decode_from(run, run.x0, 0, seeds=run.seeds, batch_size=-1, progress=False)
 
 
+def test_an_edit_without_a_move_has_no_success(tiny):
+    """New step noise after x_t alone gives some images another label; that is no edit."""
+    run = wb.sample(tiny, range(24), steps=6, eta=1.0, record_x=True, progress=False)
+
+    def bright(images):
+        return (torch.as_tensor(images).mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] * 1e3).sigmoid()
+
+    middle = run.x0.clamp(-1, 1).mean(dim=(1, 2, 3)).median()
+    classifier = wb.load_classifier(lambda x: bright(torch.as_tensor(x) - middle), attributes=["Bright"])
+    labels = (classifier(run.x0.clamp(-1, 1), progress=False) > 0.5).astype(int)
+    options = {"classifier": classifier, "distance": lambda a, b: (a - b).flatten(1).norm(dim=1).numpy(), "level": 1e9}
+    still = mixing_step(run, labels, criterion="edit", strengths=(0.0, 1e-6), resamples=5, progress=False, **options)
+    assert (still.curve["success at strength 0"] == 0).all() and still.curve["value"].abs().max() < 0.2
+    moved = mixing_step(run, labels, criterion="edit", strengths=(0.0, 4.0), resamples=5, progress=False, **options)
+    assert moved.curve["value"].max() > still.curve["value"].max() + 0.2
+
+
 # Bad input
 
 

@@ -451,3 +451,9 @@ def test_strips_have_a_row_a_method_and_white_cells_where_it_has_fewer_strengths
     assert [int(cell.min()) for cell in cells] == [127 + 1] * 8 + [128, 128, 255, 255] * 2
     with pytest.raises(ValueError, match="there is no strip of 'B'; there are 'A'"):
         plots.edit_strips(strips, "B", names=["one"])
+
+
+def test_a_table_of_many_columns_loses_leading_zeros_alone():
+    values = np.array([[0.05, -0.25, 10.05, 20.3, -30.25, 1.0, 0.0, 0.5, 0.1, 0.2, 0.3, 0.4]])
+    shown = [text.get_text() for text in plots.matrix(pd.DataFrame(values)).axes[0].texts]
+    assert shown[:7] == [".05", "-.25", "10.05", "20.30", "-30.25", "1.00", ".00"]

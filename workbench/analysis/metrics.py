@@ -587,12 +587,19 @@ def drawn_again(n: int, *, resamples: int, seed: int) -> np.ndarray:
 
 
 def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of a mean; (NaN, NaN) of nothing."""
+    """95% bootstrap interval of a mean; (NaN, NaN) of fewer than two values.
+
+    It is widened about the mean by what a bootstrap of n values lacks: it divides by n where the variance takes n - 1,
+    and has the quantiles of a normal where those of t with n - 1 degrees are due (Hesterberg 2015, section 3.2).
+    """
     values = np.asarray(values, dtype=float)
-    if not len(values):
+    n = len(values)
+    if n < 2:
         return float("nan"), float("nan")
-    means = drawn_again(len(values), resamples=resamples, seed=seed) @ values / len(values)
-    low, high = np.quantile(means, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    drawn = drawn_again(n, resamples=resamples, seed=seed) @ values / n - values.mean()
+    ends = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+    wider = np.sqrt(n / (n - 1)) * stats.t.ppf(ends[1], n - 1) / stats.norm.ppf(ends[1])
+    low, high = values.mean() + wider * np.quantile(drawn, ends)
     return float(low), float(high)
 
 

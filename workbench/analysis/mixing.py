@@ -38,7 +38,7 @@ class MixingStep:
     curve : DataFrame
         Indexed by `t`, noisiest first: `value`, `low` and `high` (95% interval), and what else the criterion measures.
     threshold : float
-        Value that the curve is compared with; of the criterion "edit" its maximum.
+        Value that the curve is compared with; of the criterion "edit" its maximum less a standard error.
     reached : bool
         Whether the curve meets the threshold at all. If not, t is where it comes closest.
     quantity : str

@@ -303,7 +303,7 @@ def measure_crossings(
             plains[key] = cross_boundary(model, runs, **still).images[:, 0]
         plain = plains[key]
         if control is not None:
-            arguments |= _as_control(model, runs, arguments, distances, control)
+            arguments |= as_control(model, runs, arguments, distances, control)
         grid = cross_boundary(model, runs, **{"distances": distances, "progress": progress, **arguments})
         before = classifier(plain)
         for distance, images in zip(distances, grid.images.unbind(1), strict=True):
@@ -327,8 +327,25 @@ def _decoding_of(arguments: Mapping) -> tuple:
     return given[0].t, *released, *(str(arguments.get(name, "default")) for name in ("eta", "steps", "seed"))
 
 
-def _as_control(model: Model, runs: Trajectory, arguments: Mapping, distances: Sequence[float], seed: int) -> dict:
-    """Arguments of moves along random normals, each as long as the found boundary's own."""
+def as_control(model: Model, runs: Trajectory, arguments: Mapping, distances: Sequence[float], seed: int) -> dict:
+    """Moves along random normals, each as long as the found boundary's own.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+    arguments : mapping
+        Of `cross_boundary` for the found boundaries: `boundary_h`, `boundary_x` and what else they are crossed with.
+    distances : sequence of float
+        Where these move to.
+    seed : int
+        Of the normals.
+
+    Returns
+    -------
+    dict
+        Arguments of `cross_boundary` for the control.
+    """
     boundaries = {s: arguments[f"boundary_{s}"] for s in "hx" if arguments.get(f"boundary_{s}") is not None}
     lengths = {}
     for space, boundary in boundaries.items():
@@ -598,17 +615,18 @@ def random_examples(
     Returns
     -------
     EditGrid
-        Rows are labelled with the chosen positions; the first column is the image itself.
+        Rows are labelled with the file names, or positions where there are none; the first column is the image itself.
     """
     chosen = np.sort(np.random.default_rng(seed).choice(len(images), size=min(n, len(images)), replace=False))
     run = invert(model, images[chosen], steps=steps, progress=progress)
     grid = cross_boundary(
         model, run, boundary_h, boundary_x, distances=distances, seed=seed, progress=progress, **options
     )
+    names = getattr(images, "labels", None)
     return replace(
         grid,
         images=torch.cat([run.x0[:, None], grid.images], dim=1),
-        row_labels=tuple(f"image {i}" for i in chosen),
+        row_labels=tuple(f"image {i}" for i in chosen) if names is None else tuple(names.index[chosen]),
         column_labels=("image", *grid.column_labels),
     )
 

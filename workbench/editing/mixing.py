@@ -101,9 +101,9 @@ def mixing_step(
         Distance of P_t, the predicted image, from the image, 1 as of two images; needs a classifier, or another
         `distance`. t is the smallest timestep from which on, up to the noise, it is at least `level` (0.5).
     "edit"
-        Success of one move of x_t across the boundary between classes, among strengths with an identity loss (distance
-        from the image) of at most `level` (0.75); needs labels and a classifier. t is the largest timestep within a
-        standard error of the best.
+        Success of one move of x_t across the boundary between classes, less what new noise does without a move, among
+        strengths with an identity loss (distance from the image) of at most `level` (0.75); needs labels and a
+        classifier. t is the largest timestep within a standard error of the best.
 
     "separability" and "commit" look at x_t with what comes of it, so take a stochastic run (eta 1) for them: in a
     deterministic one x_t determines the image at every t. "edit" is about the images to be edited: inverted ones, if
@@ -311,7 +311,10 @@ def _best_edit(
     resampling: dict,
     running: dict,
 ) -> MixingStep:
-    """Success of one move of x_t at every timestep, among strengths that keep the identity loss at most `level`."""
+    """Success of one move of x_t at every timestep, among strengths that keep the identity loss at most `level`.
+
+    Success is that of the move: the share that leaves its class less the share that does so unmoved, by the new noise.
+    """
     strengths = [float(s) for s in strengths]
     if strengths != sorted(strengths) or strengths[0] != 0 or len(strengths) < 2:
         raise ValueError(f"strengths are {strengths}; give 0 and then ascending ones")
@@ -333,7 +336,8 @@ def _best_edit(
         crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5).reshape(m, k).T != has[
             train:
         ]
-        success[i, :, :, a] = crossed
+        # New step noise alone moves some to the other class.
+        success[i, :, :, a] = crossed.astype(float) - crossed[0]
         loss[i, :, :, a] = measure(images, tested.x0.repeat_interleave(k, dim=0)).reshape(m, k).T
 
     def best(samples: np.ndarray) -> np.ndarray:

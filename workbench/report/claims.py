@@ -89,7 +89,7 @@ CLAIMS = (
     Claim(
         HAAS,
         "scaled up, a random direction degrades the image (Fig. 4)",
-        "KID, random at 16 sigma less PC1 at 8",
+        "KID at 8 sigma, random less PC1",
         "haas-fig4",
         "random_degrades",
     ),
@@ -125,9 +125,9 @@ CLAIMS = (
     Claim(
         HAAS,
         "x_T needs many more examples than h (Fig. 8a)",
-        "effect at most examples, h less x_T",
+        "cosine to the direction of all others at most examples, h less x_T",
         "haas-fig8a",
-        "h_above_x_T",
+        "h_cosine_above_x_T",
     ),
     Claim(
         HAAS,
@@ -204,9 +204,10 @@ CLAIMS = (
     Claim(
         ZHU,
         "that does not go away with more inversion steps (own reading)",
-        "radius by r(T), 40 steps less 10",
+        "radius by r(T) in 40 steps",
         "zhu-e2",
-        "gain_of_steps",
+        "in_40_steps",
+        1.0,
         above=False,
     ),
     Claim(
@@ -262,7 +263,7 @@ CLAIMS = (
     Claim(
         ZHU,
         "the mixing step is better than a late one (project page)",
-        "change, at the step less at t = 100",
+        "change, at the step less at the last of t >= 100",
         "zhu-e10",
         "middle_above_late",
     ),
@@ -306,10 +307,11 @@ CLAIMS = (
     ),
     Claim(
         ZHU,
-        "one step across a boundary does what a direction at all steps does (own reading)",
+        "one step across a boundary does what a direction at all steps does (own reading; own threshold: .1 less)",
         "success at equal change, boundary in x less mean difference",
         "zhu-e17",
         "boundary_above_mean_difference",
+        -0.1,
     ),
     Claim(
         HAAS,

@@ -6,7 +6,9 @@ it, and the numbers that the claims of the papers stand or fall with, each with 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -107,6 +109,11 @@ class Recipe:
     shows: str
     minutes: float
     draw: Callable[[Setup], Drawn] = field(repr=False)
+
+    @property
+    def code(self) -> str:
+        """Digest of the function that draws it."""
+        return hashlib.sha256(inspect.getsource(self.draw).encode()).hexdigest()[:16]
 
 
 _RECIPES: dict[str, Recipe] = {}
@@ -259,8 +266,14 @@ class Setup:
         """What the numbers depend on."""
         settings = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
         settings.pop("device")
-        known = {"workbench": __version__, "model": self.model.provenance(), "settings": settings}
-        return known | {"judge": [self.judge.name, self.judge.hash]}
+        return {
+            "workbench": __version__,
+            "model": self.model.provenance(),
+            "settings": settings,
+            "labeller": [self.labeller.name, self.labeller.hash],
+            "judge": [self.judge.name, self.judge.hash],
+            "images": self.images.fingerprint,
+        }
 
     def _sampled(self, eta: float) -> Trajectory:
         seeds = range(HELD_OUT + self.seed, HELD_OUT + self.seed + self.measured)
@@ -315,7 +328,7 @@ def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -
         "caption": drawn.caption,
         "claims": {name: vars(number) for name, number in drawn.claims.items()},
         "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
-        "provenance": setup.provenance(),
+        "provenance": setup.provenance() | {"recipe": made.code},
     }
     beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -323,15 +336,24 @@ def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -
     return path
 
 
-def read_records(folder: str | Path | None = None, *, model: Model) -> dict[str, dict]:
-    """The recorded numbers of every figure, by name.
+def read_records(
+    folder: str | Path | None = None,
+    *,
+    model: Model,
+    labeller: Classifier | None = None,
+    judge: Classifier | None = None,
+    images: LabelledImages | None = None,
+) -> dict[str, dict]:
+    """The recorded numbers of every figure, by name, that still are what the figure would show.
 
     Parameters
     ----------
     folder : path, optional
         By default those that are bundled for the model.
     model : Model
-        Records of other weights are left out.
+        Records of other weights are left out, and of a figure that is drawn in another way since.
+    labeller, judge, images : optional
+        So are those of other classifiers or images than these.
 
     Returns
     -------
@@ -339,7 +361,19 @@ def read_records(folder: str | Path | None = None, *, model: Model) -> dict[str,
     """
     folder = paths.data() / "records" / model.name if folder is None else Path(folder)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return {each["figure"]: each for each in found if each["provenance"]["model"]["hash"] == model.hash}
+    wanted = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}
+
+    def stands(record: dict) -> bool:
+        about, made = record["provenance"], list_figures().get(record["figure"])
+        return (
+            made is not None
+            and about["model"]["hash"] == model.hash
+            and about.get("recipe") == made.code
+            and all(about[key][1] == value for key, value in wanted.items() if value is not None)
+            and (images is None or about["images"] == images.fingerprint)
+        )
+
+    return {record["figure"]: record for record in found if stands(record)}
 
 
 def resized(figure: Figure, width: float) -> Figure:
@@ -395,13 +429,18 @@ def mean_of(values, *, seed: int = 0) -> Number:
 def ratio_of(above, below, *, seed: int = 0) -> Number:
     """Ratio of two means over the same samples, with its bootstrap interval."""
     a, b = (np.asarray(values, dtype=float).ravel() for values in (above, below))
+    if len(a) < 2:
+        return Number(float(a.mean() / b.mean()), float("nan"), float("nan"), len(a))
     counts = drawn_again(len(a), resamples=1000, seed=seed)
     low, high = np.quantile((counts @ a) / (counts @ b), (0.025, 0.975))
     return Number(float(a.mean() / b.mean()), float(low), float(high), len(a))
 
 
 def difference_of(one: Number, other: Number) -> Number:
-    """Difference of two independent numbers; the errors add in squares."""
+    """Difference of two numbers as if they were independent; the errors add in squares.
+
+    Too wide where both are of the same samples and rise and fall together.
+    """
     gap = one.value - other.value
     down = np.hypot(one.value - one.low, other.high - other.value)
     up = np.hypot(one.high - one.value, other.value - other.low)

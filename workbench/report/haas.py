@@ -138,7 +138,7 @@ def component_and_random(setup: Setup) -> Drawn:
             rows.append({"direction": name, "scale": scale, **vars(mean_of(moved[d, :, i]))})
             rows[-1] |= {"kid": kernels[name, scale].value, "kid_low": low, "kid_high": high}
     table = pd.DataFrame(rows)
-    farther = difference_of(kernels["random", 16.0], kernels["PC1", 8.0])
+    farther = difference_of(kernels["random", 8.0], kernels["PC1", 8.0])
     return Drawn(
         curves(table, "direction", "scale", "scale (sigma)", "change of the image (RMS)"),
         table,
@@ -208,10 +208,10 @@ def attributes(setup: Setup) -> Drawn:
     """The judge's score of each attribute along its own direction."""
     names = _frequent(setup)[:6]
     found = {name: setup.direction(name) for name in names}
-    control = random_like(found[setup.attribute] if setup.attribute in found else found[names[0]], seed=setup.seed)
+    controls = {f"random, as long as {name}": random_like(found[name], seed=setup.seed) for name in names}
     scales = [-2.0, -1.0, 1.0, 2.0]
     effects = measure_effects(
-        setup.model, setup.run, {**found, "random": control}, classifier=setup.judge, scales=scales, progress=False
+        setup.model, setup.run, {**found, **controls}, classifier=setup.judge, scales=scales, progress=False
     )
     rows, gaps = [], []
     for name in names:
@@ -220,7 +220,7 @@ def attributes(setup: Setup) -> Drawn:
             rows.append({"attribute": name, "scale": scale, **vars(mean_of(change))})
         before, after = effects.scores(name, 2.0)
         least = (before[name] <= 0.5).to_numpy()
-        chance = effects.scores("random", 2.0)[1][name]
+        chance = effects.scores(f"random, as long as {name}", 2.0)[1][name]
         gaps.append(np.where(least, after[name] - chance, np.nan))
     table = pd.DataFrame(rows)
     return Drawn(
@@ -235,8 +235,11 @@ def attributes(setup: Setup) -> Drawn:
 def examples(setup: Setup) -> Drawn:
     """Effect of directions from few examples, at eta 0."""
     labels = setup.labeller(setup.still.images[:]).set_axis(list(setup.still.seeds))[setup.other].gt(0.5).astype(int)
-    most = int(min(labels.sum(), len(labels) - labels.sum())) - 2
+    # What the largest count leaves is the reference, and has as many.
+    most = int(min(labels.sum(), len(labels) - labels.sum())) // 2
     counts = [c for c in (2, 5, 10, 20, 40) if c <= most]
+    if not counts:
+        raise ValueError(f"{most * 2} of {len(labels)} samples are too few with or without {setup.other}; enlarge n")
     few = few_examples(
         setup.model, setup.still_run, setup.still, labels=labels, classifier=setup.judge, counts=counts, draws=4,
         seed=setup.seed, progress=False,
@@ -246,15 +249,16 @@ def examples(setup: Setup) -> Drawn:
         for (space, count), part in few.groupby(["space", "count"])
     ]
     table, last = pd.DataFrame(rows), counts[-1]
-    by = few.set_index(["space", "count", "draw"])["effect"].sort_index()
+    by = few.set_index(["space", "count", "draw"])[["effect", "cosine"]].sort_index()
+    effect, cosine = by["effect"], by["cosine"]
     shown = table[(table["count"] > 0) & np.isfinite(table["count"])]
     return Drawn(
         curves(shown, "space", "count", "examples of each class", f"change of {words(setup.other)}"),
         table,
         f"4 draws from {len(labels)} samples; {len(setup.still_run)} samples edited. 2 sigma in h, 10 in x_T.",
         {
-            "share_of_full_effect": ratio_of(by["h", 10.0 if 10 in counts else last], by["h", np.inf]),
-            "h_above_x_T": mean_of((by["h", last] - by["x_T", last]).to_numpy()),
+            "share_of_full_effect": mean_of(effect["h", 10.0 if 10 in counts else last] / effect["h", np.inf]),
+            "h_cosine_above_x_T": mean_of(cosine["h", last] - cosine["x_T", last]),
         },
     )
 
@@ -363,11 +367,11 @@ def coarse_to_fine(setup: Setup) -> Drawn:
             fine.append(float((power * radius).sum() / power.sum()))
         rows += [{"sample": i, "t": t, "frequency": f} for t, f in zip(visited, fine, strict=True)]
         correlation.append(spearmanr(visited, fine).statistic)
-    both = [
-        find_jacobian(setup.model, runs[0], t=setup.at, k=1, output=output, tol=1e-6, progress=False)
-        for output in ("eps", "x0")
-    ]
-    same = float(abs((both[0].right * both[1].right).sum()))
+    same = []
+    for run in (runs[i] for i in range(min(3, len(runs)))):
+        options = {"t": setup.at, "k": 1, "tol": 1e-6, "progress": False}
+        eps, x0 = (find_jacobian(setup.model, run, output=output, **options).right for output in ("eps", "x0"))
+        same.append(float(abs((eps * x0).sum())))
     table = pd.DataFrame(rows)
     wide = table.pivot(index="t", columns="sample", values="frequency").sort_index(ascending=False)
     figure = plots.line(
@@ -378,7 +382,7 @@ def coarse_to_fine(setup: Setup) -> Drawn:
         figure,
         table,
         f"Of the top 3 left singular vectors, {len(runs)} samples.",
-        {"rank_correlation": mean_of(correlation), "same_vector_of_eps_and_x0": Number(same, same, same, 1)},
+        {"rank_correlation": mean_of(correlation), "same_vector_of_eps_and_x0": mean_of(same)},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -474,7 +475,7 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
         axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * limit else _INK
-            shown = f"{value:+.2f}" if columns <= 10 else f"{value:.2f}".replace("0.", ".", 1)
+            shown = f"{value:+.2f}" if columns <= 10 else re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
             axes.text(j, i, shown, ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(range(columns), [str(c).replace("_", " ") for c in table.columns], rotation=45, ha="right")
         axes.set_yticks(range(rows), [str(r).replace("_", " ") for r in table.index])
