@@ -152,6 +152,13 @@ def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
 
 @pytest.mark.slow
 class TestRun:
+    def test_a_home_that_is_named_from_here_is_found_by_the_kernel(self, home, notebook, monkeypatch):
+        code = "from workbench import paths; print(paths.home())"
+        write_notebook(home / "notebooks" / "10_first.ipynb", code)
+        monkeypatch.chdir(home.parent)
+        monkeypatch.setenv("WORKBENCH_HOME", home.name)
+        assert str(home) in output_of(notebooks.run_notebook("10", progress=False).notebook)
+
     def test_a_file_here_is_meant_although_the_notebook_runs_elsewhere(self, home, tmp_path, monkeypatch):
         parameters = 'image_path: str = ""\nimages_name: str = ""\nmodel_name: str = ""\ntarget: str = ""'
         cell = "from pathlib import Path\nprint(Path(image_path).read_text(), images_name, target)"

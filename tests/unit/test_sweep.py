@@ -65,6 +65,17 @@ def test_a_run_is_known_by_all_parameters_and_the_code(home):
     assert key() != before
 
 
+def test_a_run_is_known_by_the_weights_of_its_model(home):
+    write_notebook(home / "notebooks" / "30_third.ipynb", 'model_name: str = "mine"')
+    weights = home / "data" / "models" / "mine" / "unet" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    keys = set()
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        keys.add(plan_sweep({"notebooks": ["30"]}, name="mine")[0].key)
+    assert len(keys) == 2
+
+
 def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
     write_notebook(home / "notebooks" / "30_third.ipynb", 'images_name: str = "avataaars"')
     keys = set()

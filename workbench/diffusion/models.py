@@ -266,6 +266,11 @@ def load_shapes(source: str | Path) -> SplitUNet:
     known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
     if source in known:
         return SplitUNet(_build(known[source].config(), path=Path("the preset")))
+    if Path(source).expanduser().is_file():
+        raise ValueError(
+            f"{source} is a file, whose network is not known before it is read; give the folder that `workbench "
+            f"convert` makes of it, or the preset that it is of: {', '.join(layouts.PRESETS)}"
+        )
     files = checkpoints.find_model_files(_locate(source)[0])
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
 

@@ -635,6 +635,10 @@ def _parsed(text: str, parameter: Parameter, notebook: str) -> object:
 def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool) -> dict | None:
     """Run into `executed`; returns None, or which cell of the source failed and how."""
     injected = 1 if parameters else 0
+    if "WORKBENCH_HOME" in os.environ:
+        os.environ["WORKBENCH_HOME"] = str(
+            paths.home()
+        )  # it may be relative to this folder, and the kernel's is another
     for attempt in (1, 2):
         try:
             papermill.execute_notebook(

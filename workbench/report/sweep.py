@@ -1,7 +1,8 @@
 """Sweeps: the notebooks over a matrix of parameters, in parallel, as reports that can be compared.
 
-A run is known by its content: the notebook's code and all of its parameters. A sweep that is started again runs what is
-not there yet. The workers are dask's, on this machine or on a cluster that sees the same folders.
+A run is known by its content: its parameters, the code of the notebook and of the package, and the weights of its models.
+A sweep that is started again runs what is not there yet. The workers are dask's, on this machine or on a cluster that
+sees the same folders.
 """
 
 from __future__ import annotations
@@ -259,4 +260,9 @@ def _key(notebook: str, parameters: Mapping) -> str:
     source = nbformat.read(find_notebook(notebook), as_version=4)
     everything = {key: known.default for key, known in notebook_parameters(notebook).items()} | parameters
     content = [[cell.source for cell in source.cells if cell.cell_type == "code"], everything]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    places = [folder / str(value) for value in everything.values() for folder in (paths.models(), Path()) if value]
+    weights = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]
+    for file in [*sorted(Path(__file__).parent.parent.rglob("*.py")), *weights]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
