@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -285,3 +286,19 @@ def test_the_installed_versions_are_the_pinned_ones():
             name, version = line.split("==")
             installed = importlib.metadata.version(name)
             assert installed.split("+")[0] == version.strip(), name
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("place", ["my clones/one", "one"])
+def test_make_refuses_a_path_with_a_space_which_it_would_take_for_two(place, tmp_path):
+    """`make clean` would remove the folder whose name is the part before the space."""
+    clone = tmp_path / place
+    clone.mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", clone)
+    ways = (["-C", clone], ["-f", clone / "Makefile"])
+    for way in ways:
+        said = subprocess.run(["make", "-n", *way, "clean"], cwd=tmp_path, capture_output=True, text=True)
+        if " " in place:
+            assert said.returncode != 0 and "move the clone" in said.stderr and "rm" not in said.stdout
+        else:
+            assert said.returncode == 0 and f'"{clone}/.venv" "{clone}/data/cache"' in said.stdout

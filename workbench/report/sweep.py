@@ -1,7 +1,7 @@
 """Sweeps: the notebooks over a matrix of parameters, in parallel, as reports that can be compared.
 
-A run is known by its content: its parameters, the code of the notebook and of the package, and the weights of its models.
-A sweep that is started again runs what is not there yet. The workers are dask's, on this machine or on a cluster that
+A run is known by its content: its parameters, the code of the notebook and of the package, and its models' weights. A
+sweep that is started again runs what is not there yet. The workers are dask's, on this machine or on a cluster that
 sees the same folders.
 """
 
