@@ -91,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--image-size", type=int, help="without a preset: side of the images in pixels")
     convert.add_argument("--head-channels", type=int, help="without a preset: channels of an attention head")
     convert.add_argument("--attention-order", choices=("legacy", "new"), help="default legacy")
-    convert.add_argument("--schedule", choices=("linear", "cosine"), help="default: the preset's, or linear")
+    convert.add_argument(
+        "--schedule",
+        choices=("linear", "cosine"),
+        help="default: the preset's, or linear where no preset has these shapes and another",
+    )
 
     boundary = command(
         "convert-boundary",
@@ -632,7 +636,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is None:
         arguments.batch_size = 64 if on_gpu else cpu_batch(planning.shapes_of(network)[0])
     if arguments.rate is not None:
-        flop_rate, source = arguments.rate * planning.count_flops(network), "as given"
+        # It is that of one process wherever they run, and not of all cores here.
+        processes = 1 if on_gpu else arguments.processes
+        flop_rate, source = processes * arguments.rate * planning.count_flops(network), "as given"
     elif arguments.gpu is not None:
         share = planning.UTILISATION if arguments.utilisation is None else arguments.utilisation
         flop_rate = planning.peak_rate(arguments.gpu, dtype=arguments.precision, utilisation=share)

@@ -102,6 +102,7 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
         "judge",
         "pixels",
     }
+    assert set(result.realism.n) == {12}, "distances depend on the number of samples"
     assert (result.realism.kernel_low <= result.realism.kernel_high).all()
     assert (result.realism.frechet_low < result.realism.frechet).all()
     assert (result.realism.frechet < result.realism.frechet_high).all()

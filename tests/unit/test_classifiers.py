@@ -674,12 +674,14 @@ def test_a_module_scores_an_image_alike_in_any_batch_and_stays_as_it_was():
     """Also one that was left in the mode of training, with batch statistics and dropout."""
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid()]
     module = nn.Sequential(*layers).train()
+    layers[1].eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     classifier = load_classifier(module, attributes=list("ABCD"))
     images = torch.rand(6, 3, 8, 8)
     whole = classifier(images, progress=False)
     np.testing.assert_allclose(whole, np.concatenate([classifier(x[None], progress=False) for x in images]), atol=1e-6)
-    assert module.training and all(torch.equal(before[name], v) for name, v in module.state_dict().items())
+    assert [part.training for part in module.modules()] == [True, True, False, True, True, True, True]
+    assert all(torch.equal(before[name], v) for name, v in module.state_dict().items())
 
 
 # Calibration

@@ -93,6 +93,9 @@ def test_a_method_that_skips_an_attribute_is_compared_with_the_control_on_the_ot
     assert leaderboard(skipping, resamples=100).p_random["masked"] == 1.0
     apart = skipping[(skipping.method == "masked") | (skipping.attribute == "B")]
     assert np.isnan(leaderboard(apart, resamples=20).p_random["masked"])
+    other = table[(table.method == "masked") & (table.attribute == "A")].assign(method="random x")
+    for both in (pd.concat([apart, other]), pd.concat([other, apart])):
+        assert leaderboard(both, resamples=20).p_random["masked"] == 1.0, "by the control that it can be compared with"
 
 
 def test_draws_without_the_control_are_no_evidence_against_it():

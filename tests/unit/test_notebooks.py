@@ -165,14 +165,19 @@ class TestRun:
         write_notebook(home / "notebooks" / "10_first.ipynb", cell, parameters=parameters)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "photo.jpg").write_text("here")
-        for folder in ("avataaars", "Smiling"):
+        for folder in ("avataaars", "Smiling", "models", "avataaars-judge"):
             (tmp_path / folder).mkdir()
-        (home / "data" / "avataaars").mkdir()
         given = {"image_path": "photo.jpg", "images_name": "avataaars", "model_name": "none", "target": "Smiling"}
         report = notebooks.run_notebook("10", given, progress=False)
         assert "here avataaars Smiling" in output_of(report.notebook), "bundled names and attributes stay"
         assert report.parameters["image_path"] == str(tmp_path / "photo.jpg")
         assert report.parameters["model_name"] == "none"
+        others = notebooks.from_here({"images_name": "models", "judge_name": "avataaars-judge", "model_name": "models"})
+        assert others == {
+            "images_name": f"{tmp_path}/models",
+            "judge_name": "avataaars-judge",
+            "model_name": f"{tmp_path}/models",
+        }
 
     def test_runs_with_the_given_values_and_says_how(self, home, notebook):
         given = {"steps": np.int64(4), "eta": 1, "scales": (0, np.float32(0.5)), "model_name": Path("some/where")}

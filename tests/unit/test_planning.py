@@ -76,6 +76,11 @@ def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(cap
     network = load_shapes("avataaars32")
     one, many = (plan(network, processes=n, on_gpu=False) for n in (1, 8))
     assert many.rate == one.rate
+    said = []
+    for processes in ("1", "8"):
+        assert cli.main(["plan", "--rate", "20", "--steps", "50", "--n", "57600", "--processes", processes]) == 0
+        said.append(capsys.readouterr().out)
+    assert "40.0 hours" in said[0] and "5.0 hours" in said[1]
     words = ["plan", "--model", "google/ddpm-ema-celebahq-256", "--n", "10", "--rate", "1"]
     if not torch.cuda.is_available():
         assert cli.main(words) == cli.main([*words, "--batch-size", "1"]) == 0

@@ -74,6 +74,18 @@ def test_a_run_is_known_by_the_weights_of_its_model(home):
         weights.write_bytes(content)
         keys.add(plan_sweep({"notebooks": ["30"]}, name="mine")[0].key)
     assert len(keys) == 2
+    file = home / "mine.ckpt"
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        keys.add(plan_sweep({"notebooks": ["30"], "common": {"model_name": str(file)}}, name="mine")[0].key)
+    write_notebook(home / "notebooks" / "40_fourth.ipynb", 'judge_name: str = "avataaars-judge"\nmethods: list = []')
+    judge = home / "data" / "models" / "avataaars-attributes" / "judge" / "model.safetensors"
+    judge.parent.mkdir(parents=True)
+    for content in (b"one", b"two"):
+        judge.write_bytes(content)
+        many = {"methods": [f"a method of a long name, {i}" for i in range(40)]}
+        keys.add(plan_sweep({"notebooks": ["40"], "common": many}, name="mine")[0].key)
+    assert len(keys) == 6
 
 
 def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):

@@ -96,6 +96,21 @@ def test_a_training_that_was_killed_becomes_the_one_that_was_not(images, tmp_pat
     assert log_of(tmp_path / "killed")["step"].tolist() == [10, 20, 30, 40]
 
 
+def test_a_kill_between_the_last_checkpoint_and_its_model_loses_neither(images, trained, tmp_path, monkeypatch):
+    save = training._Run.save_model
+
+    def killed(self, out):
+        if self.step == self.settings.steps:
+            raise KeyboardInterrupt
+        return save(self, out)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Run, "save_model", killed)
+        train_model(images, tiny(), out=tmp_path / "model", **QUIET)
+    train_model(images, out=tmp_path / "model", resume=True, **QUIET)
+    assert_same_training(tmp_path / "model", trained)
+
+
 def test_two_processes_train_the_model_that_one_does(images, tmp_path):
     """On a CPU without a word of accelerate's, as the README launches them."""
     torch.save(images, tmp_path / "images.pt")

@@ -106,7 +106,8 @@ def leaderboard(
     against = [name for name in controls if name in draws]
     if against:
         found = [name for name in methods if name not in controls]
-        p = [max(_chance(draws[name], draws[control]) for control in against) for name in found]
+        chances = {name: [_chance(draws[name], draws[control]) for control in against] for name in found}
+        p = [max(filter(np.isfinite, chances[name]), default=float("nan")) for name in found]
         table["p_random"] = pd.Series(dict(zip(found, holm(p), strict=True)), dtype=float)
     table = table.join(_shape_of_response(edits))
     return table.astype(float).sort_values("success", ascending=False)

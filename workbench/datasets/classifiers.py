@@ -804,12 +804,13 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device)
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Batch statistics and dropout are off inside, so that an image's score is its own."""
-    training = module.training
+    training = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, mode in training.items():
+            part.training = mode
 
 
 def _from_transformers(folder: Path, name: str, device: torch.device) -> Classifier:

@@ -213,7 +213,8 @@ def load_model(
         Of a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
         have the legacy order, which is the default.
     schedule : {"linear", "cosine"}, optional
-        Of a single file: the noise schedule; by default the preset's, or else linear.
+        Of a single file: the noise schedule; by default the preset's, or else linear. To be given where a preset that
+        was not asked for has the same shapes and another schedule.
 
     Returns
     -------

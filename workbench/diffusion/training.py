@@ -311,7 +311,9 @@ def train_model(
         run.load(out / STATE)
     accelerator.wait_for_everyone()
     with _alone(out) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process and run.step < settings.steps:
+        # One that is finished is left as it is, but for a model that a kill kept from following its checkpoint.
+        standing = read_json(out / CONFIG).get("step") if begun else None
+        if accelerator.is_main_process and (run.step < settings.steps or standing != run.step):
             run.save_model(out)
         network, run.optimiser = accelerator.prepare(unet, run.optimiser)
         network = torch.compile(network) if settings.compile else network

@@ -588,9 +588,9 @@ class Bench:
             reference, other = target[::2], target[1::2]
             usual = diversity(own)
             # As many at a time as there are samples, since few make the Frechet distance larger.
-            sets = max(len(other) // len(own), 1)
-            other = other[: sets * (len(other) // sets)]
-            found = _distances(other, reference, usual, groups=sets)
+            n = min(len(own), len(other))
+            other = other[: len(other) // n * n]
+            found = _distances(other, reference, usual, groups=len(other) // n)
             rows.append({"method": "real", "position": -1, "space": space, **found})
             rows.append({"method": "plain", "position": -1, "space": space, **_distances(own, reference, usual)})
             key = "features" if space == "judge" else "pixels"

@@ -344,8 +344,11 @@ def _best_edit(
         losses, successes = (v[:, :, samples].mean(axis=(2, 3)) for v in (loss, success))
         return np.array([_at_loss(*pair, level) for pair in zip(losses, successes, strict=True)])
 
-    value = best(np.arange(m)).max()
-    tolerance = max(np.sqrt(value * (1 - value) / (m * table.shape[1])), 1 / (m * table.shape[1]))
+    where = best(np.arange(m)).argmax()
+    losses, successes = (v[where].mean(axis=2) for v in (loss, success))  # (strengths, samples)
+    kept = np.logical_and.accumulate(losses.mean(axis=1) <= level)
+    strongest = np.where(kept, successes.mean(axis=1), -np.inf).argmax()
+    tolerance = max(successes[strongest].std(ddof=1) / np.sqrt(m), 1 / (m * table.shape[1]))
     return read_off(
         visited,
         best,

@@ -344,14 +344,15 @@ def read_records(
     judge: Classifier | None = None,
     images: LabelledImages | None = None,
 ) -> dict[str, dict]:
-    """The recorded numbers of every figure, by name, that still are what the figure would show.
+    """The recorded numbers of every figure, by name, as far as they are of the same inputs and the same recipe.
 
     Parameters
     ----------
     folder : path, optional
         By default those that are bundled for the model.
     model : Model
-        Records of other weights are left out, and of a figure that is drawn in another way since.
+        Records of other weights are left out, and those of a recipe whose own function has changed since. What it calls
+        is not looked at.
     labeller, judge, images : optional
         So are those of other classifiers or images than these.
 

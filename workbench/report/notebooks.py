@@ -229,10 +229,17 @@ def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
         if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
             return value
         path = Path(value).expanduser()
-        bundled = path.name == value and any((folder / value).exists() for folder in (paths.models(), paths.data()))
-        return str(path.absolute()) if path.exists() and not bundled else value
+        return str(path.absolute()) if path.exists() and not _is_bundled(key, value) else value
 
     return {key: whole(key, value) for key, value in parameters.items()}
+
+
+def _is_bundled(key: str, value: str) -> bool:
+    from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
+
+    if key == "model_name":
+        return (paths.models() / value / "unet").is_dir()
+    return value in {"images_name": (labelled.BUNDLED,)}.get(key, (*classifiers.BUNDLED, "clip"))
 
 
 def parse_parameters(name: str | Path, assignments: Iterable[str]) -> dict[str, object]:

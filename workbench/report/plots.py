@@ -336,7 +336,7 @@ def line(
     ----------
     x : array of shape (n,)
     y : array of shape (n,) or (lines, n), or a mapping from a line's name to an array of shape (n,)
-    low, high : same form as y, optional
+    low, high : same form as y, optional; NaN where an end is not known
         Lower and upper end of the band; give both or none. A mapping may leave lines out.
     labels : sequence of str, optional
         A name a line, where y is an array.
@@ -364,8 +364,8 @@ def line(
     lines = _lines(y, "y", x, labels)
     if (low is None) != (high is None):
         raise ValueError("an interval needs both ends; give low and high, or neither")
-    lows = {} if low is None else _lines(low, "low", x, labels)
-    highs = {} if high is None else _lines(high, "high", x, labels)
+    lows = {} if low is None else _lines(low, "low", x, labels, gaps=True)
+    highs = {} if high is None else _lines(high, "high", x, labels, gaps=True)
     for name in lows.keys() | highs.keys():
         if name not in lines or name not in lows or name not in highs:
             raise ValueError(
@@ -1016,12 +1016,14 @@ def _colors(color, n: int) -> tuple[np.ndarray | None, list[str] | None]:
     raise ValueError(f"color has {len(names)} categories; at most {_MOST_CATEGORIES} can be told apart, so merge some")
 
 
-def _lines(y, name: str, x: np.ndarray, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
+def _lines(y, name: str, x: np.ndarray, labels: Sequence[str] | None, *, gaps: bool = False) -> dict[str, np.ndarray]:
     if not isinstance(y, Mapping):
         rows = np.atleast_2d(_numpy(y))
         names = _labels(labels, len(rows), "labels", "lines") or [f"line {i + 1}" for i in range(len(rows))]
         y = dict(zip(names, rows, strict=True))
-    lines = {str(key): _finite(_numpy(values), f"{name} of {key!r}") for key, values in y.items()}
+    lines = {str(key): _numpy(values) for key, values in y.items()}
+    for key, values in lines.items():
+        _finite(np.nan_to_num(values) if gaps else values, f"{name} of {key!r}")
     for key, values in lines.items():
         if values.shape != x.shape:
             raise ValueError(f"{name} of {key!r} has shape {values.shape}; x has {x.shape}, and they must be equal")

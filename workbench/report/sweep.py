@@ -23,6 +23,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from workbench import paths
+from workbench.datasets import classifiers
 from workbench.report.facts import read_facts
 from workbench.report.notebooks import (
     NotebookFailed,
@@ -261,8 +262,16 @@ def _key(notebook: str, parameters: Mapping) -> str:
     everything = {key: known.default for key, known in notebook_parameters(notebook).items()} | parameters
     content = [[cell.source for cell in source.cells if cell.cell_type == "code"], everything]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    places = [folder / str(value) for value in everything.values() for folder in (paths.models(), Path()) if value]
-    weights = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]
-    for file in [*sorted(Path(__file__).parent.parent.rglob("*.py")), *weights]:
+    for file in [*sorted(Path(__file__).parent.parent.rglob("*.py")), *_weights(everything)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _weights(parameters: Mapping) -> list[Path]:
+    """Files of the models and classifiers that parameters name, as far as they lie here."""
+    names = [str(value) for key, value in parameters.items() if key in ("model_name", "classifier_name", "judge_name")]
+    places = [folder / name for name in names if name for folder in (paths.models(), Path())]
+    if any(name in classifiers.BUNDLED for name in names):
+        places.append(paths.models() / "avataaars-attributes")
+    files = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]
+    return [*files, *(place for place in places if place.is_file())]

@@ -178,11 +178,9 @@ def images_needed(setup: Setup) -> Drawn:
     table = experiments.accuracy_over_samples(
         setup.inverted, setup.truth[setup.attribute], t=setup.at, counts=(10, 20, 40, 80), seed=setup.seed
     )
-    rows = [
-        {"method": method, "count": count, **vars(mean_of(part["accuracy"]))}
-        for (method, count), part in table.groupby(["method", "count"])
-    ]
-    drawn, last = pd.DataFrame(rows), table[(table["method"] == "svm") & (table["count"] == table["count"].max())]
+    each = table.groupby(["method", "count"])["accuracy"]
+    drawn = each.agg(value="mean", low="min", high="max", n="size").reset_index()
+    last = table[(table["method"] == "svm") & (table["count"] == table["count"].max())]
     best = last.iloc[0]
     return Drawn(
         curves(drawn, "method", "count", "images", "accuracy on the held-out half"),
