@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from workbench.report import notebooks
 
@@ -152,6 +155,30 @@ def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
 
 @pytest.mark.slow
 class TestRun:
+    def test_pictures_in_the_text_are_in_the_report(self, home, tmp_path):
+        """Pasted ones, which the cell holds, and files beside the notebook, wherever that lies."""
+        path = write_notebook(tmp_path / "mine.ipynb", "1 + 1")
+        data = io.BytesIO()
+        Image.new("RGB", (2, 2), "red").save(data, format="PNG")
+        (tmp_path / "beside.png").write_bytes(data.getvalue())
+        notebook = nbformat.read(path, as_version=4)
+        cell = new_markdown_cell("![pasted](attachment:image.png) ![file](beside.png)")
+        cell["attachments"] = {"image.png": {"image/png": base64.b64encode(data.getvalue()).decode()}}
+        notebook.cells.append(cell)
+        nbformat.write(notebook, path)
+        page = notebooks.run_notebook(path, progress=False).html.read_text(encoding="utf-8")
+        body = page[page.index("pasted") - 9000 :]
+        assert body.count("data:image/png;base64") == 2 and "attachment:" not in body and "beside.png" not in body
+
+    def test_what_was_computed_stays_where_its_page_cannot_be_made(self, home, notebook, monkeypatch):
+        def broken(*args, **options):
+            raise ValueError("no page")
+
+        monkeypatch.setattr(notebooks, "export_html", broken)
+        with pytest.raises(ValueError, match="no page"):
+            notebooks.run_notebook("10", progress=False)
+        assert "sum" in output_of(home / "reports" / "failed" / "10_first.ipynb")
+
     def test_a_home_that_is_named_from_here_is_found_by_the_kernel(self, home, notebook, monkeypatch):
         code = "from workbench import paths; print(paths.home())"
         write_notebook(home / "notebooks" / "10_first.ipynb", code)

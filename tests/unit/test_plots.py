@@ -432,6 +432,20 @@ def test_pareto_has_a_panel_a_family_and_the_controls_in_each():
         plots.pareto(pareto_table("PCA")[:0], family={"PCA": "control"})
 
 
+def test_a_saved_grid_has_its_labels_which_stand_outside(tmp_path):
+    """With matplotlib's own settings, which know the canvas alone."""
+    grid = plots.image_grid(torch.zeros(2, 3, 3, 8, 8), row_labels=["a", "b"], column_labels=list("123"), caption="c")
+    grid.savefig(tmp_path / "grid.png", dpi=grid.dpi)
+    displayed = Image.open(io.BytesIO(grid._repr_png_()))
+    assert Image.open(tmp_path / "grid.png").size == displayed.size
+    assert displayed.width > grid.get_figwidth() * grid.dpi
+
+
+def test_pareto_draws_more_methods_than_there_are_colours():
+    names = [f"method {i}" for i in range(10)]
+    assert plots.pareto(pareto_table(*names), family=dict.fromkeys(names, "one")).axes[0].lines
+
+
 def test_a_wide_matrix_writes_short_numbers():
     wide = plots.matrix(pd.DataFrame(np.full((1, 12), -0.25)))
     assert {text.get_text() for text in wide.axes[0].texts} == {"-.25"}

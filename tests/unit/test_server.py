@@ -61,6 +61,9 @@ def test_the_pages_notebook_names_whole_paths(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(folder.parent)
     options = server._absolute({"model": "avataaars32", "classifier": "", "directions": ["directions"], "steps": 4})
     assert options == {"model": "avataaars32", "classifier": "", "directions": [str(folder)], "steps": 4}
+    (folder.parent / "avataaars-judge").mkdir()
+    named = {"model": "avataaars32", "classifier": "avataaars-judge"}
+    assert server._absolute(named) == named, "a bundled name stays one"
     (cell,) = json.loads(json.dumps(server._notebook(options)))["cells"]
     compile(cell["source"], "studio", "exec")
 

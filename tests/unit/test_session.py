@@ -15,7 +15,7 @@ import workbench as wb
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, load_direction, random_like
 from workbench.editing.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
-from workbench.editing.session import Cancelled, EditSession, Progress
+from workbench.editing.session import Cancelled, EditSession, EditState, Progress, Rendering
 
 STEPS = 12
 T = 498  # visited by 6 steps and by 12
@@ -510,6 +510,22 @@ def test_boundaries_of_two_timesteps_are_not_crossed_in_one_step(tiny, run, boun
     ):
         with pytest.raises(ValueError, match=f"is at t={T} and .* at t=249, so move to one of them"):
             call()
+
+
+def test_a_recipe_keeps_two_of_the_same_direction_apart(tiny, run, smile, tmp_path):
+    session = EditSession(tiny, run, [smile, smile])
+    for name, scale in zip(session.directions, (1.0, 2.0), strict=True):
+        session.set_scale(name, scale)
+    path = save_recipe(session, tmp_path / "edit.json")
+    other = EditSession(tiny, run, [smile, smile])
+    apply_recipe(other, path)
+    assert other.state.scales == session.state.scales
+    assert result_of(other.render()) == read_recipe(path)["result"] == result_of(open_recipe(path, model=tiny).render())
+
+
+def test_the_difference_is_of_what_is_shown():
+    white, brighter = torch.ones(3, 2, 2), torch.full((3, 2, 2), 3.0)
+    assert (Rendering(white, brighter, EditState((999, 0)), False).difference == 0).all()
 
 
 def test_a_recipe_moves_to_the_boundary_of_its_own_timestep(tiny, run, boundaries, tmp_path):

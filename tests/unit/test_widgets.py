@@ -7,6 +7,7 @@ import io
 import re
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from test_session import T, planted
 
 import workbench as wb
 from workbench.directions.boundary import Boundary
+from workbench.editing.recipe import read_recipe
 from workbench.report import plots, widgets
 from workbench.report.widgets import EditStudio, Worker
 
@@ -167,6 +169,74 @@ def test_saving_and_loading(studio, tiny):
     studio.file_name.value = "../edit"
     studio.save_recipe.click()
     assert studio.wait() and "without folders" in studio.status.value
+
+
+def test_what_is_saved_is_decided_at_the_click(studio):
+    """The worker may be inverting an image; sliders and the name stay alive."""
+    busy, free = threading.Event(), threading.Event()
+    studio._worker.submit(lambda _: (busy.set(), free.wait(30)))
+    assert busy.wait(30)
+    studio.scales["smile"].value = 1.0
+    studio.file_name.value = "first"
+    studio.save_recipe.click()
+    studio.scales["smile"].value = -3.0
+    studio.file_name.value = "second"
+    free.set()
+    assert studio.wait()
+    assert [path.name for path in studio.folder.glob("*.json")] == ["first.json"]
+    assert read_recipe(studio.folder / "first.json")["directions"][0]["scale"] == 1.0
+    studio.file_name.value = "first"
+    studio.save_recipe.click()
+    assert studio.wait() and "replaced first.json" in studio.status.value
+
+
+def test_a_preview_is_shown_though_the_slider_moves_on(studio, monkeypatch):
+    """Else nothing would be seen while it is pulled."""
+    seen, moves, render, show = [], [], studio.session.render, studio._show
+
+    def moving(**options):
+        if options.get("preview") and len(moves) < 3:
+            moves.append(studio.scales["smile"].value)
+            studio.scales["smile"].value += 0.1
+        return render(**options)
+
+    monkeypatch.setattr(studio.session, "render", moving)
+    monkeypatch.setattr(studio, "_show", lambda rendering: (seen.append(rendering), show(rendering)))
+    studio.scales["smile"].value = 1.0
+    assert studio.wait()
+    assert sum(rendering.preview for rendering in seen) == 4
+    assert not seen[-1].preview and seen[-1].state.scales["smile"] == pytest.approx(1.3)
+
+
+def test_a_view_that_cannot_be_made_is_empty_and_its_sentence_goes_with_it(tiny, run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(widgets, "REST", 0.0)
+    twins = [parts[2], replace(parts[2], t=166)]
+    studio = EditStudio(tiny, run, twins, folder=tmp_path)
+    first, second = studio.distances
+    studio.distances[first].value = 2.0
+    studio.views.selected_index = 1
+    studio.strip_of.value = first
+    assert studio.wait() and "img" in studio.strip.value
+    studio.strip_of.value = second
+    assert studio.wait() and studio.strip.value == "" and "is at one timestep" in studio.status.value
+    studio.strip_of.value = first
+    assert studio.wait() and "img" in studio.strip.value and "alert" not in studio.status.value
+
+
+def test_a_store_of_other_samples_is_refused(tiny, run, parts, tmp_path, make_unet):
+    options = {"steps": STEPS, "progress": False}
+    own = wb.extract(tiny, 4, out=tmp_path / "own.zarr", **options)
+    assert EditStudio(tiny, run, parts, store=own).wait()
+    other = wb.wrap(make_unet(seed=1), tiny.schedule, name="tiny", device="cpu")
+    for model, changed, message in (
+        (other, {}, "another model, tap or schedule"),
+        (tiny.tapped("before"), {}, "another model, tap or schedule"),
+        (tiny, {"steps": STEPS + 1}, "other timesteps"),
+        (tiny, {"eta": 0.0}, "another eta"),
+    ):
+        store = wb.extract(model, 4, out=tmp_path / f"{message}-{model.tap}.zarr", **(options | changed))
+        with pytest.raises(ValueError, match=message):
+            EditStudio(tiny, run, parts, store=store)
 
 
 def test_a_recipe_brings_its_own_sliders(studio, tiny, run, parts, tmp_path):

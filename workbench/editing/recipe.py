@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -28,14 +29,16 @@ from workbench.editing.session import EditSession, EditState, Rendering
 FORMAT, VERSION = "hspace-edit", 1
 
 
-def save_recipe(session: EditSession, path: str | Path) -> Path:
-    """Write the current edit of a session; it is rendered for that.
+def save_recipe(session: EditSession, path: str | Path, *, state: EditState | None = None) -> Path:
+    """Write an edit of a session; it is rendered for that.
 
     Parameters
     ----------
     session : EditSession
     path : path
         Ends in `.json`; the tensors go to a folder of the same name, ending in `.parts`.
+    state : EditState, optional
+        By default the session's.
 
     Returns
     -------
@@ -49,9 +52,10 @@ def save_recipe(session: EditSession, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"a recipe is a .json file, not {path.name}")
-    if not session.state.edits:
+    state = session.state if state is None else state
+    if not state.edits:
         raise ValueError("nothing is edited, so there is no recipe; pull a slider first")
-    state, run = session.state, session.samples[session.state.sample]
+    run = session.samples[state.sample]
     folder = _folder_of(path)
     folder.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys([*state.scales, *(other for name in state.scales for other in state.against.get(name, ()))])
@@ -140,7 +144,9 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
             f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}; render it with "
             "`workbench edit`, or open it by itself"
         )
-    named = {name: _place_of(part, session) for name, part in parts.items()}
+    named: dict[str, str] = {}
+    for name, part in parts.items():
+        named[name] = _place_of(part, session, taken=named.values())
     state = EditState(
         t_range=tuple(recipe["t_range"]),
         sample=_sample_of(recipe, Path(path), session),
@@ -181,6 +187,7 @@ def read_recipe(path: str | Path) -> dict:
         "sample",
         "timesteps",
         "etas",
+        "eta",
         "process",
         "t_range",
         "directions",
@@ -243,11 +250,12 @@ def _parts_of(recipe: dict, path: Path, model: Model) -> dict[str, Direction | B
     return found | {b["name"]: load_boundary(_part(path, b["file"]), model=model) for b in recipe["boundaries"]}
 
 
-def _place_of(part: Direction | Boundary, session: EditSession) -> str:
-    """The session's name of a direction or boundary; it is added if need be."""
+def _place_of(part: Direction | Boundary, session: EditSession, *, taken: Collection[str]) -> str:
+    """The session's name of a direction or boundary, which is none of those taken; it is added if need be."""
     known = session.directions if isinstance(part, Direction) else session.boundaries
     wanted = checksum_of(part)
-    return next((name for name, own in known.items() if checksum_of(own) == wanted), None) or session.add(part)
+    alike = (name for name, own in known.items() if name not in taken and checksum_of(own) == wanted)
+    return next(alike, None) or session.add(part)
 
 
 def _sample_of(recipe: dict, path: Path, session: EditSession) -> int:

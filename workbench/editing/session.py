@@ -151,8 +151,8 @@ class Rendering:
 
     @property
     def difference(self) -> torch.Tensor:
-        """after - before, half of it, so that it lies in [-1, 1]; 0 is grey."""
-        return (self.after - self.before) / 2
+        """after - before as both are shown, half of it, so that it lies in [-1, 1]; 0 is grey."""
+        return (self.after.clamp(-1, 1) - self.before.clamp(-1, 1)) / 2
 
     def save(self, path: str | Path) -> Path:
         """Write both images as tensors "before" and "after" of a safetensors file."""

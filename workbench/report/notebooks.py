@@ -25,11 +25,13 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 import nbformat
 import papermill
 import yaml
+from jinja2 import pass_context
 from latex2mathml.converter import convert as mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -327,9 +329,15 @@ def run_notebook(
         seconds = time.perf_counter() - start
         record = _provenance(stem, everything, seconds) | ({} if failure is None else {"failure": failure})
         _stamp(executed, record, out.name)
-        page = export_html(executed, executed.with_suffix(".html"), footer=_footer(record), keep_code=keep_code)
         target = out if failure is None else failed
         target.parent.mkdir(exist_ok=True)
+        options = {"footer": _footer(record), "keep_code": keep_code, "folder": source.parent}
+        try:
+            page = export_html(executed, executed.with_suffix(".html"), **options)
+        except Exception:  # what was computed stays, whatever its page meets
+            failed.parent.mkdir(exist_ok=True)
+            os.replace(executed, failed)
+            raise
         os.replace(executed, target)
         os.replace(page, target.with_suffix(".html"))
     if failure is None:
@@ -391,7 +399,12 @@ def report(profile: str = "quick", *, only: Sequence[str] | str | None = None, p
 
 
 def export_html(
-    notebook_path: str | Path, html_path: str | Path, *, footer: Mapping[str, str], keep_code: bool = True
+    notebook_path: str | Path,
+    html_path: str | Path,
+    *,
+    footer: Mapping[str, str],
+    keep_code: bool = True,
+    folder: str | Path | None = None,
 ) -> Path:
     """Write an executed notebook as one HTML file that asks the network for nothing.
 
@@ -405,6 +418,8 @@ def export_html(
         Rows of the table "How this report was made".
     keep_code : bool
         Put the code in, folded away.
+    folder : str or Path, optional
+        Where pictures lie that its text names; by default with the staged notebooks.
 
     Returns
     -------
@@ -433,7 +448,7 @@ def export_html(
         footer=dict(footer),
     )
     text, _ = exporter.from_notebook_node(
-        notebook, resources={"report": page, "metadata": {"path": str(paths.notebooks())}}
+        notebook, resources={"report": page, "metadata": {"path": str(folder or paths.notebooks())}}
     )
     if "Plotly.newPlot" in drawn:
         text = text.replace("</head>", f"<script>{get_plotlyjs()}</script>\n</head>", 1)
@@ -530,8 +545,11 @@ class _Exporter(HTMLExporter):
         yield from super().default_filters()
         yield "markdown2html", self.markdown_to_html
 
-    def markdown_to_html(self, source: str) -> str:
-        renderer = _Renderer(escape=False, embed_images=True, path=str(paths.notebooks()))
+    @pass_context
+    def markdown_to_html(self, context, source: str) -> str:
+        attached = context.get("cell", {}).get("attachments", {})
+        place = context["resources"]["metadata"]["path"]
+        renderer = _Renderer(escape=False, embed_images=True, path=place, attachments=attached)
         return MarkdownWithMath(renderer=renderer).render(source)
 
 
@@ -792,14 +810,17 @@ def _card(good: Path | None, bad: Path | None) -> str:
     image = f'<div class="picture"><img src="{picture}" alt="{alt}" /></div>' if picture else ""
     parameters = ", ".join(f"{key} = {value!r}" for key, value in record.get("parameters", {}).items())
     facts = [record.get("date", ""), _duration(record["seconds"]) if "seconds" in record else ""]
-    links = f'<a href="{folder}{name}.html">report</a><a href="{folder}{name}.ipynb">notebook</a>'
+    place = html.escape(quote(f"{folder}{name}"))
+    links = f'<a href="{place}.html">report</a><a href="{place}.ipynb">notebook</a>'
     problem = ""
     if bad:
         record = nbformat.read(bad, as_version=4).metadata.get("workbench", {})
         what = html.escape(_problem(record["failure"])) if "failure" in record else "failed"
         last = " The report below is the last good one." if good else ""
         problem = f'<p class="problem">Failed on {record.get("date", "")}: {what}. '
-        problem += f'<a href="failed/{name}.html">See the notebook as far as it ran.</a>{last}</p>'
+        problem += (
+            f'<a href="{html.escape(quote(f"failed/{name}"))}.html">See the notebook as far as it ran.</a>{last}</p>'
+        )
     return f"""<article class="card{" failed" if bad else ""}">
 {image}
 <div class="words">

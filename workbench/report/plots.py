@@ -65,9 +65,13 @@ class Figure(MatplotlibFigure):
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
-        with style.context(STYLE):
-            self.savefig(picture, format="png", dpi=self.dpi)
+        self.savefig(picture, format="png", dpi=self.dpi)
         return picture.getvalue()
+
+    def savefig(self, fname, **options) -> None:
+        """As matplotlib's, with the labels, some of which stand outside of the canvas."""
+        with style.context(STYLE):
+            super().savefig(fname, **options)
 
 
 class HoverFigure(go.Figure):
@@ -606,7 +610,7 @@ def pareto(
         figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
-            colors, grey = iter(zip(PALETTE, "osD^vP*X", strict=True)), cycle((":", "--"))
+            colors, grey = cycle(zip(PALETTE, "osD^vP*X", strict=True)), cycle((":", "--"))
             for name, part in table.groupby("method", sort=False):
                 if family[name] not in (panel, "control"):
                     continue

@@ -58,6 +58,8 @@ def serve_studio(
 
     model = load_model(options["model"], device=options.get("device"))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
+    if options.get("classifier"):
+        load_classifier(options["classifier"], device=options.get("device"))
     port = port or _free_port()
     _check_free(port)
     token = secrets.token_urlsafe(24)
@@ -174,7 +176,10 @@ def _absolute(options: dict) -> dict:
         path = Path(name).expanduser()
         return str(path.resolve()) if path.exists() else name
 
-    changed = {key: whole(options[key]) for key in ("model", "classifier") if options.get(key)}
+    from workbench.report.notebooks import from_here  # papermill, which the page itself does without
+
+    given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
+    changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}
     if options.get("directions") is not None:
         changed["directions"] = [whole(name) for name in options["directions"]]
     return options | changed

@@ -12,7 +12,9 @@ import html
 import io
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anywidget
@@ -32,7 +34,7 @@ from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.editing.grid import EditGrid
 from workbench.editing.recipe import apply_recipe, save_recipe
-from workbench.editing.session import Cancelled, EditSession, Progress, Rendering, describe
+from workbench.editing.session import Cancelled, EditSession, EditState, Progress, Rendering, describe
 from workbench.hspace.store import HStore
 from workbench.report import plots
 
@@ -50,6 +52,8 @@ _STRIP = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 _GRID = (-2.0, -1.0, 0.0, 1.0, 2.0)
 _WIDE = {"description_width": "150px"}
 _MOST_LASSOED = 8
+_MAPS = 16
+"""Maps that are kept, so that going back to one is quick."""
 
 
 class DropZone(anywidget.AnyWidget):
@@ -153,7 +157,7 @@ class EditStudio(widgets.VBox):
     Raises
     ------
     ValueError
-        As of `EditSession`.
+        As of `EditSession`; if the store is of another model, or of other timesteps or another eta than the samples.
     """
 
     def __init__(
@@ -167,11 +171,14 @@ class EditStudio(widgets.VBox):
         folder: str | Path | None = None,
     ) -> None:
         self.session = EditSession(model, runs, directions, classifier=classifier)
+        if store is not None:
+            _refuse_other_store(store, self.session)
         self.store, self.folder = store, paths.edits() if folder is None else Path(folder)
         self.rendering: Rendering | None = None
+        self._without_view = False
         self._local = threading.local()
         self._worker = Worker(self._on_progress, self._on_problem)
-        self._maps: dict[tuple[str, int, int], tuple[Embedding, np.ndarray, list[str]]] = {}
+        self._maps: dict[tuple[str, int, int], tuple[Embedding, list[str]]] = {}
         super().__init__(self._layout())
         self.add_class("hspace-studio")
         self.refresh()
@@ -187,9 +194,9 @@ class EditStudio(widgets.VBox):
         self._show_state()
         self._update()
 
-    def figure(self) -> plots.Figure:
-        """The current edit as a figure: before, after, difference, and the read-out."""
-        rendering = self.session.render()
+    def figure(self, state: EditState | None = None) -> plots.Figure:
+        """An edit, by default the current one, as a figure: before, after, difference, and the read-out."""
+        rendering = self.session.render(state=state)
         seed = self.session.label(rendering.state.sample)
         return plots.before_after(
             rendering.before,
@@ -403,13 +410,13 @@ class EditStudio(widgets.VBox):
             widgets.Button(description=words, layout=widgets.Layout(width="150px"))
             for words in ("Save figure", "Save recipe", "Save direction", "Load recipe")
         )
-        for button, action in (
-            (self.save_figure, self._save_figure),
-            (self.save_recipe, self._save_recipe),
-            (self.save_direction, self._save_direction),
-            (self.load_recipe, self._load_recipe),
+        for button, ending, action in (
+            (self.save_figure, "", self._save_figure),
+            (self.save_recipe, ".json", self._save_recipe),
+            (self.save_direction, ".safetensors", self._save_direction),
+            (self.load_recipe, ".json", self._load_recipe),
         ):
-            button.on_click(lambda _, action=action: self._worker.submit(action))
+            button.on_click(lambda _, ending=ending, action=action: self._on_file(ending, action))
         where = widgets.HTML(
             f"In {html.escape(str(self.folder))}; a recipe is rendered again by <code>workbench edit</code>."
         )
@@ -489,20 +496,29 @@ class EditStudio(widgets.VBox):
 
         self._worker.submit(task)
 
-    def _save_figure(self, progress: Progress) -> None:
-        self._say("saved " + ", ".join(p.name for p in plots.save_figure(self.figure(), self._file(""))))
+    def _on_file(self, ending: str, action: Callable[[Path, EditState], str]) -> None:
+        """What is saved, and where, is decided at the click, however long the worker is busy with something else."""
+        try:
+            path, state = self._file(ending), self.session.state
+        except ValueError as error:
+            self._on_problem(str(error))
+            return
+        self._worker.submit(lambda _: self._say(action(path, state)))
 
-    def _save_recipe(self, progress: Progress) -> None:
-        self._say(f"saved {save_recipe(self.session, self._file('.json')).name}")
+    def _save_figure(self, path: Path, state: EditState) -> str:
+        word = _saved(path.with_name(f"{path.name}.png"))
+        return f"{word} " + ", ".join(file.name for file in plots.save_figure(self.figure(state), path))
 
-    def _save_direction(self, progress: Progress) -> None:
-        self._say(f"saved {self.session.direction().save(self._file('.safetensors')).name}")
+    def _save_recipe(self, path: Path, state: EditState) -> str:
+        return f"{_saved(path)} {save_recipe(self.session, path, state=state).name}"
 
-    def _load_recipe(self, progress: Progress) -> None:
-        path = self._file(".json")
+    def _save_direction(self, path: Path, state: EditState) -> str:
+        return f"{_saved(path)} {self.session.direction(state).save(path).name}"
+
+    def _load_recipe(self, path: Path, state: EditState) -> str:
         apply_recipe(self.session, path)
         self.refresh()
-        self._say(f"loaded {path.name}")
+        return f"loaded {path.name}"
 
     def _file(self, ending: str) -> Path:
         name = self.file_name.value.strip()
@@ -519,19 +535,30 @@ class EditStudio(widgets.VBox):
     def _work(self, progress: Progress) -> None:
         session, state = self.session, self.session.state
         if state.edits:
-            self._show(session.render(preview=True, state=state, progress=progress))
+            session.render(state=replace(state, scales={}, distances={}), progress=progress)  # the sample, once
+            # A newer move does not stop it: of moves in quick succession none would ever be seen.
+            self._show(session.render(preview=True, state=state, progress=Progress(self._on_progress)))
             progress.wait(REST)
         self._show(session.render(state=state, progress=progress))
         session.rest()
         self._show_distances(progress)
-        (
+        views = (
             self._show_read_out,
             self._show_strip,
             self._show_grid,
             self._show_predictions,
             self._show_map,
-            lambda _: None,
-        )[self.views.selected_index or 0](progress)
+            lambda *_: None,
+        )
+        try:
+            views[self.views.selected_index or 0](state, progress)
+        except ValueError as error:
+            self._on_problem(str(error))
+            self._without_view = True
+            return
+        if self._without_view:
+            self._say("")
+            self._without_view = False
         self.progress.value = 1.0
 
     def _show(self, rendering: Rendering) -> None:
@@ -541,23 +568,33 @@ class EditStudio(widgets.VBox):
         self.after.value = _picture(rendering.after, "after", f"{describe(rendering.state)} ({steps})")
         self.difference.value = _picture(rendering.difference, "difference", "after - before; grey is none")
 
-    def _show_read_out(self, progress: Progress) -> None:
+    def _show_read_out(self, state: EditState, progress: Progress) -> None:
         table = self.session.read_out(self.rendering)
         self.read_out.value = "Give a classifier to see its scores." if table is None else _bars(table)
 
-    def _show_strip(self, progress: Progress) -> None:
+    def _show_strip(self, state: EditState, progress: Progress) -> None:
         name = self.strip_of.value
-        if name is None:
+        if not self._fits(state, name):
             return
-        self.strip.value = _cells(self.session.strip(name, self._values(name, _STRIP), progress=progress))
+        with _emptied(self.strip):
+            values = self._values(name, _STRIP)
+            self.strip.value = _cells(self.session.strip(name, values, state=state, progress=progress))
 
-    def _show_grid(self, progress: Progress) -> None:
+    def _show_grid(self, state: EditState, progress: Progress) -> None:
         down, across = self.grid_down.value, self.grid_across.value
         if down is None or down == across:
             self.grid.value = "A grid takes two different directions or boundaries."
             return
-        values = self._values(across, _GRID)
-        self.grid.value = _cells(self.session.grid(down, across, values=values, progress=progress))
+        if not self._fits(state, down, across):
+            return
+        with _emptied(self.grid):
+            values = self._values(across, _GRID)
+            self.grid.value = _cells(self.session.grid(down, across, values=values, state=state, progress=progress))
+
+    def _fits(self, state: EditState, *names: str | None) -> bool:
+        """Whether the choosers are those of the state's process; they follow it a moment later."""
+        single = state.process == "single-step"
+        return all(name in (self.session.boundaries if single else self.session.directions) for name in names)
 
     def _values(self, name: str, scales: Sequence[float]) -> list[float]:
         """Scales, or distances as far apart as the boundary's slider reaches."""
@@ -565,8 +602,8 @@ class EditStudio(widgets.VBox):
             return list(scales)
         return [round(self.distances[name].max * scale / max(scales), 2) for scale in scales]
 
-    def _show_predictions(self, progress: Progress) -> None:
-        self._predicted = self.session.predictions(progress=progress)
+    def _show_predictions(self, state: EditState, progress: Progress) -> None:
+        self._predicted = self.session.predictions(state=state, progress=progress)
         every = max(1, len(self._predicted.timesteps) // 10)
         grid = EditGrid(
             torch.stack([self._predicted.before[::every], self._predicted.after[::every]]),
@@ -584,7 +621,7 @@ class EditStudio(widgets.VBox):
         pair = ((self._predicted.before[k], "before"), (self._predicted.after[k], "after"))
         self.predicted.value = "".join(_picture(image, f"{word}, predicted", f"x_0 at t = {t}") for image, word in pair)
 
-    def _show_map(self, progress: Progress) -> None:
+    def _show_map(self, state: EditState, progress: Progress) -> None:
         method, t = self.map_method.value, self.map_t.value
         n = len(self.session.samples if self.store is None else self.store)
         if n < 4:
@@ -594,10 +631,13 @@ class EditStudio(widgets.VBox):
             self._say("making the map")
             h, images, names = self._points(t, progress)
             options = {} if method == "pca" else {"neighbours": min(15, n - 1)}
-            self._maps[method, t, n] = embed(h, method=method, **options), images, names
+            self._maps[method, t, n] = embed(h, method=method, **options), names
+            self._map_images = images
+            while len(self._maps) > _MAPS:
+                del self._maps[next(iter(self._maps))]
             self._say("")
-        found, self._map_images, names = self._maps[method, t, n]
-        path = found.place(self.session.path(t, progress=progress))
+        found, names = self._maps[method, t, n]
+        path = found.place(self.session.path(t, state=state, progress=progress))
         if self.map is None:
             self.map = self._new_map()
         points, line = self.map.data
@@ -663,7 +703,8 @@ class EditStudio(widgets.VBox):
             inside = [t for t in session.timesteps if state.t_range[1] <= t <= state.t_range[0]]
             self.process.value, self.window.value = state.process, (inside[0], inside[-1])
             run = session.samples[state.sample]
-            self.eta.value = float(np.mean(run.etas)) if state.eta is None else state.eta
+            own = state.eta is None or run.seeds is None  # an inverted image has its own, whatever samples have
+            self.eta.value = float(np.mean(run.etas)) if own else state.eta
             single = state.process == "single-step"
             for slider in (*self.scales.values(), self.window):
                 slider.disabled = single
@@ -785,3 +826,28 @@ def _bars(table) -> str:
         )
     head = "<tr><th>attribute</th><th></th><th>before</th><th>after</th></tr>"
     return f'<table class="hspace-bars">{head}{"".join(rows)}</table>'
+
+
+def _saved(path: Path) -> str:
+    return "replaced" if path.exists() else "saved"
+
+
+@contextmanager
+def _emptied(view: widgets.HTML) -> Iterator[None]:
+    """If there is nothing to show in the end, what was shown before goes, rather than pass for it."""
+    try:
+        yield
+    except ValueError:
+        view.value = ""
+        raise
+
+
+def _refuse_other_store(store: HStore, session: EditSession) -> None:
+    own, other = session.model.provenance(), store.provenance["model"]
+    if own | {"name": None} != other | {"name": None}:
+        raise ValueError(f"{store.path} is of another model, tap or schedule than {session.model.name!r}")
+    if tuple(store.timesteps) != session.timesteps:
+        raise ValueError(f"{store.path} has other timesteps than the samples; extract it with as many steps")
+    etas = {run.etas for run in session.samples if run.seeds is not None}
+    if store.seeds is not None and etas and etas != {tuple(store.provenance["etas"])}:
+        raise ValueError(f"{store.path} is of another eta than the samples; extract it with theirs")
