@@ -143,7 +143,7 @@ def test_costs_are_means_with_intervals():
     costs = costs.assign(seconds=[1.0, 2.0, 3.0, 4.0, 1.0, 1.0], edit_passes=8.0)
     table = leaderboard.cost_table(costs)
     assert table.loc["a", ["passes", "passes_low", "passes_high"]].tolist() == [10, 10, 10]
-    assert table.loc["b", "passes"] == 2 and table.loc["b", ["passes_low", "passes_high"]].tolist() == [1, 3]
+    assert table.loc["b", ["passes", "passes_low"]].tolist() == [2, 0] and table.loc["b", "passes_high"] > 3
     assert table.loc["a", "seconds_low"] < 2.5 == table.loc["a", "seconds"] < table.loc["a", "seconds_high"]
 
 

@@ -194,7 +194,7 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
         row = {}
         for name in ("passes", "scored", "labels", "seconds", "edit_passes"):
             low, high = mean_interval(part[name])
-            row |= {name: float(part[name].mean()), f"{name}_low": low, f"{name}_high": high}
+            row |= {name: float(part[name].mean()), f"{name}_low": max(low, 0.0), f"{name}_high": high}
         rows[method] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 

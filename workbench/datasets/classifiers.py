@@ -975,6 +975,8 @@ def _crop(batch: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a classifier."""
+    if source == "":
+        raise ValueError(f"the name of a classifier is empty; bundled: {', '.join(BUNDLED)}")
     if source in BUNDLED:
         return paths.models() / "avataaars-attributes" / BUNDLED[source], source
     if source == "clip":

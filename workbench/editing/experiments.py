@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from sklearn.svm import SVC
 
-from workbench.analysis.metrics import Rate, kernel_distance, monotonicity, peak_signal_to_noise
+from workbench.analysis.metrics import Rate, kernel_distance, mean_interval, monotonicity, peak_signal_to_noise
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import Trajectory, invert, replay, sample
@@ -212,8 +212,8 @@ class Crossings:
         Returns
         -------
         DataFrame
-            `variant`, `distance`; `change` of the attribute's score with its 95% interval `low`, `high` (normal
-            approximation over the samples); `gained`, the share of the samples without the attribute that have it
+            `variant`, `distance`; `change` of the attribute's score with its 95% interval `low`, `high` over the
+            samples; `gained`, the share of the samples without the attribute that have it
             afterwards, and `lost`, the share of those with it that have not, with their numbers; `others`, the mean
             size of the change of all other attributes; median `psnr` and `psnr_image`; `kid` if known; `n`.
         """
@@ -221,15 +221,15 @@ class Crossings:
         for (variant, distance), part in self.preservation.groupby(["variant", "distance"], sort=False):
             before, after = self.effects.scores(variant, distance)
             change, n = (after - before)[attribute], len(after)
-            half = 1.96 * change.std(ddof=1) / np.sqrt(n)
+            low, high = mean_interval(change)
             has, had = after[attribute] > 0.5, before[attribute] > 0.5
             rows.append(
                 {
                     "variant": variant,
                     "distance": distance,
                     "change": change.mean(),
-                    "low": change.mean() - half,
-                    "high": change.mean() + half,
+                    "low": low,
+                    "high": high,
                     "gained": has[~had].mean(),
                     "without": int((~had).sum()),
                     "lost": (~has)[had].mean(),
