@@ -178,6 +178,7 @@ class TestRun:
         with pytest.raises(ValueError, match="no page"):
             notebooks.run_notebook("10", progress=False)
         assert "sum" in output_of(home / "reports" / "failed" / "10_first.ipynb")
+        assert "its page could not be made: no page" in (home / "reports" / "index.html").read_text(encoding="utf-8")
 
     def test_a_home_that_is_named_from_here_is_found_by_the_kernel(self, home, notebook, monkeypatch):
         code = "from workbench import paths; print(paths.home())"

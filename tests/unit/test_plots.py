@@ -471,3 +471,10 @@ def test_a_table_of_many_columns_loses_leading_zeros_alone():
     values = np.array([[0.05, -0.25, 10.05, 20.3, -30.25, 1.0, 0.0, 0.5, 0.1, 0.2, 0.3, 0.4]])
     shown = [text.get_text() for text in plots.matrix(pd.DataFrame(values)).axes[0].texts]
     assert shown[:7] == [".05", "-.25", "10.05", "20.30", "-30.25", "1.00", ".00"]
+
+
+def test_an_end_of_an_interval_may_be_unknown_but_not_infinite():
+    options = {"xlabel": "x", "ylabel": "y"}
+    assert plots.line([0, 1], [0, 1], low=[np.nan, 0], high=[np.nan, 2], **options).axes[0].collections
+    with pytest.raises(ValueError, match="low of 'line 1' has 1 of 2 values that are NaN or infinite"):
+        plots.line([0, 1], [0, 1], low=[-np.inf, 0], high=[2, 2], **options)

@@ -193,6 +193,7 @@ def test_what_is_saved_is_decided_at_the_click(studio):
 def test_a_preview_is_shown_though_the_slider_moves_on(studio, monkeypatch):
     """Else nothing would be seen while it is pulled."""
     seen, moves, render, show = [], [], studio.session.render, studio._show
+    studio.session._plains.clear()  # as after another sample was picked: it has to be made first
 
     def moving(**options):
         if options.get("preview") and len(moves) < 3:
@@ -206,6 +207,28 @@ def test_a_preview_is_shown_though_the_slider_moves_on(studio, monkeypatch):
     assert studio.wait()
     assert sum(rendering.preview for rendering in seen) == 4
     assert not seen[-1].preview and seen[-1].state.scales["smile"] == pytest.approx(1.3)
+
+
+def test_a_preview_of_a_sample_that_was_left_is_stopped(studio, monkeypatch):
+    seen, render = [], studio.session.render
+
+    def leaving(**options):
+        if options.get("preview") and studio.session.state.sample == 0:
+            studio.session.pick(1)
+        return render(**options)
+
+    monkeypatch.setattr(studio.session, "render", leaving)
+    monkeypatch.setattr(studio, "_show", seen.append)
+    studio.scales["smile"].value = 1.0
+    assert studio.wait() and not seen
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(studio):
+    studio.folder.parent.mkdir(exist_ok=True)
+    studio.folder.write_text("a file")
+    studio.scales["smile"].value = 1.0
+    studio.save_recipe.click()
+    assert studio.wait() and "alert" in studio.status.value and "edits" in studio.status.value
 
 
 def test_a_view_that_cannot_be_made_is_empty_and_its_sentence_goes_with_it(tiny, run, parts, tmp_path, monkeypatch):

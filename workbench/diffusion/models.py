@@ -514,8 +514,8 @@ def list_models() -> list[dict]:
     list of dict
         With "name", "where" ("bundled" or "hub cache"), "images" (C, H, W) and "path".
     """
-    found = [("bundled", p.name, p) for p in sorted(paths.models().iterdir()) if _has_unet(p)]
-    found += [("hub cache", name, path) for name, path in _cached_repositories() if _has_unet(path)]
+    found = [("bundled", p.name, p) for p in sorted(paths.models().iterdir()) if has_unet(p)]
+    found += [("hub cache", name, path) for name, path in _cached_repositories() if has_unet(path)]
     return [{"name": n, "where": where, "images": _image_shape_of(p), "path": str(p)} for where, n, p in found]
 
 
@@ -565,7 +565,7 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
     bundled = paths.models() / str(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) and _has_unet(bundled):
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) and has_unet(bundled):
         return bundled, source
     path = Path(source).expanduser()
     if path.is_dir():
@@ -596,7 +596,7 @@ def _download(repository: str) -> Path:
 
 
 def _bundled_names() -> list[str]:
-    return [p.name for p in sorted(paths.models().iterdir()) if _has_unet(p)]
+    return [p.name for p in sorted(paths.models().iterdir()) if has_unet(p)]
 
 
 def _unet_config(folder: Path) -> dict:
@@ -605,7 +605,7 @@ def _unet_config(folder: Path) -> dict:
     return {} if config is None else checkpoints.read_json(config)
 
 
-def _has_unet(folder: Path) -> bool:
+def has_unet(folder: Path) -> bool:
     try:
         return _unet_config(folder).get("_class_name") == "UNet2DModel"
     except ValueError:  # somebody else's malformed file is no model of ours

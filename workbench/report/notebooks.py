@@ -238,10 +238,13 @@ def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
 
 def _is_bundled(key: str, value: str) -> bool:
     from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
+    from workbench.diffusion.models import has_unet
 
     if key == "model_name":
-        return (paths.models() / value / "unet").is_dir()
-    return value in {"images_name": (labelled.BUNDLED,)}.get(key, (*classifiers.BUNDLED, "clip"))
+        return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
+    if key in ("classifier_name", "judge_name"):
+        return value in (*classifiers.BUNDLED, "clip")
+    return key == "images_name" and value == labelled.BUNDLED
 
 
 def parse_parameters(name: str | Path, assignments: Iterable[str]) -> dict[str, object]:
@@ -334,9 +337,14 @@ def run_notebook(
         options = {"footer": _footer(record), "keep_code": keep_code, "folder": source.parent}
         try:
             page = export_html(executed, executed.with_suffix(".html"), **options)
-        except Exception:  # what was computed stays, whatever its page meets
+        except Exception as error:  # what was computed stays, whatever its page meets
+            about = {"cell": 0, "ename": type(error).__name__, "evalue": f"its page could not be made: {error}"}
+            _stamp(executed, record | {"failure": about}, out.name)
             failed.parent.mkdir(exist_ok=True)
+            failed.with_suffix(".html").unlink(missing_ok=True)
             os.replace(executed, failed)
+            if out.parent == paths.reports():
+                write_index()
             raise
         os.replace(executed, target)
         os.replace(page, target.with_suffix(".html"))

@@ -268,9 +268,10 @@ def _key(notebook: str, parameters: Mapping) -> str:
 
 
 def _weights(parameters: Mapping) -> list[Path]:
-    """Files of the models and classifiers that parameters name, as far as they lie here."""
-    names = [str(value) for key, value in parameters.items() if key in ("model_name", "classifier_name", "judge_name")]
-    places = [folder / name for name in names if name for folder in (paths.models(), Path())]
+    """Files of the models, classifiers and directions that parameters name, as far as they lie here."""
+    named = {key: value for key, value in parameters.items() if isinstance(value, str) and value}
+    names = [value for key, value in named.items() if key.endswith(("_name", "_path"))]
+    places = [folder / name for name in names for folder in (paths.models(), Path())]
     if any(name in classifiers.BUNDLED for name in names):
         places.append(paths.models() / "avataaars-attributes")
     files = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]

@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import anywidget
@@ -28,7 +27,7 @@ from traitlets import Unicode
 from workbench import paths
 from workbench.analysis.geometry import Embedding, embed
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, differs
 from workbench.diffusion.sampling import Trajectory, replay
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
@@ -500,7 +499,7 @@ class EditStudio(widgets.VBox):
         """What is saved, and where, is decided at the click, however long the worker is busy with something else."""
         try:
             path, state = self._file(ending), self.session.state
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._on_problem(str(error))
             return
         self._worker.submit(lambda _: self._say(action(path, state)))
@@ -535,9 +534,8 @@ class EditStudio(widgets.VBox):
     def _work(self, progress: Progress) -> None:
         session, state = self.session, self.session.state
         if state.edits:
-            session.render(state=replace(state, scales={}, distances={}), progress=progress)  # the sample, once
-            # A newer move does not stop it: of moves in quick succession none would ever be seen.
-            self._show(session.render(preview=True, state=state, progress=Progress(self._on_progress)))
+            # A newer move of a slider does not stop it: of moves in quick succession none would ever be seen.
+            self._show(session.render(preview=True, state=state, progress=self._while_sample_stays(state)))
             progress.wait(REST)
         self._show(session.render(state=state, progress=progress))
         session.rest()
@@ -560,6 +558,17 @@ class EditStudio(widgets.VBox):
             self._say("")
             self._without_view = False
         self.progress.value = 1.0
+
+    def _while_sample_stays(self, state: EditState) -> Progress:
+        """Progress of work that is stopped when another sample or eta is chosen, and by nothing else."""
+
+        def listen(part: float) -> None:
+            now = self.session.state
+            if (now.sample, now.eta) != (state.sample, state.eta):
+                raise Cancelled
+            self._on_progress(part)
+
+        return Progress(listen)
 
     def _show(self, rendering: Rendering) -> None:
         self.rendering = rendering
@@ -844,7 +853,7 @@ def _emptied(view: widgets.HTML) -> Iterator[None]:
 
 def _refuse_other_store(store: HStore, session: EditSession) -> None:
     own, other = session.model.provenance(), store.provenance["model"]
-    if own | {"name": None} != other | {"name": None}:
+    if (own["hash"], own["tap"]) != (other["hash"], other["tap"]) or differs(own, other):
         raise ValueError(f"{store.path} is of another model, tap or schedule than {session.model.name!r}")
     if tuple(store.timesteps) != session.timesteps:
         raise ValueError(f"{store.path} has other timesteps than the samples; extract it with as many steps")
