@@ -181,10 +181,14 @@ def test_a_saved_recipe_renders_the_browsers_image_in_another_process_and_reload
         lab.get_by_role("button", name=words).click()
         lab.locator(".hspace-status", has_text=said).wait_for()
     path = paths.edits() / f"{NAME}.json"
+    threads = torch.get_num_threads()
     torch.set_num_threads(read_recipe(path)["result"]["threads"])
-    session = wb.open_recipe(path)
-    assert session.state.scales == {"Smiling": 2.3}
-    np.testing.assert_array_equal(rendered(session), shown)
+    try:
+        session = wb.open_recipe(path)
+        assert session.state.scales == {"Smiling": 2.3}
+        np.testing.assert_array_equal(rendered(session), shown)
+    finally:
+        torch.set_num_threads(threads)
 
     lab.get_by_role("button", name="Reset").focus()
     lab.keyboard.press("Enter")

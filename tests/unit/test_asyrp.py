@@ -214,6 +214,13 @@ def test_the_interval_of_a_model_is_that_of_its_distances(wide, run):
     unit = distance(inverted.x0, inverted.x0.roll(1, 0)).mean()
     expected = distance(inverted.x_at(curve.index[2]).clamp(-1, 1), inverted.x0).mean() / unit
     assert curve.iloc[2] == pytest.approx(expected, rel=1e-4)
+    p = interval.curves["P_t"]
+    for t in inverted.timesteps:
+        x_t = inverted.x_at(t)
+        p_t = wide.schedule.predict_x0(x_t, wide(x_t, t), t).clamp(-1, 1)
+        assert p[t] == pytest.approx(distance(p_t, inverted.x0).mean() / unit, rel=1e-4)
+    level = (p.iloc[1] + p.iloc[2]) / 2
+    assert find_interval(inverted, distance=distance, levels=(level, 1e-6), progress=False).t_edit == p.index[2]
     with pytest.raises(ValueError, match="P_t comes to .* from the image, never to 1e"):
         find_interval(inverted, distance=distance, levels=(1e6, 1.0), progress=False)
     with pytest.raises(ValueError, match="needs levels="):

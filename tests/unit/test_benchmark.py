@@ -15,6 +15,7 @@ from PIL import Image
 
 import workbench as wb
 from workbench.analysis import leaderboard
+from workbench.analysis.metrics import cosine_similarity, perceptual_distance
 from workbench.datasets.labelled import load_images
 from workbench.directions.supervised import find_from_labels
 from workbench.editing import benchmark, methods
@@ -164,6 +165,17 @@ def test_a_row_is_what_the_edit_does(setting):
     inside = torch.from_numpy(setting["masks"]["Bright"])
     error = (edited - plain).square()[:, :, ~inside].mean(dim=(1, 2))
     np.testing.assert_allclose(rows.psnr_outside, 10 * torch.log10(4 / error), rtol=1e-4)
+    change = setting["judge"](edited) - setting["judge"](held_out.x0)
+    for name in NAMES:
+        np.testing.assert_allclose(rows[f"change {name}"], change[name], atol=1e-5)
+    judge, region = setting["judge"], torch.as_tensor(setting["masks"]["Bright"])
+    beyond = torch.where(region, plain, edited)
+    np.testing.assert_allclose(
+        rows.identity, cosine_similarity(judge.features(edited), judge.features(plain)), atol=1e-5
+    )
+    maps = judge.maps(held_out.x0)
+    np.testing.assert_allclose(rows.perceptual, perceptual_distance(judge.maps(edited), maps), rtol=1e-3)
+    np.testing.assert_allclose(rows.perceptual_outside, perceptual_distance(judge.maps(beyond), maps), rtol=1e-3)
 
 
 def test_nothing_is_measured_twice_and_a_cut_is_resumed(setting, monkeypatch, cache):
@@ -257,6 +269,30 @@ def test_scale_0_is_the_sample_for_every_method(setting):
         edit = methods.as_edit(method.find(bench.study(0), "Bright"), setting["model"])
         still = edit.apply(bench._held_out, [0.0])[:, 0]
         assert (still - bench._held_out.x0).abs().max() < 1e-5, name
+
+
+def test_pick_takes_the_candidate_that_raises_the_score_most_either_way_round(setting):
+    """What components, Jacobians and pullbacks offer has no sign of its own."""
+    bench = Bench(setting["model"], protocol(), **{k: setting[k] for k in ("labeller", "judge", "images", "masks")})
+
+    def shade(by: float) -> Edit:
+        return Edit(f"{by}", lambda runs, scales: torch.stack([runs.x0 + s * by for s in scales], dim=1))
+
+    found = bench.study(0).pick("planted", [shade(0.01), shade(-0.1), shade(0.05)], "Bright", scale=1.0)
+    assert found.name == "--0.1"
+
+
+def test_the_noise_moves_from_those_without_to_those_with_the_attribute(setting, monkeypatch):
+    bench = Bench(setting["model"], protocol(), **{k: setting[k] for k in ("labeller", "judge", "images", "masks")})
+    study = bench.study(0)
+    seen, replay = [], methods.replay
+    monkeypatch.setattr(methods, "replay", lambda run, **options: seen.append(run) or replay(run, **options))
+    methods.as_edit(METHODS["noise"].find(study, "Red"), setting["model"]).apply(bench._held_out, [2.0])
+    moved = (seen[-1].x_T[: len(bench._held_out)] - bench._held_out.x_T).flatten(1)
+    x_T = wb.sample(setting["model"], study.store.seeds, steps=4, progress=False).x_T.flatten(1)
+    has = torch.as_tensor(np.asarray(study.labels("Red")) == 1)
+    v = x_T[has].mean(dim=0) - x_T[~has].mean(dim=0)
+    assert (torch.nn.functional.cosine_similarity(moved, v[None]) > 0.5).all()
 
 
 def test_costs_do_not_depend_on_the_cache(setting):

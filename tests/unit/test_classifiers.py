@@ -749,7 +749,7 @@ def test_degrading_keeps_the_picture(faces):
     """Augmented images look like the original: no flip, no other colours, no large shift."""
     degraded = classifiers._degrade(faces, torch.Generator().manual_seed(0))
     back = F.interpolate(degraded, size=faces.shape[2:], mode="bicubic", antialias=True)
-    assert (back - faces).abs().mean() < 0.2 < (faces.flip(3) - faces).abs().mean() + 0.1
+    assert (back - faces).abs().mean() < 0.16 < (back.flip(3) - faces).abs().mean()
     assert not torch.equal(back, faces)
 
 

@@ -52,6 +52,9 @@ def test_real_images_are_as_near_as_real_images_and_bad_ones_are_not(drawn, nois
     frechet = drawn.distances.xs("frechet", level="measure")
     assert frechet["ratio"].between(0.7, 1.4).all()
     assert (noisy.distances.xs("frechet", level="measure")["ratio"] > 2).all()
+    good, bad = (each.distances.xs("kernel", level="measure")["generated"] for each in (drawn, noisy))
+    assert (good.abs() < frechet["generated"] / 20).all(), "without bias, near 0 where the other can't be"
+    assert (bad > 5 * good.abs()).all()
     assert (frechet["real_low"] <= frechet["real"]).all() and (frechet["real"] <= frechet["real_high"]).all()
 
 

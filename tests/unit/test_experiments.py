@@ -231,3 +231,26 @@ def test_defects_of_the_released_code_are_compared_with_the_clean_edit(tiny, inv
     ]
     assert table.change["clean"] > 0
     assert (table.change.drop("clean") != table.change["clean"]).all()
+
+    def change(*boundaries, **options):
+        moves = ({"distances": [0.0], "mode": "shift"}, {"distances": [2.0]})
+        shared = {"eta": 0.0, "progress": False}
+        images = [
+            cross_boundary(tiny, runs, *boundaries, **shared, **{**options, **move}).images[:, 0] for move in moves
+        ]
+        before, after = (Judge()(x)["Bright"] for x in images)
+        return (after - before).mean()
+
+    h, x, late = (
+        fit_boundary(inverted[:30], labels[:30], t=t, space=s) for t, s in ((T_M, "h"), (T_M, "x"), (250, "h"))
+    )
+    released = {"h_align": "lagged", "h_policy": "stale", "legacy_origin": True}
+    for name, value in {
+        "clean": change(h, x),
+        "stale h": change(h, x, h_policy="stale"),
+        "lagged h": change(late, x, h_align="lagged"),
+        "no intercept": change(h, x, legacy_origin=True),
+        "h ignored": change(None, x),
+        "as released": change(late, x, **released),
+    }.items():
+        assert table.change[name] == pytest.approx(value, abs=1e-4), name

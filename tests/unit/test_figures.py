@@ -28,7 +28,7 @@ def small(tmp_path_factory):
     """A setup of a few samples, in a cache of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "cache", lambda: tmp_path_factory.getbasetemp() / "figure-cache")
-        yield Setup(n=16, measured=4, steps=4, device="cpu")
+        yield Setup(n=32, measured=4, steps=4, device="cpu")
 
 
 def test_every_experiment_of_both_papers_has_a_figure(known):
@@ -37,6 +37,15 @@ def test_every_experiment_of_both_papers_has_a_figure(known):
     assert there >= {f"Zhu E{i}" for i in range(1, 22)}
     assert all(made.shows and 0 < made.minutes < 30 for made in known.values())
     assert all(name == made.name for name, made in known.items())
+
+
+@pytest.mark.parametrize("name", figures.list_figures())
+def test_every_figure_can_be_made_and_has_the_numbers_of_its_claims(name, small, tmp_path):
+    (path,) = figures.draw_figure(name, small, out=tmp_path, columns="none")
+    record = json.loads(path.read_text())
+    assert record["table"] and {c.number for c in claims.CLAIMS if c.figure == name} <= set(record["claims"])
+    for number in record["claims"].values():
+        assert number["n"] >= 2 and not (number["low"] > number["value"] or number["value"] > number["high"])
 
 
 @pytest.mark.parametrize("name", ["haas-fig2a", "zhu-e3"])
@@ -51,7 +60,7 @@ def test_a_figure_is_drawn_at_both_widths_and_beside_its_numbers(name, small, tm
             assert picture.width / 300 == pytest.approx(inches + 0.16, rel=0.02)
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["figure"] == name and record["table"] and record["caption"]
-    assert record["provenance"]["settings"]["n"] == 16
+    assert record["provenance"]["settings"]["n"] == 32
     assert record["provenance"]["model"]["hash"] == small.model.hash
     assert (tmp_path / f"{name}-single.pdf").read_bytes().count(b"/FontFile2") > 0, "no embedded font"
 

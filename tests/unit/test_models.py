@@ -416,3 +416,17 @@ def test_freed_memory_is_kept_for_the_next_pass_unless_the_user_set_the_allocato
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     out = subprocess.run([sys.executable, "-c", HELD], env=clean | own, capture_output=True, text=True, check=True)
     assert out.stdout.split() == [str(set_here), str(set_here)]
+
+
+def test_a_repository_in_the_hub_cache_loads_and_is_listed(tiny, tiny_folder, tmp_path, monkeypatch):
+    hub, commit = tmp_path / "hub", "0" * 40
+    repository = hub / "models--somebody--ddpm"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(hub))
+    loaded = wb.load_model("somebody/ddpm", device="cpu")
+    assert (loaded.name, loaded.hash) == ("somebody/ddpm", tiny.hash)
+    (entry,) = [each for each in wb.list_models() if each["where"] == "hub cache"]
+    assert (entry["name"], entry["images"]) == ("somebody/ddpm", (3, 8, 8))

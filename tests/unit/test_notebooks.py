@@ -258,7 +258,7 @@ class TestRun:
     def test_a_hung_cell_and_a_dead_kernel_are_failures(self, home, cell, ename):
         write_notebook(home / "notebooks" / "10_first.ipynb", "x = 1", cell)
         with pytest.raises(notebooks.NotebookFailed) as caught:
-            notebooks.run_notebook("10", progress=False, timeout=2)
+            notebooks.run_notebook("10", progress=False, timeout=10)
         assert (caught.value.ename, caught.value.cell) == (ename, 3)
         assert caught.value.path.exists()
 

@@ -238,7 +238,7 @@ def test_the_interval_is_the_bootstrap_of_the_samples():
     rng = np.random.default_rng(1)
     h = rng.standard_normal((8, 2, 3))
     h -= h.mean(axis=0)
-    shares, interval = pca._explained(h[..., :1], h[..., :1], (h**2).sum(axis=2), h, seed=5)
+    shares, interval = pca._explained(h[..., :1], h[..., :1], (h**2).sum(axis=2), list(h.transpose(1, 0, 2)), seed=5)
     np.testing.assert_allclose(shares[:, 0], h[..., 0].var(axis=0) / h.var(axis=0).sum(axis=1))
     rng = np.random.default_rng(5)
     drawn = [h[rng.integers(8, size=8)] for _ in range(pca.RESAMPLES)]

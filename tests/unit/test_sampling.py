@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import tracemalloc
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import workbench as wb
+from workbench.diffusion import sampling
 from workbench.diffusion.noise import initial_noise, step_noise
 from workbench.diffusion.sampling import HEdit, batches, progress_bar, slerp
 
@@ -437,3 +439,12 @@ def test_a_bar_counts_images_not_steps(tiny, capsys):
         sample(tiny, progress=bar)
         assert bar.n == bar.total == 3 * STEPS
     assert capsys.readouterr().out == ""
+
+
+def test_both_ways_to_decode_an_edited_and_a_plain_h_agree(tiny, run):
+    """On an accelerator both go through the decoder in one batch; which comes first decides what P_t and D_t get."""
+    bottleneck = tiny.encode(run.x_T, 750)
+    edited = bottleneck.h + 1
+    elsewhere = SimpleNamespace(h=SimpleNamespace(device=torch.device("cuda")), repeat=bottleneck.repeat)
+    for got, h in zip(sampling._decode_both(tiny, elsewhere, edited), (edited, bottleneck.h), strict=True):
+        close(got, tiny.decode(bottleneck.with_h(h)))

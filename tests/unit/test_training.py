@@ -74,7 +74,11 @@ def test_a_training_that_was_killed_becomes_the_one_that_was_not(images, tmp_pat
     options = {**QUIET, "log_every": 10}
     settings = {**TINY, "steps": 40, "flips": True, "dropout": 0.1, "ema": 0.9}
     torch.save(images, tmp_path / "images.pt")
-    command = [sys.executable, "-c", KILLED, str(settings), str(tmp_path / "images.pt"), str(tmp_path / "killed")]
+    # It waits behind step 25, so that the kill comes in time on any machine.
+    waiting = "\nstep = training._take_step\ntraining._take_step = lambda run, *a, **k: "
+    waiting += "__import__('time').sleep(600) if run.step >= 25 else step(run, *a, **k)\n"
+    script = KILLED.replace("import training\n", f"import training{waiting}")
+    command = [sys.executable, "-c", script, str(settings), str(tmp_path / "images.pt"), str(tmp_path / "killed")]
     process = subprocess.Popen([*command, str(options)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     config = tmp_path / "killed" / "training.json"
     while not config.is_file() or json.loads(config.read_text())["step"] < 20:

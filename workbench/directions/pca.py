@@ -144,7 +144,7 @@ def find_pca(
         units, scores = _per_timestep(fits, k, align=align)
         shared = None
     energy = np.stack([fit.energy for fit in fits], axis=1)
-    spanned = np.stack([fit.scores for fit in fits], axis=1)
+    spanned = [fit.scores for fit in fits]
     shares, intervals = _explained(scores, shared if joint else scores, energy, spanned, seed)
     shape = (len(fits), *store.h_shape)
     parameters = {"k": k, "joint": joint, "n": n, "align": align, "seed": seed}
@@ -264,8 +264,10 @@ def _largest_positive(rows: np.ndarray) -> np.ndarray:
 def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Units of shape (T, k, d), scores of shape (n, T, k), and shared scores of shape (n, k) with variance 1."""
     n = len(fits[0].scores)
-    standardised = np.concatenate([fit.scores / np.sqrt(fit.energy.sum() / (n - 1)) for fit in fits], axis=1)
-    shared = PCA(k, random_state=seed).fit_transform(standardised)
+    standardised = np.concatenate([fit.scores for fit in fits], axis=1)
+    standardised /= np.repeat([np.sqrt(fit.energy.sum() / (n - 1)) for fit in fits], fits[0].scores.shape[1])
+    shared = PCA(k, copy=False, random_state=seed).fit_transform(standardised)
+    del standardised
     shared /= shared.std(axis=0, ddof=1)
     loadings = [fit.scores.T @ shared for fit in fits]
     loadings = [b / np.linalg.norm(b, axis=0) for b in loadings]
@@ -276,14 +278,14 @@ def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def _explained(
-    scores: np.ndarray, factors: np.ndarray, energy: np.ndarray, spanned: np.ndarray, seed: int
+    scores: np.ndarray, factors: np.ndarray, energy: np.ndarray, spanned: list[np.ndarray], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Share of each timestep's variance that each factor explains, (T, k), and its bootstrap interval, (T, k, 2).
 
     The share is cov(s, z)^2 / var(z) of the total variance, for scores s of shape (n, T, k) along the direction of the
     regression of h_t on the factor z; a timestep's own component is its own factor, and then it is var(s). The total
     comes from the energies |h - mean|^2 of shape (n, T), so that the data are not needed again; that the mean of a draw
-    is another one is taken off within the components that were found, of scores `spanned` of shape (n, T, m).
+    is another one is taken off within the components that were found, of scores `spanned`, T of shape (n, m).
     """
     n = len(scores)
     s = scores.astype(np.float64)
@@ -300,7 +302,8 @@ def _explained(
         variance = np.broadcast_to(weighted(counts, z**2) - mean_z**2, covariance.shape)
         # A draw of one sample alone, likely where there are few, explains nothing.
         explained = np.divide(covariance**2, variance, out=np.zeros_like(covariance), where=variance > 0)
-        total = weighted(counts, energy) - (weighted(counts, spanned) ** 2).sum(axis=2)
+        moved = [(weighted(counts, each) ** 2).sum(axis=1) for each in spanned]
+        total = weighted(counts, energy) - np.stack(moved, axis=1)
         return np.divide(explained, total[:, :, None], out=np.zeros_like(explained), where=total[:, :, None] > 0)
 
     rng = np.random.default_rng(seed)
