@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sklearn.svm import SVC
 from test_session import planted
 
+import workbench as wb
 from workbench import cli, paths
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
@@ -201,6 +202,15 @@ def test_boundaries_are_of_all_labels_of_two_classes_unless_told_otherwise(tiny_
     assert "Smiling" in found and "Tilt" not in found
 
 
+def test_extract_takes_its_options(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "h.zarr"
+    options = ("--dtype", "float32", "--record-x", "--eta", "0.5", "--seed", 7)
+    assert run(capsys, "extract", tiny_folder, "--n", 2, "--steps", 3, *options, "-o", path)[0] == 0
+    store = open_store(path)
+    assert store.provenance["dtype"] == "float32" and "x" in store.provenance["keeps"]
+    assert store.provenance["etas"] == [0.5] * 3 and list(store.seeds) == [7, 8]
+
+
 def test_extract_of_real_images(tiny_folder, tmp_path, capsys):
     path = tmp_path / "h.zarr"
     status, out, _ = run(capsys, "extract", tiny_folder, "--images", "avataaars", "--n", 2, "--steps", 2, "-o", path)
@@ -243,7 +253,7 @@ def test_mixing_step_prints_a_table_and_draws(tmp_path, capsys, cache):
     assert status == 0 and "radius_gap" in printed
 
 
-def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, cache):
+def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, cache, monkeypatch):
     out, common = tmp_path / "found", (tiny_folder, "--steps", 4)
     fit = ("boundary", "fit", *common, "--t", 500, "-o", out)
     status, said, _ = run(capsys, *fit, "--n", 12, "--attributes", "Smiling", "Long_Hair")
@@ -254,8 +264,18 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     edit = ("boundary", "edit", *common, "-o", picture, "--distances", -1, 0, 1, "--boundaries")
     status, said, _ = run(capsys, *edit, *(out / name for name in files[:2]), "--images", "avataaars", "--n", 2)
     assert status == 0 and "EditGrid(2 x 3 images" in said and Image.open(picture).width > 100
-    status, said, _ = run(capsys, *edit, out / files[1], "--seeds", "3,5", "--unit", "distance")
+    given, cross = {}, wb.cross_boundary
+    monkeypatch.setattr(wb, "cross_boundary", lambda *a, **k: given.update(k) or cross(*a, **k), raising=False)
+    options = ("--unit", "distance", "--mode", "shift", "--eta", "0.3", "--h-policy", "offset", "--keep-norm")
+    status, said, _ = run(capsys, *edit, out / files[1], "--seeds", "3,5", *options)
     assert status == 0 and "EditGrid(2 x 3 images" in said
+    assert [given[key] for key in ("unit", "mode", "eta", "h_policy", "keep_norm")] == [
+        "distance",
+        "shift",
+        0.3,
+        "offset",
+        True,
+    ]
 
 
 def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
