@@ -66,16 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, action, text: str, example: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example:\n  {example}",
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.set_defaults(action=action)
-        return made
+        return _command(commands, common, name, action, text=text, example=example)
 
     command("models", _models, "list models that load without a network, and public ones", "workbench models")
 
@@ -360,6 +351,20 @@ def _add_benchmark(command) -> None:
     figure.add_argument("-o", "--out", type=Path, default=Path("figures"), help="folder (default figures)")
 
 
+def _command(commands, common, name: str, action, *, text: str, example: str) -> argparse.ArgumentParser:
+    """A command of its own, with its help and an example."""
+    made = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(action=action)
+    return made
+
+
 def _add_find(commands, common: argparse.ArgumentParser) -> None:
     """`workbench find pca|jacobian|scores|labels`: one subcommand a method."""
     find = commands.add_parser(
@@ -372,15 +377,8 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
     methods = find.add_subparsers(title="methods", metavar="METHOD", required=True)
 
     def method(name: str, action, text: str, example: str) -> argparse.ArgumentParser:
-        made = methods.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example:\n  workbench find {name} avataaars32 {example}",
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.set_defaults(action=action)
+        whole = f"workbench find {name} avataaars32 {example}"
+        made = _command(methods, common, name, action, text=text, example=whole)
         _add_model(made)
         made.add_argument("--n", type=int, default=512, help="number of samples or images (default 512)")
         if name != "labels":
@@ -428,15 +426,7 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     actions = boundary.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     def action(name: str, function, text: str, example: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example:\n  {example}",
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.set_defaults(action=function)
+        made = _command(actions, common, name, function, text=text, example=example)
         made.add_argument("model", help="bundled name, diffusers folder or hub id")
         made.add_argument("--steps", type=int, default=50, help="timesteps that a whole run visits (default 50)")
         made.add_argument("--seed", type=int, default=0, help="of the first sample, or of the noise (default 0)")
