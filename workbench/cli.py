@@ -656,11 +656,15 @@ def _save(directions, model, arguments: argparse.Namespace, kind: str = "") -> N
     from workbench import paths
 
     folder = arguments.out or paths.directions()
-    ending = kind + ("" if arguments.tap == "after" else f"-{arguments.tap}")
+    ending = kind + _ending_of_tap(arguments)
     for direction in directions:
         name = direction.name.replace(" ", "-").replace("=", "")
         path = direction.save(folder / f"{model.name.replace('/', '--')}-{name}{ending}.safetensors")
         print(f"{direction}\n{path}")
+
+
+def _ending_of_tap(arguments: argparse.Namespace) -> str:
+    return "" if arguments.tap == "after" else f"-{arguments.tap}"
 
 
 def _model_and_samples(arguments: argparse.Namespace):
@@ -797,11 +801,8 @@ def _boundary_fit(arguments: argparse.Namespace) -> None:
             wanted=arguments.wanted,
         )
         for boundary in found.values():
-            kind = "".join(
-                f"-{word}"
-                for word, other in ((arguments.method, "svm"), (arguments.tap if space == "h" else "after", "after"))
-                if word != other
-            )
+            kind = "" if arguments.method == "svm" else f"-{arguments.method}"
+            kind += _ending_of_tap(arguments) if space == "h" else ""
             name = f"{model.name.replace('/', '--')}-{boundary.name}-{space}-t{boundary.t}{kind}.safetensors"
             print(f"{boundary}\n{boundary.save(folder / name)}")
 

@@ -936,7 +936,7 @@ def _preprocessing(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     if config.get("resample", 2) not in modes:
         raise ValueError(f"{path} resizes by PIL's filter {config['resample']}; known here are 2 and 3")
     mode = modes[config.get("resample", 2)]
-    edge = (size or {}).get("shortest_edge") if isinstance(size, Mapping) else size
+    edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
     if config.get("crop_pct") and edge is not None:
         # ConvNext's: a smaller image is cut out of one that is resized to more, a larger one is only resized.
         cut = edge < 384

@@ -316,14 +316,12 @@ def infer(
         also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
         example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
         widths = {shapes["channels"][-1], *(shapes["channels"][level] for level in shapes["attention"])}
-        heads = (
-            "; where the training gave a number of heads, head_channels is the width by that number, and with "
-            f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
-        )
-        raise ValueError(
-            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}"
-            f"{heads if 'head_channels' in missing and len(widths) > 1 else ''}"
-        )
+        if "head_channels" in missing and len(widths) > 1:
+            also += (
+                "; where the training gave a number of heads, head_channels is the width by that number, and with "
+                f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
+            )
+        raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}")
     return Architecture(
         layout,
         image_size,

@@ -311,10 +311,10 @@ class Bench:
 
     def measure(self, method: str, attribute: str, repeat: int) -> Cell:
         """Find and measure one cell, or read it from the cache."""
-        known = self._inputs(METHODS[method], attribute, repeat)
-        path = _path(known)
         if not self.kept:
             return self._measured(METHODS[method], attribute, repeat)
+        known = self._inputs(METHODS[method], attribute, repeat)
+        path = _path(known)
         if path.is_file():
             return Cell.read(path, known)
         return self._measured(METHODS[method], attribute, repeat).write(path, known)

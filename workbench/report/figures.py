@@ -362,10 +362,10 @@ def read_records(
     """
     folder = paths.data() / "records" / model.name if folder is None else Path(folder)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    wanted = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}
+    wanted, known = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}, list_figures()
 
     def stands(record: dict) -> bool:
-        about, made = record["provenance"], list_figures().get(record["figure"])
+        about, made = record["provenance"], known.get(record["figure"])
         return (
             made is not None
             and about["model"]["hash"] == model.hash

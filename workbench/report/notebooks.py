@@ -669,9 +669,8 @@ def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, pr
     """Run into `executed`; returns None, or which cell of the source failed and how."""
     injected = 1 if parameters else 0
     if "WORKBENCH_HOME" in os.environ:
-        os.environ["WORKBENCH_HOME"] = str(
-            paths.home()
-        )  # it may be relative to this folder, and the kernel's is another
+        # It may be relative to this folder, and the kernel's is another.
+        os.environ["WORKBENCH_HOME"] = str(paths.home())
     for attempt in (1, 2):
         try:
             papermill.execute_notebook(
@@ -818,7 +817,7 @@ def _card(good: Path | None, bad: Path | None) -> str:
     image = f'<div class="picture"><img src="{picture}" alt="{alt}" /></div>' if picture else ""
     parameters = ", ".join(f"{key} = {value!r}" for key, value in record.get("parameters", {}).items())
     facts = [record.get("date", ""), _duration(record["seconds"]) if "seconds" in record else ""]
-    place = html.escape(quote(f"{folder}{name}"))
+    place, failed = (html.escape(quote(f"{each}{name}")) for each in (folder, "failed/"))
     links = f'<a href="{place}.html">report</a><a href="{place}.ipynb">notebook</a>'
     problem = ""
     if bad:
@@ -826,9 +825,7 @@ def _card(good: Path | None, bad: Path | None) -> str:
         what = html.escape(_problem(record["failure"])) if "failure" in record else "failed"
         last = " The report below is the last good one." if good else ""
         problem = f'<p class="problem">Failed on {record.get("date", "")}: {what}. '
-        problem += (
-            f'<a href="{html.escape(quote(f"failed/{name}"))}.html">See the notebook as far as it ran.</a>{last}</p>'
-        )
+        problem += f'<a href="{failed}.html">See the notebook as far as it ran.</a>{last}</p>'
     return f"""<article class="card{" failed" if bad else ""}">
 {image}
 <div class="words">

@@ -1028,7 +1028,6 @@ def _lines(y, name: str, x: np.ndarray, labels: Sequence[str] | None, *, gaps: b
     lines = {str(key): _numpy(values) for key, values in y.items()}
     for key, values in lines.items():
         _finite(np.nan_to_num(values, posinf=np.inf, neginf=-np.inf) if gaps else values, f"{name} of {key!r}")
-    for key, values in lines.items():
         if values.shape != x.shape:
             raise ValueError(f"{name} of {key!r} has shape {values.shape}; x has {x.shape}, and they must be equal")
     return lines

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -262,9 +263,16 @@ def _key(notebook: str, parameters: Mapping) -> str:
     everything = {key: known.default for key, known in notebook_parameters(notebook).items()} | parameters
     content = [[cell.source for cell in source.cells if cell.cell_type == "code"], everything]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for file in [*sorted(Path(__file__).parent.parent.rglob("*.py")), *_weights(everything)]:
+    digest.update(_package_code())
+    for file in _weights(everything):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@cache
+def _package_code() -> bytes:
+    """All that this process runs, read once for all runs."""
+    return b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.parent.rglob("*.py")))
 
 
 def _weights(parameters: Mapping) -> list[Path]:

@@ -349,8 +349,8 @@ def unseen(setup: Setup) -> Drawn:
     unmoved = cross_boundary(model, runs, **hat, distances=[0.0], mode="shift", **shared).images[:, 0]
     rows, changes = [], {}
     for name, (probe, arguments) in moves.items():
-        images = cross_boundary(model, runs, **arguments, **shared).images
-        gained = np.stack([probes[probe](x) - probes[probe](unmoved) for x in images.unbind(1)], axis=1)
+        images, before = cross_boundary(model, runs, **arguments, **shared).images, probes[probe](unmoved)
+        gained = np.stack([probes[probe](x) - before for x in images.unbind(1)], axis=1)
         changes[name] = gained.mean(axis=1)
         rows += [{"move": name, "distance": s, **vars(mean_of(gained[:, i]))} for i, s in enumerate(sweep)]
     table, (hat, attribute, _) = pd.DataFrame(rows), changes.values()
