@@ -187,7 +187,9 @@ def test_blocks_hold_the_first_n_samples_in_order(tmp_path, chunk, rows, n):
     assert {len(b) for b in blocks[:-1]} <= {rows} and len(blocks[-1]) <= rows
 
 
-def test_joint_is_the_pca_of_the_standardised_concatenation(tmp_path):
+@pytest.mark.parametrize("rows", [7, 60, 1000])
+def test_joint_is_the_pca_of_the_standardised_concatenation(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(pca, "BLOCK_ROWS", rows)
     rng = np.random.default_rng(0)
     h = rng.standard_normal((60, 1, D)) * np.linspace(3, 0.5, D) + rng.standard_normal((60, 3, D))
     h *= np.array([1.0, 5.0, 25.0])[:, None]

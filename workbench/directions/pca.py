@@ -73,9 +73,12 @@ class PrincipalComponents(Sequence):
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Decomposition of one timestep: components (m, d), scores (n, m), energy |h - mean|^2 (n,), mean (d,)."""
+    """Decomposition of one timestep: components (m, d), scores (n, m), energy |h - mean|^2 (n,), mean (d,).
 
-    components: np.ndarray
+    A joint PCA keeps no components: those of all timesteps are larger than its scores, and it reads h again.
+    """
+
+    components: np.ndarray | None
     scores: np.ndarray
     energy: np.ndarray
     mean: np.ndarray
@@ -98,8 +101,8 @@ def find_pca(
     method) and turned to point the same way, and the chains that explain most, on average over timesteps, come first.
 
     With `joint`, one PCA over all timesteps together, each scaled to a total variance of 1, gives one set of scores;
-    the direction at t is the regression of h_t on them. Each timestep is represented by its leading components there
-    (64, or 2k if that is more), which is exact if there are no others.
+    the direction at t is the regression of h_t on them. To find the scores, each timestep is represented by its leading
+    components (64, or 2k if that is more), which is exact if there are no others.
 
     The direction has length 1 and sigma is the standard deviation of its scores, so that scale is in standard
     deviations. The decomposition is scikit-learn's `PCA` (exact for small matrices, randomized with power iterations
@@ -137,9 +140,9 @@ def find_pca(
         raise ValueError(f"k is {k}; {n} samples of {d} values have 1 to {min(n - 1, d)} components")
     m = min(max(JOINT_RANK, 2 * k) if joint else k + SPARE, n - 1, d)
     bar = tqdm(store.timesteps, desc="PCA", unit=" timesteps", disable=not progress, delay=2, leave=False)
-    fits = [_fit(store, t, n, m, seed) for t in bar]
+    fits = [_fit(store, t, n, m, seed, keep=not joint) for t in bar]
     if joint:
-        units, scores, shared = _joint(fits, k, seed)
+        units, scores, shared = _joint(store, fits, k, seed, progress)
     else:
         units, scores = _per_timestep(fits, k, align=align)
         shared = None
@@ -170,7 +173,7 @@ def find_pca(
     )
 
 
-def _fit(store: HStore, t: int, n: int, m: int, seed: int) -> _Fit:
+def _fit(store: HStore, t: int, n: int, m: int, seed: int, *, keep: bool = True) -> _Fit:
     """The leading m components of h_t; a second pass over the store gives their scores."""
     if 4 * n * int(np.prod(store.h_shape)) <= IN_MEMORY_BYTES:
         (h,) = _blocks(store, t, n, n)
@@ -192,7 +195,7 @@ def _fit(store: HStore, t: int, n: int, m: int, seed: int) -> _Fit:
         energy.append(np.einsum("ij,ij->i", block, block))
     if not np.concatenate(energy).any():
         raise ValueError(f"h at timestep {t} is the same for all {n} samples; there is no variance to decompose")
-    return _Fit(components, np.concatenate(scores), np.concatenate(energy), mean)
+    return _Fit(components if keep else None, np.concatenate(scores), np.concatenate(energy), mean)
 
 
 def _blocks(store: HStore, t: int, n: int, rows: int) -> Iterator[np.ndarray]:
@@ -261,7 +264,9 @@ def _largest_positive(rows: np.ndarray) -> np.ndarray:
     return np.where(largest < 0, -1.0, 1.0).astype(np.float32)
 
 
-def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _joint(
+    store: HStore, fits: list[_Fit], k: int, seed: int, progress: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Units of shape (T, k, d), scores of shape (n, T, k), and shared scores of shape (n, k) with variance 1."""
     n = len(fits[0].scores)
     standardised = np.concatenate([fit.scores for fit in fits], axis=1)
@@ -269,12 +274,21 @@ def _joint(fits: list[_Fit], k: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     shared = PCA(k, copy=False, random_state=seed).fit_transform(standardised)
     del standardised
     shared /= shared.std(axis=0, ddof=1)
-    loadings = [fit.scores.T @ shared for fit in fits]
-    loadings = [b / np.linalg.norm(b, axis=0) for b in loadings]
-    units = np.stack([b.T @ fit.components for fit, b in zip(fits, loadings, strict=True)])
-    scores = np.stack([fit.scores @ b for fit, b in zip(fits, loadings, strict=True)], axis=1)
+    timesteps = tqdm(store.timesteps, desc="regression", unit=" timesteps", disable=not progress, delay=2, leave=False)
+    regressed = [_regress(store, t, fit.mean, shared) for t, fit in zip(timesteps, fits, strict=True)]
+    units = np.stack([unit for unit, _ in regressed])
+    scores = np.stack([along for _, along in regressed], axis=1)
     signs = _largest_positive(units[0])
     return units * signs[:, None], scores * signs, shared * signs
+
+
+def _regress(store: HStore, t: int, mean: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Units of shape (k, d), along the regression of h_t on the shared scores, and the scores (n, k) along them."""
+    n, mean = len(shared), mean.astype(np.float32)
+    parts = zip(_blocks(store, t, n, BLOCK_ROWS), range(0, n, BLOCK_ROWS), strict=True)
+    slopes = sum(shared[start : start + BLOCK_ROWS].T @ (block - mean) for block, start in parts)
+    units = slopes / np.linalg.norm(slopes, axis=1, keepdims=True)
+    return units, np.concatenate([(block - mean) @ units.T for block in _blocks(store, t, n, BLOCK_ROWS)])
 
 
 def _explained(
