@@ -247,6 +247,7 @@ def _add_train(command) -> None:
     network.add_argument("--layers", type=int, help="residual blocks a resolution (default 1)")
     network.add_argument("--attention", type=int, nargs="*", help="resolutions with self-attention (default 8)")
     network.add_argument("--head-channels", type=int, help="channels of an attention head (default 48)")
+    network.add_argument("--skips", type=int, help="skip connections kept, from the input on (default: all)")
     settings = train.add_argument_group("training")
     settings.add_argument("--dropout", type=float, help="share of activations that are dropped (default 0)")
     settings.add_argument("--steps", type=int, help="optimiser steps (default 10000)")

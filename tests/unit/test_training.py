@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -70,9 +71,9 @@ training.train_model(torch.load(sys.argv[2]), settings, out=sys.argv[3], **eval(
 
 
 def test_a_training_that_was_killed_becomes_the_one_that_was_not(images, tmp_path):
-    """With flips and dropout, over several passes through the images: order, noise, weights, average and log agree."""
+    """With flips, dropout and cut skips, over several passes: order, noise, weights, average and log agree."""
     options = {**QUIET, "log_every": 10}
-    settings = {**TINY, "steps": 40, "flips": True, "dropout": 0.1, "ema": 0.9}
+    settings = {**TINY, "steps": 40, "flips": True, "dropout": 0.1, "skips": 1, "ema": 0.9}
     torch.save(images, tmp_path / "images.pt")
     # It waits behind step 25, so that the kill comes in time on any machine.
     waiting = "\nstep = training._take_step\ntraining._take_step = lambda run, *a, **k: "
@@ -313,6 +314,25 @@ def test_a_grown_network_has_the_weights_of_its_start_and_a_finer_resolution_aro
     assert resumed.hash == model.hash
 
 
+def test_what_is_coarser_than_the_skips_that_are_kept_passes_through_h_alone(images, tmp_path):
+    """Three resolutions leave the first convolution, and a block and what halves it at each: 6 skip connections."""
+    larger, deep = images.repeat(1, 1, 2, 2), {"size": 8, "widths": (16, 16, 16), "steps": 3}
+    for kept, expected in ((None, 6), (6, 6), (3, 3), (0, 0)):
+        model = train_model(larger, tiny(**deep, skips=kept), out=tmp_path / str(kept), **QUIET)
+        with torch.inference_mode():
+            state = model.encode(larger, 500)
+            eps = model.decode(state)
+            others = [[*state.skips[:i], -skip, *state.skips[i + 1 :]] for i, skip in enumerate(state.skips)]
+            passes = [not torch.equal(model.decode(replace(state, skips=tuple(skips))), eps) for skips in others]
+            assert not torch.equal(model.decode(state.with_h(-state.h)), eps)
+        assert passes == [True] * expected + [False] * (6 - expected)
+
+
+def test_more_skips_than_there_are_can_not_be_kept(images, tmp_path):
+    with pytest.raises(ValueError, match="skips is 5; this network has 0 to 4"):
+        train_model(images, tiny(skips=5), out=tmp_path / "model", **QUIET)
+
+
 def test_growing_needs_a_model(images, tmp_path):
     with pytest.raises(ValueError, match="grow needs a model to grow"):
         TrainingSettings(grow=True)
@@ -402,6 +422,7 @@ def test_images_of_another_size_are_refused(images):
         ({"ema": 1.0}, "ema is 1.0; give a number from 0 to below 1"),
         ({"gamma": 0.0}, "gamma is 0.0; give a number above 0"),
         ({"seed": -1}, "seed is -1; give 0 or more"),
+        ({"skips": -1}, "skips is -1; give 0 or more"),
         ({"precision": "float16"}, "'float16' is not known; it is one of float32, bfloat16"),
         ({"widths": (20, 32)}, r"widths are \[20, 32\]; give multiples of 16"),
         ({"size": 30, "widths": (16, 32, 48)}, "30 pixels can't be halved 2 times"),

@@ -82,6 +82,10 @@ class TrainingSettings:
     grow : bool
         Put a resolution twice as fine around the network of `start`, as wide as its finest one, and train on images of
         twice its size; only what is new begins with random weights (progressive growing, Karras et al. 2018).
+    skips : int or None
+        Skip connections that are kept, counted from the input; the others have weights of 0 on the way up, so that what
+        is coarser reaches the image through h alone (but for its share in the mean and variance of a group of channels
+        that the two ways have in common). By default all.
     dropout : float in [0, 1)
     steps, batch_size : int
         Optimiser steps, and images a step over all processes.
@@ -114,6 +118,7 @@ class TrainingSettings:
     head_channels: int = 48
     start: str | None = None
     grow: bool = False
+    skips: int | None = None
     dropout: float = 0.0
     steps: int = 10_000
     batch_size: int = 32
@@ -142,8 +147,8 @@ class TrainingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not known; it is one of {', '.join(PRECISIONS)}")
-        for name in ("warmup", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+        for name in ("warmup", "weight_decay", "seed", "skips"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.start is None:
             if self.grow:
@@ -303,6 +308,8 @@ def train_model(
     begun = resume and (out / STATE).is_file()
     unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
     pixels = _to_bytes(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
+    if settings.skips is not None:
+        _cut_skips(unet, kept=settings.skips)
     description = _describe(settings, unet, pixels)
     if resume:
         _refuse_other_images(description["images"], read_json(out / CONFIG)["images"], out)
@@ -607,6 +614,22 @@ def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet
 
     unet.load_state_dict(unet.state_dict() | {moved(name): weight for name, weight in weights.items()})
     return unet
+
+
+def _cut_skips(unet: UNet2DModel, *, kept: int) -> None:
+    """Set the weights of all skip connections but the outermost ones to 0, where they stay."""
+    widths, layers = unet.config.block_out_channels, unet.config.layers_per_block
+    # What the way down leaves behind: the first convolution, and at each resolution the blocks and what halves it.
+    carried = [widths[0], *(width for width in widths for _ in range(layers + 1))][:-1]
+    ways = [resnet for block in reversed(unet.up_blocks) for resnet in reversed(block.resnets)]
+    if kept > len(carried):
+        raise ValueError(f"skips is {kept}; this network has 0 to {len(carried)}")
+    for resnet, channels in list(zip(ways, carried, strict=True))[kept:]:
+        for convolution in (resnet.conv1, resnet.conv_shortcut):
+            open_ = torch.ones_like(convolution.weight)
+            open_[:, -channels:] = 0
+            convolution.weight.data *= open_
+            convolution.weight.register_hook(lambda gradient, open_=open_: gradient * open_.to(gradient.device))
 
 
 def _build(config: dict) -> UNet2DModel:
