@@ -22,7 +22,7 @@ from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-BUNDLED = {"avataaars32": "08075dd909f8b0ee", "avataaars64": "3c213b3a262ab3ce"}
+BUNDLED = {"avataaars32": "08075dd909f8b0ee", "avataaars64": "3d7729cecc72861c"}
 """The bundled models and their weights."""
 
 
