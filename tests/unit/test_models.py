@@ -22,7 +22,11 @@ from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-BUNDLED = {"avataaars32": "08075dd909f8b0ee", "avataaars64": "3d7729cecc72861c"}
+BUNDLED = {
+    "avataaars32": "08075dd909f8b0ee",
+    "avataaars32-h": "f93fe1144d64c057",
+    "avataaars64": "3d7729cecc72861c",
+}
 """The bundled models and their weights."""
 
 
@@ -65,6 +69,16 @@ def test_a_bundled_folder_is_the_network_that_diffusers_loads(name):
 def test_the_bundled_models_have_the_weights_that_they_are_known_by():
     bundled = [found["name"] for found in wb.list_models() if found["where"] == "bundled"]
     assert {name: wb.load_model(name, device="cpu").hash for name in bundled} == BUNDLED
+
+
+def test_all_skips_of_the_model_whose_h_decides_are_closed_but_the_first():
+    unet = wb.load_model("avataaars32-h", device="cpu").unet.unet
+    ways = [resnet for block in reversed(unet.up_blocks) for resnet in reversed(block.resnets)]
+    passed = [
+        any(bool(conv.weight[:, -channels:].any()) for conv in (resnet.conv1, resnet.conv_shortcut))
+        for resnet, channels in zip(ways, (48, 48, 48, 96, 96, 144), strict=True)
+    ]
+    assert passed == [True, False, False, False, False, False]
 
 
 def test_a_folder_with_unet_and_scheduler_loads(tiny, tiny_folder):
