@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -626,10 +626,15 @@ def _cut_skips(unet: UNet2DModel, *, kept: int) -> None:
         raise ValueError(f"skips is {kept}; this network has 0 to {len(carried)}")
     for resnet, channels in list(zip(ways, carried, strict=True))[kept:]:
         for convolution in (resnet.conv1, resnet.conv_shortcut):
-            open_ = torch.ones_like(convolution.weight)
-            open_[:, -channels:] = 0
-            convolution.weight.data *= open_
-            convolution.weight.register_hook(lambda gradient, open_=open_: gradient * open_.to(gradient.device))
+            convolution.weight.data = _without_last(convolution.weight.data, channels)
+            convolution.weight.register_hook(partial(_without_last, channels=channels))
+
+
+def _without_last(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """A copy of a convolution's weight, or of its gradient, with 0 for the last of the channels that it reads."""
+    weight = weight.clone()
+    weight[:, -channels:] = 0
+    return weight
 
 
 def _build(config: dict) -> UNet2DModel:

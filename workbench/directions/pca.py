@@ -189,8 +189,7 @@ def _fit(store: HStore, t: int, n: int, m: int, seed: int, *, keep: bool = True)
         components, mean = estimator.components_, estimator.mean_
     components = components.astype(np.float32)
     scores, energy = [], []
-    for block in _blocks(store, t, n, BLOCK_ROWS):
-        block -= mean.astype(np.float32)
+    for block in _centred(store, t, n, mean):
         scores.append(block @ components.T)
         energy.append(np.einsum("ij,ij->i", block, block))
     if not np.concatenate(energy).any():
@@ -217,6 +216,14 @@ def _blocks(store: HStore, t: int, n: int, rows: int) -> Iterator[np.ndarray]:
                 block = None
         if start >= n:
             return
+
+
+def _centred(store: HStore, t: int, n: int, mean: np.ndarray) -> Iterator[np.ndarray]:
+    """The first n samples of h_t without their mean, `BLOCK_ROWS` at a time."""
+    mean = mean.astype(np.float32)
+    for block in _blocks(store, t, n, BLOCK_ROWS):
+        block -= mean
+        yield block
 
 
 def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -284,11 +291,11 @@ def _joint(
 
 def _regress(store: HStore, t: int, mean: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Units of shape (k, d), along the regression of h_t on the shared scores, and the scores (n, k) along them."""
-    n, mean = len(shared), mean.astype(np.float32)
-    parts = zip(_blocks(store, t, n, BLOCK_ROWS), range(0, n, BLOCK_ROWS), strict=True)
-    slopes = sum(shared[start : start + BLOCK_ROWS].T @ (block - mean) for block, start in parts)
+    n = len(shared)
+    parts = zip(_centred(store, t, n, mean), range(0, n, BLOCK_ROWS), strict=True)
+    slopes = sum(shared[start : start + BLOCK_ROWS].T @ block for block, start in parts)
     units = slopes / np.linalg.norm(slopes, axis=1, keepdims=True)
-    return units, np.concatenate([(block - mean) @ units.T for block in _blocks(store, t, n, BLOCK_ROWS)])
+    return units, np.concatenate([block @ units.T for block in _centred(store, t, n, mean)])
 
 
 def _explained(
