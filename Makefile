@@ -6,7 +6,7 @@ endif
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PROFILE ?= quick
+PROFILE ?= standard
 
 .DEFAULT_GOAL := help
 .PHONY: help install report test lab bench clean
@@ -16,7 +16,7 @@ help:  ## list the commands
 
 install: $(VENV)/installed  ## create .venv and install the workbench with pinned versions
 
-report: $(VENV)/installed  ## run the notebooks on the bundled model, write reports/index.html (PROFILE=full for more)
+report: $(VENV)/installed  ## run the notebooks on the bundled model, write reports/index.html (PROFILE=quick, full: shorter, longer)
 	@$(BIN)/workbench report --profile $(PROFILE)
 
 test: $(VENV)/installed-test  ## run the whole suite: unit, notebooks, report, browser

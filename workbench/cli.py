@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   workbench figure haas-fig4 --out figures          a figure of the papers, with its numbers
   workbench params 10_extract                       parameters of a notebook
   workbench run 10_extract -p n 512 -p steps 20     one notebook as a report
-  workbench report --profile quick                  all of them, and reports/index.html
+  workbench report --profile quick                  all of them in minutes, and reports/index.html
   workbench sweep seeds.yaml --workers 2            notebooks over a matrix of parameters
   workbench data avataaars --n 2000 --part 10       draw the bundled images again
 """
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--out", type=Path, help="executed notebook (default: reports/NAME.ipynb)")
 
     report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
-    report.add_argument("--profile", default="quick", help="a file of profiles/ (default quick)")
+    report.add_argument("--profile", default="standard", help="a file of profiles/ (default standard; quick for few minutes)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
 
     sweep = command(

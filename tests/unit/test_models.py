@@ -23,8 +23,8 @@ from workbench.diffusion.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BUNDLED = {
-    "avataaars32": "08075dd909f8b0ee",
-    "avataaars32-h": "f93fe1144d64c057",
+    "avataaars32": "659d6daa3ba7ce3f",
+    "avataaars32-h": "f6abe8066c1f7a14",
     "avataaars64": "3d7729cecc72861c",
 }
 """The bundled models and their weights."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 import yaml
 
-from workbench import paths
+from workbench import cli, paths
 from workbench.diffusion import layouts
 from workbench.report import notebooks
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
-GPU = [name for name in PROFILES if name not in ("quick", "full", "smoke")]
+GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
 
 
 def content(name: str) -> tuple[str, dict]:
@@ -26,7 +27,7 @@ def test_a_profile_names_parameters_that_the_notebooks_have(name):
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()
-        assert plan[notebook]["model_name"] == given["common"]["model_name"]
+        assert plan[notebook]["model_name"] == values.get("model_name", given["common"]["model_name"])
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -42,6 +43,14 @@ def test_a_gpu_profile_says_what_it_is_estimated_to_need_and_what_to_run(name):
     assert re.search(r"Estimated, not measured: \d+ GiB of GPU memory .* \d+ (hours?|minutes) at \d+ TFLOP/s", head)
     command = re.search(rf"workbench report --profile {name} --only ([\d ]+)", head)
     assert {number for number in command[1].split()} <= {n[:2] for n in notebooks.list_notebooks()}
+
+
+def test_reports_use_the_sharper_model_unless_asked_to_be_quick():
+    by_default = cli._parser().parse_args(["report"]).profile
+    assert by_default == inspect.signature(notebooks.report).parameters["profile"].default
+    assert f"\nPROFILE ?= {by_default}\n" in (paths.home() / "Makefile").read_text(encoding="utf-8")
+    assert content(by_default)[1]["common"]["model_name"] == "avataaars64"
+    assert content("quick")[1]["common"]["model_name"] == "avataaars32"
 
 
 def test_there_is_a_profile_for_the_papers_model():
