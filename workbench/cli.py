@@ -210,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--out", type=Path, help="executed notebook (default: reports/NAME.ipynb)")
 
     report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
-    report.add_argument("--profile", default="standard", help="a file of profiles/ (default standard; quick for few minutes)")
+    report.add_argument(
+        "--profile", default="standard", help="a file of profiles/ (default standard; quick takes minutes)"
+    )
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
 
     sweep = command(

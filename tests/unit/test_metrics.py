@@ -28,6 +28,7 @@ from workbench.analysis.metrics import (
     perceptual_distance,
     segmentation_consistency,
     success_rate,
+    wilson_interval,
 )
 
 ATTRIBUTES = ["A", "B", "C"]
@@ -152,6 +153,13 @@ def test_its_interval_is_wilsons(successes):
     rate = success_rate(before, after, "A")
     expected = stats.binomtest(successes, 20).proportion_ci(method="wilson")
     assert (rate.low, rate.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_rounding_puts_no_share_outside_of_its_interval():
+    for n in range(1, 200):
+        for share in (0.0, 1.0, (n // 2) / n):
+            low, high = wilson_interval(share, n)
+            assert 0 <= low <= share <= high <= 1, (share, n)
 
 
 def test_monotonicity_is_spearmans_correlation():

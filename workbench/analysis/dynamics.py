@@ -23,6 +23,7 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from workbench.analysis.geometry import check_labels, check_samples, distances_of, gram, over_timesteps, pairs_of
+from workbench.analysis.metrics import wilson_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -902,7 +903,7 @@ def _probe(span: np.ndarray, labels: np.ndarray, *, d: int, folds: int, seed: in
     balanced, effective = float(recalls.mean()), float(len(sizes) ** 2 / (1 / sizes).sum())
     return Separability(
         balanced_accuracy=balanced,
-        interval=_wilson(balanced, effective),
+        interval=wilson_interval(balanced, effective),
         chance=1 / len(sizes),
         accuracy=float((predicted == groups).mean()),
         n=len(groups),
@@ -927,11 +928,3 @@ def _discriminate(train: np.ndarray, groups: np.ndarray, test: np.ndarray, d: in
     covariance[np.diag_indices_from(covariance)] += shrinkage * trace / d if trace > 0 else 1.0
     weights = linalg.solve(covariance, means.T, assume_a="pos")
     return (test @ weights - (means.T * weights).sum(axis=0) / 2).argmax(axis=1)
-
-
-def _wilson(share: float, n: float) -> tuple[float, float]:
-    """95% interval of a share of n trials, which need not be whole (Wilson 1927)."""
-    z2 = stats.norm.ppf(0.975) ** 2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * share * (1 - share) / n + z2**2 / (4 * n**2)) / (1 + z2 / n)
-    return float(middle - half), float(middle + half)

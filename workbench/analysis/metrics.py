@@ -69,7 +69,7 @@ class Rate:
     @classmethod
     def of(cls, share: float, n: int) -> Rate:
         """A share of n with its interval."""
-        return cls(share, *_wilson(share, n), n)
+        return cls(share, *wilson_interval(share, n), n)
 
     def __repr__(self) -> str:
         return f"Rate({self.value:.1%}, {self.low:.1%}..{self.high:.1%}, n={self.n})"
@@ -645,12 +645,26 @@ def _listed(names: pd.Index) -> str:
     return ", ".join(map(str, names))
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share of n (Wilson 1927)."""
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """Wilson's interval of a share of n trials at `LEVEL` (Wilson 1927).
+
+    Parameters
+    ----------
+    share : float
+        In [0, 1].
+    n : float
+        Above 0; need not be whole (an effective number of trials).
+
+    Returns
+    -------
+    (float, float)
+        In [0, 1], with the share between them.
+    """
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _change(before: pd.DataFrame, after: pd.DataFrame, name: str) -> np.ndarray:

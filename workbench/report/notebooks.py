@@ -360,7 +360,9 @@ def run_notebook(
     return Report(stem, out, out.with_suffix(".html"), everything, seconds)
 
 
-def report(profile: str = "standard", *, only: Sequence[str] | str | None = None, progress: bool = True) -> list[Report]:
+def report(
+    profile: str = "standard", *, only: Sequence[str] | str | None = None, progress: bool = True
+) -> list[Report]:
     """Run the staged notebooks in order and write the index page.
 
     Parameters
