@@ -117,7 +117,8 @@ def lab(browser, tmp_path_factory):
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => null)")
         errors = page.locator("[data-mime-type='application/vnd.jupyter.error']")
         assert errors.count() == 0, errors.first.inner_text()
-        page.locator(AFTER).scroll_into_view_if_needed()
+        page.locator(AFTER).wait_for()
+        page.locator(".hspace-studio").first.scroll_into_view_if_needed()  # it stays, where its pictures are replaced
         yield page
     for file in saved:
         file.unlink(missing_ok=True)

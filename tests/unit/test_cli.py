@@ -438,7 +438,7 @@ def test_a_method_of_ones_own_is_benchmarked_as_the_readme_says(tmp_path, capsys
     assert len(block.strip().splitlines()) <= 10
     plugin, out = tmp_path / "mine.py", tmp_path / "out"
     plugin.write_text(block)
-    sizes = ("--population", 32, "--held-out", 8, "--steps", 3, "--attributes", "Smiling")
+    sizes = ("--population", 32, "--held-out", 8, "--steps", 6, "--attributes", "Smiling")
     chosen = ("--methods", "two a side", "random h", "--plugin", plugin)
     try:
         status, text, _ = run(capsys, "benchmark", "--quick", *sizes, *chosen, "-o", out)

@@ -144,8 +144,8 @@ def test_the_bundled_model_reconstructs_held_out_images_better_with_steps_and_it
     def error(method, **options):
         return wb.invert(model, held_out, method=method, progress=False, **options).round_trip_error().mean()
 
-    few, more = error("ddim", steps=6), error("ddim", steps=24)
-    once, often = (error("fixed-point", steps=6, iterations=n) for n in (1, 3))
+    few, more = error("ddim", steps=12), error("ddim", steps=48)
+    once, often = (error("fixed-point", steps=12, iterations=n) for n in (1, 3))
     assert few + 5 < more
     assert few + 5 < once < often
 

@@ -226,18 +226,23 @@ def test_a_path_begins_at_the_samples_own_h_and_ends_at_the_edited_one(session, 
 # Previews
 
 
-@pytest.mark.parametrize(("eta", "process", "scale"), [(0.0, "symmetric", 0.5), (1.0, "asymmetric", 0.2)])
-def test_a_preview_takes_few_passes_and_resembles_the_image(model, eta, process, scale):
-    """On the bundled model, along the difference of two samples, it errs by less than half of what the edit changes."""
-    run = wb.sample(model, [3, 5], steps=24, eta=eta, record_h=True, progress=False)
-    between, about = run.h.values[:, 1] - run.h.values[:, 0], planted(model, run, 5, "random").provenance
-    direction = Direction.from_delta(between, timesteps=run.timesteps, name="to the other", provenance=about)
-    session = EditSession(model, run, direction)
-    session.set_process(process)
-    session.set_scale("to the other", scale)
-    whole, preview = session.render(), session.render(preview=True)
-    assert preview.preview and not whole.preview
-    assert (preview.after - whole.after).norm() < 0.5 * (whole.after - whole.before).norm()
+@pytest.mark.parametrize(("eta", "process"), [(0.0, "symmetric"), (1.0, "asymmetric")])
+def test_a_preview_takes_few_passes_and_resembles_the_image(model, eta, process):
+    """On the bundled model, half of the way between two samples, over eight pairs: it errs by less than half of the change."""
+    run = wb.sample(model, range(3, 12), steps=24, eta=eta, record_h=True, progress=False)
+    missed, changed = [], []
+    for i in range(8):
+        pair = run[[i, i + 1]]
+        between, about = pair.h.values[:, 1] - pair.h.values[:, 0], planted(model, pair, 5, "random").provenance
+        direction = Direction.from_delta(between, timesteps=run.timesteps, name="to the other", provenance=about)
+        session = EditSession(model, pair, direction)
+        session.set_process(process)
+        session.set_scale("to the other", 0.5)
+        whole, preview = session.render(), session.render(preview=True)
+        assert preview.preview and not whole.preview
+        missed.append(preview.after - whole.after)
+        changed.append(whole.after - whole.before)
+    assert torch.stack(missed).norm() < 0.5 * torch.stack(changed).norm()
     parts = []
     session.render(preview=True, progress=Progress(parts.append))
     assert len(parts) == session.preview_steps and parts[-1] == 1.0

@@ -80,8 +80,17 @@ def leaderboard(
         higher than a control's over the attributes that both have, of the control for which that is likeliest, adjusted
         for the number of methods by Holm's rule; NaN without an attribute in common. `monotonicity` and `linearity` of
         the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
+
+    Raises
+    ------
+    ValueError
+        If hardly any sample is without any of the attributes.
     """
     curves = list(_curves(edits, resamples, seed))
+    if not curves:
+        raise ValueError(
+            f"no attribute has {FEWEST} held-out samples without it, so no success can be measured; take more"
+        )
     methods = list(dict.fromkeys(c.method for c in curves))
     rows, draws = {}, {}
     for method in methods:
