@@ -603,6 +603,28 @@ def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000
     return float(low), float(high)
 
 
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """Wilson's interval of a share of n trials at `LEVEL` (Wilson 1927).
+
+    Parameters
+    ----------
+    share : float
+        In [0, 1].
+    n : float
+        Above 0; need not be whole (an effective number of trials).
+
+    Returns
+    -------
+    (float, float)
+        In [0, 1], with the share between them.
+    """
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
 def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
     """p-values of several tests, adjusted so that the chance of any false one stays below the level (Holm 1979).
 
@@ -643,28 +665,6 @@ def _scaled(vectors: np.ndarray) -> np.ndarray:
 
 def _listed(names: pd.Index) -> str:
     return ", ".join(map(str, names))
-
-
-def wilson_interval(share: float, n: float) -> tuple[float, float]:
-    """Wilson's interval of a share of n trials at `LEVEL` (Wilson 1927).
-
-    Parameters
-    ----------
-    share : float
-        In [0, 1].
-    n : float
-        Above 0; need not be whole (an effective number of trials).
-
-    Returns
-    -------
-    (float, float)
-        In [0, 1], with the share between them.
-    """
-    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _change(before: pd.DataFrame, after: pd.DataFrame, name: str) -> np.ndarray:

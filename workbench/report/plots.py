@@ -980,9 +980,8 @@ def _pictures(images: np.ndarray, name: str, n: int | None = None) -> np.ndarray
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name} is of type {images.dtype}; it must be floats in [-1, 1] (8 bits: x / 127.5 - 1)")
     _finite(images, name)
-    largest = float(images.max())
-    # A predicted x_0 of a noisy timestep goes far beyond 1 to both sides; values of 0 to 255 are on one side.
-    if largest > _FARTHEST_VALUE and images.min() >= 0:
+    largest = float(np.abs(images).max())
+    if largest > _FARTHEST_VALUE:
         raise ValueError(f"{name} reaches {largest:.4g}; values must be in [-1, 1] (0 to 255: x / 127.5 - 1)")
     scaled = np.clip(np.asarray(images, dtype=np.float32) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     return np.broadcast_to(scaled.transpose(0, 2, 3, 1), (len(scaled), *scaled.shape[2:], 3))
