@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(extract)
     extract.add_argument("--n", type=int, help="number of samples (default 512, or all images)")
     extract.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
-    extract.add_argument("--images", help="invert these instead: avataaars, a folder or a zip file of images")
+    extract.add_argument(
+        "--images", help="invert these instead, without --seed and --eta: avataaars, a folder or a zip file of images"
+    )
     extract.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
     extract.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of h on disk")
     extract.add_argument("--record-x", action="store_true", help="keep x_t too")
@@ -298,7 +300,7 @@ def _add_analysis(command) -> None:
         "--criterion", nargs="+", choices=criteria, default=["separability"], help="default separability"
     )
     mixing.add_argument(
-        "--images", help="invert these instead of sampling: avataaars, a folder or a zip file of images"
+        "--images", help="invert these instead of sampling, without --eta: avataaars, a folder or a zip file of images"
     )
     mixing.add_argument("--judge", default="avataaars-judge", help="classifier that judges (default avataaars-judge)")
     mixing.add_argument("-o", "--out", type=Path, help="figure, written as PDF, SVG and PNG")

@@ -351,6 +351,15 @@ def test_bars_draw_each_series_at_its_heights():
     assert axes.get_ylabel() == "share"
 
 
+def test_more_series_than_colours_can_still_be_told_apart():
+    names = [f"s{i}" for i in range(20)]
+    drawn = plots.line([0, 1], {name: [0, i] for i, name in enumerate(names)}, xlabel="t", ylabel="y").axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 20
+    assert {line.get_linestyle() for line in drawn[:8]} == {"-"}
+    bars = plots.bars({name: pd.Series({"a": 1.0}) for name in names}, ylabel="y").axes[0].patches
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 20
+
+
 def test_bars_refuse_series_that_do_not_match():
     with pytest.raises(ValueError, match="different names"):
         plots.bars({"one": pd.Series({"a": 1.0}), "two": pd.Series({"b": 1.0})}, ylabel="share")

@@ -381,6 +381,8 @@ def line(
     with style.context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        # After eight lines the colours come again, dashed and then dotted.
+        axes.set_prop_cycle(matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=PALETTE))
         for name, values in lines.items():
             (drawn,) = axes.plot(x, values, label=name)
             if name in lows:
@@ -437,7 +439,10 @@ def bars(
         for k, name in enumerate(table):
             at = np.arange(len(table)) + (k - (len(groups) - 1) / 2) * width
             error = None if low is None else [table[name] - low[name], high[name] - table[name]]
-            axes.bar(at, table[name], width, label=name, yerr=error, error_kw={"elinewidth": 1, "ecolor": _INK})
+            hatch = ("", "//", "..")[k // len(PALETTE) % 3]  # as the lines' dashes
+            axes.bar(
+                at, table[name], width, label=name, hatch=hatch, yerr=error, error_kw={"elinewidth": 1, "ecolor": _INK}
+            )
         axes.set_xticks(
             range(len(table)), [str(name).replace("_", " ") for name in table.index], rotation=45, ha="right"
         )
