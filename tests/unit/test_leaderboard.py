@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -154,5 +156,6 @@ def test_pareto_has_a_row_a_strength_and_by_attribute_one_an_attribute(table):
 def test_an_attribute_that_all_samples_have_does_not_count(table):
     everyone = table.assign(before=np.where(table.attribute == "B", 0.9, table.before))
     assert leaderboard(everyone, resamples=20).loc["good", "attributes"] == 1
-    with pytest.raises(ValueError, match="held-out samples without it.*take more"):
-        leaderboard(table.assign(before=0.9), resamples=20)
+    for of in (leaderboard, pareto, by_attribute, partial(difference, first="good", second="fair")):
+        with pytest.raises(ValueError, match="held-out samples without it.*take more"):
+            of(table.assign(before=0.9), resamples=20)

@@ -87,10 +87,6 @@ def leaderboard(
         If hardly any sample is without any of the attributes.
     """
     curves = list(_curves(edits, resamples, seed))
-    if not curves:
-        raise ValueError(
-            f"no attribute has {FEWEST} held-out samples without it, so no success can be measured; take more"
-        )
     methods = list(dict.fromkeys(c.method for c in curves))
     rows, draws = {}, {}
     for method in methods:
@@ -136,6 +132,11 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     DataFrame, one row a method and strength
         `method`, `scale`, and `success`, `psnr_outside` (dB, of the mean squared error outside of the attribute's
         region), `identity`, `perceptual`, `leakage`, `rms`, each with `..._low` and `..._high`.
+
+    Raises
+    ------
+    ValueError
+        If hardly any sample is without any of the attributes.
     """
     curves, rows = list(_curves(edits, resamples, seed)), []
     for method in dict.fromkeys(c.method for c in curves):
@@ -173,6 +174,11 @@ def by_attribute(
     -------
     DataFrame
         One row a method and attribute: `value`, `low`, `high` (95%), `n`.
+
+    Raises
+    ------
+    ValueError
+        If hardly any sample is without any of the attributes.
     """
     rows = []
     for c in _curves(edits, resamples, seed):
@@ -241,14 +247,15 @@ def difference(
     Raises
     ------
     ValueError
-        If a method was not measured.
+        If a method was not measured, or hardly any sample is without any of the attributes.
     """
+    measured = edits["method"].unique()
+    for name in (first, second):
+        if name not in measured:
+            raise ValueError(f"{name!r} was not measured; there are {', '.join(measured)}")
     curves = {name: {} for name in (first, second)}
     for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
         curves[c.method][c.attribute] = c
-    missing = [name for name, found in curves.items() if not found]
-    if missing:
-        raise ValueError(f"{missing[0]!r} was not measured; there are {', '.join(edits['method'].unique())}")
     gaps = []
     for attribute in [a for a in curves[first] if a in curves[second]]:
         pair = [curves[name][attribute] for name in (first, second)]
@@ -272,6 +279,7 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]
     counts = np.vstack([np.ones(len(samples), int), drawn_again(len(samples), resamples=resamples, seed=seed)])
     populations = max(edits["repeat"]) + 1
     repeats = np.vstack([np.ones(populations, int), drawn_again(populations, resamples=resamples, seed=seed + 1)])
+    empty = True
     for (method, attribute), part in edits.groupby(["method", "attribute"], sort=False):
         part = part.sort_values(["repeat", "seed", "scale"])
         scales, there = np.sort(part["scale"].unique()), part["repeat"].unique()
@@ -279,6 +287,7 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]
         without = part["before"].to_numpy().reshape(shape)[0, :, 0] <= 0.5
         if without.sum() < FEWEST:
             continue
+        empty = False
         weights = counts * without
 
         def mean(values: np.ndarray, shape=shape, weights=weights, there=there) -> np.ndarray:
@@ -307,6 +316,10 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]
             error_outside=mean(4.0 * 10.0 ** (-part["psnr_outside"].to_numpy(dtype=float) / 10.0)),
             identity=1.0 + mean(values["identity"] - 1.0),
             perceptual=mean(part["perceptual"].to_numpy(dtype=float)),
+        )
+    if empty:
+        raise ValueError(
+            f"no attribute has {FEWEST} held-out samples without it, so no success can be measured; take more"
         )
 
 
