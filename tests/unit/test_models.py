@@ -23,7 +23,7 @@ from workbench.diffusion.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BUNDLED = {
-    "avataaars32": "659d6daa3ba7ce3f",
+    "avataaars32": "d24fc2efe1c1dd40",
     "avataaars32-h": "f6abe8066c1f7a14",
     "avataaars64": "3d7729cecc72861c",
 }
