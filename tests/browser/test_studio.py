@@ -243,9 +243,15 @@ def test_the_views_show_pictures_and_the_map_is_drawn(lab):
         )
     open_view(lab, "Map")
     lab.locator(".hspace-studio .scatterlayer .trace").nth(1).wait_for()
-    point = lab.locator(".hspace-studio .scatterlayer .points path").nth(3).bounding_box()
-    lab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2, steps=4)
-    lab.wait_for_selector('.hspace-studio img[alt="sample: seed 3"]')
+    middles = (
+        """paths => paths.map(path => path.getBoundingClientRect()).map(r => [r.x + r.width / 2, r.y + r.height / 2])"""
+    )
+    points = np.array(lab.locator(".hspace-studio .scatterlayer .points path").evaluate_all(middles))
+    samples = lab.locator(".hspace-studio .scatterlayer .trace").first.locator(".points path").count()
+    apart = np.linalg.norm(points[:samples, None] - points[None], axis=-1)
+    seed = np.sort(apart, axis=1)[:, 1].argmax()  # that no other point lies on
+    lab.mouse.move(*points[seed], steps=4)
+    lab.wait_for_selector(f'.hspace-studio img[alt="sample: seed {seed}"]')
     screenshot(lab, "map")
 
 

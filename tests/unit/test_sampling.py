@@ -343,7 +343,7 @@ def round_trip(model, images, **options) -> float:
 
 @pytest.mark.slow
 def test_the_round_trip_gets_better_with_steps_and_with_fixed_point_iterations(model):
-    images = wb.load_images("avataaars", size=model.image_shape[1])[:2]
+    images = wb.load_images("avataaars", size=model.image_shape[1])[:8]
     few, more = round_trip(model, images, steps=5), round_trip(model, images, steps=20)
     once, often = (round_trip(model, images, steps=5, method="fixed-point", iterations=k) for k in (1, 4))
     assert more < 0.8 * few
