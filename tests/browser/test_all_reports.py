@@ -34,7 +34,6 @@ NOTEBOOKS = {
         "colors": [renamed("Dark_Skin")],
         "target": renamed("Smiling"),
         "nuisances": [renamed("Long_Hair")],
-        "dragged": [renamed("Long_Hair")],
         "n_measured": 6,
     },
     "60_boundaries": {

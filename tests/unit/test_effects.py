@@ -15,7 +15,14 @@ from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_few
 from workbench.editing import effects as module
 from workbench.editing.edit import edit
-from workbench.editing.effects import Effects, disentangling_table, few_examples, matched_scale, measure_effects
+from workbench.editing.effects import (
+    Effects,
+    cancel_effects,
+    disentangling_table,
+    few_examples,
+    matched_scale,
+    measure_effects,
+)
 
 STEPS = 4
 
@@ -101,6 +108,38 @@ def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
         for attribute, part in rows.groupby("attribute"):
             assert matrix.loc[name, attribute] == pytest.approx((part["after"] - part["before"]).mean())
     assert matrix["none"].eq(0).all()
+
+
+def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, directions):
+    options = {"classifier": brightness, "progress": False}
+
+    def effect(direction):
+        return measure_effects(tiny, run, {"it": direction}, scales=[1.5], **options).matrix(1.5).mean.loc["it"]
+
+    red, others = directions["red"], {"green": directions["green"]}
+    once, often = (cancel_effects(tiny, run, red, others, rounds=rounds, **options) for rounds in (1, 4))
+    assert abs(effect(red).green) > 1e-3
+    assert abs(effect(often).green) < 0.1 * abs(effect(once).green) or abs(effect(often).green) < 1e-5
+    assert abs(effect(once).green) < 0.5 * abs(effect(red).green)
+    # What was added is a multiple of the other direction, and nothing else.
+    added = (often - red).delta().flatten()
+    along = others["green"].delta().flatten()
+    assert torch.cosine_similarity(added, along, dim=0).abs() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "rounds", "message"),
+    [
+        ([], 2, "at least one other direction"),
+        (["green"], 0, "at least one round"),
+        (["green", "blue"], 1, "knows nothing of blue; it has red, green, none"),
+        (["green", "none"], 1, "too much alike, or too small"),
+    ],
+)
+def test_effects_that_can_not_be_cancelled_are_refused(tiny, run, directions, names, rounds, message):
+    others = {name: directions["green"] for name in names}
+    with pytest.raises(ValueError, match=message):
+        cancel_effects(tiny, run, directions["red"], others, classifier=brightness, rounds=rounds, progress=False)
 
 
 def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):

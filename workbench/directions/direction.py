@@ -183,6 +183,7 @@ class Direction:
 
         v_perp = (I - V (V'V)^-1 V') v, with the others as the columns of V. All are removed at once: removing one
         after the other leaves a part of the first wherever the others are not orthogonal to each other.
+        An inner product is not an effect, though; `cancel_effects` goes by what edits change.
 
         Parameters
         ----------

@@ -204,6 +204,80 @@ def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
     return scores
 
 
+def cancel_effects(
+    model: Model,
+    runs: Trajectory,
+    direction: Direction,
+    others: Mapping[str, Direction],
+    *,
+    classifier: Classifier,
+    scale: float = 1.5,
+    rounds: int = 2,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Direction:
+    """A direction with as much of others added as undoes what it changes of their attributes.
+
+    With E_va the mean change of attribute a when editing along v, v' = v + sum_b c_b v_b, where c solves
+    E_va + sum_b c_b E_ba = 0 for all a. Effects add up roughly, so v' is measured and corrected again. Unlike the
+    projection (`Direction.orthogonal_to`, Haas et al. eq. 12) this goes by effects and not by inner products: two
+    directions that are not at right angles need not drag each other along, and then taking one out of the other does
+    harm.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+        Samples to measure effects on, not edited yet. Judge the result on others.
+    direction : Direction
+        v.
+    others : mapping of attribute -> Direction
+        v_b by the attribute b that each is the direction of; columns of the classifier's table.
+    classifier
+        As in `measure_effects`. Let another one judge the result.
+    scale : float, default 1.5
+        Scale of all edits, in standard deviations.
+    rounds : int, default 2
+        Measurements of v.
+    batch_size, progress
+        As in `measure_effects`.
+
+    Returns
+    -------
+    Direction
+        One unit of it is one unit of v and what was added; `calibrated` makes that one sigma again.
+
+    Raises
+    ------
+    ValueError
+        If there is no other direction or round, the classifier lacks an attribute, or the effects of the others are
+        too much alike, or too small, to be told apart.
+    """
+    names = list(others)
+    if not names or rounds < 1:
+        raise ValueError("effects are cancelled with at least one other direction, in at least one round")
+    options = {"classifier": classifier, "scales": [scale], "batch_size": batch_size, "progress": progress}
+
+    def effects_of(directions: Mapping[str, Direction]) -> np.ndarray:
+        mean = measure_effects(model, runs, directions, **options).matrix(scale).mean
+        missing = [name for name in names if name not in mean]
+        if missing:
+            raise ValueError(f"the classifier knows nothing of {', '.join(missing)}; it has {', '.join(mean)}")
+        return mean[names].to_numpy()
+
+    of_others = effects_of(others)
+    if np.linalg.cond(of_others) > 100.0:
+        raise ValueError(
+            f"the effects of {', '.join(names)} at scale {scale:g} are too much alike, or too small, to be told apart; "
+            "take a larger scale, more samples or fewer directions"
+        )
+    for _ in range(rounds):
+        c = np.linalg.solve(of_others.T, -effects_of({direction.name: direction})[0])
+        for name, factor in zip(names, c, strict=True):
+            direction = direction + float(factor) * others[name]
+    return direction
+
+
 def matched_scale(
     effects: Effects,
     attribute: str,
