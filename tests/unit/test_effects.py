@@ -118,6 +118,7 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
 
     red, others = directions["red"], {"green": directions["green"]}
     once, often = (cancel_effects(tiny, run, red, others, rounds=rounds, **options) for rounds in (1, 4))
+    assert often.name == "red without green"
     assert abs(effect(red).green) > 1e-3
     assert abs(effect(often).green) < 0.1 * abs(effect(once).green) or abs(effect(often).green) < 1e-5
     assert abs(effect(once).green) < 0.5 * abs(effect(red).green)

@@ -13,7 +13,7 @@ from workbench.analysis.metrics import EffectMatrix, Rate, effect_matrix, entang
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
-from workbench.directions.direction import Direction
+from workbench.directions.direction import Direction, bracketed
 from workbench.directions.supervised import find_few
 from workbench.editing.edit import check_run
 from workbench.editing.grid import edit_grid
@@ -271,11 +271,13 @@ def cancel_effects(
             f"the effects of {', '.join(names)} at scale {scale:g} are too much alike, or too small, to be told apart; "
             "take a larger scale, more samples or fewer directions"
         )
+    c, edited = np.zeros(len(names)), direction
     for _ in range(rounds):
-        c = np.linalg.solve(of_others.T, -effects_of({direction.name: direction})[0])
+        c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited})[0])
+        edited = direction
         for name, factor in zip(names, c, strict=True):
-            direction = direction + float(factor) * others[name]
-    return direction
+            edited = edited + float(factor) * others[name]
+    return replace(edited, name=f"{bracketed(direction.name)} without {', '.join(names)}")
 
 
 def matched_scale(
