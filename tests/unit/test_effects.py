@@ -117,7 +117,7 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
         return measure_effects(tiny, run, {"it": direction}, scales=[1.5], **options).matrix(1.5).mean.loc["it"]
 
     red, others = directions["red"], {"green": directions["green"]}
-    once, often = (cancel_effects(tiny, run, red, others, rounds=rounds, **options) for rounds in (1, 4))
+    once, often = (cancel_effects(tiny, run, red, others=others, rounds=rounds, **options) for rounds in (1, 4))
     assert often.name == "red without green"
     assert abs(effect(red).green) > 1e-3
     assert abs(effect(often).green) < 0.1 * abs(effect(once).green) or abs(effect(often).green) < 1e-5
@@ -140,7 +140,9 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
 def test_effects_that_can_not_be_cancelled_are_refused(tiny, run, directions, names, rounds, message):
     others = {name: directions["green"] for name in names}
     with pytest.raises(ValueError, match=message):
-        cancel_effects(tiny, run, directions["red"], others, classifier=brightness, rounds=rounds, progress=False)
+        cancel_effects(
+            tiny, run, directions["red"], others=others, classifier=brightness, rounds=rounds, progress=False
+        )
 
 
 def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):
