@@ -114,7 +114,7 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
     options = {"classifier": brightness, "progress": False}
 
     def effect(direction):
-        return measure_effects(tiny, run, {"it": direction}, scales=[1.5], **options).matrix(1.5).mean.loc["it"]
+        return measure_effects(tiny, run, {"it": direction}, scales=[2.0], **options).matrix(2.0).mean.loc["it"]
 
     red, others = directions["red"], {"green": directions["green"]}
     once, often = (cancel_effects(tiny, run, red, others=others, rounds=rounds, **options) for rounds in (1, 4))

@@ -211,8 +211,8 @@ def cancel_effects(
     *,
     others: Mapping[str, Direction],
     classifier: Classifier,
-    scale: float = 1.5,
-    rounds: int = 2,
+    scale: float = 2.0,
+    rounds: int = 3,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Direction:
@@ -235,9 +235,9 @@ def cancel_effects(
         v_b by the attribute b that each is the direction of; columns of the classifier's table.
     classifier
         As in `measure_effects`. Let another one judge the result.
-    scale : float, default 1.5
+    scale : float, default 2
         Scale of all edits, in standard deviations.
-    rounds : int, default 2
+    rounds : int, default 3
         Measurements of v.
     batch_size, progress
         As in `measure_effects`.
