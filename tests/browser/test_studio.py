@@ -243,9 +243,7 @@ def test_the_views_show_pictures_and_the_map_is_drawn(lab):
         )
     open_view(lab, "Map")
     lab.locator(".hspace-studio .scatterlayer .trace").nth(1).wait_for()
-    middles = (
-        """paths => paths.map(path => path.getBoundingClientRect()).map(r => [r.x + r.width / 2, r.y + r.height / 2])"""
-    )
+    middles = "paths => paths.map(p => p.getBoundingClientRect()).map(r => [r.x + r.width / 2, r.y + r.height / 2])"
     points = np.array(lab.locator(".hspace-studio .scatterlayer .points path").evaluate_all(middles))
     samples = lab.locator(".hspace-studio .scatterlayer .trace").first.locator(".points path").count()
     apart = np.linalg.norm(points[:samples, None] - points[None], axis=-1)

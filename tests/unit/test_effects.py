@@ -133,7 +133,7 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
     [
         ([], 2, "at least one other direction"),
         (["green"], 0, "at least one round"),
-        (["green", "blue"], 1, "knows nothing of blue; it has red, green, none"),
+        (["green", "blue"], 1, "there is no attribute 'blue'; the scores have red, green, none"),
         (["green", "none"], 1, "too much alike, or too small"),
     ],
 )

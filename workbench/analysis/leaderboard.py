@@ -8,7 +8,7 @@ and over populations if there are several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,7 +86,7 @@ def leaderboard(
     ValueError
         If hardly any sample is without any of the attributes.
     """
-    curves = list(_curves(edits, resamples, seed))
+    curves = _curves(edits, resamples, seed)
     methods = list(dict.fromkeys(c.method for c in curves))
     rows, draws = {}, {}
     for method in methods:
@@ -138,7 +138,7 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     ValueError
         If hardly any sample is without any of the attributes.
     """
-    curves, rows = list(_curves(edits, resamples, seed)), []
+    curves, rows = _curves(edits, resamples, seed), []
     for method in dict.fromkeys(c.method for c in curves):
         own = [c for c in curves if c.method == method]
         for i in range(1, len(own[0].scales)):
@@ -273,13 +273,13 @@ def difference(
     return {"value": float(mean[0]), "low": low, "high": high, "n": len(gaps)}
 
 
-def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]:
+def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
     others = [name for name in edits if name.startswith("change ")]
     samples = np.sort(edits["seed"].unique())
     counts = np.vstack([np.ones(len(samples), int), drawn_again(len(samples), resamples=resamples, seed=seed)])
     populations = max(edits["repeat"]) + 1
     repeats = np.vstack([np.ones(populations, int), drawn_again(populations, resamples=resamples, seed=seed + 1)])
-    empty = True
+    curves = []
     for (method, attribute), part in edits.groupby(["method", "attribute"], sort=False):
         part = part.sort_values(["repeat", "seed", "scale"])
         scales, there = np.sort(part["scale"].unique()), part["repeat"].unique()
@@ -287,7 +287,6 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]
         without = part["before"].to_numpy().reshape(shape)[0, :, 0] <= 0.5
         if without.sum() < FEWEST:
             continue
-        empty = False
         weights = counts * without
 
         def mean(values: np.ndarray, shape=shape, weights=weights, there=there) -> np.ndarray:
@@ -304,23 +303,26 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> Iterator[_Curves]
 
         values = {name: part[name].to_numpy(dtype=float) for name in ("rms", "before", "after", "identity")}
         changes = {name: mean(part[name].to_numpy(dtype=float)) for name in others}
-        yield _Curves(
-            str(method),
-            str(attribute),
-            int(without.sum()),
-            np.concatenate([[0.0], scales]),
-            rms=mean(values["rms"]),
-            effect=mean(values["after"] - values["before"]),
-            success=mean((values["after"] > 0.5).astype(float)),
-            leak=sum(np.abs(m) for name, m in changes.items() if name != f"change {attribute}"),
-            error_outside=mean(4.0 * 10.0 ** (-part["psnr_outside"].to_numpy(dtype=float) / 10.0)),
-            identity=1.0 + mean(values["identity"] - 1.0),
-            perceptual=mean(part["perceptual"].to_numpy(dtype=float)),
+        curves.append(
+            _Curves(
+                str(method),
+                str(attribute),
+                int(without.sum()),
+                np.concatenate([[0.0], scales]),
+                rms=mean(values["rms"]),
+                effect=mean(values["after"] - values["before"]),
+                success=mean((values["after"] > 0.5).astype(float)),
+                leak=sum(np.abs(m) for name, m in changes.items() if name != f"change {attribute}"),
+                error_outside=mean(4.0 * 10.0 ** (-part["psnr_outside"].to_numpy(dtype=float) / 10.0)),
+                identity=1.0 + mean(values["identity"] - 1.0),
+                perceptual=mean(part["perceptual"].to_numpy(dtype=float)),
+            )
         )
-    if empty:
+    if not curves:
         raise ValueError(
             f"no attribute has {FEWEST} held-out samples without it, so no success can be measured; take more"
         )
+    return curves
 
 
 def _at(x: np.ndarray, y: np.ndarray, target: float) -> np.ndarray:

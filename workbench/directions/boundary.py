@@ -388,9 +388,9 @@ def move_jointly(
         outside = moved - inside
         room = (rows**2).sum(axis=1) - (inside**2).sum(axis=1)
         if (room < 0).any():
-            shortest = int(room.argmin())
+            length = np.linalg.norm(rows[room.argmin()])
             raise ValueError(
-                f"a sample has length {np.linalg.norm(rows[shortest]):.4g}, and where it is to go there is no "
+                f"a sample has length {length:.4g}, and where it is to go there is no "
                 "point of that length; ask for smaller distances, or keep_norm=False"
             )
         with np.errstate(invalid="ignore", divide="ignore"):

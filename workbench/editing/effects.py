@@ -259,11 +259,7 @@ def cancel_effects(
     options = {"classifier": classifier, "scales": [scale], "batch_size": batch_size, "progress": progress}
 
     def effects_of(directions: Mapping[str, Direction]) -> np.ndarray:
-        mean = measure_effects(model, runs, directions, **options).matrix(scale).mean
-        missing = [name for name in names if name not in mean]
-        if missing:
-            raise ValueError(f"the classifier knows nothing of {', '.join(missing)}; it has {', '.join(mean)}")
-        return mean[names].to_numpy()
+        return measure_effects(model, runs, directions, **options).matrix(scale).of(names).mean.to_numpy()
 
     of_others = effects_of(others)
     if np.linalg.cond(of_others) > 100.0:
@@ -274,9 +270,7 @@ def cancel_effects(
     c, edited = np.zeros(len(names)), direction
     for _ in range(rounds):
         c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited})[0])
-        edited = direction
-        for name, factor in zip(names, c, strict=True):
-            edited = edited + float(factor) * others[name]
+        edited = sum((float(factor) * others[name] for name, factor in zip(names, c, strict=True)), start=direction)
     return replace(edited, name=f"{bracketed(direction.name)} without {', '.join(names)}")
 
 
