@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
@@ -22,9 +24,11 @@ from huggingface_hub.errors import CacheNotFound
 from workbench import paths
 from workbench.diffusion import checkpoints, golden, layouts
 from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory, keep_freed_memory
+from workbench.diffusion.parallel import cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,15 +106,32 @@ class Model:
         -------
         Tensor of shape (n, C, H, W), float32
         """
-        return self.unet(x_t, t)
+        if not self._splits(x_t):
+            return self.unet(x_t, t)
+        return torch.cat(self._in_threads(lambda rows: self.unet(x_t[rows], _rows_of(t, rows)), len(x_t)))
 
     def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
-        """Run the network up to the tap; see `SplitUNet.encode`."""
-        return self.unet.encode(x_t, t)
+        """Run the network up to the tap; see `SplitUNet.encode`. On a CPU, the samples are split over its cores."""
+        if not self._splits(x_t):
+            return self.unet.encode(x_t, t)
+        parts = self._in_threads(lambda rows: self.unet.encode(x_t[rows], _rows_of(t, rows)), len(x_t))
+        return Bottleneck.joined(parts)
 
     def decode(self, bottleneck: Bottleneck, delta_h: torch.Tensor | None = None) -> torch.Tensor:
         """Run the rest of the network with `delta_h` added to h; see `SplitUNet.decode`."""
-        return self.unet.decode(bottleneck, delta_h)
+        if delta_h is not None:
+            bottleneck = bottleneck.with_h(bottleneck.h + delta_h)
+        if not self._splits(bottleneck.h):
+            return self.unet.decode(bottleneck)
+        return torch.cat(self._in_threads(lambda rows: self.unet.decode(bottleneck[rows]), len(bottleneck.h)))
+
+    def _splits(self, x: torch.Tensor) -> bool:
+        """Whether threads share the samples: an accelerator needs none, compiled code and derivatives have their own."""
+        return self.device.type == "cpu" and not self.compiled and not x.requires_grad
+
+    def _in_threads(self, function: Callable[[slice], T], n: int) -> list[T]:
+        pieces = split(n, self.image_shape)
+        return in_threads(function, pieces, each=threads_each(pieces, self.image_shape))
 
     def tapped(self, tap: str) -> Model:
         """The same model with h read and edited elsewhere: "before", "middle" or "after" the mid block."""
@@ -155,9 +176,8 @@ class Model:
         )
 
 
-def cpu_batch(image_shape: tuple[int, int, int]) -> int:
-    """Samples that run at once on a CPU: the size up to which larger batches are faster."""
-    return max(1, 2**15 // (image_shape[1] * image_shape[2]))
+def _rows_of(t: int | torch.Tensor, rows: slice) -> int | torch.Tensor:
+    return t[rows] if torch.is_tensor(t) and t.ndim else t
 
 
 def differs(own: dict, other: dict) -> str:

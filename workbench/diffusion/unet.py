@@ -7,6 +7,7 @@ for bit. Only the top level of that forward is written out here: every block is 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +41,17 @@ class Bottleneck:
 
     def __repr__(self) -> str:
         return f"Bottleneck(h={tuple(self.h.shape)}, tap={self.tap!r}, {len(self.skips)} skips)"
+
+    @classmethod
+    def joined(cls, parts: Sequence[Bottleneck]) -> Bottleneck:
+        """The state of all samples of several states, in order."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        skips = tuple(torch.cat(same) for same in zip(*(part.skips for part in parts), strict=True))
+        residual = None if first.residual is None else torch.cat([part.residual for part in parts])
+        h, emb = torch.cat([part.h for part in parts]), torch.cat([part.emb for part in parts])
+        return cls(h, skips, emb, first.tap, residual)
 
     def with_h(self, h: torch.Tensor) -> Bottleneck:
         """The same state with another h (a swap, Haas et al. Fig. 2a)."""

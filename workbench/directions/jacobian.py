@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from workbench.datasets.avataaars import region_mask
 from workbench.diffusion.models import Model, differs
+from workbench.diffusion.parallel import PIECES, in_threads
 from workbench.diffusion.sampling import Trajectory, batches, denoise, replay
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
@@ -414,6 +415,7 @@ class _Linearised:
 
     J' U is reverse mode. J V is reverse mode too, through the graph of J' u, which is linear in u: forward mode has no
     rule for fused attention, none for group norm in the memory format that convolutions are fastest in, and is slower.
+    On a CPU the vectors of a product are split over its cores.
 
     Parameters
     ----------
@@ -425,43 +427,61 @@ class _Linearised:
 
     Attributes
     ----------
-    y : Tensor of shape (width, *out)
-        f(x), in every row.
+    x, y : Tensor of shape (1, *in), (1, *out)
+        The point, and f there.
     """
 
     def __init__(self, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, width: int) -> None:
-        # A fused attention kernel has no second derivative.
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), _Lean():
+        self.width = width
+        count = min(width, PIECES) if x.device.type == "cpu" else 1
+        ends = [width * (i + 1) // count for i in range(count)]
+        self._columns = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        # A fused attention kernel has no second derivative. Which kernel runs is one setting for all threads.
+        with sdpa_kernel([SDPBackend.MATH]):
+            self._parts = in_threads(lambda rows: _Columns(f, x, width=rows.stop - rows.start), self._columns)
+        self.x, self.y = self._parts[0].x[:1], self._parts[0].y[:1]
+
+    def vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J' u for each row; (b, n) -> (b, d), float64, on the CPU."""
+        return self._product(_Columns.vjp, u)
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """J v for each row; (b, d) -> (b, n), float64, on the CPU."""
+        return self._product(_Columns.jvp, v)
+
+    def _product(self, product: Callable[[_Columns, torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        products = []
+        for block in rows.split(self.width):
+            taken = [columns for columns in self._columns if columns.start < len(block)]
+            products += in_threads(lambda c, b=block: product(self._parts[self._columns.index(c)], b[c]), taken)
+        return torch.cat(products)
+
+
+class _Columns:
+    """The graph of a map at one point, for the vectors that one thread multiplies with its Jacobian."""
+
+    def __init__(self, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, width: int) -> None:
+        with torch.inference_mode(False), torch.enable_grad(), _Lean():
             self.x = _channels_last(x.detach().repeat_interleave(width, dim=0)).requires_grad_()
             self.y = f(self.x)
         self.u, self.w = None, None
 
-    @property
-    def width(self) -> int:
-        return len(self.x)
-
     def vjp(self, u: torch.Tensor) -> torch.Tensor:
-        """J' u for each row; (b, n) -> (b, d), float64, on the CPU."""
         if self.w is not None:
             return self._product(self.y, self.x, u)
-        first, rest = u[: self.width], u[self.width :]
         with torch.inference_mode(False), torch.enable_grad():
-            self.u = self._padded(first, self.y).requires_grad_()
+            self.u = self._padded(u, self.y).requires_grad_()
             (self.w,) = torch.autograd.grad(self.y, self.x, self.u, create_graph=True)
-        return torch.cat([_rows(self.w.detach()[: len(first)]), *([self.vjp(rest)] if len(rest) else [])])
+        return _rows(self.w.detach()[: len(u)])
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
-        """J v for each row; (b, d) -> (b, n), float64, on the CPU."""
         if self.w is None:
             self.vjp(torch.zeros(1, self.y[0].numel()))
         return self._product(self.w, self.u, v)
 
     def _product(self, output: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        products = []
-        for part in rows.split(self.width):
-            (product,) = torch.autograd.grad(output, at, self._padded(part, output), retain_graph=True)
-            products.append(_rows(product[: len(part)]))
-        return torch.cat(products)
+        (product,) = torch.autograd.grad(output, at, self._padded(rows, output), retain_graph=True)
+        return _rows(product[: len(rows)])
 
     def _padded(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Rows in the shape and memory format of a batch; what is missing is zero."""
