@@ -213,8 +213,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
     report.add_argument(
-        "--profile", default="standard", help="a file of profiles/ (default standard; quick takes minutes)"
+        "--profile", default="quick", help="a file of profiles/ (default quick, a first look; standard and full: more)"
     )
+    report.add_argument("--jobs", type=int, help="notebooks side by side (default: as cores and memory allow)")
     report.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
 
     sweep = command(
@@ -1121,10 +1122,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from workbench import paths
-    from workbench.report import notebooks
+    from workbench.report import reports
 
     before, start = _finished_stores(), time.monotonic()
-    notebooks.report(arguments.profile, only=arguments.only)
+    reports.report(arguments.profile, only=arguments.only, jobs=arguments.jobs)
     made = len(_finished_stores() - before)
     cache = f"{made} made, and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
     print(f"extractions: {cache}")

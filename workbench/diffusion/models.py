@@ -24,7 +24,7 @@ from huggingface_hub.errors import CacheNotFound
 from workbench import paths
 from workbench.diffusion import checkpoints, golden, layouts
 from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory, keep_freed_memory
-from workbench.diffusion.parallel import cpu_batch, in_threads, split, threads_each
+from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 
@@ -106,6 +106,7 @@ class Model:
         -------
         Tensor of shape (n, C, H, W), float32
         """
+        count_passes(len(x_t))
         if not self._splits(x_t):
             return self.unet(x_t, t)
         return torch.cat(self._in_threads(lambda rows: self.unet(x_t[rows], _rows_of(t, rows)), len(x_t)))
@@ -121,12 +122,13 @@ class Model:
         """Run the rest of the network with `delta_h` added to h; see `SplitUNet.decode`."""
         if delta_h is not None:
             bottleneck = bottleneck.with_h(bottleneck.h + delta_h)
+        count_passes(len(bottleneck.h))
         if not self._splits(bottleneck.h):
             return self.unet.decode(bottleneck)
         return torch.cat(self._in_threads(lambda rows: self.unet.decode(bottleneck[rows]), len(bottleneck.h)))
 
     def _splits(self, x: torch.Tensor) -> bool:
-        """Whether threads share the samples: an accelerator needs none, compiled code and derivatives have their own."""
+        """Whether threads share the samples: an accelerator needs none, compiled code and derivatives have others."""
         return self.device.type == "cpu" and not self.compiled and not x.requires_grad
 
     def _in_threads(self, function: Callable[[slice], T], n: int) -> list[T]:

@@ -7,11 +7,13 @@ so that results are the same to the bit whatever the number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import joblib
@@ -19,6 +21,9 @@ import torch
 
 THREADS = "WORKBENCH_THREADS"
 """Environment variable with the number of threads that compute."""
+
+PROGRESS = "WORKBENCH_PROGRESS"
+"""Environment variable with a folder in which processes of a report count their passes."""
 
 PIECES = 4
 """A batch is split into a multiple of this number of pieces, so that they fill two cores, or four, evenly."""
@@ -34,6 +39,7 @@ LARGE_PIXELS = 2**14
 
 T = TypeVar("T")
 
+_passes = 0
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 _worker = threading.local()
@@ -105,6 +111,15 @@ def in_threads(function: Callable[[slice], T], pieces: list[slice], *, each: int
         torch.set_num_threads(own)
 
 
+def count_passes(n: int) -> None:
+    """Add n to the passes of this process, a pass being the network's of one sample, for whoever follows a report."""
+    global _passes
+    _passes += n
+    if folder := os.environ.get(PROGRESS):
+        with contextlib.suppress(OSError):  # a count is not worth a failure
+            Path(folder, str(os.getpid())).write_text(str(_passes))
+
+
 def _threads(n: int) -> ThreadPoolExecutor:
     """The threads of this process; they start with the first pass."""
     global _pool
@@ -125,8 +140,8 @@ def _start() -> None:
 
 def _forget() -> None:
     """A forked process has none of its parent's threads."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _passes, _pool, _lock
+    _passes, _pool, _lock = 0, None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

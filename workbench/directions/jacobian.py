@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from workbench.datasets.avataaars import region_mask
 from workbench.diffusion.models import Model, differs
-from workbench.diffusion.parallel import PIECES, in_threads
+from workbench.diffusion.parallel import PIECES, count_passes, in_threads
 from workbench.diffusion.sampling import Trajectory, batches, denoise, replay
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
@@ -451,6 +451,7 @@ class _Linearised:
 
     def _product(self, product: Callable[[_Columns, torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         products = []
+        count_passes(2 * len(rows))  # a product with a Jacobian takes about as long as two passes
         for block in rows.split(self.width):
             taken = [columns for columns in self._columns if columns.start < len(block)]
             products += in_threads(lambda c, b=block: product(self._parts[self._columns.index(c)], b[c]), taken)

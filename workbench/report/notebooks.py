@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import difflib
 import html
 import io
 import json
+import logging
 import math
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -36,14 +40,16 @@ from latex2mathml.converter import convert as mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 from plotly.io import to_html as plotly_html
 from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
-from tqdm.auto import tqdm
 
 from workbench import paths
+from workbench.report.running import Job
 
 __all__ = [
     "NotebookFailed",
@@ -55,7 +61,7 @@ __all__ = [
     "list_notebooks",
     "notebook_parameters",
     "parse_parameters",
-    "report",
+    "run_job",
     "run_notebook",
     "write_index",
     "write_page",
@@ -315,6 +321,35 @@ def run_notebook(
     NotebookFailed
         If a cell fails. The executed notebook and its HTML lie in `failed/` beside `out`; the last good report stays.
     """
+    job = Job(find_notebook(name).stem)
+    entered = out is None or Path(out).absolute().parent == paths.reports()
+    # In a thread of its own, so that an interrupt meets this one, which knows how to stop a kernel.
+    with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(job):
+        options = {"progress": progress, "timeout": timeout, "keep_code": keep_code}
+        running = thread.submit(run_job, job, name, parameters, out, index=write_index if entered else None, **options)
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            job.stop()
+            raise
+
+
+def run_job(
+    job: Job,
+    name: str | Path,
+    parameters: Mapping[str, object] | None = None,
+    out: str | Path | None = None,
+    *,
+    progress: bool = True,
+    timeout: int = 3600,
+    keep_code: bool = True,
+    key: str = "",
+    index: Callable[[], object] | None = None,
+) -> Report:
+    """`run_notebook` in this thread, as a job that is followed and stopped from another.
+
+    `key` names the content of the report, and `index` writes the page that it is entered in.
+    """
     source = find_notebook(name)
     stem = source.stem
     given = from_here(check_parameters(source, parameters or {}))
@@ -328,9 +363,10 @@ def run_notebook(
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as folder:
         executed = Path(folder) / out.name
         start = time.perf_counter()
-        failure = _execute(source, executed, given, timeout=timeout, progress=progress)
+        failure = _execute(source, executed, given, timeout=timeout, progress=progress, job=job)
         seconds = time.perf_counter() - start
-        record = _provenance(stem, everything, seconds) | ({} if failure is None else {"failure": failure})
+        record = _provenance(stem, everything, seconds) | {"passes": job.passes, "key": key}
+        record |= {} if failure is None else {"failure": failure}
         _stamp(executed, record, out.name)
         target = out if failure is None else failed
         target.parent.mkdir(exist_ok=True)
@@ -343,69 +379,21 @@ def run_notebook(
             failed.parent.mkdir(exist_ok=True)
             failed.with_suffix(".html").unlink(missing_ok=True)
             os.replace(executed, failed)
-            if out.parent == paths.reports():
-                write_index()
+            if index is not None:
+                index()
             raise
         os.replace(executed, target)
         os.replace(page, target.with_suffix(".html"))
     if failure is None:
         failed.unlink(missing_ok=True)
         failed.with_suffix(".html").unlink(missing_ok=True)
-    if out.parent == paths.reports():
-        write_index()
+    if index is not None:
+        index()
     if failure is not None:
         page = failed.with_suffix(".html")
         message = f"{stem} failed in cell {failure['cell']} ({_problem(failure)}); what it did until then is in {page}"
         raise NotebookFailed(message, name=stem, path=page, **failure)
     return Report(stem, out, out.with_suffix(".html"), everything, seconds)
-
-
-def report(
-    profile: str = "standard", *, only: Sequence[str] | str | None = None, progress: bool = True
-) -> list[Report]:
-    """Run the staged notebooks in order and write the index page.
-
-    Parameters
-    ----------
-    profile : str
-        Name of a YAML file in `profiles/`. Its `notebooks` maps a notebook to its parameters (one that it leaves out
-        runs with its defaults), its `common` holds parameters for every notebook that has them, its `timeout` the
-        seconds that one cell may take.
-    only : sequence of str or str, optional
-        Run these notebooks alone; names or their starts.
-    progress : bool
-        Show progress bars.
-
-    Returns
-    -------
-    list of Report
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If the profile is unknown, or names an unknown notebook or parameter. Nothing has run then.
-    NotebookFailed
-        At the end, if a notebook failed. The others have run, and the index page shows both.
-    """
-    plan, timeout = _plan(profile, [only] if isinstance(only, str) else only)
-    reports: list[Report] = []
-    failures: list[NotebookFailed] = []
-    with tqdm(plan.items(), desc="report", unit="notebook", disable=not progress) as bar:
-        for name, parameters in bar:
-            bar.set_postfix_str(name)
-            try:
-                reports.append(run_notebook(name, parameters, progress=progress, timeout=timeout))
-            except NotebookFailed as failure:
-                failures.append(failure)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        first = failures[0]
-        what = "; ".join(f"{each.name} in cell {each.cell} ({each.ename})" for each in failures)
-        message = f"{len(failures)} of {len(plan)} notebooks failed: {what}; see {paths.reports() / 'index.html'}"
-        details = dict(name=first.name, cell=first.cell, ename=first.ename, evalue=first.evalue, path=first.path)
-        raise NotebookFailed(message, **details) from first
-    return reports
 
 
 def export_html(
@@ -466,7 +454,15 @@ def export_html(
     return html_path
 
 
-def write_index(folder: str | Path | None = None, *, title: str = "Reports", intro: str = "") -> Path:
+def write_index(
+    folder: str | Path | None = None,
+    *,
+    title: str = "Reports",
+    intro: str = "",
+    pending: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
+    refresh: int | None = None,
+) -> Path:
     """Write `index.html`, a page with a card for each report in a folder, failed ones in red.
 
     Parameters
@@ -476,22 +472,33 @@ def write_index(folder: str | Path | None = None, *, title: str = "Reports", int
     title : str
     intro : str
         HTML to stand before the cards.
+    pending : mapping of str to str, optional
+        Notebooks that wait or run, and how far they are.
+    notes : mapping of str to str, optional
+        A sentence for the cards of these notebooks.
+    refresh : int, optional
+        Seconds after which the page loads itself again.
 
     Returns
     -------
     Path
     """
     folder = paths.reports() if folder is None else Path(folder)
+    pending, notes = pending or {}, notes or {}
     good = {path.stem: path for path in folder.glob("*.ipynb")}
     bad = {path.stem: path for path in (folder / "failed").glob("*.ipynb")}
-    cards = "".join(_card(good.get(name), bad.get(name)) for name in sorted(good.keys() | bad.keys()))
-    words = f"{len(good)} complete" + (f", {len(bad)} failed" if bad else "")
-    return write_page(
-        folder / "index.html", title=title, words=words, body=f'{intro}\n<div class="cards">\n{cards}\n</div>'
-    )
+    cards = [
+        _card(name, good.get(name), bad.get(name), state=pending.get(name, ""), note=notes.get(name, ""))
+        for name in sorted(good.keys() | bad.keys() | pending.keys())
+    ]
+    complete, failed = len(good.keys() - pending.keys()), len(bad.keys() - pending.keys())
+    words = f"{complete} complete" + (f", {failed} failed" if failed else "")
+    words += f", {len(pending)} to come" if pending else ""
+    body = f'{intro}\n<div class="cards">\n{"".join(cards)}\n</div>'
+    return write_page(folder / "index.html", title=title, words=words, body=body, refresh=refresh)
 
 
-def write_page(path: str | Path, *, title: str, body: str, words: str = "") -> Path:
+def write_page(path: str | Path, *, title: str, body: str, words: str = "", refresh: int | None = None) -> Path:
     """Write a page in the style of the reports, whole or not at all.
 
     Parameters
@@ -502,6 +509,8 @@ def write_page(path: str | Path, *, title: str, body: str, words: str = "") -> P
         HTML below the title.
     words : str
         To stand in the header, before the date.
+    refresh : int, optional
+        Seconds after which the page loads itself again.
 
     Returns
     -------
@@ -509,11 +518,12 @@ def write_page(path: str | Path, *, title: str, body: str, words: str = "") -> P
     """
     path = Path(path)
     header = " · ".join(filter(None, [words, _now()]))
+    again = "" if refresh is None else f'\n<meta http-equiv="refresh" content="{refresh}" />'
     text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8" />
-<meta name="viewport" content="width=device-width, initial-scale=1.0" />
+<meta name="viewport" content="width=device-width, initial-scale=1.0" />{again}
 <title>h-space workbench: {html.escape(title.lower())}</title>
 <style>{_css()}</style>
 </head>
@@ -667,8 +677,34 @@ def _parsed(text: str, parameter: Parameter, notebook: str) -> object:
     return _typed(value, parameter.type, parameter, notebook)
 
 
-def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool) -> dict | None:
-    """Run into `executed`; returns None, or which cell of the source failed and how."""
+class _Engine(NBClientEngine):
+    """papermill's own engine, with a folder and an environment of the kernel's, which leave this process's alone."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, *, job: Job, folder: str, timeout: int, **options):
+        client = PapermillNotebookClient(
+            nb_man,
+            kernel_name=kernel_name,
+            timeout=timeout,
+            startup_timeout=180,
+            log=logging.getLogger(f"papermill.{job.name}"),
+            log_output=options["log_output"],
+            store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": folder}},
+        )
+        job.follow(nb_man, client)
+        return client.execute(env=job.environment())
+
+
+papermill_engines.register("workbench", _Engine)
+
+
+def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool, job: Job) -> dict | None:
+    """Run into `executed`; returns None, or which cell of the source failed and how.
+
+    Raises KeyboardInterrupt if the job is stopped.
+    """
     injected = 1 if parameters else 0
     if "WORKBENCH_HOME" in os.environ:
         # It may be relative to this folder, and the kernel's is another.
@@ -680,17 +716,19 @@ def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, pr
                 _braced(executed),
                 parameters=parameters,
                 kernel_name="python3",
-                cwd=str(source.parent),
+                engine_name="workbench",
                 progress_bar={"desc": source.stem, "leave": False} if progress else False,
-                execution_timeout=timeout,
-                store_widget_state=False,
                 log_output=True,
-                extra_arguments=["--log-level=ERROR"],
+                job=job,
+                folder=str(source.parent),
+                timeout=timeout,
             )
             return None
         except PapermillExecutionError as error:
             return dict(cell=error.cell_index - injected, ename=error.ename, evalue=error.evalue)
         except Exception as error:  # a cell out of time, a kernel that died or never started
+            if job.stopped:
+                raise KeyboardInterrupt from None
             cells = nbformat.read(executed, as_version=4).cells if executed.exists() else []
             started = [i for i, cell in enumerate(cells) if cell.metadata.papermill.get("start_time")]
             if not started and attempt == 1:
@@ -739,7 +777,7 @@ def _footer(record: Mapping) -> dict[str, str]:
         "Notebook": record["name"],
         "Parameters": ", ".join(f"{key} = {value!r}" for key, value in record["parameters"].items()) or "none",
         "Date": record["date"],
-        "Duration": _duration(record["seconds"]),
+        "Duration": duration(record["seconds"]),
         "Git commit": record["commit"],
         "Versions": ", ".join(f"{key} {value}" for key, value in record["versions"].items()),
         "Python": record["python"],
@@ -771,74 +809,52 @@ def _stamp(executed: Path, record: dict, name: str) -> None:
     _write(executed, nbformat.writes(notebook))
 
 
-def _plan(profile: str, only: Sequence[str] | None) -> tuple[dict[str, dict], int]:
-    """Checked parameters of each notebook to run, in order, and the seconds that a cell may take."""
-    known = list_notebooks()
-    if not known:
-        raise ValueError(f"there are no notebooks in {paths.notebooks()}; restore the folder from the repository")
-    path = paths.profiles() / f"{profile}.yaml"
-    if not path.is_file():
-        profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
-        raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    sections = ("common", "notebooks", "timeout")
-    if not isinstance(content, dict) or set(content) - set(sections):
-        raise ValueError(f"profile {profile!r} must be a mapping of {', '.join(sections)}; see {path}")
-    common, own = content.get("common") or {}, content.get("notebooks") or {}
-    for key in own:
-        if key not in known:
-            raise ValueError(f"profile {profile!r} names a notebook {key!r}; there are {', '.join(known)}")
-
-    parameters = {name: notebook_parameters(name) for name in known}
-    for key in common:
-        if not any(key in each for each in parameters.values()):
-            every = sorted({parameter for each in parameters.values() for parameter in each})
-            raise ValueError(
-                f"no notebook has the common parameter {key!r} of profile {profile!r}; there are {', '.join(every)}"
-            )
-    plan = {}
-    for name in known:
-        shared = {key: value for key, value in common.items() if key in parameters[name]}
-        plan[name] = check_parameters(name, shared | (own.get(name) or {}))
-    timeout = content.get("timeout", 3600)
-    if type(timeout) is not int or timeout < 1:
-        raise ValueError(f"timeout of profile {profile!r} is {timeout!r}; it must be a number of seconds")
-    if only is not None:
-        wanted = {find_notebook(name).stem for name in only}
-        plan = {name: values for name, values in plan.items() if name in wanted}
-    return plan, timeout
-
-
-def _card(good: Path | None, bad: Path | None) -> str:
-    notebook = nbformat.read(good or bad, as_version=4)
-    record = notebook.metadata.get("workbench", {})
-    name = (good or bad).stem
-    folder = "" if good else "failed/"
-    picture = _thumbnail(notebook)
-    alt = f"first figure of {html.escape(name)}"
-    image = f'<div class="picture"><img src="{picture}" alt="{alt}" /></div>' if picture else ""
-    parameters = ", ".join(f"{key} = {value!r}" for key, value in record.get("parameters", {}).items())
-    facts = [record.get("date", ""), _duration(record["seconds"]) if "seconds" in record else ""]
-    place, failed = (html.escape(quote(f"{each}{name}")) for each in (folder, "failed/"))
-    links = f'<a href="{place}.html">report</a><a href="{place}.ipynb">notebook</a>'
-    problem = ""
-    if bad:
-        record = nbformat.read(bad, as_version=4).metadata.get("workbench", {})
+def _card(name: str, good: Path | None, bad: Path | None, *, state: str, note: str) -> str:
+    """A report's part of the index page, with how far it is while it waits or runs."""
+    words = [f'<p class="state">{html.escape(state)}</p>'] if state else []
+    title, picture, parameters, facts, links = name, None, "", [], ""
+    if good or bad:
+        card = _content(good or bad, (good or bad).stat().st_mtime_ns)
+        title, picture, record = card["title"], card["picture"], card["record"]
+        parameters = ", ".join(f"{key} = {value!r}" for key, value in record.get("parameters", {}).items())
+        facts = [record.get("date", ""), duration(record["seconds"]) if "seconds" in record else ""]
+    if good:
+        place = html.escape(quote(name))
+        links = f'<a href="{place}.html">report</a><a href="{place}.ipynb">notebook</a>'
+        links += " (the last one)" if state else ""
+    if bad and not state:
+        record = _content(bad, bad.stat().st_mtime_ns)["record"]
         what = html.escape(_problem(record["failure"])) if "failure" in record else "failed"
         last = " The report below is the last good one." if good else ""
-        problem = f'<p class="problem">Failed on {record.get("date", "")}: {what}. '
-        problem += f'<a href="{failed}.html">See the notebook as far as it ran.</a>{last}</p>'
-    return f"""<article class="card{" failed" if bad else ""}">
-{image}
+        page = html.escape(quote(f"failed/{name}"))
+        words.append(
+            f'<p class="problem">Failed on {record.get("date", "")}: {what}. '
+            f'<a href="{page}.html">See the notebook as far as it ran.</a>{last}</p>'
+        )
+    image = f'<div class="picture"><img src="{picture}" alt="first figure of {html.escape(name)}" /></div>'
+    words += [
+        f"<p>{html.escape(' · '.join(filter(None, [name, *facts])))}</p>",
+        f"<p>{html.escape(parameters)}</p>",
+        f'<p class="note">{html.escape(note)}</p>' if note else "",
+        f'<p class="links">{links}</p>',
+    ]
+    kind = "running" if state else "failed" if bad else ""
+    return f"""<article class="card {kind}">
+{image if picture else ""}
 <div class="words">
-<h2>{html.escape(_title(notebook) or name)}</h2>
-{problem}
-<p>{html.escape(" · ".join(filter(None, [name, *facts])))}</p>
-<p>{html.escape(parameters)}</p>
-<p class="links">{links if good or not bad else ""}</p>
+<h2>{html.escape(title)}</h2>
+{"".join(words)}
 </div>
 </article>
 """
+
+
+@lru_cache(maxsize=256)
+def _content(path: Path, changed: int) -> dict:
+    """What a card shows of an executed notebook; `changed` is the time of its last change."""
+    notebook = nbformat.read(path, as_version=4)
+    record = notebook.metadata.get("workbench", {})
+    return {"title": _title(notebook) or path.stem, "picture": _thumbnail(notebook), "record": record}
 
 
 def _thumbnail(notebook: NotebookNode) -> str | None:
@@ -873,7 +889,8 @@ def _code_css() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n.highlight {{ background: none; }}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 

@@ -117,7 +117,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> list
         for combination in product(*axes.values()):
             varied = dict(zip(axes, combination, strict=True))
             parameters = from_here(check_parameters(notebook, shared | varied))
-            run = Run(notebook, parameters, varied, _key(notebook, parameters), folder)
+            run = Run(notebook, parameters, varied, content_key(notebook, parameters), folder)
             runs[run.name] = run
     return list(runs.values())
 
@@ -258,7 +258,8 @@ def _read(source: str | Path | Mapping, name: str | None) -> tuple[dict, str]:
     return content, name
 
 
-def _key(notebook: str, parameters: Mapping) -> str:
+def content_key(notebook: str, parameters: Mapping) -> str:
+    """Name of a run's content: its notebook's code, all parameters, the package's code, and the weights it names."""
     source = nbformat.read(find_notebook(notebook), as_version=4)
     everything = {key: known.default for key, known in notebook_parameters(notebook).items()} | parameters
     content = [[cell.source for cell in source.cells if cell.cell_type == "code"], everything]

@@ -1,0 +1,319 @@
+"""Reports of all notebooks, which run side by side and are entered in a page that can be opened at once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import joblib
+import nbformat
+import psutil
+import yaml
+
+from workbench import paths
+from workbench.report.notebooks import (
+    NotebookFailed,
+    Report,
+    check_parameters,
+    duration,
+    find_notebook,
+    list_notebooks,
+    notebook_parameters,
+    run_job,
+    write_index,
+)
+from workbench.report.running import Job
+from workbench.report.sweep import content_key
+
+UNFINISHED = ".unfinished"
+"""File in `reports/` that stands there while a report runs, with the time at which it began."""
+
+KERNEL_MEMORY = 3 * 2**30
+"""Bytes that a notebook on a CPU may need."""
+
+
+def report(
+    profile: str = "quick",
+    *,
+    only: Sequence[str] | str | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> list[Report]:
+    """Run the staged notebooks and write the index page, which shows how far they are.
+
+    A report that was interrupted is gone on with: notebooks that it finished, of the same parameters, code and models,
+    are kept.
+
+    Parameters
+    ----------
+    profile : str
+        Name of a YAML file in `profiles/`. Its `notebooks` maps a notebook to its parameters (one that it leaves out
+        runs with its defaults), its `common` holds parameters for every notebook that has them, its `timeout` the
+        seconds that one cell may take, its `passes` how many passes of a network each notebook takes, and
+        `in_short_for` names the profile that it cuts short.
+    only : sequence of str or str, optional
+        Run these notebooks alone; names or their starts.
+    jobs : int, optional
+        Notebooks that run side by side; by default as many as cores and memory allow, and one on an accelerator.
+    progress : bool
+        Say how far it is: in one line on a terminal, else in a line a notebook.
+
+    Returns
+    -------
+    list of Report
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If the profile is unknown, or names an unknown notebook or parameter. Nothing has run then.
+    NotebookFailed
+        At the end, if a notebook failed. The others have run, and the index page shows both.
+    KeyboardInterrupt
+        If it is interrupted. What is finished stays, and the next call goes on from there.
+    """
+    plan = plan_report(profile, [only] if isinstance(only, str) else only)
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}; give 1 or more")
+    jobs = min(jobs or _default_jobs(), len(plan.parameters))
+    keys = {name: content_key(name, values) for name, values in plan.parameters.items()}
+    kept = _finished(keys)
+    marker = paths.reports() / UNFINISHED
+    if not marker.exists():
+        marker.parent.mkdir(exist_ok=True)
+        marker.write_text(str(time.time()))
+    board = Board(plan, kept, threads=1 if jobs > 1 else None, show=progress)
+    try:
+        results = board.run(jobs, keys)
+    finally:
+        board.close()
+    marker.unlink(missing_ok=True)
+    return _outcome(results)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a report runs.
+
+    Attributes
+    ----------
+    parameters : dict of str to dict
+        Checked parameters of each notebook, in order.
+    timeout : int
+        Seconds that a cell may take.
+    passes : dict of str to int
+        Passes of a network that a notebook is known to take.
+    cuts : dict of str to str
+        What each notebook is cut short in, in words.
+    """
+
+    parameters: dict[str, dict]
+    timeout: int
+    passes: dict[str, int]
+    cuts: dict[str, str]
+
+
+def plan_report(profile: str, only: Sequence[str] | None = None) -> Plan:
+    """Read and check a profile; see `report`."""
+    known = list_notebooks()
+    if not known:
+        raise ValueError(f"there are no notebooks in {paths.notebooks()}; restore the folder from the repository")
+    path = paths.profiles() / f"{profile}.yaml"
+    if not path.is_file():
+        profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
+        raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    sections = ("common", "notebooks", "timeout", "passes", "in_short_for")
+    if not isinstance(content, dict) or set(content) - set(sections):
+        raise ValueError(f"profile {profile!r} must be a mapping of {', '.join(sections)}; see {path}")
+    common, own = content.get("common") or {}, content.get("notebooks") or {}
+    for key in own:
+        if key not in known:
+            raise ValueError(f"profile {profile!r} names a notebook {key!r}; there are {', '.join(known)}")
+
+    parameters = {name: notebook_parameters(name) for name in known}
+    for key in common:
+        if not any(key in each for each in parameters.values()):
+            every = sorted({parameter for each in parameters.values() for parameter in each})
+            raise ValueError(
+                f"no notebook has the common parameter {key!r} of profile {profile!r}; there are {', '.join(every)}"
+            )
+    plan = {}
+    for name in known:
+        shared = {key: value for key, value in common.items() if key in parameters[name]}
+        plan[name] = check_parameters(name, shared | (own.get(name) or {}))
+    timeout = content.get("timeout", 3600)
+    if type(timeout) is not int or timeout < 1:
+        raise ValueError(f"timeout of profile {profile!r} is {timeout!r}; it must be a number of seconds")
+    if only is not None:
+        wanted = {find_notebook(name).stem for name in only}
+        plan = {name: values for name, values in plan.items() if name in wanted}
+    longer = content.get("in_short_for")
+    cuts = {} if longer is None else _cuts(plan, longer)
+    return Plan(plan, timeout, content.get("passes") or {}, cuts)
+
+
+def _cuts(plan: Mapping[str, dict], longer: str) -> dict[str, str]:
+    """What a longer profile gives each notebook more of, in words."""
+    cuts = {}
+    for name, others in plan_report(longer, list(plan)).parameters.items():
+        defaults = {key: parameter.default for key, parameter in notebook_parameters(name).items()}
+        own, other = defaults | plan[name], defaults | others
+        differ = [f"{key} = {own[key]!r} for {other[key]!r}" for key in own if own[key] != other[key]]
+        if differ:
+            cuts[name] = f"Cut short for speed: {', '.join(differ)} of the profile {longer}."
+    return cuts
+
+
+def _default_jobs() -> int:
+    import torch  # a second or two
+
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return 1
+    return max(1, min(joblib.cpu_count(), psutil.virtual_memory().available // KERNEL_MEMORY))
+
+
+def _finished(keys: Mapping[str, str]) -> dict[str, Report]:
+    """Reports of the same content that an interrupted run has made."""
+    marker = paths.reports() / UNFINISHED
+    if not marker.exists():
+        return {}
+    kept = {}
+    for name, key in keys.items():
+        path = paths.reports() / f"{name}.ipynb"
+        if path.exists() and path.stat().st_mtime >= marker.stat().st_mtime:
+            record = nbformat.read(path, as_version=4).metadata.get("workbench", {})
+            if record.get("key") == key:
+                kept[name] = Report(name, path, path.with_suffix(".html"), record["parameters"], record["seconds"])
+    return kept
+
+
+def _outcome(results: Sequence[Report | NotebookFailed]) -> list[Report]:
+    failures = [each for each in results if isinstance(each, NotebookFailed)]
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        first = failures[0]
+        what = "; ".join(f"{each.name} in cell {each.cell} ({each.ename})" for each in failures)
+        message = f"{len(failures)} of {len(results)} notebooks failed: {what}; see {paths.reports() / 'index.html'}"
+        details = dict(name=first.name, cell=first.cell, ename=first.ename, evalue=first.evalue, path=first.path)
+        raise NotebookFailed(message, **details) from first
+    return list(results)
+
+
+class Board:
+    """The notebooks of a report while they run: a line on the terminal, and the index page."""
+
+    def __init__(self, plan, kept: Mapping[str, Report], *, threads: int | None, show: bool) -> None:
+        self.plan, self.kept, self.show = plan, kept, show
+        self.jobs = {name: Job(name, threads=threads) for name in plan.parameters}
+        for name in kept:
+            self.jobs[name].state = "kept"
+        self.began = time.monotonic()
+        self._terminal = show and sys.stderr.isatty()
+        self._index_at = 0.0
+
+    def run(self, jobs: int, keys: Mapping[str, str]) -> list[Report | NotebookFailed]:
+        """Run what is not kept, `jobs` at a time; the results in the order of the plan."""
+        if self.kept and self.show:
+            self._say(f"goes on with an interrupted report; kept: {', '.join(self.kept)}")
+        todo = [job for job in self.jobs.values() if job.state == "waiting"]
+        # The longest first, so that none is left alone at the end.
+        todo.sort(key=lambda job: -self.plan.passes.get(job.name, 0))
+        with ThreadPoolExecutor(jobs, "notebook") as threads:
+            running = {threads.submit(self._run, job, keys[job.name]): job for job in todo}
+            try:
+                self._follow(running)
+            except KeyboardInterrupt:
+                for future in running:
+                    future.cancel()
+                for job in todo:
+                    job.stop()
+                raise
+        results = self.kept | {job.name: future.exception() or future.result() for future, job in running.items()}
+        return [results[name] for name in self.plan.parameters]
+
+    def _run(self, job: Job, key: str) -> Report:
+        job.state = "running"
+        try:
+            values = self.plan.parameters[job.name]
+            result = run_job(job, job.name, values, progress=False, timeout=self.plan.timeout, key=key, index=None)
+        except BaseException:
+            job.state = "failed"
+            raise
+        job.state = "done"
+        return result
+
+    def _follow(self, running: dict[Future, Job]) -> None:
+        left = set(running)
+        while left:
+            self._write_index(at_most_every=2.0)
+            self._draw(self.line())
+            ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in ended:
+                error, job = future.exception(), running[future]
+                if error is not None and not isinstance(error, NotebookFailed):
+                    raise error
+                word = str(error) if error else f"{job.name}: {duration(future.result().seconds)}"
+                self._say(f"{word} ({self._counted()})")
+                self._write_index()
+
+    def line(self) -> str:
+        """What runs, and how long it will take, in one line."""
+        now = [f"{job.name} {job.cell}/{job.cells}" for job in self.jobs.values() if job.state == "running"]
+        return f"{self._counted()}: {', '.join(now)}"
+
+    def _counted(self) -> str:
+        ended = sum(job.state in ("done", "failed", "kept") for job in self.jobs.values())
+        left = self.seconds_left()
+        return f"{ended} of {len(self.jobs)} done" + ("" if left is None else f", about {_roughly(left)} left")
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the passes that are left and those that were made so far; None while little is known."""
+        waiting = [job for job in self.jobs.values() if job.state in ("waiting", "running")]
+        if not waiting or any(job.name not in self.plan.passes for job in waiting):
+            return None
+        made = sum(job.passes for job in self.jobs.values() if job.state != "kept")
+        left = sum(max(self.plan.passes[job.name] - job.passes, 0) for job in waiting)
+        if made < 0.05 * (made + left):
+            return None
+        return left * (time.monotonic() - self.began) / made
+
+    def _write_index(self, *, at_most_every: float = 0.0) -> None:
+        now = time.monotonic()
+        if now - self._index_at < at_most_every:
+            return
+        self._index_at = now
+        pending = {job.name: _state(job) for job in self.jobs.values() if job.state in ("waiting", "running")}
+        intro = f"<p>{self._counted()}. This page renews itself until all are.</p>" if pending else ""
+        write_index(intro=intro, pending=pending, notes=self.plan.cuts, refresh=3 if pending else None)
+
+    def _say(self, words: str) -> None:
+        if self.show:
+            print(f"\r\033[K{words}" if self._terminal else words, file=sys.stderr, flush=True)
+
+    def _draw(self, line: str) -> None:
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{line[:width]}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Clear the line, and write the page as it stays."""
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        for job in self.jobs.values():
+            job.close()
+        write_index(notes=self.plan.cuts)
+
+
+def _roughly(seconds: float) -> str:
+    return f"{max(5 * round(seconds / 5), 5)} s" if seconds < 90 else f"{round(seconds / 60)} min"
+
+
+def _state(job: Job) -> str:
+    if job.state == "waiting":
+        return "waiting"
+    return f"running: cell {job.cell} of {job.cells}" if job.cell else "starting"
