@@ -6,24 +6,30 @@ endif
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PROFILE ?= standard
+PROFILE ?= quick
 
 .DEFAULT_GOAL := help
-.PHONY: help install report test lab bench clean
+.PHONY: help install report test test-all lab bench clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(lastword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*## ' $(lastword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
-install: $(VENV)/installed  ## create .venv and install the workbench with pinned versions
+install: $(VENV)/installed-lab  ## create .venv and install the workbench with pinned versions
 
-report: $(VENV)/installed  ## run the notebooks on the bundled model, write reports/index.html (PROFILE=quick, full: shorter, longer)
+report: $(VENV)/installed  ## run the notebooks, write reports/index.html (PROFILE=standard, full: more, for printing)
 	@$(BIN)/workbench report --profile $(PROFILE)
 
-test: $(VENV)/installed-test  ## run the whole suite: unit, notebooks, report, browser
-	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --ignore tests/benchmarks \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 --numprocesses auto --dist loadfile
+# Each test process computes with one thread; `slow` ones are left to test-all.
+PYTEST = cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-lab: $(VENV)/installed  ## open JupyterLab on the notebooks
+test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, browser
+	$(PYTEST) -m "not slow" tests notebooks/00_quickstart.ipynb notebooks/90_your_images.ipynb \
+		--ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+test-all: $(VENV)/installed-test  ## the slow ones too: trainings, sweeps, kills, every notebook as it stands
+	$(PYTEST) tests notebooks --ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+lab: $(VENV)/installed-lab  ## open JupyterLab on the notebooks
 	cd $(ROOT) && $(BIN)/jupyter lab notebooks
 
 bench: $(VENV)/installed-test  ## run the benchmarks, write reports/benchmarks.html (10 minutes on a quiet machine)
@@ -34,14 +40,18 @@ clean:  ## remove .venv, reports and data/cache (extractions, cells of the bench
 	rm -rf "$(VENV)" "$(ROOT)/data/cache" "$(ROOT)"/*.egg-info
 	find "$(ROOT)/reports" -mindepth 1 -not -name README.md -delete
 
+INSTALL = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "The workbench needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }; \
+	$(PYTHON) $(ROOT)/.ci/install.py "$(VENV)"
+
 $(VENV)/installed: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "The workbench needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	@echo "Installing the workbench into $(VENV) (a few minutes, once)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt -e $(ROOT)
+	$(INSTALL)
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt -e "$(ROOT)[test,data,hf]"
-	@touch $@
+$(VENV)/installed-lab: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
+	$(INSTALL) lab
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-test: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
+	$(INSTALL) lab test data hf
+	@touch $@ $(VENV)/installed $(VENV)/installed-lab

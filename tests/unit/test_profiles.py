@@ -10,7 +10,7 @@ import yaml
 
 from workbench import cli, paths
 from workbench.diffusion import layouts
-from workbench.report import notebooks
+from workbench.report import notebooks, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
 GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
@@ -23,7 +23,7 @@ def content(name: str) -> tuple[str, dict]:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_names_parameters_that_the_notebooks_have(name):
-    plan, _ = notebooks._plan(name, None)
+    plan = reports.plan_report(name).parameters
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()
@@ -45,12 +45,18 @@ def test_a_gpu_profile_says_what_it_is_estimated_to_need_and_what_to_run(name):
     assert {number for number in command[1].split()} <= {n[:2] for n in notebooks.list_notebooks()}
 
 
-def test_reports_use_the_sharper_model_unless_asked_to_be_quick():
+def test_a_report_is_a_first_look_unless_asked_for_more():
     by_default = cli._parser().parse_args(["report"]).profile
-    assert by_default == inspect.signature(notebooks.report).parameters["profile"].default
+    assert by_default == inspect.signature(reports.report).parameters["profile"].default == "quick"
     assert f"\nPROFILE ?= {by_default}\n" in (paths.home() / "Makefile").read_text(encoding="utf-8")
-    assert content(by_default)[1]["common"]["model_name"] == "avataaars64"
     assert content("quick")[1]["common"]["model_name"] == "avataaars32"
+    assert content("standard")[1]["common"]["model_name"] == "avataaars64"
+
+
+def test_the_time_of_a_first_look_can_be_estimated_and_its_cards_say_what_was_cut():
+    plan = reports.plan_report("quick")
+    assert plan.passes.keys() == plan.parameters.keys() and min(plan.passes.values()) > 0
+    assert plan.cuts.keys() == plan.parameters.keys()
 
 
 def test_there_is_a_profile_for_the_papers_model():

@@ -35,6 +35,7 @@ from workbench.datasets import avataaars
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.checkpoints import hash_weights, load_strictly, read_json, read_state_dict
 from workbench.diffusion.models import best_device
+from workbench.diffusion.parallel import in_threads, split
 
 BUNDLED = {"avataaars": "labeller", "avataaars-judge": "judge"}
 """Bundled classifiers and their folders below data/models/avataaars-attributes."""
@@ -175,9 +176,15 @@ class Classifier:
         with tqdm(total=n, desc=self.name, unit="image", delay=2, leave=False, disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 batch = _read(images, slice(start, start + batch_size))
-                outputs.append(function(batch).cpu().double())
+                outputs.append(self._in_threads(function, batch).cpu().double())
                 bar.update(len(batch))
         return torch.cat(outputs)
+
+    def _in_threads(self, function, batch: torch.Tensor) -> torch.Tensor:
+        """`function` of a batch, whose images are split over the cores of a CPU."""
+        if self.device.type != "cpu":
+            return function(batch)
+        return torch.cat(in_threads(lambda rows: function(batch[rows]), split(len(batch), batch.shape[1:])))
 
     def _table(self, values: torch.Tensor, images) -> pd.DataFrame:
         index = images.labels.index if isinstance(images, LabelledImages) else None

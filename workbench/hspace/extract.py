@@ -38,6 +38,9 @@ from workbench.hspace.store import (
 CHUNK_BYTES = 2**28
 """Upper bound of the h of one chunk of samples in memory (float32)."""
 
+PATIENCE = 60.0
+"""Seconds to wait for another process's extraction before saying so."""
+
 
 def extract(
     model: Model,
@@ -101,7 +104,8 @@ def extract(
     ValueError
         If the inputs don't fit the model or each other, or `out` holds a store of other inputs.
     RuntimeError
-        If another process is extracting to `out`. For a store in the cache, the call waits for it, with a warning.
+        If another process is extracting to `out`. For a store in the cache, the call waits for it, with a warning after a
+        minute.
     OSError
         If the disk is full. The store stays resumable.
     """
@@ -180,8 +184,7 @@ def _alone(path: Path | str, *, wait: bool):
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
-        # Another process may just be opening a store that is there already, which takes no more than this.
-        lock.acquire(timeout=2 if wait else 0)
+        lock.acquire(timeout=PATIENCE if wait else 0)
     except Timeout as error:
         if not wait:
             raise RuntimeError(

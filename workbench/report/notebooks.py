@@ -698,6 +698,8 @@ class _Engine(NBClientEngine):
 
 
 papermill_engines.register("workbench", _Engine)
+# What notebooks print is in the notebooks; without a handler, Python would write their warnings to the terminal too.
+logging.getLogger("papermill").addHandler(logging.NullHandler())
 
 
 def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool, job: Job) -> dict | None:

@@ -50,11 +50,14 @@ def serve_studio(
     Raises
     ------
     FileNotFoundError, ValueError
-        As of `open_studio`.
+        As of `open_studio`; or if voila is not installed.
     OSError
         If the port is taken.
     """
-    from voila.app import Voila  # slow to import, and needed by this command alone
+    try:
+        from voila.app import Voila  # slow to import, and needed by this command alone
+    except ModuleNotFoundError as error:
+        raise ValueError("the studio's own page needs voila: pip install -c constraints.txt -e '.[lab]'") from error
 
     model = load_model(options["model"], device=options.get("device"))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))

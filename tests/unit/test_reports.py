@@ -1,0 +1,178 @@
+"""Reports of several notebooks: checked first, side by side, followed while they run, gone on with after an interrupt."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_notebooks import home, output_of, write_notebook  # noqa: F401 - home is a fixture
+
+from workbench.report import reports
+from workbench.report.notebooks import NotebookFailed
+from workbench.report.running import Job
+
+READY = "import pathlib, time\npathlib.Path('../data', {name!r}).touch()\n"
+WAITS = READY + "while not pathlib.Path('../data', {other!r}).exists():\n    time.sleep(0.05)"
+
+
+class TestProfile:
+    @pytest.fixture
+    def two(self, home):
+        write_notebook(home / "notebooks" / "10_first.ipynb", "print('n', n)", parameters="model_name = 'a'\nn = 1")
+        write_notebook(home / "notebooks" / "20_second.ipynb", "print('k', k)", "1 / k", parameters="k = 1\nseed = 0")
+        return home
+
+    @staticmethod
+    def write_profile(home: Path, text: str) -> None:
+        (home / "profiles" / "quick.yaml").write_text(text, encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("notebooks: {10_frist: {n: 2}}", "names a notebook '10_frist'; there are 10_first, 20_second"),
+            ("notebooks: {10_first: {m: 2}}", "10_first has no parameter 'm'"),
+            ("notebooks: {10_first: {n: many}}", "must be int"),
+            ("common: {modl_name: b}", "no notebook has the common parameter 'modl_name'"),
+            ("common: {model_name: 3}", "must be str"),
+            ("notebook: {}", "must be a mapping of common, notebooks, timeout"),
+            ("timeout: long", "number of seconds"),
+        ],
+    )
+    def test_is_checked_before_anything_runs(self, two, text, message):
+        self.write_profile(two, text)
+        with pytest.raises(ValueError, match=message):
+            reports.report("quick", progress=False)
+        assert list((two / "reports").iterdir()) == []
+
+    def test_unknown_profile_lists_the_known(self, two):
+        self.write_profile(two, "")
+        with pytest.raises(FileNotFoundError, match="no profile 'full'; the profiles are quick"):
+            reports.report("full", progress=False)
+
+    def test_a_report_goes_on_after_a_failure_and_then_raises(self, two):
+        self.write_profile(two, "common: {seed: 5}\nnotebooks:\n  10_first: {n: 7}\n  20_second: {k: 0}\n")
+        write_notebook(two / "notebooks" / "30_third.ipynb", "print('third')", title="Third & last")
+        with pytest.raises(NotebookFailed, match="20_second failed in cell 3 .ZeroDivisionError"):
+            reports.report("quick", progress=False)
+        assert "n 7" in output_of(two / "reports" / "10_first.ipynb")
+        assert "third" in output_of(two / "reports" / "30_third.ipynb")
+        index = (two / "reports" / "index.html").read_text(encoding="utf-8")
+        assert "2 complete, 1 failed" in index and "seed = 5" in index and "Third &amp; last" in index
+
+        self.write_profile(two, "")
+        (only,) = reports.report("quick", only="20", progress=False)
+        assert only.name == "20_second"
+        index = (two / "reports" / "index.html").read_text(encoding="utf-8")
+        assert "3 complete" in index and "failed" not in index.partition("<body>")[2]
+        assert "Third &amp; last" in index, "earlier reports stay listed"
+
+    def test_says_what_it_cuts_short(self, two):
+        self.write_profile(two, "in_short_for: long\ncommon: {n: 2}\nnotebooks: {20_second: {k: 3}}")
+        (two / "profiles" / "long.yaml").write_text("common: {n: 20, seed: 4}")
+        cuts = reports.plan_report("quick").cuts
+        assert cuts["10_first"] == "Cut short for speed: n = 2 for 20 of the profile long."
+        assert "k = 3 for 1" in cuts["20_second"] and "seed = 0 for 4" in cuts["20_second"]
+
+    def test_jobs_must_be_some(self, two):
+        self.write_profile(two, "")
+        with pytest.raises(ValueError, match="jobs is 0"):
+            reports.report("quick", jobs=0, progress=False)
+
+
+def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home):  # noqa: F811
+    """Each of the two ends only when the other has begun."""
+    say = "\nimport os\nprint(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'], os.getcwd())"
+    for name, other in (("10_a", "20_b"), ("20_b", "10_a")):
+        write_notebook(home / "notebooks" / f"{name}.ipynb", WAITS.format(name=name, other=other) + say)
+    (home / "profiles" / "quick.yaml").write_text("timeout: 60")
+    here = os.getcwd()
+    first, second = reports.report("quick", jobs=2, progress=False)
+    assert f"PASSIVE 1 {home / 'notebooks'}" in output_of(first.notebook)
+    assert second.name == "20_b" and os.getcwd() == here
+
+
+def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_with(home):  # noqa: F811
+    write_notebook(home / "notebooks" / "10_done.ipynb", "print(1)")
+    write_notebook(home / "notebooks" / "20_hangs.ipynb", WAITS.format(name="begun", other="go on"))
+    (home / "profiles" / "quick.yaml").write_text("timeout: 100")
+    code = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from workbench.cli import main\nsys.exit(main(['report', '--jobs', '1']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (home / "data" / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2.5)  # the page is renewed every two seconds
+    page = (home / "reports" / "index.html").read_text(encoding="utf-8")
+    assert 'http-equiv="refresh"' in page and "running: cell 3 of 3" in page and "1 complete, 1 to come" in page
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "workbench: interrupted" and "Traceback" not in said and "\r" not in said
+    page = (home / "reports" / "index.html").read_text(encoding="utf-8")
+    assert "refresh" not in page and "20_hangs" not in page
+    assert not list((home / "reports").glob(".20*")), "nothing half-written stays"
+
+    done = (home / "reports" / "10_done.ipynb").stat().st_mtime_ns
+    (home / "data" / "go on").touch()
+    assert [each.name for each in reports.report("quick", progress=False)] == ["10_done", "20_hangs"]
+    assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns == done, "it was kept"
+    reports.report("quick", only="10", progress=False)
+    assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns > done, "a whole report is made again"
+
+
+def test_what_another_code_or_other_parameters_made_is_not_kept(home, monkeypatch):  # noqa: F811
+    write_notebook(home / "notebooks" / "10_a.ipynb", "print(1)")
+    keys = {"10_a": reports.content_key("10_a", {})}
+    (home / "reports" / reports.UNFINISHED).touch()
+    job = Job("10_a")
+    reports.run_job(job, "10_a", progress=False, key=keys["10_a"])
+    job.close()
+    assert list(reports._finished(keys)) == ["10_a"]
+    assert not reports._finished({"10_a": reports.content_key("10_a", {"steps": 3})})
+    write_notebook(home / "notebooks" / "10_a.ipynb", "print(2)")
+    assert not reports._finished({"10_a": reports.content_key("10_a", {})})
+
+
+class TestEstimate:
+    """Of a board whose notebooks have made some passes and not others."""
+
+    @pytest.fixture
+    def board(self, home, monkeypatch):  # noqa: F811
+        for name in ("10_a", "20_b", "30_c"):
+            write_notebook(home / "notebooks" / f"{name}.ipynb")
+        plan = reports.Plan({"10_a": {}, "20_b": {}, "30_c": {}}, 60, {"10_a": 1000, "20_b": 3000, "30_c": 500}, {})
+        board = reports.Board(plan, {}, threads=None, show=False)
+        monkeypatch.setattr(reports.time, "monotonic", lambda: board.began + 20.0)
+        for job, state in zip(board.jobs.values(), ("done", "running", "waiting"), strict=True):
+            job.state = state
+        return board
+
+    @staticmethod
+    def count(board, name: str, passes: int) -> None:
+        Path(board.jobs[name]._folder.name, "1").write_text(str(passes))
+
+    def test_is_of_the_passes_that_are_left(self, board):
+        self.count(board, "10_a", 1000)
+        self.count(board, "20_b", 1000)
+        # 2,000 passes took 20 seconds; 2,000 and 500 are left.
+        assert board.seconds_left() == pytest.approx(25.0)
+        assert re.fullmatch(r"1 of 3 done, about 25 s left: 20_b 0/0", board.line())
+
+    def test_waits_until_something_is_known(self, board):
+        self.count(board, "20_b", 30)
+        assert board.seconds_left() is None
+        board.plan.passes.pop("30_c")
+        self.count(board, "20_b", 2000)
+        assert board.seconds_left() is None and board.line() == "1 of 3 done: 20_b 0/0"
+
+    def test_a_count_that_is_just_being_written_is_the_last_one(self, board):
+        self.count(board, "20_b", 700)
+        assert board.jobs["20_b"].passes == 700
+        Path(board.jobs["20_b"]._folder.name, "1").write_text("")
+        assert board.jobs["20_b"].passes == 700
