@@ -1,7 +1,7 @@
 """Make a virtual environment and install the workbench into it, saying what is downloaded and how far it is.
 
-    python .ci/install.py .venv            what reports need
-    python .ci/install.py .venv lab test   and these extras
+python .ci/install.py .venv            what reports need
+python .ci/install.py .venv lab test   and these extras
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(folder: str, *extras: str) -> int:
 
 def follow(lines, *, terminal: bool) -> None:
     """Say in words what pip does: one line that changes on a terminal, else a line for each large download."""
-    begun, files, bytes_, name, kept, drawn = time.monotonic(), 0, 0.0, "", [], 0.0
+    begun, files, bytes_, name, drawn = time.monotonic(), 0, 0.0, "", 0.0
 
     def say(words: str, *, stays: bool) -> None:
         if terminal:
@@ -43,7 +43,6 @@ def follow(lines, *, terminal: bool) -> None:
             print(words, flush=True)
 
     for line in lines:
-        kept = [*kept, line][-40:]
         if found := re.match(r"\s*Downloading (\S+?)(?:-py\S*|-cp\S*|\.tar\.gz)? \(([\d.]+) ([kMG]?B)\)", line):
             size = float(found[2]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[found[3]]
             name, files, bytes_ = found[1].rpartition("/")[2], files + 1, bytes_ + size

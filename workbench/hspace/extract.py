@@ -104,8 +104,8 @@ def extract(
     ValueError
         If the inputs don't fit the model or each other, or `out` holds a store of other inputs.
     RuntimeError
-        If another process is extracting to `out`. For a store in the cache, the call waits for it, with a warning after a
-        minute.
+        If another process is extracting to `out`. For a store in the cache, the call waits for it, and warns
+        after a minute.
     OSError
         If the disk is full. The store stays resumable.
     """

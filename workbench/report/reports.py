@@ -15,6 +15,7 @@ import psutil
 import yaml
 
 from workbench import paths
+from workbench.diffusion.parallel import in_threads
 from workbench.report.notebooks import (
     NotebookFailed,
     Report,
@@ -31,6 +32,11 @@ from workbench.report.sweep import content_key
 
 UNFINISHED = ".unfinished"
 """File in `reports/` that stands there while a report runs, with the time at which it began."""
+
+SUMMARY = ".summary.html"
+"""File in `reports/` with the words that stand above the cards of the index page."""
+
+UNIT_MODEL = "avataaars32"
 
 KERNEL_MEMORY = 3 * 2**30
 """Bytes that a notebook on a CPU may need."""
@@ -84,6 +90,7 @@ def report(
     marker = paths.reports() / UNFINISHED
     if not marker.exists():
         marker.parent.mkdir(exist_ok=True)
+        (marker.parent / SUMMARY).unlink(missing_ok=True)
         marker.write_text(str(time.time()))
     board = Board(plan, kept, threads=1 if jobs > 1 else None, show=progress)
     try:
@@ -91,7 +98,46 @@ def report(
     finally:
         board.close()
     marker.unlink(missing_ok=True)
+    if only is None and not kept:
+        _write_summary(board, profile, jobs)
     return _outcome(results)
+
+
+def _write_summary(board: Board, profile: str, jobs: int) -> None:
+    """How long all of it took, on the index page: in seconds, and in the machine's own unit."""
+    seconds = time.monotonic() - board.began
+    words = f"The profile {profile} took {duration(seconds)}, {jobs} notebooks side by side"
+    if jobs > 1:  # on an accelerator the unit would be another
+        unit = unit_seconds()
+        words += f": {seconds / unit:.1f} times what one thread of this machine takes for 1,000 passes of {UNIT_MODEL}"
+        words += f" ({unit:.1f} s)"
+    (paths.reports() / SUMMARY).write_text(f"<p>{words}.</p>\n", encoding="utf-8")
+    board.write_index()
+    board.say(f"{words}.")
+    if board.plan.longer:
+        board.say(f"Cut short for speed; for pictures worth printing: workbench report --profile {board.plan.longer}")
+
+
+def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
+    """Seconds of 1,000 passes of the smallest bundled model in one thread, from the fastest of a few batches."""
+    import torch
+
+    from workbench.diffusion.models import load_model
+
+    model = load_model(UNIT_MODEL, device="cpu")
+    x_t = torch.zeros(batch, *model.image_shape)
+
+    def fastest(_) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model.unet(x_t, 500)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.inference_mode():
+        (seconds,) = in_threads(fastest, [slice(0, 1)])
+    return 1000 / batch * seconds
 
 
 @dataclass(frozen=True)
@@ -108,12 +154,15 @@ class Plan:
         Passes of a network that a notebook is known to take.
     cuts : dict of str to str
         What each notebook is cut short in, in words.
+    longer : str, optional
+        The profile that it cuts short.
     """
 
     parameters: dict[str, dict]
     timeout: int
     passes: dict[str, int]
     cuts: dict[str, str]
+    longer: str | None = None
 
 
 def plan_report(profile: str, only: Sequence[str] | None = None) -> Plan:
@@ -153,7 +202,7 @@ def plan_report(profile: str, only: Sequence[str] | None = None) -> Plan:
         plan = {name: values for name, values in plan.items() if name in wanted}
     longer = content.get("in_short_for")
     cuts = {} if longer is None else _cuts(plan, longer)
-    return Plan(plan, timeout, content.get("passes") or {}, cuts)
+    return Plan(plan, timeout, content.get("passes") or {}, cuts, longer)
 
 
 def _cuts(plan: Mapping[str, dict], longer: str) -> dict[str, str]:
@@ -219,7 +268,7 @@ class Board:
     def run(self, jobs: int, keys: Mapping[str, str]) -> list[Report | NotebookFailed]:
         """Run what is not kept, `jobs` at a time; the results in the order of the plan."""
         if self.kept and self.show:
-            self._say(f"goes on with an interrupted report; kept: {', '.join(self.kept)}")
+            self.say(f"goes on with an interrupted report; kept: {', '.join(self.kept)}")
         todo = [job for job in self.jobs.values() if job.state == "waiting"]
         # The longest first, so that none is left alone at the end.
         todo.sort(key=lambda job: -self.plan.passes.get(job.name, 0))
@@ -250,7 +299,7 @@ class Board:
     def _follow(self, running: dict[Future, Job]) -> None:
         left = set(running)
         while left:
-            self._write_index(at_most_every=2.0)
+            self.write_index(at_most_every=2.0)
             self._draw(self.line())
             ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in ended:
@@ -258,8 +307,8 @@ class Board:
                 if error is not None and not isinstance(error, NotebookFailed):
                     raise error
                 word = str(error) if error else f"{job.name}: {duration(future.result().seconds)}"
-                self._say(f"{word} ({self._counted()})")
-                self._write_index()
+                self.say(f"{word} ({self._counted()})")
+                self.write_index()
 
     def line(self) -> str:
         """What runs, and how long it will take, in one line."""
@@ -282,16 +331,16 @@ class Board:
             return None
         return left * (time.monotonic() - self.began) / made
 
-    def _write_index(self, *, at_most_every: float = 0.0) -> None:
+    def write_index(self, *, at_most_every: float = 0.0) -> None:
         now = time.monotonic()
         if now - self._index_at < at_most_every:
             return
         self._index_at = now
         pending = {job.name: _state(job) for job in self.jobs.values() if job.state in ("waiting", "running")}
-        intro = f"<p>{self._counted()}. This page renews itself until all are.</p>" if pending else ""
+        intro = f"<p>{self._counted()}. This page renews itself until all are.</p>" if pending else _summary()
         write_index(intro=intro, pending=pending, notes=self.plan.cuts, refresh=3 if pending else None)
 
-    def _say(self, words: str) -> None:
+    def say(self, words: str) -> None:
         if self.show:
             print(f"\r\033[K{words}" if self._terminal else words, file=sys.stderr, flush=True)
 
@@ -306,7 +355,12 @@ class Board:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         for job in self.jobs.values():
             job.close()
-        write_index(notes=self.plan.cuts)
+        write_index(intro=_summary(), notes=self.plan.cuts)
+
+
+def _summary() -> str:
+    path = paths.reports() / SUMMARY
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _roughly(seconds: float) -> str:
