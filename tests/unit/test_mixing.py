@@ -385,7 +385,7 @@ def test_decoding_with_the_samples_own_noise_gives_the_samples(tiny):
 
 def test_an_edit_without_a_move_has_no_success(tiny):
     """New step noise after x_t alone gives some images another label; that is no edit."""
-    run = wb.sample(tiny, range(24), steps=6, eta=1.0, record_x=True, progress=False)
+    run = wb.sample(tiny, range(96), steps=6, eta=1.0, record_x=True, progress=False)
 
     def bright(images):
         return (torch.as_tensor(images).mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] * 1e3).sigmoid()
