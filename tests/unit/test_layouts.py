@@ -209,7 +209,8 @@ def test_schedules_are_the_presets_or_the_one_that_is_asked_for(guided_file, sma
 def test_a_network_that_counts_4000_timesteps_keeps_the_noise_levels_of_every_fourth():
     betas = DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=4000).betas.double()
     expected = torch.cumprod(1 - betas, 0)[::4]
-    kept = torch.cumprod(1 - torch.tensor(layouts.every_fourth_of_cosine()["trained_betas"], dtype=torch.float64), 0)
+    settings = layouts.noise_schedule("cosine", 4000, rescaled=True)
+    kept = torch.cumprod(1 - torch.tensor(settings["trained_betas"], dtype=torch.float64), 0)
     # At the noisy end alpha_bar is 1e-7 and float32 betas leave a few digits of it.
     torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-7)
     model_betas = layouts.PRESETS["improved_cifar10"].schedule
