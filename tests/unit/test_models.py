@@ -254,6 +254,13 @@ def test_the_list_of_models_names_the_bundled_ones():
     assert found["avataaars32"]["images"] == (3, 32, 32)
 
 
+def test_what_is_listed_as_bundled_loads_by_its_name(tiny, tiny_folder, monkeypatch):
+    tiny_folder.rename(tiny_folder.with_name("my model"))
+    monkeypatch.setattr(paths, "models", lambda: tiny_folder.parent)
+    assert [entry["name"] for entry in wb.list_models() if entry["where"] == "bundled"] == ["my model"]
+    assert wb.load_model("my model", device="cpu").hash == tiny.hash
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a CUDA device, and there is none")
 def test_a_seed_is_the_same_image_on_the_cpu_and_on_cuda(model):

@@ -174,8 +174,8 @@ def read_tensors(path: Path) -> object:
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if refused is not None:
             raise ValueError(
-                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; where you "
-                "trust it, save its state dict alone with torch.save"
+                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; save the "
+                "network's state dict alone with torch.save, where it was trained"
             ) from error
         # torch's own text advises to run what the file holds.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]

@@ -339,7 +339,10 @@ def infer(
                 "; where the training gave a number of heads, head_channels is the width by that number, and with "
                 f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
             )
-        raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}")
+        raise ValueError(
+            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}. On the command "
+            "line `workbench convert` takes them"
+        )
     return Architecture(
         layout,
         image_size,

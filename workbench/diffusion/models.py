@@ -630,7 +630,7 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
     bundled = paths.models() / str(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) and has_unet(bundled):
+    if isinstance(source, str) and Path(source).name == source and has_unet(bundled):
         return bundled, source
     path = Path(source).expanduser()
     if path.is_dir():
@@ -679,7 +679,9 @@ def has_unet(folder: Path) -> bool:
 
 def _image_shape_of(folder: Path) -> tuple[int, int, int]:
     config = _unet_config(folder)
-    return (config.get("in_channels", 3), config.get("sample_size"), config.get("sample_size"))
+    size = config.get("sample_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    return (config.get("in_channels", 3), height, width)
 
 
 def _cached_repositories() -> list[tuple[str, Path]]:
