@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, help="new folder")
     convert.add_argument("--preset", help="which published checkpoint it is (default: by its name)")
     convert.add_argument("--image-size", type=int, help="without a preset: side of the images in pixels")
+    convert.add_argument("--timesteps", type=int, help="that it was trained on (default: the preset's, or 1000)")
+    convert.add_argument(
+        "--rescale-timesteps", action="store_true", help="it was told t * 1000 / T, as improved-diffusion's are"
+    )
     convert.add_argument("--head-channels", type=int, help="without a preset: channels of an attention head")
     convert.add_argument("--attention-order", choices=("legacy", "new"), help="default legacy")
     convert.add_argument(
@@ -552,7 +556,7 @@ def _models(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
-    options = ("preset", "image_size", "head_channels", "attention_order", "schedule")
+    options = ("preset", "image_size", "head_channels", "attention_order", "schedule", "timesteps", "rescale_timesteps")
     folder = wb.convert_checkpoint(
         arguments.file, arguments.out, **{option: getattr(arguments, option) for option in options}
     )

@@ -96,6 +96,11 @@ def test_convert_then_load(tmp_path, capsys):
         status, out, err = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "other", *wrong)
         assert status == 2 and out == "" and err.count("\n") == 1
     assert not (tmp_path / "other").exists()
+    assert run(capsys, "convert", tmp_path / "dogs", tmp_path / "other")[2].count("dogs is a folder") == 1
+    sizes = (*sizes[:4], "--timesteps", 4000)
+    for rescaled, trained in (((), "T=4000"), (("--rescale-timesteps",), "T=1000")):
+        status, out, err = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / trained, *sizes, *rescaled)
+        assert status == 0 and trained in out and "assumed" not in err
 
 
 def test_convert_boundary_then_load(tiny_folder, tmp_path, capsys):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,11 +213,56 @@ def test_schedules_are_the_presets_or_the_one_that_is_asked_for(guided_file, sma
 def test_a_network_that_counts_4000_timesteps_keeps_the_noise_levels_of_every_fourth():
     betas = DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=4000).betas.double()
     expected = torch.cumprod(1 - betas, 0)[::4]
-    kept = torch.cumprod(1 - torch.tensor(layouts.every_fourth_of_cosine()["trained_betas"], dtype=torch.float64), 0)
+    settings = layouts.noise_schedule("cosine", 4000, rescaled=True)
+    kept = torch.cumprod(1 - torch.tensor(settings["trained_betas"], dtype=torch.float64), 0)
     # At the noisy end alpha_bar is 1e-7 and float32 betas leave a few digits of it.
     torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-7)
     model_betas = layouts.PRESETS["improved_cifar10"].schedule
     assert DDPMScheduler(**model_betas).config.num_train_timesteps == 1000
+
+
+def test_timesteps_that_a_network_was_trained_on_can_be_said_and_are_kept(guided_file, tmp_path):
+    sizes = {"image_size": 16, "head_channels": 16, "device": "cpu"}
+    plain = wb.load_model(guided_file, **sizes, timesteps=4000).schedule
+    told = wb.load_model(guided_file, **sizes, timesteps=4000, rescale_timesteps=True).schedule
+    # guided-diffusion scales the linear betas by 1000 / T.
+    betas = torch.linspace(1e-4 / 4, 0.02 / 4, 4000, dtype=torch.float64)
+    expected = torch.cumprod(1 - betas, 0).numpy()
+    assert (plain.T, told.T) == (4000, 1000)
+    assert plain.alpha_bars == pytest.approx(expected, rel=1e-3)
+    assert told.alpha_bars == pytest.approx(expected[::4], rel=1e-3)
+    del sizes["device"]
+    folder = wb.convert_checkpoint(guided_file, tmp_path / "dogs", **sizes, timesteps=4000)
+    assert wb.load_model(folder, device="cpu").schedule.provenance() == plain.provenance()
+
+
+@pytest.mark.parametrize(
+    "noise, words",
+    [
+        ({"timesteps": 1}, "timesteps is 1"),
+        ({"timesteps": 20}, "timesteps is 20; give 21"),
+        ({"timesteps": 1500, "rescale_timesteps": True}, "timesteps is 1500; give a multiple of 1000"),
+        ({"rescale_timesteps": True}, "rescale_timesteps needs the number of timesteps"),
+    ],
+)
+def test_timesteps_that_no_schedule_has_are_refused(noise, words, guided_file):
+    with pytest.raises(ValueError, match=words):
+        wb.load_model(guided_file, image_size=16, head_channels=16, **noise)
+
+
+def test_a_file_that_does_not_tell_its_timesteps_is_assumed_to_have_1000_and_says_so(guided, guided_file, tmp_path):
+    sizes = {"image_size": 16, "head_channels": 16, "device": "cpu"}
+    for schedule in (None, "cosine"):
+        with pytest.warns(UserWarning, match="does not tell how many timesteps.*1000 are assumed.*timesteps="):
+            assert wb.load_model(guided_file, **sizes, schedule=schedule).schedule.T == 1000
+    betas = torch.linspace(1e-3, 0.1, 200)
+    inside = {f"model.{name}": tensor for name, tensor in guided.state_dict().items()}
+    own = save({"state_dict": {**inside, "betas": betas}}, tmp_path / "own.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wb.load_model(guided_file, **sizes, timesteps=1000)
+        schedule = wb.load_model(own, **sizes).schedule
+    assert schedule.alpha_bars == pytest.approx(torch.cumprod(1 - betas.double(), 0).numpy(), rel=1e-4)
 
 
 # How files are wrapped
@@ -277,6 +326,8 @@ def test_a_training_without_an_average_loads_and_says_so(ddpm, tmp_path):
 def test_a_safetensors_file_of_the_originals_layout_loads(ddpm, tmp_path):
     save_file(ddpm.state_dict(), tmp_path / "faces.safetensors")
     check_same(wb.load_model(tmp_path / "faces.safetensors", image_size=8, device="cpu"), ddpm, 8)
+    renamed = save(ddpm.state_dict(), tmp_path / "renamed.safetensors")
+    check_same(wb.load_model(renamed, image_size=8, device="cpu"), ddpm, 8)
 
 
 # Presets
@@ -344,7 +395,14 @@ def test_sizes_that_can_not_be_are_refused(wrong, message, guided_file):
 
 
 def test_settings_of_a_file_are_refused_for_a_folder(tiny_folder):
-    for options in ({"image_size": 8}, {"attention_order": "new"}, {"preset": "ffhq"}, {"schedule": "cosine"}):
+    for options in (
+        {"image_size": 8},
+        {"attention_order": "new"},
+        {"preset": "ffhq"},
+        {"schedule": "cosine"},
+        {"timesteps": 4000},
+        {"rescale_timesteps": True},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is for single files"):
             wb.load_model(tiny_folder, **options)
 
@@ -406,6 +464,42 @@ def test_a_latent_diffusion_file_is_refused_with_what_is_supported(names, tmp_pa
 def test_a_file_of_something_else_says_what_is_supported(content, tmp_path):
     with pytest.raises(ValueError, match="holds no network that the workbench knows .*temb.dense.0"):
         wb.load_model(save(content, tmp_path / "other.pt"))
+
+
+def archive(*names: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as made:
+        for name in names:
+            made.writestr(name, "content")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".safetensors"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"<!DOCTYPE html>\n<html><head>", "it is a web page"),
+        (b"\xef\xbb\xbf\n <HTML lang='en'>" + b"x" * 600, "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 455000000\n", "it is a Git LFS pointer"),
+        (b'{"error": "Repository not found"}', "it is a JSON text .*Repository not found"),
+        (b"Access denied", "it is a text .*Access denied"),
+        (b"", "it is empty"),
+        (bytes(600), "it is nothing but zeros"),
+        (archive("model/weights.bin", "readme.txt"), "it is a zip archive .*model/weights.bin"),
+        (archive("net/code/net.py", "net/data.pkl"), "it is a TorchScript program"),
+        (b"\x1f\x8b\x08" + bytes(range(100)), "it is a gzip archive"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(100)), "it is a PNG image"),
+        (pickle.dumps({"a": 1 + 2j}), "can't be read as weights"),
+        (bytes(range(256)), "can't be read as weights"),
+    ],
+)
+def test_what_came_in_place_of_weights_is_named_and_nothing_unsafe_is_advised(content, words, suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as refused:
+        wb.load_model(path, image_size=8)
+    assert path.name in str(refused.value) and "\n" not in str(refused.value)
+    assert "weights_only" not in str(refused.value)
 
 
 class Settings:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import workbench as wb
 from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights
+from workbench.diffusion.models import load_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BUNDLED = {
@@ -110,6 +112,59 @@ def test_old_attention_names_in_a_bin_file_are_brought_up_to_date(tiny, tiny_fol
     assert wb.load_model(tiny_folder, device="cpu").hash == tiny.hash
 
 
+def shard(folder, *, suffix: str, index: bool) -> None:
+    """The weights in two files, with or without the index that diffusers writes beside them."""
+    state = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002{suffix}.safetensors" for i in (1, 2)]
+    where = {name: names[i % 2] for i, name in enumerate(state)}
+    for file in names:
+        save_file({name: tensor for name, tensor in state.items() if where[name] == file}, folder / file)
+    if index:
+        text = json.dumps({"metadata": {}, "weight_map": where})
+        (folder / f"diffusion_pytorch_model.safetensors.index{suffix}.json").write_text(text)
+
+
+@pytest.mark.parametrize("suffix", ["", ".fp16"])
+@pytest.mark.parametrize("index", [True, False])
+def test_weights_in_shards_load_and_a_missing_one_is_named(tiny, tiny_folder, suffix, index):
+    shard(tiny_folder / "unet", suffix=suffix, index=index)
+    assert wb.load_model(tiny_folder, device="cpu").hash == tiny.hash
+    lost = f"diffusion_pytorch_model-00001-of-00002{suffix}.safetensors"
+    (tiny_folder / "unet" / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=lost):
+        wb.load_model(tiny_folder, device="cpu")
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+def test_a_variant_is_loaded_where_there_is_no_other_and_never_before_it(tiny, tiny_folder, variant):
+    plain = tiny_folder / "unet" / WEIGHTS
+    state = {name: tensor.half() for name, tensor in load_file(plain).items()}
+    save_file(state, plain.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    assert wb.load_model(tiny_folder, device="cpu").hash == tiny.hash
+    plain.unlink()
+    low = wb.load_model(tiny_folder, device="cpu")
+    assert low.hash != tiny.hash
+    assert low(images_for(low), 500).dtype == torch.float32
+    torch.testing.assert_close(low(images_for(low), 500), tiny(images_for(low), 500), atol=1e-2, rtol=1e-2)
+
+
+def test_the_moving_average_of_a_training_is_loaded_and_said_and_the_weights_themselves_by_their_path(
+    tiny, tiny_folder, make_unet
+):
+    average = wb.wrap(make_unet(seed=1), DDPMScheduler(), name="average", device="cpu").hash
+    checkpoint = tiny_folder / "checkpoint-500"
+    for folder in (tiny_folder, checkpoint):
+        make_unet().save_pretrained(folder / "unet")
+        make_unet(seed=1).save_pretrained(folder / "unet_ema")
+        with pytest.warns(UserWarning, match="unet_ema, which is loaded"):
+            assert wb.load_model(folder, device="cpu").hash == average
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert wb.load_model(folder / "unet", device="cpu").hash == tiny.hash
+            assert wb.load_model(folder / "unet_ema", device="cpu").hash == average
+
+
 def test_the_hash_is_the_weights_own(tiny, make_unet):
     assert wb.wrap(make_unet(), DDPMScheduler(), name="other name", device="cpu").hash == tiny.hash
     assert wb.wrap(make_unet(seed=1), DDPMScheduler(), name="tiny", device="cpu").hash != tiny.hash
@@ -197,6 +252,13 @@ def test_the_list_of_models_names_the_bundled_ones():
     found = {entry["name"]: entry for entry in wb.list_models()}
     assert found["avataaars32"]["where"] == "bundled"
     assert found["avataaars32"]["images"] == (3, 32, 32)
+
+
+def test_what_is_listed_as_bundled_loads_by_its_name(tiny, tiny_folder, monkeypatch):
+    tiny_folder.rename(tiny_folder.with_name("my model"))
+    monkeypatch.setattr(paths, "models", lambda: tiny_folder.parent)
+    assert [entry["name"] for entry in wb.list_models() if entry["where"] == "bundled"] == ["my model"]
+    assert wb.load_model("my model", device="cpu").hash == tiny.hash
 
 
 @pytest.mark.gpu
@@ -377,6 +439,32 @@ def test_a_model_that_predicts_something_else_is_refused(tiny_folder, predicts):
         wb.load_model(tiny_folder)
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"predict_epsilon": False}, "predicts 'sample'"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"trained_betas": [0.1, 1.0]}, "zero terminal SNR"),
+        ({"beta_schedule": "cosine"}, "'cosine', which diffusers does not; it is one of linear"),
+        ({"num_train_timesteps": -3}, "scheduler_config.json has no noise schedule that can be used"),
+        ({"timestep_spacing": "even"}, "scheduler_config.json .*'even' is not known"),
+    ],
+)
+def test_a_schedule_that_can_not_be_used_is_named_before_weights_are_read(tiny_folder, changes, words):
+    (tiny_folder / "unet" / WEIGHTS).write_bytes(b"not read")
+    edit_json(tiny_folder / "scheduler" / "scheduler_config.json", **changes)
+    with pytest.raises(ValueError, match=words):
+        wb.load_model(tiny_folder)
+
+
+@pytest.mark.parametrize("changes, T", [({"predict_epsilon": True}, 1000), ({"timesteps": 200}, 200)])
+def test_keys_of_old_schedulers_are_understood(tiny_folder, changes, T):
+    path = tiny_folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "num_train_timesteps"} | changes))
+    assert wb.load_model(tiny_folder, device="cpu").schedule.T == T
+
+
 def test_a_scheduler_without_alpha_bar_is_refused(make_unet, tiny_folder):
     """Its config would otherwise be filled up with DDPM's defaults, and the images would be noise."""
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
@@ -390,6 +478,30 @@ def test_a_scheduler_without_alpha_bar_is_refused(make_unet, tiny_folder):
 def test_a_network_without_an_image_size_is_refused(make_unet):
     with pytest.raises(ValueError, match="sample_size"):
         wb.wrap(make_unet(sample_size=None), DDPMScheduler(), name="no size")
+
+
+LEVELS = {"block_out_channels": [8] * 4, "down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"sample_size": 7}, "sample_size is 7.*multiples of 2"),
+        ({"sample_size": 28, **LEVELS}, "sample_size is 28.*multiples of 8"),
+        ({"sample_size": [8, 9]}, r"sample_size is \[8, 9\]"),
+        ({"sample_size": "8"}, "sample_size is '8'"),
+        ({"sample_size": 0}, "sample_size is 0"),
+        ({"in_channels": 6}, "in_channels is 6 and out_channels is 3"),
+        ({"out_channels": 4}, "in_channels is 3 and out_channels is 4"),
+        ({"attention_head_dim": 32}, "attention_head_dim is 32, and attention here is 16 channels wide"),
+        ({"attention_head_dim": 0}, "does not describe a U-Net"),
+    ],
+)
+def test_sizes_that_no_image_passes_through_are_refused_at_load_and_named(tiny_folder, changes, words):
+    edit_json(tiny_folder / "unet" / "config.json", **changes)
+    for load in (wb.load_model, load_shapes):
+        with pytest.raises(ValueError, match=words):
+            load(tiny_folder)
 
 
 def test_an_unknown_precision_is_refused_and_the_known_ones_are_listed(tiny_folder):

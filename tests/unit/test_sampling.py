@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+import warnings
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -91,6 +92,16 @@ def test_the_noise_of_a_timestep_does_not_depend_on_which_others_are_visited(tin
 def test_the_last_step_and_deterministic_steps_add_no_noise(tiny):
     run = sample(tiny, eta=[1.0, 0.0, 1.0, 1.0])
     assert [z.abs().sum().item() > 0 for z in run.noise] == [True, False, True, False]
+
+
+def test_samples_that_diverge_are_said_with_their_range(tiny, monkeypatch):
+    """The untrained network's own, and then none of those that it would have if its range were usual."""
+    with pytest.warns(UserWarning, match=r"the samples diverge: they lie in \[-\d.*; tiny was not trained"):
+        values = wb.sample(tiny, [0, 1], steps=20, progress=False).x0
+    monkeypatch.setattr(sampling, "DIVERGED", float(values.abs().max()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wb.sample(tiny, [0, 1], steps=20, progress=False)
 
 
 def test_no_noise_is_kept(run):

@@ -338,6 +338,37 @@ def test_growing_needs_a_model(images, tmp_path):
         TrainingSettings(grow=True)
 
 
+def save_start(unet, out, **schedule):
+    DDPMPipeline(unet, DDPMScheduler(**schedule)).save_pretrained(out)
+    return {"start": str(out)}
+
+
+def test_nothing_is_written_before_a_training_is_known_to_work(images, tmp_path, make_unet):
+    starts = {
+        "another noise schedule .of 200 timesteps": save_start(
+            make_unet(sample_size=4), tmp_path / "short", num_train_timesteps=200
+        ),
+        "6 outputs for their 3 channels": save_start(make_unet(sample_size=4, out_channels=6), tmp_path / "learned"),
+        "images of 4 x 8 pixels": save_start(make_unet(sample_size=(4, 8)), tmp_path / "oblong"),
+    }
+    for words, start in starts.items():
+        with pytest.raises(ValueError, match=words):
+            train_model(images, TrainingSettings(**start, steps=2, batch_size=2), out=tmp_path / "new", **QUIET)
+    for option in ({"log_every": 0}, {"previews": -1}, {"minutes": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is "):
+            train_model(images, tiny(), out=tmp_path / "new", **{**QUIET, **option})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_training_that_passed_over_a_resolution_it_does_not_have_can_be_resumed(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "old")
+    path = tmp_path / "old" / "training.json"
+    about = json.loads(path.read_text())
+    about["settings"]["attention"] = [2, 7]
+    path.write_text(json.dumps(about))
+    assert training.read_settings(tmp_path / "old").attention == (2,)
+
+
 def test_several_sources_are_one_set_of_images(images, trained, tmp_path):
     train_model([images[:7], images[7:]], tiny(), out=tmp_path / "model", **QUIET)
     assert_same_training(tmp_path / "model", trained)
@@ -410,7 +441,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_checkpoi
 
 def test_images_of_another_size_are_refused(images):
     with pytest.raises(ValueError, match=r"shape \(3, 4, 4\) and the model takes \(3, 8, 8\); open them with load_im"):
-        train_model(images, tiny(size=8), out="nowhere", **QUIET)
+        train_model(images, tiny(size=8, attention=(4,)), out="nowhere", **QUIET)
     with pytest.raises(ValueError, match="there are no images"):
         train_model(images[:0], tiny(), out="nowhere", **QUIET)
 
@@ -426,6 +457,11 @@ def test_images_of_another_size_are_refused(images):
         ({"precision": "float16"}, "'float16' is not known; it is one of float32, bfloat16"),
         ({"widths": (20, 32)}, r"widths are \[20, 32\]; give multiples of 16"),
         ({"size": 30, "widths": (16, 32, 48)}, "30 pixels can't be halved 2 times"),
+        ({"widths": (16, 32), "head_channels": 48}, "head_channels is 48, and attention here is 32 channels wide"),
+        ({"attention": (4,), "widths": (16, 32), "head_channels": 32}, "is 16 channels wide; give 1 to 16"),
+        ({"attention": (7,)}, "attention is at 7 pixels; .*resolutions 4, 2"),
+        ({"size": 28, "widths": (16, 48), "attention": (14, 8)}, "attention is at 8 pixels; .*resolutions 28, 14"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
@@ -453,3 +489,5 @@ def test_the_command_trains_resumes_and_draws_the_curve(tmp_path, capsys, images
     assert "leave out --steps" in capsys.readouterr().err
     assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--from", str(out), "--size", "8"]) == 2
     assert "--from takes the network of the model; leave out --size" in capsys.readouterr().err
+    assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--size", "16", "--widths", "16", "32"]) == 2
+    assert "head_channels is 48" in capsys.readouterr().err and not (tmp_path / "b").exists()

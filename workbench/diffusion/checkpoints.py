@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +21,25 @@ from safetensors.torch import load_file
 
 from workbench.diffusion.layouts import ANCHORS
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model*"]
+
+_WEIGHT_FILES = re.compile(
+    r"diffusion_pytorch_model(\.(?P<before>[a-zA-Z_]\w*))?(-\d+-of-(?P<shards>\d+))?(\.(?P<after>[a-zA-Z_]\w*))?"
+    r"\.(?P<kind>safetensors|bin)(\.index(\.(?P<index>\w+))?\.json)?"
+)
+"""Names that diffusers writes: whole, in shards or as their index, each also of a variant such as fp16."""
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers model folder: where its U-Net's config and weights and its scheduler's config are."""
+    """A diffusers model folder: where its U-Net's config and weights (one file, or shards) and its scheduler are."""
 
     path: Path
     unet_config: Path
-    weights: Path
+    weights: tuple[Path, ...]
     scheduler_config: Path
 
 
@@ -43,7 +50,9 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     ----------
     folder : path
         Either with `unet/` and `scheduler/`, or flat with `config.json` and `scheduler_config.json`, as the
-        google/ddpm-* repositories have.
+        google/ddpm-* repositories have. `unet_ema/`, the moving average of a training, goes before `unet/`; what lies
+        in a training's folder (`unet/`, `checkpoint-500/`) has its scheduler there. Weights are safetensors or `.bin`,
+        whole or in shards; a variant such as fp16 is taken where there are no others.
 
     Raises
     ------
@@ -54,21 +63,55 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     """
     folder = Path(folder)
     _refuse_latent_models(folder)
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    config = unet / "config.json"
-    if not config.is_file():
+    config = find_unet_config(folder)
+    if config is None:
         raise FileNotFoundError(
             f"{folder} has no unet/config.json and no config.json; a diffusers model folder has one of them beside "
-            f"its weights ({WEIGHTS[0]})"
+            f"its weights ({WEIGHTS})"
         )
-    weights = next((unet / name for name in WEIGHTS if (unet / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"{unet} has a config.json but no weights; expected {WEIGHTS[0]} (or .bin)")
-    schedule = scheduler / "scheduler_config.json"
-    if not schedule.is_file():
-        raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise schedule is unknown")
-    return ModelFolder(folder, config, weights, schedule)
+    return ModelFolder(folder, config, _find_weights(config.parent), _find_scheduler(folder))
+
+
+def find_unet_config(folder: Path) -> Path | None:
+    """Config of the U-Net in a model folder, of its moving average where there is one; None if there is neither."""
+    parts = (folder / "unet_ema", folder / "unet", folder)
+    return next((part / "config.json" for part in parts if (part / "config.json").is_file()), None)
+
+
+def _find_weights(folder: Path) -> tuple[Path, ...]:
+    found: dict[tuple, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if name := _WEIGHT_FILES.fullmatch(path.name):
+            variant, sharded = name["before"] or name["after"] or name["index"] or "", name["shards"] is not None
+            rank = 1 if ".index." in path.name else 2 * sharded
+            key = (variant != "", "non_ema" in variant, variant, name["kind"] == "bin", rank, int(name["shards"] or 0))
+            found.setdefault(key, []).append(path)
+    if not found:
+        raise FileNotFoundError(f"{folder} has a config.json but no weights; expected {WEIGHTS} (or .bin, or shards)")
+    (*_, shards), files = min(found.items())
+    if files[0].suffix == ".json":
+        index = files[0]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} does not say in which files the weights are (weight_map); download it again")
+        files = [folder / Path(name).name for name in sorted(set(names.values()))]
+    elif shards:
+        files = [folder / re.sub(r"-\d+-of", f"-{i:05d}-of", files[0].name) for i in range(1, shards + 1)]
+    missing = next((path.name for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise FileNotFoundError(f"{folder} lacks {missing}, one of {len(files)} files that its weights are in")
+    return tuple(files)
+
+
+def _find_scheduler(folder: Path) -> Path:
+    place = folder
+    while True:
+        for config in (place / "scheduler" / "scheduler_config.json", place / "scheduler_config.json"):
+            if config.is_file():
+                return config
+        if re.fullmatch(r"unet|unet_ema|checkpoint-\d+", place.resolve().name) is None:
+            raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise schedule is unknown")
+        place = place.resolve().parent
 
 
 def _refuse_latent_models(folder: Path) -> None:
@@ -114,22 +157,92 @@ def read_tensors(path: Path) -> object:
     Raises
     ------
     ValueError
-        If the file is truncated, of another kind, or holds objects that are no tensors, numbers or texts.
+        If the file is truncated, of another kind, which is named, or holds objects that are no tensors, numbers or
+        texts.
     """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if (kind := _other_kind(head, path)) is not None:
+        raise ValueError(f"{path} can't be read as weights; it is {kind}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(head):
             # Not the file's own pages, which change with it.
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its name, torch takes a renamed file for safetensors
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if refused is not None:
             raise ValueError(
-                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; where you "
-                "trust it, save its state dict alone with torch.save"
+                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; save the "
+                "network's state dict alone with torch.save, where it was trained"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as weights; it is truncated or of another kind ({reason})") from error
+        # torch's own text advises to run what the file holds.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        reason = type(error).__name__ if "weights_only" in reason else reason or type(error).__name__
+        kind = "a pickle of another program" if head.startswith(_NEWER_PICKLES) else "of another kind"
+        raise ValueError(f"{path} can't be read as weights; it is truncated or {kind} ({reason})") from error
+
+
+_BEGINNINGS = {
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+    b"\xfd7zXZ": "an xz archive; unpack it",
+    b"BZh": "a bzip2 archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it",
+    b"\x89HDF": "an HDF5 file, such as Keras writes, and not of PyTorch",
+    b"\x93NUMPY": "a NumPy array and not of PyTorch",
+    b"GGUF": "a GGUF file, whose networks are no U-Nets of pixels",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF document",
+}
+"""How files begin that people give as weights."""
+
+_NEWER_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins with the length of a header and the header, a JSON object."""
+    return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def _other_kind(head: bytes, path: Path) -> str | None:
+    """What a file is that begins so, if it is no weights but came in their place."""
+    if not head:
+        return "empty; download or copy it again"
+    if not any(head):
+        return "nothing but zeros where it begins, as a download that was cut short leaves it; download it again"
+    if head.startswith(b"PK"):
+        return _kind_of_zip(path)
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it"
+    kind = next((kind for beginning, kind in _BEGINNINGS.items() if head.startswith(beginning)), None)
+    if kind is not None or any(byte < 32 and byte not in b"\t\r\n\f" for byte in head):
+        return kind
+    text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    if text.startswith("version https://git-lfs"):
+        return "a Git LFS pointer, which stands for the file; fetch the file itself with `git lfs pull`"
+    if re.match(r"<(!doctype|html|head|body|\?xml|!--)", text, re.IGNORECASE):
+        return "a web page, which a server sent in place of the file; download the file itself"
+    shown = text.partition("\n")[0].strip()[:60]
+    if text.startswith(("{", "[")):
+        return f"a JSON text ({shown}), such as a server's message in place of the file; download the file itself"
+    return f"a text ({shown}) and not of torch.save or safetensors"
+
+
+def _kind_of_zip(path: Path) -> str | None:
+    """What is in a zip archive that torch.save did not write; None for one of its own, and for what is cut short."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any("/code/" in name for name in names):
+        return "a TorchScript program, whose weights can't be read without it; save its state dict with torch.save"
+    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        return None
+    return f"a zip archive (of {', '.join(names[:2]) or 'nothing'}); unpack it, and give the file or folder in it"
 
 
 def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -152,12 +265,15 @@ class Checkpoint:
         By their names in the file, without prefixes.
     where : str
         What was taken off: wrapper and prefix, such as "state_dict.ema.".
+    betas : Tensor of shape (T,), optional
+        Noise schedule, where the file has it, as Lightning's do.
     """
 
     path: Path
     layout: str
     state: dict[str, torch.Tensor] = field(repr=False)
     where: str
+    betas: torch.Tensor | None = field(default=None, repr=False)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -209,7 +325,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     # Counters, such as an average's number of updates, have no dimension.
     inside = {n.removeprefix(prefix): w for n, w in state.items() if n.startswith(prefix) and w.ndim > 0}
     _check_finite(inside, path)
-    return Checkpoint(path, layout, inside, where + prefix)
+    betas = [tensor for _, state in states for name, tensor in state.items() if re.fullmatch(r"(.*\.)?betas", name)]
+    sound = [each for each in betas if each.ndim == 1 and len(each) > 1 and ((each > 0) & (each < 1)).all()]
+    return Checkpoint(path, layout, inside, where + prefix, sound[0] if sound else None)
 
 
 def _state_dicts(content: object, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

@@ -36,10 +36,48 @@ ORDERS = ("legacy", "new")
 GROUPS = 32
 """Groups of every normalisation, fixed in both code bases."""
 
-LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
-COSINE = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-SCHEDULES = {"linear": LINEAR, "cosine": COSINE}
-"""Noise schedules as settings of a diffusers scheduler."""
+SCHEDULES = ("linear", "cosine")
+
+
+def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = False) -> dict:
+    """A noise schedule of both code bases, as settings of a diffusers scheduler.
+
+    Parameters
+    ----------
+    name : {"linear", "cosine"}
+    T : int
+        Timesteps that the network was trained on. The linear schedule's betas, 1e-4 to 0.02 for 1000 of them, are
+        scaled by 1000 / T, as in guided-diffusion.
+    rescaled : bool
+        The network is told t * 1000 / T (`rescale_timesteps`, the default of improved-diffusion alone). The schedule is
+        then that of the timesteps which are told as whole numbers, every fourth of 4000: the same network at the same
+        noise levels.
+
+    Raises
+    ------
+    ValueError
+        If the schedule is unknown, or can't have that many timesteps.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r} is not known; it is one of {', '.join(SCHEDULES)}")
+    least = 1000 if rescaled else 21  # with fewer, the linear schedule's betas reach 1
+    if not isinstance(T, int) or T < least or (rescaled and T % 1000):
+        allowed = "a multiple of 1000, as rescaling needs it" if rescaled else f"{least} or more"
+        raise ValueError(f"timesteps is {T}; give {allowed}")
+    first, last = 0.1 / T, 20 / T
+    if rescaled and T > 1000:
+        alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        cosine = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        betas = np.linspace(first, last, T) if name == "linear" else cosine
+        kept = np.cumprod(1.0 - betas)[:: T // 1000]
+        betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
+        return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
+    if name == "linear":
+        return {"beta_schedule": "linear", "beta_start": first, "beta_end": last, "num_train_timesteps": T}
+    return {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}
+
+
+LINEAR, COSINE = map(noise_schedule, SCHEDULES)
 
 _RESNETS = {
     "ddpm": {
@@ -195,29 +233,6 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-def every_fourth_of_cosine(T: int = 4000) -> dict:
-    """The cosine schedule of improved-diffusion's models, which count 4000 timesteps.
-
-    These networks are told t / 4 (`rescale_timesteps`), so every fourth timestep is a whole number from 0 to 999. The
-    schedule is that of these alone: the same network at the same noise levels.
-
-    Parameters
-    ----------
-    T : int
-        Timesteps that the network was trained on.
-
-    Returns
-    -------
-    dict
-        Settings of a diffusers scheduler with 1000 timesteps.
-    """
-    alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-    betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    kept = np.cumprod(1.0 - betas)[:: T // 1000]
-    betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
-    return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
-
-
 _DDPM_256 = Architecture("ddpm", 256, (128, 128, 256, 256, 512, 512), 2, (4,))
 _DDPM_64 = Architecture("ddpm", 64, (128, 256, 256, 256, 512), 2, (2,))
 _DDPM_32 = Architecture("ddpm", 32, (128, 256, 256, 256), 2, (1,))
@@ -244,7 +259,10 @@ PRESETS = {
     "adm_lsun": Preset(_ADM_256, "LSUN (ADM)", ("lsun_bedroom.pt", "lsun_cat.pt", "lsun_horse.pt")),
     "adm_imagenet": Preset(_ADM_256, "ImageNet, unconditional (ADM)", ("256x256_diffusion_uncond.pt",)),
     "improved_cifar10": Preset(
-        _IDDPM_32, "CIFAR-10, cosine (improved DDPM)", ("cifar10_uncond_50M_500K.pt",), every_fourth_of_cosine()
+        _IDDPM_32,
+        "CIFAR-10, cosine (improved DDPM)",
+        ("cifar10_uncond_50M_500K.pt",),
+        noise_schedule("cosine", 4000, rescaled=True),
     ),
 }
 """Published checkpoints by name."""
@@ -321,7 +339,10 @@ def infer(
                 "; where the training gave a number of heads, head_channels is the width by that number, and with "
                 f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
             )
-        raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}")
+        raise ValueError(
+            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}. On the command "
+            "line `workbench convert` takes them"
+        )
     return Architecture(
         layout,
         image_size,

@@ -206,6 +206,8 @@ def load_model(
     head_channels: int | None = None,
     attention_order: str | None = None,
     schedule: str | None = None,
+    timesteps: int | None = None,
+    rescale_timesteps: bool = False,
 ) -> Model:
     """Load a pixel-space DDPM.
 
@@ -217,7 +219,8 @@ def load_model(
     source : str or path
         A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), the id of a hub
         repository ("google/ddpm-ema-celebahq-256"), or a single file in the layout of the original DDPM or of
-        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` makes a folder of such a file, once.
+        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` makes a folder of such a file, once. Of a folder with
+        `unet_ema/` beside `unet/` the average is loaded; give the path of `unet/` for the weights themselves.
     device : str or torch.device, optional
         By default the best there is: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
@@ -235,8 +238,14 @@ def load_model(
         Of a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
         have the legacy order, which is the default.
     schedule : {"linear", "cosine"}, optional
-        Of a single file: the noise schedule; by default the preset's, or else linear. To be given where a preset that
-        was not asked for has the same shapes and another schedule.
+        Of a single file: the noise schedule; by default the preset's or the file's own, or else linear. To be given
+        where a preset that was not asked for has the same shapes and another schedule.
+    timesteps : int, optional
+        Of a single file: T, the number of timesteps that the network was trained on (`diffusion_steps` of
+        guided-diffusion); by default the preset's or the file's own, or else 1000.
+    rescale_timesteps : bool, default False
+        Of a single file whose `timesteps` are given: the network was told t * 1000 / T (`rescale_timesteps`, which
+        improved-diffusion has on and guided-diffusion off). The model then has 1000 timesteps at the same noise levels.
 
     Returns
     -------
@@ -250,11 +259,13 @@ def load_model(
     Warns
     -----
     UserWarning
-        If the model is estimated to need more memory than is free.
+        If the model is estimated to need more memory than is free, is an average beside other weights, or is a single
+        file for which T is assumed.
     """
     target = best_device() if device is None else _device_of(device)
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
-    options = {"preset": preset, **sizes, "schedule": schedule}
+    noise = {"schedule": schedule, "timesteps": timesteps, "rescale_timesteps": rescale_timesteps or None}
+    options = {"preset": preset, **sizes, **noise}
     path = Path(source).expanduser()
     if path.is_file():
         unet, scheduler = _read_file(path, target, **options)
@@ -307,6 +318,8 @@ def convert_checkpoint(
     head_channels: int | None = None,
     attention_order: str | None = None,
     schedule: str | None = None,
+    timesteps: int | None = None,
+    rescale_timesteps: bool = False,
 ) -> Path:
     """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
 
@@ -316,7 +329,7 @@ def convert_checkpoint(
         In the layout of the original DDPM or of guided-diffusion.
     out : path
         New folder; written whole or not at all.
-    preset, image_size, head_channels, attention_order, schedule
+    preset, image_size, head_channels, attention_order, schedule, timesteps, rescale_timesteps
         As in `load_model`.
 
     Returns
@@ -333,7 +346,8 @@ def convert_checkpoint(
     """
     file, out = Path(file).expanduser(), Path(out).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
+        what = "is a folder, which load_model takes as it is" if file.is_dir() else "is not there"
+        raise FileNotFoundError(f"{file} {what}; there is no checkpoint to convert: give a .ckpt, .pt or .pth file")
     if out.exists():
         raise FileExistsError(f"{out} exists already; give a new folder")
     unet, scheduler = _read_file(
@@ -344,6 +358,8 @@ def convert_checkpoint(
         head_channels=head_channels,
         attention_order=attention_order,
         schedule=schedule,
+        timesteps=timesteps,
+        rescale_timesteps=rescale_timesteps,
     )
     SplitUNet(unet)  # refuses what could not be loaded again
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -386,7 +402,7 @@ def verify(model: Model, reference: str) -> float:
     return float((eps - torch.tensor(golden.EPS[reference])).abs().max())
 
 
-def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, SchedulerMixin]:
+def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, NoiseSchedule]:
     files = checkpoints.find_model_files(folder)
     config = checkpoints.read_json(files.unet_config)
     kind = config.get("_class_name", "an unnamed network")
@@ -394,18 +410,43 @@ def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, Sched
         raise ValueError(
             f"{files.unet_config} describes {kind}; the workbench takes unconditional pixel-space U-Nets (UNet2DModel)"
         )
-    betas = checkpoints.read_json(files.scheduler_config)
-    if not {"beta_schedule", "trained_betas"} & set(betas):
-        raise ValueError(
-            f"{files.scheduler_config} describes {betas.get('_class_name', 'an unnamed scheduler')}, which has no "
-            "betas; the workbench takes the noise schedules of DDPM and DDIM"
-        )
-    scheduler = DDPMScheduler.from_config(betas)
+    schedule = _read_schedule(files.scheduler_config)
     unet = _build(config, path=files.unet_config)
     _warn_if_short_of_memory(_need_of(unet), folder, device)
-    state = checkpoints.read_state_dict(files.weights)
-    checkpoints.load_strictly(unet, state, path=files.weights, assign=True)
-    return unet, scheduler
+    raw = files.unet_config.parent.with_name("unet")
+    if files.unet_config.parent == folder / "unet_ema" and raw.is_dir():
+        warnings.warn(
+            f"{folder} has weights and their moving average, unet_ema, which is loaded; for the weights themselves "
+            f"give {raw}",
+            stacklevel=3,
+        )
+    state = {name: tensor for file in files.weights for name, tensor in checkpoints.read_state_dict(file).items()}
+    checkpoints.load_strictly(unet, state, path=files.weights[0], assign=True)
+    return unet, schedule
+
+
+def _read_schedule(path: Path) -> NoiseSchedule:
+    """The noise schedule that a scheduler_config.json describes, with what its keys were called before."""
+    config = checkpoints.read_json(path)
+    if not {"beta_schedule", "trained_betas"} & set(config):
+        raise ValueError(
+            f"{path} describes {config.get('_class_name', 'an unnamed scheduler')}, which has no betas; the workbench "
+            "takes the noise schedules of DDPM and DDIM"
+        )
+    if isinstance(config.get("timesteps"), int):
+        config.setdefault("num_train_timesteps", config["timesteps"])
+    if config.get("predict_epsilon") is False:
+        config["prediction_type"] = "sample"
+    known = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+    if config.get("trained_betas") is None and config.get("beta_schedule") not in known:
+        raise ValueError(
+            f"{path} has the beta_schedule {config.get('beta_schedule')!r}, which diffusers does not; it is one of "
+            f"{', '.join(known)}"
+        )
+    try:
+        return _schedule_of(DDPMScheduler.from_config(config))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error
 
 
 def _read_file(
@@ -417,14 +458,22 @@ def _read_file(
     head_channels: int | None,
     attention_order: str | None,
     schedule: str | None,
+    timesteps: int | None,
+    rescale_timesteps: bool | None,
 ) -> tuple[UNet2DModel, SchedulerMixin]:
-    if schedule is not None and schedule not in layouts.SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is not known; it is one of {', '.join(layouts.SCHEDULES)}")
+    if rescale_timesteps and timesteps is None:
+        raise ValueError("rescale_timesteps needs the number of timesteps; give timesteps, such as 4000")
+    asked = None
+    if schedule is not None or timesteps is not None:
+        T = 1000 if timesteps is None else timesteps
+        asked = layouts.noise_schedule(schedule or "linear", T, rescaled=bool(rescale_timesteps))
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     given = {name: value for name, value in sizes.items() if value is not None}
     if preset is not None and given:
         raise ValueError(f"a preset says {next(iter(given))}; give the one or the other")
     known = layouts.preset_for(preset, "" if given else path.name)
+    if known is not None and schedule is None and timesteps is not None and known.schedule != layouts.LINEAR:
+        raise ValueError(f"the preset of {path} has a noise schedule of its own; give schedule with timesteps")
     if known is not None:
         unet = _build(known.architecture.config(), path=path)
         _warn_if_short_of_memory(_need_of(unet), path, device)
@@ -434,7 +483,7 @@ def _read_file(
     try:
         if known is None:
             architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **given), "the architecture"
-            if schedule is None:
+            if schedule is None and checkpoint.betas is None:
                 layouts.refuse_unknown_schedule(architecture)
             unet = _build(architecture.config(), path=path)
             _warn_if_short_of_memory(_need_of(unet), path, device)
@@ -450,7 +499,17 @@ def _read_file(
     except ValueError as error:
         raise ValueError(f"{path} can't be loaded: {error}") from error
     checkpoints.load_strictly(unet, state, path=path, assign=True)
-    betas = known.schedule if schedule is None and known is not None else layouts.SCHEDULES[schedule or "linear"]
+    if known is None and timesteps is None and (schedule is not None or checkpoint.betas is None):
+        warnings.warn(
+            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed, of the "
+            f"{schedule or 'linear'} schedule. Were it others, give timesteps= (`workbench convert --timesteps`), and "
+            "rescale_timesteps= where the network was told t * 1000 / T, as improved-diffusion's are",
+            stacklevel=3,
+        )
+    own = layouts.LINEAR
+    if checkpoint.betas is not None:
+        own = {"trained_betas": checkpoint.betas.tolist(), "num_train_timesteps": len(checkpoint.betas)}
+    betas = asked or (own if known is None else known.schedule)
     learned = architecture.out_channels == 2 * architecture.in_channels
     variance = "learned_range" if learned else "fixed_small"
     return unet, DDPMScheduler(**betas, clip_sample=False, variance_type=variance)
@@ -568,8 +627,14 @@ def known_models() -> list[dict]:
 
 
 def _need_of(unet: UNet2DModel) -> MemoryNeed:
-    """What a network without values will need; what can't be split is refused here."""
-    return estimate_memory(SplitUNet(unet))
+    """What a network without values will need; what can't be split or can't compute is refused here."""
+    split = SplitUNet(unet)
+    try:
+        return estimate_memory(split)
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        size = unet.config.sample_size
+        raise ValueError(f"this U-Net can't compute an image of its sample_size, {size} ({reason})") from error
 
 
 def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device) -> None:
@@ -587,7 +652,7 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
     bundled = paths.models() / str(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) and has_unet(bundled):
+    if isinstance(source, str) and Path(source).name == source and has_unet(bundled):
         return bundled, source
     path = Path(source).expanduser()
     if path.is_dir():
@@ -623,7 +688,7 @@ def _bundled_names() -> list[str]:
 
 def _unet_config(folder: Path) -> dict:
     """Config of the folder's U-Net; empty if it has none."""
-    config = next((c for c in (folder / "unet" / "config.json", folder / "config.json") if c.is_file()), None)
+    config = checkpoints.find_unet_config(folder)
     return {} if config is None else checkpoints.read_json(config)
 
 
@@ -636,7 +701,9 @@ def has_unet(folder: Path) -> bool:
 
 def _image_shape_of(folder: Path) -> tuple[int, int, int]:
     config = _unet_config(folder)
-    return (config.get("in_channels", 3), config.get("sample_size"), config.get("sample_size"))
+    size = config.get("sample_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    return (config.get("in_channels", 3), height, width)
 
 
 def _cached_repositories() -> list[tuple[str, Path]]:
@@ -655,7 +722,7 @@ def _build(config: dict, *, path: Path) -> UNet2DModel:
         diffusers_logging.set_verbosity(logging.ERROR)
         with torch.device("meta"):  # without values: the weights of the file take their place
             return UNet2DModel.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path} does not describe a U-Net that diffusers can build ({error})") from error
     finally:
         diffusers_logging.set_verbosity(level)
@@ -666,6 +733,11 @@ def _schedule_of(scheduler) -> NoiseSchedule:
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{type(scheduler).__name__} has no alpha_bar; the workbench takes the noise schedules of DDPM and DDIM"
+        )
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "rescale_betas_zero_snr is on: at zero terminal SNR the noise does not tell the image; the workbench takes "
+            "schedules that keep some of it"
         )
     predicts = config.get("prediction_type", "epsilon")
     if predicts != "epsilon":

@@ -7,6 +7,7 @@ edited, sliced or resumed and is still about the same images.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,9 @@ from workbench.diffusion.unet import Bottleneck
 EDIT_MODES = ("add", "replace", "slerp")
 INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
 LEVELS = ("current", "next")
+
+DIVERGED = 10.0
+"""Values of samples beyond which they are no images, which lie in [-1, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,6 +360,11 @@ def sample(
     ------
     ValueError
         If a seed is negative or repeated, or steps, eta or delta_h don't fit the model.
+
+    Warns
+    -----
+    UserWarning
+        If samples reach far outside of [-1, 1], as those of a model that was trained for too short.
     """
     seeds = check_seeds(seeds)
     visited = model.schedule.timesteps(steps)
@@ -369,7 +378,15 @@ def sample(
         edit=None if delta_h is None else _added(delta_h, model, len(visited), len(seeds)),
         batch_size=check_batch_size(batch_size, model, len(seeds)),
     )
-    return _run(plan, record_h=record_h, record_x=record_x, progress=progress)
+    run = _run(plan, record_h=record_h, record_x=record_x, progress=progress)
+    low, high = (float(bound) for bound in run.x0.aminmax())
+    if delta_h is None and not max(-low, high) <= DIVERGED:
+        warnings.warn(
+            f"the samples diverge: they lie in [{low:.4g}, {high:.4g}], and images in [-1, 1]; {model.name} was not "
+            "trained for long enough, or with another noise schedule",
+            stacklevel=2,
+        )
+    return run
 
 
 def replay(

@@ -75,6 +75,11 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         a = np.asarray(self.alpha_bars, dtype=np.float64)
+        if a.ndim == 1 and a.size > 1 and a[-1] == 0:
+            raise ValueError(
+                f"alpha_bar is 0 at timestep {a.size - 1} (zero terminal SNR), where the predicted noise does not tell "
+                "the image; the workbench takes schedules that keep some of it, such as those of DDPM and DDIM"
+            )
         if a.ndim != 1 or a.size < 2 or not (a > 0).all() or a[0] > 1 or (np.diff(a) > 0).any():
             raise ValueError("alpha_bar must be a decreasing list of at least 2 values in (0, 1]")
         if self.spacing not in SPACINGS:

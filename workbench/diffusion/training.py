@@ -41,9 +41,10 @@ from tqdm.auto import tqdm
 from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights, read_json
 from workbench.diffusion.memory import keep_freed_memory
-from workbench.diffusion.models import Model, load_model, wrap
+from workbench.diffusion.models import Model, has_unet, load_model, wrap
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.unet import SplitUNet
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 """Files of a training beside the model's own: what it is, where it stands, its losses."""
@@ -74,9 +75,9 @@ class TrainingSettings:
     layers : int
         Residual blocks a resolution.
     attention : tuple of int
-        Resolutions with self-attention, in pixels. The mid block always has it.
+        Resolutions with self-attention, in pixels, each one that the network has. The mid block always has it.
     head_channels : int
-        Channels of an attention head.
+        Channels of an attention head, no more than the widths with attention.
     start : str or None
         Name or folder of the model whose weights it begins with; by default it begins with random ones.
     grow : bool
@@ -148,7 +149,7 @@ class TrainingSettings:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not known; it is one of {', '.join(PRECISIONS)}")
         for name in ("warmup", "weight_decay", "seed", "skips"):
-            if (getattr(self, name) or 0) < 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.start is None:
             if self.grow:
@@ -163,6 +164,19 @@ class TrainingSettings:
             raise ValueError(
                 f"images of {self.size} pixels can't be halved {halvings} times, as {halvings + 1} widths need it; "
                 f"give fewer widths, or a size that is a multiple of {2**halvings}"
+            )
+        width_at = {self.size >> level: width for level, width in enumerate(self.widths)}
+        absent = [side for side in self.attention if side not in width_at]
+        if absent:
+            raise ValueError(
+                f"attention is at {absent[0]} pixels; images of {self.size} pixels with {halvings + 1} widths have the "
+                f"resolutions {', '.join(map(str, width_at))}: give some of these, or none"
+            )
+        narrowest = min([width_at[side] for side in self.attention] + [self.widths[-1]])
+        if self.head_channels > narrowest:
+            raise ValueError(
+                f"head_channels is {self.head_channels}, and attention here is {narrowest} channels wide; give 1 to "
+                f"{narrowest}"
             )
 
     def rate(self, step: int) -> float:
@@ -274,11 +288,16 @@ def train_model(
         If it is to be resumed and there is no training, or none of its checkpoints.
     ValueError
         If the images are of another size, or others than the resumed training had, settings are given to a training
-        that is resumed, or the checkpoint is damaged.
+        that is resumed, the model to begin with can't be trained here, or the checkpoint is damaged.
     RuntimeError
         If the loss is no longer finite, or another process trains in `out`.
     """
     out = Path(out).expanduser()
+    for name, value, least in (("minutes", minutes, 0), ("log_every", log_every, 1), ("previews", previews, 0)):
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; give {least} or more")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; give a folder")
     if resume:
         if settings is not None:
             raise ValueError(f"the training in {out} is resumed with its own settings; give none, or another folder")
@@ -292,7 +311,7 @@ def train_model(
             )
     elif (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a training already; resume it, or give another folder")
-    elif (out / "model_index.json").exists():
+    elif has_unet(out) or (out / "model_index.json").exists():
         raise FileExistsError(f"{out} holds a model already; give another folder")
     elif settings is None:
         settings = TrainingSettings()
@@ -307,6 +326,7 @@ def train_model(
         keep_freed_memory()
     begun = resume and (out / STATE).is_file()
     unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
+    SplitUNet(unet)  # refuses what could not be loaded again
     pixels = _to_bytes(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
     if settings.skips is not None:
         _cut_skips(unet, kept=settings.skips)
@@ -386,7 +406,11 @@ def read_settings(out: str | Path) -> TrainingSettings:
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
     try:
         about = read_json(path)
-        return TrainingSettings(**{**about["settings"], "size": about["network"]["sample_size"]})
+        settings = {**about["settings"], "size": about["network"]["sample_size"]}
+        if settings["start"] is None:  # one that began when resolutions without a level were passed over
+            sides = [settings["size"] >> level for level in range(len(settings["widths"]))]
+            settings["attention"] = [side for side in settings["attention"] if side in sides]
+        return TrainingSettings(**settings)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a training ({error}); train again") from error
 
@@ -570,12 +594,20 @@ def _seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
 def _new_unet(settings: TrainingSettings) -> UNet2DModel:
     if settings.start is not None:
         model = load_model(settings.start, device="cpu")
-        if not np.allclose(model.schedule.alpha_bars, NoiseSchedule.linear(T=T).alpha_bars, rtol=1e-4):
+        linear = NoiseSchedule.linear(T=T).alpha_bars
+        if model.schedule.T != T or not np.allclose(model.schedule.alpha_bars, linear, rtol=1e-4):
             raise ValueError(
-                f"{settings.start} has another noise schedule than the linear one of {T} timesteps, which trainings "
-                "here have; begin with another model, or with random weights"
+                f"{settings.start} has another noise schedule (of {model.schedule.T} timesteps) than the linear one of "
+                f"{T}, which trainings here have; begin with another model, or with random weights"
             )
-        config = {**model.unet.unet.config, "dropout": settings.dropout}
+        channels, height, width = model.image_shape
+        if model.unet.unet.config.out_channels != channels or height != width:
+            raise ValueError(
+                f"{settings.start} has images of {height} x {width} pixels and {model.unet.unet.config.out_channels} "
+                f"outputs for their {channels} channels; trainings here are of square images and without a learned "
+                "variance: begin with another model, or with random weights"
+            )
+        config = {**model.unet.unet.config, "sample_size": height, "dropout": settings.dropout}
         weights = model.unet.unet.state_dict()
         if settings.grow:
             return _grown(config, weights, seed=settings.seed)

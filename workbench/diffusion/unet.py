@@ -125,6 +125,7 @@ class SplitUNet:
             raise ValueError("this U-Net's config has no sample_size, so the size of its images is not known; set it")
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("this U-Net is conditioned on a class; the workbench takes unconditional models")
+        _refuse_sizes_that_do_not_fit(unet)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision that the network computes in."""
@@ -208,6 +209,32 @@ class SplitUNet:
             if resnet is not mid.resnets[-1]:
                 x = resnet(x, emb)
         return x
+
+
+def _refuse_sizes_that_do_not_fit(unet: UNet2DModel) -> None:
+    """What diffusers builds, and torch then fails at in the first pass or at the first step."""
+    config, size = unet.config, unet.config.sample_size
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"sample_size is {size!r}; it is the side of the images in pixels, or their height and width")
+    multiple = 2 ** sum(bool(block.downsamplers) for block in unet.down_blocks)
+    if any(side % multiple for side in sides):
+        raise ValueError(
+            f"sample_size is {size}; this U-Net has {len(unet.down_blocks)} levels, the coarsest of 1/{multiple} of "
+            f"the side, and takes multiples of {multiple}"
+        )
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"in_channels is {config.in_channels} and out_channels is {config.out_channels}; the workbench takes as "
+            "many of both, or twice as many outputs for a learned variance: other U-Nets are given more than the "
+            "image, or return something else than its noise"
+        )
+    narrow = [module.query_dim for module in unet.modules() if getattr(module, "heads", 1) < 1]
+    if narrow:
+        raise ValueError(
+            f"attention_head_dim is {config.attention_head_dim}, and attention here is {min(narrow)} channels wide; it "
+            f"takes 1 to {min(narrow)}"
+        )
 
 
 def _resnet_head(resnet, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:

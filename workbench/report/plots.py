@@ -985,9 +985,11 @@ def _pictures(images: np.ndarray, name: str, n: int | None = None) -> np.ndarray
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name} is of type {images.dtype}; it must be floats in [-1, 1] (8 bits: x / 127.5 - 1)")
     _finite(images, name)
-    largest = float(np.abs(images).max())
-    if largest > _FARTHEST_VALUE:
-        raise ValueError(f"{name} reaches {largest:.4g}; values must be in [-1, 1] (0 to 255: x / 127.5 - 1)")
+    low, high = float(images.min()), float(images.max())
+    if max(-low, high) > _FARTHEST_VALUE:
+        # Images of 8 bits have no values below 0.
+        reason = "8 bits: x / 127.5 - 1" if 0 <= low and high <= 255 else "the samples diverge; clamp(-1, 1) shows them"
+        raise ValueError(f"{name} lies in [{low:.4g}, {high:.4g}]; values must be in [-1, 1] ({reason})")
     scaled = np.clip(np.asarray(images, dtype=np.float32) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     return np.broadcast_to(scaled.transpose(0, 2, 3, 1), (len(scaled), *scaled.shape[2:], 3))
 
