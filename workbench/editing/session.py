@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import load_image
+from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import HEdit, Trajectory, check_images, invert, replay, sample
+from workbench.diffusion.sampling import HEdit, Trajectory, invert, replay, sample
 from workbench.diffusion.schedule import CLEAN, index_of
 from workbench.directions.boundary import Boundary, move_jointly
-from workbench.directions.direction import Direction
+from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import check_run, eps_effects
 from workbench.editing.grid import EditGrid
 
@@ -357,7 +358,7 @@ class EditSession:
     def set_scale(self, name: str, scale: float) -> None:
         """Pull a direction to a scale in sigma; 0 leaves it out."""
         _known(name, self.directions, "direction")
-        scales = {**self.state.scales, name: _finite(scale, name)}
+        scales = {**self.state.scales, name: finite(scale, name)}
         self._change(f"scale {name}", scales={k: v for k, v in scales.items() if v})
 
     def set_distance(self, name: str, distance: float | None) -> None:
@@ -374,7 +375,7 @@ class EditSession:
             other = next((k for k in distances if self.boundaries[k].t != t), None)
             if other is not None:
                 raise ValueError(f"a single step is at one timestep; {other} is moved to already, set it back first")
-            distances[name] = _finite(distance, name)
+            distances[name] = finite(distance, name)
         self._change(f"distance {name}", distances=distances)
 
     def set_against(self, name: str, others: Iterable[str]) -> None:
@@ -682,9 +683,9 @@ class EditSession:
             _known(name, self.boundaries if single else self.directions, "boundary" if single else "direction")
 
         def cell(row: float | None, column: float) -> EditState:
-            pulled = {**(state.distances if single else state.scales), across: float(column)}
+            pulled = {**(state.distances if single else state.scales), across: finite(column, across)}
             if down is not None:
-                pulled[down] = float(row)
+                pulled[down] = finite(row, down)
             if single:
                 return replace(state, distances=pulled)
             return replace(state, scales={name: scale for name, scale in pulled.items() if scale})
@@ -945,9 +946,3 @@ def _known(name: str, among: Mapping, what: str):
     if name not in among:
         raise ValueError(f"there is no {what} {name!r}; there is {', '.join(among) or 'none'}")
     return among[name]
-
-
-def _finite(value: float, name: str) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} can't be set to {value}; give a finite number")
-    return float(value)
