@@ -205,7 +205,7 @@ def _to_number(column: pd.Series, where: str) -> tuple[np.ndarray | None, list[s
     wrong = there & ~np.isfinite(numbers)
     if wrong.any():
         k = int(np.argmax(wrong))
-        found = f"column {column.name} holds {column.iloc[k]!r} in row {column.index[k]}"
+        found = f"column {column.name} holds {column.iloc[[k]].tolist()[0]!r} in row {column.index[k]}"
         if (wrong == there).all():
             return None, [f"left out is what is no number: {found}"]
         raise ValueError(f"{where}: {found}; labels are numbers or empty")

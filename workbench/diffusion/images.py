@@ -84,11 +84,11 @@ def check_values(images: torch.Tensor) -> None:
         raise ValueError("images must be finite floats in [-1, 1]; for 8-bit images use x / 127.5 - 1")
 
 
-def warn_of_unit_range(lowest: float, highest: float, *, stacklevel: int = 4) -> None:
+def warn_of_unit_range(lowest: float, highest: float) -> None:
     """Warn of images that vary and have no value below 0: hardly any in [-1, 1] do, and all in [0, 1]."""
     if 0 <= lowest < highest:
         text = "no value of the images is below 0, as of images in [0, 1]; map these to [-1, 1] by 2 * x - 1"
-        warnings.warn(text, stacklevel=stacklevel)
+        warnings.warn(text, stacklevel=4)
 
 
 def _is_picture(image) -> bool:

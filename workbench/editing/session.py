@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -306,7 +307,7 @@ class EditSession:
 
     def add_image(
         self,
-        image: str | Path | bytes | torch.Tensor,
+        image: str | Path | bytes | torch.Tensor | Image.Image,
         *,
         method: str = "fixed-point",
         progress: Progress | None = None,
@@ -315,8 +316,8 @@ class EditSession:
 
         Parameters
         ----------
-        image : path, bytes, or Tensor of shape (C, H, W), values in [-1, 1]
-            A file or its content is cropped to its central square and resized.
+        image : path, bytes, PIL.Image.Image, or Tensor of shape (C, H, W), values in [-1, 1]
+            A file, its content or a picture is cropped to its central square and resized.
         method : {"fixed-point", "ddim", "edit-friendly"}
             As in `invert`. What the reconstruction lacks is added to every edit.
         progress : Progress, optional
@@ -330,9 +331,9 @@ class EditSession:
         FileNotFoundError, ValueError
             If there is no such file, it is not an image, or the session is full.
         """
-        if not torch.is_tensor(image):
+        if isinstance(image, str | Path | bytes):
             image = load_image(image, self.model.image_shape[1])
-        image = check_images(image[None], self.model)
+        image = check_images([image], self.model)
         progress = progress or Progress()
         passes = 2 if method == "fixed-point" else 1
         progress.expect(passes * len(self.timesteps))
