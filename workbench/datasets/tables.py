@@ -90,8 +90,8 @@ def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:
 
 def not_binary(labels: pd.DataFrame) -> dict[str, str]:
     """Columns that hold other numbers than 0 and 1, each with words that say which."""
-    others = {name: column[~column.isin([0, 1]) & column.notna()] for name, column in labels.items()}
-    return {name: f"{name} holds {some(sorted(set(found)))}" for name, found in others.items() if len(found)}
+    values = {name: set(column.dropna()) for name, column in labels.items()}
+    return {name: f"{name} holds {some(sorted(found))}" for name, found in values.items() if not found <= {0, 1}}
 
 
 def common_folder(names: Iterable[str]) -> str:
