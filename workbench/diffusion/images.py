@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def picture_to_tensor(image: Image.Image, size: int | None = None) -> torch.Tens
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def check_images(images, model: Model) -> torch.Tensor:
+def check_images(images: torch.Tensor | np.ndarray | Image.Image | Sequence, model: Model) -> torch.Tensor:
     """Images as a tensor that the model takes.
 
     Parameters

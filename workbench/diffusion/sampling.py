@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm.auto import tqdm
 
 from workbench.diffusion.images import check_images
@@ -526,7 +527,7 @@ def _run(
 
 def invert(
     model: Model,
-    images,
+    images: torch.Tensor | np.ndarray | Image.Image | Sequence,
     *,
     steps: int | Sequence[int] = 50,
     method: str = "ddim",
