@@ -6,10 +6,12 @@ Errors of the user's making are one sentence on stderr and exit status 2; a note
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,9 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    formatted = warnings.formatwarning
+    # A warning is one sentence here, as an error is.
+    warnings.formatwarning = lambda message, *_, **__: f"workbench: {message}\n"
     try:
         if getattr(arguments, "n", None) is not None and arguments.n < 1:
             raise ValueError(f"--n is {arguments.n}; give 1 or more")
@@ -52,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             sentence = f"{error.filename}: {sentence}"
         print(f"workbench: {sentence}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotebookFailed" else 2
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,9 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(extract)
     extract.add_argument("--n", type=int, help="number of samples (default 512, or all images)")
     extract.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
-    extract.add_argument(
-        "--images", help="invert these instead, without --seed and --eta: avataaars, a folder or a zip file of images"
-    )
+    _add_images(extract, "invert these instead, without --seed and --eta: avataaars, a folder or a zip file of images")
     extract.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
     extract.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of h on disk")
     extract.add_argument("--record-x", action="store_true", help="keep x_t too")
@@ -173,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "workbench evaluate-model avataaars32 --images held-out --training part0 part1 --card data/models/avataaars32",
     )
     _add_model(evaluate)
-    evaluate.add_argument("--images", default="avataaars", help="held-out images (default avataaars, the bundled ones)")
+    _add_images(evaluate, "held-out images (default avataaars, the bundled ones)", default="avataaars")
     evaluate.add_argument("--training", nargs="+", default=[], help="what it was trained on, to look for copies")
     evaluate.add_argument("--n", type=int, default=2000, help="number of samples (default 2000)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
@@ -194,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "workbench train-classifier FOLDER --out DIR --seed 0",
     )
     train.add_argument("images", help="folder or zip of images with attributes.csv, or avataaars")
+    _add_labels(train)
     train.add_argument("-o", "--out", type=Path, required=True, help="folder for config.json and model.safetensors")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--steps", type=int, default=2000, help="batches of 128 images (default 2000)")
@@ -244,6 +250,7 @@ def _add_train(command) -> None:
         "workbench train FOLDER --out data/models/mine --resume",
     )
     train.add_argument("images", nargs="+", help="folders or zips of images, or avataaars")
+    _add_skip_broken(train)
     train.add_argument("-o", "--out", type=Path, required=True, help="folder of the model")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
     train.add_argument("--minutes", type=float, default=10.0, help="time between checkpoints (default 10)")
@@ -304,9 +311,7 @@ def _add_analysis(command) -> None:
     mixing.add_argument(
         "--criterion", nargs="+", choices=criteria, default=["separability"], help="default separability"
     )
-    mixing.add_argument(
-        "--images", help="invert these instead of sampling, without --eta: avataaars, a folder or a zip file of images"
-    )
+    _add_images(mixing, "invert these instead of sampling, without --eta: avataaars, a folder or a zip file of images")
     mixing.add_argument("--judge", default="avataaars-judge", help="classifier that judges (default avataaars-judge)")
     mixing.add_argument("-o", "--out", type=Path, help="figure, written as PDF, SVG and PNG")
 
@@ -325,7 +330,7 @@ def _add_benchmark(command) -> None:
     benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or three")
     benchmark.add_argument("--plugin", type=Path, help="Python file that registers more methods")
     benchmark.add_argument("--seed", type=int, default=0, help="of populations and held-out samples (default 0)")
-    benchmark.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
+    _add_images(benchmark, "labelled images: bundled name, folder or zip", default="avataaars")
     benchmark.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
     benchmark.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
     benchmark.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -345,7 +350,7 @@ def _add_benchmark(command) -> None:
     figure.add_argument("names", nargs="*", metavar="NAME", help="of `workbench figure --list`, or all")
     figure.add_argument("--list", action="store_true", help="what there is, what it shows and how long it takes")
     figure.add_argument("--model", default="avataaars32", help="default avataaars32")
-    figure.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
+    _add_images(figure, "labelled images: bundled name, folder or zip", default="avataaars")
     figure.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
     figure.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
     figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), default=["Long_Hair", "Smiling"])
@@ -415,8 +420,8 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
 
     text = "from labelled images, inverted, without to those with an attribute"
     labels = method("labels", _find_labels, text, "--attributes Smiling")
-    labels.add_argument("--images", default="avataaars", help="avataaars, or a folder or zip with attributes.csv")
-    labels.add_argument("--attributes", nargs="+", required=True, help="columns of attributes.csv")
+    _add_images(labels, "avataaars, or a folder or zip with attributes.csv", default="avataaars")
+    labels.add_argument("--attributes", nargs="+", required=True, help="columns of the labels")
 
 
 def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
@@ -449,7 +454,7 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     fit = action("fit", _boundary_fit, "fit and save boundaries in x and h", fit_example)
     fit.add_argument("--t", type=int, required=True, help="timestep, one of those visited")
     fit.add_argument("--n", type=int, default=100, help="number of images or samples (default 100)")
-    fit.add_argument("--images", default="avataaars", help="to invert: avataaars, or a folder or zip with labels")
+    _add_images(fit, "to invert: avataaars, or a folder or zip with labels", default="avataaars")
     fit.add_argument("--attributes", nargs="+", help="columns of the labels (default: all with two classes)")
     fit.add_argument("--classifier", help="label generated samples by this one instead")
     fit.add_argument("--positive", help="folder or zip of images with the attribute, in place of labels")
@@ -461,15 +466,15 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
 
     edit = action("edit", _boundary_edit, "edit images or samples by crossing boundaries", edit_example)
     edit.add_argument("--boundaries", nargs="+", type=Path, required=True, help="files, in x, in h or in both")
-    edit.add_argument("--images", help="to edit: avataaars, or a folder or zip")
+    _add_images(edit, "to edit: avataaars, or a folder or zip")
     edit.add_argument("--seeds", type=_seeds, help="of samples to edit, e.g. 0-15 or 3,7,11")
     edit.add_argument("--n", type=int, default=4, help="number of images (default 4)")
     edit.add_argument(
-        "--distances", nargs="+", type=float, default=[-3.0, -1.5, 0.0, 1.5, 3.0], help="(default -3 -1.5 0 1.5 3)"
+        "--distances", nargs="+", type=_number, default=[-3.0, -1.5, 0.0, 1.5, 3.0], help="(default -3 -1.5 0 1.5 3)"
     )
     edit.add_argument("--unit", choices=("sd", "distance"), default="sd", help="of the distances")
     edit.add_argument("--mode", choices=("absolute", "shift", "mirror"), default="absolute", help="what they are")
-    edit.add_argument("--eta", type=float, default=1.0, help="from t on: 0 is DDIM, 1 is DDPM (default 1)")
+    edit.add_argument("--eta", type=_number, default=1.0, help="from t on: 0 is DDIM, 1 is DDPM (default 1)")
     edit.add_argument("--h-policy", choices=("first", "offset", "offset-asymmetric", "none", "stale"), default="first")
     edit.add_argument("--keep-norm", action="store_true", help="move on a great circle")
     edit.add_argument("-o", "--out", type=Path, default=Path("edits.png"), help="PNG file (default edits.png)")
@@ -491,7 +496,7 @@ def _add_studio(command) -> None:
     )
     studio.add_argument("--seeds", type=_seeds, default=list(range(8)), help="samples to edit (default 0-7)")
     studio.add_argument("--steps", type=int, default=50, help="visited timesteps (default 50)")
-    studio.add_argument("--eta", type=float, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
+    studio.add_argument("--eta", type=_number, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
     studio.add_argument("--classifier", default="", help="scores images before and after, e.g. avataaars-judge")
     studio.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     studio.add_argument("--port", type=int, default=0, help="(default: a free one)")
@@ -515,11 +520,42 @@ def _add_studio(command) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="bundled name, diffusers folder, hub id or checkpoint file")
     parser.add_argument("--steps", type=int, default=50, help="visited timesteps (default 50)")
-    parser.add_argument("--eta", type=float, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
+    parser.add_argument("--eta", type=_number, default=1.0, help="0 is DDIM, 1 is DDPM (default 1)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="of the network's arithmetic")
     parser.add_argument("--compile", action="store_true", help="compile the network (faster after a minute)")
     parser.add_argument("--batch-size", type=int, help="samples a pass (default: by the model)")
+
+
+def _add_images(parser: argparse.ArgumentParser, text: str, *, default: str | None = None) -> None:
+    parser.add_argument("--images", default=default, help=text)
+    _add_labels(parser)
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="table of the images' labels, or `folders` for a class each (default: attributes.csv, metadata.csv or "
+        "CelebA's list, in the folder or beside it)",
+    )
+    _add_skip_broken(parser)
+
+
+def _add_skip_broken(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--skip-broken", action="store_true", help="name and leave out images that cannot be decoded")
+
+
+def _images(arguments: argparse.Namespace, size: int | None = None):
+    import workbench as wb
+
+    return wb.load_images(arguments.images, size=size, labels=arguments.labels, skip_broken=arguments.skip_broken)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
 
 
 def _seeds(text: str) -> list[int]:
@@ -610,8 +646,7 @@ def _extract(arguments: argparse.Namespace) -> None:
 
     source: dict = {"n": 512 if arguments.n is None else arguments.n, "seed": arguments.seed, "eta": arguments.eta}
     if arguments.images is not None:
-        images = wb.load_images(arguments.images)
-        source = {"images": images.select(slice(arguments.n))}
+        source = {"images": _images(arguments).select(slice(arguments.n))}
     store = wb.extract(
         _load(arguments).tapped(arguments.tap),
         steps=arguments.steps,
@@ -726,7 +761,7 @@ def _find_scores(arguments: argparse.Namespace) -> None:
 def _find_labels(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
-    images = wb.load_images(arguments.images)
+    images = _images(arguments)
     _check_attributes(arguments.attributes, images.names)
     images = images.select(slice(arguments.n))
     model = _load(arguments).tapped(arguments.tap)
@@ -771,7 +806,7 @@ def _mixing_step(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     source = {"n": arguments.n, "seed": arguments.seed, "eta": arguments.eta}
     if arguments.images is not None:
-        source = {"images": wb.load_images(arguments.images).select(slice(arguments.n))}
+        source = {"images": _images(arguments).select(slice(arguments.n))}
     store = wb.extract(model, steps=arguments.steps, record_x=True, batch_size=arguments.batch_size, **source)
     labels = _labels((labeller(store.images) > 0.5).astype(int), arguments.attributes)
     options = {"model": model, "classifier": judge, "seed": arguments.seed, "batch_size": arguments.batch_size}
@@ -840,14 +875,16 @@ def _labelled_samples(model, arguments: argparse.Namespace):
         return store, scores[attributes].gt(0.5).astype(int)
     if arguments.positive is not None:
         name = (arguments.attributes or ["attribute"])[0]
-        images = wb.load_pair(arguments.positive, arguments.negative, name=name)
+        images = wb.load_pair(arguments.positive, arguments.negative, name=name, skip_broken=arguments.skip_broken)
         half, positives = arguments.n // 2, int(images.label(name).sum())
         images = images.select([*range(min(half, positives)), *range(positives, min(positives + half, len(images)))])
         attributes = [name]
     else:
-        images = wb.load_images(arguments.images).select(slice(arguments.n))
+        images = _images(arguments).select(slice(arguments.n))
         attributes = arguments.attributes or [name for name in images.names if _two_classes(images.label(name))]
         _check_attributes(attributes, images.names)
+        if left_out := [name for name in images.names if arguments.attributes is None and name not in attributes]:
+            print(f"without a boundary, for lack of two classes or of labels: {', '.join(left_out)}")
     return wb.extract(model, images=images, steps=visited[first:], **options), images.labels[attributes]
 
 
@@ -869,8 +906,8 @@ def _boundary_edit(arguments: argparse.Namespace) -> None:
     if arguments.seeds is not None:
         run = wb.sample(model, arguments.seeds, steps=visited, eta=0.0, batch_size=arguments.batch_size)
     else:
-        images = wb.load_images(arguments.images, size=model.image_shape[1]).select(slice(arguments.n))
-        run = wb.invert(model, images[:], steps=visited[first:], batch_size=arguments.batch_size)
+        images = _images(arguments).select(slice(arguments.n))
+        run = wb.invert(model, images, steps=visited[first:], batch_size=arguments.batch_size)
     grid = wb.cross_boundary(
         model,
         run,
@@ -962,7 +999,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         protocol,
         labeller=labeller,
         judge=judge,
-        images=wb.load_images(arguments.images, size=model.image_shape[1]),
+        images=_images(arguments, model.image_shape[1]),
         masks=benchmark.find_masks(attributes, size=model.image_shape[1]) if arguments.images == "avataaars" else None,
         workers=usual_workers if arguments.workers is None else arguments.workers,
         scheduler=arguments.scheduler,
@@ -982,6 +1019,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         parameters = {name: getattr(protocol, name) for name in size}
         parameters |= {"model_name": arguments.model, "seed": arguments.seed, "images_name": arguments.images}
         parameters |= {"classifier_name": arguments.labeller, "judge_name": arguments.judge}
+        parameters |= {"labels_name": arguments.labels or "", "skip_broken": arguments.skip_broken}
         parameters |= {"attributes": list(attributes), "methods": list(protocol.methods)}
         print(notebooks.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)
 
@@ -999,6 +1037,8 @@ def _figure(arguments: argparse.Namespace) -> None:
     setup = figures.Setup(
         model_name=arguments.model,
         images_name=arguments.images,
+        labels_name=arguments.labels,
+        skip_broken=arguments.skip_broken,
         classifier_name=arguments.labeller,
         judge_name=arguments.judge,
         attribute=arguments.attributes[0],
@@ -1042,7 +1082,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.start is not None:
         size = wb.load_model(arguments.start, device="cpu").image_shape[1] * (2 if settings.grow else 1)
     model = wb.train_model(
-        [wb.load_images(source, size=size) for source in arguments.images],
+        [wb.load_images(source, size=size, skip_broken=arguments.skip_broken) for source in arguments.images],
         None if arguments.resume else settings,
         out=arguments.out,
         resume=arguments.resume,
@@ -1061,10 +1101,10 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments)
     size = model.image_shape[1]
-    training = [wb.load_images(source, size=size) for source in arguments.training]
+    training = [wb.load_images(source, size=size, skip_broken=arguments.skip_broken) for source in arguments.training]
     evaluation = wb.evaluate_model(
         model,
-        wb.load_images(arguments.images, size=size),
+        _images(arguments, size),
         classifiers=[wb.load_classifier(source, device=arguments.device) for source in arguments.classifiers],
         training=training or None,
         n=arguments.n,
@@ -1094,7 +1134,7 @@ def _train_classifier(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
     classifier = wb.train_classifier(
-        arguments.images, out=arguments.out, seed=arguments.seed, steps=arguments.steps, design=arguments.design
+        _images(arguments), out=arguments.out, seed=arguments.seed, steps=arguments.steps, design=arguments.design
     )
     print(f"{classifier}\n{arguments.out.resolve()}")
 

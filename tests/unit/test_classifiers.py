@@ -360,6 +360,21 @@ def test_missing_labels_are_left_out_of_the_loss(sheets, relabelled, tmp_path):
     assert (evaluate_classifier(classifier, sheets[1], progress=False)[16]["accuracy"] > 0.9).all()
 
 
+def test_columns_that_are_not_binary_are_left_out_by_name(sheets, relabelled, tmp_path):
+    labels = sheets[0].labels.drop(columns="Angle").assign(Side=sheets[0].labels["Red"] + 1)
+    labels.loc[labels.index[:9], "Bright"] *= -1  # beside which 0 is missing
+    with pytest.warns(UserWarning, match="0 in column Bright counts as missing"):
+        images = relabelled(labels)
+    with pytest.warns(UserWarning, match="left out .*: Side holds 1, 2"):
+        classifier = train_classifier(images, out=tmp_path / "out", steps=1, **TINY)
+    assert classifier.attributes == ("Bright", "Red")
+
+
+def test_images_between_0_and_1_are_warned_of(sheets, bundled):
+    with pytest.warns(UserWarning, match=r"images in \[0, 1\]"):
+        bundled((sheets[1][:2] + 1) / 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

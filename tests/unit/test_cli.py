@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -220,6 +221,49 @@ def test_extract_of_real_images(tiny_folder, tmp_path, capsys):
     path = tmp_path / "h.zarr"
     status, out, _ = run(capsys, "extract", tiny_folder, "--images", "avataaars", "--n", 2, "--steps", 2, "-o", path)
     assert status == 0 and "2 inverted images" in out
+
+
+TAKE_IMAGES = "extract|mixing-step|benchmark|figure|find labels|boundary fit|boundary edit|evaluate-model"
+
+
+@pytest.mark.parametrize("command", [*TAKE_IMAGES.split("|"), "train-classifier", "train"])
+def test_every_command_that_takes_images_takes_their_labels_and_skips_broken_ones(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert "--skip-broken" in shown and ("--labels FILE" in shown or command == "train")
+
+
+def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folder, tmp_path, capsys, monkeypatch):
+    def show(*given):  # as Python does where no test records it
+        print(warnings.formatwarning(*given), end="", file=sys.stderr)
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(faces / f"{i}.png")
+    (faces / "6.png").write_bytes(b"nothing")
+    table = tmp_path / "table.csv"
+    table.write_text("file;A;Age\n" + "".join(f"{i}.png;{i % 2};{i}\n" for i in range(8)))
+    fit = ("boundary", "fit", tiny_folder, "--steps", 2, "--t", 500, "--images", faces, "--labels", table)
+    status, _, said = run(capsys, *fit, "-o", tmp_path / "found")
+    assert status == 2 and "6.png cannot be decoded" in said and "--skip-broken" in said
+    status, out, said = run(capsys, *fit, "--skip-broken", "-o", tmp_path / "found")
+    assert status == 0 and "for lack of two classes or of labels: Age" in out
+    assert all(line.startswith("workbench: ") for line in said.splitlines())
+    assert "rows without image, 1 of 8 (7.png)" in said and "cannot be decoded as an image: " in said
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_of_edits_are_finite(number, capsys):
+    edit = ("boundary", "edit", "avataaars32", "--boundaries", "b", "--seeds", "0")
+    for arguments in ((*edit, f"--eta={number}"), (*edit, "--distances", "0", number)):
+        with pytest.raises(SystemExit) as stop:
+            run(capsys, *arguments)
+        assert stop.value.code == 2
+        if arguments[-1] != "-inf":  # which argparse takes for an option
+            assert f"'{number}' is not a finite number" in capsys.readouterr().err
 
 
 def test_find_saves_directions_that_load_again(tiny_folder, tmp_path, capsys, cache):

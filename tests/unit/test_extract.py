@@ -15,6 +15,7 @@ import pytest
 import torch
 import zarr
 from diffusers import DDPMScheduler
+from PIL import Image
 from zarr.storage import LocalStore
 
 import workbench as wb
@@ -428,6 +429,19 @@ def test_an_overflow_is_named_and_never_stored(loud, cache):
 
 
 # Bad input
+
+
+def test_images_of_every_kind_are_extracted_alike(tiny, cache, tmp_path):
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "navy")]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    stores = [
+        extract(tiny, images=images) for images in (pictures, wb.load_images(tmp_path), wb.load_images(tmp_path)[:])
+    ]
+    assert stores[2].cached  # the tensor is that of the pictures
+    assert np.array_equal(stores[0].at(stores[0].timesteps[0]), stores[1].at(stores[1].timesteps[0]))
+    with pytest.warns(UserWarning, match=r"images in \[0, 1\]"):
+        extract(tiny, images=torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,8 @@ def test_the_single_timestep_edit_is_a_step_of_x_t_denoised(model):
     assert (x - runs.x0).abs().max() > 1e-2
     with pytest.raises(ValueError, match="timestep 500 was not visited"):
         found.edit(wb.sample(model, [5], steps=3, progress=False), scale=1.0)
+    with pytest.raises(ValueError, match="scale is nan"):
+        found.edit(runs, scale=float("nan"))
 
 
 def test_the_nullspace_projection_avoids_what_moves_the_outside(model, run):

@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import shutil
+import unicodedata
+import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_all_start_methods, get_context
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from workbench.datasets import avataaars, labelled
 from workbench.datasets.labelled import load_image, load_images, load_pair, to_tensor
@@ -184,10 +186,11 @@ def test_constant_columns_and_gaps_in_binary_ones_are_kept(folder):
         "d.png,1,-1,1,0,True\n"
         "e.png,1,-1,-1,1,True\n"
     )
-    labels = load_images(folder).labels
+    with pytest.warns(UserWarning, match="0 in column Three counts as missing"):
+        labels = load_images(folder).labels
     assert labels["Ones"].tolist() == [1] * 5 and labels["Minus"].tolist() == [0] * 5
     assert labels["Gap"].tolist()[1:] == [0, 1, 1, 0] and np.isnan(labels["Gap"].iloc[0])
-    assert labels["Three"].tolist() == [-1, 0, 1, 0, 1]
+    assert labels["Three"].iloc[[0, 2, 4]].tolist() == [0, 1, 1] and labels["Three"].iloc[[1, 3]].isna().all()
     assert labels["Flag"].tolist() == [1] * 5
 
 
@@ -368,7 +371,8 @@ def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
 def test_celebas_list_may_cover_more_images_than_there_are(folder):
     (folder / "attributes.csv").unlink()
     (folder / "list_attr_celeba.txt").write_text("6\nSmiling Beard\n" + LIST + "f.png 1 1\n")
-    assert load_images(folder).labels.shape == (5, 2)
+    with pytest.warns(UserWarning, match=r"rows without image, 1 of 6 \(f\.png\)"):
+        assert load_images(folder).labels.shape == (5, 2)
     (folder / "list_attr_celeba.txt").write_text("Smiling Beard\n" + LIST.split("e.png")[0])
     with pytest.raises(ValueError, match=r"1 of 5 images have no row \(e.png\)"):
         load_images(folder)
@@ -621,6 +625,156 @@ def test_leading_zeros_count_in_file_names_and_spaces_around_them_do_not(tmp_pat
         picture(0).save(tmp_path / f"{name}.png")
     (tmp_path / "attributes.csv").write_text("file,A\n001.png,1\n 002.png ,0\n")
     assert load_images(tmp_path).labels["A"].to_dict() == {"001.png": 1, "002.png": 0}
+
+
+TABLES = {
+    "rows and columns of nothing": "file,A,B,,\r\na.png,1,0,,\r\n,,,,\r\nb.png,0,1,,\r\n,,,,\r\n   \r\n",
+    "spaces": "file, A , B\n a.png , 1 , 0\n b.png, 0, 1\n",
+    "semicolons": "file;A;B\na.png;1,0;0,0\nb.png;0,0;1,0\n",
+    "semicolons, said": "sep=;\nfile;A;B\na.png;1;0\nb.png;0;1\n",
+    "tabs": "file\tA\tB\na.png\t1\t0\nb.png\t0\t1\n",
+    "quotes of R": '"A" "B"\n"a.png" 1 0\n"b.png" 0 1\n',
+    "words": "file,A,B\na.png,yes,FALSE\nb.png,No,True\n",
+    "backslashes": "file,A,B\nfaces\\a.png,1,0\nfaces\\b.png,0,1\n",
+    "folders and another extension": "file,A,B\none/a.jpg,1,0\ntwo/b.jpg,0,1\n",
+    "file_name of Hugging Face": "A,file_name,B\n1,a.png,0\n0,b.png,1\n",
+}
+
+
+@pytest.mark.parametrize("kind", [*TABLES, "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_tables_are_read_as_programs_write_them(kind, tmp_path):
+    text, encoding = (TABLES[kind], "utf-8") if kind in TABLES else (TABLES["tabs"], kind)
+    for name in "ab":
+        picture(0).save(tmp_path / f"{name}.png")
+    for table in ("metadata.csv", "attributes.csv"):
+        (tmp_path / table).write_bytes(text.encode(encoding))
+        labels = load_images(tmp_path).labels
+        assert labels.to_dict() == {"A": {"a.png": 1, "b.png": 0}, "B": {"a.png": 0, "b.png": 1}}
+        assert (labels.dtypes == np.int64).all()
+
+
+def test_letters_with_accents_match_however_they_are_composed(tmp_path):
+    decomposed, composed = (unicodedata.normalize(form, "café.png") for form in ("NFD", "NFC"))
+    picture(0).save(tmp_path / decomposed)
+    for encoding in ("utf-8", "latin-1"):
+        (tmp_path / "attributes.csv").write_bytes(f"file,Gesicht für\n{composed},1\n".encode(encoding))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            images = load_images(tmp_path)
+        assert images.labels.to_dict() == {"Gesicht für": {decomposed: 1}} and images[0].shape == (3, 12, 12)
+        assert ["Latin-1" in str(warning.message) for warning in said] == [True] * (encoding == "latin-1")
+
+
+def test_what_a_table_has_beside_numbers_is_left_out_and_said(folder):
+    rows = "".join(f"{name}.png,{'train' if i else ''},{i % 2}\n" for i, name in enumerate("abcdef"))
+    (folder / "attributes.csv").write_text("file,split,A\n" + rows)
+    with pytest.warns(UserWarning, match=r"column split holds 'train' in row b\.png; .*1 of 6 \(f\.png\)"):
+        assert load_images(folder).names == ["A"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04\x00\x00", "save it as CSV"),
+        (b"file,A,A \na.png,1,0\n", "more than one column A"),
+        (b"file,A\na.png,inf\nb.png,1\n", "inf in row a.png"),
+        (b"a.png,1\nb.png,0\n", "the first line must name the columns"),
+        (b",,\n\n", "has no rows"),
+    ],
+)
+def test_what_is_no_table_is_a_sentence(content, message, folder):
+    (folder / "attributes.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as failure:
+        load_images(folder)
+    assert "attributes.csv" in sentence(failure)
+
+
+KAGGLE, OFFICIAL = "image_id,A\n000001.jpg,-1\n000002.jpg,1\n", "2\nA\n000001.jpg -1\n000002.jpg  1\n"
+
+
+@pytest.mark.parametrize(
+    ("inner", "table", "content"),
+    [
+        ("img_align_celeba/img_align_celeba", "list_attr_celeba.csv", KAGGLE),
+        ("Img/img_align_celeba_png", "Anno/list_attr_celeba.txt", OFFICIAL),
+    ],
+)
+def test_celeba_as_it_is_distributed_has_its_labels(inner, table, content, tmp_path):
+    images = tmp_path / inner
+    images.mkdir(parents=True)
+    for name in ("000001", "000002"):
+        picture(0).save(images / f"{name}.{'png' if 'png' in inner else 'jpg'}")
+    (tmp_path / table).parent.mkdir(exist_ok=True)
+    (tmp_path / table).write_text(content)
+    for source in (tmp_path, images.parent, images, shutil.make_archive(str(images), "zip", images)):
+        assert load_images(source).labels["A"].tolist() == [0, 1]
+    next(images.glob("000002*")).unlink()
+    for source, labels in ((images, None), (images, tmp_path / table)):
+        with pytest.warns(UserWarning, match=r"rows without image, 1 of 2 \(000002\.jpg\)"):
+            assert load_images(source, labels=labels).labels["A"].tolist() == [0]
+
+
+def test_a_table_of_another_name_is_not_passed_over_in_silence(folder):
+    (folder / "attributes.csv").rename(folder / "labels.csv")
+    with pytest.warns(UserWarning, match=r"no labels are read.*labels\.csv.*give one as labels="):
+        assert load_images(folder).names == []
+    assert len(load_images(folder, labels=folder / "labels.csv").names) == 3
+
+
+# Kinds of images
+
+
+def test_all_that_pillow_reads_is_read_and_the_rest_is_named(tmp_path):
+    kinds = {
+        "jfif": "JPEG",
+        "jpe": "JPEG",
+        "JP2": "JPEG2000",
+        "webp": "WEBP",
+        "bmp": "BMP",
+        "tif": "TIFF",
+        "gif": "GIF",
+    }
+    kinds |= {"ppm": "PPM", "tga": "TGA"} | ({"avif": "AVIF"} if features.check("avif") else {})
+    for ending, kind in kinds.items():
+        picture(0, 16, 16).save(tmp_path / f"a.{ending}", format=kind, save_all=False)
+    for name in ("b.heic", "c.svg", "d.mpg", "Thumbs.db", "README.md", "LICENSE", "scores.csv", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "attributes.csv").write_text("file,A\n" + "".join(f"a.{ending},1\n" for ending in kinds))
+    with pytest.warns(UserWarning) as said:
+        images = load_images(tmp_path)
+    assert len(images) == len(kinds) and images[:].shape == (len(kinds), 3, 16, 16)
+    assert len(said) == 1 and "3 of its files (b.heic, c.svg, d.mpg)" in str(said[0].message)
+
+
+def test_what_a_plugin_registers_is_read(tmp_path, monkeypatch):
+    """As pillow-heif does for .heic."""
+    monkeypatch.setitem(Image.registered_extensions(), ".heic", "PNG")
+    picture(0).save(tmp_path / "a.heic", format="PNG")
+    assert torch.equal(load_images(tmp_path)[0], expected(picture(0)))
+
+
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("white", "black")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (load_images(tmp_path)[0] == 1).all()
+
+
+def test_broken_images_are_refused_or_left_out_by_name(folder, tmp_path):
+    (folder / "a.png").write_bytes(b"nothing")
+    content = (folder / "c.png").read_bytes()
+    (folder / "c.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"c\.png cannot be decoded.*skip_broken=True"):
+        load_images(folder, size=8)[2]
+    for source in (folder, zip_of(folder, tmp_path / "faces.zip")):
+        with pytest.warns(UserWarning, match=r"a\.png.*c\.png"):
+            images = load_images(source, skip_broken=True)
+        assert list(images.labels.index) == ["b.png", "d.png", "e.png"] and images[:].shape == (3, 3, 12, 12)
+    with pytest.warns(UserWarning, match=r"a\.png.*c\.png"):
+        assert len(load_pair(folder, tmp_path / "faces.zip", name="A", skip_broken=True)) == 6
+    for name in "bde":
+        (folder / f"{name}.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none of 5 images can be decoded"):
+        load_images(folder, skip_broken=True)
 
 
 # Two folders

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import workbench as wb
 from workbench.diffusion import sampling
@@ -430,6 +431,54 @@ def test_an_inverted_run_knows_what_it_is(tiny, run):
 def test_images_that_are_none_of_the_models_are_refused(tiny, images, message):
     with pytest.raises(ValueError, match=message):
         wb.invert(tiny, images, progress=False)
+
+
+def test_images_of_every_kind_are_inverted_alike(tiny, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (2, 10, 8, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(each) for each in values]
+    for i, each in enumerate(pictures):
+        each.save(tmp_path / f"{i}.png")
+    labelled = wb.load_images(tmp_path)
+    tensor = torch.from_numpy(values[:, 1:9]).permute(0, 3, 1, 2) / 127.5 - 1
+    plain = wb.invert(tiny, tensor, steps=2, progress=False).x_T
+    for images in (
+        labelled,
+        pictures,
+        list(tensor),
+        tuple(tensor.split(1)),
+        tensor.numpy(),
+        [labelled[0], pictures[1]],
+    ):
+        torch.testing.assert_close(wb.invert(tiny, images, steps=2, progress=False).x_T, plain)
+    torch.testing.assert_close(wb.invert(tiny, pictures[0], steps=2, progress=False).x_T, plain[:1])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("photo.png", "images are a str; .*load_image"),
+        (None, "images are a NoneType"),
+        ([], r"shape \(0,\)"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"shape \(1, 3, 8, 9\)"),
+        ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), math.nan)], "finite floats"),
+    ],
+)
+def test_what_is_no_image_is_refused_before_it_is_inverted(tiny, images, message):
+    with pytest.raises(ValueError, match=message):
+        wb.invert(tiny, images, progress=False)
+
+
+def test_images_between_0_and_1_are_warned_of(tiny, recwarn):
+    images = torch.rand(2, *tiny.image_shape, generator=torch.Generator().manual_seed(0))
+    light = Image.new("RGB", (8, 8), "white")
+    light.putpixel((0, 0), (200, 200, 200))
+    wb.invert(tiny, [2 * images[0] - 1, images[1]], steps=1, progress=False)
+    wb.invert(tiny, light, steps=1, progress=False)
+    wb.invert(tiny, torch.zeros(1, *tiny.image_shape), steps=1, progress=False)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"images in \[0, 1\].*2 \* x - 1") as said:
+        wb.invert(tiny, images, steps=1, progress=False)
+    assert said[0].filename == __file__
 
 
 def test_an_unknown_method_of_inversion_is_refused(tiny):

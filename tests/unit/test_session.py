@@ -449,6 +449,7 @@ def test_directions_of_one_name_get_two(tiny, run, smile):
     [
         (lambda s: s.set_scale("beard", 1.0), "there is no direction 'beard'; there is smile, hair"),
         (lambda s: s.set_scale("smile", math.nan), "give a finite number"),
+        (lambda s: s.grid("smile", "hair", values=[0.0, math.inf]), "hair is inf"),
         (lambda s: s.set_distance("smile", 1.0), "there is no boundary 'smile'"),
         (lambda s: s.set_against("smile", ["smile"]), "against itself"),
         (lambda s: s.set_window(100, 500), "give the noisier end first"),

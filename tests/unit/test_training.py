@@ -440,6 +440,10 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_checkpoi
 
 
 def test_images_of_another_size_are_refused(images):
+    with pytest.raises(ValueError, match=r"finite floats in \[-1, 1\]"):
+        training._to_bytes(torch.full((1, 3, 8, 8), 255.0), (3, 8, 8))
+    with pytest.warns(UserWarning, match=r"images in \[0, 1\]"):
+        training._to_bytes(torch.linspace(0, 1, 192).view(1, 3, 8, 8), (3, 8, 8))
     with pytest.raises(ValueError, match=r"shape \(3, 4, 4\) and the model takes \(3, 8, 8\); open them with load_im"):
         train_model(images, tiny(size=8, attention=(4,)), out="nowhere", **QUIET)
     with pytest.raises(ValueError, match="there are no images"):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,9 @@ from tqdm.auto import tqdm
 from workbench import paths
 from workbench.datasets import avataaars
 from workbench.datasets.labelled import LabelledImages, load_images
+from workbench.datasets.tables import not_binary
 from workbench.diffusion.checkpoints import hash_weights, load_strictly, read_json, read_state_dict
+from workbench.diffusion.images import warn_of_unit_range
 from workbench.diffusion.models import best_device
 from workbench.diffusion.parallel import in_threads, split
 
@@ -172,12 +175,15 @@ class Classifier:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
         n = _count(images)
-        outputs = []
+        outputs, ranges = [], []
         with tqdm(total=n, desc=self.name, unit="image", delay=2, leave=False, disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 batch = _read(images, slice(start, start + batch_size))
                 outputs.append(self._in_threads(function, batch).cpu().double())
+                ranges.append(torch.stack(batch.aminmax()))
                 bar.update(len(batch))
+        if not isinstance(images, LabelledImages):
+            warn_of_unit_range(*map(float, torch.cat(ranges).aminmax()))
         return torch.cat(outputs)
 
     def _in_threads(self, function, batch: torch.Tensor) -> torch.Tensor:
@@ -276,7 +282,7 @@ def train_classifier(
     ----------
     images : LabelledImages, str or Path
         Or what `load_images` takes. A missing label (NaN) is left out of the loss; columns with other numbers than 0
-        and 1, such as an angle, are left out altogether.
+        and 1, such as an angle, are left out altogether, with a warning.
     out : str or Path
         Folder for `config.json` and `model.safetensors`; `load_classifier` reads it. Files of these names are replaced.
     seed : int
@@ -677,15 +683,18 @@ def _write(network: AttributeNet, out: Path, *, design: str, attributes: list[st
 
 
 def _binary_labels(images: LabelledImages) -> pd.DataFrame:
-    labels = images.labels
-    labels = labels[[name for name in labels if set(labels[name].dropna()) <= {0, 1}]]
+    others = not_binary(images.labels)
+    labels = images.labels.drop(columns=list(others))
     if labels.empty:
-        raise ValueError(f"{images} has no attribute of 0 and 1; give images with such labels")
+        why = f" ({'; '.join(others.values())})" if others else ""
+        raise ValueError(f"{images} has no attribute of 0 and 1{why}; give images with such labels, or labels=")
     constant = [name for name in labels if labels[name].nunique() < 2]
     if constant:
         raise ValueError(
             f"{', '.join(constant)} does not vary among these {len(images)} images; give more images or drop the column"
         )
+    if others:
+        warnings.warn(f"left out is what is not labelled with 0 and 1: {'; '.join(others.values())}", stacklevel=3)
     return labels
 
 

@@ -10,8 +10,8 @@ import hashlib
 import io
 import os
 import posixpath
-import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,23 +22,29 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from workbench import paths
+from workbench.datasets.tables import LABEL_FILES, LISTS, classes_of, common_folder, labels_of, some
+from workbench.diffusion.images import Unsuitable, picture_to_tensor
 
 BUNDLED = "avataaars"
-LISTS = ("list_attr_celeba.txt", "CelebAMask-HQ-attribute-anno.txt")
-LABEL_FILES = ("attributes.csv", *LISTS)
 FOLDERS = "folders"
-_PARTS = ("train", "val", "test")
 
 CROPS = {"celeba64": ((178, 218), (25, 57, 153, 185))}
 """Squares other than the centre one: size of the images that it is for, and (left, top, right, bottom).
 
 "celeba64" is what the 64-pixel CelebA models of DDIM see of the aligned images: 128 pixels around (89, 121).
 """
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+# Formats that Pillow names and cannot decode by itself, or only by running another program.
+_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+# What stands beside images, and nobody takes for one.
+_COMPANIONS = (
+    *(".csv", ".tsv", ".txt", ".xlsx", ".json", ".jsonl", ".parquet", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
+    *(".npy", ".npz", ".pt", ".zip", ".log", ".py", ".part", ".db", ".ini", "license", "readme"),
+)
 
 Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torch.Tensor
 
@@ -125,7 +131,7 @@ class LabelledImages:
             with Image.open(io.BytesIO(self._files.read(name))) as image:
                 return min(_cropped(image, self._crop).size)
         except _UNDECODABLE as error:
-            raise _undecodable(self._files.describe(name), error) from error
+            raise _undecodable(self._files.describe(name), error, _SKIP) from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,7 +164,7 @@ class LabelledImages:
             If the attribute is unknown; the message lists the known ones.
         """
         if name not in self.labels.columns:
-            known = ", ".join(self.names) or "none: no label file was found"
+            known = ", ".join(self.names) or 'none: no label file was found; give one as labels="table.csv"'
             raise ValueError(f"there is no attribute {name!r}; the known ones are {known}")
         return self.labels[name]
 
@@ -234,27 +240,54 @@ class LabelledImages:
 
     def _decode(self, position: int) -> torch.Tensor:
         name = self.labels.index[position]
+        image = self._open(name)
+        if image.shape[-1] != self.size:
+            raise ValueError(
+                f"{self._files.describe(name)} is {image.shape[-1]} pixels wide after cropping and the first image "
+                f"{self.size}; give the size that all should have, such as size=64"
+            )
+        return image
+
+    def _open(self, name: str) -> torch.Tensor:
         where = self._files.describe(name)
         try:
             content = self._files.read(name)
         except _UNDECODABLE as error:
-            raise _undecodable(where, error) from error
-        image = _decode(content, self._size, where, self._crop)
-        if image.shape[-1] != self.size:
-            raise ValueError(
-                f"{where} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
-                "give the size that all should have, such as size=64"
-            )
-        return image
+            raise _undecodable(where, error, _SKIP) from error
+        return _decode(content, self._size, where, self._crop, _SKIP)
+
+    def _without_broken(self) -> LabelledImages:
+        whole, broken = [], []
+        for position, name in enumerate(tqdm(self.labels.index, "checking", unit="image", delay=2, leave=False)):
+            try:
+                self._open(name)
+                whole.append(position)
+            except BrokenImage:
+                broken.append(self._files.describe(name))
+        if not whole:
+            raise ValueError(f"none of {len(broken)} images can be decoded ({some(broken)}); give others")
+        if broken:
+            warnings.warn(f"left out is what cannot be decoded as an image: {', '.join(broken)}", stacklevel=3)
+        return self.select(whole)
 
 
 def load_images(
-    source: str | Path, *, size: int | None = None, labels: str | Path | None = None, crop: str | None = None
+    source: str | Path,
+    *,
+    size: int | None = None,
+    labels: str | Path | None = None,
+    crop: str | None = None,
+    skip_broken: bool = False,
 ) -> LabelledImages:
     """Open a set of images with its labels; images are decoded later, when they are asked for.
 
-    Labels are looked for inside of the folder or zip, then beside the zip; CelebA's and CelebAMask-HQ's lists also
-    beside the folder. Names are paths relative to the source, without a folder that is common to all of them.
+    Images are all files of the kinds that Pillow reads (of several frames, the first). Names are paths relative to the
+    source, without a folder that is common to all of them.
+
+    Labels are looked for inside of the folder or zip and beside the zip; CelebA's and CelebAMask-HQ's lists also up to
+    two folders above and in their `Anno` folders, so that what is unpacked as it is distributed loads as it is. Tables
+    may be separated by commas, semicolons, tabs or spaces, in UTF-8, UTF-16 or Latin-1. File names are in the column
+    `file_name`, as in the `metadata.csv` of Hugging Face, or the first one. What is left out is said in a warning.
 
     CelebA's aligned images (178 x 218), CelebAMask-HQ, AFHQ and LSUN as folders of images load as they are. Their
     centre squares are what models of 128 and 256 pixels are trained on; for the 64-pixel models of DDIM see `crop`.
@@ -267,45 +300,51 @@ def load_images(
     size : int, optional
         Side in pixels that the images are resized to. Default: the native size, which must then be one for all.
     labels : str or Path, optional
-        Label file. A `.txt` file is read as CelebA's list (with or without its first line, the count), anything else as
-        CSV with the file name in the first column. Default: `attributes.csv`, else `list_attr_celeba.txt`, else
-        `CelebAMask-HQ-attribute-anno.txt`, else none. "folders" makes an attribute of each class's folder, as AFHQ
-        (`train/cat/...`) and exported LSUN (`bedroom_train/...`) have them.
+        Table of labels, with a row for each image. Default: `attributes.csv` (or .tsv), else `metadata.csv`, else
+        `list_attr_celeba.txt` or .csv, else `CelebAMask-HQ-attribute-anno.txt`, else none. "folders" makes an attribute
+        of each class's folder, as AFHQ (`train/cat/...`) and exported LSUN (`bedroom_train/...`) have them.
     crop : {"celeba64"}, optional
         Another square than the centre one, see `CROPS`.
+    skip_broken : bool, default False
+        Decode all images now and leave out those that cannot be, with a warning that names them. By default the first
+        of them is refused when it is asked for.
 
     Returns
     -------
     LabelledImages
-        Sorted by name.
+        Sorted by name. Columns of yes and no, or true and false, hold 1 and 0.
 
     Raises
     ------
     FileNotFoundError
         If the source or the label file does not exist.
     ValueError
-        If there are no images; if rows and images do not match (rows of CelebA's list may lack an image), are repeated
-        or hold something that is not a number; if the size is below 1; if the crop is not known, or all images are of
-        one class.
+        If there are no images; if images have no row, or rows are repeated or hold something that is not a number; if
+        the size is below 1; if the crop is not known, or all images are of one class.
+
+    Warns
+    -----
+    UserWarning
+        Of files that are no images, of rows without image, columns of text and zeros beside -1 and 1, which are left
+        out, and of tables that are there and not read.
     """
     size = _checked(size)
     if crop is not None and crop not in CROPS:
         raise ValueError(f"there is no crop {crop!r}; there are {', '.join(CROPS)}, and the centre square by default")
-    files = _find_files(paths.data() / BUNDLED if source == BUNDLED else Path(source))
-    names = files.names()
+    files, names, others = _find_files(paths.data() / BUNDLED if source == BUNDLED else Path(source))
     if labels == FOLDERS:
-        return LabelledImages(_classes(names, source), files, size, crop)
-    found = _find_labels(files) if labels is None else _given_labels(Path(labels))
-    if found is None:
-        table = pd.DataFrame(index=pd.Index(names, name="file"))
+        table = classes_of(names, str(source))
     else:
-        where, content = found
-        is_list = where.endswith(".txt")
-        table = _match((_read_list if is_list else _read_csv)(content, where), names, where, spare_rows=is_list)
-    return LabelledImages(table, files, size, crop)
+        found = _find_labels(files, others) if labels is None else _given_labels(Path(labels))
+        table = pd.DataFrame(index=pd.Index(names, name="file")) if found is None else labels_of(names, *found)
+    _warn_of_others(source, others, tables=labels is None and found is None)
+    images = LabelledImages(table, files, size, crop)
+    return images._without_broken() if skip_broken else images
 
 
-def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: int | None = None) -> LabelledImages:
+def load_pair(
+    positive: str | Path, negative: str | Path, *, name: str, size: int | None = None, skip_broken: bool = False
+) -> LabelledImages:
     """Open two folders or zips as one labelled set: images with an attribute and images without it.
 
     The way to a boundary for what no label file names, such as pictures that a text-to-image model made for two
@@ -317,7 +356,7 @@ def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: in
         Folders or zips of images; label files in them are not read.
     name : str
         Of the attribute.
-    size : int, optional
+    size, skip_broken
         As in `load_images`.
 
     Returns
@@ -334,14 +373,14 @@ def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: in
     """
     if Path(positive).resolve() == Path(negative).resolve():
         raise ValueError(f"{positive} is given for the images with and without {name}; give two folders")
-    parts = {"positive": _find_files(Path(positive)), "negative": _find_files(Path(negative))}
-    names = {part: [f"{part}/{file}" for file in files.names()] for part, files in parts.items()}
-    labels = pd.Series(
-        [int(part == "positive") for part, files in names.items() for _ in files],
-        index=pd.Index([file for files in names.values() for file in files], name="file"),
-        name=name,
-    )
-    return LabelledImages(labels.to_frame(), _Parts(parts), _checked(size))
+    parts, names = {}, {}
+    for part, source in (("positive", positive), ("negative", negative)):
+        parts[part], found, others = _find_files(Path(source))
+        names |= {f"{part}/{file}": int(part == "positive") for file in found}
+        _warn_of_others(source, others)
+    labels = pd.DataFrame({name: names}).rename_axis("file")
+    images = LabelledImages(labels, _Parts(parts), _checked(size))
+    return images._without_broken() if skip_broken else images
 
 
 def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tensor:
@@ -396,33 +435,7 @@ def to_tensor(image: Image.Image | str | Path, size: int | None = None) -> torch
     """
     if not isinstance(image, Image.Image):
         return load_image(image, size)
-    square = _crop_square(_to_rgb(image))
-    if _checked(size) is not None:
-        square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
-
-
-class _Unsuitable(ValueError):
-    """A sound image that is not what was asked for."""
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise _Unsuitable("the range of 32-bit pixels is unknown; save with 8 or 16 bits a channel")
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255.
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _crop_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    return picture_to_tensor(image, _checked(size))
 
 
 def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
@@ -431,7 +444,7 @@ def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
     size, box = CROPS[crop]
     if image.size != size:
         width, height = size
-        raise _Unsuitable(
+        raise Unsuitable(
             f"the crop {crop!r} is for images of {width} x {height} pixels, not {image.width} x {image.height}; leave "
             "it out for others"
         )
@@ -444,20 +457,27 @@ def _checked(size: int | None) -> int | None:
     return size
 
 
-def _decode(content: bytes, size: int | None, where: str, crop: str | None = None) -> torch.Tensor:
+class BrokenImage(ValueError):
+    """A file that cannot be decoded."""
+
+
+_SKIP = ", or leave such out by skip_broken=True (--skip-broken)"
+
+
+def _decode(content: bytes, size: int | None, where: str, crop: str | None = None, remedy: str = "") -> torch.Tensor:
     _checked(size)
     try:
         with Image.open(io.BytesIO(content)) as image:
             return to_tensor(_cropped(image, crop), size)
     except _UNDECODABLE as error:
-        raise _undecodable(where, error) from error
+        raise _undecodable(where, error, remedy) from error
 
 
-def _undecodable(where: str, error: Exception) -> ValueError:
-    if isinstance(error, _Unsuitable):
+def _undecodable(where: str, error: Exception, remedy: str = "") -> ValueError:
+    if isinstance(error, Unsuitable):
         return ValueError(f"{where}: {error}")
     reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
-    return ValueError(f"{where} cannot be decoded as an image ({reason}); replace it or remove it")
+    return BrokenImage(f"{where} cannot be decoded as an image ({reason}); replace it or remove it{remedy}")
 
 
 @dataclass(frozen=True)
@@ -476,9 +496,6 @@ class _Folder:
             folders[:] = [name for name in folders if inside[name] not in trail]  # a link to where it lies has no end
             trails |= {os.path.join(folder, name): {*trail, inside[name]} for name in folders}
         return found
-
-    def names(self) -> list[str]:
-        return _image_names(self.members(), self.prefix)
 
     def describe(self, name: str) -> str:
         return str(self.path / (self.prefix + name))
@@ -501,9 +518,6 @@ class _Zip:
 
     def members(self) -> list[str]:
         return self._handle().namelist()
-
-    def names(self) -> list[str]:
-        return _image_names(self.members(), self.prefix)
 
     def describe(self, name: str) -> str:
         return f"{name} in {self.path}"
@@ -547,21 +561,26 @@ def _open_zip(path: Path, stamp: tuple[int, int], process: int) -> zipfile.ZipFi
         raise ValueError(f"{path} is not a complete zip ({error}); copy or build it again") from error
 
 
-def _find_files(source: Path) -> _Folder | _Zip:
+def _find_files(source: Path) -> tuple[_Folder | _Zip, list[str], list[str]]:
+    """Where images lie, their sorted names, and the paths of all other files that are not hidden."""
     if source.is_dir():
         files = _Folder(source)
-        if not files.names() and (source / "images.zip").is_file():
+        images, others = _sorted_out(files.members())
+        if not images and (source / "images.zip").is_file():
             files = _zip(source / "images.zip")
+            images, others = _sorted_out(files.members())
     elif source.is_file():
         files = _zip(source)
+        images, others = _sorted_out(files.members())
     else:
         raise FileNotFoundError(
             f"there is no folder or zip {source}; give a folder of images, a zip of images, or {BUNDLED!r}"
         )
-    names = files.names()
-    if not names:
-        raise ValueError(f"{source} holds no images; give a folder or a zip with {', '.join(SUFFIXES)} files")
-    return replace(files, prefix=_common_folder(names))
+    if not images:
+        there = f" (there is {some(others)})" if others else ""
+        raise ValueError(f"{source} holds no images{there}; give a folder or a zip with .png, .jpg or other images")
+    files = replace(files, prefix=common_folder(images))
+    return files, [name.removeprefix(files.prefix) for name in images], others
 
 
 def _zip(path: Path) -> _Zip:
@@ -569,131 +588,58 @@ def _zip(path: Path) -> _Zip:
     return _Zip(path.resolve(), (state.st_mtime_ns, state.st_size))
 
 
-def _image_names(members: Iterable[str], prefix: str) -> list[str]:
-    """Sorted names of the images, without hidden files and the metadata folder of macOS zips."""
-    return sorted(
-        member.removeprefix(prefix)
-        for member in members
-        if member.lower().endswith(SUFFIXES)
-        and not any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
+def _sorted_out(members: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Images and other files, sorted, without folders, hidden files and the metadata folder of macOS zips."""
+    seen = sorted(
+        name
+        for name in members
+        if not name.endswith("/") and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     )
+    suffixes = image_suffixes()
+    images = [name for name in seen if name.lower().endswith(suffixes)]
+    return images, sorted({*seen}.difference(images))
 
 
-def _common_folder(names: Iterable[str]) -> str:
-    folders = {posixpath.dirname(name) for name in names}
-    common = posixpath.commonpath(folders) if folders else ""
-    return common and common + "/"
+def image_suffixes() -> tuple[str, ...]:
+    """Extensions of all that Pillow decodes, with its plugins that are registered now."""
+    known = Image.registered_extensions()  # fills OPEN; an .mpo is opened as the JPEG that it begins with
+    return tuple(end for end, kind in known.items() if kind in {*Image.OPEN, "MPO"}.difference(_NO_PICTURES))
 
 
-def _find_labels(files: _Folder | _Zip) -> tuple[str, bytes] | None:
-    """Place and content of the label file that belongs to the images."""
-    if isinstance(files, _Zip):
-        inside = {posixpath.basename(member): member for member in files.members()}
-        for name in LABEL_FILES:
-            if name in inside:
-                return f"{files.path}/{inside[name]}", replace(files, prefix="").read(inside[name])
-        candidates = [files.path.parent / name for name in LABEL_FILES]
-    else:
-        beside = [files.path.resolve().parent / name for name in LISTS]
-        candidates = [*(files.path / name for name in LABEL_FILES), *beside]
-    return next(((str(path), path.read_bytes()) for path in candidates if path.is_file()), None)
-
-
-def _classes(names: list[str], source: str | Path) -> pd.DataFrame:
-    """One attribute a class: the first folder of a name that is no part of a data set."""
-    parts = [[part for part in name.split("/")[:-1] if part not in _PARTS] for name in names]
-    classes = pd.Series([re.sub(r"_(train|val|test)(_lmdb)?$", "", (part or [""])[0]) for part in parts])
-    if classes.nunique() < 2 or (classes == "").any():
-        raise ValueError(
-            f'labels="folders" takes a folder for each of two classes or more; {source} has '
-            f"{', '.join(sorted(set(classes) - {''})) or 'none'}"
+def _warn_of_others(source: str | Path, others: list[str], *, tables: bool = False) -> None:
+    """Name files that are skipped, and tables if these are not read either."""
+    notes, skipped = [], [name for name in others if not name.lower().endswith(_COMPANIONS)]
+    if skipped:
+        notes.append(f"skipped is what has no extension of an image, {len(skipped)} of its files ({some(skipped)})")
+    unread = [name for name in others if name.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
+    if tables and unread:
+        notes.append(
+            f"no labels are read, for no table is called {LABEL_FILES[0]} ({some(unread)}); give one as labels="
         )
-    table = pd.get_dummies(classes).astype(int)
-    return table.set_index(pd.Index(names, name="file"))
+    if notes:
+        warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=3)
 
 
-def _given_labels(path: Path) -> tuple[str, bytes]:
+def _find_labels(files: _Folder | _Zip, others: list[str]) -> tuple[bytes, str] | None:
+    """Content and place of the label file that belongs to the images."""
+    # Of a folder: a table that lies above all images, or in an `Anno` that does.
+    inside: dict[str, str] = {}
+    for member in sorted(others, key=lambda member: member.count("/"), reverse=True):
+        folder = posixpath.dirname(member)
+        above = posixpath.dirname(folder) if posixpath.basename(folder) == "Anno" else folder
+        if isinstance(files, _Zip) or files.prefix.startswith(above and above + "/"):
+            inside[posixpath.basename(member)] = member
+    for name in LABEL_FILES:
+        if name in inside:
+            whole = replace(files, prefix="")
+            return whole.read(inside[name]), whole.describe(inside[name])
+    place = files.path.resolve()
+    candidates = [place.parent / name for name in LABEL_FILES if isinstance(files, _Zip)]
+    candidates += [above / part / name for above in place.parents[:2] for part in ("", "Anno") for name in LISTS]
+    return next(((path.read_bytes(), str(path)) for path in candidates if path.is_file()), None)
+
+
+def _given_labels(path: Path) -> tuple[bytes, str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no label file {path}; give a CSV file or CelebA's list_attr_celeba.txt")
-    return str(path), path.read_bytes()
-
-
-def _read_csv(content: bytes, where: str) -> pd.DataFrame:
-    table = _parse(content, where)
-    return _to_numbers(table.set_index(table.columns[0]), where)
-
-
-def _read_list(content: bytes, where: str) -> pd.DataFrame:
-    """CelebA's list: the count (may be missing), the names, then a line an image."""
-    head = [line.split() for line in content[:100_000].decode("utf-8-sig", "replace").split("\n")[:3]]
-    count = int(head.pop(0)[0]) if len(head[0]) == 1 and head[0][0].isdigit() else None
-    if len(head) < 2 or not head[1]:
-        raise ValueError(f"{where} has no rows; CelebA's list has a line of names, then a line an image")
-    names, first_row = head[:2]
-    if len(names) < len(first_row):
-        names = ["file", *names]
-    skipped = 1 if count is None else 2
-    table = _parse(content, where, sep=r"\s+", header=None, names=names, skiprows=skipped).set_index(names[0])
-    if count not in (None, len(table)):
-        raise ValueError(f"{where} announces {count} rows and has {len(table)}; copy it again")
-    short = table.index[table.isna().any(axis=1)]
-    if len(short):
-        raise ValueError(f"{where} has too few values in {_some(short)}; give {len(names) - 1} a row")
-    return _to_numbers(table, where)
-
-
-def _parse(content: bytes, where: str, **options) -> pd.DataFrame:
-    """File names in the first column as text, whatever they look like."""
-    try:
-        table = pd.read_csv(io.BytesIO(content), converters={0: str}, encoding="utf-8-sig", **options)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where} cannot be read as a table ({' '.join(str(error).split())}); correct it") from error
-    # pandas takes surplus columns for an index.
-    if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError(f"{where} has rows with more values than the {table.shape[1]} columns it names; correct it")
-    return table
-
-
-def _to_numbers(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Numeric columns; those of -1 and 1 become 0 and 1."""
-    return pd.DataFrame(
-        {name: _to_number(column, where) for name, column in table.items()}, index=table.index.str.strip()
-    )
-
-
-def _to_number(column: pd.Series, where: str) -> np.ndarray:
-    numbers = pd.to_numeric(column, errors="coerce")
-    wrong = numbers.isna() & column.notna()
-    if wrong.any():
-        row = wrong.idxmax()
-        raise ValueError(
-            f"column {column.name} of {where} holds {column[wrong].iloc[0]!r} in row {row}; labels are numbers or empty"
-        )
-    if numbers.dtype == bool:
-        numbers = numbers.astype(int)
-    values = set(numbers.dropna())
-    if -1 in values and values <= {-1, 1}:
-        numbers = (numbers + 1) // 2
-    return numbers.to_numpy()
-
-
-def _match(table: pd.DataFrame, names: list[str], where: str, *, spare_rows: bool) -> pd.DataFrame:
-    """Rows in the order of the images."""
-    table.index = table.index.str.removeprefix(_common_folder(table.index))
-    table.index.name = "file"
-    repeated = table.index[table.index.duplicated()].unique()
-    if len(repeated):
-        raise ValueError(f"{where} has more than one row for {_some(repeated)}; keep one each")
-    images = pd.Index(names)
-    unlabelled, imageless = images.difference(table.index), table.index.difference(images)
-    if len(unlabelled) or (len(imageless) and not spare_rows):
-        raise ValueError(
-            f"{where} does not match the images: {len(unlabelled)} of {len(images)} images have no row "
-            f"({_some(unlabelled)}) and {len(imageless)} of {len(table)} rows have no image ({_some(imageless)}); "
-            "the first column must hold the file names"
-        )
-    return table.loc[names]
-
-
-def _some(names: pd.Index) -> str:
-    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "") if len(names) else "none"
+    return path.read_bytes(), str(path)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm.auto import tqdm
 
+from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, check_seeds, initial_noise, normal, step_noise
 from workbench.diffusion.schedule import CLEAN, index_of
@@ -542,7 +544,7 @@ def _run(
 
 def invert(
     model: Model,
-    images: torch.Tensor,
+    images: torch.Tensor | np.ndarray | Image.Image | Sequence,
     *,
     steps: int | Sequence[int] = 50,
     method: str = "ddim",
@@ -573,7 +575,9 @@ def invert(
     Parameters
     ----------
     model : Model
-    images : Tensor of shape (n, C, H, W), values in [-1, 1]
+    images : Tensor of shape (n, C, H, W), LabelledImages, PIL.Image.Image, or a list of images
+        Tensors have values in [-1, 1] (if none is below 0, a warning asks whether they are in [0, 1]); those of a list
+        may have shape (C, H, W). LabelledImages and pictures are cropped and resized to the model's size.
     steps : int or sequence of int, default 50
         As in `sample`. Reconstruction gets better with more of them.
     method : {"ddim", "fixed-point", "edit-friendly"}
@@ -744,17 +748,6 @@ def check_residual(run: Trajectory) -> None:
     """Refuse a run that does not know what its reconstruction lacks."""
     if run.residual is None:
         raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
-
-
-def check_images(images: torch.Tensor, model: Model) -> torch.Tensor:
-    """Images as float32 on the CPU; ValueError if they are not of the model's shape and range."""
-    images = torch.as_tensor(images)
-    if images.ndim != 4 or tuple(images.shape[1:]) != model.image_shape or len(images) == 0:
-        expected = f"(n, {', '.join(map(str, model.image_shape))})"
-        raise ValueError(f"images have shape {tuple(images.shape)}; {model.name} takes {expected}")
-    if not images.is_floating_point() or not torch.isfinite(images).all() or images.abs().max() > 1.001:
-        raise ValueError("images must be finite floats in [-1, 1]; for 8-bit images use x / 127.5 - 1")
-    return images.float().cpu()
 
 
 def check_batch_size(batch_size: int | None, model: Model, n: int) -> int:

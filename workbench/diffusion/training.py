@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights, read_json
+from workbench.diffusion.images import check_values, warn_of_unit_range
 from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model, has_unet, load_model, wrap
 from workbench.diffusion.sampling import sample
@@ -686,6 +687,9 @@ def _to_bytes(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, i
             f"the images have shape {tuple(images[:1].shape[1:])} and the model takes {shape}; open them with "
             f"load_images(source, size={shape[1]}), or train a model of their size"
         )
+    if torch.is_tensor(images):
+        check_values(images)
+        warn_of_unit_range(*map(float, images.aminmax()))
     pixels = torch.empty(len(images), *shape, dtype=torch.uint8)
     for start in tqdm(range(0, len(images), 256), "reading images", delay=2, leave=False):
         rows = slice(start, start + 256)

@@ -27,6 +27,13 @@ NEGLIGIBLE = 1e-6
 """Part of a length below which float32 can't tell a difference from zero."""
 
 
+def finite(value: float, what: str) -> float:
+    """The number; ValueError if it is NaN or infinite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {value}; give a finite number")
+    return float(value)
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """An edit of h: one direction a timestep and the length of its step.
@@ -112,7 +119,7 @@ class Direction:
         -------
         Tensor of shape (T, C, h, w), float32
         """
-        return (scale * self.sigma).view(-1, 1, 1, 1) * self.unit
+        return (finite(scale, "scale") * self.sigma).view(-1, 1, 1, 1) * self.unit
 
     def at(self, t: int) -> torch.Tensor:
         """What one unit of scale adds to h_t.
@@ -147,12 +154,11 @@ class Direction:
         """The direction whose unit of scale is `factor` units of this one."""
         if not isinstance(factor, Real):
             return NotImplemented
-        if not math.isfinite(factor):
-            raise ValueError(f"a direction can't be multiplied by {factor}; give a finite number")
+        factor = finite(factor, "the factor")
         return self._moved(
-            self._wide() * float(factor),
+            self._wide() * factor,
             name=f"{factor:g} {bracketed(self.name)}",
-            provenance=_derived("product", {"factor": float(factor)}, self),
+            provenance=_derived("product", {"factor": factor}, self),
         )
 
     __rmul__ = __mul__

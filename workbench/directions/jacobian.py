@@ -25,7 +25,7 @@ from workbench.datasets.avataaars import region_mask
 from workbench.diffusion.models import Model, differs
 from workbench.diffusion.parallel import PIECES, count_passes, in_threads
 from workbench.diffusion.sampling import Trajectory, batches, denoise, replay
-from workbench.directions.direction import Direction, origin_of
+from workbench.directions.direction import Direction, finite, origin_of
 from workbench.hspace.store import HStore
 
 OUTPUTS = ("eps", "x0")
@@ -155,8 +155,9 @@ class XSpectrum:
         Raises
         ------
         ValueError
-            If the run did not visit `t`.
+            If the run did not visit `t`, or the scale is not finite.
         """
+        scale = finite(scale, "scale")
         x_t, device = run.x_at(self.t), run.model.device
         x_t = x_t + scale * self.vectors[i].to(x_t)
         start = run.timesteps.index(self.t)

@@ -13,6 +13,7 @@ from workbench.diffusion.noise import check_seeds, step_noise
 from workbench.diffusion.sampling import Trajectory, batches, check_batch_size, denoise, progress_bar
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary, change_of, move_jointly
+from workbench.directions.direction import finite
 from workbench.editing.edit import check_run
 from workbench.editing.grid import EditGrid
 
@@ -229,12 +230,14 @@ def _targets(
             raise ValueError(f"distances are given for {', '.join(distances)}, and a boundary is in {space!r}")
         distances = distances[space]
     m, given = len(boundaries), np.asarray(distances, dtype=np.float64)
+    for distance in given.flat:
+        finite(distance, "a distance")
     values = given[:, None] if given.ndim == 1 else given
     if values.ndim == 2 and values.shape[1] in (1, m):
         values = np.broadcast_to(values, (n, len(values), m))
-    if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0 or not np.isfinite(values).all():
+    if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0:
         raise ValueError(
-            f"distances have shape {given.shape}; finite numbers of shape (k,), (k, {m}) or ({n}, k, {m}) are "
+            f"distances have shape {given.shape}; numbers of shape (k,), (k, {m}) or ({n}, k, {m}) are "
             f"distances of k columns for {m} boundaries and {n} samples"
         )
     if unit == "sd" and mode != "mirror":

@@ -8,7 +8,7 @@ from workbench.diffusion.models import Model, differs
 from workbench.diffusion.sampling import EDIT_MODES, HEdit, HFunction, Trajectory, replay
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.asyrp import DeltaFunction
-from workbench.directions.direction import Direction
+from workbench.directions.direction import Direction, finite
 
 
 def edit(
@@ -82,6 +82,7 @@ def plan_edit(
 ) -> HEdit | HFunction:
     """What `edit` will do to h, without doing it; parameters and errors as there."""
     check_run(model, run)
+    scale = finite(scale, "scale")
     gains = step_gains(run, asymmetric, gain)
     if mode not in EDIT_MODES:
         raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(EDIT_MODES)}")

@@ -13,7 +13,7 @@ from workbench.analysis.metrics import EffectMatrix, Rate, effect_matrix, entang
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
-from workbench.directions.direction import Direction, bracketed
+from workbench.directions.direction import Direction, bracketed, finite
 from workbench.directions.supervised import find_few
 from workbench.editing.edit import check_run
 from workbench.editing.grid import edit_grid
@@ -132,7 +132,7 @@ def measure_effects(
     """
     check_run(model, runs)
     named = _named(directions)
-    scales = [float(s) for s in dict.fromkeys(scales)]
+    scales = [finite(s, "a scale") for s in dict.fromkeys(scales)]
     if not named or not scales:
         raise ValueError("effects are measured along at least one direction at at least one scale")
     for direction in named.values():
@@ -485,6 +485,8 @@ def few_examples(
     scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
     if not scales or set(scales) - {"h", "x_T"}:
         raise ValueError(f'scales are given for "h", "x_T" or both, not for {", ".join(scales) or "nothing"}')
+    for space, scale in scales.items():
+        finite(scale, f"the scale of {space}")
     if any(store.provenance["etas"]) or any(runs.etas):
         raise ValueError("x_T decides the image at eta 0 alone; extract and sample with eta=0")
     origin = store.provenance["model"]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches, check_batch_size, check_residual, denoise, progress_bar
-from workbench.directions.direction import Direction
+from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import active_steps, check_run, pairs_of, step_gains
 
 
@@ -109,7 +109,7 @@ def edit_grid(
     """
     check_run(model, runs)
     directions = list(directions) if isinstance(directions, Sequence) else [directions]
-    scales = [float(s) for s in scales]
+    scales = [finite(s, "a scale") for s in scales]
     if not directions or not scales:
         raise ValueError("an edit grid needs at least one direction and one scale")
     for direction in directions:

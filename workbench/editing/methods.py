@@ -27,7 +27,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise, step_noise
 from workbench.diffusion.sampling import Trajectory, replay, sample
 from workbench.directions.boundary import Boundary, fit_boundaries, random_boundary
-from workbench.directions.direction import Direction, random_like
+from workbench.directions.direction import Direction, finite, random_like
 from workbench.directions.jacobian import Convergence, JacobianSpectrum, XSpectrum, find_jacobian, find_pullback
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_scores, find_many
@@ -139,7 +139,7 @@ def register_method(
         raise ValueError(f"there is a method {name!r} already; choose another name")
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} is not known; it is one of {', '.join(FAMILIES)}")
-    strengths = tuple(sorted({float(s) for s in scales}))
+    strengths = tuple(sorted({finite(s, "a scale") for s in scales}))
     if not strengths or strengths[0] <= 0:
         raise ValueError(f"scales are {list(scales)}; give at least one, all above 0")
 

@@ -18,16 +18,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import load_image
+from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import HEdit, Trajectory, check_images, invert, replay, sample
+from workbench.diffusion.sampling import HEdit, Trajectory, invert, replay, sample
 from workbench.diffusion.schedule import CLEAN, index_of
 from workbench.directions.boundary import Boundary, move_jointly
-from workbench.directions.direction import Direction
+from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import check_run, eps_effects
 from workbench.editing.grid import EditGrid
 
@@ -305,7 +307,7 @@ class EditSession:
 
     def add_image(
         self,
-        image: str | Path | bytes | torch.Tensor,
+        image: str | Path | bytes | torch.Tensor | Image.Image,
         *,
         method: str = "fixed-point",
         progress: Progress | None = None,
@@ -314,8 +316,8 @@ class EditSession:
 
         Parameters
         ----------
-        image : path, bytes, or Tensor of shape (C, H, W), values in [-1, 1]
-            A file or its content is cropped to its central square and resized.
+        image : path, bytes, PIL.Image.Image, or Tensor of shape (C, H, W), values in [-1, 1]
+            A file, its content or a picture is cropped to its central square and resized.
         method : {"fixed-point", "ddim", "edit-friendly"}
             As in `invert`. What the reconstruction lacks is added to every edit.
         progress : Progress, optional
@@ -329,9 +331,9 @@ class EditSession:
         FileNotFoundError, ValueError
             If there is no such file, it is not an image, or the session is full.
         """
-        if not torch.is_tensor(image):
+        if isinstance(image, str | Path | bytes):
             image = load_image(image, self.model.image_shape[1])
-        image = check_images(image[None], self.model)
+        image = check_images([image], self.model)
         progress = progress or Progress()
         passes = 2 if method == "fixed-point" else 1
         progress.expect(passes * len(self.timesteps))
@@ -357,7 +359,7 @@ class EditSession:
     def set_scale(self, name: str, scale: float) -> None:
         """Pull a direction to a scale in sigma; 0 leaves it out."""
         _known(name, self.directions, "direction")
-        scales = {**self.state.scales, name: _finite(scale, name)}
+        scales = {**self.state.scales, name: finite(scale, name)}
         self._change(f"scale {name}", scales={k: v for k, v in scales.items() if v})
 
     def set_distance(self, name: str, distance: float | None) -> None:
@@ -374,7 +376,7 @@ class EditSession:
             other = next((k for k in distances if self.boundaries[k].t != t), None)
             if other is not None:
                 raise ValueError(f"a single step is at one timestep; {other} is moved to already, set it back first")
-            distances[name] = _finite(distance, name)
+            distances[name] = finite(distance, name)
         self._change(f"distance {name}", distances=distances)
 
     def set_against(self, name: str, others: Iterable[str]) -> None:
@@ -682,9 +684,9 @@ class EditSession:
             _known(name, self.boundaries if single else self.directions, "boundary" if single else "direction")
 
         def cell(row: float | None, column: float) -> EditState:
-            pulled = {**(state.distances if single else state.scales), across: float(column)}
+            pulled = {**(state.distances if single else state.scales), across: finite(column, across)}
             if down is not None:
-                pulled[down] = float(row)
+                pulled[down] = finite(row, down)
             if single:
                 return replace(state, distances=pulled)
             return replace(state, scales={name: scale for name, scale in pulled.items() if scale})
@@ -945,9 +947,3 @@ def _known(name: str, among: Mapping, what: str):
     if name not in among:
         raise ValueError(f"there is no {what} {name!r}; there is {', '.join(among) or 'none'}")
     return among[name]
-
-
-def _finite(value: float, name: str) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} can't be set to {value}; give a finite number")
-    return float(value)

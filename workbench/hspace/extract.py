@@ -18,9 +18,10 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from workbench import __version__, paths
+from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
-from workbench.diffusion.sampling import Trajectory, check_batch_size, check_images, invert, progress_bar, sample
+from workbench.diffusion.sampling import Trajectory, check_batch_size, invert, progress_bar, sample
 from workbench.hspace.store import (
     DTYPES,
     HStore,
@@ -75,9 +76,9 @@ def extract(
         Number of samples; their seeds are `seed`, `seed` + 1, ...
     seeds : iterable of int, optional
         Instead of n: the seeds themselves.
-    images : bool, Tensor of shape (n, C, H, W) in [-1, 1], or LabelledImages; default True
+    images : bool, or images as `invert` takes them; default True
         True keeps the generated images beside h, False leaves them out. Images are inverted (DDIM, eta 0) instead of
-        sampling new ones, and kept.
+        sampling new ones, and kept; those of LabelledImages are read a chunk at a time.
     steps : int or sequence of int, default 50
         Number of visited timesteps, or the timesteps, decreasing.
     eta : float or sequence of float, default 1
@@ -118,9 +119,12 @@ def extract(
     else:
         if n is not None or seeds is not None:
             raise ValueError("give n or seeds to sample new images, or images to invert, not both")
-        source = source.at_size(model.image_shape[1]) if hasattr(source, "at_size") else torch.as_tensor(source)
+        if hasattr(source, "at_size"):
+            source = source.at_size(model.image_shape[1])
+            check_images(source.select(slice(1)), model)
+        else:
+            source = check_images(source, model)
         origin = {"images": _fingerprint(source)}
-        check_images(source if torch.is_tensor(source) else source[:1], model)
         eta = 0.0
     count = len(seeds) if source is None else len(source)
     check_batch_size(batch_size, model, count)
@@ -230,7 +234,8 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks
             if source is None:
                 run = sample(model, seeds[rows], eta=provenance["etas"], progress=bar, **options)
             else:
-                run = invert(model, source[rows], progress=bar, **options)
+                part = source[rows] if torch.is_tensor(source) else source.select(rows)
+                run = invert(model, part, progress=bar, **options)
             values = {name: _value(run, name) for name in _arrays(store)}
             if last is not None:
                 last.result()

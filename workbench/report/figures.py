@@ -143,6 +143,8 @@ class Setup:
     Attributes
     ----------
     model_name, images_name, classifier_name, judge_name : str
+    labels_name, skip_broken
+        `labels` and `skip_broken` of `load_images`.
     n : int
         Samples that directions are found on, and images that boundaries are fitted on.
     measured : int
@@ -158,6 +160,8 @@ class Setup:
 
     model_name: str = "avataaars32"
     images_name: str = "avataaars"
+    labels_name: str | None = None
+    skip_broken: bool = False
     classifier_name: str = "avataaars"
     judge_name: str = "avataaars-judge"
     n: int = 192
@@ -187,7 +191,9 @@ class Setup:
     @cached_property
     def images(self) -> LabelledImages:
         """Labelled images; the first n are learned from, the last ones edited."""
-        return load_images(self.images_name, size=self.model.image_shape[1])
+        return load_images(
+            self.images_name, size=self.model.image_shape[1], labels=self.labels_name, skip_broken=self.skip_broken
+        )
 
     @cached_property
     def timesteps(self) -> tuple[int, ...]:

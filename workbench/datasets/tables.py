@@ -1,0 +1,256 @@
+"""Tables of labels: one reader for all the ways in which they are written, and the way from their rows to images.
+
+Read are CSV files of any separator (as spreadsheets and Kaggle write them), CelebA's and CelebAMask-HQ's lists and the
+`metadata.csv` of Hugging Face image folders.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import posixpath
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+
+LISTS = ("list_attr_celeba.txt", "list_attr_celeba.csv", "CelebAMask-HQ-attribute-anno.txt")
+LABEL_FILES = ("attributes.csv", "attributes.tsv", "metadata.csv", *LISTS)
+FILE_COLUMN = "file_name"
+"""Column of the file names in a `metadata.csv`, wherever it stands; elsewhere it is the first one."""
+
+_WORDS = {"true": 1, "yes": 1, "false": 0, "no": 0}
+_PARTS = ("train", "val", "valid", "validation", "test")
+
+
+def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
+    """The labels of images, by a table.
+
+    Parameters
+    ----------
+    names : sequence of str
+        File names of the images.
+    content : bytes
+        Of the table.
+    where : str
+        Its path, for messages.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row an image, in the order of `names`; numeric columns, in which -1 and 1 have become 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If the table cannot be read, names an image or an attribute twice, has numbers and text in one column, or has no
+        row for an image.
+
+    Warns
+    -----
+    UserWarning
+        Of all that is left out, with the reason: columns of text, rows without image, 0 beside -1 and 1.
+    """
+    text, notes = _decode(content, where)
+    table = _parse(text, where)
+    columns = {}
+    for name, column in table.items():
+        numbers, note = _to_number(column, where)
+        notes += note
+        if numbers is not None:
+            columns[name] = numbers
+    table = _match(pd.DataFrame(columns, index=table.index), names, where, notes)
+    if notes:
+        warnings.warn(f"{where}: {'; '.join(notes)}", stacklevel=3)
+    return table
+
+
+def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:
+    """One attribute a class: the first folder of a name that is no part of a data set.
+
+    Raises
+    ------
+    ValueError
+        If there are not two classes.
+    """
+    parts = [[part for part in name.split("/")[:-1] if part not in _PARTS] for name in names]
+    classes = pd.Series([re.sub(r"_(train|val|test)(_lmdb)?$", "", (part or [""])[0]) for part in parts])
+    if classes.nunique() < 2 or (classes == "").any():
+        raise ValueError(
+            f'labels="folders" takes a folder for each of two classes or more; {source} has '
+            f"{', '.join(sorted(set(classes) - {''})) or 'none'}"
+        )
+    return pd.get_dummies(classes).astype(int).set_index(pd.Index(names, name="file"))
+
+
+def not_binary(labels: pd.DataFrame) -> dict[str, str]:
+    """Columns that hold other numbers than 0 and 1, each with words that say which."""
+    values = {name: set(column.dropna()) for name, column in labels.items()}
+    return {name: f"{name} holds {some(sorted(found))}" for name, found in values.items() if not found <= {0, 1}}
+
+
+def common_folder(names: Iterable[str]) -> str:
+    """The folder, with a slash at its end, that all of these lie in; may be empty."""
+    folders = {posixpath.dirname(name) for name in names}
+    common = posixpath.commonpath(folders) if folders else ""
+    return common and common + "/"
+
+
+def some(names: Sequence) -> str:
+    """The first of several names."""
+    return (
+        ", ".join(f"{name:g}" if isinstance(name, float) else str(name) for name in names[:3])
+        + (", ..." if len(names) > 3 else "")
+        if len(names)
+        else "none"
+    )
+
+
+def _decode(content: bytes, where: str) -> tuple[str, list[str]]:
+    """Text of a table, and a note if its encoding is a guess."""
+    encodings = ("utf-8-sig", "latin-1")
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encodings = ("utf-16",)
+    elif b"\0" in content[:2]:
+        encodings = ("utf-16-be" if content[0] == 0 else "utf-16-le",)
+    for encoding in encodings:
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text, ["it is not UTF-8 and read as Latin-1"] if encoding == "latin-1" else []
+    raise ValueError(f"{where} cannot be read as a table (it is not text in UTF-8, UTF-16 or Latin-1); save it as CSV")
+
+
+def _parse(text: str, where: str) -> pd.DataFrame:
+    """Columns as pandas reads them, by their names; index: file names."""
+    stream = io.StringIO(text, newline=None)
+    filled = (line for line in iter(stream.readline, "") if line.strip("\t\n ,;") and not line.startswith("sep="))
+    head = next(filled, "")
+    count = int(head) if head.strip().isdecimal() else None  # CelebA's list begins with the number of its rows
+    head = head if count is None else next(filled, "")
+    if not head:
+        raise ValueError(f"{where} cannot be read as a table (it has no rows); give a line of names, then one an image")
+    start = stream.tell()
+    rows = list(islice(filled, 20))
+    separator = _separator(head, rows)
+    names = _cells(head, separator)
+    if separator in (None, "\t") and rows and len(names) < len(_cells(rows[0], separator)):
+        names = ["file", *names]
+    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{where} has more than one column {some(repeated)}; keep one each")
+    names = [name or f"without a name ({i + 1})" for i, name in enumerate(names)]
+    lower = [name.lower() for name in names]
+    file = names[lower.index(FILE_COLUMN) if FILE_COLUMN in lower else 0]
+    stream.seek(start)
+    try:
+        table = pd.read_csv(
+            stream,
+            sep=separator or r"\s+",
+            header=None,
+            names=names,
+            converters={file: str},  # file names as text, whatever they look like
+            decimal="," if separator == ";" else ".",
+            skipinitialspace=True,
+            low_memory=False,
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where} cannot be read as a table ({' '.join(str(error).split())}); correct it") from error
+    # pandas takes surplus columns for an index.
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f"{where} has rows with more values than the {len(names)} columns it names; correct it")
+    table = table.set_index(file)
+    table.index = table.index.fillna("").str.strip()
+    empty = table.isna()
+    # Spreadsheets write rows and columns of nothing around a table.
+    table = table[~((table.index == "") & empty.all(axis=1))]
+    table = table.drop(columns=[name for name in table if name.startswith("without a name") and empty[name].all()])
+    if count not in (None, len(table)):
+        raise ValueError(f"{where} announces {count} rows and has {len(table)}; copy it again")
+    short = table.index[table.isna().any(axis=1)]
+    if separator is None and len(short):
+        raise ValueError(f"{where} has too few values in {some(short)}; give {table.shape[1]} a row")
+    return table
+
+
+def _separator(head: str, rows: list[str]) -> str | None:
+    """What stands between the values; None for white space. Most likely is what all lines have as often."""
+    found = [separator for separator in ",;\t" if separator in head]
+    alike = {separator: len({line.count(separator) for line in (head, *rows)}) == 1 for separator in found}
+    return max(found, key=lambda separator: (alike[separator], head.count(separator)), default=None)
+
+
+def _cells(line: str, separator: str | None) -> list[str]:
+    if separator is None:
+        line, separator = " ".join(line.split()), " "
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+
+
+def _to_number(column: pd.Series, where: str) -> tuple[np.ndarray | None, list[str]]:
+    """A column as numbers (None if it is all text), and what there is to say of it."""
+    if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
+        text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+        there, words = text != "", text.str.lower().map(_WORDS)
+        numbers = words if words[there].notna().all() else pd.to_numeric(text, errors="coerce")
+    else:
+        there, numbers = column.notna(), column
+    numbers = numbers.astype(float)
+    wrong = there & ~np.isfinite(numbers)
+    if wrong.any():
+        k = int(np.argmax(wrong))
+        found = f"column {column.name} holds {column.iloc[[k]].tolist()[0]!r} in row {column.index[k]}"
+        if (wrong == there).all():
+            return None, [f"left out is what is no number: {found}"]
+        raise ValueError(f"{where}: {found}; labels are numbers or empty")
+    values, notes = set(numbers.dropna()), []
+    if -1 in values and values <= {-1, 0, 1}:
+        if 0 in values:
+            notes = [f"0 in column {column.name} counts as missing, beside -1{' and 1' if 1 in values else ''}"]
+        numbers = numbers.where(numbers != 0).add(1) // 2
+    # Rows of nothing, which are gone now, made floats of whole numbers.
+    whole = numbers.notna().all() and (numbers % 1 == 0).all()
+    return numbers.to_numpy(int if whole else float), notes
+
+
+def _match(table: pd.DataFrame, names: Sequence[str], where: str, notes: list[str]) -> pd.DataFrame:
+    """Rows in the order of the images; `notes` gets what is left out.
+
+    They are found by their paths, or else by their file names, or by these without the extension, if that is
+    unambiguous: CelebA's list calls .jpg what is also shipped as .png.
+    """
+    rows = table.index.map(_plain)
+    rows = rows.str.removeprefix(common_folder(rows)) if len(rows) else rows
+    repeated = rows[rows.duplicated()].unique()
+    if len(repeated):
+        raise ValueError(f"{where} has more than one row for {some(repeated)}; keep one each")
+    images = pd.Index(map(_plain, names))
+    for key in (str, posixpath.basename, _stem):
+        keys, wanted = rows.map(key), images.map(key)
+        certain = key is str or not (keys.has_duplicates or wanted.has_duplicates)
+        if certain and len(keys) and wanted.isin(keys).all():
+            spare = rows[~keys.isin(wanted)]
+            if len(spare):
+                notes.append(f"left out are rows without image, {len(spare)} of {len(rows)} ({some(spare)})")
+            return table.set_axis(keys).loc[wanted].set_axis(pd.Index(names, name="file"))
+    unlabelled, imageless = images.difference(rows), rows.difference(images)
+    raise ValueError(
+        f"{where} does not match the images: {len(unlabelled)} of {len(images)} images have no row "
+        f"({some(unlabelled)}) and {len(imageless)} of {len(rows)} rows have no image ({some(imageless)}); "
+        + "; ".join(["the first line must name the columns and the first column hold the file names", *notes])
+    )
+
+
+def _plain(name: str) -> str:
+    """A file name as it is compared: macOS decomposes letters with accents, Windows writes backslashes."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(posixpath.basename(name))[0]

@@ -1,0 +1,131 @@
+"""Images of all kinds, as tensors of values in [-1, 1]."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from workbench.diffusion.models import Model
+
+
+class Unsuitable(ValueError):
+    """A sound image that is not what was asked for."""
+
+
+def picture_to_tensor(image: Image.Image, size: int | None = None) -> torch.Tensor:
+    """The centre square of a picture: EXIF rotation applied, transparency on white, resized by antialiased bicubic.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Of any 8- or 16-bit mode.
+    size : int, optional
+        Side in pixels. Default: the native size.
+
+    Returns
+    -------
+    Tensor of shape (3, size, size), float32, values in [-1, 1]
+
+    Raises
+    ------
+    ValueError
+        If the image has 32-bit pixels, or cannot be decoded.
+    """
+    square = _crop_square(_to_rgb(image))
+    if size is not None:
+        square = square.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def check_images(images: torch.Tensor | np.ndarray | Image.Image | Sequence, model: Model) -> torch.Tensor:
+    """Images as a tensor that the model takes.
+
+    Parameters
+    ----------
+    images : LabelledImages, Tensor or array of shape (n, C, H, W), PIL.Image.Image, or a sequence of images
+        Values in [-1, 1]; a tensor of a sequence may have shape (C, H, W). LabelledImages and pictures are cropped and
+        resized to the model's size.
+
+    Returns
+    -------
+    Tensor of shape (n, C, H, W), float32, on the CPU
+
+    Raises
+    ------
+    ValueError
+        If they are not of the model's shape and range, or no images.
+
+    Warns
+    -----
+    UserWarning
+        If no value of tensors is below 0, as of images in [0, 1].
+    """
+    parts = list(images) if isinstance(images, list | tuple) else [images]
+    tensors = [_as_tensor(part, model.image_shape[1]) for part in parts]
+    if isinstance(images, list | tuple):
+        tensors = [tensor[None] if tensor.ndim == 3 else tensor for tensor in tensors]
+    for tensor in tensors or [torch.empty(0)]:
+        if tensor.ndim != 4 or tuple(tensor.shape[1:]) != model.image_shape or len(tensor) == 0:
+            expected = f"(n, {', '.join(map(str, model.image_shape))})"
+            raise ValueError(f"images have shape {tuple(tensor.shape)}; {model.name} takes {expected}")
+        check_values(tensor)
+    checked = torch.cat([tensor.float().cpu() for tensor in tensors]) if len(tensors) > 1 else tensors[0].float().cpu()
+    if not any(map(_is_picture, parts)):
+        warn_of_unit_range(*map(float, checked.aminmax()))
+    return checked
+
+
+def check_values(images: torch.Tensor) -> None:
+    """Refuse what is no image in [-1, 1]."""
+    if not images.is_floating_point() or not torch.isfinite(images).all() or images.abs().max() > 1.001:
+        raise ValueError("images must be finite floats in [-1, 1]; for 8-bit images use x / 127.5 - 1")
+
+
+def warn_of_unit_range(lowest: float, highest: float) -> None:
+    """Warn of images that vary and have no value below 0: hardly any in [-1, 1] do, and all in [0, 1]."""
+    if 0 <= lowest < highest:
+        text = "no value of the images is below 0, as of images in [0, 1]; map these to [-1, 1] by 2 * x - 1"
+        warnings.warn(text, stacklevel=4)
+
+
+def _is_picture(image) -> bool:
+    return isinstance(image, Image.Image) or hasattr(image, "at_size")
+
+
+def _as_tensor(image, size: int) -> torch.Tensor:
+    """What was given as a tensor; pictures are of the given size."""
+    if isinstance(image, Image.Image):
+        return picture_to_tensor(image, size)[None]
+    if hasattr(image, "at_size"):
+        return image.at_size(size)[:]
+    if torch.is_tensor(image):
+        return image.detach()
+    if hasattr(image, "__array__"):
+        return torch.from_numpy(np.asarray(image))
+    raise ValueError(
+        f"images are a {type(image).__name__}; give tensors, PIL images or LabelledImages (load_image and load_images "
+        "open files)"
+    )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise Unsuitable("the range of 32-bit pixels is unknown; save with 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255.
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _crop_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
