@@ -291,11 +291,11 @@ def load_images(
     size = _checked(size)
     if crop is not None and crop not in CROPS:
         raise ValueError(f"there is no crop {crop!r}; there are {', '.join(CROPS)}, and the centre square by default")
-    files = _find_files(paths.data() / BUNDLED if source == BUNDLED else Path(source))
+    files = _find_files(paths.data() / BUNDLED if source == BUNDLED else paths.local(source))
     names = files.names()
     if labels == FOLDERS:
         return LabelledImages(_classes(names, source), files, size, crop)
-    found = _find_labels(files) if labels is None else _given_labels(Path(labels))
+    found = _find_labels(files) if labels is None else _given_labels(paths.local(labels))
     if found is None:
         table = pd.DataFrame(index=pd.Index(names, name="file"))
     else:
@@ -332,9 +332,10 @@ def load_pair(positive: str | Path, negative: str | Path, *, name: str, size: in
     ValueError
         If one has no images, or both are the same place.
     """
-    if Path(positive).resolve() == Path(negative).resolve():
+    positive, negative = paths.local(positive), paths.local(negative)
+    if positive.resolve() == negative.resolve():
         raise ValueError(f"{positive} is given for the images with and without {name}; give two folders")
-    parts = {"positive": _find_files(Path(positive)), "negative": _find_files(Path(negative))}
+    parts = {"positive": _find_files(positive), "negative": _find_files(negative)}
     names = {part: [f"{part}/{file}" for file in files.names()] for part, files in parts.items()}
     labels = pd.Series(
         [int(part == "positive") for part, files in names.items() for _ in files],
@@ -367,7 +368,7 @@ def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tenso
     """
     if isinstance(path, bytes):
         return _decode(path, size, "what was given")
-    path = Path(path)
+    path = paths.local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
     return _decode(path.read_bytes(), size, str(path))
@@ -553,6 +554,10 @@ def _find_files(source: Path) -> _Folder | _Zip:
         if not files.names() and (source / "images.zip").is_file():
             files = _zip(source / "images.zip")
     elif source.is_file():
+        with source.open("rb") as file:
+            if not file.read(2) == b"PK" and not zipfile.is_zipfile(source):
+                what = "a single image" if source.suffix.lower() in SUFFIXES else "no zip"
+                raise ValueError(f"{source} is {what}; give a folder or a zip of images")
         files = _zip(source)
     else:
         raise FileNotFoundError(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from workbench.diffusion.layouts import ANCHORS
+from workbench.paths import local
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model.bin"]
@@ -52,7 +53,7 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     ValueError
         If the folder holds a latent-diffusion model.
     """
-    folder = Path(folder)
+    folder = local(folder)
     _refuse_latent_models(folder)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
@@ -176,7 +177,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     UserWarning
         If the file comes from a training and has no moving average of the weights.
     """
-    path = Path(path)
+    path = local(path)
     content = read_tensors(path)
     states = list(_state_dicts(content))
     names = [name for _, state in states for name in state]

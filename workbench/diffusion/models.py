@@ -233,7 +233,7 @@ def load_model(
     target = best_device() if device is None else _device_of(device)
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     options = {"preset": preset, **sizes, "schedule": schedule}
-    path = Path(source).expanduser()
+    path = paths.local(source)
     if path.is_file():
         unet, scheduler = _read_file(path, target, **options)
         name = path.stem
@@ -267,7 +267,7 @@ def load_shapes(source: str | Path) -> SplitUNet:
     known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
     if source in known:
         return SplitUNet(_build(known[source].config(), path=Path("the preset")))
-    if Path(source).expanduser().is_file():
+    if paths.local(source).is_file():
         raise ValueError(
             f"{source} is a file, whose network is not known before it is read; give the folder that `workbench "
             f"convert` makes of it, or the preset that it is of: {', '.join(layouts.PRESETS)}"
@@ -309,7 +309,13 @@ def convert_checkpoint(
     FileNotFoundError, ValueError
         If there is no such file, or it is none that can be converted.
     """
-    file, out = Path(file).expanduser(), Path(out).expanduser()
+    file, out = paths.local(file), paths.writable(out, folder=True)
+    if file.is_dir():
+        inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
+        raise ValueError(
+            f"{file} is a folder, and convert takes a file"
+            + (f"; give {' or '.join(inside)} in it" if inside else "; where it is a model folder, load it as it is")
+        )
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
@@ -514,7 +520,7 @@ def list_models() -> list[dict]:
     list of dict
         With "name", "where" ("bundled" or "hub cache"), "images" (C, H, W) and "path".
     """
-    found = [("bundled", p.name, p) for p in sorted(paths.models().iterdir()) if has_unet(p)]
+    found = [("bundled", p.name, p) for p in sorted(paths.models().glob("*")) if has_unet(p)]
     found += [("hub cache", name, path) for name, path in _cached_repositories() if has_unet(path)]
     return [{"name": n, "where": where, "images": _image_shape_of(p), "path": str(p)} for where, n, p in found]
 
@@ -564,10 +570,9 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
 
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
-    bundled = paths.models() / str(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+", source) and has_unet(bundled):
-        return bundled, source
-    path = Path(source).expanduser()
+    if is_bundled(source):
+        return paths.models() / source, source
+    path = paths.local(source)
     if path.is_dir():
         return path, path.resolve().name
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -595,8 +600,12 @@ def _download(repository: str) -> Path:
     ) from reason
 
 
+def is_bundled(source: str | Path) -> bool:
+    return source in _bundled_names()
+
+
 def _bundled_names() -> list[str]:
-    return [p.name for p in sorted(paths.models().iterdir()) if has_unet(p)]
+    return [p.name for p in sorted(paths.models().glob("*")) if has_unet(p)]
 
 
 def _unet_config(folder: Path) -> dict:

@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -308,9 +307,10 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
         raise ValueError(f"there is no figure {name!r}; `workbench figure --list` has {', '.join(known)}")
     if columns not in (*WIDTHS, "both", "none"):
         raise ValueError(f"columns is {columns!r}; it is single, double, both or none")
+    out = paths.writable(out, folder=True)
     setup = Setup() if setup is None else setup
     drawn = known[name].draw(setup)
-    out, files = Path(out), []
+    files = []
     for width, inches in WIDTHS.items():
         if columns in (width, "both"):
             files += save_figure(resized(drawn.figure, inches), out / f"{name}-{width}")
@@ -319,8 +319,7 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
 
 def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -> Path:
     """The numbers of a figure as JSON; whole or not at all."""
-    path = Path(out) / f"{made.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = paths.local(out) / f"{made.name}.json"
     content = {
         "figure": made.name,
         "experiment": made.experiment,
@@ -330,9 +329,8 @@ def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -
         "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
         "provenance": setup.provenance() | {"recipe": made.code},
     }
-    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with paths.written(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -360,7 +358,7 @@ def read_records(
     -------
     dict of str -> dict
     """
-    folder = paths.data() / "records" / model.name if folder is None else Path(folder)
+    folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     wanted, known = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}, list_figures()
 
