@@ -106,7 +106,7 @@ def writable(path: str | os.PathLike, *, folder: bool = False, suffixes: tuple[s
 @contextlib.contextmanager
 def written(path: str | os.PathLike) -> Iterator[Path]:
     """Where to write a file, beside its place and renamed at the end, so that it appears whole or not at all."""
-    path = local(path)
+    path = writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
@@ -122,7 +122,7 @@ def file_name(name: str) -> str:
     plain = re.sub(r"[^\w.+()-]+", "-", usual).encode()[:_LONGEST].decode(errors="ignore").strip(".")
     if plain == usual:
         return plain
-    return f"{plain.strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}".lstrip("-")
+    return f"{plain.strip('-.')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}".lstrip("-")
 
 
 def home() -> Path:

@@ -991,7 +991,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
         _import_transformers()
         return _download(source), source
     raise FileNotFoundError(
-        f'no classifier {str(source)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "clip", a folder, the hub id '
+        f'no classifier {str(path)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "clip", a folder, the hub id '
         "of an image classifier, or a function with attributes="
     )
 

@@ -578,7 +578,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return _download(source), source
     raise FileNotFoundError(
-        f"no model {str(source)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
+        f"no model {str(path)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
         "folder, a .ckpt or .pt file, or a hub id such as google/ddpm-ema-celebahq-256"
     )
 

@@ -24,7 +24,7 @@ from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import invert, sample
-from workbench.paths import local, written
+from workbench.paths import local, writable, written
 
 CARD, NUMBERS = "README.md", "evaluation.json"
 BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /evaluation -->"
@@ -174,7 +174,7 @@ class Evaluation:
 
         A card that has no such section gets it at its end; a folder without a card gets one. Returns the card.
         """
-        folder = local(folder)
+        folder = writable(folder, folder=True)
         card = folder / CARD
         text = card.read_text(encoding="utf-8") if card.is_file() else new_card(folder)
         section = f"{BEGIN}\n{self.to_markdown()}\n{END}"

@@ -133,6 +133,11 @@ def extract(
     }
     name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
     path = paths.cache() / name if out is None else paths.place(out)
+    if out is not None and not paths.is_address(path):  # before a lock is laid beside what is not ours
+        if exists(path):
+            _refuse_other_inputs(read_store(path), provenance)
+        else:
+            paths.writable(path, folder=True)
     ranks = Ranks.launched()
     with _alone(path, wait=out is None) if ranks.first else contextlib.nullcontext():
         return _extract(model, path, provenance, seeds, source, batch_size, progress, ranks)

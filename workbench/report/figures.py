@@ -309,6 +309,7 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
         raise ValueError(f"columns is {columns!r}; it is single, double, both or none")
     out = paths.writable(out, folder=True)
     setup = Setup() if setup is None else setup
+    setup.provenance()  # loads all that is named, so that what is missing is said before the work
     drawn = known[name].draw(setup)
     files = []
     for width, inches in WIDTHS.items():
@@ -319,7 +320,7 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
 
 def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -> Path:
     """The numbers of a figure as JSON; whole or not at all."""
-    path = paths.local(out) / f"{made.name}.json"
+    path = paths.writable(out, folder=True) / f"{made.name}.json"
     content = {
         "figure": made.name,
         "experiment": made.experiment,
@@ -357,7 +358,14 @@ def read_records(
     Returns
     -------
     dict of str -> dict
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder is given that is not there.
     """
+    if folder is not None and not paths.local(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {paths.local(folder)}; give one that draw_figure wrote to")
     folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     wanted, known = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}, list_figures()
