@@ -379,7 +379,7 @@ def _add_benchmark(command) -> None:
     figure.add_argument("--images", default="avataaars", help="labelled images: bundled name, folder or zip")
     figure.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
     figure.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
-    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), default=["Long_Hair", "Smiling"])
+    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), help="default Long_Hair Smiling")
     figure.add_argument("--n", type=int, default=192, help="samples and images to learn from (default 192)")
     figure.add_argument("--measured", type=int, default=24, help="samples and images to edit (default 24)")
     figure.add_argument("--steps", type=int, default=20, help="visited timesteps (default 20)")
@@ -1053,10 +1053,11 @@ def _figure(arguments: argparse.Namespace) -> None:
         images_name=arguments.images,
         classifier_name=arguments.labeller,
         judge_name=arguments.judge,
-        attribute=arguments.attributes[0],
-        other=arguments.attributes[1],
+        **dict(zip(("attribute", "other"), arguments.attributes or (), strict=False)),
         **{name: getattr(arguments, name) for name in ("n", "measured", "steps", "t", "seed", "device")},
     )
+    if arguments.attributes is not None:
+        setup.check_attributes()
     names, failed = list(known) if arguments.names == ["all"] else arguments.names, {}
     for name in names:
         try:

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,9 @@ def calls(tiny):
 INSIDE = {"HStore.__init__.path"}  # what open_store made of one
 
 
+FUNCTIONS = (types.FunctionType, types.MethodType)
+
+
 def parameters_that_take_a_path() -> list[str]:
     found = []
     for name in wb.__all__:
@@ -155,7 +159,9 @@ def parameters_that_take_a_path() -> list[str]:
         functions = {name: public} if inspect.isfunction(public) else {}
         if inspect.isclass(public) or inspect.ismodule(public):
             members = {key: getattr(public, key) for key in vars(public) if key == "__init__" or key[0] != "_"}
-            functions = {f"{name}.{key}": f for key, f in members.items() if inspect.isfunction(f) or inspect.ismethod(f)}
+            functions = {
+                f"{name}.{key}": f for key, f in members.items() if inspect.isfunction(f) or inspect.ismethod(f)
+            }
         for key, function in functions.items():
             if inspect.ismodule(public) and function.__module__ != public.__name__:
                 continue
@@ -355,7 +361,20 @@ def test_a_name_is_one_part_of_a_file_name_and_two_names_are_two():
         assert paths.file_name(name) == name
     assert paths.file_name("PC 1 t=500") == "PC-1-t500"
     assert re.fullmatch(r"Hair-Long-[0-9a-f]{6}", paths.file_name("Hair/Long"))
-    names = ["Hair/Long", "Hair-Long", "Hair\\Long", "Hair:Long", "..", ".", "", "/", "../../x", "\0", "a\nb", "é" * 300]
+    names = [
+        "Hair/Long",
+        "Hair-Long",
+        "Hair\\Long",
+        "Hair:Long",
+        "..",
+        ".",
+        "",
+        "/",
+        "../../x",
+        "\0",
+        "a\nb",
+        "é" * 300,
+    ]
     made = [paths.file_name(name) for name in names]
     assert len(set(made)) == len(names)
     for each in made:

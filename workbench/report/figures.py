@@ -274,6 +274,14 @@ class Setup:
             "images": self.images.fingerprint,
         }
 
+    def check_attributes(self) -> None:
+        """ValueError if a classifier does not know the attributes."""
+        for classifier in (self.labeller, self.judge):
+            for name in (self.attribute, self.other):
+                if name not in classifier.attributes:
+                    known = ", ".join(classifier.attributes)
+                    raise ValueError(f"the classifier {classifier.name} has no attribute {name!r}; it has {known}")
+
     def _sampled(self, eta: float) -> Trajectory:
         seeds = range(HELD_OUT + self.seed, HELD_OUT + self.seed + self.measured)
         return sample(self.model, seeds, steps=self.steps, eta=eta, record_h=True, record_x=True, progress=False)
@@ -300,7 +308,8 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
     Raises
     ------
     ValueError
-        If there is no such figure, or `columns` is something else.
+        If there is no such figure, `columns` is something else, or the figure needs an attribute that a classifier of
+        the setup does not know.
     """
     known = list_figures()
     if name not in known:
@@ -310,7 +319,11 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
     out = paths.writable(out, folder=True)
     setup = Setup() if setup is None else setup
     setup.provenance()  # loads all that is named, so that what is missing is said before the work
-    drawn = known[name].draw(setup)
+    try:
+        drawn = known[name].draw(setup)
+    except KeyError:
+        setup.check_attributes()  # not every figure looks at them
+        raise
     files = []
     for width, inches in WIDTHS.items():
         if columns in (width, "both"):
