@@ -159,9 +159,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path, make):
     path = tmp_path / "foreign"
     make(path)
     before = sorted((p, p.read_bytes()) for p in [path, *path.rglob("*")] if p.is_file())
-    with pytest.raises(
-        ValueError, match="foreign is (a Zarr group but )?not a store .*; choose another path$"
-    ):
+    with pytest.raises(ValueError, match="foreign is (a Zarr group but )?not a store .*; choose another path$"):
         wb.open_store(path)
     assert sorted((p, p.read_bytes()) for p in [path, *path.rglob("*")] if p.is_file()) == before
 
