@@ -15,6 +15,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from workbench import paths
+
 EXAMPLES = """examples:
   workbench models                                  what can be loaded, and what it needs
   workbench convert celeba_hq.ckpt data/models/celeba_hq
@@ -33,6 +35,7 @@ EXAMPLES = """examples:
   workbench sweep seeds.yaml --workers 2            notebooks over a matrix of parameters
   workbench data avataaars --n 2000 --part 10       draw the bundled images again
 """
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     # A warning is one sentence here, as an error is.
     warnings.formatwarning = lambda message, *_, **__: f"workbench: {message}\n"
     try:
-        if getattr(arguments, "n", None) is not None and arguments.n < 1:
-            raise ValueError(f"--n is {arguments.n}; give 1 or more")
-        return arguments.action(arguments) or 0
+        for name in ("n", "k"):
+            if (number := getattr(arguments, name, None)) is not None and number < 1:
+                raise ValueError(f"--{name} is {number}; give 1 or more")
+        if getattr(arguments, "check_out", None) is not None and arguments.out is not None:
+            arguments.out = arguments.check_out(arguments.out)
+        status = arguments.action(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("workbench: interrupted", file=sys.stderr)
         return 130
@@ -59,6 +70,31 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if type(error).__name__ == "NotebookFailed" else 2
     finally:
         warnings.formatwarning = formatted
+
+
+def _out_folder(path: str) -> Path:
+    return paths.writable(path, folder=True)
+
+
+def _out_picture(path: str) -> Path:
+    return paths.writable(path, suffixes=("", *PICTURES))
+
+
+def _out_figure(path: str) -> Path:
+    from workbench.report.plots import figure_files
+
+    figure_files(path)
+    return paths.local(path)
+
+
+def _out_edit(path: str) -> Path:
+    return paths.writable(path) if path.endswith(".safetensors") else _out_figure(path)
+
+
+def _add_out(parser: argparse.ArgumentParser, check, text: str, **options) -> None:
+    """`--out`, which `main` checks before the command does anything."""
+    parser.add_argument("-o", "--out", help=text, **options)
+    parser.set_defaults(check_out=check)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         "make a model folder of a checkpoint of the original DDPM or of guided-diffusion",
         "workbench convert celeba_hq.ckpt data/models/celeba_hq",
     )
-    convert.add_argument("file", type=Path, help=".ckpt, .pt, .pth or .safetensors file")
-    convert.add_argument("out", type=Path, help="new folder")
+    convert.add_argument("file", help=".ckpt, .pt, .pth or .safetensors file")
+    convert.add_argument("out", help="new folder")
     convert.add_argument("--preset", help="which published checkpoint it is (default: by its name)")
     convert.add_argument("--image-size", type=int, help="without a preset: side of the images in pixels")
     convert.add_argument("--timesteps", type=int, help="that it was trained on (default: the preset's, or 1000)")
@@ -105,12 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         "make a boundary of a .sav file of BoundaryDiffusion, without executing it",
         "workbench convert-boundary smile_h.sav --model celeba_hq --t 500 --space h",
     )
-    boundary.add_argument("file", type=Path, help=".sav file")
+    boundary.add_argument("file", help=".sav file")
     boundary.add_argument("--model", required=True, help="the model that it was fitted with")
     boundary.add_argument("--t", type=int, required=True, help="timestep that it was fitted at")
     boundary.add_argument("--space", choices=("h", "x"), required=True, help="what it was fitted in; x is their z")
     boundary.add_argument("--name", help="of the attribute (default: of the file)")
-    boundary.add_argument("-o", "--out", type=Path, help="folder (default: data/boundaries)")
+    _add_out(boundary, _out_folder, "folder (default: data/boundaries)")
 
     verify = command(
         "verify",
@@ -125,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = command("sample", _sample, "generate images", "workbench sample avataaars32 --seeds 0-15 -o samples.png")
     _add_model(sample)
     sample.add_argument("--seeds", type=_seeds, default=range(16), help="e.g. 0-15 or 3,7,11 (default 0-15)")
-    sample.add_argument("-o", "--out", type=Path, default=Path("samples.png"), help="PNG file (default samples.png)")
+    _add_out(sample, _out_picture, "PNG, JPEG, WebP, TIFF, PDF or SVG (default samples.png)", default="samples.png")
 
     extract = command(
         "extract",
@@ -190,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--inverted", type=int, default=32, help="images to invert and reconstruct (default 32)")
     evaluate.add_argument("--recipe", action="store_true", help="expect the bundled domain's probabilities")
-    evaluate.add_argument("--card", type=Path, help="model folder whose README.md takes the numbers")
+    evaluate.add_argument("--card", help="model folder whose README.md takes the numbers")
 
     train = command(
         "train-classifier",
@@ -200,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("images", help="folder or zip of images with attributes.csv, or avataaars")
     _add_labels(train)
-    train.add_argument("-o", "--out", type=Path, required=True, help="folder for config.json and model.safetensors")
+    _add_out(train, _out_folder, "folder for config.json and model.safetensors", required=True)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--steps", type=int, default=2000, help="batches of 128 images (default 2000)")
     train.add_argument(
@@ -211,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("name", choices=("avataaars",))
     data.add_argument("--n", type=int, default=2000, help="number of images (default 2000)")
     data.add_argument("--part", type=int, default=10, help="0 and 1 are for training, 10 and up held out (default 10)")
-    data.add_argument("-o", "--out", type=Path, help="folder (default: avataaars-part<PART>)")
+    _add_out(data, _out_folder, "folder (default: avataaars-part<PART>)")
 
     params = command("params", _params, "list notebooks, or the parameters of one", "workbench params 10_extract")
     params.add_argument("notebook", nargs="?")
@@ -219,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "run one notebook as a report", "workbench run 10_extract -p n 512 -p steps 20")
     run.add_argument("notebook", help="name or its number, e.g. 10_extract or 10")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    run.add_argument("-o", "--out", type=Path, help="executed notebook (default: reports/NAME.ipynb)")
+    run.add_argument("-o", "--out", help="executed notebook (default: reports/NAME.ipynb)")
 
     report = command("report", _report, "run the notebooks, write reports/index.html", "workbench report")
     report.add_argument(
@@ -234,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
         "run notebooks over a matrix of parameters, in parallel",
         "workbench sweep seeds.yaml --workers 2",
     )
-    sweep.add_argument("file", type=Path, help="YAML file with notebooks, common, matrix and timeout")
+    sweep.add_argument("file", help="YAML file with notebooks, common, matrix and timeout")
     sweep.add_argument("--workers", type=int, help="runs at once on this machine (default: one a core)")
     sweep.add_argument("--scheduler", help="address of a dask scheduler instead, such as tcp://host:8786")
     return parser
@@ -251,7 +287,7 @@ def _add_train(command) -> None:
     )
     train.add_argument("images", nargs="+", help="folders or zips of images, or avataaars")
     _add_skip_broken(train)
-    train.add_argument("-o", "--out", type=Path, required=True, help="folder of the model")
+    _add_out(train, _out_folder, "folder of the model", required=True)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
     train.add_argument("--minutes", type=float, default=10.0, help="time between checkpoints (default 10)")
     train.add_argument("--previews", type=int, default=16, help="samples drawn at each of them (default 16)")
@@ -306,14 +342,14 @@ def _add_analysis(command) -> None:
         )
     geometry.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
     geometry.add_argument("--t", type=int, default=500, help="timestep of the maps; the nearest visited (default 500)")
-    geometry.add_argument("-o", "--out", type=Path, default=Path("geometry"), help="folder (default geometry)")
+    _add_out(geometry, _out_folder, "folder (default geometry)", default="geometry")
     criteria = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
     mixing.add_argument(
         "--criterion", nargs="+", choices=criteria, default=["separability"], help="default separability"
     )
     _add_images(mixing, "invert these instead of sampling, without --eta: avataaars, a folder or a zip file of images")
     mixing.add_argument("--judge", default="avataaars-judge", help="classifier that judges (default avataaars-judge)")
-    mixing.add_argument("-o", "--out", type=Path, help="figure, written as PDF, SVG and PNG")
+    _add_out(mixing, _out_figure, "figure, written as PDF, SVG and PNG")
 
 
 def _add_benchmark(command) -> None:
@@ -328,7 +364,7 @@ def _add_benchmark(command) -> None:
     benchmark.add_argument("--quick", action="store_true", help="few samples and three attributes: minutes, not hours")
     benchmark.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all that are registered")
     benchmark.add_argument("--attributes", nargs="+", metavar="NAME", help="default: all of the judge's, or three")
-    benchmark.add_argument("--plugin", type=Path, help="Python file that registers more methods")
+    benchmark.add_argument("--plugin", help="Python file that registers more methods")
     benchmark.add_argument("--seed", type=int, default=0, help="of populations and held-out samples (default 0)")
     _add_images(benchmark, "labelled images: bundled name, folder or zip", default="avataaars")
     benchmark.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
@@ -336,7 +372,7 @@ def _add_benchmark(command) -> None:
     benchmark.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     benchmark.add_argument("--workers", type=int, help="processes (default: one a core, or one where there is a GPU)")
     benchmark.add_argument("--scheduler", metavar="ADDRESS", help="of dask, tcp://host:8786, for workers elsewhere")
-    benchmark.add_argument("-o", "--out", type=Path, default=Path("benchmark"), help="folder (default benchmark)")
+    _add_out(benchmark, _out_folder, "folder (default benchmark)", default="benchmark")
     benchmark.add_argument("--no-report", action="store_true", help="leave out the HTML of 80_benchmark")
     for size in ("population", "held-out", "repeats", "steps"):
         benchmark.add_argument(f"--{size}", type=int, help="in place of the size's own")
@@ -353,7 +389,7 @@ def _add_benchmark(command) -> None:
     _add_images(figure, "labelled images: bundled name, folder or zip", default="avataaars")
     figure.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
     figure.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
-    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), default=["Long_Hair", "Smiling"])
+    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), help="default Long_Hair Smiling")
     figure.add_argument("--n", type=int, default=192, help="samples and images to learn from (default 192)")
     figure.add_argument("--measured", type=int, default=24, help="samples and images to edit (default 24)")
     figure.add_argument("--steps", type=int, default=20, help="visited timesteps (default 20)")
@@ -363,7 +399,7 @@ def _add_benchmark(command) -> None:
     figure.add_argument(
         "--columns", choices=("single", "double", "both", "none"), default="both", help="width; none: numbers alone"
     )
-    figure.add_argument("-o", "--out", type=Path, default=Path("figures"), help="folder (default figures)")
+    _add_out(figure, _out_folder, "folder (default figures)", default="figures")
 
 
 def _command(commands, common, name: str, action, *, text: str, example: str) -> argparse.ArgumentParser:
@@ -399,7 +435,7 @@ def _add_find(commands, common: argparse.ArgumentParser) -> None:
         if name != "labels":
             made.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
         made.add_argument("--tap", choices=("before", "middle", "after"), default="after", help="where h is read")
-        made.add_argument("-o", "--out", type=Path, help="folder (default: data/directions)")
+        _add_out(made, _out_folder, "folder (default: data/directions)")
         return made
 
     pca = method("pca", _find_pca, "principal components of the samples' h (Haas et al.)", "--n 512 --k 5")
@@ -462,10 +498,10 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     fit.add_argument("--method", choices=("svm", "mean", "lda", "logistic"), default="svm")
     fit.add_argument("--balance", action="store_true", help="give both classes the same weight")
     fit.add_argument("--wanted", type=float, help="warn if the held-out accuracy stays below this")
-    fit.add_argument("-o", "--out", type=Path, help="folder (default: data/boundaries)")
+    _add_out(fit, _out_folder, "folder (default: data/boundaries)")
 
     edit = action("edit", _boundary_edit, "edit images or samples by crossing boundaries", edit_example)
-    edit.add_argument("--boundaries", nargs="+", type=Path, required=True, help="files, in x, in h or in both")
+    edit.add_argument("--boundaries", nargs="+", required=True, help="files, in x, in h or in both")
     _add_images(edit, "to edit: avataaars, or a folder or zip")
     edit.add_argument("--seeds", type=_seeds, help="of samples to edit, e.g. 0-15 or 3,7,11")
     edit.add_argument("--n", type=int, default=4, help="number of images (default 4)")
@@ -477,7 +513,7 @@ def _add_boundary(commands, common: argparse.ArgumentParser) -> None:
     edit.add_argument("--eta", type=_number, default=1.0, help="from t on: 0 is DDIM, 1 is DDPM (default 1)")
     edit.add_argument("--h-policy", choices=("first", "offset", "offset-asymmetric", "none", "stale"), default="first")
     edit.add_argument("--keep-norm", action="store_true", help="move on a great circle")
-    edit.add_argument("-o", "--out", type=Path, default=Path("edits.png"), help="PNG file (default edits.png)")
+    _add_out(edit, _out_picture, "PNG, JPEG, WebP, TIFF, PDF or SVG (default edits.png)", default="edits.png")
 
 
 def _add_studio(command) -> None:
@@ -508,13 +544,11 @@ def _add_studio(command) -> None:
         "render a recipe that the studio saved",
         "workbench edit data/edits/edit.json -o edit.png",
     )
-    edit.add_argument("recipe", type=Path, help=".json file, with its .parts folder beside it")
+    edit.add_argument("recipe", help=".json file, with its .parts folder beside it")
     edit.add_argument("--model", help="the same model elsewhere (default: as the recipe names it)")
     edit.add_argument("--classifier", help="scores to draw beside the images, e.g. avataaars-judge")
     edit.add_argument("--device", help="cpu, cuda or mps (default cpu, which is exact to the bit)")
-    edit.add_argument(
-        "-o", "--out", type=Path, default=Path("edit.png"), help="figure as PNG, PDF and SVG, or .safetensors of values"
-    )
+    _add_out(edit, _out_edit, "figure as PNG, PDF and SVG, or .safetensors of values", default="edit.png")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -562,6 +596,9 @@ def _seeds(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0-15 or 3,7,11")
     spans = [part.partition("-") for part in text.split(",")]
+    for first, dash, last in spans:
+        if dash and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"{first}-{last} has no seeds; write {last}-{first}")
     return [s for first, _, last in spans for s in range(int(first), int(last or first) + 1)]
 
 
@@ -601,13 +638,13 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _convert_boundary(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench import paths
     from workbench.directions.legacy import convert_boundary
 
     model = wb.load_model(arguments.model, device="cpu")
     boundary = convert_boundary(arguments.file, model, t=arguments.t, space=arguments.space, name=arguments.name)
-    name = f"{model.name.replace('/', '--')}-{boundary.name}-{boundary.space}-t{boundary.t}.safetensors"
-    print(f"{boundary}\n{boundary.save((arguments.out or paths.boundaries()) / name)}")
+    ending = f"-{boundary.space}-t{boundary.t}"
+    path = _file(arguments.out or paths.boundaries(), model, boundary.name, ending)
+    print(f"{boundary}\n{boundary.save(path)}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -628,7 +665,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     run = wb.sample(
         _load(arguments),
         arguments.seeds,
@@ -637,8 +673,13 @@ def _sample(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     figure = wb.plots.image_grid(run.x0.clamp(-1, 1), titles=[str(s) for s in run.seeds])
-    figure.savefig(arguments.out, dpi=150, format="png")
+    _save_picture(figure, arguments.out)
     print(f"{run}\n{arguments.out.resolve()}")
+
+
+def _save_picture(figure, path: Path) -> None:
+    with paths.written(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix.lower()[1:] or "png")
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -698,25 +739,26 @@ def _store(arguments: argparse.Namespace) -> None:
 
 def _save(directions, model, arguments: argparse.Namespace, kind: str = "") -> None:
     """Save directions by their names; `kind` keeps apart what others find by the same name."""
-    from workbench import paths
 
     folder = arguments.out or paths.directions()
     ending = kind + _ending_of_tap(arguments)
     for direction in directions:
-        name = direction.name.replace(" ", "-").replace("=", "")
-        path = direction.save(folder / f"{model.name.replace('/', '--')}-{name}{ending}.safetensors")
-        print(f"{direction}\n{path}")
+        print(f"{direction}\n{direction.save(_file(folder, model, direction.name, ending))}")
+
+
+def _file(folder: Path, model, name: str, ending: str = "") -> Path:
+    """Where a direction or boundary of a model is saved."""
+    return folder / f"{model.name.replace('/', '--')}-{paths.file_name(name)}{ending}.safetensors"
 
 
 def _ending_of_tap(arguments: argparse.Namespace) -> str:
     return "" if arguments.tap == "after" else f"-{arguments.tap}"
 
 
-def _model_and_samples(arguments: argparse.Namespace):
+def _samples(model, arguments: argparse.Namespace):
     import workbench as wb
 
-    model = _load(arguments).tapped(arguments.tap)
-    store = wb.extract(
+    return wb.extract(
         model,
         arguments.n,
         seed=arguments.seed,
@@ -724,24 +766,28 @@ def _model_and_samples(arguments: argparse.Namespace):
         eta=arguments.eta,
         batch_size=arguments.batch_size,
     )
-    return model, store
 
 
 def _find_pca(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
-    model, store = _model_and_samples(arguments)
-    found = wb.find_pca(store, k=arguments.k, joint=arguments.joint)
+    if not arguments.joint and arguments.k >= arguments.n:
+        raise ValueError(f"--k is {arguments.k}; {arguments.n} samples have up to {arguments.n - 1} components")
+    model = _load(arguments).tapped(arguments.tap)
+    found = wb.find_pca(_samples(model, arguments), k=arguments.k, joint=arguments.joint)
     _save(found, model, arguments, "-joint" if arguments.joint else "")
 
 
 def _find_jacobian(arguments: argparse.Namespace) -> None:
     import workbench as wb
     from workbench.datasets.avataaars import region_mask
+    from workbench.diffusion.schedule import index_of
 
-    model, store = _model_and_samples(arguments)
-    run = wb.sample(model, [arguments.seed], steps=arguments.steps, eta=arguments.eta)
+    model = _load(arguments).tapped(arguments.tap)
+    index_of(arguments.t, model.schedule.timesteps(arguments.steps), trained=model.schedule.T)
     mask = None if arguments.region is None else region_mask(arguments.region, size=model.image_shape[1])
+    store = _samples(model, arguments)
+    run = wb.sample(model, [arguments.seed], steps=arguments.steps, eta=arguments.eta)
     spectrum = wb.find_jacobian(model, run, t=arguments.t, k=arguments.k, mask=mask, population=store)
     prefix = "" if arguments.region is None else f"{arguments.region} "
     _save((replace(d, name=prefix + d.name) for d in spectrum), model, arguments)
@@ -750,9 +796,12 @@ def _find_jacobian(arguments: argparse.Namespace) -> None:
 def _find_scores(arguments: argparse.Namespace) -> None:
     import workbench as wb
 
+    if not 2 <= arguments.k <= arguments.n // 2:
+        raise ValueError(f"--k is {arguments.k}; {arguments.n} samples have 2 to {arguments.n // 2} on a side")
     classifier = wb.load_classifier(arguments.classifier, device=arguments.device)
     _check_attributes(arguments.attributes, classifier.attributes)
-    model, store = _model_and_samples(arguments)
+    model = _load(arguments).tapped(arguments.tap)
+    store = _samples(model, arguments)
     scores = classifier(store.images).set_axis(store.seeds)
     found = (wb.find_from_scores(store, scores[name], k=arguments.k, name=name) for name in arguments.attributes)
     _save(found, model, arguments)
@@ -775,21 +824,29 @@ def _geometry(arguments: argparse.Namespace) -> None:
     import workbench as wb
     from workbench.analysis import geometry
 
+    if arguments.n < geometry.FEWEST:
+        raise ValueError(f"--n is {arguments.n}; the dimension takes {geometry.FEWEST} samples or more")
+    if arguments.steps < 2:
+        raise ValueError(f"--steps is {arguments.steps}; the dimension along the chain takes 2 or more")
     labeller = wb.load_classifier(arguments.labeller, device=arguments.device)
     _check_attributes(arguments.attributes or [], labeller.attributes)
-    _, store = _model_and_samples(arguments)
+    store = _samples(_load(arguments).tapped(arguments.tap), arguments)
+    around = min(15, (arguments.n - 1) // 2)  # neighbours, of which few samples have fewer
     labels = _labels((labeller(store.images) > 0.5).astype(int), arguments.attributes)
     t = min(store.timesteps, key=lambda visited: abs(visited - arguments.t))
-    h, images, tables = store.at(t), store.images[:], []
+    h, images, tables, figures = store.at(t), store.images[:], [], {}
     for method, name in {"pca": "PCA", "umap": "UMAP", "tsne": "t-SNE"}.items():
-        embedded = geometry.embed(h, method=method, seed=arguments.seed)
-        tables.append(geometry.quality(h, embedded, labels=labels, seed=arguments.seed).assign(map=name))
+        embedded = geometry.embed(h, method=method, seed=arguments.seed, neighbours=around)
+        table = geometry.quality(h, embedded, labels=labels, seed=arguments.seed, neighbours=around)
+        tables.append(table.assign(map=name))
         axes = dict(zip(("xlabel", "ylabel"), embedded.axes, strict=True))
         caption = f"{name} of h at t = {t}, {len(store)} samples of {arguments.model}."
-        figure = wb.plots.scatter(embedded.points, images=images, caption=caption, **axes)
-        wb.plots.save_figure(figure, arguments.out / f"map-{method}")
+        figures[method] = wb.plots.scatter(embedded.points, images=images, caption=caption, **axes)
     quality = pd.concat(tables, ignore_index=True)
-    dimensions = geometry.dimensions_over_time(store, seed=arguments.seed)
+    nearest = min(10, arguments.n // 2 - 1)
+    dimensions = geometry.dimensions_over_time(store, seed=arguments.seed, neighbours=nearest)
+    for method, figure in figures.items():
+        wb.plots.save_figure(figure, arguments.out / f"map-{method}")
     quality.to_csv(arguments.out / "quality.csv", index=False)
     dimensions.to_csv(arguments.out / "dimensions.csv", index=False)
     shown = quality[quality["space"] == "map"].drop(columns="space")
@@ -801,6 +858,10 @@ def _mixing_step(arguments: argparse.Namespace) -> None:
     import workbench as wb
     from workbench.analysis.mixing import agreement
 
+    if arguments.n < 10:
+        raise ValueError(
+            f"--n is {arguments.n}; give 10 or more, so that 5 samples can have an attribute and 5 lack it"
+        )
     labeller, judge = (wb.load_classifier(c, device=arguments.device) for c in (arguments.labeller, arguments.judge))
     _check_attributes(arguments.attributes or [], labeller.attributes)
     model = _load(arguments)
@@ -830,7 +891,6 @@ def _labels(labels, attributes: list[str] | None):
 
 def _boundary_fit(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench import paths
 
     model = _load(arguments).tapped(arguments.tap)
     source, labels = _labelled_samples(model, arguments)
@@ -848,8 +908,8 @@ def _boundary_fit(arguments: argparse.Namespace) -> None:
         for boundary in found.values():
             kind = "" if arguments.method == "svm" else f"-{arguments.method}"
             kind += _ending_of_tap(arguments) if space == "h" else ""
-            name = f"{model.name.replace('/', '--')}-{boundary.name}-{space}-t{boundary.t}{kind}.safetensors"
-            print(f"{boundary}\n{boundary.save(folder / name)}")
+            path = _file(folder, model, boundary.name, f"-{space}-t{boundary.t}{kind}")
+            print(f"{boundary}\n{boundary.save(path)}")
 
 
 def _labelled_samples(model, arguments: argparse.Namespace):
@@ -922,9 +982,7 @@ def _boundary_edit(arguments: argparse.Namespace) -> None:
         seed=arguments.seed if arguments.images is not None else None,
         batch_size=arguments.batch_size,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    shown = replace(grid, images=grid.images.clamp(-1, 1))
-    wb.plots.edit_grid(shown).savefig(arguments.out, dpi=150, format="png")
+    _save_picture(wb.plots.edit_grid(replace(grid, images=grid.images.clamp(-1, 1))), arguments.out)
     print(f"{grid}\n{arguments.out.resolve()}")
 
 
@@ -953,7 +1011,6 @@ def _edit(arguments: argparse.Namespace) -> None:
     classifier = arguments.classifier and wb.load_classifier(arguments.classifier, device=arguments.device)
     session = wb.open_recipe(arguments.recipe, model=model.tapped(own["model"]["tap"]), classifier=classifier or None)
     rendering = session.render()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     words = f"{session.label(rendering.state.sample)}: {describe(rendering.state)}"
     if arguments.out.suffix == ".safetensors":
         files = [rendering.save(arguments.out)]
@@ -982,7 +1039,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from workbench.report import notebooks
 
     if arguments.plugin is not None:
-        runpy.run_path(str(arguments.plugin))
+        runpy.run_path(str(paths.local(arguments.plugin)))
     labeller, judge = (wb.load_classifier(c, device=arguments.device) for c in (arguments.labeller, arguments.judge))
     model = wb.load_model(arguments.model, device=arguments.device)
     size = benchmark.SIZES["quick" if arguments.quick else "full"]
@@ -1012,7 +1069,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     seeds = [f"seed {seed % benchmark.HELD_OUT}" for seed in result.provenance["shown"][:2]]
     for attribute in sorted({of for _, of in result.strips}):
         strips = wb.plots.edit_strips(result.strips, attribute, names=seeds)
-        wb.plots.save_figure(strips, folder / f"strips-{attribute.replace(' ', '-')}")
+        wb.plots.save_figure(strips, folder / f"strips-{paths.file_name(attribute)}")
     shown = "success success_low success_high leakage entanglement psnr_outside identity p_random".split()
     print(f"{result}\n{table[[c for c in shown if c in table]].round(2).to_string()}\n{folder.resolve()}")
     if not arguments.no_report and arguments.plugin is None:
@@ -1041,10 +1098,11 @@ def _figure(arguments: argparse.Namespace) -> None:
         skip_broken=arguments.skip_broken,
         classifier_name=arguments.labeller,
         judge_name=arguments.judge,
-        attribute=arguments.attributes[0],
-        other=arguments.attributes[1],
+        **dict(zip(("attribute", "other"), arguments.attributes or (), strict=False)),
         **{name: getattr(arguments, name) for name in ("n", "measured", "steps", "t", "seed", "device")},
     )
+    if arguments.attributes is not None:
+        setup.check_attributes()
     names, failed = list(known) if arguments.names == ["all"] else arguments.names, {}
     for name in names:
         try:
@@ -1091,7 +1149,7 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     caption = f"{model.name}: {model.parameters / 1e6:.2f} M parameters, batches of {settings.batch_size} images."
     curve = wb.plots.training_curve(training.read_log(arguments.out), caption=caption)
-    curve.savefig(arguments.out / "curve.png", dpi=150, format="png")
+    _save_picture(curve, arguments.out / "curve.png")
     print(f"{model}\n{arguments.out.resolve()}")
 
 
@@ -1099,6 +1157,9 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
     import workbench as wb
     from workbench.editing.evaluation import RECIPE
 
+    card = None if arguments.card is None else paths.local(arguments.card)
+    if card is not None and not card.is_dir():
+        raise FileNotFoundError(f"there is no model folder {card}, whose card takes the numbers")
     model = _load(arguments)
     size = model.image_shape[1]
     training = [wb.load_images(source, size=size, skip_broken=arguments.skip_broken) for source in arguments.training]
@@ -1116,7 +1177,7 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
         **(RECIPE if arguments.recipe else {}),
     )
     print(evaluation.to_markdown())
-    if arguments.card is None:
+    if card is None:
         return
     caption = (
         f"{model.name}: the first {min(100, arguments.n)} samples, {arguments.steps} steps, eta {arguments.eta:g}."
@@ -1126,8 +1187,9 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
         labels = ["samples", "nearest\ntraining images"]
         sheets["nearest"] = wb.plots.image_grid(evaluation.nearest, row_labels=labels)
     for name, sheet in sheets.items():
-        sheet.savefig(arguments.card / f"{name}.png", dpi=100, format="png", bbox_inches="tight")
-    print(evaluation.write(arguments.card).resolve())
+        with paths.written(card / f"{name}.png") as partial:
+            sheet.savefig(partial, dpi=100, format="png", bbox_inches="tight")
+    print(evaluation.write(card).resolve())
 
 
 def _train_classifier(arguments: argparse.Namespace) -> None:
@@ -1165,7 +1227,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from workbench import paths
     from workbench.report import reports
 
     before, start = _finished_stores(), time.monotonic()
@@ -1177,18 +1238,16 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from workbench import paths
     from workbench.report.sweep import sweep
 
     table = sweep(arguments.file, scheduler=arguments.scheduler, workers=arguments.workers)
     counts = table["status"].value_counts()
     print(", ".join(f"{counts[status]} {status}" for status in ("done", "cached", "failed") if status in counts))
-    print(f"sweep: {paths.reports() / 'sweeps' / arguments.file.stem / 'index.html'}")
+    print(f"sweep: {paths.reports() / 'sweeps' / paths.local(arguments.file).stem / 'index.html'}")
     return int("failed" in counts)
 
 
 def _finished_stores() -> set[Path]:
-    from workbench import paths
 
     return set(paths.cache().glob("*.zarr"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import subprocess
@@ -34,6 +35,7 @@ from workbench.editing.recipe import save_recipe
 from workbench.editing.session import EditSession
 from workbench.hspace.store import open_store
 from workbench.report import figures
+from workbench.report.server import find_editables
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -76,6 +78,22 @@ def test_models_lists_the_bundled_one(capsys):
     status, out, _ = run(capsys, "models")
     assert status == 0
     assert "avataaars32" in out and "3 x 32 x 32" in out
+
+
+def test_every_model_that_is_listed_as_bundled_loads_by_its_name(tiny_folder, tmp_path, capsys, monkeypatch):
+    tiny_folder.rename(tmp_path / "my (new) model")
+    monkeypatch.setattr(paths, "models", lambda: tmp_path)
+    assert "my (new) model" in run(capsys, "models")[1]
+    assert load_model("my (new) model", device="cpu").name == "my (new) model"
+
+
+def test_who_stops_reading_the_output_is_told_nothing(capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert cli.main(["models"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_models_says_what_public_ones_need(capsys):
@@ -144,6 +162,14 @@ def test_sample_writes_a_picture(tiny_folder, tmp_path, capsys):
     status, out, _ = run(capsys, "sample", tiny_folder, "--seeds", "0-2,7", "--steps", 2, "-o", picture)
     assert status == 0 and "4 samples" in out
     assert Image.open(picture).width > 100
+
+
+@pytest.mark.parametrize(("name", "kind"), [("x.jpg", "JPEG"), ("new/x.PNG", "PNG"), ("x", "PNG"), ("x.webp", "WEBP")])
+def test_a_picture_is_of_the_format_that_its_name_says(name, kind, tiny_folder, tmp_path, capsys):
+    assert run(capsys, "sample", tiny_folder, "--seeds", "0", "--steps", 2, "-o", tmp_path / name)[0] == 0
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == kind
+    assert [p.name for p in (tmp_path / name).parent.glob("*partial*")] == []
 
 
 def test_extract_then_store(tiny_folder, tmp_path, capsys):
@@ -281,10 +307,29 @@ def test_find_saves_directions_that_load_again(tiny_folder, tmp_path, capsys, ca
     assert {direction.provenance["method"] for direction in directions} == {"pca", "scores", "labels", "jacobian"}
 
 
+def test_directions_of_any_attribute_are_saved_where_the_studio_finds_them(tiny_folder, tmp_path, capsys, cache):
+    (tmp_path / "faces").mkdir()
+    for k in range(8):
+        Image.new("RGB", (8, 8), (30 * k, 0, 90)).save(tmp_path / "faces" / f"{k}.png")
+    names = ["Hair/Long", "Hair-Long", "../Smile", "50% grey"]
+    table = pd.DataFrame({name: [k % 2 for k in range(8)] for name in names}, index=[f"{k}.png" for k in range(8)])
+    table.to_csv(tmp_path / "faces" / "attributes.csv", index_label="file")
+    where = ("--images", tmp_path / "faces", "--steps", 2, "-o", tmp_path / "found")
+    for command in (("find", "labels", tiny_folder), ("boundary", "fit", tiny_folder, "--t", 500, "--n", 8)):
+        status, _, err = run(capsys, *command, *where, "--attributes", *names)
+        assert status == 0, err
+    model = load_model(tiny_folder, device="cpu")
+    found = find_editables(model, [str(tmp_path / "found")], model.schedule.timesteps(2))
+    assert sorted(each.name for each in found) == sorted([*names, *names, *names]), (
+        "a direction, and boundaries in x and h"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "faces", "found", "tiny"]
+
+
 def test_geometry_writes_maps_and_numbers(tmp_path, capsys, cache):
     out = tmp_path / "maps"
     status, printed, _ = run(
-        capsys, "geometry", "avataaars32", "--n", 44, "--steps", 2, "--t", 400, "--attributes", "Long_Hair", "-o", out
+        capsys, "geometry", "avataaars32", "--n", 21, "--steps", 2, "--t", 400, "--attributes", "Long_Hair", "-o", out
     )
     assert status == 0 and "trustworthiness" in printed and "TwoNN" in printed
     quality, dimensions = (pd.read_csv(out / f"{name}.csv") for name in ("quality", "dimensions"))
@@ -378,6 +423,25 @@ def test_params_lists_notebooks_and_their_parameters(capsys):
         (("extract", "avataaars32", "--n", 5, "--seed", -1), "seeds"),
         (("extract", "avataaars32", "--images", "missing"), "missing"),
         (("store", "missing.zarr"), "there is no store"),
+        (("sample", "avataaars32", "-o", "x.gif"), "x.gif ends in .gif; it can be written as .png"),
+        (("mixing-step", "avataaars32", "-o", "x.jpg"), "x.jpg ends in .jpg; figures are written as .pdf"),
+        (("mixing-step", "avataaars32", "--n", 9), "--n is 9; give 10 or more"),
+        (("geometry", "avataaars32", "--n", 12, "--steps", 5), "--n is 12; the dimension takes 20"),
+        (("geometry", "avataaars32", "--steps", 1), "--steps is 1"),
+        (("find", "pca", "avataaars32", "--n", 5), "--k is 5; 5 samples have up to 4"),
+        (("find", "pca", "avataaars32", "--k", 0), "--k is 0; give 1 or more"),
+        (
+            ("find", "scores", "avataaars32", "--n", 50, "--attributes", "Smiling"),
+            "--k is 100; 50 samples have 2 to 25",
+        ),
+        (("find", "jacobian", "avataaars32", "--t", 510), "nearest 520 or 500"),
+        (("find", "jacobian", "avataaars32", "--t", 500, "--region", "nose"), "nose"),
+        (("evaluate-model", "avataaars32", "--card", "nothing"), "there is no model folder nothing"),
+        (("evaluate-model", "avataaars32", "--inverted", -1), "n_inverted is -1"),
+        (("figure", "zhu-e4", "--attributes", "Wings", "Smiling"), "has no attribute 'Wings'"),
+        (("convert", paths.models(), "made"), "is a folder, and convert takes a file"),
+        (("convert", paths.models() / "avataaars32" / "unet", "made"), "diffusion_pytorch_model.safetensors in it"),
+        (("studio", "--port", 99999), "port 99999 is none"),
         (("find", "labels", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
         (("geometry", "avataaars32", "--attributes", "Wings"), "Smiling, Mouth_Open"),
         (("mixing-step", "avataaars32", "--labeller", "nobody"), "nobody"),
@@ -406,7 +470,7 @@ def test_debug_shows_the_traceback():
         cli.main(["sample", "nope", "--debug"])
 
 
-@pytest.mark.parametrize("text", ["a", "-1", "3-", "1,,2"])
+@pytest.mark.parametrize("text", ["a", "-1", "3-", "1,,2", "5-3", "1,5-3"])
 def test_a_list_of_seeds_that_is_none_is_refused(text):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "avataaars32", f"--seeds={text}"])

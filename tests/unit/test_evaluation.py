@@ -58,6 +58,15 @@ def test_real_images_are_as_near_as_real_images_and_bad_ones_are_not(drawn, nois
     assert (frechet["real_low"] <= frechet["real"]).all() and (frechet["real"] <= frechet["real_high"]).all()
 
 
+def test_inversion_is_left_out_where_no_image_is_to_be_inverted(model, images, judges):
+    options = {"classifiers": judges[:1], "samples": images[:8], "n": 8, "progress": False}
+    without = wb.evaluate_model(model, images.select(slice(16)), n_inverted=0, **options)
+    assert not len(without.inversion) and without.numbers()["inversion_dB"] == []
+    assert "Inversion was not measured" in without.to_markdown()
+    with pytest.raises(ValueError, match="n_inverted is -1"):
+        wb.evaluate_model(model, images, n_inverted=-1, **options)
+
+
 def test_recall_falls_where_smiles_are_missing_and_precision_does_not(drawn, noisy):
     for space in drawn.coverage.index:
         good, bad = drawn.coverage.loc[space], noisy.coverage.loc[space]

@@ -240,17 +240,17 @@ def test_a_store_of_other_inputs_at_the_same_place_is_refused(tiny, tmp_path, op
 def test_a_foreign_folder_and_a_foreign_file_are_refused_and_left_alone(tiny, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("important")
-    with pytest.raises(ValueError, match="thesis can't be read as a store"):
-        extract(tiny, 2, out=tmp_path / "thesis")
-    with pytest.raises(ValueError, match="chapter1.tex can't be read as a store"):
-        extract(tiny, 2, out=tmp_path / "thesis" / "chapter1.tex")
+    for foreign in ("thesis", "thesis/chapter1.tex"):
+        with pytest.raises(ValueError, match=f"{foreign} is not a store of the workbench; choose another path$"):
+            extract(tiny, 2, out=tmp_path / foreign)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["chapter1.tex", "thesis"], "nor is a lock laid beside"
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "important"
 
 
 def test_a_damaged_store_is_refused_not_computed_over(tiny, tmp_path):
     path = extract(tiny, 2, out=tmp_path / "a.zarr").path
     (path / "zarr.json").write_text("{")
-    with pytest.raises(ValueError, match="can't be read as a store"):
+    with pytest.raises(ValueError, match="is a store that can't be read"):
         extract(tiny, 2, out=path)
 
 

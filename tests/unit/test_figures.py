@@ -100,6 +100,9 @@ def test_an_unknown_name_or_width_is_a_sentence(tmp_path):
         figures.draw_figure("haas-fig99", out=tmp_path)
     with pytest.raises(ValueError, match="columns is 'wide'; it is single, double, both or none"):
         figures.draw_figure("zhu-e3", out=tmp_path, columns="wide")
+    few = Setup(n=8, measured=2, steps=2, device="cpu", attribute="Wings")
+    with pytest.raises(ValueError, match="has no attribute 'Wings'; it has Smiling"):
+        figures.draw_figure("zhu-e4", few, out=tmp_path, columns="none")
 
 
 def test_intervals_of_means_ratios_and_differences():

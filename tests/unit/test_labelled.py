@@ -499,6 +499,15 @@ def test_a_source_without_images_is_refused(tmp_path):
         sentence(failure)
 
 
+def test_a_single_file_is_no_source_of_images(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    image = next(folder.rglob("*.png"))
+    for source, words in ((image, "is a single image"), (tmp_path / "notes.txt", "is no zip")):
+        with pytest.raises(ValueError, match=f"{source.name} {words}; give a folder or a zip") as failure:
+            load_images(source)
+        sentence(failure)
+
+
 def test_a_truncated_zip_is_refused(folder, tmp_path):
     target = zip_of(folder, tmp_path / "faces.zip")
     target.write_bytes(target.read_bytes()[:-40])

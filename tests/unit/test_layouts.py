@@ -377,7 +377,9 @@ def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_f
         wb.load_model(guided_file.with_name("my-dogs.pt"))
     with pytest.raises(ValueError, match=r"don't tell head_channels; give them"):
         wb.load_model(guided_file.with_name("my-dogs.pt"), image_size=16)
-    with pytest.raises(ValueError, match=r"don't tell image_size; give them .*preset='faces'"):
+    with pytest.raises(
+        ValueError, match=r"don't tell image_size; .*convert FILE FOLDER --image-size 256`\), or .*'faces'"
+    ):
         wb.load_model(ddpm_file.with_name("my-faces.ckpt"))
 
 

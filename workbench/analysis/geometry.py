@@ -31,6 +31,7 @@ METHODS = {"pca": "PC", "umap": "UMAP", "pacmap": "PaCMAP", "tsne": "t-SNE"}
 
 LEVEL = 0.95
 CHUNK = 4096
+FEWEST = 20  # samples that a dimension takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -753,7 +754,7 @@ def dimensions(h: Any, *, neighbours: int = 10, resamples: int = 50, seed: int =
     ValueError
         As `participation_ratio`, `two_nn` and `levina_bickel`.
     """
-    return _dimensions(check_samples(h, fewest=20), neighbours=neighbours, resamples=resamples, seed=seed)
+    return _dimensions(check_samples(h, fewest=FEWEST), neighbours=neighbours, resamples=resamples, seed=seed)
 
 
 def dimensions_over_time(h_by_t: Any, *, neighbours: int = 10, resamples: int = 50, seed: int = 0) -> pd.DataFrame:
@@ -777,7 +778,7 @@ def dimensions_over_time(h_by_t: Any, *, neighbours: int = 10, resamples: int = 
     """
     frames = [
         _dimensions(h, neighbours=neighbours, resamples=resamples, seed=seed).assign(t=t)
-        for t, h in over_timesteps(h_by_t, samples=20, progress="dimension")
+        for t, h in over_timesteps(h_by_t, samples=FEWEST, progress="dimension")
     ]
     return pd.concat(frames, ignore_index=True)[["t", "estimator", "value", "low", "high", "n"]]
 

@@ -327,7 +327,7 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
         raise ValueError(f"n is {n}; give a number of images from 1 to {_MOST_IMAGES}")
     names = list(attributes(factors(part, 0)))
     _import_extra()
-    out = Path(out)
+    out = paths.writable(out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
     finished = {file: out / f"{file}.part" for file in ("images.zip", "attributes.csv")}
     # Fork is unsafe in a process that has started torch's threads.
@@ -438,9 +438,10 @@ def build_regions(out: str | Path, *, progress: bool = True) -> Path:
     ImportError
         If the extra `[data]` or the cairo system library is missing.
     """
+    out = paths.writable(out, folder=True)
     drawn = tqdm(_REGION_FACTORS.items(), "regions", unit="region", disable=not progress)
     regions = {name: _draw_region(factor, options) for name, (factor, options) in drawn}
-    file = Path(out) / "regions.npz"
+    file = out / "regions.npz"
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.part")
     try:

@@ -311,6 +311,7 @@ def train_classifier(
         raise ValueError(f"design {design!r} is not known; it is one of {', '.join(DESIGNS)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; give 1 or more")
+    out = paths.writable(out, folder=True)
     if not isinstance(images, LabelledImages):
         images = load_images(images)
     labels = _binary_labels(images)
@@ -330,7 +331,7 @@ def train_classifier(
         "minutes": round((time.monotonic() - started) / 60, 2),
         "last_loss": round(loss, 5),
     }
-    _write(network, Path(out), design=design, attributes=list(labels.columns), training=training)
+    _write(network, out, design=design, attributes=list(labels.columns), training=training)
     return load_classifier(out, device=device)
 
 
@@ -370,7 +371,7 @@ def build_unlinked(n: int, *, part: int, out: str | Path, progress: bool = True)
     if not 1 <= n <= 100_000:
         raise ValueError(f"n is {n}; give a number of images from 1 to 100000")
     avataaars.render(_unlinked(part, 0)[0])
-    out = Path(out)
+    out = paths.writable(out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
     jobs = (_draw_unlinked, repeat(part), range(n), repeat(out))
     # Fork is unsafe in a process that has started torch's threads.
@@ -997,7 +998,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
         return paths.models() / "avataaars-attributes" / BUNDLED[source], source
     if source == "clip":
         source = CLIP
-    path = Path(source).expanduser()
+    path = paths.local(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} has no config.json; give the folder of a classifier")
@@ -1006,7 +1007,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
         _import_transformers()
         return _download(source), source
     raise FileNotFoundError(
-        f'no classifier {str(source)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "clip", a folder, the hub id '
+        f'no classifier {str(path)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "clip", a folder, the hub id '
         "of an image classifier, or a function with attributes="
     )
 

@@ -331,11 +331,11 @@ def load_images(
     size = _checked(size)
     if crop is not None and crop not in CROPS:
         raise ValueError(f"there is no crop {crop!r}; there are {', '.join(CROPS)}, and the centre square by default")
-    files, names, others = _find_files(paths.data() / BUNDLED if source == BUNDLED else Path(source))
+    files, names, others = _find_files(paths.data() / BUNDLED if source == BUNDLED else paths.local(source))
     if labels == FOLDERS:
         table = classes_of(names, str(source))
     else:
-        found = _find_labels(files, others) if labels is None else _given_labels(Path(labels))
+        found = _find_labels(files, others) if labels is None else _given_labels(paths.local(labels))
         table = pd.DataFrame(index=pd.Index(names, name="file")) if found is None else labels_of(names, *found)
     _warn_of_others(source, others, tables=labels is None and found is None)
     images = LabelledImages(table, files, size, crop)
@@ -371,11 +371,12 @@ def load_pair(
     ValueError
         If one has no images, or both are the same place.
     """
-    if Path(positive).resolve() == Path(negative).resolve():
+    positive, negative = paths.local(positive), paths.local(negative)
+    if positive.resolve() == negative.resolve():
         raise ValueError(f"{positive} is given for the images with and without {name}; give two folders")
     parts, names = {}, {}
     for part, source in (("positive", positive), ("negative", negative)):
-        parts[part], found, others = _find_files(Path(source))
+        parts[part], found, others = _find_files(source)
         names |= {f"{part}/{file}": int(part == "positive") for file in found}
         _warn_of_others(source, others)
     labels = pd.DataFrame({name: names}).rename_axis("file")
@@ -406,7 +407,7 @@ def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tenso
     """
     if isinstance(path, bytes):
         return _decode(path, size, "what was given")
-    path = Path(path)
+    path = paths.local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
     return _decode(path.read_bytes(), size, str(path))
@@ -570,6 +571,10 @@ def _find_files(source: Path) -> tuple[_Folder | _Zip, list[str], list[str]]:
             files = _zip(source / "images.zip")
             images, others = _sorted_out(files.members())
     elif source.is_file():
+        with source.open("rb") as file:
+            if not file.read(2) == b"PK" and not zipfile.is_zipfile(source):
+                what = "a single image" if source.suffix.lower() in SUFFIXES else "no zip"
+                raise ValueError(f"{source} is {what}; give a folder or a zip of images")
         files = _zip(source)
         images, others = _sorted_out(files.members())
     else:

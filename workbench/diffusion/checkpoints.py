@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from workbench.diffusion.layouts import ANCHORS
+from workbench.paths import local
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model*"]
@@ -61,7 +62,7 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     ValueError
         If the folder holds a latent-diffusion model.
     """
-    folder = Path(folder)
+    folder = local(folder)
     _refuse_latent_models(folder)
     config = find_unet_config(folder)
     if config is None:
@@ -292,7 +293,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     UserWarning
         If the file comes from a training and has no moving average of the weights.
     """
-    path = Path(path)
+    path = local(path)
     content = read_tensors(path)
     states = list(_state_dicts(content))
     names = [name for _, state in states for name in state]

@@ -333,6 +333,7 @@ def infer(
         alike = [name for name, preset in PRESETS.items() if _without_names(preset.architecture) == found]
         also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
         example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
+        options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
         widths = {shapes["channels"][-1], *(shapes["channels"][level] for level in shapes["attention"])}
         if "head_channels" in missing and len(widths) > 1:
             also += (
@@ -340,8 +341,8 @@ def infer(
                 f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
             )
         raise ValueError(
-            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}), or {also}. On the command "
-            "line `workbench convert` takes them"
+            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
+            f"`workbench convert FILE FOLDER {options}`), or {also}"
         )
     return Architecture(
         layout,
@@ -364,7 +365,8 @@ def refuse_unknown_schedule(architecture: Architecture) -> None:
         if preset.architecture == architecture and preset.schedule != LINEAR:
             raise ValueError(
                 f"the weights don't tell the noise schedule, and {name}, which has these shapes, does not have the "
-                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}"
+                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}, on the "
+                "command line to `workbench convert`"
             )
 
 

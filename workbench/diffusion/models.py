@@ -266,7 +266,7 @@ def load_model(
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     noise = {"schedule": schedule, "timesteps": timesteps, "rescale_timesteps": rescale_timesteps or None}
     options = {"preset": preset, **sizes, **noise}
-    path = Path(source).expanduser()
+    path = paths.local(source)
     if path.is_file():
         unet, scheduler = _read_file(path, target, **options)
         name = path.stem
@@ -300,7 +300,7 @@ def load_shapes(source: str | Path) -> SplitUNet:
     known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
     if source in known:
         return SplitUNet(_build(known[source].config(), path=Path("the preset")))
-    if Path(source).expanduser().is_file():
+    if paths.local(source).is_file():
         raise ValueError(
             f"{source} is a file, whose network is not known before it is read; give the folder that `workbench "
             f"convert` makes of it, or the preset that it is of: {', '.join(layouts.PRESETS)}"
@@ -344,10 +344,15 @@ def convert_checkpoint(
     FileNotFoundError, ValueError
         If there is no such file, or it is none that can be converted.
     """
-    file, out = Path(file).expanduser(), Path(out).expanduser()
+    file, out = paths.local(file), paths.writable(out, folder=True)
+    if file.is_dir():
+        inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
+        raise ValueError(
+            f"{file} is a folder, and convert takes a file"
+            + (f"; give {' or '.join(inside)} in it" if inside else "; where it is a model folder, load it as it is")
+        )
     if not file.is_file():
-        what = "is a folder, which load_model takes as it is" if file.is_dir() else "is not there"
-        raise FileNotFoundError(f"{file} {what}; there is no checkpoint to convert: give a .ckpt, .pt or .pth file")
+        raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
         raise FileExistsError(f"{out} exists already; give a new folder")
     unet, scheduler = _read_file(
@@ -595,7 +600,7 @@ def list_models() -> list[dict]:
     list of dict
         With "name", "where" ("bundled" or "hub cache"), "images" (C, H, W) and "path".
     """
-    found = [("bundled", p.name, p) for p in sorted(paths.models().iterdir()) if has_unet(p)]
+    found = [("bundled", p.name, p) for p in sorted(paths.models().glob("*")) if has_unet(p)]
     found += [("hub cache", name, path) for name, path in _cached_repositories() if has_unet(path)]
     return [{"name": n, "where": where, "images": _image_shape_of(p), "path": str(p)} for where, n, p in found]
 
@@ -651,16 +656,15 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
 
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
-    bundled = paths.models() / str(source)
-    if isinstance(source, str) and Path(source).name == source and has_unet(bundled):
-        return bundled, source
-    path = Path(source).expanduser()
+    if is_bundled(source):
+        return paths.models() / source, source
+    path = paths.local(source)
     if path.is_dir():
         return path, path.resolve().name
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return _download(source), source
     raise FileNotFoundError(
-        f"no model {str(source)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
+        f"no model {str(path)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
         "folder, a .ckpt or .pt file, or a hub id such as google/ddpm-ema-celebahq-256"
     )
 
@@ -682,8 +686,12 @@ def _download(repository: str) -> Path:
     ) from reason
 
 
+def is_bundled(source: str | Path) -> bool:
+    return source in _bundled_names()
+
+
 def _bundled_names() -> list[str]:
-    return [p.name for p in sorted(paths.models().iterdir()) if has_unet(p)]
+    return [p.name for p in sorted(paths.models().glob("*")) if has_unet(p)]
 
 
 def _unet_config(folder: Path) -> dict:

@@ -293,12 +293,10 @@ def train_model(
     RuntimeError
         If the loss is no longer finite, or another process trains in `out`.
     """
-    out = Path(out).expanduser()
+    out = paths.writable(out, folder=True)
     for name, value, least in (("minutes", minutes, 0), ("log_every", log_every, 1), ("previews", previews, 0)):
         if not value >= least:
             raise ValueError(f"{name} is {value}; give {least} or more")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; give a folder")
     if resume:
         if settings is not None:
             raise ValueError(f"the training in {out} is resumed with its own settings; give none, or another folder")
@@ -402,7 +400,7 @@ def read_settings(out: str | Path) -> TrainingSettings:
     FileNotFoundError, ValueError
         If there is no training, or its file is damaged.
     """
-    path = Path(out) / CONFIG
+    path = paths.local(out) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
     try:
@@ -431,7 +429,7 @@ def read_log(out: str | Path) -> pd.DataFrame:
     FileNotFoundError
         If there is none.
     """
-    path = Path(out) / LOG
+    path = paths.local(out) / LOG
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; give a folder that train_model wrote")
     return pd.read_csv(path)

@@ -24,6 +24,7 @@ from workbench.diffusion.checkpoints import read_tensors
 from workbench.diffusion.models import Model
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
+from workbench.paths import local
 
 # Names of the layers: norm and convolution in, projection of the timestep, norm and convolution out.
 _LAYOUTS = {
@@ -263,7 +264,7 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     ValueError
         If it is none of Asyrp's, or its widths are not the model's.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a .pth file of Asyrp")
     content = read_tensors(path)

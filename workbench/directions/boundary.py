@@ -34,6 +34,7 @@ from workbench.diffusion.schedule import index_of
 from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of, write_tensors
 from workbench.directions.supervised import Labels, check_classes, digest_of, matched, name_of
 from workbench.hspace.store import HStore
+from workbench.paths import local
 
 FORMAT, VERSION = "hspace-boundary", "1"
 METHODS = ("svm", "mean", "lda", "logistic")
@@ -597,7 +598,7 @@ def load_boundary(
     ValueError
         If the file is corrupt, is not a boundary, or is one of another model, tap, timestep or space.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no boundary at {path}; boundary.save writes one")
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from workbench.diffusion.models import Model, differs
 from workbench.diffusion.schedule import NoiseSchedule, index_of
 from workbench.hspace.store import HStore
+from workbench.paths import local, written
 
 FORMAT, VERSION = "hspace-direction", "1"
 
@@ -435,7 +435,7 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
     ValueError
         If the file is corrupt, is not a direction, or is one of another model or tap.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no direction at {path}; direction.save and `workbench find` write one")
     try:
@@ -587,16 +587,10 @@ def write_tensors(
 
     The file is written beside and renamed, so that it appears whole or not at all.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": format, "version": version, kind: json.dumps({**about, "sha256": digest(tensors)})}
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with written(path) as partial:
         save_file(tensors, partial, metadata=header)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return local(path)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from workbench.diffusion.models import Model
 from workbench.directions.boundary import Boundary
+from workbench.paths import local
 
 _KINDS = "biuf"
 """Kinds of numpy's types that are numbers."""
@@ -73,7 +74,7 @@ def read_boundary_sav(path: str | Path) -> LegacyBoundary:
     ValueError
         If it names anything but a linear classifier and arrays of numbers, or is truncated.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no boundary {path}; give a .sav file of BoundaryDiffusion")
     reader = _Reader(path.read_bytes())
@@ -115,7 +116,7 @@ def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name
     FileNotFoundError, ValueError
         As `read_boundary_sav`; or if the normal has another number of values than the space, or there is no such t.
     """
-    found, path = read_boundary_sav(path), Path(path)
+    found, path = read_boundary_sav(path), local(path)
     if not 0 <= t < model.schedule.T:
         raise ValueError(f"t is {t}; {model.name} has the timesteps 0..{model.schedule.T - 1}")
     shape = model.h_shape if space == "h" else model.image_shape

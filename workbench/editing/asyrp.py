@@ -25,6 +25,7 @@ from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction
 from workbench.editing.edit import edit
 from workbench.editing.mixing import Distance, distance_of, prediction_errors
+from workbench.paths import local
 
 LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0)}
 """Thresholds of P_t and of x_t. Those of "features" are ours, in units of the distance of two images."""
@@ -104,7 +105,7 @@ def read_interval(predicted: str | Path, noisy: str | Path, *, cosine: float = 1
     FileNotFoundError, ValueError
         If a table is not there or is none.
     """
-    curves = pd.DataFrame({"P_t": _read_table(Path(predicted)), "x_t": _read_table(Path(noisy))}).dropna()
+    curves = pd.DataFrame({"P_t": _read_table(local(predicted)), "x_t": _read_table(local(noisy))}).dropna()
     return _read_off(curves.sort_index(), LEVELS["lpips"], cosine)
 
 

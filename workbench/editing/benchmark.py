@@ -161,7 +161,7 @@ class Benchmark:
         -------
         Path
         """
-        folder = Path(folder)
+        folder = paths.writable(folder, folder=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.edits.to_parquet(folder / "edits.parquet", index=False)
         for name in ("edits", "transfer", "realism", "costs", "skipped"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import invert, sample
+from workbench.paths import local, writable, written
 
 CARD, NUMBERS = "README.md", "evaluation.json"
 BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /evaluation -->"
@@ -137,13 +137,16 @@ class Evaluation:
             ]
             lines += ["", "Planted pairs, each expected and found, in percent:", ""]
             lines += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
-        lines += [
-            "",
-            f"{self._memorised()} DDIM inversion of {len(self.inversion)} held-out images and back, in "
-            f"{a['inversion_steps']} steps: median {np.median(self.inversion):.1f} dB, {self.inversion.min():.1f} to "
-            f"{self.inversion.max():.1f}.",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", f"{self._memorised()} {self._inverted()}"])
+
+    def _inverted(self) -> str:
+        if not len(self.inversion):
+            return "Inversion was not measured (no images were inverted)."
+        return (
+            f"DDIM inversion of {len(self.inversion)} held-out images and back, in {self.about['inversion_steps']} "
+            f"steps: median {np.median(self.inversion):.1f} dB, {self.inversion.min():.1f} to "
+            f"{self.inversion.max():.1f}."
+        )
 
     def _memorised(self) -> str:
         if self.copies is None:
@@ -171,7 +174,7 @@ class Evaluation:
 
         A card that has no such section gets it at its end; a folder without a card gets one. Returns the card.
         """
-        folder = Path(folder)
+        folder = writable(folder, folder=True)
         card = folder / CARD
         text = card.read_text(encoding="utf-8") if card.is_file() else new_card(folder)
         section = f"{BEGIN}\n{self.to_markdown()}\n{END}"
@@ -181,9 +184,8 @@ class Evaluation:
             (card, f"{before.rstrip()}\n\n{section}{after}"),
             (folder / NUMBERS, json.dumps(self.numbers(), indent=2) + "\n"),
         ):
-            partial = path.with_name(f".partial-{path.name}")
-            partial.write_text(content, encoding="utf-8")
-            os.replace(partial, path)
+            with written(path) as partial:
+                partial.write_text(content, encoding="utf-8")
         return card
 
 
@@ -227,7 +229,7 @@ def evaluate_model(
     seed : int
         Of the samples, and of what is drawn here.
     n_inverted, inversion_steps : int
-        Held-out images that are inverted, and the steps.
+        Held-out images that are inverted, or 0 for none, and the steps.
     samples : Tensor of shape (n, C, H, W), optional
         These samples, if they were drawn before with these seeds, steps and eta.
     batch_size : int, optional
@@ -240,8 +242,11 @@ def evaluate_model(
     Raises
     ------
     ValueError
-        If the images are of another size, there are too few of them or of samples, or the samples are not `n`.
+        If the images are of another size, there are too few of them or of samples, the samples are not `n`, or
+        `n_inverted` is negative.
     """
+    if n_inverted < 0:
+        raise ValueError(f"n_inverted is {n_inverted}; give a number of images, or 0 to invert none")
     if images.size != model.image_shape[1]:
         raise ValueError(
             f"the images are of {images.size} pixels and the model's of {model.image_shape[1]}; give "
@@ -286,7 +291,10 @@ def evaluate_model(
         near, position = nearest_neighbours(flat, flat_learned)
         closest = np.argsort(near[:, 0])[:10]
         nearest = torch.stack([samples[closest], learned[position[closest, 0]]])
-    inverted = invert(model, real[:n_inverted], steps=inversion_steps, batch_size=batch_size, progress=progress)
+    errors = np.empty(0)
+    if n_inverted:
+        inverted = invert(model, real[:n_inverted], steps=inversion_steps, batch_size=batch_size, progress=progress)
+        errors = inverted.round_trip_error()
     return Evaluation(
         distances=pd.DataFrame.from_dict(distances, orient="index").rename_axis(["space", "measure"]),
         coverage=pd.DataFrame.from_dict(
@@ -296,7 +304,7 @@ def evaluate_model(
         pairs=joint_frequencies(labels, pairs or {}),
         copies=copies,
         copies_real=copies_real,
-        inversion=inverted.round_trip_error(),
+        inversion=errors,
         images=samples,
         about={
             "model": model.name,
@@ -328,7 +336,7 @@ def new_card(folder: str | Path) -> str:
     str
         Markdown.
     """
-    folder = Path(folder)
+    folder = local(folder)
     path = folder / "training.json"
     if not path.is_file():
         return f"# {folder.resolve().name}\n"

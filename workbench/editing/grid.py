@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches, check_batch_size, check_residual, denoise, progress_bar
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import active_steps, check_run, pairs_of, step_gains
+from workbench.paths import local, written
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +40,15 @@ class EditGrid:
 
     def save(self, path: str | Path) -> Path:
         """Write images, labels and provenance to a safetensors file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         header = {"rows": self.row_labels, "columns": self.column_labels, "provenance": self.provenance}
-        save_file({"images": self.images}, partial, metadata={"edit_grid": json.dumps(header)})
-        os.replace(partial, path)
-        return path
+        with written(path) as partial:
+            save_file({"images": self.images}, partial, metadata={"edit_grid": json.dumps(header)})
+        return local(path)
 
     @classmethod
     def load(cls, path: str | Path) -> EditGrid:
         """Read a grid that `save` wrote; ValueError if the file holds something else."""
+        path = local(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("edit_grid", "{}"))
             if not header:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from workbench.directions.boundary import FORMAT as BOUNDARY_FORMAT
 from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, digest, load_direction
 from workbench.editing.session import EditSession, EditState, Rendering
+from workbench.paths import file_name, local, writable, written
 
 FORMAT, VERSION = "hspace-edit", 1
 
@@ -49,7 +48,7 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
     ValueError
         If the path ends otherwise, or nothing is edited.
     """
-    path = Path(path)
+    path = writable(path)
     if path.suffix != ".json":
         raise ValueError(f"a recipe is a .json file, not {path.name}")
     state = session.state if state is None else state
@@ -84,9 +83,8 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
         ],
         "result": result_of(session.render(state=state)),
     }
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    with written(path) as partial:
+        partial.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
     return path
 
 
@@ -111,12 +109,13 @@ def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Cla
     ValueError
         If it is not a recipe, or the model has other weights or another tap than its own.
     """
+    path = local(path)
     recipe = read_recipe(path)
     own = recipe["model"]
     if model is None:
         model = load_model(own["name"], device="cpu").tapped(own["tap"])
-    parts = _parts_of(recipe, Path(path), model)
-    run = _run_of(recipe, Path(path), model)
+    parts = _parts_of(recipe, path, model)
+    run = _run_of(recipe, path, model)
     session = EditSession(model, run, list(parts.values()), classifier=classifier)
     apply_recipe(session, path)
     return session
@@ -137,8 +136,9 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
     ValueError
         If it is not a recipe, or of another model or other timesteps than the session's.
     """
+    path = local(path)
     recipe = read_recipe(path)
-    parts = _parts_of(recipe, Path(path), session.model)
+    parts = _parts_of(recipe, path, session.model)
     if tuple(recipe["timesteps"]) != session.timesteps:
         raise ValueError(
             f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}; render it with "
@@ -149,7 +149,7 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
         named[name] = _place_of(part, session, taken=named.values())
     state = EditState(
         t_range=tuple(recipe["t_range"]),
-        sample=_sample_of(recipe, Path(path), session),
+        sample=_sample_of(recipe, path, session),
         scales={named[d["name"]]: d["scale"] for d in recipe["directions"] if d["scale"]},
         distances={named[b["name"]]: b["distance"] for b in recipe["boundaries"]},
         against={named[d["name"]]: tuple(named[o] for o in d["against"]) for d in recipe["directions"] if d["against"]},
@@ -161,6 +161,7 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
 
 def load_editable(path: str | Path, *, model: Model) -> Direction | Boundary:
     """Read a direction or a boundary, whichever the file holds; raises as `load_direction` and `load_boundary` do."""
+    path = local(path)
     try:
         with safe_open(path, framework="pt") as file:
             is_boundary = (file.metadata() or {}).get("format") == BOUNDARY_FORMAT
@@ -171,7 +172,7 @@ def load_editable(path: str | Path, *, model: Model) -> Direction | Boundary:
 
 def read_recipe(path: str | Path) -> dict:
     """The JSON of a recipe; FileNotFoundError or ValueError if it is none."""
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}; the studio saves one")
     try:
@@ -222,8 +223,7 @@ def _part(path: Path, name: str) -> Path:
 
 
 def _save_part(part: Direction | Boundary, name: str, folder: Path) -> str:
-    plain = re.sub(r"[^\w.+-]+", "-", name).strip("-")
-    file = f"{plain}-{checksum_of(part)[:12]}.safetensors"
+    file = f"{file_name(name)}-{checksum_of(part)[:12]}.safetensors"
     part.save(folder / file)
     return file
 

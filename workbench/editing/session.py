@@ -9,7 +9,6 @@ the next (as an edit-friendly inversion finds it), and its edit has the first-or
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import check_run, eps_effects
 from workbench.editing.grid import EditGrid
+from workbench.paths import local, written
 
 PROCESSES = ("symmetric", "asymmetric", "single-step")
 PREVIEW_STEPS = 8
@@ -158,11 +158,9 @@ class Rendering:
 
     def save(self, path: str | Path) -> Path:
         """Write both images as tensors "before" and "after" of a safetensors file."""
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        save_file({"before": self.before.contiguous(), "after": self.after.contiguous()}, partial)
-        os.replace(partial, path)
-        return path
+        with written(path) as partial:
+            save_file({"before": self.before.contiguous(), "after": self.after.contiguous()}, partial)
+        return local(path)
 
 
 @dataclass(frozen=True, eq=False)

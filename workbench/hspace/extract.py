@@ -28,10 +28,8 @@ from workbench.hspace.store import (
     create_store,
     disk_error,
     exists,
-    is_address,
     key_of,
     open_store,
-    place,
     read_store,
     write_chunk,
 )
@@ -142,7 +140,12 @@ def extract(
         "chunk": chunk_size(model.h_shape, model.image_shape, steps=len(timesteps), n=count, record_x=record_x),
     }
     name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
-    path = paths.cache() / name if out is None else place(out)
+    path = paths.cache() / name if out is None else paths.place(out)
+    if out is not None and not paths.is_address(path):  # before a lock is laid beside what is not ours
+        if exists(path):
+            _refuse_other_inputs(read_store(path), provenance)
+        else:
+            paths.writable(path, folder=True)
     ranks = Ranks.launched()
     with _alone(path, wait=out is None) if ranks.first else contextlib.nullcontext():
         return _extract(model, path, provenance, seeds, source, batch_size, progress, ranks)
@@ -182,7 +185,7 @@ class Ranks:
 @contextlib.contextmanager
 def _alone(path: Path | str, *, wait: bool):
     """Holds the store's lock, if its place can have one; `wait` for another process that does."""
-    if is_address(path):
+    if paths.is_address(path):
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)

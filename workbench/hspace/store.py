@@ -36,6 +36,7 @@ import zarr
 from zarr.errors import BaseZarrError
 
 from workbench.diffusion.schedule import index_of
+from workbench.paths import is_address, place
 
 FORMAT, VERSION = "hspace-store", 1
 DTYPES = ("float16", "float32")
@@ -240,21 +241,13 @@ def read_store(path: str | Path) -> HStore:
         if not all(_chunk_file(group[name], c) in files for name in arrays - {"done"} for c in finished):
             raise ValueError(f"{path} is corrupt: files of finished samples are missing; delete it and extract again")
     except (BaseZarrError, KeyError, OSError, json.JSONDecodeError, TypeError) as error:
+        if is_address(path) or not all((path / name / "zarr.json").is_file() for name in ("h", "done")):
+            raise ValueError(f"{path} is not a store of the workbench; choose another path") from error
         raise ValueError(
-            f"{path} can't be read as a store ({type(error).__name__}); delete it and extract again, "
-            "or choose another path"
+            f"{path} is a store that can't be read ({type(error).__name__}); delete it and extract again, or choose "
+            "another path"
         ) from error
     return store
-
-
-def is_address(path: str | Path) -> bool:
-    """Whether a store is meant that lies in no folder of this machine."""
-    return isinstance(path, str) and "://" in path and not path.startswith("file://")
-
-
-def place(path: str | Path) -> Path | str:
-    """A folder as a Path, also where it is written as file://, and any other address as it is."""
-    return path if is_address(path) else Path(str(path).removeprefix("file://"))
 
 
 def exists(path: Path | str) -> bool:
@@ -267,7 +260,9 @@ def exists(path: Path | str) -> bool:
 
 def _files(path: Path | str) -> set[str]:
     """Names of all files below `path`, relative to it."""
-    files, root = fsspec.url_to_fs(str(path))
+    if not is_address(path):
+        return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    files, root = fsspec.url_to_fs(path)
     return {name.removeprefix(root).lstrip("/") for name in files.find(root)}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 from IPython.display import display
 
+from workbench.paths import local
+
 MIME = "application/vnd.hspace-workbench.facts+json"
 _PARTS = ("value", "low", "high", "n")
 
@@ -47,7 +49,7 @@ def read_facts(notebook: str | Path) -> dict[str, object]:
         Numbers, texts, truth values, or a dict with "value" and, where known, "low", "high" and "n".
     """
     found = {}
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    for cell in nbformat.read(local(notebook), as_version=4).cells:
         for output in cell.get("outputs", []):
             found |= output.get("data", {}).get(MIME, {})
     return found

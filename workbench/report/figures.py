@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -281,6 +280,14 @@ class Setup:
             "images": self.images.fingerprint,
         }
 
+    def check_attributes(self) -> None:
+        """ValueError if a classifier does not know the attributes."""
+        for classifier in (self.labeller, self.judge):
+            for name in (self.attribute, self.other):
+                if name not in classifier.attributes:
+                    known = ", ".join(classifier.attributes)
+                    raise ValueError(f"the classifier {classifier.name} has no attribute {name!r}; it has {known}")
+
     def _sampled(self, eta: float) -> Trajectory:
         seeds = range(HELD_OUT + self.seed, HELD_OUT + self.seed + self.measured)
         return sample(self.model, seeds, steps=self.steps, eta=eta, record_h=True, record_x=True, progress=False)
@@ -307,16 +314,23 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
     Raises
     ------
     ValueError
-        If there is no such figure, or `columns` is something else.
+        If there is no such figure, `columns` is something else, or the figure needs an attribute that a classifier of
+        the setup does not know.
     """
     known = list_figures()
     if name not in known:
         raise ValueError(f"there is no figure {name!r}; `workbench figure --list` has {', '.join(known)}")
     if columns not in (*WIDTHS, "both", "none"):
         raise ValueError(f"columns is {columns!r}; it is single, double, both or none")
+    out = paths.writable(out, folder=True)
     setup = Setup() if setup is None else setup
-    drawn = known[name].draw(setup)
-    out, files = Path(out), []
+    setup.provenance()  # loads all that is named, so that what is missing is said before the work
+    try:
+        drawn = known[name].draw(setup)
+    except KeyError:
+        setup.check_attributes()  # not every figure looks at them
+        raise
+    files = []
     for width, inches in WIDTHS.items():
         if columns in (width, "both"):
             files += save_figure(resized(drawn.figure, inches), out / f"{name}-{width}")
@@ -325,8 +339,7 @@ def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, colum
 
 def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -> Path:
     """The numbers of a figure as JSON; whole or not at all."""
-    path = Path(out) / f"{made.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = paths.writable(out, folder=True) / f"{made.name}.json"
     content = {
         "figure": made.name,
         "experiment": made.experiment,
@@ -336,9 +349,8 @@ def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -
         "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
         "provenance": setup.provenance() | {"recipe": made.code},
     }
-    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with paths.written(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -365,8 +377,15 @@ def read_records(
     Returns
     -------
     dict of str -> dict
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder is given that is not there.
     """
-    folder = paths.data() / "records" / model.name if folder is None else Path(folder)
+    if folder is not None and not paths.local(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {paths.local(folder)}; give one that draw_figure wrote to")
+    folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     wanted, known = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}, list_figures()
 

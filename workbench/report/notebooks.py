@@ -161,7 +161,7 @@ def find_notebook(name: str | Path) -> Path:
     ValueError, FileNotFoundError
         If there is none, or a start fits several.
     """
-    path, known = Path(name), list_notebooks()
+    path, known = paths.local(name), list_notebooks()
     if path.suffix == ".ipynb":
         if not path.is_file():
             raise FileNotFoundError(f"there is no notebook {path}; the staged ones are {', '.join(known) or 'missing'}")
@@ -236,18 +236,19 @@ def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
     def whole(key: str, value: object) -> object:
         if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
             return value
-        path = Path(value).expanduser()
-        return str(path.absolute()) if path.exists() and not _is_bundled(key, value) else value
+        path = paths.place(value)
+        here = isinstance(path, Path) and path.exists() and not _is_bundled(key, value)
+        return str(path.absolute()) if here else value
 
     return {key: whole(key, value) for key, value in parameters.items()}
 
 
 def _is_bundled(key: str, value: str) -> bool:
     from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
-    from workbench.diffusion.models import has_unet
+    from workbench.diffusion.models import is_bundled
 
     if key == "model_name":
-        return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
+        return is_bundled(value)
     if key in ("classifier_name", "judge_name"):
         return value in (*classifiers.BUNDLED, "clip")
     return key == "images_name" and value == labelled.BUNDLED
@@ -354,7 +355,7 @@ def run_job(
     stem = source.stem
     given = from_here(check_parameters(source, parameters or {}))
     everything = {key: parameter.default for key, parameter in notebook_parameters(source).items()} | given
-    out = paths.reports() / f"{stem}.ipynb" if out is None else Path(out).absolute()
+    out = paths.reports() / f"{stem}.ipynb" if out is None else paths.writable(out).absolute()
     if out.suffix != ".ipynb":
         raise ValueError(f"out is {out}; it must end in .ipynb, and the HTML goes beside it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -424,7 +425,7 @@ def export_html(
     Path
         html_path
     """
-    notebook_path, html_path = Path(notebook_path), Path(html_path)
+    notebook_path, html_path = paths.local(notebook_path), paths.local(html_path)
     notebook = nbformat.read(notebook_path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for i, cell in enumerate(cells):
@@ -483,7 +484,7 @@ def write_index(
     -------
     Path
     """
-    folder = paths.reports() if folder is None else Path(folder)
+    folder = paths.reports() if folder is None else paths.local(folder)
     pending, notes = pending or {}, notes or {}
     good = {path.stem: path for path in folder.glob("*.ipynb")}
     bad = {path.stem: path for path in (folder / "failed").glob("*.ipynb")}
@@ -516,7 +517,7 @@ def write_page(path: str | Path, *, title: str, body: str, words: str = "", refr
     -------
     Path
     """
-    path = Path(path)
+    path = paths.local(path)
     header = " · ".join(filter(None, [words, _now()]))
     again = "" if refresh is None else f'\n<meta http-equiv="refresh" content="{refresh}" />'
     text = f"""<!DOCTYPE html>
@@ -901,10 +902,5 @@ def _now() -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with paths.written(path) as partial:
+        partial.write_text(text, encoding="utf-8")

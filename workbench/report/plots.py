@@ -29,6 +29,7 @@ from plotly import graph_objects as go
 
 from workbench.analysis.mixing import MixingStep
 from workbench.editing.grid import EditGrid
+from workbench.paths import local, writable
 
 __all__ = [
     "PALETTE",
@@ -53,6 +54,7 @@ STYLE = Path(__file__).with_name("hspace.mplstyle")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 _FORMATS = (".pdf", ".svg", ".png")
+_OTHER_FORMATS = {"jpg", "jpeg", "tif", "tiff", "webp", "gif", "avif", "eps", "ps", "pgf", "svgz", "bmp"}
 _NO_DATES = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
 _FARTHEST_VALUE = 10.0
 _MOST_CATEGORIES = len(PALETTE)
@@ -920,25 +922,33 @@ def save_figure(figure: MatplotlibFigure | go.Figure, path: str | Path) -> tuple
     Raises
     ------
     ValueError
-        If the figure is of another kind.
+        If the figure is of another kind, or `path` ends in another format or can't be written.
     """
-    path = Path(path)
     is_plotly = isinstance(figure, go.Figure)
     if not is_plotly and not isinstance(figure, MatplotlibFigure):
         raise ValueError(f"save_figure takes a matplotlib or plotly figure; got {type(figure).__name__}")
-    suffixes = (".html",) if is_plotly else _FORMATS
-    stem = path.name[: -len(path.suffix)] if path.suffix.lower() in (*_FORMATS, ".html") else path.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{stem}-") as folder, style.context(STYLE):
-        for suffix in suffixes:
-            beside = Path(folder) / f"{stem}{suffix}"
+    files = figure_files(path, (".html",) if is_plotly else _FORMATS)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=files[0].parent, prefix=f".{files[0].stem}-") as folder, style.context(STYLE):
+        for file in files:
+            beside = Path(folder) / file.name
             if is_plotly:
                 beside.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
             else:
-                figure.savefig(beside, metadata=_NO_DATES[suffix])
-        for suffix in suffixes:
-            os.replace(Path(folder) / f"{stem}{suffix}", path.with_name(f"{stem}{suffix}"))
-    return tuple(path.with_name(f"{stem}{suffix}") for suffix in suffixes)
+                figure.savefig(beside, metadata=_NO_DATES[file.suffix])
+        for file in files:
+            os.replace(Path(folder) / file.name, file)
+    return files
+
+
+def figure_files(path: str | Path, suffixes: tuple[str, ...] = _FORMATS) -> tuple[Path, ...]:
+    """What `save_figure` will write; ValueError before any work if it can't be, or is asked to be another format."""
+    path = local(path)
+    kind = path.suffix.lower()
+    if kind.removeprefix(".") in _OTHER_FORMATS:
+        raise ValueError(f"{path} ends in {path.suffix}; figures are written as {', '.join((*_FORMATS, '.html'))}")
+    stem = path.name[: -len(path.suffix)] if kind in (*_FORMATS, ".html") else path.name
+    return tuple(writable(path.with_name(f"{stem}{suffix}")) for suffix in suffixes)
 
 
 def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge: Sequence, most: int) -> None:

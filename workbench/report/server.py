@@ -50,7 +50,7 @@ def serve_studio(
     Raises
     ------
     FileNotFoundError, ValueError
-        As of `open_studio`; or if voila is not installed.
+        As of `open_studio`; or if there is no such port, or voila is not installed.
     OSError
         If the port is taken.
     """
@@ -59,12 +59,14 @@ def serve_studio(
     except ModuleNotFoundError as error:
         raise ValueError("the studio's own page needs voila: pip install -c constraints.txt -e '.[lab]'") from error
 
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port {port} is none; give 1 to 65535, or 0 for a free one")
+    port = port or _free_port()
+    _check_free(port)
     model = load_model(options["model"], device=options.get("device"))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
     if options.get("classifier"):
         load_classifier(options["classifier"], device=options.get("device"))
-    port = port or _free_port()
-    _check_free(port)
     token = secrets.token_urlsafe(24)
     config = Config()
     config.Voila.update(ip=LOOPBACK, port=port, port_retries=0, token=token, open_browser=False, log_level="ERROR")
@@ -164,7 +166,7 @@ def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequenc
         return found
     files = []
     for name in named:
-        path = Path(name).expanduser()
+        path = paths.local(name)
         within = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not within:
             raise FileNotFoundError(f"there is no direction in {path}; workbench find writes some")
@@ -174,17 +176,12 @@ def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequenc
 
 def _absolute(options: dict) -> dict:
     """The same, with whole paths: the page's kernel runs in another folder."""
-
-    def whole(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if path.exists() else name
-
     from workbench.report.notebooks import from_here  # papermill, which the page itself does without
 
     given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
     changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}
     if options.get("directions") is not None:
-        changed["directions"] = [whole(name) for name in options["directions"]]
+        changed["directions"] = [str(paths.local(name).absolute()) for name in options["directions"]]
     return options | changed
 
 

@@ -245,7 +245,7 @@ def _read(source: str | Path | Mapping, name: str | None) -> tuple[dict, str]:
         content, where = dict(source), "the sweep"
         name = name or "sweep"
     else:
-        path = Path(source)
+        path = paths.local(source)
         if not path.is_file():
             raise FileNotFoundError(f"there is no sweep at {path}; write one, for example the one in the README")
         content, where = yaml.safe_load(path.read_text(encoding="utf-8")), str(path)

@@ -172,7 +172,7 @@ class EditStudio(widgets.VBox):
         self.session = EditSession(model, runs, directions, classifier=classifier)
         if store is not None:
             _refuse_other_store(store, self.session)
-        self.store, self.folder = store, paths.edits() if folder is None else Path(folder)
+        self.store, self.folder = store, paths.edits() if folder is None else paths.writable(folder, folder=True)
         self.rendering: Rendering | None = None
         self._without_view = False
         self._local = threading.local()

@@ -1,0 +1,398 @@
+"""What is meant by a path that a user gives: the same in every function and every option that takes one."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_session import planted
+
+import workbench as wb
+from workbench import cli, paths
+from workbench.directions.boundary import Boundary
+from workbench.directions.direction import load_direction
+from workbench.editing.session import EditSession
+from workbench.report.server import find_editables
+
+ODD = ("a b", "50%", "a%20b", "x#y", "x::y", "größe", "a?b*[c]", "~draft", "-o", "what's")
+ADDRESSES = ("memory://a/b.zarr", "s3://bucket/name", "https://host/x.png", "simplecache::s3://bucket/x", "S3://b/x")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder with a file `taken`, below which nothing can be found or made, in an empty working folder."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "taken").write_bytes(b"mine")
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path / "work")
+    yield folder
+    assert sorted(p.name for p in folder.iterdir()) == ["taken"]
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_tilde_is_the_home_folder_and_a_file_address_a_file(home):
+    for given in ("~/a b", home / "a b", Path("~/a b"), f"file://{home}/a b", (home / "a b").as_uri()):
+        assert paths.place(given) == paths.local(given) == home / "a b", given
+    assert paths.local(f"file://localhost{home}/x") == paths.local(f"FILE://{home}/x") == home / "x"
+    assert paths.local("~") == home and paths.local("./~/x") == Path("~/x")
+    for name in ODD:
+        assert paths.place(name) == Path(name) and paths.place(f"~/{name}") == home / name
+        assert paths.local((home / name).as_uri()) == home / name
+
+
+def test_an_address_stays_one_and_is_refused_where_only_files_make_sense():
+    for address in ADDRESSES:
+        assert paths.is_address(address) and paths.place(address) == address
+        with pytest.raises(ValueError, match=re.escape(repr(address))):
+            paths.local(address)
+        with pytest.raises(ValueError, match="give it as text"):
+            paths.place(Path(address.rpartition("::")[2]))
+    for text in ("", " ", "file://"):
+        with pytest.raises(ValueError, match="is empty"):
+            paths.place(text)
+
+
+def test_an_output_that_cannot_be_written_is_refused_and_nothing_made(home, tmp_path, monkeypatch):
+    assert paths.writable("~/new/folder/x.png", suffixes=(".png",)) == home / "new/folder/x.png"
+    assert paths.writable("~/taken") == home / "taken", "a file is replaced"
+    assert paths.writable("x.PNG", suffixes=(".png",)) == Path("x.PNG")
+    for path, options, words in (
+        ("~/x.gif", {"suffixes": (".png",)}, "ends in .gif; it can be written as .png"),
+        ("~/x", {"suffixes": (".png",)}, "has no suffix"),
+        ("~", {}, "is a folder; give the file"),
+        ("~/taken", {"folder": True}, "is a file; give the folder"),
+        ("~/taken/x", {}, f"since {home}/taken is a file"),
+        ("~/taken/x/y", {"folder": True}, f"since {home}/taken is a file"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            paths.writable(path, **options)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="read-only"):
+        paths.writable("~/new/x")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    for content in ("first", "second"):
+        with paths.written(tmp_path / "new" / "x") as partial:
+            partial.write_text(content)
+        assert (tmp_path / "new" / "x").read_text() == content
+    with pytest.raises(RuntimeError), paths.written(tmp_path / "new" / "x") as partial:
+        partial.write_text("ha")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x"] and (tmp_path / "new" / "x").read_text() == "second"
+
+
+# Every function that takes a path. A new one has to be entered here: the parameters are found by their annotations.
+
+
+def boundary(model) -> Boundary:
+    unit = torch.ones(model.h_shape) / torch.ones(model.h_shape).norm()
+    return Boundary(unit, 0.0, 500, "h", "b", {"model": model.provenance(), "method": "planted", "parameters": {}})
+
+
+@pytest.fixture(scope="module")
+def calls(tiny):
+    run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
+    direction = planted(tiny, run, 1, "d")
+    session = EditSession(tiny, run, direction)
+    session.set_scale("d", 0.1)
+    images = torch.zeros(1, 3, 8, 8)
+    return {
+        "Benchmark.save.folder": lambda path: wb.Benchmark.save(None, path),
+        "Boundary.save.path": lambda path: boundary(tiny).save(path),
+        "Direction.save.path": direction.save,
+        "EditGrid.load.path": wb.EditGrid.load,
+        "EditGrid.save.path": wb.EditGrid(images, ("a",), ("b",), {}).save,
+        "EditSession.add_image.image": session.add_image,
+        "EditStudio.__init__.folder": lambda path: wb.EditStudio(tiny, run, direction, folder=path),
+        "Evaluation.write.folder": lambda path: wb.Evaluation.write(None, path),
+        "convert_checkpoint.file": lambda path: wb.convert_checkpoint(path, "out"),
+        "convert_checkpoint.out": lambda path: wb.convert_checkpoint("x.ckpt", path),
+        "extract.out": lambda path: wb.extract(tiny, 1, steps=2, out=path),
+        "load_asyrp.path": lambda path: wb.load_asyrp(path, tiny),
+        "load_boundary.path": wb.load_boundary,
+        "load_classifier.source": wb.load_classifier,
+        "load_direction.path": wb.load_direction,
+        "load_image.path": wb.load_image,
+        "load_images.source": wb.load_images,
+        "load_images.labels": lambda path: wb.load_images("avataaars", labels=path),
+        "load_model.source": wb.load_model,
+        "load_pair.positive": lambda path: wb.load_pair(path, ".", name="a"),
+        "load_pair.negative": lambda path: wb.load_pair(paths.data() / "avataaars", path, name="a"),
+        "open_recipe.path": wb.open_recipe,
+        "open_store.path": wb.open_store,
+        "read_facts.notebook": wb.read_facts,
+        "run_notebook.name": lambda path: wb.run_notebook(f"{path}.ipynb"),
+        "run_notebook.out": lambda path: wb.run_notebook("00_quickstart", out=f"{path}.ipynb"),
+        "save_recipe.path": lambda path: wb.save_recipe(session, f"{path}.json"),
+        "sweep.source": wb.sweep,
+        "train_classifier.images": lambda path: wb.train_classifier(path, out="out"),
+        "train_classifier.out": lambda path: wb.train_classifier("avataaars", out=path),
+        "train_model.out": lambda path: wb.train_model(images, out=path),
+        "figures.draw_figure.out": lambda path: wb.figures.draw_figure("haas-fig2a", out=path),
+        "figures.read_records.folder": lambda path: wb.figures.read_records(path, model=tiny),
+        "figures.write_record.out": lambda path: wb.figures.write_record(None, None, None, out=path),
+        "plots.figure_files.path": wb.plots.figure_files,
+        "plots.save_figure.path": lambda path: wb.plots.save_figure(wb.plots.image_grid(images), path),
+    }
+
+
+INSIDE = {"HStore.__init__.path"}  # what open_store made of one
+
+
+FUNCTIONS = (types.FunctionType, types.MethodType)
+
+
+def parameters_that_take_a_path() -> list[str]:
+    found = []
+    for name in wb.__all__:
+        public = getattr(wb, name)
+        functions = {name: public} if inspect.isfunction(public) else {}
+        if inspect.isclass(public) or inspect.ismodule(public):
+            members = {key: getattr(public, key) for key in vars(public) if key == "__init__" or key[0] != "_"}
+            functions = {
+                f"{name}.{key}": f for key, f in members.items() if inspect.isfunction(f) or inspect.ismethod(f)
+            }
+        for key, function in functions.items():
+            if inspect.ismodule(public) and function.__module__ != public.__name__:
+                continue
+            parameters = inspect.signature(function).parameters.values()
+            found += [f"{key}.{p.name}" for p in parameters if "Path" in str(p.annotation)]
+    return [name for name in found if not name.startswith("paths.") and name not in INSIDE]
+
+
+PARAMETERS = parameters_that_take_a_path()
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_every_function_takes_a_home_folder_and_a_file_address_and_refuses_others(parameter, calls, home):
+    call = calls[parameter]
+    for given in ("~/taken/absent", f"file://{home}/taken/absent"):
+        with pytest.raises((OSError, ValueError)) as caught:
+            call(given)
+        assert f"{home}/taken" in str(caught.value) and "~" not in str(caught.value)
+    if parameter not in ("extract.out", "open_store.path"):
+        with pytest.raises(ValueError, match="memory://there/absent[^ ]* is an address"):
+            call("memory://there/absent")
+
+
+def test_no_function_is_left_in_the_table_that_there_is_no_more(calls):
+    assert set(calls) == set(PARAMETERS)
+
+
+# Every option that takes a path, likewise; those that take other texts are named, so that a new one can't be forgotten.
+
+OTHER = set(
+    "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter --profile --only "
+    "--against names".split()
+)
+OPTIONS = {
+    "convert": {"file": ("convert", "@", "out"), "out": ("convert", "x.ckpt", "@")},
+    "convert-boundary": {
+        "file": ("convert-boundary", "@", "--model", "MODEL", "--t", "5", "--space", "h"),
+        "--model": ("convert-boundary", "x.sav", "--model", "@", "--t", "5", "--space", "h"),
+        "--out": ("convert-boundary", "x.sav", "--model", "MODEL", "--t", "5", "--space", "h", "-o", "@"),
+    },
+    "verify": {"model": ("verify", "@")},
+    "sample": {"model": ("sample", "@"), "--out": ("sample", "MODEL", "-o", "@")},
+    "extract": {
+        "model": ("extract", "@"),
+        "--images": ("extract", "MODEL", "--images", "@"),
+        "--out": ("extract", "MODEL", "-o", "@"),
+    },
+    "plan": {"--model": ("plan", "--model", "@")},
+    "store": {"path": ("store", "@")},
+    "find pca": {"model": ("find", "pca", "@"), "--out": ("find", "pca", "MODEL", "-o", "@")},
+    "find jacobian": {
+        "model": ("find", "jacobian", "@", "--t", "5"),
+        "--out": ("find", "jacobian", "MODEL", "--t", "5", "-o", "@"),
+    },
+    "find scores": {
+        "model": ("find", "scores", "@", "--attributes", "Smiling"),
+        "--classifier": ("find", "scores", "MODEL", "--attributes", "Smiling", "--classifier", "@"),
+        "--out": ("find", "scores", "MODEL", "--attributes", "Smiling", "-o", "@"),
+    },
+    "find labels": {
+        "model": ("find", "labels", "@", "--attributes", "Smiling"),
+        "--images": ("find", "labels", "MODEL", "--attributes", "Smiling", "--images", "@"),
+        "--out": ("find", "labels", "MODEL", "--attributes", "Smiling", "-o", "@"),
+    },
+    "geometry": {
+        "model": ("geometry", "@"),
+        "--labeller": ("geometry", "MODEL", "--labeller", "@"),
+        "--out": ("geometry", "MODEL", "-o", "@"),
+    },
+    "mixing-step": {
+        "model": ("mixing-step", "@"),
+        "--labeller": ("mixing-step", "MODEL", "--labeller", "@"),
+        "--judge": ("mixing-step", "MODEL", "--judge", "@"),
+        "--images": ("mixing-step", "MODEL", "--images", "@"),
+        "--out": ("mixing-step", "MODEL", "-o", "@"),
+    },
+    "boundary fit": {
+        "model": ("boundary", "fit", "@", "--t", "500"),
+        "--images": ("boundary", "fit", "MODEL", "--t", "500", "--images", "@"),
+        "--classifier": ("boundary", "fit", "MODEL", "--t", "500", "--classifier", "@"),
+        "--positive": ("boundary", "fit", "MODEL", "--t", "500", "--positive", "@", "--negative", "x"),
+        "--negative": ("boundary", "fit", "MODEL", "--t", "500", "--positive", "IMAGES", "--negative", "@"),
+        "--out": ("boundary", "fit", "MODEL", "--t", "500", "-o", "@"),
+    },
+    "boundary edit": {
+        "model": ("boundary", "edit", "@", "--boundaries", "x", "--seeds", "1"),
+        "--boundaries": ("boundary", "edit", "MODEL", "--boundaries", "@", "--seeds", "1"),
+        "--images": ("boundary", "edit", "MODEL", "--boundaries", "BOUNDARY", "--images", "@"),
+        "--out": ("boundary", "edit", "MODEL", "--boundaries", "BOUNDARY", "--seeds", "1", "-o", "@"),
+    },
+    "benchmark": {
+        "model": ("benchmark", "@"),
+        "--plugin": ("benchmark", "MODEL", "--plugin", "@"),
+        "--images": ("benchmark", "MODEL", "--images", "@"),
+        "--labeller": ("benchmark", "MODEL", "--labeller", "@"),
+        "--judge": ("benchmark", "MODEL", "--judge", "@"),
+        "--out": ("benchmark", "MODEL", "-o", "@"),
+    },
+    "figure": {
+        "--model": ("figure", "haas-fig2a", "--model", "@", "-o", "/tmp/never"),
+        "--images": ("figure", "zhu-e2", "--model", "MODEL", "--images", "@", "-o", "/tmp/never"),
+        "--labeller": ("figure", "zhu-e2", "--model", "MODEL", "--labeller", "@", "-o", "/tmp/never"),
+        "--judge": ("figure", "zhu-e2", "--model", "MODEL", "--judge", "@", "-o", "/tmp/never"),
+        "--out": ("figure", "haas-fig2a", "--model", "MODEL", "-o", "@"),
+    },
+    "studio": {
+        "--model": ("studio", "--model", "@"),
+        "--directions": ("studio", "--model", "MODEL", "--directions", "@"),
+        "--classifier": ("studio", "--model", "MODEL", "--classifier", "@"),
+    },
+    "edit": {
+        "recipe": ("edit", "@"),
+        "--model": ("edit", "RECIPE", "--model", "@"),
+        "--classifier": ("edit", "RECIPE", "--model", "MODEL", "--classifier", "@"),
+        "--out": ("edit", "RECIPE", "-o", "@"),
+    },
+    "train": {
+        "images": ("train", "@", "-o", "out"),
+        "--out": ("train", "IMAGES", "-o", "@"),
+        "--from": ("train", "IMAGES", "-o", "out", "--from", "@"),
+    },
+    "evaluate-model": {
+        "model": ("evaluate-model", "@"),
+        "--images": ("evaluate-model", "MODEL", "--images", "@"),
+        "--training": ("evaluate-model", "MODEL", "--training", "@"),
+        "--classifiers": ("evaluate-model", "MODEL", "--classifiers", "@"),
+        "--card": ("evaluate-model", "MODEL", "--card", "@"),
+    },
+    "train-classifier": {
+        "images": ("train-classifier", "@", "-o", "out"),
+        "--out": ("train-classifier", "IMAGES", "-o", "@"),
+    },
+    "data": {"--out": ("data", "avataaars", "-o", "@")},
+    "params": {"notebook": ("params", "@.ipynb")},
+    "run": {"notebook": ("run", "@.ipynb"), "--out": ("run", "00_quickstart", "-o", "@.ipynb")},
+    "sweep": {"file": ("sweep", "@")},
+}
+
+
+def options_of(parser: argparse.ArgumentParser, command: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Command and name of every option that takes a text."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inside in action.choices.items():
+                found += options_of(inside, (*command, name))
+        elif action.type is None and action.choices is None and action.nargs != 0:
+            found.append((" ".join(command), (action.option_strings or [action.dest])[-1]))
+    return found
+
+
+TEXTS = [(command, option) for command, option in options_of(cli._parser()) if option not in OTHER]
+
+
+@pytest.mark.parametrize(("command", "option"), TEXTS)
+def test_every_option_takes_a_home_folder_and_says_in_one_sentence_what_is_wrong_there(
+    command, option, home, capsys, tiny, tiny_folder, tmp_path
+):
+    arguments = OPTIONS[command][option]
+    made = {"MODEL": tiny_folder, "IMAGES": paths.data() / "avataaars"}
+    if "BOUNDARY" in arguments:
+        made["BOUNDARY"] = boundary(tiny).save(tmp_path / "b.safetensors")
+    if "RECIPE" in arguments:
+        run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
+        session = EditSession(tiny, run, planted(tiny, run, 1, "d"))
+        session.set_scale("d", 0.1)
+        made["RECIPE"] = wb.save_recipe(session, tmp_path / "r.json")
+    words = [str(made.get(each, each)) for each in arguments]
+    status = cli.main([word.replace("@", "~/taken/absent") for word in words])
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1), (out, err)
+    assert err.startswith("workbench: ") and f"{home}/taken" in err
+
+
+def test_no_option_is_left_in_the_table_that_there_is_no_more():
+    assert {(command, option) for command, options in OPTIONS.items() for option in options} == set(TEXTS)
+
+
+# Odd characters, and names that become those of files.
+
+
+def test_files_and_stores_of_odd_names_are_written_and_read_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
+    direction = planted(tiny, run, 1, "d")
+    for name in ODD:
+        store = wb.extract(tiny, 1, steps=2, out=f"{name}.zarr", progress=False)
+        assert store.path == Path(f"{name}.zarr") and len(wb.open_store(store.path)) == 1
+        assert wb.extract(tiny, 1, steps=2, out=f"{name}.zarr", progress=False).cached
+        path = direction.save(f"{name}/{name}.safetensors")
+        assert path == Path(name, f"{name}.safetensors") and load_direction(str(path)).name == "d"
+        assert len(find_editables(tiny, [name], run.timesteps)) == 1
+
+
+def test_a_name_is_one_part_of_a_file_name_and_two_names_are_two():
+    for name in ("Smiling", "PC-1-(a)", "größe", "a_b.c"):
+        assert paths.file_name(name) == name
+    assert paths.file_name("PC 1 t=500") == "PC-1-t500"
+    assert re.fullmatch(r"Hair-Long-[0-9a-f]{6}", paths.file_name("Hair/Long"))
+    names = [
+        "Hair/Long",
+        "Hair-Long",
+        "Hair\\Long",
+        "Hair:Long",
+        "..",
+        ".",
+        "",
+        "/",
+        "../../x",
+        "\0",
+        "a\nb",
+        "é" * 300,
+    ]
+    made = [paths.file_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    for each in made:
+        assert each == Path(each).name and not each.startswith(".") and len(each.encode()) < 120 and each.isprintable()
+
+
+def test_a_recipe_of_any_names_is_written_beside_and_opens_again(tiny, tmp_path):
+    run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
+    names = ["Hair/Long", "../x", "é" * 300]
+    session = EditSession(tiny, run, [planted(tiny, run, k, name) for k, name in enumerate(names)])
+    for name in session.directions:
+        session.set_scale(name, 0.1)
+    path = wb.save_recipe(session, tmp_path / "50% é.json")
+    assert {p.parent for p in tmp_path.rglob("*.safetensors")} == {tmp_path / "50% é.parts"}
+    assert len(wb.open_recipe(path, model=tiny).state.scales) == 3
+
+
+def test_a_grid_of_another_kind_is_no_grid(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="not a saved edit grid"):
+        wb.EditGrid.load(tmp_path / "a.safetensors")
