@@ -10,7 +10,7 @@ import yaml
 
 from workbench import cli, paths
 from workbench.diffusion import layouts
-from workbench.report import notebooks
+from workbench.report import notebooks, parameters
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
 GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
@@ -23,7 +23,7 @@ def content(name: str) -> tuple[str, dict]:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_names_parameters_that_the_notebooks_have(name):
-    plan, _ = notebooks._plan(name, None)
+    plan, _ = parameters.read_profile(name)
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()

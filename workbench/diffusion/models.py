@@ -276,6 +276,27 @@ def load_shapes(source: str | Path) -> SplitUNet:
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
 
 
+def load_schedule(source: str | Path) -> NoiseSchedule:
+    """The noise schedule of a model's folder, without its weights.
+
+    Parameters
+    ----------
+    source : str or path
+        A bundled name, a folder or a hub id, as of `load_model`.
+
+    Returns
+    -------
+    NoiseSchedule
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such model, or its schedule is none that the workbench takes.
+    """
+    files = checkpoints.find_model_files(_locate(source)[0])
+    return _schedule_of(_read_scheduler(files.scheduler_config))
+
+
 def convert_checkpoint(
     file: str | Path,
     out: str | Path,
@@ -372,18 +393,22 @@ def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, Sched
         raise ValueError(
             f"{files.unet_config} describes {kind}; the workbench takes unconditional pixel-space U-Nets (UNet2DModel)"
         )
-    betas = checkpoints.read_json(files.scheduler_config)
-    if not {"beta_schedule", "trained_betas"} & set(betas):
-        raise ValueError(
-            f"{files.scheduler_config} describes {betas.get('_class_name', 'an unnamed scheduler')}, which has no "
-            "betas; the workbench takes the noise schedules of DDPM and DDIM"
-        )
-    scheduler = DDPMScheduler.from_config(betas)
+    scheduler = _read_scheduler(files.scheduler_config)
     unet = _build(config, path=files.unet_config)
     _warn_if_short_of_memory(_need_of(unet), folder, device)
     state = checkpoints.read_state_dict(files.weights)
     checkpoints.load_strictly(unet, state, path=files.weights, assign=True)
     return unet, scheduler
+
+
+def _read_scheduler(path: Path) -> SchedulerMixin:
+    betas = checkpoints.read_json(path)
+    if not {"beta_schedule", "trained_betas"} & set(betas):
+        raise ValueError(
+            f"{path} describes {betas.get('_class_name', 'an unnamed scheduler')}, which has no betas; the workbench "
+            "takes the noise schedules of DDPM and DDIM"
+        )
+    return DDPMScheduler.from_config(betas)
 
 
 def _read_file(
