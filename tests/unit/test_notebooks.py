@@ -165,6 +165,8 @@ class TestSources:
             ("00", {"model_name": "nope"}, "model_name of 00_quickstart is 'nope': no model 'nope'"),
             ("00", {"model_name": "/nowhere/x.ckpt"}, "no model '/nowhere/x.ckpt'"),
             ("95", {"images_name": "nowhere"}, "there is no folder or zip nowhere"),
+            ("30", {"images_name": ""}, "images_name of 30_dynamics is empty"),
+            ("00", {"model_name": "data/nope"}, "'data/nope' is neither a local folder"),
             ("90", {"image_path": "none.jpg"}, "there is no image none.jpg"),
             ("20", {"classifier_name": "nobody"}, "no classifier 'nobody'"),
             ("40", {"judge_name": "nobody"}, "no classifier 'nobody'"),

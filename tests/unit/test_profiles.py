@@ -60,3 +60,17 @@ def test_there_is_a_profile_for_the_papers_model():
 @pytest.mark.parametrize("name", [n for n in notebooks.list_notebooks()])
 def test_every_notebook_takes_another_model_by_one_parameter(name):
     assert notebooks.notebook_parameters(name)["model_name"].default == "avataaars32"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_a_profile_says_to_run_is_found_before_a_kernel_starts(name):
+    """A checkpoint that has to be converted first is missed in a sentence."""
+    text, given = content(name)
+    only = re.search(r"--only ([\d ]+)", text) if name in GPU else None
+    model = given["common"]["model_name"]
+    if "/" in model or (paths.models() / model).is_dir():
+        plan, timeout = parameters.plan_profile(name, only and only[1].split())
+        assert len(plan) == (len(only[1].split()) if only else len(notebooks.list_notebooks())) and timeout >= 3600
+    else:
+        with pytest.raises(ValueError, match=f"no model '{model}'"):
+            parameters.plan_profile(name, only[1].split())

@@ -417,7 +417,8 @@ def new_readers() -> dict[str, Callable]:
 
 
 def _is_remote(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
+    """Whether it may be a repository of the hub, which is not asked: only the kernel fetches."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
 
 
 def _check_sources(source: Path, values: Mapping[str, object], readers: Mapping[str, Callable]) -> None:
@@ -427,6 +428,8 @@ def _check_sources(source: Path, values: Mapping[str, object], readers: Mapping[
     for function, arguments in calls:
         key = arguments[0].id if arguments and isinstance(arguments[0], ast.Name) else None
         if function in readers and isinstance(values.get(key), str) and not (values[key] == "" and key in optional):
+            if values[key] == "":
+                raise ValueError(f"{key} of {source.stem} is empty; give what {function} takes")
             try:
                 found[key] = readers[function](values[key])
             except (ValueError, OSError, ImportError) as error:
