@@ -63,3 +63,13 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setattr("workbench.paths.cache", lambda: folder)
     return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home of the workbench, with a space and braces in its path, which papermill takes for a format."""
+    home = tmp_path / "a {home}"
+    for folder in ("data", "notebooks", "profiles", "reports"):
+        (home / folder).mkdir(parents=True)
+    monkeypatch.setenv("WORKBENCH_HOME", str(home))
+    return home

@@ -19,7 +19,7 @@ _WHERE = {
     "diffusion.training": ("TrainingSettings", "train_model"),
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
-    "datasets.classifiers": ("load_classifier", "train_classifier"),
+    "datasets.classifiers": ("check_attributes", "load_classifier", "train_classifier"),
     "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),

@@ -1215,7 +1215,7 @@ def _params(arguments: argparse.Namespace) -> None:
         print("\n".join(notebooks.list_notebooks()))
         return
     for parameter in notebooks.notebook_parameters(arguments.notebook).values():
-        print(f"{parameter.name:16s} {parameter.type:6s} {parameter.default!s:20s} {parameter.help}")
+        print(f"{parameter.name:16s} {parameter.type:11s} {parameter.default!s:20s} {parameter.help}")
 
 
 def _run(arguments: argparse.Namespace) -> None:

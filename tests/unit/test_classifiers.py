@@ -21,9 +21,11 @@ from workbench.datasets import avataaars, classifiers
 from workbench.datasets.classifiers import (
     build_unlinked,
     calibration,
+    check_attributes,
     evaluate_classifier,
     expected_calibration_error,
     load_classifier,
+    read_attributes,
     train_classifier,
 )
 from workbench.datasets.labelled import load_images, to_tensor
@@ -318,6 +320,26 @@ def test_damaged_folders_are_refused(tmp_path):
 def test_a_diffusion_model_is_no_classifier():
     with pytest.raises(ValueError, match="no classifier that is known here"):
         load_classifier(paths.models() / "avataaars32" / "unet")
+    with pytest.raises(ValueError, match="no classifier that is known here"):
+        read_attributes(paths.models() / "avataaars32" / "unet")
+
+
+def test_attributes_are_known_without_weights(labeller, tmp_path):
+    folder = shutil.copytree(paths.models() / "avataaars-attributes" / "labeller", tmp_path / "mine")
+    (folder / classifiers.WEIGHTS).unlink()
+    assert read_attributes("avataaars") == read_attributes(folder) == labeller.attributes
+    assert read_attributes("clip") == tuple(classifiers.TABLE_I_PROMPTS)
+
+
+def test_what_images_or_a_classifier_lack_is_named_with_what_they_have(labeller, held_out):
+    known = ["Smiling", "Beard"]
+    check_attributes(known, images=held_out, classifier=labeller, judge=known)
+    with pytest.raises(ValueError, match="the judge has no attribute Long; give judge_name, .* Smiling, Beard$"):
+        check_attributes(["Beard", "Long", "Long"], judge=known)
+    with pytest.raises(ValueError, match="the images have no attribute Old, Long; give images_name"):
+        check_attributes(["Old", "Long"], images=held_out, judge=known)
+    with pytest.raises(ValueError, match="the classifier has no attribute Old"):
+        check_attributes(["Old"], classifier=labeller)
 
 
 def test_arguments_must_belong_to_the_source():
@@ -551,6 +573,7 @@ def test_a_transformers_classifier_of_exclusive_classes(hub, faces, pictures):
     pixels = hub.processors["vit"](images=pictures, return_tensors="pt")
     expected = hub.vit(**pixels).logits
     assert classifier.attributes == ("cat", "dog", "fox") and classifier.name == "vit"
+    assert read_attributes(hub.folder / "vit") == classifier.attributes
     np.testing.assert_allclose(classifier.scores(faces), expected, atol=0.05)
     np.testing.assert_allclose(classifier(faces, batch_size=4), expected.softmax(1), atol=0.01)
     assert expected.std(dim=0).min() > 0.1, "the images must differ for this to mean anything"

@@ -17,45 +17,17 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from notebook_files import output_of, write_notebook
 from PIL import Image
 
+from workbench import cli
 from workbench.report import notebooks
-
-PARAMETERS = """model_name: str = "avataaars32"  # a bundled name or a folder
-steps: int = 20
-seed: int = 0
-eta: float = 0.0  # 0 is DDIM
-images: bool = True
-scales: list = [-1, 1]
-levels: list[float] = [0.5]"""
-
-
-def write_notebook(path: Path, *cells: str, title: str = "A title", parameters: str = PARAMETERS) -> Path:
-    first = [new_markdown_cell(f"# {title}"), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = new_notebook(cells=first + [new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel})
-    nbformat.write(notebook, path)
-    return path
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty home of the workbench, with a space and braces in its path, which papermill takes for a format."""
-    home = tmp_path / "a {home}"
-    for folder in ("data", "notebooks", "profiles", "reports"):
-        (home / folder).mkdir(parents=True)
-    monkeypatch.setenv("WORKBENCH_HOME", str(home))
-    return home
+from workbench.report.sweep import plan_sweep
 
 
 @pytest.fixture
 def notebook(home):
     return write_notebook(home / "notebooks" / "10_first.ipynb", "print('sum', steps + 1, eta, scales)")
-
-
-def output_of(path: Path) -> str:
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
 class TestParameters:
@@ -122,6 +94,109 @@ class TestParameters:
         with pytest.raises(ValueError, match=message):
             notebooks.run_notebook("10_first", parameters, progress=False)
         assert list((home / "reports").iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("word", "value"),
+        [
+            ("names=3,7", ["3", "7"]),
+            ("names=Yes,No", ["Yes", "No"]),
+            ("names=1:30", ["1:30"]),
+            ("names=[010, 'a, b', 2020-01-01, on, 1e-3]", ["010", "a, b", "2020-01-01", "on", "1e-3"]),
+            ("names=", []),
+            ("words=Yes,3", ["Yes", "3"]),
+            ("mixed=1,Yes,2.5,010", [1, "Yes", 2.5, "010"]),
+            ("counts=010,020", [10, 20]),
+            ("rates=1e-3,2", [0.001, 2.0]),
+            ("flag=on", True),
+            ("counts=1:30", None),
+            ("counts=1.5", None),
+            ("rates=nan", None),
+            ("flag=maybe", None),
+            ("names=a: b", None),
+        ],
+    )
+    def test_the_declared_type_decides_what_a_word_is(self, home, word, value):
+        types = 'names: list[str] = []\nwords: list = ["a"]\nmixed: list = []\ncounts: list[int] = [1]\n'
+        types += "rates: list[float] = [0.5]\nflag: bool = False"
+        write_notebook(home / "notebooks" / "10_first.ipynb", parameters=types)
+        if value is None:
+            with pytest.raises(ValueError, match="must be"):
+                notebooks.parse_parameters("10", [word])
+        else:
+            assert notebooks.parse_parameters("10", [word]) == {word.partition("=")[0]: value}
+
+
+class TestSources:
+    """What parameters name is looked at before a kernel starts, in the staged notebooks as they are."""
+
+    @pytest.mark.parametrize(
+        ("name", "given", "message"),
+        [
+            ("00", {"model_name": "nope"}, "model_name of 00_quickstart is 'nope': no model 'nope'"),
+            ("00", {"model_name": "/nowhere/x.ckpt"}, "no model '/nowhere/x.ckpt'"),
+            ("95", {"images_name": "nowhere"}, "there is no folder or zip nowhere"),
+            ("30", {"images_name": ""}, "images_name of 30_dynamics is empty"),
+            ("00", {"model_name": "data/nope"}, "'data/nope' is neither a local folder"),
+            ("90", {"image_path": "none.jpg"}, "there is no image none.jpg"),
+            ("20", {"classifier_name": "nobody"}, "no classifier 'nobody'"),
+            ("40", {"judge_name": "nobody"}, "no classifier 'nobody'"),
+            ("10", {"steps": 2000}, "steps of 10_extract: steps is 2000; a model trained on 1000 timesteps"),
+            ("10", {"steps": 0}, "steps is 0"),
+            ("30", {"inversion_steps": [10, 5000]}, "inversion_steps of 30_dynamics: steps is 5000"),
+            ("60", {"timestep": 1000}, "timestep of 60_boundaries is 1000; .* 0 to 999"),
+            (
+                "20",
+                {"attributes": ["Smiling", "Smilng"]},
+                "the classifier has no attribute Smilng; give classifier_name",
+            ),
+            ("30", {"attributes": ["3", "7"]}, "the images have no attribute 3, 7; give images_name"),
+            ("50", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
+            ("50", {"judge_name": "clip"}, "the judge has no attribute Long_Hair"),
+            ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
+            ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
+            ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
+        ],
+    )
+    def test_are_refused_in_a_sentence(self, name, given, message):
+        with pytest.raises(ValueError, match=message):
+            notebooks.check_parameters(name, given)
+
+    @pytest.mark.parametrize(
+        ("name", "given"),
+        [
+            *((name, {}) for name in notebooks.list_notebooks()),
+            ("40", {"judge_name": ""}),
+            ("50", {"images_name": ""}),
+            ("00", {"model_name": "google/ddpm-celebahq-256"}),
+        ],
+    )
+    def test_that_are_there_or_may_be_left_out_or_fetched_pass(self, name, given):
+        assert notebooks.check_parameters(name, given) == given
+
+    def test_a_judge_that_lacks_what_the_images_have_is_named_without_a_kernel(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(notebooks, "_execute", lambda *args, **options: pytest.fail("a kernel was started"))
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+        (tmp_path / "attributes.csv").write_text("file,Long,Short,Smiling\na.png,1,0,1\nb.png,0,1,0\n")
+        given = {"images_name": str(tmp_path), "attribute": "Long", "pair": "Short,Smiling"}
+        words = [word for key, value in given.items() for word in ("-p", key, value)]
+        assert cli.main(["run", "60", *words, "--out", str(tmp_path / "out.ipynb")]) == 2
+        assert "the judge has no attribute Long, Short; give judge_name" in capsys.readouterr().err
+        monkeypatch.chdir(tmp_path.parent)
+        with pytest.raises(ValueError, match="the judge has no attribute Long, Short; give judge_name"):
+            plan_sweep({"notebooks": 60, "common": given | {"images_name": tmp_path.name}})
+
+    def test_a_notebook_that_loads_nothing_may_name_its_parameters_as_it_likes(self, notebook):
+        assert notebooks.check_parameters("10", {"model_name": "none", "steps": 5000})["steps"] == 5000
+
+    def test_a_default_is_meant_from_the_notebooks_folder(self, home, monkeypatch):
+        path = home / "notebooks" / "10_first.ipynb"
+        write_notebook(path, "load_image(image_path)", parameters='image_path: str = "beside.png"')
+        Image.new("RGB", (2, 2)).save(path.parent / "beside.png")
+        monkeypatch.chdir(home)
+        assert notebooks.check_parameters("10", {}) == {}
+        with pytest.raises(ValueError, match="there is no image other.png"):
+            notebooks.check_parameters("10", {"image_path": "other.png"})
 
 
 class TestNames:

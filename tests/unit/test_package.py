@@ -40,7 +40,7 @@ MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
     "diffusers": {"diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
-    "papermill": {"report/notebooks.py"},
+    "papermill": {"report/notebooks.py", "report/parameters.py"},
     "nbconvert": {"report/notebooks.py"},
     "ipywidgets": {"report/widgets.py"},
     "anywidget": {"report/widgets.py"},

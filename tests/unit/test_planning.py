@@ -7,7 +7,7 @@ import torch
 
 import workbench as wb
 from workbench import cli
-from workbench.diffusion.models import load_shapes
+from workbench.diffusion.models import load_schedule, load_shapes
 from workbench.hspace import planning
 
 
@@ -45,6 +45,12 @@ def test_the_disk_is_that_of_the_arrays(tmp_path, tiny_folder, options):
     store = wb.extract(model, 10, steps=5, out=tmp_path / "a.zarr", progress=False, **options)
     arrays = sum(array.nbytes for name, array in store.group.arrays() if name != "done")
     assert plan(load_shapes(tiny_folder), **options).disk == arrays
+
+
+def test_the_schedule_is_the_models_and_needs_no_weights(tiny, tiny_folder):
+    (weights,) = (tiny_folder / "unet").glob("*.safetensors")
+    weights.write_bytes(b"")
+    assert load_schedule(tiny_folder).provenance() == tiny.schedule.provenance()
 
 
 def test_shapes_are_the_models(network):

@@ -10,7 +10,7 @@ import yaml
 
 from workbench import cli, paths
 from workbench.diffusion import layouts
-from workbench.report import notebooks, reports
+from workbench.report import notebooks, parameters, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
 GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
@@ -23,7 +23,7 @@ def content(name: str) -> tuple[str, dict]:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_names_parameters_that_the_notebooks_have(name):
-    plan = reports.plan_report(name).parameters
+    plan = parameters.read_profile(name).parameters
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()
@@ -54,9 +54,9 @@ def test_a_report_is_a_first_look_unless_asked_for_more():
 
 
 def test_the_time_of_a_first_look_can_be_estimated_and_its_cards_say_what_was_cut():
-    plan = reports.plan_report("quick")
+    plan = parameters.read_profile("quick")
     assert plan.passes.keys() == plan.parameters.keys() and min(plan.passes.values()) > 0
-    assert plan.cuts.keys() == plan.parameters.keys()
+    assert reports.find_cuts(plan).keys() == plan.parameters.keys()
 
 
 def test_there_is_a_profile_for_the_papers_model():
@@ -66,3 +66,17 @@ def test_there_is_a_profile_for_the_papers_model():
 @pytest.mark.parametrize("name", [n for n in notebooks.list_notebooks()])
 def test_every_notebook_takes_another_model_by_one_parameter(name):
     assert notebooks.notebook_parameters(name)["model_name"].default == "avataaars32"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_a_profile_says_to_run_is_found_before_a_kernel_starts(name):
+    """A checkpoint that has to be converted first is missed in a sentence."""
+    text, given = content(name)
+    only = re.search(r"--only ([\d ]+)", text) if name in GPU else None
+    model = given["common"]["model_name"]
+    if "/" in model or (paths.models() / model).is_dir():
+        plan, timeout = parameters.plan_profile(name, only and only[1].split())
+        assert len(plan) == (len(only[1].split()) if only else len(notebooks.list_notebooks())) and timeout >= 3600
+    else:
+        with pytest.raises(ValueError, match=f"no model '{model}'"):
+            parameters.plan_profile(name, only[1].split())

@@ -1,4 +1,4 @@
-"""Reports of several notebooks: checked first, side by side, followed while they run, gone on with after an interrupt."""
+"""Reports of several notebooks: checked first, run side by side, followed, and gone on with after an interrupt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_notebooks import home, output_of, write_notebook  # noqa: F401 - home is a fixture
+from notebook_files import output_of, write_notebook
 
-from workbench.report import reports
+from workbench.report import parameters, reports
 from workbench.report.notebooks import NotebookFailed
 from workbench.report.running import Job
 
@@ -39,9 +39,20 @@ class TestProfile:
             ("notebooks: {10_first: {m: 2}}", "10_first has no parameter 'm'"),
             ("notebooks: {10_first: {n: many}}", "must be int"),
             ("common: {modl_name: b}", "no notebook has the common parameter 'modl_name'"),
-            ("common: {model_name: 3}", "must be str"),
+            ("common: {model_name: [3]}", "must be str"),
             ("notebook: {}", "must be a mapping of common, notebooks, timeout"),
             ("timeout: long", "number of seconds"),
+            ("timeout: 1:00", "'1:00'"),
+            ("passes: {10_first: many}", "it must map notebooks to numbers"),
+            ("notebooks: [10_first]", r"quick.yaml is \['10_first'\]; it must map names to parameters"),
+            ("notebooks: 10", "quick.yaml is '10'"),
+            ("notebooks: {10_first: [n]}", r"10_first of .*quick.yaml is \['n'\]"),
+            ("notebooks: {10: {n: 2}, 10_first: {n: 3}}", "names 10_first twice, as '10' and '10_first'"),
+            ("common: [n]", r"common of .*quick.yaml is \['n'\]"),
+            ("comon: {n: 2}", "'comon'.*did you mean common"),
+            ("10_first", "quick.yaml must be a mapping of .*, not '10_first'"),
+            ("common:\n\tn: 2", r"quick.yaml, line 2, can't be read: .*indent with spaces"),
+            ("common:\n  n: 2\n  n: 3", "quick.yaml, line 3, can't be read: 'n' stands there twice"),
         ],
     )
     def test_is_checked_before_anything_runs(self, two, text, message):
@@ -49,6 +60,26 @@ class TestProfile:
         with pytest.raises(ValueError, match=message):
             reports.report("quick", progress=False)
         assert list((two / "reports").iterdir()) == []
+
+    def test_declared_types_and_starts_of_names_are_read(self, two):
+        """Whatever YAML takes a word for; keys may be starts, and mappings be merged."""
+        types = 'name: str = "a"\nnames: list[str] = []\nflag: bool = False\ncounts: list[int] = []\nrate: float = 0.5'
+        write_notebook(two / "notebooks" / "30_third.ipynb", parameters=types)
+        self.write_profile(
+            two,
+            "common: &all {name: 1:30, rate: 1e-3}\nnotebooks:\n  10: {n: 010}\n"
+            "  30: {<<: *all, names: [Yes, no, 010, 1:30, 2020-01-01, 3, ~], flag: on, counts: 010, name: 0x10}\n",
+        )
+        found = parameters.read_profile("quick")
+        plan, timeout = found.parameters, found.timeout
+        assert plan["10_first"] == {"n": 10} and timeout == 3600
+        assert plan["30_third"] == {
+            "name": "0x10",
+            "rate": 0.001,
+            "names": ["Yes", "no", "010", "1:30", "2020-01-01", "3", "~"],
+            "flag": True,
+            "counts": [10],
+        }
 
     def test_unknown_profile_lists_the_known(self, two):
         self.write_profile(two, "")
@@ -75,7 +106,7 @@ class TestProfile:
     def test_says_what_it_cuts_short(self, two):
         self.write_profile(two, "in_short_for: long\ncommon: {n: 2}\nnotebooks: {20_second: {k: 3}}")
         (two / "profiles" / "long.yaml").write_text("common: {n: 20, seed: 4}")
-        cuts = reports.plan_report("quick").cuts
+        cuts = reports.find_cuts(parameters.read_profile("quick"))
         assert cuts["10_first"] == "Cut short for speed: n = 2 for 20 of the profile long."
         assert "k = 3 for 1" in cuts["20_second"] and "seed = 0 for 4" in cuts["20_second"]
 
@@ -85,7 +116,7 @@ class TestProfile:
             reports.report("quick", jobs=0, progress=False)
 
 
-def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home):  # noqa: F811
+def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home):
     """Each of the two ends only when the other has begun."""
     say = "\nimport os\nprint(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'], os.getcwd())"
     for name, other in (("10_a", "20_b"), ("20_b", "10_a")):
@@ -97,7 +128,7 @@ def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home):  # noqa: 
     assert second.name == "20_b" and os.getcwd() == here
 
 
-def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_with(home):  # noqa: F811
+def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_with(home):
     write_notebook(home / "notebooks" / "10_done.ipynb", "print(1)")
     write_notebook(home / "notebooks" / "20_hangs.ipynb", WAITS.format(name="begun", other="go on"))
     (home / "profiles" / "quick.yaml").write_text("timeout: 100")
@@ -126,7 +157,7 @@ def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_
     assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns > done, "a whole report is made again"
 
 
-def test_what_another_code_or_other_parameters_made_is_not_kept(home, monkeypatch):  # noqa: F811
+def test_what_another_code_or_other_parameters_made_is_not_kept(home, monkeypatch):
     write_notebook(home / "notebooks" / "10_a.ipynb", "print(1)")
     keys = {"10_a": reports.content_key("10_a", {})}
     (home / "reports" / reports.UNFINISHED).touch()
@@ -143,10 +174,10 @@ class TestEstimate:
     """Of a board whose notebooks have made some passes and not others."""
 
     @pytest.fixture
-    def board(self, home, monkeypatch):  # noqa: F811
+    def board(self, home, monkeypatch):
         for name in ("10_a", "20_b", "30_c"):
             write_notebook(home / "notebooks" / f"{name}.ipynb")
-        plan = reports.Plan({"10_a": {}, "20_b": {}, "30_c": {}}, 60, {"10_a": 1000, "20_b": 3000, "30_c": 500}, {})
+        plan = parameters.Profile({"10_a": {}, "20_b": {}, "30_c": {}}, 60, {"10_a": 1000, "20_b": 3000, "30_c": 500})
         board = reports.Board(plan, {}, threads=None, show=False)
         monkeypatch.setattr(reports.time, "monotonic", lambda: board.began + 20.0)
         for job, state in zip(board.jobs.values(), ("done", "running", "waiting"), strict=True):

@@ -110,11 +110,54 @@ def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
         ({"notebooks": ["30"]}, "notebook '30'"),
         ({"runs": 3}, "must be a mapping of notebooks, common, matrix, timeout"),
         ({"timeout": 0}, "timeout of the sweep is 0"),
+        ({"notebooks": [["10"]]}, r"notebooks of the sweep is \[\['10'\]\]"),
+        ({"notebooks": {"10": {"n": 1}}}, "notebooks of the sweep is {'10'"),
+        ({"common": ["n"]}, r"common of the sweep is \['n'\]"),
+        ({"matrix": "seed"}, "matrix of the sweep is 'seed'"),
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_runs(home, content, sentence):
     with pytest.raises(ValueError, match=sentence):
         plan_sweep(content)
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("notebooks: [20, 10]", ["20_second", "10_first"]),
+        ("notebooks: 20", ["20_second"]),
+        ('notebooks: "20"', ["20_second"]),
+        ("notebooks: 20, 10", ["20_second", "10_first"]),
+        ("notebooks: 20_second", ["20_second"]),
+        ("notebooks:\n- 010", "'010'"),
+        ("notebooks:\n\t- 20", r"seeds.yaml, line 2, can't be read: .*indent with spaces"),
+        ("common: {n: 1}\ncommon: {n: 2}", "line 2, can't be read: 'common' stands there twice"),
+        ("common: {n: 1", "line 1, can't be read"),
+        ("", "seeds.yaml must be a mapping"),
+        ("matrices: {}", "'matrices'.*did you mean matrix"),
+        ("common: {seed: one}", "seeds.yaml: parameter seed of 10_first is 'one'"),
+    ],
+)
+def test_a_file_names_what_it_evidently_means_or_is_refused(home, text, names):
+    path = home / "seeds.yaml"
+    path.write_text(text)
+    if isinstance(names, list):
+        assert [run.notebook for run in plan_sweep(path)] == names
+    else:
+        with pytest.raises(ValueError, match=names):
+            plan_sweep(path)
+
+
+def test_the_notebooks_declare_what_a_word_in_a_file_is(home):
+    types = 'name: str = ""\nnames: list[str] = []\nseed: int = 0'
+    write_notebook(home / "notebooks" / "30_third.ipynb", types)
+    path = home / "words.yaml"
+    path.write_text("notebooks: 30\ncommon: {name: 010}\nmatrix: {seed: [010, 2], names: [[Yes, 1:30], 3]}")
+    runs = plan_sweep(path)
+    assert [run.varied for run in runs] == [
+        {"seed": seed, "names": names} for seed in (10, 2) for names in (["Yes", "1:30"], ["3"])
+    ]
+    assert {run.parameters["name"] for run in runs} == {"010"}
 
 
 def test_a_missing_file_and_no_workers_are_sentences(home):

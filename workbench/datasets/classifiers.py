@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -260,6 +260,74 @@ def load_classifier(
     if prompts is not None:
         raise ValueError(f"prompts= is for CLIP; {name} is a model of type {config['model_type']!r}")
     return _from_transformers(folder, name, device)
+
+
+def read_attributes(source: str | Path) -> tuple[str, ...] | None:
+    """Attributes of a classifier, without its weights.
+
+    Parameters
+    ----------
+    source : str or path
+        As of `load_classifier`, but no function.
+
+    Returns
+    -------
+    tuple of str or None
+        None if the config does not name them.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As `load_classifier`.
+    """
+    if source == "clip":
+        return tuple(TABLE_I_PROMPTS)
+    path = _locate(source)[0] / "config.json"
+    config = read_json(path)
+    if config.get("format") == FORMAT or "model_type" not in config:
+        _refuse_unknown(config, path)
+        return tuple(config.get("attributes", ()))
+    if config["model_type"] == "clip":
+        return tuple(TABLE_I_PROMPTS)
+    return tuple(config["id2label"].values()) if isinstance(config.get("id2label"), dict) else None
+
+
+def check_attributes(
+    wanted: Iterable[str],
+    *,
+    images: LabelledImages | None = None,
+    classifier: Classifier | Sequence[str] | None = None,
+    judge: Classifier | Sequence[str] | None = None,
+) -> None:
+    """Refuse attributes that images or classifiers lack, in a notebook before it computes anything.
+
+    `workbench run`, `report` and `sweep` find this call in a notebook and make it before they start a kernel.
+
+    Parameters
+    ----------
+    wanted : iterable of str
+        Names of attributes.
+    images : LabelledImages, optional
+        Whose labels must have them.
+    classifier, judge : Classifier or sequence of str, optional
+        The one that labels and the one that scores, or the names of their attributes.
+
+    Raises
+    ------
+    ValueError
+        If one lacks an attribute; the message names the notebook's parameter for it.
+    """
+    wanted = list(dict.fromkeys(wanted))
+    for role, source in (("images", images), ("classifier", classifier), ("judge", judge)):
+        if source is None:
+            continue
+        known = getattr(source, "names", getattr(source, "attributes", source))
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            raise ValueError(
+                f"the {role} {'have' if role == 'images' else 'has'} no attribute {', '.join(missing)}; give "
+                f"{role}_name, or attributes from {', '.join(known) or 'others, since there are no labels'}"
+            )
 
 
 def train_classifier(
@@ -635,13 +703,17 @@ def _new_network(attributes: int, config: Mapping) -> AttributeNet:
     return network.to_empty(device="cpu")
 
 
-def _from_folder(folder: Path, name: str, config: dict, device: torch.device) -> Classifier:
-    path = folder / "config.json"
+def _refuse_unknown(config: dict, path: Path) -> None:
     if config.get("format") != FORMAT or config.get("version") != VERSION:
         raise ValueError(
             f"{path} describes no classifier that is known here (format {FORMAT!r}, version {VERSION}, or a "
             "transformers image classifier or CLIP)"
         )
+
+
+def _from_folder(folder: Path, name: str, config: dict, device: torch.device) -> Classifier:
+    path = folder / "config.json"
+    _refuse_unknown(config, path)
     try:
         attributes = tuple(config["attributes"])
         network = _new_network(len(attributes), config["network"])

@@ -573,7 +573,7 @@ def _find_files(source: Path) -> tuple[_Folder | _Zip, list[str], list[str]]:
     elif source.is_file():
         with source.open("rb") as file:
             if not file.read(2) == b"PK" and not zipfile.is_zipfile(source):
-                what = "a single image" if source.suffix.lower() in SUFFIXES else "no zip"
+                what = "a single image" if source.suffix.lower() in image_suffixes() else "no zip"
                 raise ValueError(f"{source} is {what}; give a folder or a zip of images")
         files = _zip(source)
         images, others = _sorted_out(files.members())

@@ -309,6 +309,27 @@ def load_shapes(source: str | Path) -> SplitUNet:
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
 
 
+def load_schedule(source: str | Path) -> NoiseSchedule:
+    """The noise schedule of a model's folder, without its weights.
+
+    Parameters
+    ----------
+    source : str or path
+        A bundled name, a folder or a hub id, as of `load_model`.
+
+    Returns
+    -------
+    NoiseSchedule
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such model, or its schedule is none that the workbench takes.
+    """
+    files = checkpoints.find_model_files(_locate(source)[0])
+    return _read_schedule(files.scheduler_config)
+
+
 def convert_checkpoint(
     file: str | Path,
     out: str | Path,

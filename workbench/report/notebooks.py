@@ -7,34 +7,29 @@ last one only when it is complete; a failed one goes to `failed/` beside it.
 
 from __future__ import annotations
 
-import ast
 import base64
 import contextlib
-import difflib
 import html
 import io
-import json
 import logging
-import math
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 from xml.etree import ElementTree
 
 import nbformat
 import papermill
-import yaml
 from jinja2 import pass_context
 from latex2mathml.converter import convert as mathml
 from nbconvert import HTMLExporter
@@ -49,6 +44,16 @@ from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
 
 from workbench import paths
+from workbench.report.parameters import (
+    Parameter,
+    braced,
+    check_parameters,
+    find_notebook,
+    from_here,
+    list_notebooks,
+    notebook_parameters,
+    parse_parameters,
+)
 from workbench.report.running import Job
 
 __all__ = [
@@ -69,31 +74,9 @@ __all__ = [
 
 _ROOM = Path(__file__).parent
 _PACKAGES = ("hspace-workbench", "torch", "diffusers", "numpy", "scikit-learn", "plotly")
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
-_WORDS_FOR_BOOL = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _PLOTLY = "application/vnd.plotly.v1+json"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _REMOTE_SCRIPT = re.compile(r'<script[^>]*\ssrc="(?:https?:)?//[^>]*>\s*</script>')
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a notebook.
-
-    Attributes
-    ----------
-    name : str
-    type : str
-        The annotation, or the type of the default: "int", "float", "str", "bool", "list", "dict". "" if unknown.
-    default : object
-    help : str
-        The comment behind the default.
-    """
-
-    name: str
-    type: str
-    default: object
-    help: str
 
 
 @dataclass(frozen=True)
@@ -137,150 +120,6 @@ class NotebookFailed(RuntimeError):
     def __init__(self, message: str, *, name: str, cell: int, ename: str, evalue: str, path: Path):
         super().__init__(message)
         self.name, self.cell, self.ename, self.evalue, self.path = name, cell, ename, evalue, path
-
-
-def list_notebooks() -> list[str]:
-    """Names of the staged notebooks, in the order in which they build on each other."""
-    return sorted(path.stem for path in paths.notebooks().glob("[!.]*.ipynb"))
-
-
-def find_notebook(name: str | Path) -> Path:
-    """File of a notebook.
-
-    Parameters
-    ----------
-    name : str or Path
-        Name ("10_extract"), the start of one name alone ("10"), or a path.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If there is none, or a start fits several.
-    """
-    path, known = paths.local(name), list_notebooks()
-    if path.suffix == ".ipynb":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no notebook {path}; the staged ones are {', '.join(known) or 'missing'}")
-        return path.absolute()
-    matches = [stem for stem in known if stem == str(name)] or [stem for stem in known if stem.startswith(str(name))]
-    if len(matches) != 1:
-        problem = f"fits {', '.join(matches)}" if matches else f"is none of {', '.join(known) or '(no notebooks)'}"
-        raise ValueError(
-            f"notebook {str(name)!r} {problem}; give one whole name or its start{_suggestion(name, known)}"
-        )
-    return paths.notebooks() / f"{matches[0]}.ipynb"
-
-
-def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
-    """Parameters that a notebook takes.
-
-    Parameters
-    ----------
-    name : str or Path
-        Name ("10_extract"), the start of one name alone ("10"), or a path.
-
-    Returns
-    -------
-    dict of str to Parameter
-    """
-    parameters = {}
-    for key, found in papermill.inspect_notebook(_braced(find_notebook(name))).items():
-        declared = found["inferred_type_name"].replace(" ", "")
-        try:
-            default = ast.literal_eval(found["default"])
-            inferred = type(default).__name__
-        except (ValueError, SyntaxError):
-            default, inferred = found["default"], ""
-        kind = declared if declared.partition("[")[0] in _TYPES else inferred
-        parameters[key] = Parameter(key, kind if kind.partition("[")[0] in _TYPES else "", default, found["help"])
-    return parameters
-
-
-def check_parameters(name: str | Path, parameters: Mapping[str, object]) -> dict[str, object]:
-    """Parameters as JSON values of the types that the notebook declares.
-
-    Parameters
-    ----------
-    name : str or Path
-        As for `notebook_parameters`.
-    parameters : mapping
-        numpy scalars, arrays, tuples and paths are converted.
-
-    Returns
-    -------
-    dict of str to value
-
-    Raises
-    ------
-    ValueError
-        If the notebook has no such parameter, or the value is not of its type.
-    """
-    known, stem = notebook_parameters(name), find_notebook(name).stem
-    checked = {}
-    for key, value in parameters.items():
-        parameter = _known(key, known, stem)
-        checked[key] = _typed(_plain(value), parameter.type, parameter, stem)
-    return checked
-
-
-def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
-    """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
-
-    Names of bundled models and images stay names.
-    """
-
-    def whole(key: str, value: object) -> object:
-        if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
-            return value
-        path = paths.place(value)
-        here = isinstance(path, Path) and path.exists() and not _is_bundled(key, value)
-        return str(path.absolute()) if here else value
-
-    return {key: whole(key, value) for key, value in parameters.items()}
-
-
-def _is_bundled(key: str, value: str) -> bool:
-    from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
-    from workbench.diffusion.models import is_bundled
-
-    if key == "model_name":
-        return is_bundled(value)
-    if key in ("classifier_name", "judge_name"):
-        return value in (*classifiers.BUNDLED, "clip")
-    return key == "images_name" and value == labelled.BUNDLED
-
-
-def parse_parameters(name: str | Path, assignments: Iterable[str]) -> dict[str, object]:
-    """Read "key=value" words by the types that the notebook declares, so that `model_name=007` stays text.
-
-    Parameters
-    ----------
-    name : str or Path
-        As for `notebook_parameters`.
-    assignments : iterable of str
-        A list is written "[-1, 0, 1]" or "-1,0,1".
-
-    Returns
-    -------
-    dict of str to value
-
-    Raises
-    ------
-    ValueError
-        If a word has no "=", the notebook has no such parameter, or the value is not of its type.
-    """
-    name, known = find_notebook(name).stem, notebook_parameters(name)
-    values = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"{assignment!r} is not an assignment; write name=value, for example seed=1")
-        values[key] = _parsed(text, _known(key, known, name), name)
-    return values
 
 
 def run_notebook(
@@ -612,72 +451,6 @@ def _html_of(output: NotebookNode) -> str:
     return "".join(output.get("data", {}).get("text/html", ""))
 
 
-def _known(key: str, known: Mapping[str, Parameter], notebook: str) -> Parameter:
-    if key not in known:
-        names = ", ".join(known) or "no parameters"
-        raise ValueError(f"{notebook} has no parameter {key!r}; it takes {names}{_suggestion(key, known)}")
-    return known[key]
-
-
-def _suggestion(word: str | Path, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _plain(value: object) -> object:
-    """numpy scalars and arrays, tensors, tuples and paths as JSON has them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _typed(value: object, kind: str, parameter: Parameter, notebook: str) -> object:
-    outer, _, inner = kind.partition("[")
-    allowed = _TYPES.get(outer, object)
-    if allowed is float and type(value) is int:
-        value = float(value)
-    fits = isinstance(value, allowed) and not (isinstance(value, bool) and allowed in (int, float))
-    if fits and isinstance(value, float) and not math.isfinite(value):
-        fits = False
-    if not fits:
-        given = f"{value!r} ({type(value).__name__})"
-        expected = f"{parameter.type}, like its default {parameter.default!r}"
-        raise ValueError(f"parameter {parameter.name} of {notebook} is {given}; it must be {expected}")
-    if outer == "list" and inner:
-        return [_typed(item, inner.rstrip("]"), parameter, notebook) for item in value]
-    try:
-        json.dumps(value)
-    except TypeError:
-        given = f"{value!r} ({type(value).__name__})"
-        raise ValueError(f"parameter {parameter.name} of {notebook} is {given}; it must be a plain value") from None
-    return value
-
-
-def _parsed(text: str, parameter: Parameter, notebook: str) -> object:
-    kind = parameter.type.partition("[")[0]
-    problem = f"parameter {parameter.name} of {notebook} is {text!r}; it must be {parameter.type or 'a plain value'}"
-    if kind == "str":
-        return text
-    if kind == "bool":
-        if text.strip().lower() not in _WORDS_FOR_BOOL:
-            raise ValueError(f"{problem}: true or false")
-        return _WORDS_FOR_BOOL[text.strip().lower()]
-    if kind in ("int", "float"):
-        try:
-            return _TYPES[kind](text)
-        except ValueError:
-            raise ValueError(f"{problem}, like its default {parameter.default!r}") from None
-    try:
-        value = yaml.safe_load(text if kind != "list" or text.strip().startswith("[") else f"[{text}]")
-    except yaml.YAMLError:
-        raise ValueError(f"{problem}, like its default {parameter.default!r}") from None
-    return _typed(value, parameter.type, parameter, notebook)
-
-
 class _Engine(NBClientEngine):
     """papermill's own engine, with a folder and an environment of the kernel's, which leave this process's alone."""
 
@@ -715,8 +488,8 @@ def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, pr
     for attempt in (1, 2):
         try:
             papermill.execute_notebook(
-                _braced(source),
-                _braced(executed),
+                braced(source),
+                braced(executed),
                 parameters=parameters,
                 kernel_name="python3",
                 engine_name="workbench",
@@ -745,11 +518,6 @@ def _execute(source: Path, executed: Path, parameters: dict, *, timeout: int, pr
                 evalue=lines[0] if lines else "",
             )
     raise AssertionError("two attempts end in a return or an exception")
-
-
-def _braced(path: Path) -> str:
-    """papermill takes a path for a format string."""
-    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _problem(failure: Mapping) -> str:

@@ -7,26 +7,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 import joblib
 import nbformat
 import psutil
-import yaml
 
 from workbench import paths
 from workbench.diffusion.parallel import in_threads
-from workbench.report.notebooks import (
-    NotebookFailed,
-    Report,
-    check_parameters,
-    duration,
-    find_notebook,
-    list_notebooks,
-    notebook_parameters,
-    run_job,
-    write_index,
-)
+from workbench.report.notebooks import NotebookFailed, Report, duration, run_job, write_index
+from workbench.report.parameters import Profile, notebook_parameters, plan_profile, read_profile
 from workbench.report.running import Job
 from workbench.report.sweep import content_key
 
@@ -81,7 +70,7 @@ def report(
     KeyboardInterrupt
         If it is interrupted. What is finished stays, and the next call goes on from there.
     """
-    plan = plan_report(profile, [only] if isinstance(only, str) else only)
+    plan = plan_profile(profile, [only] if isinstance(only, str) else only)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; give 1 or more")
     jobs = min(jobs or _default_jobs(), len(plan.parameters))
@@ -107,15 +96,17 @@ def _write_summary(board: Board, profile: str, jobs: int) -> None:
     """How long all of it took, on the index page: in seconds, and in the machine's own unit."""
     seconds = time.monotonic() - board.began
     words = f"The profile {profile} took {duration(seconds)}, {jobs} notebooks side by side"
-    if jobs > 1:  # on an accelerator the unit would be another
+    if jobs > 1 and (paths.models() / UNIT_MODEL).is_dir():  # on an accelerator the unit would be another
         unit = unit_seconds()
         words += f": {seconds / unit:.1f} times what one thread of this machine takes for 1,000 passes of {UNIT_MODEL}"
         words += f" ({unit:.1f} s)"
     (paths.reports() / SUMMARY).write_text(f"<p>{words}.</p>\n", encoding="utf-8")
     board.write_index()
     board.say(f"{words}.")
-    if board.plan.longer:
-        board.say(f"Cut short for speed; for pictures worth printing: workbench report --profile {board.plan.longer}")
+    if board.plan.in_short_for:
+        board.say(
+            f"Cut short for speed; for pictures worth printing: workbench report --profile {board.plan.in_short_for}"
+        )
 
 
 def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
@@ -140,80 +131,17 @@ def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
     return 1000 / batch * seconds
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a report runs.
-
-    Attributes
-    ----------
-    parameters : dict of str to dict
-        Checked parameters of each notebook, in order.
-    timeout : int
-        Seconds that a cell may take.
-    passes : dict of str to int
-        Passes of a network that a notebook is known to take.
-    cuts : dict of str to str
-        What each notebook is cut short in, in words.
-    longer : str, optional
-        The profile that it cuts short.
-    """
-
-    parameters: dict[str, dict]
-    timeout: int
-    passes: dict[str, int]
-    cuts: dict[str, str]
-    longer: str | None = None
-
-
-def plan_report(profile: str, only: Sequence[str] | None = None) -> Plan:
-    """Read and check a profile; see `report`."""
-    known = list_notebooks()
-    if not known:
-        raise ValueError(f"there are no notebooks in {paths.notebooks()}; restore the folder from the repository")
-    path = paths.profiles() / f"{profile}.yaml"
-    if not path.is_file():
-        profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
-        raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    sections = ("common", "notebooks", "timeout", "passes", "in_short_for")
-    if not isinstance(content, dict) or set(content) - set(sections):
-        raise ValueError(f"profile {profile!r} must be a mapping of {', '.join(sections)}; see {path}")
-    common, own = content.get("common") or {}, content.get("notebooks") or {}
-    for key in own:
-        if key not in known:
-            raise ValueError(f"profile {profile!r} names a notebook {key!r}; there are {', '.join(known)}")
-
-    parameters = {name: notebook_parameters(name) for name in known}
-    for key in common:
-        if not any(key in each for each in parameters.values()):
-            every = sorted({parameter for each in parameters.values() for parameter in each})
-            raise ValueError(
-                f"no notebook has the common parameter {key!r} of profile {profile!r}; there are {', '.join(every)}"
-            )
-    plan = {}
-    for name in known:
-        shared = {key: value for key, value in common.items() if key in parameters[name]}
-        plan[name] = check_parameters(name, shared | (own.get(name) or {}))
-    timeout = content.get("timeout", 3600)
-    if type(timeout) is not int or timeout < 1:
-        raise ValueError(f"timeout of profile {profile!r} is {timeout!r}; it must be a number of seconds")
-    if only is not None:
-        wanted = {find_notebook(name).stem for name in only}
-        plan = {name: values for name, values in plan.items() if name in wanted}
-    longer = content.get("in_short_for")
-    cuts = {} if longer is None else _cuts(plan, longer)
-    return Plan(plan, timeout, content.get("passes") or {}, cuts, longer)
-
-
-def _cuts(plan: Mapping[str, dict], longer: str) -> dict[str, str]:
-    """What a longer profile gives each notebook more of, in words."""
-    cuts = {}
-    for name, others in plan_report(longer, list(plan)).parameters.items():
+def find_cuts(plan: Profile) -> dict[str, str]:
+    """What each notebook of a profile has less of than in the one that it cuts short, in words."""
+    if plan.in_short_for is None:
+        return {}
+    cuts, longer = {}, read_profile(plan.in_short_for).parameters
+    for name, values in plan.parameters.items():
         defaults = {key: parameter.default for key, parameter in notebook_parameters(name).items()}
-        own, other = defaults | plan[name], defaults | others
+        own, other = defaults | values, defaults | longer[name]
         differ = [f"{key} = {own[key]!r} for {other[key]!r}" for key in own if own[key] != other[key]]
         if differ:
-            cuts[name] = f"Cut short for speed: {', '.join(differ)} of the profile {longer}."
+            cuts[name] = f"Cut short for speed: {', '.join(differ)} of the profile {plan.in_short_for}."
     return cuts
 
 
@@ -256,8 +184,8 @@ def _outcome(results: Sequence[Report | NotebookFailed]) -> list[Report]:
 class Board:
     """The notebooks of a report while they run: a line on the terminal, and the index page."""
 
-    def __init__(self, plan, kept: Mapping[str, Report], *, threads: int | None, show: bool) -> None:
-        self.plan, self.kept, self.show = plan, kept, show
+    def __init__(self, plan: Profile, kept: Mapping[str, Report], *, threads: int | None, show: bool) -> None:
+        self.plan, self.kept, self.show, self.cuts = plan, kept, show, find_cuts(plan)
         self.jobs = {name: Job(name, threads=threads) for name in plan.parameters}
         for name in kept:
             self.jobs[name].state = "kept"
@@ -338,7 +266,7 @@ class Board:
         self._index_at = now
         pending = {job.name: _state(job) for job in self.jobs.values() if job.state in ("waiting", "running")}
         intro = f"<p>{self._counted()}. This page renews itself until all are.</p>" if pending else _summary()
-        write_index(intro=intro, pending=pending, notes=self.plan.cuts, refresh=3 if pending else None)
+        write_index(intro=intro, pending=pending, notes=self.cuts, refresh=3 if pending else None)
 
     def say(self, words: str) -> None:
         if self.show:
@@ -355,7 +283,7 @@ class Board:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         for job in self.jobs.values():
             job.close()
-        write_index(intro=_summary(), notes=self.plan.cuts)
+        write_index(intro=_summary(), notes=self.cuts)
 
 
 def _summary() -> str:

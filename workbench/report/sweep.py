@@ -20,21 +20,24 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import yaml
 from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.datasets import classifiers
 from workbench.report.facts import read_facts
-from workbench.report.notebooks import (
-    NotebookFailed,
+from workbench.report.notebooks import NotebookFailed, run_notebook, write_index
+from workbench.report.parameters import (
     check_parameters,
+    check_sections,
     find_notebook,
     from_here,
     list_notebooks,
+    load_yaml,
+    naming,
+    new_readers,
     notebook_parameters,
-    run_notebook,
-    write_index,
+    read_parameters,
+    texts,
 )
 from workbench.workers import start_workers
 
@@ -85,7 +88,8 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> list
     ----------
     source : path of a YAML file, or mapping
         `notebooks`: names or their starts (default: all); `common`: parameters for every notebook that has them;
-        `matrix`: lists of values, of which every combination is run; `timeout`: seconds that a cell may take.
+        `matrix`: lists of values, of which every combination is run; `timeout`: seconds that a cell may take. Texts
+        are read by the types that the notebooks declare.
     name : str, optional
         Of the folder below `reports/sweeps/`; by default that of the file.
 
@@ -97,26 +101,35 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> list
     Raises
     ------
     ValueError, FileNotFoundError
-        If the file is missing or not a sweep, or a notebook or parameter is unknown or of the wrong type.
+        If the file is missing or not a sweep, or a notebook or parameter is unknown or of the wrong type, or
+        names what is not there.
     """
-    content, name = _read(source, name)
+    content, name, where = _read(source, name)
     folder = paths.reports() / "sweeps" / name
-    notebooks = [find_notebook(start).stem for start in content.get("notebooks") or list_notebooks()]
-    common, matrix = content.get("common") or {}, content.get("matrix") or {}
+    starts = texts(content["notebooks"]) or list_notebooks()
+    if not isinstance(starts, list) or not all(isinstance(start, str) for start in starts):
+        raise ValueError(
+            f"notebooks of {where} is {starts!r}; it must be a list of names or their starts, such as [20_geometry, 50]"
+        )
+    notebooks = [find_notebook(start).stem for start in starts]
+    common, matrix = content["common"], content["matrix"]
     known = {notebook: notebook_parameters(notebook) for notebook in notebooks}
     for key in [*common, *matrix]:
         if not any(key in each for each in known.values()):
-            raise ValueError(f"none of {', '.join(notebooks)} has the parameter {key!r} of the sweep {name!r}")
+            raise ValueError(f"none of {', '.join(notebooks)} has the parameter {key!r} of {where}")
     for key, values in matrix.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"matrix {key!r} of the sweep {name!r} is {values!r}; it must be a list of values")
+            raise ValueError(f"matrix {key!r} of {where} is {values!r}; it must be a list of values")
+    readers = new_readers()
     runs = {}
     for notebook in notebooks:
         axes = {key: values for key, values in matrix.items() if key in known[notebook]}
         shared = {key: value for key, value in common.items() if key in known[notebook]}
         for combination in product(*axes.values()):
-            varied = dict(zip(axes, combination, strict=True))
-            parameters = from_here(check_parameters(notebook, shared | varied))
+            with naming(where):
+                values = read_parameters(notebook, shared | dict(zip(axes, combination, strict=True)))
+                parameters = from_here(check_parameters(notebook, values, readers=readers))
+            varied = {key: values[key] for key in axes}
             run = Run(notebook, parameters, varied, content_key(notebook, parameters), folder)
             runs[run.name] = run
     return list(runs.values())
@@ -157,7 +170,7 @@ def sweep(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; give 1 or more")
-    timeout = _read(source, name)[0].get("timeout", 3600)
+    timeout = _read(source, name)[0]["timeout"]
     runs = plan_sweep(source, name=name)
     todo = [run for run in runs if not run.path.exists()]
     failures = {}
@@ -240,7 +253,7 @@ def _table(table: pd.DataFrame) -> str:
     return f'<div class="tables">{"".join(parts)}</div>'
 
 
-def _read(source: str | Path | Mapping, name: str | None) -> tuple[dict, str]:
+def _read(source: str | Path | Mapping, name: str | None) -> tuple[dict, str, str]:
     if isinstance(source, Mapping):
         content, where = dict(source), "the sweep"
         name = name or "sweep"
@@ -248,14 +261,9 @@ def _read(source: str | Path | Mapping, name: str | None) -> tuple[dict, str]:
         path = paths.local(source)
         if not path.is_file():
             raise FileNotFoundError(f"there is no sweep at {path}; write one, for example the one in the README")
-        content, where = yaml.safe_load(path.read_text(encoding="utf-8")), str(path)
+        content, where = load_yaml(path), str(path)
         name = name or path.stem
-    if not isinstance(content, dict) or set(content) - set(SECTIONS):
-        raise ValueError(f"{where} must be a mapping of {', '.join(SECTIONS)}")
-    timeout = content.get("timeout", 3600)
-    if type(timeout) is not int or timeout < 1:
-        raise ValueError(f"timeout of {where} is {timeout!r}; it must be a number of seconds")
-    return content, name
+    return check_sections(content, SECTIONS, where), name, where
 
 
 def content_key(notebook: str, parameters: Mapping) -> str:
