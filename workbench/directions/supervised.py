@@ -471,9 +471,7 @@ def _find(
     units, sigmas, gaps = [], [], []
     for t in tqdm(store.timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
         batches = _reader(store, t)
-        found, along = (
-            _differences(batches, weights) if method == "mean" else _probe(batches(), weights, method, seed)
-        )
+        found, along = _differences(batches, weights) if method == "mean" else _probe(batches(), weights, method, seed)
         if not np.isfinite(found).all():
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
         length = np.linalg.norm(found, axis=1, keepdims=True)
@@ -552,13 +550,11 @@ def _spread(along: np.ndarray) -> np.ndarray:
     return np.sqrt((along**2).sum(axis=0) / (len(along) - 1))
 
 
-def _probe(
-    batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Normals of linear classifiers, one a column of weights: (m, d), pointing to the positives; and projections (n, m).
+def _probe(batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normals of linear classifiers, one a column of weights: (m, d), pointing to the positives.
 
     They lie in the span of the leading principal components, whose scores are scaled so that the first has variance 1.
-    The projections of a fold's samples are on the unit normals that the other folds give.
+    With them the projections of every sample, (n, m): on the unit normal that the folds without it give.
     """
     h = np.concatenate(list(batches))
     if not np.isfinite(h).all():
