@@ -90,7 +90,8 @@ class Method:
     unit : str
         Of the scales.
     code : str
-        Digest of the function's source, so that a changed one is measured again.
+        Digest of the function's source, so that a changed one is measured again; of a function outside of the package
+        that it calls, nothing is known.
     """
 
     name: str

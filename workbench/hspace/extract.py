@@ -21,6 +21,7 @@ from workbench import __version__, paths
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import Trajectory, check_batch_size, check_images, invert, progress_bar, sample
+from workbench.hashing import code_hash
 from workbench.hspace.store import (
     DTYPES,
     HStore,
@@ -123,6 +124,7 @@ def extract(
     timesteps = model.schedule.timesteps(steps)
     provenance = {
         "workbench": __version__,
+        "code": code_hash(__name__),
         "model": model.provenance(),
         "precision": str(model.dtype).removeprefix("torch."),
         "n": count,
