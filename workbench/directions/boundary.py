@@ -66,7 +66,7 @@ class Boundary:
         fitted on: with fewer samples than dimensions these lie at the margin, all at the same distance.
     accuracy, balanced_accuracy : Rate, optional
         Share of held-out samples on their side of the boundary, and the mean of both classes' shares, with 95% Wilson
-        intervals.
+        intervals; of a fit by cross-validation, and then the intervals are wider (`metrics.CROSS_VALIDATED`).
     extras : dict of str -> float
         Of a fit: `weight_norm`, the length of the normal before it was scaled; `training_accuracy`; `class_distance`
         and `dimensions`, the law's delta and d (see `expected_accuracy`).
@@ -705,7 +705,7 @@ def _fit_all(
             space=space,
             name=name,
             provenance={**samples.origin, "method": method, "parameters": parameters},
-            **_held_out(distances, y),
+            **_held_out(distances, y, cross_validated=True),
             extras={
                 "weight_norm": length,
                 "training_accuracy": float(((products @ duals + offset > middle * length) == y).mean()),
@@ -814,7 +814,7 @@ def _middle(distances: np.ndarray, y: np.ndarray) -> float:
     return float(distances[y].mean() + distances[~y].mean()) / 2
 
 
-def _held_out(distances: np.ndarray, y: np.ndarray) -> dict:
+def _held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:
     """What a boundary says of samples that it was not fitted on."""
     sides = [distances[~y], distances[y]]
     right = (distances > 0) == y
@@ -823,8 +823,8 @@ def _held_out(distances: np.ndarray, y: np.ndarray) -> dict:
     return {
         "means": tuple(float(side.mean()) for side in sides),
         "deviations": tuple(float(side.std(ddof=1)) for side in sides),
-        "accuracy": Rate.of(float(right.mean()), len(y)),
-        "balanced_accuracy": Rate.of(float(np.mean(recalls)), effective),
+        "accuracy": Rate.of(float(right.mean()), len(y), cross_validated=cross_validated),
+        "balanced_accuracy": Rate.of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
     }
 
 
