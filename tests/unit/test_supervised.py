@@ -157,6 +157,27 @@ def test_one_unit_of_scale_is_one_sigma_of_new_samples(tmp_path, tiny, method):
     assert np.mean(ratios) == pytest.approx(1, abs=0.05)
 
 
+def test_calibration_with_the_samples_of_a_direction_warns_or_takes_the_excess_of_a_known_one_off(tmp_path, tiny):
+    n, d = 96, int(np.prod(tiny.h_shape))
+    deviations, plain, alike = 10 / np.sqrt(np.arange(1, d + 1)), [], []
+    for draw in range(5):
+        rng = np.random.default_rng(draw)
+        labels = pd.DataFrame({name: rng.permutation(np.arange(n) % 2) for name in "AB"})
+        noise = rng.standard_normal((n, len(TIMESTEPS), d)) * deviations
+        noise[:, :, 5:7] += 4 * labels.to_numpy()[:, None]
+        store = make_store(tmp_path / f"{draw}.zarr", tiny, noise.astype(np.float32).reshape(n, -1, *tiny.h_shape))
+        store.provenance["images"] = {"fingerprint": "these", "n": n}
+        a, b = find_many(store, labels, progress=False).values()
+        rest = a.orthogonal_to(b, per_step=True)
+        variance = deviations**2 + 4 * np.isin(np.arange(d), (5, 6))
+        truth = np.sqrt(rest.unit.flatten(1).double().numpy() ** 2 @ variance)
+        with pytest.warns(UserWarning, match="was found from the samples of this store"):
+            plain.append(rest.calibrated(store, progress=False).sigma.numpy() / truth)
+        alike.append(rest.calibrated(store, like=a, progress=False).sigma.numpy() / truth)
+    assert np.mean(plain) > 1.15
+    assert np.mean(alike) == pytest.approx(1, abs=0.06)
+
+
 @pytest.mark.parametrize("k", [2, 40])
 def test_sigma_of_a_direction_from_scores_leaves_samples_out_too(store, table, h, k):
     scores = h[:, 0].reshape(N, -1)[:, 0].astype(float)

@@ -227,7 +227,8 @@ class Boundary:
         Parameters
         ----------
         store : HStore
-            The population and the timesteps.
+            The population, of other samples than the boundary was fitted to (`Direction.calibrated` warns), and the
+            timesteps.
         every_step : bool, default False
             Act at every timestep, along the same normal; by default at the boundary's alone.
 
@@ -246,7 +247,8 @@ class Boundary:
         index_of(self.t, store.timesteps)
         acts = torch.tensor([every_step or t == self.t for t in store.timesteps])
         unit = acts.view(-1, 1, 1, 1) * self.normal
-        parameters = {"boundary": self.provenance["parameters"], "every_step": every_step}
+        source = {"name": self.name, **{k: v for k, v in self.provenance.items() if k != "model"}}
+        parameters = {"every_step": every_step, "of": [source]}
         provenance = {**origin_of(store), "method": "boundary", "parameters": parameters}
         plain = Direction(unit, acts.float(), store.timesteps, self.name, provenance)
         return plain.calibrated(store, progress=False)

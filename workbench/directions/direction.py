@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -22,6 +23,9 @@ from workbench.diffusion.schedule import NoiseSchedule, index_of
 from workbench.hspace.store import HStore
 
 FORMAT, VERSION = "hspace-direction", "1"
+
+FOUND = ("labels", "scores", "pca", "svm", "mean", "lda", "logistic")
+"""Methods whose directions, or boundaries, are sums of samples of h."""
 
 NEGLIGIBLE = 1e-6
 """Part of a length below which float32 can't tell a difference from zero."""
@@ -307,14 +311,19 @@ class Direction:
         cosines = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1.0, 1.0)
         return cosines.float() if per_step else float(cosines)
 
-    def calibrated(self, store: HStore, *, progress: bool = True) -> Direction:
+    def calibrated(self, store: HStore, *, like: Direction | None = None, progress: bool = True) -> Direction:
         """The same direction with one unit of scale equal to one sigma of a population.
 
         Parameters
         ----------
         store : HStore
             The population: sigma becomes the standard deviation (n - 1 in the denominator) of the projection of its
-            h_t on the unit vector. Read chunk by chunk.
+            h_t on the unit vector. Read chunk by chunk. Take other samples than the direction was found from: along it
+            these lie too far out.
+        like : Direction, optional
+            Where there are no others: a direction that was found from the samples of this store, such as the one that
+            this was made from. By what factor they spread too widely along it, its own sigma tells, and sigma is
+            divided by the same factor.
         progress : bool
 
         Returns
@@ -325,25 +334,42 @@ class Direction:
         ------
         ValueError
             If the store is of another model or tap, lacks a timestep, or has fewer than two samples.
+
+        Warns
+        -----
+        UserWarning
+            If the direction was found from the samples of the store and `like` is not given.
         """
         _refuse_other_space(self, store.provenance["model"], f"{store.path}")
+        if like is not None:
+            self._check_same_space(like)
+        elif found_from(store, self.provenance):
+            warnings.warn(
+                f"{self.name} was found from the samples of this store, which lie too far out along it: sigma is too "
+                "large; calibrate with other samples, or with like=, a direction that was found from these",
+                stacklevel=2,
+            )
         if len(store) < 2:
             raise ValueError("a store of one sample has no standard deviation; calibrate with at least two")
+        units = torch.stack([each.unit.flatten(1) for each in (self, like) if each is not None], dim=1).numpy()
         sigma = [
-            projections(store.batches(t), unit[None]).std(ddof=1)
+            projections(store.batches(t), unit).std(axis=0, ddof=1)
             for t, unit in tqdm(
-                list(zip(self.timesteps, self.unit.flatten(1).numpy(), strict=True)),
+                list(zip(self.timesteps, units, strict=True)),
                 desc="calibrating",
                 disable=not progress,
                 delay=2,
                 leave=False,
             )
         ]
+        sigma = torch.from_numpy(np.stack(sigma, axis=1))
+        if like is not None:
+            sigma[0] *= torch.where(sigma[1] > 0, like.sigma / sigma[1], 1.0)
         population = {"n": len(store), **{k: v for k, v in origin_of(store).items() if k != "model"}}
         return replace(
             self,
-            sigma=torch.tensor(sigma),
-            provenance=derived("calibrated", {"population": population}, self),
+            sigma=sigma[0],
+            provenance=derived("calibrated", {"population": population, "like": like and like.name}, self),
             extras={},
         )
 
@@ -499,6 +525,15 @@ def origin_of(store: HStore) -> dict:
     """
     known = {key: store.provenance[key] for key in ("model", "etas")} | {"seeds": store.provenance.get("seeds")}
     return known | {key: store.provenance[key] for key in ("images",) if key in store.provenance}
+
+
+def found_from(store: HStore, provenance: dict) -> bool:
+    """Whether a direction, or one that it was made from, was found from the very samples of a store."""
+    samples, own = origin_of(store), provenance.get("seeds") or provenance.get("images")
+    if provenance.get("method") in FOUND and own is not None and own in (samples["seeds"], samples.get("images")):
+        return True
+    made_from = [] if provenance.get("method") == "random" else provenance.get("parameters", {}).get("of", [])
+    return any(found_from(store, source) for source in made_from)
 
 
 def projections(batches: Iterable[np.ndarray], units: np.ndarray) -> np.ndarray:

@@ -420,7 +420,8 @@ def projected(study: Study, attribute: str) -> Direction:
         raise NotApplicable("there is no other attribute that can be learned, to project out")
     found = {name: mean_difference(study, name) for name in [attribute, *others]}
     store = study.store
-    return found[attribute].orthogonal_to(*(found[name] for name in others)).calibrated(store, progress=False)
+    rest = found[attribute].orthogonal_to(*(found[name] for name in others))
+    return rest.calibrated(store, like=found[attribute], progress=False)
 
 
 @register_method("probe, logistic")
