@@ -384,8 +384,9 @@ def test_a_conditional_boundary_leaves_the_others_distances(pair):
 
 
 def test_a_boundary_is_a_direction_at_its_timestep_in_units_of_a_population(store, boundary):
+    direction = boundary.as_direction(store)
     with pytest.warns(UserWarning, match="from the samples of this store"):
-        direction = boundary.as_direction(store)
+        fit_boundary(store, np.arange(N) % 2, t=500).as_direction(store)
     i = store.timesteps.index(500)
     assert (direction.unit.flatten(1).norm(dim=1) > 0).tolist() == [k == i for k in range(STEPS)]
     torch.testing.assert_close(direction.unit[i], boundary.normal)
