@@ -91,6 +91,18 @@ def test_the_normal_of_mean_is_the_difference_of_means_and_of_logistic_that_of_s
     assert found.coordinate(w[None])[0] == pytest.approx(np.linalg.norm(w), rel=1e-3)
 
 
+def test_the_interval_of_a_cross_validated_accuracy_holds_that_of_new_samples():
+    """Of 60 draws, Wilson's own would miss 10 or more: the folds learn from the same samples, and err together."""
+    missed = 0
+    for draw in range(60):
+        z, y, axis = planted(60, 100, delta=2.5, seed=draw)
+        found = fit_boundary(z, y, t=0)
+        above, below = found.distance(3.0 + 1.25 * np.stack([axis, -axis]))
+        truth = (norm.cdf(above) + norm.cdf(-below)) / 2
+        missed += not found.accuracy.low <= truth <= found.accuracy.high
+    assert missed <= 6
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_planted_boundary_is_found_and_its_held_out_numbers_are_those_of_new_samples(method):
     z, y, axis = planted(200, 300, delta=5.0)
@@ -373,6 +385,8 @@ def test_a_conditional_boundary_leaves_the_others_distances(pair):
 
 def test_a_boundary_is_a_direction_at_its_timestep_in_units_of_a_population(store, boundary):
     direction = boundary.as_direction(store)
+    with pytest.warns(UserWarning, match="from the samples of this store"):
+        fit_boundary(store, np.arange(N) % 2, t=500).as_direction(store)
     i = store.timesteps.index(500)
     assert (direction.unit.flatten(1).norm(dim=1) > 0).tolist() == [k == i for k in range(STEPS)]
     torch.testing.assert_close(direction.unit[i], boundary.normal)

@@ -24,6 +24,7 @@ from workbench.analysis.dynamics import (
     statistics_over_time,
     step_geometry,
 )
+from workbench.analysis.metrics import CROSS_VALIDATED, wilson_interval
 
 ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
 """The linear schedule of both papers' models."""
@@ -256,10 +257,12 @@ def test_the_recursion_is_ddim_inversion_of_samples_with_the_exact_network(start
     marginal = ALPHA_BARS[700] * s2.mean() + 1 - ALPHA_BARS[700]
     assert found.ratio == pytest.approx(np.sqrt(found.variance[-1].mean() / marginal))
     assert found.timesteps == timesteps and len(found.frame()) == 3
-    noisy = ALPHA_BARS[20 if start == "first" else 0]
-    repaired = linear_gaussian_inversion(
-        spectrum, ALPHA_BARS, timesteps, start=start, iterations=iterations, noise_repair=True
-    )
+    if start == "clean":
+        with pytest.raises(ValueError, match='start "clean" has no noise to repair'):
+            linear_gaussian_inversion(spectrum, ALPHA_BARS, timesteps, start=start, noise_repair=True)
+        return
+    noisy = ALPHA_BARS[20]
+    repaired = linear_gaussian_inversion(spectrum, ALPHA_BARS, timesteps, iterations=iterations, noise_repair=True)
     np.testing.assert_allclose(repaired.variance[:, :3] / found.variance[:, :3], [noisy + (1 - noisy) / s2[:3]] * 3)
 
 
@@ -358,12 +361,14 @@ def test_the_probe_is_the_discriminant_on_the_raw_coordinates_with_scikit_learns
     assert found.chance == pytest.approx(1 / 3)
 
 
-def test_the_interval_is_wilsons_and_counts_unequal_groups_for_less(rng):
+def test_the_interval_is_wilsons_of_fewer_samples_and_counts_unequal_groups_for_less(rng):
     h, y = planted(rng, 100, 20, 2.0)
     even = separability(h, y)
     assert even.n_effective == pytest.approx(100)
-    wilson = stats.binomtest(int(even.correct.sum()), 100).proportion_ci(method="wilson")
-    np.testing.assert_allclose(even.interval, wilson)
+    fewer = wilson_interval(even.correct.mean(), 100 / CROSS_VALIDATED**2)
+    np.testing.assert_allclose(even.interval, fewer)
+    narrow = stats.binomtest(int(even.correct.sum()), 100).proportion_ci(method="wilson")
+    assert even.interval[0] < narrow.low < narrow.high < even.interval[1]
     assert separability(h, np.arange(100) < 10).n_effective == pytest.approx(4 / (1 / 10 + 1 / 90))
 
 

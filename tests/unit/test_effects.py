@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -126,6 +127,12 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
     added = (often - red).delta().flatten()
     along = others["green"].delta().flatten()
     assert torch.cosine_similarity(added, along, dim=0).abs() == pytest.approx(1.0, abs=1e-4)
+    about = often.provenance["parameters"]
+    assert often.provenance["method"] == "cancelled" and [part["name"] for part in about["of"]] == ["red", "green"]
+    assert (about["scale"], about["rounds"], about["n"], about["samples"]) == (2.0, 4, len(run), list(run.seeds))
+    factor = about["others"]["green"]
+    torch.testing.assert_close((red + factor * others["green"]).delta(), often.delta(), rtol=1e-4, atol=1e-6)
+    assert json.loads(json.dumps(often.provenance)) == often.provenance
 
 
 @pytest.mark.parametrize(
@@ -134,15 +141,21 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
         ([], 2, "at least one other direction"),
         (["green"], 0, "at least one round"),
         (["green", "blue"], 1, "there is no attribute 'blue'; the scores have red, green, none"),
-        (["green", "none"], 1, "too much alike, or too small"),
+        (["none"], 1, "direction of none changes none at scale 2 by .*too small to be told from nothing"),
+        (["green", "none"], 1, "direction of none changes none"),
+        (["green", "again"], 1, "too much alike"),
     ],
 )
 def test_effects_that_can_not_be_cancelled_are_refused(tiny, run, directions, names, rounds, message):
     others = {name: directions["green"] for name in names}
+    options = {"classifier": twice if "again" in names else brightness, "rounds": rounds, "progress": False}
     with pytest.raises(ValueError, match=message):
-        cancel_effects(
-            tiny, run, directions["red"], others=others, classifier=brightness, rounds=rounds, progress=False
-        )
+        cancel_effects(tiny, run, directions["red"], others=others, **options)
+
+
+def twice(images):
+    """A classifier with the same attribute under two names."""
+    return brightness(images).assign(again=lambda scores: scores["green"])
 
 
 def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):

@@ -210,6 +210,15 @@ def test_every_input_is_in_the_key(tiny, cache, change):
     assert other.path != base.path
 
 
+def test_the_code_is_in_the_key(tiny, cache, monkeypatch, tmp_path):
+    base = extract(tiny, 2)
+    extract(tiny, 2, out=tmp_path / "a.zarr")
+    monkeypatch.setattr(extraction, "code_hash", lambda *modules: "changed")
+    assert extract(tiny, 2).path != base.path
+    with pytest.raises(ValueError, match="changed"):
+        extract(tiny, 2, out=tmp_path / "a.zarr")
+
+
 def test_the_models_name_is_in_no_key(tiny, cache, tmp_path):
     renamed = wb.wrap(tiny.unet.unet, DDPMScheduler(), name="group/other", device="cpu")
     a, b = extract(tiny, 2), extract(renamed, 2)

@@ -164,7 +164,11 @@ def test_a_record_of_other_weights_code_or_none_at_all_is_not_measured(small, tm
     path = figures.write_record(known, drawn, small, out=tmp_path)
     judged = claims.verdicts(figures.read_records(tmp_path, model=small.model)).set_index("claim")
     first = judged.loc["h carries what an image shows (Fig. 2a)"]
-    assert (first.verdict, first.value, first.n) == ("holds", 0.9, 10)
+    assert (first.verdict, first.value, first.n, first.current) == ("holds", 0.9, 10, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "code_hash", lambda *modules: "other")
+        judged_later = claims.verdicts(figures.read_records(tmp_path, model=small.model)).set_index("claim")
+        assert not judged_later.loc["h carries what an image shows (Fig. 2a)"].current, "what the recipe calls changed"
     assert (judged.verdict == "not measured").sum() == len(claims.CLAIMS) - 1
     same = {"labeller": small.labeller, "judge": small.judge, "images": small.images}
     assert list(figures.read_records(tmp_path, model=small.model, **same)) == ["haas-fig2a"]

@@ -16,6 +16,8 @@ import workbench as wb
 from workbench.analysis import mixing
 from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
 from workbench.analysis.mixing import (
+    _largest,
+    _tv_uniform,
     agreement,
     equal_log_snr,
     kl_to_limit,
@@ -30,6 +32,7 @@ from workbench.analysis.mixing import (
     smallest_below,
     total_variation,
 )
+from workbench.editing import mixing as searches
 from workbench.editing.mixing import CRITERIA, decode_from, mixing_step
 
 ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
@@ -213,6 +216,14 @@ def test_total_variation_is_that_of_the_known_marginals(run, labels):
     assert found.curve.loc[max(earlier), "value"] > 0.25
 
 
+def test_tv_takes_as_many_half_samples_as_are_asked_for(run, monkeypatch):
+    taken = []
+    monkeypatch.setattr(searches, "total_variation", lambda *args, **options: taken.append(options["resamples"]))
+    for options in ({}, {"resamples": 10}, {"resamples": 120}):
+        find(run, criterion="tv", n=40, **options)
+    assert taken == [50, 10, 120]
+
+
 # Ensembles that are alike
 
 
@@ -230,6 +241,23 @@ def test_samples_of_the_limit_have_no_total_variation_to_it():
     found = total_variation(noise, other, ALPHA_BARS, x0=rng.standard_normal((200, 30)), resamples=10)
     assert found.curve["value"].max() < 0.02 and found.curve["between"].max() < 0.06
     assert found.t == 300
+    # The maximum of 64 estimates is 0.1 here; one that is chosen on the other half of the samples is 0 on average.
+    draws = [_largest(rng.random((200, 64))) for _ in range(40)]
+    assert np.mean(draws) == pytest.approx(0, abs=0.02)
+    assert np.mean([_tv_uniform(rng.random((200, 64))).max() for _ in range(10)]) > 0.08
+    far = rng.random((200, 64))
+    far[:, 5] = far[:, 5] / 2
+    assert _largest(far) == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_interval_of_separability_allows_for_probes_that_learn_from_the_same_samples():
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    x = {t: rng.standard_normal((60, 20)) + y[:, None] * step for t, step in ((900, 0.2), (300, 0.5))}
+    found = separability_step(x, y, ALPHA_BARS, resamples=400)
+    width = (found.curve["high"] - found.curve["low"]).to_numpy()
+    independent = 2 * 1.96 * np.sqrt(found.curve["value"] * (1 - found.curve["value"]) / 60)
+    assert (width > 1.15 * independent).all()
 
 
 # Reading a timestep off a curve

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import workbench as wb
+from workbench import hashing
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "workbench"
@@ -29,13 +30,13 @@ STATEFUL = {"EditSession", "EditStudio"}  # what a person changes by its control
 RECORDS = [name for name in wb.__all__ if name in wb._NAMES and name[0].isupper() and name not in STATEFUL]
 
 ROOMS = ("diffusion", "hspace", "analysis", "directions", "editing", "report", "cli")
-BESIDE = {"paths", "workers"}
+BESIDE = {"hashing", "paths", "workers"}
 MAY_IMPORT = {room: BESIDE | {*ROOMS[: i + 1]} for i, room in enumerate(ROOMS)}
 # datasets stands beside hspace: the two don't know each other, whoever comes later knows both.
 MAY_IMPORT["datasets"] = {"paths", "diffusion", "datasets"}
 for later in ROOMS[2:]:
     MAY_IMPORT[later].add("datasets")
-MAY_IMPORT["paths"] = MAY_IMPORT["workers"] = set()
+MAY_IMPORT["hashing"] = MAY_IMPORT["paths"] = MAY_IMPORT["workers"] = set()
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
@@ -302,3 +303,50 @@ def test_make_refuses_a_path_with_a_space_which_it_would_take_for_two(place, tmp
             assert said.returncode != 0 and "move the clone" in said.stderr and "rm" not in said.stdout
         else:
             assert said.returncode == 0 and f'"{clone}/.venv" "{clone}/data/cache"' in said.stdout
+
+
+# The code as an input
+
+
+def test_a_code_hash_follows_imports_and_no_words(tmp_path, monkeypatch):
+    files = {
+        "a": "from pkg import b\n",
+        "b": "def f():\n    from pkg.c import g\n    return g\n",
+        "c": "def g():\n    return 1\n",
+        "d": "x = 1\n",
+    }
+
+    def hashes(**changed):
+        for name, text in {**files, **changed}.items():
+            (tmp_path / "pkg" / f"{name}.py").write_text(text)
+        for known in (hashing.code_hash, hashing._files, hashing._read):
+            known.cache_clear()
+        return hashing.code_hash("pkg.a"), hashing.code_hash("pkg.d"), hashing.code_hash()
+
+    (tmp_path / "pkg").mkdir()
+    monkeypatch.setattr(hashing, "PACKAGE", tmp_path / "pkg")
+    try:
+        before = hashes()
+        assert before == hashes(c='"""Words."""\n\n\ndef g():\n    """More."""\n    return 1  # why\n')
+        changed = hashes(c="def g():\n    return 2\n")
+        assert [a == b for a, b in zip(before, changed, strict=True)] == [False, True, False]
+        assert hashes(d="x = 2\n")[0] == before[0]
+    finally:
+        for known in (hashing.code_hash, hashing._files, hashing._read):
+            known.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("result", "parts"),
+    [
+        ("workbench.hspace.extract", {"diffusion.sampling", "diffusion.schedule", "diffusion.unet", "hspace.store"}),
+        ("workbench.editing.benchmark", {"editing.crossing", "editing.methods", "directions.supervised"}),
+        ("workbench.report.zhu", {"report.figures", "editing.experiments", "analysis.dynamics"}),
+    ],
+)
+def test_the_code_of_a_cached_result_holds_all_that_makes_it(result, parts):
+    todo, seen = {result}, set()
+    while todo:
+        seen |= (name := {todo.pop()})
+        todo |= hashing._read(*name)[1] - seen
+    assert {f"workbench.{part}" for part in parts} <= seen

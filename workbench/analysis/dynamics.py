@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from workbench.analysis.geometry import check_labels, check_samples, distances_of, gram, over_timesteps, pairs_of
-from workbench.analysis.metrics import wilson_interval
+from workbench.analysis.metrics import Rate
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -554,8 +554,8 @@ def linear_gaussian_inversion(
         as it is, alpha_bar 1, and one more step leads to the first timestep, with eps of timestep 0 (the workbench's
         `invert`).
     noise_repair : bool, default False
-        Start from sqrt(a) x_0 + sqrt(1-a) N(0, I) instead, with the alpha_bar of the first timestep (with start
-        "clean", of timestep 0).
+        Start from sqrt(a) x_0 + sqrt(1-a) N(0, I) instead, with the alpha_bar of the first timestep, as
+        `invert(noise_repair=True)` does; only with start "first".
     iterations : int, default 0
         Fixed-point iterations a step: eps is taken at the step's end instead, as `invert(method="fixed-point")`.
     mean_square : float, optional
@@ -568,7 +568,7 @@ def linear_gaussian_inversion(
     Raises
     ------
     ValueError
-        If a timestep is outside of the schedule, or `start` is not known.
+        If a timestep is outside of the schedule, `start` is not known, or noise is to be repaired in a clean start.
     """
     alpha_bars = np.asarray(alpha_bars, dtype=np.float64)
     visited = tuple(sorted({int(t) for t in timesteps}))
@@ -576,6 +576,11 @@ def linear_gaussian_inversion(
         raise ValueError(f"timesteps must lie in 0..{len(alpha_bars) - 1}, not {list(visited)[:8]}")
     if start not in ("first", "clean"):
         raise ValueError(f'start {start!r} is not known; it is "first" or "clean"')
+    if noise_repair and start == "clean":
+        raise ValueError(
+            'start "clean" has no noise to repair: the repair makes a clean image one of the first timestep; '
+            'use start="first" with noise_repair'
+        )
     s2 = np.asarray(spectrum.power, dtype=np.float64)
     weight = spectrum.weight / spectrum.weight.sum()
     mean_square = spectrum.mean_square if mean_square is None else mean_square
@@ -584,8 +589,7 @@ def linear_gaussian_inversion(
         return np.sqrt(1.0 - a) / (a * s2 + 1.0 - a)
 
     levels = alpha_bars[list(visited)]
-    noisy = levels[0] if start == "first" else alpha_bars[0]
-    variance = noisy * s2 + 1.0 - noisy if noise_repair else s2
+    variance = levels[0] * s2 + 1.0 - levels[0] if noise_repair else s2
     steps = [(a, a, b) for a, b in itertools.pairwise(levels)]
     if start == "clean":
         steps.insert(0, (1.0, alpha_bars[0], levels[0]))
@@ -901,9 +905,10 @@ def _probe(span: np.ndarray, labels: np.ndarray, *, d: int, folds: int, seed: in
         predicted[test] = _discriminate(span[train], groups[train], span[test], d)
     recalls = np.diag(confusion_matrix(groups, predicted, normalize="true"))
     balanced, effective = float(recalls.mean()), float(len(sizes) ** 2 / (1 / sizes).sum())
+    rate = Rate.of(balanced, effective, cross_validated=True)
     return Separability(
         balanced_accuracy=balanced,
-        interval=wilson_interval(balanced, effective),
+        interval=(rate.low, rate.high),
         chance=1 / len(sizes),
         accuracy=float((predicted == groups).mean()),
         n=len(groups),

@@ -50,9 +50,18 @@ class EffectMatrix:
         return f"EffectMatrix({len(self.mean)} directions x {self.mean.shape[1]} attributes, {self.n} samples)"
 
 
+CROSS_VALIDATED = 1.3
+"""How much wider the interval of a cross-validated share is than of one that independent trials give.
+
+The folds share most of the samples that they learn from, so that predictions err together. Measured as the deviation of
+the accuracy from that of the machine fitted to all samples, for two planted Gaussian classes of 30 to 100 samples each:
+1.1 to 1.4 times that of as many independent trials, least for differences of means and most for support vectors.
+"""
+
+
 @dataclass(frozen=True)
 class Rate:
-    """A share with its 95% Wilson interval.
+    """A share with its 95% Wilson interval, widened where the samples were predicted by cross-validation.
 
     Attributes
     ----------
@@ -67,9 +76,9 @@ class Rate:
     n: int
 
     @classmethod
-    def of(cls, share: float, n: int) -> Rate:
+    def of(cls, share: float, n: int, *, cross_validated: bool = False) -> Rate:
         """A share of n with its interval."""
-        return cls(share, *wilson_interval(share, n), n)
+        return cls(share, *wilson_interval(share, n / CROSS_VALIDATED**2 if cross_validated else n), n)
 
     def __repr__(self) -> str:
         return f"Rate({self.value:.1%}, {self.low:.1%}..{self.high:.1%}, n={self.n})"

@@ -67,7 +67,7 @@ class Boundary:
         fitted on: with fewer samples than dimensions these lie at the margin, all at the same distance.
     accuracy, balanced_accuracy : Rate, optional
         Share of held-out samples on their side of the boundary, and the mean of both classes' shares, with 95% Wilson
-        intervals.
+        intervals; of a fit by cross-validation, and then the intervals are wider (`metrics.CROSS_VALIDATED`).
     extras : dict of str -> float
         Of a fit: `weight_norm`, the length of the normal before it was scaled; `training_accuracy`; `class_distance`
         and `dimensions`, the law's delta and d (see `expected_accuracy`).
@@ -228,7 +228,8 @@ class Boundary:
         Parameters
         ----------
         store : HStore
-            The population and the timesteps.
+            The population, of other samples than the boundary was fitted to (`Direction.calibrated` warns), and the
+            timesteps.
         every_step : bool, default False
             Act at every timestep, along the same normal; by default at the boundary's alone.
 
@@ -247,7 +248,8 @@ class Boundary:
         index_of(self.t, store.timesteps)
         acts = torch.tensor([every_step or t == self.t for t in store.timesteps])
         unit = acts.view(-1, 1, 1, 1) * self.normal
-        parameters = {"boundary": self.provenance["parameters"], "every_step": every_step}
+        source = {"name": self.name, **{k: v for k, v in self.provenance.items() if k != "model"}}
+        parameters = {"every_step": every_step, "of": [source]}
         provenance = {**origin_of(store), "method": "boundary", "parameters": parameters}
         plain = Direction(unit, acts.float(), store.timesteps, self.name, provenance)
         return plain.calibrated(store, progress=False)
@@ -706,7 +708,7 @@ def _fit_all(
             space=space,
             name=name,
             provenance={**samples.origin, "method": method, "parameters": parameters},
-            **_held_out(distances, y),
+            **_held_out(distances, y, cross_validated=True),
             extras={
                 "weight_norm": length,
                 "training_accuracy": float(((products @ duals + offset > middle * length) == y).mean()),
@@ -815,7 +817,7 @@ def _middle(distances: np.ndarray, y: np.ndarray) -> float:
     return float(distances[y].mean() + distances[~y].mean()) / 2
 
 
-def _held_out(distances: np.ndarray, y: np.ndarray) -> dict:
+def _held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:
     """What a boundary says of samples that it was not fitted on."""
     sides = [distances[~y], distances[y]]
     right = (distances > 0) == y
@@ -824,8 +826,8 @@ def _held_out(distances: np.ndarray, y: np.ndarray) -> dict:
     return {
         "means": tuple(float(side.mean()) for side in sides),
         "deviations": tuple(float(side.std(ddof=1)) for side in sides),
-        "accuracy": Rate.of(float(right.mean()), len(y)),
-        "balanced_accuracy": Rate.of(float(np.mean(recalls)), effective),
+        "accuracy": Rate.of(float(right.mean()), len(y), cross_validated=cross_validated),
+        "balanced_accuracy": Rate.of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
     }
 
 

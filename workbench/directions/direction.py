@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -22,6 +23,9 @@ from workbench.hspace.store import HStore
 from workbench.paths import local, written
 
 FORMAT, VERSION = "hspace-direction", "1"
+
+FOUND = ("labels", "scores", "pca", "svm", "mean", "lda", "logistic")
+"""Methods whose directions, or boundaries, are sums of samples of h."""
 
 NEGLIGIBLE = 1e-6
 """Part of a length below which float32 can't tell a difference from zero."""
@@ -146,7 +150,7 @@ class Direction:
             self,
             unit=-self.unit,
             name=f"-{bracketed(self.name)}",
-            provenance=_derived("product", {"factor": -1.0}, self),
+            provenance=derived("product", {"factor": -1.0}, self),
             extras={},
         )
 
@@ -158,7 +162,7 @@ class Direction:
         return self._moved(
             self._wide() * factor,
             name=f"{factor:g} {bracketed(self.name)}",
-            provenance=_derived("product", {"factor": factor}, self),
+            provenance=derived("product", {"factor": factor}, self),
         )
 
     __rmul__ = __mul__
@@ -171,7 +175,7 @@ class Direction:
         return self._moved(
             self._wide() + other._wide(),
             name=f"{bracketed(self.name)} + {bracketed(other.name)}",
-            provenance=_derived("sum", {}, self, other),
+            provenance=derived("sum", {}, self, other),
         )
 
     def __sub__(self, other: Direction) -> Direction:
@@ -181,7 +185,7 @@ class Direction:
         return self._moved(
             self._wide() - other._wide(),
             name=f"{bracketed(self.name)} - {bracketed(other.name)}",
-            provenance=_derived("difference", {}, self, other),
+            provenance=derived("difference", {}, self, other),
         )
 
     def orthogonal_to(self, *others: Direction, per_step: bool = False) -> Direction:
@@ -195,7 +199,10 @@ class Direction:
         ----------
         *others : Direction
         per_step : bool, default False
-            Project each timestep by itself. By default inner products run over all timesteps, as in the paper.
+            Project each timestep by itself. By default inner products run over all timesteps, as in the paper. What
+            is projected is one unit of each, sigma_t along v_t / |v_t|, where the paper takes eq. 11's difference of
+            means v_t: |v_t| over sigma_t varies along t (2.7 to 2.1 for long hair of the bundled model), so the
+            timesteps weigh a little otherwise. With `per_step` the result's direction is the same for both.
 
         Returns
         -------
@@ -220,7 +227,7 @@ class Direction:
         return self._moved(
             rest.reshape(self.unit.shape),
             name=f"{bracketed(self.name)} ⟂ {names}",
-            provenance=_derived("orthogonal", {"per_step": per_step}, self, *others),
+            provenance=derived("orthogonal", {"per_step": per_step}, self, *others),
         )
 
     def restricted_to(self, t_range: tuple[int, int]) -> Direction:
@@ -248,7 +255,7 @@ class Direction:
             unit=self.unit * inside.view(-1, 1, 1, 1),
             sigma=self.sigma * inside,
             name=f"{bracketed(self.name)} [{t_high}..{t_low}]",
-            provenance=_derived("restricted", {"t_range": [int(t_high), int(t_low)]}, self),
+            provenance=derived("restricted", {"t_range": [int(t_high), int(t_low)]}, self),
             extras={},
         )
 
@@ -286,7 +293,7 @@ class Direction:
             unit=unit,
             sigma=torch.from_numpy(sigma),
             timesteps=timesteps,
-            provenance=_derived("resampled", {"from": list(self.timesteps)}, self),
+            provenance=derived("resampled", {"from": list(self.timesteps)}, self),
             extras={},
         )
 
@@ -310,14 +317,19 @@ class Direction:
         cosines = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1.0, 1.0)
         return cosines.float() if per_step else float(cosines)
 
-    def calibrated(self, store: HStore, *, progress: bool = True) -> Direction:
+    def calibrated(self, store: HStore, *, like: Direction | None = None, progress: bool = True) -> Direction:
         """The same direction with one unit of scale equal to one sigma of a population.
 
         Parameters
         ----------
         store : HStore
             The population: sigma becomes the standard deviation (n - 1 in the denominator) of the projection of its
-            h_t on the unit vector. Read chunk by chunk.
+            h_t on the unit vector. Read chunk by chunk. Take other samples than the direction was found from: along it
+            these lie too far out.
+        like : Direction, optional
+            Where there are no others: a direction that was found from the samples of this store, such as the one that
+            this was made from. By what factor they spread too widely along it, its own sigma tells, and sigma is
+            divided by the same factor.
         progress : bool
 
         Returns
@@ -328,25 +340,42 @@ class Direction:
         ------
         ValueError
             If the store is of another model or tap, lacks a timestep, or has fewer than two samples.
+
+        Warns
+        -----
+        UserWarning
+            If the direction was found from the samples of the store and `like` is not given.
         """
         _refuse_other_space(self, store.provenance["model"], f"{store.path}")
+        if like is not None:
+            self._check_same_space(like)
+        elif found_from(store, self.provenance):
+            warnings.warn(
+                f"{self.name} was found from the samples of this store, which lie too far out along it: sigma is too "
+                "large; calibrate with other samples, or with like=, a direction that was found from these",
+                stacklevel=2,
+            )
         if len(store) < 2:
             raise ValueError("a store of one sample has no standard deviation; calibrate with at least two")
+        units = torch.stack([each.unit.flatten(1) for each in (self, like) if each is not None], dim=1).numpy()
         sigma = [
-            projections(store.batches(t), unit[None]).std(ddof=1)
+            projections(store.batches(t), unit).std(axis=0, ddof=1)
             for t, unit in tqdm(
-                list(zip(self.timesteps, self.unit.flatten(1).numpy(), strict=True)),
+                list(zip(self.timesteps, units, strict=True)),
                 desc="calibrating",
                 disable=not progress,
                 delay=2,
                 leave=False,
             )
         ]
+        sigma = torch.from_numpy(np.stack(sigma, axis=1))
+        if like is not None:
+            sigma[0] *= torch.where(sigma[1] > 0, like.sigma / sigma[1], 1.0)
         population = {"n": len(store), **{k: v for k, v in origin_of(store).items() if k != "model"}}
         return replace(
             self,
-            sigma=torch.tensor(sigma),
-            provenance=_derived("calibrated", {"population": population}, self),
+            sigma=sigma[0],
+            provenance=derived("calibrated", {"population": population, "like": like and like.name}, self),
             extras={},
         )
 
@@ -487,7 +516,7 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
         direction,
         unit=unit / torch.where(acts, length, 1.0).view(-1, 1, 1, 1),
         name=f"random {seed} like {bracketed(direction.name)}",
-        provenance=_derived("random", {"seed": seed}, direction),
+        provenance=derived("random", {"seed": seed}, direction),
         extras={},
     )
 
@@ -502,6 +531,15 @@ def origin_of(store: HStore) -> dict:
     """
     known = {key: store.provenance[key] for key in ("model", "etas")} | {"seeds": store.provenance.get("seeds")}
     return known | {key: store.provenance[key] for key in ("images",) if key in store.provenance}
+
+
+def found_from(store: HStore, provenance: dict) -> bool:
+    """Whether a direction, or one that it was made from, was found from the very samples of a store."""
+    samples, own = origin_of(store), provenance.get("seeds") or provenance.get("images")
+    if provenance.get("method") in FOUND and own is not None and own in (samples["seeds"], samples.get("images")):
+        return True
+    made_from = [] if provenance.get("method") == "random" else provenance.get("parameters", {}).get("of", [])
+    return any(found_from(store, source) for source in made_from)
 
 
 def projections(batches: Iterable[np.ndarray], units: np.ndarray) -> np.ndarray:
@@ -536,7 +574,7 @@ def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return rest * (rest.norm(dim=1) > NEGLIGIBLE * v.norm(dim=1)).unsqueeze(1)
 
 
-def _derived(method: str, parameters: dict, *operands: Direction) -> dict:
+def derived(method: str, parameters: dict, *operands: Direction) -> dict:
     """Provenance of what was made from other directions; theirs is inside."""
     sources = [{"name": d.name, **{k: v for k, v in d.provenance.items() if k != "model"}} for d in operands]
     first = operands[0].provenance

@@ -49,6 +49,8 @@ class Convergence:
     ----------
     iterations : int
         Each is one batched product with J and one with J'.
+    products : int
+        Vectors that were multiplied with J or J', those of a null space included.
     change : tuple of float
         Largest relative change of the top singular values, one an iteration; NaN where there is nothing to compare.
     angle : tuple of float
@@ -59,6 +61,7 @@ class Convergence:
     """
 
     iterations: int
+    products: int
     change: tuple[float, ...] = field(repr=False)
     angle: tuple[float, ...] = field(repr=False)
     residuals: tuple[float, ...] = field(repr=False)
@@ -396,9 +399,11 @@ def find_pullback(
     linear = _Linearised(forward, x_t, width=_width(k, oversample, block, x_t.device))
     warm_start = _check_warm_start(warm_start, model.image_shape)
     found = _find_spectrum(linear, k, rows=rows, right=warm_start, **settings)
-    vectors = found.right
+    vectors, convergence = found.right, found.convergence
     if nullspace:
-        outside = _find_spectrum(linear, nullspace, rows=~rows, **settings).right
+        avoided = _find_spectrum(linear, nullspace, rows=~rows, **settings)
+        convergence = replace(convergence, products=convergence.products + avoided.convergence.products)
+        outside = avoided.right
         vectors = vectors - (vectors @ outside.T) @ outside
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
     return XSpectrum(
@@ -407,7 +412,7 @@ def find_pullback(
         found.left.float().view(-1, *linear.y.shape[1:]),
         int(t),
         map,
-        found.convergence,
+        convergence,
     )
 
 
@@ -688,7 +693,8 @@ def _block_svd(
             bar.update()
     squares, mixing = squares[:k], mixing[:, :k]
     _, residuals = _residuals(squares, mixing, basis, pulled)
-    record = Convergence(len(change), tuple(change), tuple(angle), tuple(residuals.tolist()), converged)
+    products = 2 * width * len(change)
+    record = Convergence(len(change), products, tuple(change), tuple(angle), tuple(residuals.tolist()), converged)
     if not converged:
         warnings.warn(
             f"the top {k} singular values did not converge in {max_iterations} iterations: they still change by "

@@ -43,7 +43,7 @@ class PrincipalComponents(Sequence):
         |cos| between a component at neighbouring timesteps. Where it is low, the component is not the same one.
     mean : Tensor of shape (T, C, h, w), float32
     scores : ndarray of shape (n, T, k), float32
-        Projections of the centred h_t; divided by sigma they are in units of scale.
+        Projections of the centred h_t; divided by sigma they are in units of scale, if a little too far out.
     shared_scores : ndarray of shape (n, k), float32, or None
         Of a joint PCA: one score a sample, in standard deviations.
     """
@@ -104,8 +104,11 @@ def find_pca(
     the direction at t is the regression of h_t on them. To find the scores, each timestep is represented by its leading
     components (64, or 2k if that is more), which is exact if there are no others.
 
-    The direction has length 1 and sigma is the standard deviation of its scores, so that scale is in standard
-    deviations. The decomposition is scikit-learn's `PCA` (exact for small matrices, randomized with power iterations
+    The direction has length 1 and sigma is the standard deviation of the population's projections, so that scale is in
+    standard deviations. It is less than that of the scores, since an axis leans towards the samples that it was found
+    in: of each score the part is taken off that its own sample has in the axis, to first order. What is left over is
+    a few per cent where the variances fall off; where hundreds of components share them evenly, half of the excess.
+    The decomposition is scikit-learn's `PCA` (exact for small matrices, randomized with power iterations
     for large ones), or its `IncrementalPCA` where the h_t of all samples exceeds 2 GiB.
 
     Parameters
@@ -142,9 +145,9 @@ def find_pca(
     bar = tqdm(store.timesteps, desc="PCA", unit=" timesteps", disable=not progress, delay=2, leave=False)
     fits = [_fit(store, t, n, m, seed, keep=not joint) for t in bar]
     if joint:
-        units, scores, shared = _joint(store, fits, k, seed, progress)
+        units, scores, sigma, shared = _joint(store, fits, k, seed, progress)
     else:
-        units, scores = _per_timestep(fits, k, align=align)
+        units, scores, sigma = _per_timestep(fits, k, align=align)
         shared = None
     energy = np.stack([fit.energy for fit in fits], axis=1)
     spanned = [fit.scores for fit in fits]
@@ -154,7 +157,7 @@ def find_pca(
     directions = tuple(
         Direction(
             unit=torch.from_numpy(units[:, j].reshape(shape)),
-            sigma=torch.from_numpy(scores[:, :, j].std(axis=0, ddof=1, dtype=np.float64)),
+            sigma=torch.from_numpy(sigma[:, j].copy()),
             timesteps=store.timesteps,
             name=f"PC{j + 1}",
             provenance=origin_of(store) | {"method": "pca", "parameters": {"component": j + 1, **parameters}},
@@ -226,8 +229,8 @@ def _centred(store: HStore, t: int, n: int, mean: np.ndarray) -> Iterator[np.nda
         yield block
 
 
-def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Units of shape (T, k, d) and scores of shape (n, T, k)."""
+def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units of shape (T, k, d), scores of shape (n, T, k) and sigmas of shape (T, k)."""
     order, signs = _chain([fit.components for fit in fits], align=align)
     if align:
         chained = [fit.scores.var(axis=0)[o] / fit.energy.sum() for fit, o in zip(fits, order, strict=True)]
@@ -235,7 +238,23 @@ def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray,
         order, signs = order[:, first], signs[:, first]
     picked = list(zip(fits, order[:, :k], signs[:, :k], strict=True))
     units = np.stack([fit.components[o] * s[:, None] for fit, o, s in picked])
-    return units, np.stack([fit.scores[:, o] * s for fit, o, s in picked], axis=1)
+    scores = np.stack([fit.scores[:, o] * s for fit, o, s in picked], axis=1)
+    return units, scores, np.stack([_spread(fit)[o] for fit, o, _ in picked])
+
+
+def _spread(fit: _Fit) -> np.ndarray:
+    """Standard deviation of new samples along each component, (m,).
+
+    A sample turns component j towards itself by its scores on the components below, each over the difference of both
+    sums of squares, and by its rest alike. Where two hardly differ, the difference is taken as uncertain by sqrt(2/n).
+    """
+    squares = fit.scores.astype(np.float64) ** 2
+    (n, m), sums = squares.shape, squares.sum(axis=0)
+    rest = (fit.energy - squares.sum(axis=1)).clip(min=0)
+    below = np.append(sums, rest.sum() / max(min(n - 1, len(fit.mean)) - m, 1))
+    gap = (sums - below[:, None]).clip(min=0)
+    own = np.column_stack([squares, rest]) @ (gap / (gap**2 + 2 / n * sums**2))
+    return np.sqrt((squares / (1 + own) ** 2).sum(axis=0) / (n - 1))
 
 
 def _chain(components: list[np.ndarray], *, align: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -273,8 +292,8 @@ def _largest_positive(rows: np.ndarray) -> np.ndarray:
 
 def _joint(
     store: HStore, fits: list[_Fit], k: int, seed: int, progress: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Units of shape (T, k, d), scores of shape (n, T, k), and shared scores of shape (n, k) with variance 1."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Units (T, k, d), scores (n, T, k), sigmas (T, k), and shared scores (n, k) with variance 1."""
     n = len(fits[0].scores)
     standardised = np.concatenate([fit.scores for fit in fits], axis=1)
     standardised /= np.repeat([np.sqrt(fit.energy.sum() / (n - 1)) for fit in fits], fits[0].scores.shape[1])
@@ -282,20 +301,29 @@ def _joint(
     del standardised
     shared /= shared.std(axis=0, ddof=1)
     timesteps = tqdm(store.timesteps, desc="regression", unit=" timesteps", disable=not progress, delay=2, leave=False)
-    regressed = [_regress(store, t, fit.mean, shared) for t, fit in zip(timesteps, fits, strict=True)]
-    units = np.stack([unit for unit, _ in regressed])
-    scores = np.stack([along for _, along in regressed], axis=1)
+    regressed = [_regress(store, t, fit, shared) for t, fit in zip(timesteps, fits, strict=True)]
+    units, sigma = (np.stack([each[part] for each in regressed]) for part in (0, 2))
+    scores = np.stack([along for _, along, _ in regressed], axis=1)
     signs = _largest_positive(units[0])
-    return units * signs[:, None], scores * signs, shared * signs
+    return units * signs[:, None], scores * signs, sigma, shared * signs
 
 
-def _regress(store: HStore, t: int, mean: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Units of shape (k, d), along the regression of h_t on the shared scores, and the scores (n, k) along them."""
+def _regress(store: HStore, t: int, fit: _Fit, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units (k, d) along the regression of h_t on the shared scores, scores (n, k) along them, and sigmas (k,).
+
+    Sigma is of every sample's projection on the regression of the others, as far as they lie outside of all k.
+    """
     n = len(shared)
-    parts = zip(_centred(store, t, n, mean), range(0, n, BLOCK_ROWS), strict=True)
+    parts = zip(_centred(store, t, n, fit.mean), range(0, n, BLOCK_ROWS), strict=True)
     slopes = sum(shared[start : start + BLOCK_ROWS].T @ block for block, start in parts)
-    units = slopes / np.linalg.norm(slopes, axis=1, keepdims=True)
-    return units, np.concatenate([block @ units.T for block in _centred(store, t, n, mean)])
+    lengths = np.linalg.norm(slopes, axis=1)
+    units = slopes / lengths[:, None]
+    scores = np.concatenate([block @ units.T for block in _centred(store, t, n, fit.mean)])
+    along = scores.astype(np.float64)
+    inside = (along @ np.linalg.pinv(units @ units.T.astype(np.float64)) * along).sum(axis=1)
+    own, rest = shared * n / (n - 1) / lengths, (fit.energy - inside).clip(min=0)[:, None]
+    left_out = (along - own * rest) ** 2 / (1 + own**2 * rest)
+    return units, scores, np.sqrt(left_out.sum(axis=0) / (n - 1))
 
 
 def _explained(

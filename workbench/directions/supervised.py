@@ -27,6 +27,12 @@ METHODS = ("mean", "logistic", "ridge", "lda")
 PROBE_RANK = 512
 """Principal components that a probe is fitted in, at most."""
 
+PENALTIES = tuple(np.logspace(-2, 4, 13))
+"""Of a ridge probe, to choose from."""
+
+FOLDS = 10
+"""Parts that a probe's sigma is cross-fitted in, at most; each class has at least as many samples."""
+
 IN_MEMORY_BYTES = 2**30
 """The h of one timestep up to this size is read once, a larger one twice."""
 
@@ -62,8 +68,10 @@ def find_from_labels(
     chosen by leave-one-out error) and "lda" (`LinearDiscriminantAnalysis` with Ledoit-Wolf shrinkage).
 
     Each timestep has length 1, and sigma is the standard deviation of all samples' projections, so that scale is in
-    standard deviations. `extras["class_gap"]` is the distance of the two means along the direction in these units,
-    averaged over timesteps.
+    standard deviations. Each sample is projected on what is found without it, since along a direction that it helped
+    to find it lies too far out: the difference of means without this sample, or the probe of the other nine tenths
+    (with fewer than 10 samples of a class, of as many parts). `extras["class_gap"]` is the distance of the two means
+    along the direction, measured alike and in these units, averaged over timesteps.
 
     Parameters
     ----------
@@ -273,7 +281,8 @@ def find_few(
         units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
         units /= np.linalg.norm(units, axis=2, keepdims=True)
         # x_T is standard normal; measured where its dimensions outnumber the samples, its spread would seem larger.
-        sigma = np.ones(draws) if noise is not None else projections(batches(), units[:, -1]).std(axis=0, ddof=1)
+        reference = weights[:, len(counts) :: len(counts) + 1]
+        sigma = np.ones(draws) if noise is not None else _spread(_differences(batches, reference)[1])
         deltas.append((sigma[:, None, None] * units).astype(np.float32))
     values = np.stack(deltas, axis=2)
     flat = values.reshape(draws, len(counts) + 2, -1)
@@ -462,14 +471,12 @@ def _find(
     units, sigmas, gaps = [], [], []
     for t in tqdm(store.timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
         batches = _reader(store, t)
-        unit = _mean_difference(batches(), weights) if method == "mean" else _probe(batches(), weights, method, seed)
-        if not np.isfinite(unit).all():
+        found, along = _differences(batches, weights) if method == "mean" else _probe(batches(), weights, method, seed)
+        if not np.isfinite(found).all():
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
-        length = np.linalg.norm(unit, axis=1, keepdims=True)
-        unit = unit / np.where(length > 0, length, 1.0)
-        along = projections(batches(), unit)
-        sigma = along.std(axis=0, ddof=1)
-        units.append(unit.astype(np.float32))
+        length = np.linalg.norm(found, axis=1, keepdims=True)
+        sigma = _spread(along)
+        units.append((found / np.where(length > 0, length, 1.0)).astype(np.float32))
         sigmas.append(sigma)
         gaps.append((weights * along).sum(axis=0) / np.where(sigma > 0, sigma, 1.0))
     shape, gap = (len(units), *store.h_shape), np.mean(gaps, axis=0)
@@ -508,30 +515,90 @@ def _mean_difference(batches: Iterable[np.ndarray], weights: np.ndarray) -> np.n
     return total
 
 
-def _probe(batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed: int) -> np.ndarray:
+def _differences(reader: Callable[[], Iterable[np.ndarray]], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of means, (m, d), and every centred sample's projection on the unit one without it: (n, m), float64.
+
+    Along a direction that it helped to find, a sample lies too far out: with fewer samples than dimensions, by much.
+    Without sample i, of the share a of its side's mean o, the difference is v + a / (1 - a) (o - h_i) (for a negative,
+    v less that), so that all of them together cost one pass.
+    """
+    n, m = weights.shape
+    columns = np.hstack([np.full((n, 1), 1 / n), weights.clip(min=0), (-weights).clip(min=0)])
+    mean, above, below = np.split(_mean_difference(reader(), columns), [1, 1 + m])
+    above, below, mean = above - mean, below - mean, mean.astype(np.float32)
+    found = above - below
+    parts = []
+    for batch in reader():
+        centred = batch - mean
+        sides = projections([centred], np.concatenate([above, below]))
+        parts.append(np.hstack([sides, np.einsum("ij,ij->i", centred, centred, dtype=np.float64)[:, None]]))
+    to_above, to_below, squares = np.split(np.concatenate(parts), [m, 2 * m], axis=1)
+
+    def own(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+        return np.where(weights > 0, positive, negative)
+
+    along, at_own, share = to_above - to_below, own(to_above, to_below), weights / (1 - np.abs(weights))
+    shift = own((above * found).sum(axis=1), (below * found).sum(axis=1)) - along
+    apart = own((above**2).sum(axis=1), (below**2).sum(axis=1)) - 2 * at_own + squares
+    length = np.sqrt(((found**2).sum(axis=1) + 2 * share * shift + share**2 * apart).clip(min=0))
+    left_out = along + share * (at_own - squares)
+    return found, np.divide(left_out, length, out=np.zeros_like(along), where=length > 0)
+
+
+def _spread(along: np.ndarray) -> np.ndarray:
+    """Standard deviation of projections on directions that left their sample out; each is centred already."""
+    return np.sqrt((along**2).sum(axis=0) / (len(along) - 1))
+
+
+def _probe(batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Normals of linear classifiers, one a column of weights: (m, d), pointing to the positives.
 
     They lie in the span of the leading principal components, whose scores are scaled so that the first has variance 1.
+    With them the projections of every sample, (n, m): on the unit normal that the folds without it give.
     """
     h = np.concatenate(list(batches))
     if not np.isfinite(h).all():
-        return np.full((weights.shape[1], h.shape[1]), np.nan)
+        return np.full((weights.shape[1], h.shape[1]), np.nan), np.zeros(weights.shape)
     # h is this function's own: at this size another copy is most of the memory.
     pca = PCA(min(len(h) - 1, h.shape[1], PROBE_RANK), copy=False, random_state=seed)
     scores = pca.fit_transform(h)
     del h
-    scores /= pca.singular_values_[0] / np.sqrt(len(scores) - 1)
-    normals = []
-    for column in weights.T:
-        used = column != 0
-        x, y, weight = scores[used], np.sign(column[used]), np.abs(column[used]) * used.sum() / 2
-        if method == "lda":
-            # Not shrinkage="auto", which scales each component to variance 1 first and then finds nothing to shrink.
-            estimator = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=LedoitWolf(), priors=[0.5, 0.5])
-            fitted = estimator.fit(x, y)
-        elif method == "ridge":
-            fitted = RidgeCV(np.logspace(-2, 4, 13)).fit(x, y, sample_weight=weight)
-        else:
-            fitted = LogisticRegression(max_iter=1000).fit(x, y, sample_weight=weight)
-        normals.append(fitted.coef_.ravel() @ pca.components_)
-    return np.stack(normals)
+    unit = pca.singular_values_[0] / np.sqrt(len(scores) - 1)
+    scores /= unit
+    normals, along = [], np.empty(weights.shape)
+    for j, column in enumerate(weights.T):
+        whole = _fitted(scores, column, method)
+        normals.append(whole.coef_.ravel() @ pca.components_)
+        # The folds take the same penalty: one of their own may be many times larger or smaller.
+        penalties = [whole.alpha_] if method == "ridge" else PENALTIES
+        for fold in _folds(np.sign(column), min(FOLDS, *_counts(column).values()), seed):
+            rest = scores[~fold]
+            normal = _fitted(rest, column[~fold], method, penalties).coef_.ravel()
+            # A sample is farther from the mean of others than from that of all by as much as theirs is uncertain.
+            step = unit / max(np.linalg.norm(normal), 1e-30) / np.sqrt(1 + 1 / len(rest))
+            along[fold, j] = step * ((scores[fold] - rest.mean(axis=0)) @ normal)
+    return np.stack(normals), along * np.sqrt(1 - 1 / len(along))
+
+
+def _folds(side: np.ndarray, count: int, seed: int) -> Iterable[np.ndarray]:
+    """Parts of the samples, drawn at random, that share each side evenly; one mask a part."""
+    order = np.random.default_rng(seed).permutation(len(side))
+    number = np.empty(len(side), dtype=int)
+    number[order[np.argsort(side[order], kind="stable")]] = np.arange(len(side)) % count
+    return (number == part for part in range(count))
+
+
+def _fitted(
+    scores: np.ndarray, weights: np.ndarray, method: str, penalties: Sequence[float] = PENALTIES
+) -> LinearDiscriminantAnalysis | RidgeCV | LogisticRegression:
+    """A linear classifier of the samples whose weight is not 0; each side counts as half of them."""
+    used = weights != 0
+    x, y, weight = scores[used], np.sign(weights[used]), np.abs(weights[used])
+    for sign in (-1, 1):
+        weight[y == sign] *= used.sum() / 2 / weight[y == sign].sum()
+    if method == "lda":
+        # Not shrinkage="auto", which scales each component to variance 1 first and then finds nothing to shrink.
+        estimator = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=LedoitWolf(), priors=[0.5, 0.5])
+        return estimator.fit(x, y)
+    estimator = RidgeCV(penalties) if method == "ridge" else LogisticRegression(max_iter=1000)
+    return estimator.fit(x, y, sample_weight=weight)

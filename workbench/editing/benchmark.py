@@ -46,6 +46,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
 from workbench.editing.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
+from workbench.hashing import code_hash
 from workbench.workers import start_workers
 
 FORMAT, VERSION = "hspace-benchmark-cell", "1"
@@ -419,7 +420,7 @@ class Bench:
         """All that a cell depends on, as JSON can hold it."""
         p, mask = self.protocol, self.masks.get(attribute)
         return {
-            "workbench": __version__,
+            "code": code_hash(__name__),
             "model": self.model.provenance(),
             "precision": str(self.model.dtype),
             "labeller": [self.labeller.name, self.labeller.hash, list(self.labeller.attributes)],
@@ -523,6 +524,7 @@ class Bench:
             strips=strips,
             provenance={
                 "workbench": __version__,
+                "code": code_hash(__name__),
                 "protocol": dict(vars(self.protocol)),
                 "model": self.model.provenance(),
                 "labeller": [self.labeller.name, self.labeller.hash],

@@ -13,7 +13,7 @@ from workbench.analysis.metrics import EffectMatrix, Rate, effect_matrix, entang
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
-from workbench.directions.direction import Direction, bracketed, finite
+from workbench.directions.direction import Direction, bracketed, derived, finite
 from workbench.directions.supervised import find_few
 from workbench.editing.edit import check_run
 from workbench.editing.grid import edit_grid
@@ -23,6 +23,10 @@ Classifier = Callable[[torch.Tensor], pd.DataFrame]
 
 IMAGE_BYTES = 2**28
 """Upper bound of the edited images in memory."""
+
+
+NOTHING = 1e-6
+"""Change of a score that float32 can't tell from none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,18 +254,26 @@ def cancel_effects(
     Raises
     ------
     ValueError
-        If there is no other direction or round, the classifier lacks an attribute, or the effects of the others are
-        too much alike, or too small, to be told apart.
+        If there is no other direction or round, the classifier lacks an attribute, another direction's effect on its
+        own attribute can't be told from 0, or the effects of the others are too much alike.
     """
     names = list(others)
     if not names or rounds < 1:
         raise ValueError("effects are cancelled with at least one other direction, in at least one round")
     options = {"classifier": classifier, "scales": [scale], "batch_size": batch_size, "progress": progress}
 
-    def effects_of(directions: Mapping[str, Direction]) -> np.ndarray:
-        return measure_effects(model, runs, directions, **options).matrix(scale).of(names).mean.to_numpy()
+    def effects_of(directions: Mapping[str, Direction]) -> EffectMatrix:
+        return measure_effects(model, runs, directions, **options).matrix(scale).of(names)
 
-    of_others = effects_of(others)
+    matrix = effects_of(others)
+    of_others = matrix.mean.to_numpy()
+    for i, name in enumerate(names):
+        low, high = matrix.low.iloc[i, i], matrix.high.iloc[i, i]
+        if low <= NOTHING and high >= -NOTHING:
+            raise ValueError(
+                f"the direction of {name} changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to "
+                f"{high:.2g}), too small to be told from nothing; take a larger scale or more samples, or leave it out"
+            )
     if np.linalg.cond(of_others) > 100.0:
         raise ValueError(
             f"the effects of {', '.join(names)} at scale {scale:g} are too much alike, or too small, to be told apart; "
@@ -269,9 +281,21 @@ def cancel_effects(
         )
     c, edited = np.zeros(len(names)), direction
     for _ in range(rounds):
-        c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited})[0])
+        c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited}).mean.to_numpy()[0])
         edited = sum((float(factor) * others[name] for name, factor in zip(names, c, strict=True)), start=direction)
-    return replace(edited, name=f"{bracketed(direction.name)} without {', '.join(names)}")
+    parameters = {
+        "classifier": [getattr(classifier, key, None) for key in ("name", "hash")],
+        "samples": None if runs.seeds is None else list(runs.seeds),
+        "n": len(runs),
+        "scale": float(scale),
+        "rounds": int(rounds),
+        "others": {name: float(factor) for name, factor in zip(names, c, strict=True)},
+    }
+    return replace(
+        edited,
+        name=f"{bracketed(direction.name)} without {', '.join(names)}",
+        provenance=derived("cancelled", parameters, direction, *others.values()),
+    )
 
 
 def matched_scale(

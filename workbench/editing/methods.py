@@ -90,7 +90,8 @@ class Method:
     unit : str
         Of the scales.
     code : str
-        Digest of the function's source, so that a changed one is measured again.
+        Digest of the function's source, so that a changed one is measured again; of a function outside of the package
+        that it calls, nothing is known.
     """
 
     name: str
@@ -241,9 +242,9 @@ class Study:
             self._kept[name] = find()
         return self._kept[name]
 
-    def spent_on(self, convergence: Convergence, *, width: int) -> None:
+    def spent_on(self, convergence: Convergence) -> None:
         """Charge the products of a Jacobian's spectrum."""
-        self.cost["spectrum"] = Counter(passes=2 * width * convergence.iterations)
+        self.cost["spectrum"] = Counter(passes=convergence.products)
 
     def pick(self, name: str, candidates: Sequence[Direction | Edit], attribute: str, *, scale: float) -> Edit:
         """The candidate, either way round, that raises an attribute's mean score the most, as the labeller sees it.
@@ -382,7 +383,7 @@ def _spectrum(study: Study, mask: np.ndarray | None) -> JacobianSpectrum:
     options = {"t": study.t, "k": CANDIDATES, "mask": mask, "tol": TOLERANCE, "population": study.store}
     name = f"spectrum {'' if mask is None else digest_of_mask(mask)}"
     found = study.learned(name, lambda: find_jacobian(study.model, study.run[0], progress=False, **options))
-    study.spent_on(found.convergence, width=2)
+    study.spent_on(found.convergence)
     return found
 
 
@@ -419,7 +420,8 @@ def projected(study: Study, attribute: str) -> Direction:
         raise NotApplicable("there is no other attribute that can be learned, to project out")
     found = {name: mean_difference(study, name) for name in [attribute, *others]}
     store = study.store
-    return found[attribute].orthogonal_to(*(found[name] for name in others)).calibrated(store, progress=False)
+    rest = found[attribute].orthogonal_to(*(found[name] for name in others))
+    return rest.calibrated(store, like=found[attribute], progress=False)
 
 
 @register_method("probe, logistic")
@@ -517,7 +519,7 @@ def noise_difference(study: Study, attribute: str) -> Edit:
 def pullback(study: Study, attribute: str) -> Edit:
     """The singular vector of d h / d x_t of one sample that changes the attribute most (Park et al.)."""
     found = study.learned("pullback", lambda: _vectors(study, map="x->h"))
-    study.spent_on(found.convergence, width=2)
+    study.spent_on(found.convergence)
     return study.pick("pullback", _moves(found), attribute, scale=8.0)
 
 
@@ -527,7 +529,7 @@ def loco(study: Study, attribute: str) -> Edit:
     mask = study.mask(attribute)
     name = f"loco {digest_of_mask(mask)}"
     found = study.learned(name, lambda: _vectors(study, map="x->x0", mask=mask, nullspace=CANDIDATES))
-    study.spent_on(found.convergence, width=4)
+    study.spent_on(found.convergence)
     return study.pick(name, _moves(found), attribute, scale=8.0)
 
 

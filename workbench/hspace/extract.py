@@ -22,6 +22,7 @@ from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import Trajectory, check_batch_size, invert, progress_bar, sample
+from workbench.hashing import code_hash
 from workbench.hspace.store import (
     DTYPES,
     HStore,
@@ -129,6 +130,7 @@ def extract(
     timesteps = model.schedule.timesteps(steps)
     provenance = {
         "workbench": __version__,
+        "code": code_hash(__name__),
         "model": model.provenance(),
         "precision": str(model.dtype).removeprefix("torch."),
         "n": count,

@@ -343,16 +343,20 @@ def verdicts(records: Mapping[str, Mapping]) -> pd.DataFrame:
     -------
     DataFrame, one row a claim
         `paper`, `claim`, `verdict`: "holds", "fails", "undecided", or "not measured" where there is no record;
-        `measured`, `value`, `low`, `high` (95%), `n`, the `side` of the threshold that the claim needs, and `figure`.
+        `measured`, `value`, `low`, `high` (95%), `n`, the `side` of the threshold that the claim needs, `figure`, and
+        `current`: whether the code that measured it is still the same.
     """
     rows = []
     for claim in CLAIMS:
-        found = records.get(claim.figure, {}).get("claims", {}).get(claim.number)
+        record = records.get(claim.figure, {})
+        found = record.get("claims", {}).get(claim.number)
         row = {"paper": claim.paper, "claim": claim.text, "measured": claim.measured, "figure": claim.figure}
         row["side"] = f"{'>' if claim.above else '<'} {claim.threshold:g}"
         if found is None:
             rows.append(row | {"verdict": "not measured"})
         else:
-            rows.append(row | {"verdict": claim.verdict(found["low"], found["high"]), **found})
-    columns = ["paper", "claim", "verdict", "measured", "value", "low", "high", "n", "side", "figure"]
+            rows.append(
+                row | {"verdict": claim.verdict(found["low"], found["high"]), "current": record["current"], **found}
+            )
+    columns = ["paper", "claim", "verdict", "measured", "value", "low", "high", "n", "side", "figure", "current"]
     return pd.DataFrame(rows).reindex(columns=columns)

@@ -32,6 +32,7 @@ from workbench.directions.boundary import Boundary, fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
 from workbench.editing.benchmark import find_masks
+from workbench.hashing import code_hash
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore
 from workbench.report.plots import STYLE, line, save_figure
@@ -347,7 +348,7 @@ def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -
         "caption": drawn.caption,
         "claims": {name: vars(number) for name, number in drawn.claims.items()},
         "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
-        "provenance": setup.provenance() | {"recipe": made.code},
+        "provenance": setup.provenance() | {"recipe": made.code, "code": code_hash(made.draw.__module__)},
     }
     with paths.written(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -369,14 +370,14 @@ def read_records(
     folder : path, optional
         By default those that are bundled for the model.
     model : Model
-        Records of other weights are left out, and those of a recipe whose own function has changed since. What it calls
-        is not looked at.
+        Records of other weights are left out, and those of a recipe whose own function has changed since.
     labeller, judge, images : optional
         So are those of other classifiers or images than these.
 
     Returns
     -------
     dict of str -> dict
+        "current" is whether all the code that the recipe calls is still the same, too.
 
     Raises
     ------
@@ -399,7 +400,10 @@ def read_records(
             and (images is None or about["images"] == images.fingerprint)
         )
 
-    return {record["figure"]: record for record in found if stands(record)}
+    def current(record: dict) -> bool:
+        return record["provenance"].get("code") == code_hash(known[record["figure"]].draw.__module__)
+
+    return {record["figure"]: {**record, "current": current(record)} for record in found if stands(record)}
 
 
 def resized(figure: Figure, width: float) -> Figure:

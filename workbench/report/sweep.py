@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.datasets import classifiers
+from workbench.hashing import code_hash
 from workbench.report.facts import read_facts
 from workbench.report.notebooks import NotebookFailed, run_notebook, write_index
 from workbench.report.parameters import (
@@ -272,16 +272,10 @@ def content_key(notebook: str, parameters: Mapping) -> str:
     everything = {key: known.default for key, known in notebook_parameters(notebook).items()} | parameters
     content = [[cell.source for cell in source.cells if cell.cell_type == "code"], everything]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    digest.update(_package_code())
+    digest.update(code_hash().encode())
     for file in _weights(everything):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-@cache
-def _package_code() -> bytes:
-    """All that this process runs, read once for all runs."""
-    return b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.parent.rglob("*.py")))
 
 
 def _weights(parameters: Mapping) -> list[Path]:
