@@ -75,8 +75,9 @@ def test_what_a_profile_says_to_run_is_found_before_a_kernel_starts(name):
     only = re.search(r"--only ([\d ]+)", text) if name in GPU else None
     model = given["common"]["model_name"]
     if "/" in model or (paths.models() / model).is_dir():
-        plan, timeout = parameters.plan_profile(name, only and only[1].split())
-        assert len(plan) == (len(only[1].split()) if only else len(notebooks.list_notebooks())) and timeout >= 3600
+        plan = parameters.plan_profile(name, only and only[1].split())
+        assert len(plan.parameters) == (len(only[1].split()) if only else len(notebooks.list_notebooks()))
+        assert plan.timeout >= 3600
     else:
         with pytest.raises(ValueError, match=f"no model '{model}'"):
             parameters.plan_profile(name, only[1].split())

@@ -270,17 +270,22 @@ class Board:
 
     def say(self, words: str) -> None:
         if self.show:
-            print(f"\r\033[K{words}" if self._terminal else words, file=sys.stderr, flush=True)
+            self._write(f"\r\033[K{words}\n" if self._terminal else f"{words}\n")
 
     def _draw(self, line: str) -> None:
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{line[:width]}", end="", file=sys.stderr, flush=True)
+            self._write(f"\r\033[K{line[:width]}")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
     def close(self) -> None:
         """Clear the line, and write the page as it stays."""
         if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._write("\r\033[K")
         for job in self.jobs.values():
             job.close()
         write_index(intro=_summary(), notes=self.cuts)
