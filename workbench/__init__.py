@@ -17,6 +17,7 @@ _WHERE = {
     "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.training": ("TrainingSettings", "train_model"),
+    "diffusion.memory": ("keep_freed_memory",),
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
     "datasets.classifiers": ("check_attributes", "load_classifier", "train_classifier"),

@@ -605,6 +605,7 @@ def _seeds(text: str) -> list[int]:
 def _load(arguments: argparse.Namespace):
     import workbench as wb
 
+    wb.keep_freed_memory()  # this process is the command's own
     compiled = getattr(arguments, "compile", False)
     return wb.load_model(arguments.model, device=arguments.device, dtype=arguments.precision, compile=compiled)
 
@@ -1127,6 +1128,7 @@ def _train(arguments: argparse.Namespace) -> None:
     import workbench as wb
     from workbench.diffusion import training
 
+    wb.keep_freed_memory()  # this process is the command's own
     fields = training.TrainingSettings.__dataclass_fields__
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     if arguments.resume and given:

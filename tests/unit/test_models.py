@@ -544,6 +544,15 @@ def test_freed_memory_is_kept_for_the_next_pass_unless_the_user_set_the_allocato
     assert out.stdout.split() == [str(set_here), str(set_here)]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator, and there is another one here")
+def test_loading_a_model_leaves_the_allocator_of_the_users_process_alone():
+    code = HELD.replace("print(keep_freed_memory(), held() > 150)", "wb.load_model('avataaars32'); print(held() > 150)")
+    code = code.replace("import psutil, torch\n", "import psutil, torch\nimport workbench as wb\n")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    out = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False"]
+
+
 def test_a_repository_in_the_hub_cache_loads_and_is_listed(tiny, tiny_folder, tmp_path, monkeypatch):
     hub, commit = tmp_path / "hub", "0" * 40
     repository = hub / "models--somebody--ddpm"

@@ -20,6 +20,9 @@ KEPT = 2**30
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_IN_HEAP = 2**25
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(_LARGEST_IN_HEAP), "MALLOC_TRIM_THRESHOLD_": str(KEPT)}
+"""Environment of a process that keeps freed memory as `keep_freed_memory` has it."""
+
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
@@ -102,9 +105,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep up to a GiB of what it freed, where its memory is glibc's (most Linux machines).
+    """Have this whole process keep up to a GiB of what it freed, where its memory is glibc's (most Linux machines).
 
-    A pass of a network frees its activations, and the next one takes as much again. glibc gives large buffers back to
+    For a process of one's own that samples on a CPU: the command line and the kernels of reports do so. A pass of a network frees its activations, and the next one takes as much again. glibc gives large buffers back to
     the system in between, which then has to clear them page by page: a sixth of the time of a pass on a CPU. Settings
     of glibc in the environment stand.
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import CacheNotFound
 
 from workbench import paths
 from workbench.diffusion import checkpoints, golden, layouts
-from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory, keep_freed_memory
+from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory
 from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
@@ -587,8 +587,6 @@ def _make(
     split = SplitUNet(unet, dtype=_dtype_of(dtype))
     memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
     split.unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
-    if device.type == "cpu":
-        keep_freed_memory()
     return Model(name, split, schedule, checkpoints.hash_weights(split.unet))
 
 

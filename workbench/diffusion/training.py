@@ -41,9 +41,9 @@ from tqdm.auto import tqdm
 from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights, read_json
 from workbench.diffusion.images import check_values, warn_of_unit_range
-from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model, has_unet, load_model, wrap
 from workbench.diffusion.sampling import sample
+from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 
@@ -321,8 +321,6 @@ def train_model(
             f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
             "multiple of their number"
         )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     begun = resume and (out / STATE).is_file()
     unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
     SplitUNet(unet)  # refuses what could not be loaded again
@@ -559,6 +557,7 @@ def _take_step(
     run.optimiser.step()
     run.average.step(run.unet.parameters())
     run.step += 1
+    count_passes(3 * b)  # a backward pass takes about as long as two forward
     return torch.stack([t.float(), losses.detach()], dim=1)
 
 

@@ -269,8 +269,7 @@ def _elsewhere(
 def _measure_task(bench: Bench, method: Method, attributes: Sequence[str], repeat: int) -> None:
     """On a worker, which may never have seen where the method was registered."""
     METHODS[method.name] = method
-    if bench.model.device.type == "cpu":
-        keep_freed_memory()  # as loading a model does, and this one came as it is
+    keep_freed_memory()  # this process is the benchmark's own
     for attribute in attributes:
         bench.measure(method.name, attribute, repeat)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from workbench.diffusion.memory import KEPT_MEMORY
 from workbench.diffusion.parallel import PROGRESS, THREADS, thread_count
 
 
@@ -50,7 +51,7 @@ class Job:
         threads = {THREADS: str(thread_count()), PROGRESS: self._folder.name}
         if self._threads is not None:
             threads["OMP_NUM_THREADS"] = str(self._threads)
-        return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **threads}
+        return {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_MEMORY, **os.environ, **threads}
 
     def follow(self, manager, client) -> None:
         """Learn of each cell as papermill's `manager` begins it, and keep the `client` to stop it by."""
