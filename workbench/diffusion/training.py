@@ -42,8 +42,8 @@ from workbench import paths
 from workbench.diffusion.checkpoints import hash_weights, read_json
 from workbench.diffusion.images import check_values, warn_of_unit_range
 from workbench.diffusion.models import Model, has_unet, load_model, wrap
-from workbench.diffusion.sampling import sample
 from workbench.diffusion.parallel import count_passes
+from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 
