@@ -107,9 +107,10 @@ def free_memory(device: torch.device) -> int:
 def keep_freed_memory() -> bool:
     """Have this whole process keep up to a GiB of what it freed, where its memory is glibc's (most Linux machines).
 
-    For a process of one's own that samples on a CPU: the command line and the kernels of reports do so. A pass of a network frees its activations, and the next one takes as much again. glibc gives large buffers back to
-    the system in between, which then has to clear them page by page: a sixth of the time of a pass on a CPU. Settings
-    of glibc in the environment stand.
+    For a process of one's own that samples on a CPU; the command line and the kernels of reports do so. A pass of a
+    network frees its activations, and the next one takes as much again. glibc gives large buffers back to the system in
+    between, which then has to clear them page by page: a sixth of the time of a pass on a CPU. Settings of glibc in the
+    environment stand.
 
     Returns
     -------
