@@ -299,6 +299,11 @@ OPTIONS = {
     "run": {"notebook": ("run", "@.ipynb"), "--out": ("run", "00_quickstart", "-o", "@.ipynb")},
     "sweep": {"file": ("sweep", "@")},
 }
+OPTIONS["train-classifier"]["--labels"] = ("train-classifier", "IMAGES", "-o", "out", "--labels", "@")
+for options in OPTIONS.values():
+    if "--images" in options:
+        images = ["IMAGES" if word == "@" else word for word in options["--images"]]
+        options["--labels"] = (*images, "--labels", "@")
 
 
 def options_of(parser: argparse.ArgumentParser, command: tuple[str, ...] = ()) -> list[tuple[str, str]]:

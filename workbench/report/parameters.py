@@ -95,7 +95,7 @@ def find_notebook(name: str | Path) -> Path:
     ValueError, FileNotFoundError
         If there is none, or a start fits several.
     """
-    path, known = Path(name), list_notebooks()
+    path, known = paths.local(name), list_notebooks()
     if path.suffix == ".ipynb":
         if not path.is_file():
             raise FileNotFoundError(f"there is no notebook {path}; the staged ones are {', '.join(known) or 'missing'}")
@@ -180,7 +180,7 @@ def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
     Names of bundled models and images stay names.
     """
     return {
-        key: str(Path(value).expanduser().absolute()) if _is_path(key, value, Path()) else value
+        key: str(paths.local(value).absolute()) if _is_path(key, value, Path()) else value
         for key, value in parameters.items()
     }
 
@@ -188,7 +188,7 @@ def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
 def _is_path(key: str, value: object, folder: Path) -> bool:
     if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
         return False
-    return (folder / Path(value).expanduser()).exists() and not _is_bundled(key, value)
+    return not paths.is_address(value) and (folder / paths.local(value)).exists() and not _is_bundled(key, value)
 
 
 def _is_bundled(key: str, value: str) -> bool:
@@ -417,7 +417,7 @@ def new_readers() -> dict[str, Callable]:
     def model(name: str):
         from workbench.diffusion.models import load_schedule, load_shapes
 
-        if Path(name).expanduser().is_file() or _is_remote(name):
+        if _is_remote(name) or paths.local(name).is_file():
             return None
         load_shapes(name)
         return load_schedule(name)
