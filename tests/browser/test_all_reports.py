@@ -15,9 +15,6 @@ from report_checks import CHROMIUM, check_report
 from workbench import cli, paths
 from workbench.report.notebooks import list_notebooks
 
-pytestmark = pytest.mark.slow
-
-
 # Small, since nothing is concluded from these reports.
 NOTEBOOKS = {
     "20_geometry": {"attributes": [renamed("Smiling"), renamed("Long_Hair")]},

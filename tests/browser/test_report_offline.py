@@ -11,7 +11,6 @@ from workbench.report import notebooks
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH"),
 ]
 

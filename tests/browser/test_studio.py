@@ -34,7 +34,6 @@ from workbench.report.server import _free_port
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH"),
 ]
 

@@ -331,7 +331,6 @@ def wait_for(process, condition) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.slow
 def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny_folder, tmp_path, monkeypatch):
     """A real process and a real SIGKILL, twice: between chunks, and while a chunk is being written."""
     model, path = wb.load_model(tiny_folder, device="cpu"), tmp_path / "a.zarr"

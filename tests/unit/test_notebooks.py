@@ -228,7 +228,6 @@ def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
     assert re.fullmatch(r"[0-9a-f]{12} with uncommitted changes", notebooks._commit())
 
 
-@pytest.mark.slow
 class TestRun:
     def test_pictures_in_the_text_are_in_the_report(self, home, tmp_path):
         """Pasted ones, which the cell holds, and files beside the notebook, wherever that lies."""

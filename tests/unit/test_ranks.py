@@ -65,6 +65,7 @@ def assert_equal(store, other):
         np.testing.assert_allclose(store.group[name][:], array[:], rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_killed_processes_resume_in_another_number_to_the_store_of_one(tiny_folder, tmp_path, one_process):
     out = tmp_path / "many.zarr"
     first, second = launch(2, tiny_folder, out, dies={1: 1})
