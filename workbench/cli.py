@@ -1229,10 +1229,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from workbench.report import reports
+    start = time.monotonic()
+    from workbench.report import reports  # seconds, which count
 
-    before, start = _finished_stores(), time.monotonic()
-    reports.report(arguments.profile, only=arguments.only, jobs=arguments.jobs)
+    before = _finished_stores()
+    reports.report(arguments.profile, only=arguments.only, jobs=arguments.jobs, since=start)
     made = len(_finished_stores() - before)
     cache = f"{made} made, and kept in {paths.cache()}" if made else f"all from {paths.cache()}"
     print(f"extractions: {cache}")

@@ -36,6 +36,7 @@ def report(
     *,
     only: Sequence[str] | str | None = None,
     jobs: int | None = None,
+    since: float | None = None,
     progress: bool = True,
 ) -> list[Report]:
     """Run the staged notebooks and write the index page, which shows how far they are.
@@ -54,6 +55,8 @@ def report(
         Run these notebooks alone; names or their starts.
     jobs : int, optional
         Notebooks that run side by side; by default as many as cores and memory allow, and one on an accelerator.
+    since : float, optional
+        When the command was given, by `time.monotonic()`; the time that it took is counted from there.
     progress : bool
         Say how far it is: in one line on a terminal, else in a line a notebook.
 
@@ -70,6 +73,7 @@ def report(
     KeyboardInterrupt
         If it is interrupted. What is finished stays, and the next call goes on from there.
     """
+    since = time.monotonic() if since is None else since
     plan = plan_profile(profile, [only] if isinstance(only, str) else only)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; give 1 or more")
@@ -88,13 +92,12 @@ def report(
         board.close()
     marker.unlink(missing_ok=True)
     if only is None and not kept:
-        _write_summary(board, profile, jobs)
+        _write_summary(board, profile, jobs, time.monotonic() - since)
     return _outcome(results)
 
 
-def _write_summary(board: Board, profile: str, jobs: int) -> None:
+def _write_summary(board: Board, profile: str, jobs: int, seconds: float) -> None:
     """How long all of it took, on the index page: in seconds, and in the machine's own unit."""
-    seconds = time.monotonic() - board.began
     words = f"The profile {profile} took {duration(seconds)}, {jobs} notebooks side by side"
     if jobs > 1 and (paths.models() / UNIT_MODEL).is_dir():  # on an accelerator the unit would be another
         unit = unit_seconds()
