@@ -178,7 +178,7 @@ class TestEstimate:
         for name in ("10_a", "20_b", "30_c"):
             write_notebook(home / "notebooks" / f"{name}.ipynb")
         plan = parameters.Profile({"10_a": {}, "20_b": {}, "30_c": {}}, 60, {"10_a": 1000, "20_b": 3000, "30_c": 500})
-        board = reports.Board(plan, {}, threads=None, show=False)
+        board = reports.Board(plan, {name: Job(name) for name in plan.parameters}, {}, show=False)
         monkeypatch.setattr(reports.time, "monotonic", lambda: board.began + 20.0)
         for job, state in zip(board.jobs.values(), ("done", "running", "waiting"), strict=True):
             job.state = state

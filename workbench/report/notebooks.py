@@ -456,8 +456,10 @@ class _Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, *, job: Job, folder: str, timeout: int, **options):
+        copied = {} if job.kernels is None else {"kernel_manager_class": job.kernels.manager()}
         client = PapermillNotebookClient(
             nb_man,
+            **copied,
             kernel_name=kernel_name,
             timeout=timeout,
             startup_timeout=180,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -14,9 +15,10 @@ import psutil
 
 from workbench import paths
 from workbench.diffusion.parallel import in_threads
+from workbench.report.kernels import KernelServer
 from workbench.report.notebooks import NotebookFailed, Report, duration, run_job, write_index
 from workbench.report.parameters import Profile, notebook_parameters, plan_profile, read_profile
-from workbench.report.running import Job
+from workbench.report.running import Job, environment
 from workbench.report.sweep import content_key
 
 UNFINISHED = ".unfinished"
@@ -85,11 +87,12 @@ def report(
         marker.parent.mkdir(exist_ok=True)
         (marker.parent / SUMMARY).unlink(missing_ok=True)
         marker.write_text(str(time.time()))
-    board = Board(plan, kept, threads=1 if jobs > 1 else None, show=progress)
-    try:
-        results = board.run(jobs, keys)
-    finally:
-        board.close()
+    threads = 1 if jobs > 1 else None
+    copied = KernelServer(environment(threads)) if jobs > 1 and KernelServer.possible() else contextlib.nullcontext()
+    with copied as kernels:
+        todo = {name: Job(name, threads=threads, kernels=kernels) for name in plan.parameters}
+        with contextlib.closing(Board(plan, todo, kept, show=progress)) as board:
+            results = board.run(jobs, keys)
     marker.unlink(missing_ok=True)
     if only is None and not kept:
         _write_summary(board, profile, jobs, time.monotonic() - since)
@@ -187,9 +190,8 @@ def _outcome(results: Sequence[Report | NotebookFailed]) -> list[Report]:
 class Board:
     """The notebooks of a report while they run: a line on the terminal, and the index page."""
 
-    def __init__(self, plan: Profile, kept: Mapping[str, Report], *, threads: int | None, show: bool) -> None:
-        self.plan, self.kept, self.show, self.cuts = plan, kept, show, find_cuts(plan)
-        self.jobs = {name: Job(name, threads=threads) for name in plan.parameters}
+    def __init__(self, plan: Profile, jobs: dict[str, Job], kept: Mapping[str, Report], *, show: bool) -> None:
+        self.plan, self.jobs, self.kept, self.show, self.cuts = plan, jobs, kept, show, find_cuts(plan)
         for name in kept:
             self.jobs[name].state = "kept"
         self.began = time.monotonic()

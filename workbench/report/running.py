@@ -6,13 +6,26 @@ import contextlib
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from workbench.diffusion.memory import KEPT_MEMORY
 from workbench.diffusion.parallel import PROGRESS, THREADS, thread_count
+from workbench.report.kernels import KernelServer
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """Variables of a kernel: samples are computed on all cores, and whatever waits for a thread sleeps.
+
+    Threads that spin while they wait take the core of another notebook, or of whatever runs on the machine.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Threads of linear algebra; by default as many as this process has.
+    """
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_MEMORY, **os.environ, THREADS: str(thread_count()), **own}
 
 
 class Job:
@@ -23,8 +36,8 @@ class Job:
     name : str
     threads : int, optional
         Threads of its kernel's linear algebra; by default as many as this process has.
-    on_change : callable () -> None, optional
-        Called when it comes to another cell.
+    kernels : KernelServer, optional
+        What its kernel is copied from; by default it starts anew.
 
     Attributes
     ----------
@@ -34,35 +47,27 @@ class Job:
     stopped : bool
     """
 
-    def __init__(self, name: str, *, threads: int | None = None, on_change: Callable[[], None] = lambda: None) -> None:
-        self.name, self.state, self.stopped = name, "waiting", False
+    def __init__(self, name: str, *, threads: int | None = None, kernels: KernelServer | None = None) -> None:
+        self.name, self.kernels, self.state, self.stopped = name, kernels, "waiting", False
         self.cell = self.cells = 0
-        self.since: float | None = None
-        self._threads, self._on_change = threads, on_change
+        self._threads = threads
         self._folder = TemporaryDirectory(prefix="workbench-")
         self._client, self._counted = None, 0
         self._lock = threading.Lock()
 
     def environment(self) -> dict[str, str]:
-        """Variables of the kernel: samples are computed on all cores, and whatever waits for a thread sleeps.
-
-        Threads that spin while they wait take the core of another notebook, or of whatever runs on the machine.
-        """
-        threads = {THREADS: str(thread_count()), PROGRESS: self._folder.name}
-        if self._threads is not None:
-            threads["OMP_NUM_THREADS"] = str(self._threads)
-        return {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_MEMORY, **os.environ, **threads}
+        """Variables of the kernel."""
+        return environment(self._threads) | {PROGRESS: self._folder.name}
 
     def follow(self, manager, client) -> None:
         """Learn of each cell as papermill's `manager` begins it, and keep the `client` to stop it by."""
-        self.cells, self.since, self._client = len(client.nb.cells), time.monotonic(), client
+        self.cells, self._client = len(client.nb.cells), client
         begin = manager.cell_start
 
         def cell_start(cell, cell_index=None, **options):
             if self.stopped:
                 raise KeyboardInterrupt
             self.cell = (cell_index or 0) + 1
-            self._on_change()
             begin(cell, cell_index, **options)
 
         manager.cell_start = cell_start
