@@ -69,7 +69,7 @@ class KernelServer:
                 self._process.stdin.write(f"{request}\n")
                 self._process.stdin.flush()
                 answer = self._process.stdout.readline()
-            except OSError:
+            except (OSError, ValueError):  # it has ended, or was told to
                 answer = ""
         if not answer:
             raise RuntimeError("the process that kernels are copied from has ended; run the report again")
