@@ -20,32 +20,33 @@ NOTEBOOKS = {
     "20_geometry": {"attributes": [renamed("Smiling"), renamed("Long_Hair")]},
     "30_dynamics": {
         "attributes": [renamed("Long_Hair"), renamed("Smiling")],
-        "inversion_steps": [5, 10],
+        "inversion_steps": [3, 5],
         "n_decoded": 4,
-        "n_edited": 15,
+        "n_edited": 9,
     },
-    "40_unsupervised": {"k": 3, "n_shown": 2, "n_measured": 4},
+    "40_unsupervised": {"k": 3, "n_shown": 2, "n_measured": 3},
     "50_supervised": {
-        "k": 16,
+        "k": 12,
         "attributes": [renamed("Smiling"), renamed("Long_Hair")],
         "colors": [renamed("Dark_Skin")],
         "target": renamed("Smiling"),
         "nuisances": [renamed("Long_Hair")],
-        "n_measured": 6,
+        "n_measured": 3,
     },
     "60_boundaries": {
-        "n": 100,
-        "steps": 6,
+        "n": 60,
+        "steps": 4,
         "attribute": renamed("Long_Hair"),
         "pair": [renamed("Gray_Hair"), renamed("Smiling")],
-        "n_measured": 4,
+        "n_measured": 3,
         "strength": 2.0,
     },
-    "70_edit_studio": {"k": 16, "attributes": [renamed("Smiling"), renamed("Long_Hair")], "n_samples": 4},
+    "70_edit_studio": {"k": 12, "attributes": [renamed("Smiling"), renamed("Long_Hair")], "n_samples": 4},
     "80_benchmark": {
         "methods": ["random h", "mean difference"],
         "attributes": [renamed("Smiling"), renamed("Long_Hair")],
-        "population": 48,
+        "population": 40,
+        "steps": 4,
     },
     "90_your_images": {"n_images": 2, "n_directions": 2},
     "95_train_your_own": {"training_steps": 20},
@@ -56,7 +57,7 @@ NOTEBOOKS = {
 def reports(tmp_path_factory):
     """Reports of all notebooks on another domain."""
     folder = tmp_path_factory.mktemp("reports")
-    common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 64, "steps": 10}
+    common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 5}
     (folder / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "profiles", lambda: folder)

@@ -109,6 +109,7 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
     assert (result.realism.frechet < result.realism.frechet_high).all()
 
 
+@pytest.mark.slow
 def test_workers_measure_the_same_with_methods_that_they_never_saw_registered(setting, added, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))

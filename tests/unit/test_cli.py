@@ -326,6 +326,7 @@ def test_directions_of_any_attribute_are_saved_where_the_studio_finds_them(tiny_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "faces", "found", "tiny"]
 
 
+@pytest.mark.slow
 def test_geometry_writes_maps_and_numbers(tmp_path, capsys, cache):
     out = tmp_path / "maps"
     status, printed, _ = run(
@@ -544,6 +545,7 @@ def test_the_figures_are_listed_and_an_unknown_one_is_a_sentence(capsys, no_trac
     assert status == 2 and "name a figure, or `all`" in err
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_is_benchmarked_as_the_readme_says(tmp_path, capsys, cache):
     before = dict(methods.METHODS)
     blocks = re.findall(r"```python\n(.*?)```", (paths.home() / "README.md").read_text(), re.S)

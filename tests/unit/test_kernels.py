@@ -9,8 +9,8 @@ import pytest
 from notebook_files import output_of, write_notebook
 
 from workbench.report import notebooks
-from workbench.report.kernels import KernelServer
-from workbench.report.running import Job, environment
+from workbench.report.kernels import KernelServer, environment
+from workbench.report.running import Job
 
 pytestmark = pytest.mark.skipif(not KernelServer.possible(), reason="kernels are copied on Linux alone")
 

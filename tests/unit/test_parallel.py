@@ -33,12 +33,12 @@ def test_the_pieces_of_a_batch_are_all_of_it_of_almost_one_size_and_not_tiny(sha
 
 def everything(model, folder) -> dict[str, torch.Tensor]:
     """A tensor of every loop over samples."""
-    options = {"steps": 3, "progress": False}
-    run = wb.sample(model, range(9), record_h=True, **options)
-    store = wb.extract(model, 9, steps=3, out=folder / f"{os.environ[parallel.THREADS]}.zarr", progress=False)
+    options = {"steps": 2, "progress": False}
+    run = wb.sample(model, range(8), record_h=True, **options)
+    store = wb.extract(model, 8, steps=2, out=folder / f"{os.environ[parallel.THREADS]}.zarr", progress=False)
     direction = wb.find_pca(store, k=1, progress=False)[0]
     inverted = wb.invert(model, run.x0, record_h=True, **options)
-    spectrum = wb.find_jacobian(model, run[0], t=run.timesteps[1], k=2, max_iterations=2, tol=1.0, progress=False)
+    spectrum = wb.find_jacobian(model, run[0], t=run.timesteps[1], k=2, max_iterations=1, tol=1.0, progress=False)
     return {
         "samples": run.x0,
         "h": run.h.values,

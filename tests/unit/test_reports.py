@@ -16,6 +16,7 @@ from notebook_files import output_of, write_notebook
 from workbench.report import parameters, reports
 from workbench.report.notebooks import NotebookFailed
 from workbench.report.running import Job
+from workbench.report.sweep import content_key
 
 READY = "import pathlib, time\npathlib.Path('../data', {name!r}).touch()\n"
 WAITS = READY + "while not pathlib.Path('../data', {other!r}).exists():\n    time.sleep(0.05)"
@@ -159,15 +160,15 @@ def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_
 
 def test_what_another_code_or_other_parameters_made_is_not_kept(home, monkeypatch):
     write_notebook(home / "notebooks" / "10_a.ipynb", "print(1)")
-    keys = {"10_a": reports.content_key("10_a", {})}
+    keys = {"10_a": content_key("10_a", {})}
     (home / "reports" / reports.UNFINISHED).touch()
     job = Job("10_a")
     reports.run_job(job, "10_a", progress=False, key=keys["10_a"])
     job.close()
     assert list(reports._finished(keys)) == ["10_a"]
-    assert not reports._finished({"10_a": reports.content_key("10_a", {"steps": 3})})
+    assert not reports._finished({"10_a": content_key("10_a", {"steps": 3})})
     write_notebook(home / "notebooks" / "10_a.ipynb", "print(2)")
-    assert not reports._finished({"10_a": reports.content_key("10_a", {})})
+    assert not reports._finished({"10_a": content_key("10_a", {})})
 
 
 class TestEstimate:

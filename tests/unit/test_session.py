@@ -226,6 +226,7 @@ def test_a_path_begins_at_the_samples_own_h_and_ends_at_the_edited_one(session, 
 # Previews
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("eta", "process"), [(0.0, "symmetric"), (1.0, "asymmetric")])
 def test_a_preview_takes_few_passes_and_resembles_the_image(model, eta, process):
     """On the bundled model, halfway between the samples of 16 pairs: it errs by less than half of the change."""

@@ -116,6 +116,7 @@ def test_a_kill_between_the_last_checkpoint_and_its_model_loses_neither(images, 
     assert_same_training(tmp_path / "model", trained)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_that_one_does(images, tmp_path):
     """On a CPU without a word of accelerate's, as the README launches them."""
     torch.save(images, tmp_path / "images.pt")

@@ -20,9 +20,6 @@ KEPT = 2**30
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_IN_HEAP = 2**25
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(_LARGEST_IN_HEAP), "MALLOC_TRIM_THRESHOLD_": str(KEPT)}
-"""Environment of a process that keeps freed memory as `keep_freed_memory` has it."""
-
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 

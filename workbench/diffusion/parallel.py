@@ -31,7 +31,7 @@ PIECES = 4
 FULL_PIXELS = 2**15
 """Pixels of a batch up to which larger ones are faster."""
 
-LEAST_PIXELS = 2**11
+LEAST_PIXELS = 3 * 2**10
 """Pixels of a piece below which the calls of the network's layers cost too much."""
 
 LARGE_PIXELS = 2**14

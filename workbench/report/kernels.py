@@ -31,6 +31,28 @@ IMPORTED = (
 )
 
 
+LIBRARIES = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+"""What libraries read when they are loaded: threads that wait sleep, and freed memory is kept for the next pass.
+
+Threads that spin while they wait take the core of another notebook, or of whatever runs on the machine.
+"""
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """Variables of a kernel, or of the process that kernels are copied from.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Threads of linear algebra; by default as many as the library chooses.
+    """
+    return {**LIBRARIES, **os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+
+
 class KernelServer:
     """The process that kernels are copies of; a context, at whose end it is gone.
 

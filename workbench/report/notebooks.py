@@ -466,7 +466,7 @@ class _Engine(NBClientEngine):
             log=logging.getLogger(f"papermill.{job.name}"),
             log_output=options["log_output"],
             store_widget_state=False,
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],
             resources={"metadata": {"path": folder}},
         )
         job.follow(nb_man, client)

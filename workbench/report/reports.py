@@ -14,12 +14,10 @@ import nbformat
 import psutil
 
 from workbench import paths
-from workbench.diffusion.parallel import in_threads
-from workbench.report.kernels import KernelServer
+from workbench.report.kernels import KernelServer, environment
 from workbench.report.notebooks import NotebookFailed, Report, duration, run_job, write_index
 from workbench.report.parameters import Profile, notebook_parameters, plan_profile, read_profile
-from workbench.report.running import Job, environment
-from workbench.report.sweep import content_key
+from workbench.report.running import Job
 
 UNFINISHED = ".unfinished"
 """File in `reports/` that stands there while a report runs, with the time at which it began."""
@@ -76,21 +74,22 @@ def report(
         If it is interrupted. What is finished stays, and the next call goes on from there.
     """
     since = time.monotonic() if since is None else since
-    plan = plan_profile(profile, [only] if isinstance(only, str) else only)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; give 1 or more")
-    jobs = min(jobs or _default_jobs(), len(plan.parameters))
-    keys = {name: content_key(name, values) for name, values in plan.parameters.items()}
-    kept = _finished(keys)
-    marker = paths.reports() / UNFINISHED
-    if not marker.exists():
-        marker.parent.mkdir(exist_ok=True)
-        (marker.parent / SUMMARY).unlink(missing_ok=True)
-        marker.write_text(str(time.time()))
-    threads = 1 if jobs > 1 else None
-    copied = KernelServer(environment(threads)) if jobs > 1 and KernelServer.possible() else contextlib.nullcontext()
-    with copied as kernels:
-        todo = {name: Job(name, threads=threads, kernels=kernels) for name in plan.parameters}
+    # The process that kernels are copied from imports while this one imports and checks.
+    many = jobs != 1 and KernelServer.possible()
+    with KernelServer(environment(1)) if many else contextlib.nullcontext() as kernels:
+        plan = plan_profile(profile, [only] if isinstance(only, str) else only)
+        jobs = min(jobs or _default_jobs(), len(plan.parameters))
+        keys = _keys(plan)
+        kept = _finished(keys)
+        marker = paths.reports() / UNFINISHED
+        if not marker.exists():
+            marker.parent.mkdir(exist_ok=True)
+            (marker.parent / SUMMARY).unlink(missing_ok=True)
+            marker.write_text(str(time.time()))
+        options = {"threads": 1, "kernels": kernels} if jobs > 1 else {}
+        todo = {name: Job(name, **options) for name in plan.parameters}
         with contextlib.closing(Board(plan, todo, kept, show=progress)) as board:
             results = board.run(jobs, keys)
     marker.unlink(missing_ok=True)
@@ -120,6 +119,7 @@ def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
     import torch
 
     from workbench.diffusion.models import load_model
+    from workbench.diffusion.parallel import in_threads
 
     model = load_model(UNIT_MODEL, device="cpu")
     x_t = torch.zeros(batch, *model.image_shape)
@@ -149,6 +149,13 @@ def find_cuts(plan: Profile) -> dict[str, str]:
         if differ:
             cuts[name] = f"Cut short for speed: {', '.join(differ)} of the profile {plan.in_short_for}."
     return cuts
+
+
+def _keys(plan: Profile) -> dict[str, str]:
+    """Names of what each notebook is made of."""
+    from workbench.report.sweep import content_key  # torch and diffusers, seconds
+
+    return {name: content_key(name, values) for name, values in plan.parameters.items()}
 
 
 def _default_jobs() -> int:

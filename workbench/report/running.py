@@ -9,23 +9,7 @@ import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from workbench.diffusion.memory import KEPT_MEMORY
-from workbench.diffusion.parallel import PROGRESS, THREADS, thread_count
-from workbench.report.kernels import KernelServer
-
-
-def environment(threads: int | None) -> dict[str, str]:
-    """Variables of a kernel: samples are computed on all cores, and whatever waits for a thread sleeps.
-
-    Threads that spin while they wait take the core of another notebook, or of whatever runs on the machine.
-
-    Parameters
-    ----------
-    threads : int, optional
-        Threads of linear algebra; by default as many as this process has.
-    """
-    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_MEMORY, **os.environ, THREADS: str(thread_count()), **own}
+from workbench.report.kernels import KernelServer, environment
 
 
 class Job:
@@ -56,8 +40,10 @@ class Job:
         self._lock = threading.Lock()
 
     def environment(self) -> dict[str, str]:
-        """Variables of the kernel."""
-        return environment(self._threads) | {PROGRESS: self._folder.name}
+        """Variables of the kernel, which computes samples on all cores and counts its passes."""
+        from workbench.diffusion.parallel import PROGRESS, THREADS, thread_count  # torch, a second or two
+
+        return environment(self._threads) | {THREADS: str(thread_count()), PROGRESS: self._folder.name}
 
     def follow(self, manager, client) -> None:
         """Learn of each cell as papermill's `manager` begins it, and keep the `client` to stop it by."""
