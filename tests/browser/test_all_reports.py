@@ -31,7 +31,7 @@ NOTEBOOKS = {
         "colors": [renamed("Dark_Skin")],
         "target": renamed("Smiling"),
         "nuisances": [renamed("Long_Hair")],
-        "n_measured": 3,
+        "n_measured": 5,
     },
     "60_boundaries": {
         "n": 60,

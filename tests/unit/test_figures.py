@@ -39,7 +39,13 @@ def test_every_experiment_of_both_papers_has_a_figure(known):
     assert all(name == made.name for name, made in known.items())
 
 
-@pytest.mark.parametrize("name", figures.list_figures())
+QUICK = ("haas-fig2b", "haas-fig8b", "zhu-e2")
+"""Figures of few passes, which every run of the tests makes."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in figures.list_figures()]
+)
 def test_every_figure_can_be_made_and_has_the_numbers_of_its_claims(name, small, tmp_path):
     (path,) = figures.draw_figure(name, small, out=tmp_path, columns="none")
     record = json.loads(path.read_text())

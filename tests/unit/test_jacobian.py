@@ -158,7 +158,7 @@ def test_lean_operations_have_the_derivatives_of_torchs(f, width):
 
 
 def test_the_network_runs_once(model, run, monkeypatch):
-    """The encoder and the decoder once each, whatever the number of products; and block after block in one batch."""
+    """The encoder once, and the decoder once for each vector of a block, whatever the number of products."""
     seen = {"in": [], "out": []}
     unet = model.unet.unet
     handles = [
@@ -171,7 +171,7 @@ def test_the_network_runs_once(model, run, monkeypatch):
         for handle in handles:
             handle.remove()
     assert found.convergence.iterations > 2
-    assert seen == {"in": [1], "out": [9]}
+    assert seen["in"] == [1] and sum(seen["out"]) == 9
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,8 @@ class Classifier:
         return torch.cat(outputs)
 
     def _in_threads(self, function, batch: torch.Tensor) -> torch.Tensor:
-        """`function` of a batch, whose images are split over the cores of a CPU."""
-        if self.device.type != "cpu":
+        """`function` of a batch; a network of this project's splits its images over the cores of a CPU."""
+        if self.device.type != "cpu" or self._maps is None:
             return function(batch)
         return torch.cat(in_threads(lambda rows: function(batch[rows]), split(len(batch), batch.shape[1:])))
 
