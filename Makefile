@@ -19,8 +19,8 @@ install: $(VENV)/installed-lab  ## create .venv and install the workbench with p
 report: $(VENV)/installed  ## run the notebooks, write reports/index.html (PROFILE=standard, full: more, for printing)
 	@$(BIN)/workbench report --profile $(PROFILE)
 
-# Each test process computes with one thread; `slow` ones are left to test-all.
-PYTEST = cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# Each test process computes with one thread, and has whole files: some make reports that all of their tests look at.
+PYTEST = cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, browser
 	$(PYTEST) -m "not slow" tests notebooks/00_quickstart.ipynb notebooks/90_your_images.ipynb \
