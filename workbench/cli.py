@@ -650,8 +650,8 @@ def _convert_boundary(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     import workbench as wb
-    from workbench.diffusion import golden
     from workbench.diffusion.models import verify
+    from workbench.formats import golden
 
     reference = arguments.against or arguments.model
     difference = verify(wb.load_model(arguments.model, device=arguments.device), reference)
@@ -857,7 +857,7 @@ def _geometry(arguments: argparse.Namespace) -> None:
 
 def _mixing_step(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.analysis.mixing import agreement
+    from workbench.analysis.mixing_criteria import agreement
 
     if arguments.n < 10:
         raise ValueError(
@@ -988,7 +988,7 @@ def _boundary_edit(arguments: argparse.Namespace) -> None:
 
 
 def _studio(arguments: argparse.Namespace) -> None:
-    from workbench.report.server import serve_studio
+    from workbench.studio.server import serve_studio
 
     names = ("model", "directions", "seeds", "steps", "eta", "classifier", "device")
     serve_studio(
@@ -1003,8 +1003,8 @@ def _edit(arguments: argparse.Namespace) -> None:
     import torch
 
     import workbench as wb
-    from workbench.editing import recipe
-    from workbench.editing.session import describe
+    from workbench.studio import recipe
+    from workbench.studio.session import describe
 
     own = recipe.read_recipe(arguments.recipe)
     torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits
@@ -1034,9 +1034,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     import runpy
 
     import workbench as wb
-    from workbench.analysis import leaderboard
-    from workbench.editing import benchmark
-    from workbench.editing.methods import METHODS
+    from workbench.benchmark import leaderboard
+    from workbench.benchmark import run as benchmark
+    from workbench.benchmark.methods import METHODS
     from workbench.report import notebooks
 
     if arguments.plugin is not None:
@@ -1157,7 +1157,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate_model(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.editing.evaluation import RECIPE
+    from workbench.evaluate import RECIPE
 
     card = None if arguments.card is None else paths.local(arguments.card)
     if card is not None and not card.is_dir():

@@ -10,7 +10,7 @@ import torch
 
 import workbench as wb
 from workbench.directions.direction import Direction, random_like
-from workbench.report import widgets
+from workbench.studio import widgets
 
 pytestmark = pytest.mark.slow
 

@@ -28,9 +28,9 @@ from report_checks import CHROMIUM
 
 import workbench as wb
 from workbench import paths
-from workbench.editing.recipe import load_editable, read_recipe
 from workbench.report import plots
-from workbench.report.server import _free_port
+from workbench.studio.recipe import load_editable, read_recipe
+from workbench.studio.server import _free_port
 
 pytestmark = [
     pytest.mark.browser,

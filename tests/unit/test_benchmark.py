@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import workbench as wb
-from workbench.analysis import leaderboard
 from workbench.analysis.metrics import cosine_similarity, perceptual_distance
+from workbench.benchmark import leaderboard, methods
+from workbench.benchmark import run as benchmark
+from workbench.benchmark.methods import METHODS, Edit, register_method
+from workbench.benchmark.run import Bench, Protocol, backdrop, run_benchmark
 from workbench.datasets.labelled import load_images
 from workbench.directions.supervised import find_from_labels
-from workbench.editing import benchmark, methods
-from workbench.editing.benchmark import Bench, Protocol, backdrop, run_benchmark
-from workbench.editing.methods import METHODS, Edit, register_method
 
 NAMES = ("Bright", "Red")
 USUAL = -0.17  # what splits the tiny network's samples in halves

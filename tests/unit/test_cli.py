@@ -23,19 +23,19 @@ from test_session import planted
 
 import workbench as wb
 from workbench import cli, paths
+from workbench.benchmark import methods
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
-from workbench.diffusion import golden, layouts
 from workbench.diffusion.models import load_model
 from workbench.diffusion.sampling import sample
 from workbench.directions.boundary import load_boundary
 from workbench.directions.direction import load_direction
-from workbench.editing import methods
-from workbench.editing.recipe import save_recipe
-from workbench.editing.session import EditSession
+from workbench.formats import golden, layouts
 from workbench.hspace.store import open_store
 from workbench.report import figures
-from workbench.report.server import find_editables
+from workbench.studio.recipe import save_recipe
+from workbench.studio.server import find_editables
+from workbench.studio.session import EditSession
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ import torch
 import workbench as wb
 from workbench import cli
 from workbench.datasets import avataaars
-from workbench.editing.evaluation import BEGIN, END, RECIPE, new_card
+from workbench.evaluate import BEGIN, END, RECIPE, new_card
 
 OPTIONS = {"steps": 4, "n_inverted": 3, "inversion_steps": 4, "progress": False}
 

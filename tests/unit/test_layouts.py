@@ -19,11 +19,12 @@ from originals import DDPM, Guided, randomised
 from safetensors.torch import save_file
 
 import workbench as wb
-from workbench.diffusion import golden, layouts, models
-from workbench.diffusion.checkpoints import read_checkpoint
+from workbench.diffusion import models
 from workbench.diffusion.memory import estimate_memory
 from workbench.diffusion.models import known_models, verify
 from workbench.diffusion.unet import SplitUNet
+from workbench.formats import golden, layouts
+from workbench.formats.checkpoints import read_checkpoint
 
 DDPMS = {
     "two levels": {"size": 8, "ch": 32, "mult": (1, 2), "layers": 1, "attention": (4,)},

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.analysis.leaderboard import _at, by_attribute, difference, leaderboard, pareto
+from workbench.benchmark.leaderboard import _at, by_attribute, difference, leaderboard, pareto
 
 SCALES, N = (1.0, 2.0, 4.0), 40
 

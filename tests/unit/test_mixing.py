@@ -13,9 +13,9 @@ from exact import exact_model, rms, which_class
 from scipy import integrate, stats
 
 import workbench as wb
-from workbench.analysis import mixing
+from workbench.analysis import mixing_criteria as mixing
 from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
-from workbench.analysis.mixing import (
+from workbench.analysis.mixing_criteria import (
     _largest,
     _tv_uniform,
     agreement,
@@ -32,8 +32,8 @@ from workbench.analysis.mixing import (
     smallest_below,
     total_variation,
 )
-from workbench.editing import mixing as searches
-from workbench.editing.mixing import CRITERIA, decode_from, mixing_step
+from workbench.editing import mixing_search as searches
+from workbench.editing.mixing_search import CRITERIA, decode_from, mixing_step
 
 ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
 MU, S = 0.25, 0.2

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import workbench as wb
 from workbench import paths
-from workbench.diffusion.checkpoints import hash_weights
 from workbench.diffusion.models import load_shapes
+from workbench.formats.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BUNDLED = {

@@ -29,12 +29,24 @@ FUNCTIONS = [name for name in wb.__all__ if name in wb._NAMES and name[0].islowe
 STATEFUL = {"EditSession", "EditStudio"}  # what a person changes by its controls
 RECORDS = [name for name in wb.__all__ if name in wb._NAMES and name[0].isupper() and name not in STATEFUL]
 
-ROOMS = ("diffusion", "hspace", "analysis", "directions", "editing", "report", "cli")
+ROOMS = (
+    "formats",
+    "diffusion",
+    "hspace",
+    "analysis",
+    "directions",
+    "editing",
+    "benchmark",
+    "evaluate",
+    "report",
+    "studio",
+    "cli",
+)
 BESIDE = {"hashing", "paths", "workers"}
 MAY_IMPORT = {room: BESIDE | {*ROOMS[: i + 1]} for i, room in enumerate(ROOMS)}
 # datasets stands beside hspace: the two don't know each other, whoever comes later knows both.
-MAY_IMPORT["datasets"] = {"paths", "diffusion", "datasets"}
-for later in ROOMS[2:]:
+MAY_IMPORT["datasets"] = {"paths", "formats", "diffusion", "datasets"}
+for later in ROOMS[3:]:
     MAY_IMPORT[later].add("datasets")
 MAY_IMPORT["hashing"] = MAY_IMPORT["paths"] = MAY_IMPORT["workers"] = set()
 MAY_IMPORT["__init__"] = set()
@@ -43,12 +55,12 @@ ONLY_IN = {
     "diffusers": {"diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
     "papermill": {"report/notebooks.py", "report/parameters.py"},
     "nbconvert": {"report/notebooks.py"},
-    "ipywidgets": {"report/widgets.py"},
-    "anywidget": {"report/widgets.py"},
-    "voila": {"report/server.py"},
+    "ipywidgets": {"studio/widgets.py"},
+    "anywidget": {"studio/widgets.py"},
+    "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/classifiers.py"},
-    "distributed": {"workers.py", "report/sweep.py", "editing/benchmark.py"},
+    "distributed": {"workers.py", "report/sweep.py", "benchmark/run.py"},
 }
 
 
@@ -340,7 +352,7 @@ def test_a_code_hash_follows_imports_and_no_words(tmp_path, monkeypatch):
     ("result", "parts"),
     [
         ("workbench.hspace.extract", {"diffusion.sampling", "diffusion.schedule", "diffusion.unet", "hspace.store"}),
-        ("workbench.editing.benchmark", {"editing.crossing", "editing.methods", "directions.supervised"}),
+        ("workbench.benchmark.run", {"editing.crossing", "benchmark.methods", "directions.supervised"}),
         ("workbench.report.zhu", {"report.figures", "editing.experiments", "analysis.dynamics"}),
     ],
 )

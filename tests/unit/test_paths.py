@@ -18,8 +18,8 @@ import workbench as wb
 from workbench import cli, paths
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import load_direction
-from workbench.editing.session import EditSession
-from workbench.report.server import find_editables
+from workbench.studio.server import find_editables
+from workbench.studio.session import EditSession
 
 ODD = ("a b", "50%", "a%20b", "x#y", "x::y", "größe", "a?b*[c]", "~draft", "-o", "what's")
 ADDRESSES = ("memory://a/b.zarr", "s3://bucket/name", "https://host/x.png", "simplecache::s3://bucket/x", "S3://b/x")

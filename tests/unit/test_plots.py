@@ -16,7 +16,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from plotly import graph_objects as go
 
-from workbench.analysis.mixing import MixingStep
+from workbench.analysis.mixing_criteria import MixingStep
 from workbench.report import plots
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from workbench import cli, paths
-from workbench.diffusion import layouts
+from workbench.formats import layouts
 from workbench.report import notebooks, parameters, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))

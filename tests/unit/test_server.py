@@ -10,8 +10,8 @@ from test_session import planted
 
 import workbench as wb
 from workbench import paths
-from workbench.report import server
-from workbench.report.server import find_editables, open_studio
+from workbench.studio import server
+from workbench.studio.server import find_editables, open_studio
 
 
 @pytest.fixture

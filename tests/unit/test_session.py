@@ -16,8 +16,8 @@ import workbench as wb
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, load_direction, random_like
 from workbench.editing.edit import plan_edit
-from workbench.editing.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
-from workbench.editing.session import Cancelled, EditSession, EditState, Progress, Rendering
+from workbench.studio.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
+from workbench.studio.session import Cancelled, EditSession, EditState, Progress, Rendering
 
 STEPS = 12
 T = 498  # visited by 6 steps and by 12

@@ -17,9 +17,10 @@ from test_session import T, planted
 
 import workbench as wb
 from workbench.directions.boundary import Boundary
-from workbench.editing.recipe import read_recipe
-from workbench.report import plots, widgets
-from workbench.report.widgets import EditStudio, Worker
+from workbench.report import plots
+from workbench.studio import widgets
+from workbench.studio.recipe import read_recipe
+from workbench.studio.widgets import EditStudio, Worker
 
 STEPS = 6
 

@@ -35,10 +35,10 @@ from workbench import paths
 from workbench.datasets import avataaars
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.datasets.tables import not_binary
-from workbench.diffusion.checkpoints import hash_weights, load_strictly, read_json, read_state_dict
 from workbench.diffusion.images import warn_of_unit_range
 from workbench.diffusion.models import best_device
 from workbench.diffusion.parallel import in_threads, split
+from workbench.formats.checkpoints import hash_weights, load_strictly, read_json, read_state_dict
 
 BUNDLED = {"avataaars": "labeller", "avataaars-judge": "judge"}
 """Bundled classifiers and their folders below data/models/avataaars-attributes."""

@@ -22,11 +22,11 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound
 
 from workbench import paths
-from workbench.diffusion import checkpoints, golden, layouts
 from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory
 from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
+from workbench.formats import checkpoints, golden, layouts
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -39,13 +39,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from workbench import paths
-from workbench.diffusion.checkpoints import hash_weights, read_json
 from workbench.diffusion.images import check_values, warn_of_unit_range
 from workbench.diffusion.models import Model, has_unet, load_model, wrap
 from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
+from workbench.formats.checkpoints import hash_weights, read_json
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 """Files of a training beside the model's own: what it is, where it stands, its losses."""

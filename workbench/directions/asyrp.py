@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from workbench.diffusion.checkpoints import read_tensors
 from workbench.diffusion.models import Model
 from workbench.directions.direction import Direction, origin_of
+from workbench.formats.checkpoints import read_tensors
 from workbench.hspace.store import HStore
 from workbench.paths import local
 

@@ -24,6 +24,7 @@ from matplotlib.text import Text
 
 from workbench import __version__, paths
 from workbench.analysis.metrics import drawn_again, mean_interval
+from workbench.benchmark.run import find_masks
 from workbench.datasets.classifiers import Classifier, load_classifier
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.models import Model, load_model
@@ -31,7 +32,6 @@ from workbench.diffusion.sampling import Trajectory, invert, sample
 from workbench.directions.boundary import Boundary, fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
-from workbench.editing.benchmark import find_masks
 from workbench.hashing import code_hash
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore

@@ -11,11 +11,11 @@ import torch
 from scipy.stats import spearmanr
 
 from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
+from workbench.benchmark.run import backdrop
 from workbench.directions.direction import Direction, random_like
 from workbench.directions.jacobian import find_jacobian
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_labels
-from workbench.editing.benchmark import backdrop
 from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid

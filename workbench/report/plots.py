@@ -27,7 +27,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 from plotly import graph_objects as go
 
-from workbench.analysis.mixing import MixingStep
+from workbench.analysis.mixing_criteria import MixingStep
 from workbench.editing.grid import EditGrid
 from workbench.paths import local, writable
 

@@ -16,17 +16,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from workbench.analysis import dynamics, leaderboard
+from workbench.analysis import dynamics
 from workbench.analysis.metrics import monotonicity
+from workbench.benchmark import leaderboard
+from workbench.benchmark.run import SIZES, Protocol, run_benchmark
 from workbench.datasets import avataaars
 from workbench.datasets.labelled import to_tensor
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
 from workbench.directions.boundary import fit_boundary
 from workbench.editing import experiments
-from workbench.editing.benchmark import SIZES, Protocol, run_benchmark
 from workbench.editing.crossing import cross_boundary
-from workbench.editing.mixing import mixing_step
+from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots
 from workbench.report.figures import SHOWN, T_AXIS, Drawn, Number, Setup, curves, difference_of, mean_of, recipe, words

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from workbench.diffusion.layouts import ANCHORS
+from workbench.formats.layouts import ANCHORS
 from workbench.paths import local
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -38,6 +38,7 @@ from workbench.analysis.metrics import (
     peak_signal_to_noise,
     perceptual_distance,
 )
+from workbench.benchmark.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
 from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
@@ -45,7 +46,6 @@ from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
-from workbench.editing.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
 from workbench.hashing import code_hash
 from workbench.workers import start_workers
 

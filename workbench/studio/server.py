@@ -20,9 +20,9 @@ from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.directions.pca import find_pca
-from workbench.editing.recipe import load_editable
 from workbench.hspace.extract import extract
-from workbench.report.widgets import EditStudio
+from workbench.studio.recipe import load_editable
+from workbench.studio.widgets import EditStudio
 
 LOOPBACK = "127.0.0.1"
 _OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
@@ -186,7 +186,7 @@ def _absolute(options: dict) -> dict:
 
 
 def _notebook(options: dict) -> dict:
-    source = f"from workbench.report.server import open_studio\n\nopen_studio(**{options!r})"
+    source = f"from workbench.studio.server import open_studio\n\nopen_studio(**{options!r})"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cell = {"cell_type": "code", "id": "studio", "metadata": {}, "outputs": [], "execution_count": None}
     return {

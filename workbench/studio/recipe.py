@@ -22,8 +22,8 @@ from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import FORMAT as BOUNDARY_FORMAT
 from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, digest, load_direction
-from workbench.editing.session import EditSession, EditState, Rendering
 from workbench.paths import file_name, local, writable, written
+from workbench.studio.session import EditSession, EditState, Rendering
 
 FORMAT, VERSION = "hspace-edit", 1
 

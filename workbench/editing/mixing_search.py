@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from workbench.analysis.mixing import (
+from workbench.analysis.mixing_criteria import (
     MixingStep,
     largest_below,
     largest_near_best,
@@ -83,7 +83,7 @@ def mixing_step(
     """Find the timestep at which x_t has mixed: early enough to decide what the image shows, late enough to keep it.
 
     Zhu et al. 2023 edit once, at this step. Their automatic search is not in the released code, so six criteria stand
-    here; which of them agree is a finding about the model, see `analysis.mixing.agreement`.
+    here; which of them agree is a finding about the model, see `analysis.mixing_criteria.agreement`.
 
     "radius_gap"
         The mean radii of sampled and inverted x_t. t is the largest timestep from which on, down to the image, they
