@@ -28,7 +28,7 @@ from PIL import Image
 from plotly import graph_objects as go
 
 from workbench.analysis.mixing_criteria import MixingStep
-from workbench.editing.grid import EditGrid
+from workbench.editing.render import EditGrid
 from workbench.paths import local, writable
 
 __all__ = [

@@ -31,7 +31,7 @@ from workbench.diffusion.models import Model, differs
 from workbench.diffusion.sampling import Trajectory, replay
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
-from workbench.editing.grid import EditGrid
+from workbench.editing.render import EditGrid
 from workbench.hspace.store import HStore
 from workbench.report import plots
 from workbench.studio.recipe import apply_recipe, save_recipe
