@@ -33,6 +33,7 @@ _WHERE = {
         "move_jointly",
         "samples_needed",
     ),
+    "directions.boundary_accuracy": ("accuracy_over_samples", "accuracy_over_time"),
     "directions.direction": ("Direction", "load_direction", "random_like"),
     "directions.asyrp": ("DeltaFunction", "load_asyrp"),
     "directions.jacobian": ("find_jacobian", "find_pullback"),
