@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from workbench import paths
+from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.models import load_model
 from workbench.report import claims, figures, plots
-from workbench.report.figures import Drawn, Number, Setup
+from workbench.report.figures import Drawn, Setup
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +112,6 @@ def test_an_unknown_name_or_width_is_a_sentence(tmp_path):
         figures.draw_figure("zhu-e4", few, out=tmp_path, columns="none")
 
 
-def test_intervals_of_means_ratios_and_differences():
-    rng = np.random.default_rng(0)
-    values = rng.normal(1.0, 2.0, 200)
-    found = figures.mean_of([*values, np.nan])
-    half = 1.96 * values.std() / np.sqrt(200)
-    assert (found.value, found.n) == (pytest.approx(values.mean()), 200)
-    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
-    ratio = figures.ratio_of(3 * np.abs(values), np.abs(values))
-    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((3.0, 3.0, 3.0))
-    gap = figures.difference_of(Number(5, 4, 7, 10), Number(1, 0, 1, 8))
-    assert (gap.value, gap.low, gap.high, gap.n) == pytest.approx((4, 3, 4 + np.hypot(2, 1), 8))
-    assert np.isnan(figures.mean_of([np.nan]).value)
-
-
 # Claims
 
 
@@ -166,7 +153,7 @@ def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bu
 def test_a_record_of_other_weights_code_or_none_at_all_is_not_measured(small, tmp_path, monkeypatch):
     known = figures.list_figures()["haas-fig2a"]
     drawn = Drawn(plots.line([0, 1], [0, 1], xlabel="x", ylabel="y"), pd.DataFrame({"a": [1]}), "caption",
-                  {"follows_h": Number(0.9, 0.8, 1.0, 10)})  # fmt: skip
+                  {"follows_h": Estimate(0.9, 0.8, 1.0, 10)})  # fmt: skip
     path = figures.write_record(known, drawn, small, out=tmp_path)
     judged = claims.verdicts(figures.read_records(tmp_path, model=small.model)).set_index("claim")
     first = judged.loc["h carries what an image shows (Fig. 2a)"]

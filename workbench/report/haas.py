@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
+from workbench.analysis.intervals import Estimate, difference_of, mean_of, ratio_of
 from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.benchmark.run import backdrop
 from workbench.directions.direction import Direction, random_like
@@ -24,12 +25,8 @@ from workbench.report.figures import (
     SHOWN,
     T_AXIS,
     Drawn,
-    Number,
     Setup,
     curves,
-    difference_of,
-    mean_of,
-    ratio_of,
     recipe,
     words,
 )
@@ -134,7 +131,7 @@ def component_and_random(setup: Setup) -> Drawn:
         for i, scale in enumerate(scales):
             features = setup.judge.features(images[d, :, i])
             low, high = kernel_distance_interval(features, real)
-            kernels[name, scale] = Number(kernel_distance(features, real), low, high, len(features))
+            kernels[name, scale] = Estimate(kernel_distance(features, real), low, high, len(features))
             rows.append({"direction": name, "scale": scale, **vars(mean_of(moved[d, :, i]))})
             rows[-1] |= {"kid": kernels[name, scale].value, "kid_low": low, "kid_high": high}
     table = pd.DataFrame(rows)
@@ -320,7 +317,7 @@ def table1(setup: Setup) -> Drawn:
         plots.matrix(both),
         found.table,
         f"Change of the score at 1.5 sigma, {len(runs)} samples; columns with ⊥ after projection (eq. 12).",
-        {"leakage_falls": Number(float(fall[0]), float(low), float(high), len(runs))},
+        {"leakage_falls": Estimate(float(fall[0]), float(low), float(high), len(runs))},
     )
 
 
