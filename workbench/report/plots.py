@@ -208,9 +208,7 @@ def image_grid(
         axes.tick_params(length=0, pad=4)
         axes.set_xticks(np.arange(columns) * step_x + width / 2 if column_labels else [], column_labels)
         axes.set_yticks(np.arange(rows) * step_y + title_space + height / 2 if row_labels else [], row_labels)
-        if caption:
-            wrapped = _wrap(caption, max(figure.get_figwidth(), 3.0))
-            axes.annotate(wrapped, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **_CAPTION)
+        add_caption(figure, caption)
     return figure
 
 
@@ -264,7 +262,7 @@ def before_after(before, after, *, scores: pd.DataFrame | None = None, caption: 
             panels[-1].set(xlim=(0, 1), xlabel="probability")
             panels[-1].grid(visible=False, axis="y")
             figure.legend(loc="outside upper right", ncols=2, fontsize=8)
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -394,7 +392,7 @@ def line(
             axes.invert_xaxis()
         if labels is not None or isinstance(y, Mapping):
             axes.legend()
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -452,7 +450,7 @@ def bars(
         if len(groups) > 1:
             # Above the axes: bars of a share reach their top.
             figure.legend(loc="outside upper left", ncols=2)
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -492,7 +490,7 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
         axes.set_yticks(range(rows), [str(r).replace("_", " ") for r in table.index])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -527,7 +525,7 @@ def training_curve(log: pd.DataFrame, *, caption: str | None = None) -> Figure:
             axes.plot(log["images"], log[name], color=color, label=name)
         axes.plot(log["images"], log["loss"], color="black", linewidth=2, label="all")
         axes.legend(ncols=2)
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -571,7 +569,7 @@ def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> 
             axes.set_ylabel(_wrap(step.quantity, 1.5), fontsize=7.5)
         panels[-1].set_xlabel("timestep t (1000 is noise, 0 is the image)")
         panels[-1].invert_xaxis()
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -636,7 +634,7 @@ def pareto(
         for axes in grid[: len(panels)][-columns:]:
             axes.set_xlabel(xlabel, fontsize=9)
             axes.tick_params(labelbottom=True)
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -698,7 +696,7 @@ def scatter(
         axes.set_box_aspect(1)
         if pictures is not None:
             _draw_thumbnails(axes, points, pictures, edge, n_thumbnails)
-        _add_caption(figure, caption)
+        add_caption(figure, caption)
     return figure
 
 
@@ -1076,6 +1074,12 @@ def _wrap(text: str, inches: float) -> str:
     return textwrap.fill(text, int(inches * 15.5))
 
 
-def _add_caption(figure: Figure, caption: str | None) -> None:
-    if caption:
+def add_caption(figure: Figure, caption: str | None) -> None:
+    """Write a caption below a figure."""
+    if not caption:
+        return
+    if figure.get_layout_engine() is not None:
         figure.supxlabel(_wrap(caption, figure.get_figwidth()), x=0.02, ha="left", **_CAPTION)
+    else:  # a grid of images fills its figure
+        wrapped = _wrap(caption, max(figure.get_figwidth(), 3.0))
+        figure.axes[0].annotate(wrapped, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **_CAPTION)
