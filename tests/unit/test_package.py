@@ -94,7 +94,7 @@ def rooms_imported_by(path: Path) -> set[str]:
             continue  # the last room: all others are to its left
         assert "." in name, f"{name_of(path)} imports the whole package; import from its rooms"
         target = name.split(".")[1]
-        if target == "__version__":
+        if target in ("__version__", "_NAMES", "_MODULES"):
             continue
         # A lazy name stands for the room that it comes from.
         rooms.add({**wb._NAMES, **wb._MODULES}.get(target, target).split(".")[0])
