@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 
 _WHERE = {
+    "analysis.intervals": ("Estimate",),
     "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.training": ("TrainingSettings", "train_model"),

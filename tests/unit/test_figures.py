@@ -12,6 +12,7 @@ import pytest
 from notebook_files import write_notebook
 from PIL import Image
 
+from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.models import load_model
@@ -24,9 +25,10 @@ seed: int = 0
 figures: str = ""  # folder to save the figures to"""
 
 CELL = """
-import workbench as wb
+from types import SimpleNamespace
+
 import pandas as pd
-from types import SimpleNamespace as Some
+import workbench as wb
 
 table = pd.DataFrame({"x": [0, 1], "y": [0.5, steps]})
 wb.save_figure(
@@ -35,8 +37,8 @@ wb.save_figure(
     title="Haas et al. Fig. 4: a line",
     caption=f"{steps} steps.",
     table=table,
-    numbers={"change_at_2": Some(value=0.4, low=0.3, high=0.5, n=steps)},
-    sources={"model": Some(name=model_name, hash="abc")},
+    numbers={"change_at_2": wb.Estimate(0.4, 0.3, 0.5, steps)},
+    sources={"model": SimpleNamespace(name=model_name, hash="abc")},
     folder=figures,
 )
 """
@@ -48,7 +50,7 @@ def saved(name="haas-fig2a", folder="", **given):
         "title": "a title",
         "caption": "a caption",
         "table": pd.DataFrame({"a": [1]}),
-        "numbers": {"follows_h": SimpleNamespace(value=0.9, low=0.8, high=1.0, n=10)},
+        "numbers": {"follows_h": Estimate(0.9, 0.8, 1.0, 10)},
         "sources": {"model": SimpleNamespace(name="m", hash="abc")},
     }
     figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")

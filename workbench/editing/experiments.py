@@ -30,7 +30,8 @@ import pandas as pd
 import torch
 from sklearn.svm import SVC
 
-from workbench.analysis.metrics import Rate, kernel_distance, mean_interval, monotonicity, peak_signal_to_noise
+from workbench.analysis.intervals import mean_interval, share_of
+from workbench.analysis.metrics import kernel_distance, monotonicity, peak_signal_to_noise
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import Trajectory, invert, replay, sample
@@ -525,7 +526,7 @@ def control_both_signs(
     for sign in (-1, 0, 1):
         to = {"distances": [0.0], "mode": "shift"} if sign == 0 else {"distances": [sign * distance]}
         images = cross_boundary(model, run, boundary_h, boundary_x, eta=eta, progress=progress, **to).images[:, 0]
-        rate = Rate.of(float((classifier(images)[attribute] > 0.5).mean()), len(images))
+        rate = share_of(float((classifier(images)[attribute] > 0.5).mean()), len(images))
         spread = images.flatten(1).double().var(dim=0).mean().sqrt().item() * np.sqrt(2.0)
         row = {"sign": sign, "share": rate.value, "low": rate.low, "high": rate.high, "diversity": spread}
         if real is not None:

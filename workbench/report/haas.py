@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
+from workbench.analysis.intervals import Estimate as Number
+from workbench.analysis.intervals import difference_of, mean_of, ratio_of
 from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.benchmark.run import backdrop
 from workbench.directions.direction import Direction, random_like
@@ -24,12 +26,8 @@ from workbench.report.recipes import (
     SHOWN,
     T_AXIS,
     Drawn,
-    Number,
     Setup,
     curves,
-    difference_of,
-    mean_of,
-    ratio_of,
     recipe,
     words,
 )

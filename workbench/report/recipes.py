@@ -19,7 +19,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from workbench import __version__
-from workbench.analysis.metrics import drawn_again, mean_interval
+from workbench.analysis.intervals import Estimate
 from workbench.benchmark.run import find_masks
 from workbench.datasets.classifiers import Classifier, load_classifier
 from workbench.datasets.labelled import LabelledImages, load_images
@@ -41,23 +41,6 @@ HELD_OUT = 10**6
 """Seeds of samples to edit count from here."""
 
 
-@dataclass(frozen=True)
-class Number:
-    """A measured value with its 95% interval.
-
-    Attributes
-    ----------
-    value, low, high : float
-    n : int
-        Of what the interval is over.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 @dataclass(frozen=True, eq=False)
 class Drawn:
     """What a recipe returns.
@@ -68,14 +51,14 @@ class Drawn:
     table : DataFrame
         The numbers drawn.
     caption : str
-    claims : dict of str -> Number
+    claims : dict of str -> Estimate
         What a claim is judged by.
     """
 
     figure: Figure = field(repr=False)
     table: pd.DataFrame = field(repr=False)
     caption: str
-    claims: dict[str, Number] = field(default_factory=dict)
+    claims: dict[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,35 +264,6 @@ class Setup:
     def _sampled(self, eta: float) -> Trajectory:
         seeds = range(HELD_OUT + self.seed, HELD_OUT + self.seed + self.measured)
         return sample(self.model, seeds, steps=self.steps, eta=eta, record_h=True, record_x=True, progress=False)
-
-
-def mean_of(values, *, seed: int = 0) -> Number:
-    """Mean of one value a sample, with its bootstrap interval; samples whose value is not known are left out."""
-    values = np.asarray(values, dtype=float).ravel()
-    values = values[np.isfinite(values)]
-    mean = float(values.mean()) if len(values) else float("nan")
-    return Number(mean, *mean_interval(values, seed=seed), len(values))
-
-
-def ratio_of(above, below, *, seed: int = 0) -> Number:
-    """Ratio of two means over the same samples, with its bootstrap interval."""
-    a, b = (np.asarray(values, dtype=float).ravel() for values in (above, below))
-    if len(a) < 2:
-        return Number(float(a.mean() / b.mean()), float("nan"), float("nan"), len(a))
-    counts = drawn_again(len(a), resamples=1000, seed=seed)
-    low, high = np.quantile((counts @ a) / (counts @ b), (0.025, 0.975))
-    return Number(float(a.mean() / b.mean()), float(low), float(high), len(a))
-
-
-def difference_of(one: Number, other: Number) -> Number:
-    """Difference of two numbers as if they were independent; the errors add in squares.
-
-    Too wide where both are of the same samples and rise and fall together.
-    """
-    gap = one.value - other.value
-    down = np.hypot(one.value - one.low, other.high - other.value)
-    up = np.hypot(one.high - one.value, other.value - other.low)
-    return Number(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
 
 
 def words(name: str) -> str:
