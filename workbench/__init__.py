@@ -58,13 +58,13 @@ _WHERE = {
     "studio.recipe": ("open_recipe", "save_recipe"),
     "studio.session": ("EditSession",),
     "report.facts": ("read_facts", "record_facts"),
+    "report.figures": ("save_figure",),
     "report.notebooks": ("run_notebook",),
     "report.sweep": ("sweep",),
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
     "experiments": "editing.experiments",
-    "figures": "report.figures",
     "paths": "paths",
     "plots": "report.plots",
 }

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
-from workbench.analysis.intervals import Estimate, difference_of, mean_of, ratio_of
+from workbench.analysis.intervals import Estimate as Number
+from workbench.analysis.intervals import difference_of, mean_of, ratio_of
 from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.benchmark.run import backdrop
 from workbench.directions.direction import Direction, random_like
@@ -21,7 +22,7 @@ from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid
 from workbench.report import plots
-from workbench.report.figures import (
+from workbench.report.recipes import (
     SHOWN,
     T_AXIS,
     Drawn,
@@ -131,7 +132,7 @@ def component_and_random(setup: Setup) -> Drawn:
         for i, scale in enumerate(scales):
             features = setup.judge.features(images[d, :, i])
             low, high = kernel_distance_interval(features, real)
-            kernels[name, scale] = Estimate(kernel_distance(features, real), low, high, len(features))
+            kernels[name, scale] = Number(kernel_distance(features, real), low, high, len(features))
             rows.append({"direction": name, "scale": scale, **vars(mean_of(moved[d, :, i]))})
             rows[-1] |= {"kid": kernels[name, scale].value, "kid_low": low, "kid_high": high}
     table = pd.DataFrame(rows)
@@ -317,7 +318,7 @@ def table1(setup: Setup) -> Drawn:
         plots.matrix(both),
         found.table,
         f"Change of the score at 1.5 sigma, {len(runs)} samples; columns with ⊥ after projection (eq. 12).",
-        {"leakage_falls": Estimate(float(fall[0]), float(low), float(high), len(runs))},
+        {"leakage_falls": Number(float(fall[0]), float(low), float(high), len(runs))},
     )
 
 

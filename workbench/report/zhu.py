@@ -17,7 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from workbench.analysis import dynamics
-from workbench.analysis.intervals import Estimate, difference_of, mean_of
+from workbench.analysis.intervals import Estimate as Number
+from workbench.analysis.intervals import difference_of, mean_of
 from workbench.analysis.metrics import monotonicity
 from workbench.benchmark import leaderboard
 from workbench.benchmark.run import SIZES, Protocol, run_benchmark
@@ -31,7 +32,7 @@ from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots
-from workbench.report.figures import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
+from workbench.report.recipes import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
 
 STRENGTH = 4.0
 """Standard deviations that x or h are moved by, where one strength is shown."""
@@ -115,7 +116,7 @@ def angles(setup: Setup) -> Drawn:
         plots.bars({name: relative[name] for name in relative}, ylabel="relative to N(0, I)"),
         table.reset_index(names="statistic"),
         f"t = {setup.timesteps[0]}, {setup.n} latents each.",
-        {"cosine_of_inverted": Estimate(float(np.mean(gaps)), float(low), float(high), setup.n)},
+        {"cosine_of_inverted": Number(float(np.mean(gaps)), float(low), float(high), setup.n)},
     )
 
 
@@ -147,7 +148,7 @@ def mixing(setup: Setup) -> Drawn:
         plots.mixing_steps(found),
         table,
         f"{setup.n} samples and images, {setup.steps} steps.",
-        {"commit": Estimate(float(commit.t), float(commit.interval[0]), float(commit.interval[1]), commit.n)},
+        {"commit": Number(float(commit.t), float(commit.interval[0]), float(commit.interval[1]), commit.n)},
     )
 
 
@@ -322,7 +323,7 @@ def other_source(setup: Setup) -> Drawn:
         "random": {"boundary_x": own, "control": setup.seed},
     }
     drawn = _crossed(setup, variants, claims={"samples_above_random": ("from samples, eta 0", "random")})
-    return replace(drawn, claims=drawn.claims | {"sources_told_apart": told})
+    return replace(drawn, claims=drawn.claims | {"sources_told_apart": Number(told.value, told.low, told.high, told.n)})
 
 
 @recipe("zhu-e15", "Zhu E15", "a thing that the model never saw, hats, against an attribute that it knows", minutes=1)
@@ -396,9 +397,9 @@ def benchmark(setup: Setup) -> Drawn:
     table = leaderboard.pareto(result.edits)
     without = int(leaderboard.by_attribute(result.edits, resamples=2)["n"].min())
 
-    def gap(first: str, second: str) -> Estimate:
+    def gap(first: str, second: str) -> Number:
         found = leaderboard.difference(result.edits, first, second)
-        return Estimate(found["value"], found["low"], found["high"], without)
+        return Number(found["value"], found["low"], found["high"], without)
 
     return Drawn(
         plots.pareto(table, family=result.provenance["family"]),
@@ -543,8 +544,8 @@ def _crossed(
     return Drawn(figure, table, caption, found)
 
 
-def _number(row: pd.Series, value: str) -> Estimate:
-    return Estimate(float(row[value]), float(row["low"]), float(row["high"]), int(row["n"]))
+def _number(row: pd.Series, value: str) -> Number:
+    return Number(float(row[value]), float(row["low"]), float(row["high"]), int(row["n"]))
 
 
 def _with_ends(table: pd.DataFrame, kept: str) -> pd.DataFrame:
