@@ -32,7 +32,7 @@ from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots
-from workbench.report.figures import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
+from workbench.report.recipes import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
 
 STRENGTH = 4.0
 """Standard deviations that x or h are moved by, where one strength is shown."""
