@@ -182,10 +182,10 @@ def _rows_of(t: int | torch.Tensor, rows: slice) -> int | torch.Tensor:
     return t[rows] if torch.is_tensor(t) and t.ndim else t
 
 
-def differs(own: dict, other: dict) -> str:
-    """What, besides name, weights and tap, tells two provenances of models apart, in words; empty if nothing does.
+def provenance_mismatch(own: dict, other: dict) -> str:
+    """What, besides name, weights and tap, two provenances of models disagree in, in words; empty if nothing.
 
-    What one of them does not say, as those of before and of arrays, is no difference.
+    A provenance that lacks an entry, as old files and plain arrays do, disagrees with none.
     """
     network = [each.get("network") for each in (own, other)]
     schedule = [(each.get("schedule") or {}).get("hash") for each in (own, other)]
@@ -193,6 +193,53 @@ def differs(own: dict, other: dict) -> str:
         if None not in pair and pair[0] != pair[1]:
             return what
     return ""
+
+
+def refuse_other_model(
+    what: str,
+    own: dict | None,
+    model: dict | None,
+    *,
+    whose: str = "this model",
+    tap: bool = True,
+    remedy: str = "what belongs to one model does not carry over to another",
+) -> None:
+    """Refuse what was made with another model: other weights, tap, network or noise schedule.
+
+    Parameters
+    ----------
+    what : str
+        What was made, for the messages: "the run", the name of a direction, the path of a store.
+    own, model : dict or None
+        Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
+    whose : str
+        What the second provenance is of, for the messages.
+    tap : bool
+        Compare where h is read, too.
+    remedy : str
+        What to do where the weights are others.
+
+    Raises
+    ------
+    ValueError
+    """
+    if own is None or model is None:
+        return
+    if own["hash"] != model["hash"]:
+        raise ValueError(
+            f"{what} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to {model['name']!r} "
+            f"(weights {model['hash']}); {remedy}"
+        )
+    if tap and own["tap"] != model["tap"]:
+        raise ValueError(
+            f"{what} has h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; use "
+            f"model.tapped({own['tap']!r})"
+        )
+    if mismatch := provenance_mismatch(own, model):
+        raise ValueError(f"{what} belongs to a model with another {mismatch} than {whose} does")
+
+
+differs = provenance_mismatch
 
 
 def load_model(
