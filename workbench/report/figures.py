@@ -32,9 +32,9 @@ from workbench.diffusion.sampling import Trajectory, invert, sample
 from workbench.directions.boundary import Boundary, fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
-from workbench.hashing import code_hash
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore
+from workbench.io import code_hash, write_text
 from workbench.report.plots import STYLE, line, save_figure
 
 WIDTHS = {"single": 3.4, "double": 7.0}
@@ -350,9 +350,7 @@ def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -
         "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
         "provenance": setup.provenance() | {"recipe": made.code, "code": code_hash(made.draw.__module__)},
     }
-    with paths.written(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_records(
