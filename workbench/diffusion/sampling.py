@@ -76,10 +76,13 @@ class Injection:
         shape (n, C, h, w). None leaves h as it is.
     asymmetric : bool
         If true, the edited eps enters P_t alone and D_t keeps the plain one (Asyrp eq. 5); else both (Haas et al.).
+    timesteps : tuple of int, optional
+        Those of the runs that it is for; None fits all.
     """
 
     change: Callable[[int, torch.Tensor, slice | torch.Tensor], torch.Tensor | None] = field(repr=False)
     asymmetric: bool = False
+    timesteps: tuple[int, ...] | None = field(default=None, repr=False)
 
     @classmethod
     def adding(cls, values: torch.Tensor, *, asymmetric: bool = False) -> Injection:
@@ -94,7 +97,8 @@ class Injection:
 
     def after(self, first: int) -> Injection:
         """The same change for a run that begins with step `first`."""
-        return replace(self, change=lambda i, h, samples: self.change(first + i, h, samples))
+        left = None if self.timesteps is None else self.timesteps[first:]
+        return replace(self, change=lambda i, h, samples: self.change(first + i, h, samples), timesteps=left)
 
 
 def at_step(values: torch.Tensor, i: int, samples: slice | torch.Tensor) -> torch.Tensor:
@@ -372,10 +376,12 @@ def replay(
     Raises
     ------
     ValueError
-        If a residual is asked for that the run does not have.
+        If the edit is for other timesteps, or a residual is asked for that the run does not have.
     """
     if residual:
         check_residual(run)
+    if edit is not None and edit.timesteps not in (None, run.timesteps):
+        raise ValueError("this edit was planned for other timesteps than the run's own; plan it for this run")
     plan = run if edit is None else replace(run, edit=edit)
     again = _run(plan, record_h=record_h, record_x=record_x, progress=progress)
     return replace(again, x0=again.x0 + run.residual) if residual else again

@@ -313,7 +313,7 @@ def cross_boundary(
     distances: Distances | Mapping[str, Distances] = (-3.0, -1.5, 0.0, 1.5, 3.0),
     batch_size: int | None = None,
     progress: bool | tqdm = True,
-    **options,
+    **options: object,
 ) -> EditGrid:
     """Edit samples by one move across a boundary at its timestep: `render` of a `Cross`.
 

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Injection, Trajectory, at_step
 from workbench.diffusion.schedule import NoiseSchedule, index_of
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
+from workbench.io import provenance_mismatch
 
 
 class NotApplicable(ValueError):
@@ -130,10 +131,10 @@ class Shift(Edit):
             def change(i: int, h: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor | None:
                 return h + weights[i] * self.direction(h, run.timesteps[i]) if weights[i] else None
 
-            return Injection(change, self.asymmetric)
+            return Injection(change, self.asymmetric, run.timesteps)
         self.direction.check_fits(run.model, run.timesteps)
         values = self.direction.delta(scale) * weights.view(-1, 1, 1, 1)
-        return Injection.adding(values[:, None], asymmetric=self.asymmetric)
+        return replace(Injection.adding(values[:, None], asymmetric=self.asymmetric), timesteps=run.timesteps)
 
     def about(self) -> dict:
         about = {"asymmetric": self.asymmetric, "t_range": self.t_range and list(self.t_range), "gain": self.gain}
@@ -203,7 +204,7 @@ class Swap(Edit):
             donor = at_step(values, i, samples).to(h).expand_as(h)
             return donor if self.mode == "replace" else slerp(h, donor, scale)
 
-        return Injection(change, self.asymmetric)
+        return Injection(change, self.asymmetric, run.timesteps)
 
     def _donor_h(self, run: Trajectory) -> torch.Tensor:
         donor = self.donor
@@ -299,7 +300,7 @@ def refuse_other_model(model: Model, other: Model, whose: str) -> None:
             f"{whose} comes from {other.name!r} tapped {other.tap!r} the mid block (weights {other.hash}), "
             f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
         )
-    if different := differs(other.provenance(), model.provenance()):
+    if different := provenance_mismatch(other.provenance(), model.provenance()):
         raise ValueError(f"{whose} comes from {other.name!r} with another {different}; sample it again with this model")
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.analysis.intervals import Estimate, mean_interval
 from workbench.analysis.metrics import (
     EffectMatrix,
-    Rate,
     effect_matrix,
     kernel_distance,
-    mean_interval,
     monotonicity,
     peak_signal_to_noise,
     success_rate,
@@ -88,7 +87,7 @@ class Effects:
         before, after = self.scores(edit, scale)
         return after - before
 
-    def success(self, attribute: str, *, edit: str | None = None, threshold: float = 0.5) -> dict[float, Rate]:
+    def success(self, attribute: str, *, edit: str | None = None, threshold: float = 0.5) -> dict[float, Estimate]:
         """`success_rate` of an attribute at every scale, ascending, of the edit of that name or another."""
         name = attribute if edit is None else edit
         return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}

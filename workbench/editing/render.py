@@ -26,7 +26,8 @@ from workbench.diffusion.sampling import (
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import Edit, Swap, as_edit, check_run
-from workbench.paths import local, written
+from workbench.io import written
+from workbench.paths import local
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +112,10 @@ def render(
         that it does not have.
     """
     named = name_edits(edits)
-    if not named or not len(scales):
-        raise ValueError("an edit grid needs at least one edit and one scale")
     check_run(run.model, run)
     plans = [edit.plan(run, scales) for _, edit in named]
+    if not plans or not plans[0]:
+        raise ValueError("an edit grid needs at least one edit and one scale")
     images = run_plans(run, plans, residual=residual, batch_size=batch_size, progress=progress)
     return EditGrid(
         images.flatten(0, 1),
@@ -206,7 +207,7 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
         return denoise(
             model,
             torch.stack([each.x_T[sample] for each, sample in cells]).to(model.device),
-            pairs=model.schedule.pairs(plan.timesteps),
+            pairs=model.schedule.pairs(plan.timesteps) if plan.timesteps else [],  # none: an edit of the image itself
             etas=plan.etas,
             noise=noise,
             edit_h=edit_h,
