@@ -24,7 +24,8 @@ from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, digest, load_direction
 from workbench.io import write_text
 from workbench.paths import file_name, local, writable
-from workbench.studio.session import EditSession, EditState, Rendering
+from workbench.studio.session import EditSession
+from workbench.studio.state import EditState, Rendering
 
 FORMAT, VERSION = "hspace-edit", 1
 
