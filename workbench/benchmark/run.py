@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench import __version__, paths
+from workbench.analysis.intervals import mean_interval
 from workbench.analysis.metrics import (
     cosine_similarity,
     diversity,
@@ -33,7 +34,6 @@ from workbench.analysis.metrics import (
     frechet_distance_interval,
     kernel_distance,
     kernel_distance_interval,
-    mean_interval,
     outside,
     peak_signal_to_noise,
     perceptual_distance,

@@ -28,6 +28,7 @@ from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 from workbench.formats import checkpoints, golden, layouts
 from workbench.formats.hub import fetch
+from workbench.io import provenance_mismatch
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -181,6 +182,50 @@ class Model:
 
 def _rows_of(t: int | torch.Tensor, rows: slice) -> int | torch.Tensor:
     return t[rows] if torch.is_tensor(t) and t.ndim else t
+
+
+def refuse_other_model(
+    what: str,
+    own: dict | None,
+    model: dict | None,
+    *,
+    whose: str = "this model",
+    tap: bool = True,
+    remedy: str = "what belongs to one model does not carry over to another",
+) -> None:
+    """Refuse what was made with another model: other weights, tap, network or noise schedule.
+
+    Parameters
+    ----------
+    what : str
+        What was made, for the messages: "the run", the name of a direction, the path of a store.
+    own, model : dict or None
+        Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
+    whose : str
+        What the second provenance is of, for the messages.
+    tap : bool
+        Compare where h is read, too.
+    remedy : str
+        What to do where the weights are others.
+
+    Raises
+    ------
+    ValueError
+    """
+    if own is None or model is None:
+        return
+    if own["hash"] != model["hash"]:
+        raise ValueError(
+            f"{what} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to {model['name']!r} "
+            f"(weights {model['hash']}); {remedy}"
+        )
+    if tap and own["tap"] != model["tap"]:
+        raise ValueError(
+            f"{what} has h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; use "
+            f"model.tapped({own['tap']!r})"
+        )
+    if mismatch := provenance_mismatch(own, model):
+        raise ValueError(f"{what} belongs to a model with another {mismatch} than {whose} does")
 
 
 def load_model(
