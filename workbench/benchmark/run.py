@@ -39,7 +39,6 @@ from workbench.analysis.metrics import (
     perceptual_distance,
 )
 from workbench.benchmark.methods import METHODS, Method, Study, found_edit
-from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory
@@ -723,9 +722,3 @@ def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, gro
         "diversity": diversity(features) / usual,
         "n": len(features) // groups,
     }
-
-
-def find_masks(attributes: Sequence[str], *, size: int) -> dict[str, np.ndarray]:
-    """The regions of the bundled domain that its attributes lie in; see `datasets.avataaars.attribute_mask`."""
-    masks = {name: attribute_mask(name, size=size) for name in attributes}
-    return {name: mask for name, mask in masks.items() if mask is not None}
