@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from workbench.datasets.classifiers import Classifier
@@ -31,8 +30,7 @@ from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import check_run, eps_effects
 from workbench.editing.grid import EditGrid
-from workbench.io import written
-from workbench.paths import local
+from workbench.formats.tensors import save_tensors
 
 PROCESSES = ("symmetric", "asymmetric", "single-step")
 PREVIEW_STEPS = 8
@@ -159,9 +157,7 @@ class Rendering:
 
     def save(self, path: str | Path) -> Path:
         """Write both images as tensors "before" and "after" of a safetensors file."""
-        with written(path) as partial:
-            save_file({"before": self.before.contiguous(), "after": self.after.contiguous()}, partial)
-        return local(path)
+        return save_tensors(path, {"before": self.before, "after": self.after}, {}, kind="rendering")
 
 
 @dataclass(frozen=True, eq=False)
