@@ -8,11 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from workbench.io import written
-from workbench.paths import local
+from workbench.formats.tensors import save_tensors
 
 PROCESSES = ("symmetric", "asymmetric", "single-step")
 
@@ -133,9 +131,7 @@ class Rendering:
 
     def save(self, path: str | Path) -> Path:
         """Write both images as tensors "before" and "after" of a safetensors file."""
-        with written(path) as partial:
-            save_file({"before": self.before.contiguous(), "after": self.after.contiguous()}, partial)
-        return local(path)
+        return save_tensors(path, {"before": self.before, "after": self.after}, {}, kind="rendering")
 
 
 @dataclass(frozen=True, eq=False)
