@@ -21,7 +21,8 @@ from workbench.analysis.intervals import Estimate as Number
 from workbench.analysis.intervals import difference_of, mean_of
 from workbench.analysis.metrics import monotonicity
 from workbench.benchmark import leaderboard
-from workbench.benchmark.run import SIZES, Protocol, run_benchmark
+from workbench.benchmark.protocol import SIZES, Protocol
+from workbench.benchmark.run import run_benchmark
 from workbench.datasets import avataaars
 from workbench.diffusion.images import picture_to_tensor
 from workbench.diffusion.noise import FORWARD, normal
