@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 
 _WHERE = {
+    "analysis.intervals": ("Estimate",),
     "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.training": ("TrainingSettings", "train_model"),
@@ -33,6 +34,7 @@ _WHERE = {
         "move_jointly",
         "samples_needed",
     ),
+    "directions.boundary_accuracy": ("accuracy_over_samples", "accuracy_over_time"),
     "directions.direction": ("Direction", "load_direction", "random_like"),
     "directions.asyrp": ("DeltaFunction", "load_asyrp"),
     "directions.jacobian": ("find_jacobian", "find_pullback"),
@@ -56,13 +58,13 @@ _WHERE = {
     "studio.recipe": ("open_recipe", "save_recipe"),
     "studio.session": ("EditSession",),
     "report.facts": ("read_facts", "record_facts"),
+    "report.figures": ("save_figure",),
     "report.notebooks": ("run_notebook",),
     "report.sweep": ("sweep",),
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
     "experiments": "editing.experiments",
-    "figures": "report.figures",
     "paths": "paths",
     "plots": "report.plots",
 }

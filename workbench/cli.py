@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from workbench import paths
 from workbench.commands import edits, models  # noqa: F401 (they register their commands)
-from workbench.commands.options import app, command
+from workbench.commands.options import OutFolder, Parameters, app, assignments, command
 
 EXAMPLES = """\b
 examples:
@@ -44,26 +44,47 @@ def _start(debug: Annotated[bool, Option("--debug", help="show the traceback of 
 @command("run", example="workbench run 10_extract -p n 512 -p steps 20\n  workbench run 10_extract --list")
 def run(
     notebook: Annotated[str | None, Argument(help="name or its number, e.g. 10_extract or 10")] = None,
-    parameter: Annotated[
-        list[str] | None, Option("-p", "--parameter", metavar="NAME VALUE", help="or NAME=VALUE; once for each")
-    ] = None,
+    parameter: Parameters = None,
     show: Annotated[bool, Option("--list", help="list its parameters, or without one the notebooks")] = False,
     out: Annotated[str | None, Option("-o", "--out", help="executed notebook (default: reports/NAME.ipynb)")] = None,
 ):
     """Run one notebook as a report, or list its parameters."""
-    from workbench.report import notebooks
+    from workbench.report import notebooks, parameters
 
     if notebook is None and not show:
         raise ValueError("name a notebook; `workbench run --list` shows them")
     if notebook is None:
-        print("\n".join(notebooks.list_notebooks()))
+        print("\n".join(parameters.list_notebooks()))
     elif show:
-        for each in notebooks.notebook_parameters(notebook).values():
+        for each in parameters.notebook_parameters(notebook).values():
             print(f"{each.name:16s} {each.type:11s} {each.default!s:20s} {each.help}")
     else:
-        words = iter(parameter or [])
-        given = [word if "=" in word else f"{word}={next(words, '')}" for word in words]
-        print(notebooks.run_notebook(notebook, notebooks.parse_parameters(notebook, given), out).html)
+        given = parameters.read_parameters(notebook, assignments(parameter))
+        print(notebooks.run_notebook(notebook, given, out).html)
+
+
+@command("figure", example="workbench figure haas-fig4 -p n 128 --out figures\n  workbench figure --list")
+def figure(
+    names: Annotated[list[str] | None, Argument(help="of `workbench figure --list`, or all")] = None,
+    show: Annotated[bool, Option("--list", help="what there is, what it shows and in which notebook")] = False,
+    profile: Annotated[str | None, Option(help="parameters of the notebooks, from profiles/PROFILE.yaml")] = None,
+    parameter: Parameters = None,
+    out: OutFolder = "figures",
+):
+    """Draw a figure of the papers, with its numbers.
+
+    The notebook that has it runs; the figure is written as PDF, SVG and PNG, its numbers as JSON.
+    """
+    from workbench.report import figures
+
+    if show:
+        for each in figures.list_figures().values():
+            print(f"{each.name:12s} {each.notebook:16s} {each.title}")
+    elif not names:
+        raise ValueError("name a figure, or `all`; `workbench figure --list` shows them")
+    else:
+        for path in figures.draw_figure(names, out=out, parameters=assignments(parameter), profile=profile):
+            print(path.resolve())
 
 
 @command("report", example="workbench report --profile full --only 00 10")

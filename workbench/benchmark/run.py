@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench import __version__, paths
+from workbench.analysis.intervals import mean_interval
 from workbench.analysis.metrics import (
     cosine_similarity,
     diversity,
@@ -33,7 +34,6 @@ from workbench.analysis.metrics import (
     frechet_distance_interval,
     kernel_distance,
     kernel_distance_interval,
-    mean_interval,
     outside,
     peak_signal_to_noise,
     perceptual_distance,
@@ -46,7 +46,7 @@ from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
-from workbench.hashing import code_hash
+from workbench.io import code_hash
 from workbench.workers import start_workers
 
 FORMAT, VERSION = "hspace-benchmark-cell", "1"

@@ -10,6 +10,7 @@ import workbench as wb
 from workbench import paths
 from workbench.commands import options as opt
 from workbench.commands.options import command
+from workbench.io import written
 
 
 @command("models", example="workbench models")
@@ -279,7 +280,7 @@ def evaluate_model(
         rows = ["samples", "nearest\ntraining images"]
         sheets["nearest"] = wb.plots.image_grid(evaluation.nearest, row_labels=rows)
     for name, sheet in sheets.items():
-        with paths.written(folder / f"{name}.png") as partial:
+        with written(folder / f"{name}.png") as partial:
             sheet.savefig(partial, dpi=100, format="png", bbox_inches="tight")
     print(evaluation.write(folder).resolve())
 

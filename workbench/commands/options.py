@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import workbench as wb
 from workbench import paths
+from workbench.io import written
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
 
@@ -132,8 +133,15 @@ _picture = functools.partial(paths.writable, suffixes=("", *PICTURES))
 
 
 def save_picture(figure, path: Path) -> None:
-    with paths.written(path) as partial:
+    with written(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.lower()[1:] or "png")
+
+
+def assignments(words: list[str] | None) -> dict[str, str]:
+    """Names and values of `-p n 512 -p seed=1`."""
+    rest = iter(words or ())
+    pairs = (word.split("=", 1) if "=" in word else (word, next(rest, "")) for word in rest)
+    return dict(pairs)
 
 
 def check_attributes(wanted: list[str], known) -> None:
@@ -154,7 +162,10 @@ Seed = Annotated[int, Option(help="seed of the first sample")]
 Seeds = Annotated[str, Option(parser=_seeds, metavar="SEEDS", help="samples, e.g. 0-15 or 3,7,11")]
 Count = Annotated[int, Option(callback=positive, help="number of samples or images")]
 Attributes = Annotated[list[str] | None, Option(metavar="NAME...", help="e.g. Smiling Beard (default: all)")]
-Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...")]
+Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...", help="from the boundary")]
+Parameters = Annotated[
+    list[str] | None, Option("-p", "--parameter", metavar="NAME VALUE", help="or NAME=VALUE; once for each")
+]
 LabelledSource = Annotated[str, Option(help="labelled images: bundled name, folder or zip")]
 Labeller = Annotated[str, Option(help="classifier that labels samples")]
 Judge = Annotated[str, Option(help="classifier that scores edits")]

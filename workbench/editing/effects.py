@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.metrics import EffectMatrix, Rate, effect_matrix, entanglement_index, success_rate
+from workbench.analysis.intervals import Estimate
+from workbench.analysis.metrics import EffectMatrix, effect_matrix, entanglement_index, success_rate
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
@@ -75,7 +76,7 @@ class Effects:
         before, after = (wide[which].loc[seeds, attributes] for which in ("before", "after"))
         return before, after
 
-    def success(self, attribute: str, *, direction: str | None = None, threshold: float = 0.5) -> dict[float, Rate]:
+    def success(self, attribute: str, *, direction: str | None = None, threshold: float = 0.5) -> dict[float, Estimate]:
         """`success_rate` of an attribute at every scale, ascending, along the direction of that name or another."""
         name = attribute if direction is None else direction
         return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}

@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
+from workbench.analysis.intervals import Estimate as Number
+from workbench.analysis.intervals import difference_of, mean_of, ratio_of
 from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.benchmark.run import backdrop
 from workbench.directions.direction import Direction, random_like
@@ -20,16 +22,12 @@ from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid
 from workbench.report import plots
-from workbench.report.figures import (
+from workbench.report.recipes import (
     SHOWN,
     T_AXIS,
     Drawn,
-    Number,
     Setup,
     curves,
-    difference_of,
-    mean_of,
-    ratio_of,
     recipe,
     words,
 )
