@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -25,12 +29,9 @@ from test_session import planted
 import workbench as wb
 from workbench import cli, paths
 from workbench.benchmark import methods
-from workbench.datasets import avataaars
 from workbench.directions.boundary import load_boundary
 from workbench.formats import golden, layouts
-from workbench.report import figures, notebooks, reports
-from workbench.report import sweep as sweeps
-from workbench.studio import server
+from workbench.report import figures
 from workbench.studio.recipe import save_recipe
 from workbench.studio.server import find_editables
 from workbench.studio.session import EditSession
@@ -105,103 +106,100 @@ class Arrived(Exception):
     """Raised in place of a function of the library, with what it was given."""
 
 
-def arrived(monkeypatch, where, name: str, words) -> tuple[tuple, dict]:
+def arrived(monkeypatch, target: str, words) -> dict[str, object]:
     """What a command gives a function, which is not run."""
+    module, _, name = target.rpartition(".")
+    signature = inspect.signature(getattr(importlib.import_module(module), name))
 
     def stop(*args, **options):
-        raise Arrived(args, options)
+        raise Arrived(signature.bind(*args, **options).arguments)
 
-    monkeypatch.setattr(where, name, stop)
+    monkeypatch.setattr(target, stop)
     with pytest.raises(Arrived) as caught:
         cli.main([str(word) for word in words])
-    return caught.value.args
+    return caught.value.args[0]
 
 
 CHAIN = "--steps 3 --eta 0.5 --batch-size 2"
-ARRIVES = [
-    (wb, "sample", f"sample TINY --seeds 0-2,7 {CHAIN}", {"steps": 3, "eta": 0.5, "batch_size": 2, 1: [0, 1, 2, 7]}),
-    (wb, "sample", "sample TINY", {"steps": 50, "eta": 1.0, "batch_size": None, 1: list(range(16))}),
-    (
-        wb,
-        "extract",
-        f"extract TINY --n 5 --seed 7 {CHAIN} --dtype float32 --record-x -o memory://a/b.zarr",
-        {"n": 5, "seed": 7, "steps": 3, "eta": 0.5, "dtype": "float32", "record_x": True, "out": "memory://a/b.zarr"},
+OWN = wb.TrainingSettings(size=16, widths=(16, 32), attention=(), head_channels=16, gamma=math.inf, flips=True)
+STUDIO = {"model": "m", "directions": ["a", "b"], "seeds": [2, 5], "steps": 50, "eta": 1.0, "classifier": ""}
+ARRIVES = {
+    f"sample TINY --seeds 0-2,7 {CHAIN}": (
+        "workbench.sample",
+        {"seeds": [0, 1, 2, 7], "steps": 3, "eta": 0.5, "batch_size": 2},
     ),
-    (wb, "extract", "extract TINY", {"n": 512, "seed": 0, "dtype": "float16", "record_x": False, "out": None}),
-    (wb, "load_model", "sample x --device cpu --precision bfloat16", {0: "x", "device": "cpu", "dtype": "bfloat16"}),
-    (
-        wb,
-        "convert_checkpoint",
-        "convert a.pt out --image-size 8 --head-channels 16 --schedule cosine --timesteps 4000 --rescale-timesteps",
-        {0: "a.pt", 1: "out", "image_size": 8, "head_channels": 16, "schedule": "cosine", "timesteps": 4000}
+    "sample TINY": ("workbench.sample", {"seeds": list(range(16)), "steps": 50, "eta": 1.0, "batch_size": None}),
+    "sample x --device cpu --precision bfloat16 --compile": (
+        "workbench.load_model",
+        {"source": "x", "device": "cpu", "dtype": "bfloat16", "compile": True},
+    ),
+    f"extract TINY --n 5 --seed 7 {CHAIN} --dtype float32 --record-x -o memory://a/b": (
+        "workbench.extract",
+        {"n": 5, "seed": 7, "steps": 3, "eta": 0.5, "dtype": "float32", "record_x": True, "out": "memory://a/b"},
+    ),
+    "extract TINY": ("workbench.extract", {"n": 512, "seed": 0, "dtype": "float16", "record_x": False, "out": None}),
+    "convert a.pt out --image-size 8 --head-channels 16 --schedule cosine --timesteps 4000 --rescale-timesteps": (
+        "workbench.convert_checkpoint",
+        {"file": "a.pt", "out": "out", "image_size": 8, "head_channels": 16, "schedule": "cosine", "timesteps": 4000}
         | {"preset": None, "rescale_timesteps": True, "attention_order": None},
     ),
-    (
-        wb,
-        "train_model",
-        "train FACES --out made --size 16 --widths 16 32 --head-channels 16 --attention 0 --gamma inf --flips",
-        {1: wb.TrainingSettings(size=16, widths=(16, 32), attention=(), head_channels=16, gamma=np.inf, flips=True)}
-        | {"out": Path("made"), "resume": False, "minutes": 10.0, "previews": 16},
+    "train FACES --out made --size 16 --widths 16 32 --head-channels 16 --attention 0 --gamma inf --flips": (
+        "workbench.train_model",
+        {"settings": OWN, "out": Path("made"), "resume": False, "minutes": 10.0, "previews": 16},
     ),
-    (wb, "train_model", "train FACES --out made --from TINY --minutes 2 --previews 0", {"minutes": 2.0, "previews": 0}),
-    (
-        wb,
-        "train_classifier",
-        "train-classifier FACES --out made --steps 5 --design judge",
+    "train FACES --out made --from TINY --minutes 2": ("workbench.train_model", {"minutes": 2.0, "resume": False}),
+    "train-classifier FACES --out made --steps 5 --design judge": (
+        "workbench.train_classifier",
         {"out": Path("made"), "seed": 0, "steps": 5, "design": "judge"},
     ),
-    (
-        wb,
-        "evaluate_model",
-        f"evaluate-model TINY --n 6 {CHAIN} --training FACES FACES --classifiers avataaars --inverted 2",
+    f"evaluate-model TINY --n 6 {CHAIN} --training FACES FACES --classifiers avataaars --inverted 2": (
+        "workbench.evaluate_model",
         {"n": 6, "steps": 3, "eta": 0.5, "batch_size": 2, "seed": 0, "n_inverted": 2},
     ),
-    (avataaars, "build", "data avataaars --n 5 --part 12", {0: 5, "part": 12, "out": Path("avataaars-part12")}),
-    (
-        wb,
-        "find_from_scores",
-        "find scores avataaars32 --n 6 --steps 2 --attributes Smiling --k 2",
+    "data avataaars --n 5 --part 12": (
+        "workbench.datasets.avataaars.build",
+        {"n": 5, "part": 12, "out": Path("avataaars-part12")},
+    ),
+    "find scores avataaars32 --n 6 --steps 2 --attributes Smiling --k 2": (
+        "workbench.find_from_scores",
         {"k": 2, "name": "Smiling"},
     ),
-    (
-        wb,
-        "fit_boundaries",
-        "boundary fit TINY --t 500 --steps 4 --n 12 --attributes Smiling --method lda --balance --wanted 0.9",
+    "boundary fit TINY --t 500 --steps 4 --n 12 --attributes Smiling --method lda --balance --wanted 0.9": (
+        "workbench.fit_boundaries",
         {"t": 500, "space": "x", "method": "lda", "balance": True, "wanted": 0.9},
     ),
-    (
-        wb,
-        "run_benchmark",
-        "benchmark TINY --quick --methods PCA 'random h' --held-out 8 --attributes Smiling --workers 3",
-        {1: wb.Protocol(("PCA", "random h"), ("Smiling",), 192, 192, 8, 1, 10), "workers": 3, "scheduler": None},
+    "benchmark TINY --quick --methods PCA 'random h' --held-out 8 --attributes Smiling --workers 3": (
+        "workbench.run_benchmark",
+        {"protocol": wb.Protocol(("PCA", "random h"), ("Smiling",), held_out=8), "workers": 3, "scheduler": None},
     ),
-    (
-        server,
-        "serve_studio",
-        "studio --model m --directions a b --seeds 2,5 --port 8 --theme dark",
-        {0: {"model": "m", "directions": ["a", "b"], "seeds": [2, 5], "steps": 50, "eta": 1.0}
-         | {"classifier": "", "device": None}, "port": 8, "theme": "dark"},
+    "studio --model m --directions a b --seeds 2,5 --port 8 --theme dark": (
+        "workbench.studio.server.serve_studio",
+        {"options": {**STUDIO, "device": None}, "port": 8, "theme": "dark"},
     ),
-    (notebooks, "run_notebook", "run 10 -p n 512 -p tap=before -p images_name a=b -o x.ipynb",
-     {0: "10", 1: {"n": 512, "tap": "before", "images_name": "a=b"}, 2: "x.ipynb"}),
-    (notebooks, "run_notebook", "run 20", {0: "20", 1: {}, 2: None}),
-    (figures, "draw_figure", "figure haas-fig4 zhu-e3 -p n=128 -p steps 10 --profile quick -o made",
-     {0: ["haas-fig4", "zhu-e3"], "out": Path("made"), "parameters": {"n": "128", "steps": "10"}, "profile": "quick"}),
-    (reports, "report", "report --profile full --only 00 10 --jobs 2", {0: "full", "only": ["00", "10"], "jobs": 2}),
-    (sweeps, "sweep", "sweep a.yaml --workers 2", {0: "a.yaml", "workers": 2, "scheduler": None}),
-]  # fmt: skip
+    "run 10 -p n 512 -p tap=before -p images_name a=b -o x.ipynb": (
+        "workbench.report.notebooks.run_notebook",
+        {"name": "10", "parameters": {"n": 512, "tap": "before", "images_name": "a=b"}, "out": "x.ipynb"},
+    ),
+    "figure haas-fig4 zhu-e3 -p n=128 -p steps 10 --profile quick -o made": (
+        "workbench.report.figures.draw_figure",
+        {"name": ["haas-fig4", "zhu-e3"], "out": Path("made"), "parameters": {"n": "128", "steps": "10"}}
+        | {"profile": "quick"},
+    ),
+    "report --profile full --only 00 10 --jobs 2": (
+        "workbench.report.reports.report",
+        {"profile": "full", "only": ["00", "10"], "jobs": 2},
+    ),
+    "sweep a.yaml --workers 2": ("workbench.report.sweep.sweep", {"source": "a.yaml", "workers": 2, "scheduler": None}),
+}
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "line", "wanted"), ARRIVES, ids=[line.split(" -")[0] for *_, line, _ in ARRIVES]
-)
-def test_what_is_given_arrives(where, name, line, wanted, tiny_folder, faces, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line", ARRIVES)
+def test_what_is_given_arrives(line, tiny_folder, faces, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = re.findall(r"'[^']*'|\S+", line)
-    words = [{"TINY": tiny_folder, "FACES": faces}.get(word, word.strip("'")) for word in words]
-    given, options = arrived(monkeypatch, where, name, words)
-    for key, value in wanted.items():
-        assert (given[key] if isinstance(key, int) else options[key]) == value, key
+    target, wanted = ARRIVES[line]
+    made = {"TINY": tiny_folder, "FACES": faces}
+    given = arrived(monkeypatch, target, [made.get(word, word) for word in shlex.split(line)])
+    assert {name: given[name] for name in wanted} == wanted
 
 
 @pytest.fixture
@@ -345,12 +343,10 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     status, said, _ = run(capsys, *edit, "--images", "avataaars", "--n", 2)
     assert status == 0 and "EditGrid(2 x 3 images" in said and Image.open(picture).width > 100
     options = ("--unit", "distance", "--mode", "shift", "--eta", "0.3", "--h-policy", "offset", "--keep-norm")
-    (_, runs, in_h, in_x), given = arrived(monkeypatch, wb, "cross_boundary", [*edit, "--seeds", "3,5", *options])
-    assert given == {
-        **{"distances": [-1.0, 0.0, 1.0], "unit": "distance", "mode": "shift", "eta": 0.3, "h_policy": "offset"},
-        **{"keep_norm": True, "batch_size": None},
-    }
-    assert runs.seeds == (3, 5) and (in_h[0].space, in_x[0].space) == ("h", "x")
+    given = arrived(monkeypatch, "workbench.cross_boundary", [*edit, "--seeds", "3,5", *options])
+    assert given["runs"].seeds == (3, 5) and [given[f"boundary_{s}"][0].space for s in "hx"] == ["h", "x"]
+    crossing = {"distances": [-1.0, 0.0, 1.0], "unit": "distance", "mode": "shift", "eta": 0.3, "h_policy": "offset"}
+    assert given.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
 
 
 def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
@@ -469,9 +465,9 @@ MISTAKES = [
     ("find jacobian avataaars32 --t 510", "nearest 520 or 500"),
     ("find jacobian avataaars32 --t 500 --region nose", "nose"),
     ("find labels avataaars32 --n -3 --attributes Smiling", "--n is -3"),
-    ("find labels avataaars32 --attributes Wings", "'Wings'; there are Smiling, Mouth_Open"),
+    ("find labels avataaars32 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
     ("boundary fit avataaars32 --t 510 --n 4 --attributes Beard", "nearest 520 or 500"),
-    ("boundary fit avataaars32 --t 500 --attributes Wings", "'Wings'; there are Smiling, Mouth_Open"),
+    ("boundary fit avataaars32 --t 500 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
     ("boundary fit avataaars32 --t 500 --positive a", "--negative"),
     ("boundary fit avataaars32 --t 500 --positive a --negative b", "a"),
     ("boundary fit avataaars32 --t 500 --positive a --negative b --classifier c", "leave out --positive"),
@@ -486,7 +482,7 @@ MISTAKES = [
     ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),
-    ("benchmark --attributes Hat -o none", "there is no attribute 'Hat'"),
+    ("benchmark --attributes Hat -o none", "attribute 'Hat' is not known"),
     ("studio --port 99999", "port 99999 is none"),
     ("studio --model nope", "no model 'nope'"),
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import workbench as wb
 from workbench import paths
-from workbench.io import written
+from workbench.io import one_of, written
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
 
@@ -146,8 +146,7 @@ def assignments(words: list[str] | None) -> dict[str, str]:
 
 def check_attributes(wanted: list[str], known) -> None:
     for name in wanted:
-        if name not in known:
-            raise ValueError(f"there is no attribute {name!r}; there are {', '.join(known)}")
+        one_of("attribute", name, known)
 
 
 Tap = Annotated[Literal["before", "middle", "after"], Option(help="where h is read")]
