@@ -18,21 +18,13 @@ from workbench.commands.options import OutFolder, Parameters, app, assignments, 
 
 EXAMPLES = """\b
 examples:
-  workbench models                                  what can be loaded, and what it needs
-  workbench convert celeba_hq.ckpt data/models/celeba_hq
-  workbench sample avataaars32 --seeds 0-15 -o samples.png
-  workbench extract avataaars32 --n 512 --steps 50  h-space of 512 samples, on disk
-  workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100
-  workbench find pca avataaars32 --n 512 --k 5      directions, saved under data/directions
-  workbench boundary fit avataaars32 --t 500 --attributes Smiling
-  workbench studio --model avataaars32              edit by sliders, in the browser
-  workbench benchmark --quick                       every method on known factors, and a leaderboard
-  workbench figure haas-fig4 --out figures          a figure of the papers, with its numbers
-  workbench run 20_geometry --list                  parameters of a notebook
-  workbench run 20_geometry -p n 512 -p steps 20    one notebook as a report
-  workbench report --profile quick                  all of them in minutes, and reports/index.html
-  workbench sweep seeds.yaml --workers 2            notebooks over a matrix of parameters
-  workbench data avataaars --n 2000 --part 10       draw the bundled images again
+  workbench models                                what can be loaded, and what it needs
+  workbench sample avataaars32 -o samples.png     images
+  workbench extract avataaars32 --n 512           their h-space, on disk
+  workbench find pca avataaars32 --k 5            directions in it, saved under data/directions
+  workbench studio --model avataaars32            edits by sliders, in the browser
+  workbench run 20_geometry -p n 512              a notebook as a report; --list shows its parameters
+  workbench report                                all notebooks, and reports/index.html
 """
 
 

@@ -31,7 +31,7 @@ class Place:
     """Where in the network h is read, and where what is found in it is saved."""
 
     tap: opt.Tap = "after"
-    out: opt.OutFolder = None
+    out: opt.OutFound = None
 
     @property
     def ending(self) -> str:
@@ -153,7 +153,7 @@ def boundary_fit(
 ):
     """Fit and save boundaries in x and h.
 
-    By default each label of two classes has one.
+    By default each attribute of two classes has one.
     """
     from workbench.diffusion.schedule import index_of
 
@@ -215,7 +215,7 @@ def boundary_import(
     t: Annotated[int, Option(help="timestep that it was fitted at")],
     space: Annotated[Literal["h", "x"], Option(help="latent space of the boundary (BoundaryDiffusion's z is x here)")],
     name: Annotated[str | None, Option(help="of the attribute (default: of the file)")] = None,
-    out: opt.OutFolder = None,
+    out: opt.OutFound = None,
 ):
     """Read a .sav file of BoundaryDiffusion, without executing it."""
     from workbench.directions.legacy import convert_boundary

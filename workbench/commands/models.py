@@ -304,7 +304,7 @@ def data(
     name: Annotated[Literal["avataaars"], Argument(help="the bundled domain")],
     n: opt.Count = 2000,
     part: Annotated[int, Option(help="0 and 1 are for training, 10 and up held out")] = 10,
-    out: opt.OutFolder = None,
+    out: opt.OutImages = None,
 ):
     """Draw images of the bundled domain."""
     from workbench.datasets import avataaars

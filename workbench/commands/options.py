@@ -160,7 +160,7 @@ Eta = Annotated[float, Option(parser=_finite, metavar="NUMBER", help="0 is DDIM,
 Seed = Annotated[int, Option(help="seed of the first sample")]
 Seeds = Annotated[str, Option(parser=_seeds, metavar="SEEDS", help="samples, e.g. 0-15 or 3,7,11")]
 Count = Annotated[int, Option(callback=positive, help="number of samples or images")]
-Attributes = Annotated[list[str] | None, Option(metavar="NAME...", help="e.g. Smiling Beard (default: all)")]
+Attributes = Annotated[list[str] | None, Option(metavar="NAME...", help="such as Smiling Beard")]
 Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...", help="from the boundary")]
 Parameters = Annotated[
     list[str] | None, Option("-p", "--parameter", metavar="NAME VALUE", help="or NAME=VALUE; once for each")
@@ -169,6 +169,8 @@ LabelledSource = Annotated[str, Option(help="labelled images: bundled name, fold
 Labeller = Annotated[str, Option(help="classifier that labels samples")]
 Judge = Annotated[str, Option(help="classifier that scores edits")]
 OutFolder = Annotated[str | None, _out(_folder, "folder to write")]
+OutFound = Annotated[str | None, _out(_folder, "folder (default: data/directions, or data/boundaries)")]
+OutImages = Annotated[str | None, _out(_folder, "folder (default: avataaars-part<PART>)")]
 OutEdit = Annotated[str, _out(_edit, "figure as PNG, PDF and SVG, or .safetensors of values")]
 OutPicture = Annotated[str, _out(_picture, "PNG, JPEG, WebP, TIFF, PDF or SVG")]
 
@@ -197,9 +199,7 @@ class Network:
 
     model: ModelName
     device: Device = None
-    precision: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, Option(help="of the network's arithmetic")
-    ] = None
+    precision: Annotated[Literal["float32", "bfloat16", "float16"] | None, Option(help="of the arithmetic")] = None
     compile: Annotated[bool, Option("--compile", help="compile the network (faster after a minute)")] = False
     batch_size: BatchSize = None
 
