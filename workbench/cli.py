@@ -1223,9 +1223,7 @@ def _params(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from workbench.report import notebooks
 
-    given = [f"{name}={value}" for name, value in arguments.parameter]
-    parameters = notebooks.parse_parameters(arguments.notebook, given)
-    print(notebooks.run_notebook(arguments.notebook, parameters, arguments.out).html)
+    print(notebooks.run_notebook(arguments.notebook, dict(arguments.parameter), arguments.out).html)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -53,14 +53,14 @@ MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
     "diffusers": {"diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
-    "papermill": {"report/notebooks.py", "report/parameters.py"},
-    "nbconvert": {"report/notebooks.py"},
+    "papermill": {"report/running.py", "report/parameters.py"},
+    "nbconvert": {"report/pages.py"},
     "ipywidgets": {"studio/widgets.py"},
     "anywidget": {"studio/widgets.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/classifiers.py"},
-    "distributed": {"workers.py", "report/sweep.py", "benchmark/run.py"},
+    "distributed": {"workers.py", "benchmark/run.py"},
 }
 
 
