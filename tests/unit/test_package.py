@@ -55,7 +55,7 @@ ONLY_IN = {
     "diffusers": {"diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
     "papermill": {"report/running.py", "report/parameters.py"},
     "nbconvert": {"report/pages.py"},
-    "ipywidgets": {"studio/widgets.py"},
+    "ipywidgets": {"studio/widgets.py", "studio/views.py"},
     "anywidget": {"studio/widgets.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
