@@ -60,8 +60,7 @@ class TestProfile:
     def test_is_checked_before_anything_runs(self, two, text, message):
         self.write_profile(two, text)
         with pytest.raises(ValueError, match=message):
-            reports.report("quick", progress=False)
-        assert list((two / "reports").iterdir()) == []
+            plans.read_profile("quick")
 
     def test_declared_types_and_starts_of_names_are_read(self, two):
         """Whatever YAML takes a word for; keys may be starts, and mappings be merged."""
@@ -87,19 +86,20 @@ class TestProfile:
         self.write_profile(two, "")
         with pytest.raises(FileNotFoundError, match="no profile 'full'; the profiles are quick"):
             reports.report("full", progress=False)
+        assert list((two / "reports").iterdir()) == [], "nothing runs before all is checked"
 
     def test_a_report_goes_on_after_a_failure_and_then_raises(self, two):
         self.write_profile(two, "common: {seed: 5}\nnotebooks:\n  10_first: {n: 7}\n  20_second: {k: 0}\n")
         write_notebook(two / "notebooks" / "30_third.ipynb", "print('third')", title="Third & last")
         with pytest.raises(NotebookFailed, match="20_second failed in cell 3 .ZeroDivisionError"):
-            reports.report("quick", progress=False)
+            reports.report("quick", jobs=1, progress=False)
         assert "n 7" in output_of(two / "reports" / "10_first.ipynb")
         assert "third" in output_of(two / "reports" / "30_third.ipynb")
         index = (two / "reports" / "index.html").read_text(encoding="utf-8")
         assert "2 complete, 1 failed" in index and "seed = 5" in index and "Third &amp; last" in index
 
         self.write_profile(two, "")
-        (only,) = reports.report("quick", only="20", progress=False)
+        (only,) = reports.report("quick", only="20", jobs=1, progress=False)
         assert only.name == "20_second"
         index = (two / "reports" / "index.html").read_text(encoding="utf-8")
         assert "3 complete" in index and "failed" not in index.partition("<body>")[2]
@@ -153,9 +153,9 @@ def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_
 
     done = (home / "reports" / "10_done.ipynb").stat().st_mtime_ns
     (home / "data" / "go on").touch()
-    assert [each.name for each in reports.report("quick", progress=False)] == ["10_done", "20_hangs"]
+    assert [each.name for each in reports.report("quick", jobs=1, progress=False)] == ["10_done", "20_hangs"]
     assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns == done, "it was kept"
-    reports.report("quick", only="10", progress=False)
+    reports.report("quick", only="10", jobs=1, progress=False)
     assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns > done, "a whole report is made again"
 
 

@@ -115,9 +115,10 @@ class KernelServer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()  # it ends with its requests, and kernels that are left with it
-        self._process.stdout.close()
+        self._process.kill()  # kernels that are left end with it
         self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
 
 
 class ForkedProcess(psutil.Process):
