@@ -7,7 +7,6 @@ inner products, which is computed once for all folds of the cross-validation and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -27,13 +26,15 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
 from workbench.analysis.geometry import check_samples, gram
-from workbench.analysis.metrics import Rate
-from workbench.diffusion.models import Model, differs
+from workbench.analysis.intervals import Estimate, share_of
+from workbench.diffusion.images import fingerprint
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.diffusion.schedule import index_of
 from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of, write_tensors
 from workbench.directions.supervised import Labels, check_classes, digest_of, matched, name_of
 from workbench.hspace.store import HStore
+from workbench.io import provenance_mismatch
 from workbench.paths import local
 
 FORMAT, VERSION = "hspace-boundary", "1"
@@ -65,9 +66,9 @@ class Boundary:
     means, deviations : (float, float), optional
         Of the signed distances of held-out samples, (without, with) the attribute. Not of the samples that it was
         fitted on: with fewer samples than dimensions these lie at the margin, all at the same distance.
-    accuracy, balanced_accuracy : Rate, optional
+    accuracy, balanced_accuracy : Estimate, optional
         Share of held-out samples on their side of the boundary, and the mean of both classes' shares, with 95% Wilson
-        intervals; of a fit by cross-validation, and then the intervals are wider (`metrics.CROSS_VALIDATED`).
+        intervals; of a fit by cross-validation, and then the intervals are wider (`intervals.CROSS_VALIDATED`).
     extras : dict of str -> float
         Of a fit: `weight_norm`, the length of the normal before it was scaled; `training_accuracy`; `class_distance`
         and `dimensions`, the law's delta and d (see `expected_accuracy`).
@@ -81,8 +82,8 @@ class Boundary:
     provenance: dict = field(repr=False)
     means: tuple[float, float] | None = None
     deviations: tuple[float, float] | None = None
-    accuracy: Rate | None = None
-    balanced_accuracy: Rate | None = None
+    accuracy: Estimate | None = None
+    balanced_accuracy: Estimate | None = None
     extras: dict[str, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -331,7 +332,7 @@ class Boundary:
                 f"{self.name} is a boundary of h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
                 f"use model.tapped({own['tap']!r})"
             )
-        if different := differs(own, model):
+        if different := provenance_mismatch(own, model):
             raise ValueError(f"{self.name} belongs to a model with another {different} than {whose} does")
 
 
@@ -614,7 +615,9 @@ def load_boundary(
         about = json.loads(metadata["boundary"])
         if about.pop("sha256") != digest(tensors):
             raise ValueError(f"{path} is corrupt: its values don't match their checksum; make the boundary again")
-        rates = {key: None if about[key] is None else Rate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
+        rates = {
+            key: None if about[key] is None else Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")
+        }
         pairs = {key: None if about[key] is None else tuple(about[key]) for key in ("means", "deviations")}
         found = Boundary(**{**tensors, **about, **rates, **pairs})
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -730,7 +733,7 @@ def _source_of(source: Samples, t: int, space: str) -> _Source:
         values = source.h.at(t) if space == "h" else source.x_at(t).numpy()
         shape = source.model.h_shape if space == "h" else source.model.image_shape
         seeds, names = source.seeds, None
-        inverted = None if seeds is not None else {"fingerprint": _fingerprint(source.x0), "n": len(source)}
+        inverted = None if seeds is not None else {"fingerprint": fingerprint(source.x0), "n": len(source)}
         origin = {
             "model": source.model.provenance(),
             "etas": list(source.etas),
@@ -748,10 +751,6 @@ def _source_of(source: Samples, t: int, space: str) -> _Source:
 def _check_space(space: str) -> None:
     if space not in SPACES:
         raise ValueError(f'space {space!r} is not known; it is "h" or "x"')
-
-
-def _fingerprint(images: torch.Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
 
 
 def _duals(products: np.ndarray, y: np.ndarray, method: str, C: float, balance: bool) -> tuple[np.ndarray, float]:
@@ -826,8 +825,8 @@ def _held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = F
     return {
         "means": tuple(float(side.mean()) for side in sides),
         "deviations": tuple(float(side.std(ddof=1)) for side in sides),
-        "accuracy": Rate.of(float(right.mean()), len(y), cross_validated=cross_validated),
-        "balanced_accuracy": Rate.of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
+        "accuracy": share_of(float(right.mean()), len(y), cross_validated=cross_validated),
+        "balanced_accuracy": share_of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
     }
 
 

@@ -13,9 +13,10 @@ from functools import partial
 import joblib
 import psutil
 
+from workbench.io import duration
 from workbench.report.kernels import KernelServer, environment
 from workbench.report.notebooks import Report, run_job
-from workbench.report.pages import duration, write_index
+from workbench.report.pages import write_index
 from workbench.report.plans import Plan, Run
 from workbench.report.running import Job
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from tempfile import TemporaryDirectory
 import nbformat
 
 from workbench import paths
-from workbench.report.pages import duration, export_html, now, problem_of, write_index
+from workbench.io import commit, duration
+from workbench.report.pages import export_html, now, problem_of, write_index
 from workbench.report.parameters import (
     check_parameters,
     find_notebook,
@@ -204,7 +204,7 @@ def _provenance(name: str, parameters: dict, seconds: float) -> dict:
         "parameters": parameters,
         "seconds": round(seconds, 2),
         "date": now(),
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -223,20 +223,6 @@ def _footer(record: Mapping) -> dict[str, str]:
     if "failure" in record:
         footer["Failed"] = f"in cell {record['failure']['cell']}: {problem_of(record['failure'])}"
     return footer
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(paths.home()), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            " with uncommitted changes" if git("status", "--porcelain") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _stamp(executed: Path, record: dict, name: str) -> None:

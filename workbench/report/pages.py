@@ -24,6 +24,7 @@ from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
 
 from workbench import paths
+from workbench.io import duration, write_text
 from workbench.report.pictures import png_address
 
 _ROOM = Path(__file__).parent
@@ -79,7 +80,7 @@ def export_html(
     template = {"template_name": "lab", "template_file": str(_ROOM / "report.html.j2")}
     exporter = _Exporter(**template, exclude_input=not keep_code, embed_images=True)
     resources = {"report": page, "metadata": {"path": str(folder or paths.notebooks())}}
-    return _write(html_path, exporter.from_notebook_node(notebook, resources=resources)[0])
+    return write_text(html_path, exporter.from_notebook_node(notebook, resources=resources)[0])
 
 
 def write_index(
@@ -147,18 +148,13 @@ def write_page(
     """
     words = " · ".join(filter(None, [words, now()]))
     page = {"title": title, "words": words, "body": body, "cards": cards, "refresh": refresh, "css": _css()}
-    return _write(paths.local(path), _TEMPLATES.get_template("page.html.j2").render(page))
+    return write_text(paths.local(path), _TEMPLATES.get_template("page.html.j2").render(page))
 
 
 def problem_of(failure: Mapping) -> str:
     """The first line of an error."""
     lines = failure["evalue"].strip().splitlines()
     return f"{failure['ename']}: {lines[0][:300].rstrip('.')}" if lines else failure["ename"]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def now() -> str:
@@ -281,9 +277,3 @@ def _code_css() -> str:
     light = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n.highlight {{ background: none; }}"
-
-
-def _write(path: Path, text: str) -> Path:
-    with paths.written(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path

@@ -13,10 +13,10 @@ import pandas as pd
 from matplotlib import style
 from PIL import Image
 
-from workbench.report.style import CAPTION, PALETTE, STYLE, Figure, as_array, drawing, finite, labelled, words, wrapped
+from workbench.report.style import PALETTE, STYLE, Figure, add_caption, as_array, drawing, finite, labelled, words
 
 if TYPE_CHECKING:  # it imports torch, and reports begin without
-    from workbench.editing.grid import EditGrid
+    from workbench.editing.render import EditGrid
 
 _FARTHEST_VALUE = 10.0
 
@@ -93,9 +93,7 @@ def image_grid(
         axes.tick_params(length=0, pad=4)
         axes.set_xticks(np.arange(columns) * step_x + width / 2 if column_labels else [], column_labels)
         axes.set_yticks(np.arange(rows) * step_y + title_space + height / 2 if row_labels else [], row_labels)
-        if caption:
-            below = wrapped(caption, max(figure.get_figwidth(), 3.0))
-            axes.annotate(below, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **CAPTION)
+        add_caption(figure, caption)
     return figure
 
 

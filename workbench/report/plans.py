@@ -13,7 +13,7 @@ import nbformat
 import yaml
 
 from workbench import paths
-from workbench.hashing import code_hash
+from workbench.io import code_hash
 from workbench.report.parameters import (
     Texts,
     check_parameters,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from workbench import paths
+from workbench.io import duration
 from workbench.report.board import Board, default_jobs, start_kernels
 from workbench.report.notebooks import NotebookFailed, Report, read_report
-from workbench.report.pages import duration
 from workbench.report.plans import Plan, content_key, find_cuts, read_profile
 
 UNFINISHED = ".unfinished"

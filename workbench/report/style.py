@@ -48,8 +48,18 @@ def drawing(width: float, height: float, caption: str | None = None) -> Iterator
     with style.context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        if caption:
-            figure.supxlabel(wrapped(caption, width), x=0.02, ha="left", **CAPTION)
+        add_caption(figure, caption)
+
+
+def add_caption(figure: MatplotlibFigure, caption: str | None) -> None:
+    """Write a caption below a figure."""
+    if not caption:
+        return
+    if figure.get_layout_engine() is not None:
+        figure.supxlabel(wrapped(caption, figure.get_figwidth()), x=0.02, ha="left", **CAPTION)
+    else:  # a grid of images fills its figure
+        below = wrapped(caption, max(figure.get_figwidth(), 3.0))
+        figure.axes[0].annotate(below, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **CAPTION)
 
 
 def words(name: object) -> str:

@@ -7,7 +7,7 @@ import html
 import pandas as pd
 import torch
 
-from workbench.editing.grid import EditGrid
+from workbench.editing.render import EditGrid
 from workbench.report import plots
 from workbench.report.pictures import png_address
 

@@ -12,7 +12,7 @@ from plotly import graph_objects as go
 
 from workbench.analysis.geometry import Embedding, embed
 from workbench.diffusion.sampling import replay
-from workbench.editing.grid import EditGrid
+from workbench.editing.render import EditGrid
 from workbench.studio.markup import AFTER, BEFORE, bars, cells, picture
 from workbench.studio.session import EditState, Predictions, Progress
 
