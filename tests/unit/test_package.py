@@ -56,14 +56,14 @@ MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
     "diffusers": {"diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
-    "papermill": {"report/notebooks.py", "report/parameters.py"},
-    "nbconvert": {"report/notebooks.py"},
-    "ipywidgets": {"studio/widgets.py"},
+    "papermill": {"report/running.py", "report/parameters.py"},
+    "nbconvert": {"report/pages.py"},
+    "ipywidgets": {"studio/widgets.py", "studio/views.py"},
     "anywidget": {"studio/widgets.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/huggingface.py"},
-    "distributed": {"workers.py", "report/sweep.py", "benchmark/run.py"},
+    "distributed": {"workers.py", "benchmark/run.py"},
 }
 
 

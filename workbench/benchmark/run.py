@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from workbench.benchmark.bench import Bench
 from workbench.benchmark.methods import METHODS, Method
-from workbench.benchmark.protocol import HELD_OUT, QUICK_ATTRIBUTES, SIZES, Protocol  # noqa: F401
+from workbench.benchmark.protocol import Protocol
 from workbench.benchmark.results import Benchmark, gather
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages

@@ -176,7 +176,7 @@ def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequenc
 
 def _absolute(options: dict) -> dict:
     """The same, with whole paths: the page's kernel runs in another folder."""
-    from workbench.report.notebooks import from_here  # papermill, which the page itself does without
+    from workbench.report.sources import from_here
 
     given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
     changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}
