@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 
 _WHERE = {
-    "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
+    "diffusion.loading": ("convert_checkpoint", "list_models", "load_model"),
+    "diffusion.models": ("Model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.training": ("TrainingSettings", "train_model"),
     "diffusion.memory": ("keep_freed_memory",),

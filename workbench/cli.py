@@ -613,7 +613,7 @@ def _load(arguments: argparse.Namespace):
 
 def _models(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.diffusion.models import known_models
+    from workbench.diffusion.loading import known_models
 
     for row in wb.list_models():
         channels, height, width = row["images"]
@@ -651,7 +651,7 @@ def _convert_boundary(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     import workbench as wb
-    from workbench.diffusion.models import verify
+    from workbench.diffusion.loading import verify
     from workbench.formats import golden
 
     reference = arguments.against or arguments.model
@@ -704,7 +704,9 @@ def _extract(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.diffusion.models import best_device, cpu_batch, load_shapes
+    from workbench.diffusion.loading import load_shapes
+    from workbench.diffusion.models import best_device
+    from workbench.diffusion.parallel import cpu_batch
     from workbench.hspace import planning
 
     network = load_shapes(arguments.model)

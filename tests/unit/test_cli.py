@@ -26,7 +26,7 @@ from workbench import cli, paths
 from workbench.benchmark import methods
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
-from workbench.diffusion.models import load_model
+from workbench.diffusion.loading import load_model
 from workbench.diffusion.sampling import sample
 from workbench.directions.boundary import load_boundary
 from workbench.directions.direction import load_direction

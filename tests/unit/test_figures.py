@@ -13,7 +13,7 @@ from PIL import Image
 from workbench import paths
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
-from workbench.diffusion.models import load_model
+from workbench.diffusion.loading import load_model
 from workbench.report import claims, figures, plots
 from workbench.report.figures import Drawn, Number, Setup
 

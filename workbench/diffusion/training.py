@@ -40,7 +40,8 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.diffusion.images import check_values, warn_of_unit_range
-from workbench.diffusion.models import Model, has_unet, load_model, wrap
+from workbench.diffusion.loading import has_unet, load_model
+from workbench.diffusion.models import Model, wrap
 from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule

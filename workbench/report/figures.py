@@ -27,7 +27,8 @@ from workbench.analysis.metrics import drawn_again, mean_interval
 from workbench.benchmark.run import find_masks
 from workbench.datasets.classifiers import Classifier, load_classifier
 from workbench.datasets.labelled import LabelledImages, load_images
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, invert, sample
 from workbench.directions.boundary import Boundary, fit_boundary
 from workbench.directions.direction import Direction

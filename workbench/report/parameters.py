@@ -193,7 +193,7 @@ def _is_path(key: str, value: object, folder: Path) -> bool:
 
 def _is_bundled(key: str, value: str) -> bool:
     from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
-    from workbench.diffusion.models import has_unet
+    from workbench.diffusion.loading import has_unet
 
     if key == "model_name":
         return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
@@ -415,7 +415,7 @@ def new_readers() -> dict[str, Callable]:
     """What is read of a source that a notebook loads, by the function that loads it; every source is read once."""
 
     def model(name: str):
-        from workbench.diffusion.models import load_schedule, load_shapes
+        from workbench.diffusion.loading import load_schedule, load_shapes
 
         if _is_remote(name) or paths.local(name).is_file():
             return None

@@ -118,7 +118,7 @@ def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
     """Seconds of 1,000 passes of the smallest bundled model in one thread, from the fastest of a few batches."""
     import torch
 
-    from workbench.diffusion.models import load_model
+    from workbench.diffusion.loading import load_model
     from workbench.diffusion.parallel import in_threads
 
     model = load_model(UNIT_MODEL, device="cpu")
