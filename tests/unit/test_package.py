@@ -53,7 +53,13 @@ MAY_IMPORT["io"] = {"paths"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
-    "diffusers": {"diffusion/loading.py", "diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
+    "diffusers": {
+        "diffusion/loading.py",
+        "diffusion/models.py",
+        "diffusion/networks.py",
+        "diffusion/unet.py",
+        "diffusion/training.py",
+    },
     "papermill": {"report/notebooks.py", "report/parameters.py"},
     "nbconvert": {"report/notebooks.py"},
     "ipywidgets": {"studio/widgets.py"},
