@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats import checkpoints, golden, layouts
 from workbench.formats.hub import fetch
-from workbench.io import one_of
+from workbench.io import one_of, written
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 """Those of diffusers."""
@@ -130,8 +128,8 @@ def load_shapes(source: str | Path) -> SplitUNet:
         return SplitUNet(_build(known[source].config(), path=Path("the preset")))
     if paths.local(source).is_file():
         raise ValueError(
-            f"{source} is a file, whose network is not known before it is read; give the folder that `workbench "
-            f"convert` makes of it, or the preset that it is of: {', '.join(layouts.PRESETS)}"
+            f"{source} is a file, whose network is not known before it is read; give what `workbench convert` makes of "
+            f"it, or its preset, one of {', '.join(layouts.PRESETS)}"
         )
     files = checkpoints.find_model_files(_locate(source)[0])
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
@@ -180,10 +178,7 @@ def convert_checkpoint(
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(
-            f"{file} is a folder, and convert takes a file"
-            + (f"; give {' or '.join(inside)} in it" if inside else "; where it is a model folder, load it as it is")
-        )
+        raise ValueError(f"{file} is a folder, and convert takes a file; in it are: {', '.join(inside) or 'none'}")
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
@@ -200,12 +195,8 @@ def convert_checkpoint(
         rescale_timesteps=rescale_timesteps,
     )
     SplitUNet(unet)  # refuses what could not be loaded again
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
+    with written(out, folder=True) as partial:
         DDPMPipeline(unet, scheduler).save_pretrained(partial)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -308,18 +299,15 @@ def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, Noise
     kind = config.get("_class_name", "an unnamed network")
     if kind != "UNet2DModel":
         raise ValueError(
-            f"{files.unet_config} describes {kind}; the workbench takes unconditional pixel-space U-Nets (UNet2DModel)"
+            f"{files.unet_config} describes {kind}; the workbench takes UNet2DModel (pixels, unconditional)"
         )
     schedule = _read_schedule(files.scheduler_config)
     unet = _build(config, path=files.unet_config)
     _warn_if_short_of_memory(_need_of(unet), folder, device)
     raw = files.unet_config.parent.with_name("unet")
     if files.unet_config.parent == folder / "unet_ema" and raw.is_dir():
-        warnings.warn(
-            f"{folder} has weights and their moving average, unet_ema, which is loaded; for the weights themselves "
-            f"give {raw}",
-            stacklevel=3,
-        )
+        text = f"{folder} has a moving average, unet_ema, which is loaded; for the last weights themselves give {raw}"
+        warnings.warn(text, stacklevel=3)
     state = {name: tensor for file in files.weights for name, tensor in checkpoints.read_state_dict(file).items()}
     checkpoints.load_strictly(unet, state, path=files.weights[0], assign=True)
     return unet, schedule
@@ -330,10 +318,8 @@ def _read_schedule(path: Path) -> NoiseSchedule:
     config = checkpoints.read_json(path)
     trained = config.get("trained_betas") is not None
     if not trained and "beta_schedule" not in config:
-        raise ValueError(
-            f"{path} describes {config.get('_class_name', 'an unnamed scheduler')}, which has no betas; the workbench "
-            "takes the noise schedules of DDPM and DDIM"
-        )
+        kind = config.get("_class_name", "an unnamed scheduler")
+        raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
     if isinstance(config.get("timesteps"), int):
         config.setdefault("num_train_timesteps", config["timesteps"])
     if config.get("predict_epsilon") is False:
@@ -387,9 +373,8 @@ def _read_file(
     unet.load_state_dict(state, assign=True)
     if known is None and timesteps is None and (schedule is not None or checkpoint.betas is None):
         warnings.warn(
-            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed, of the "
-            f"{schedule or 'linear'} schedule. Were it others, give timesteps= (`workbench convert --timesteps`), and "
-            "rescale_timesteps= where the network was told t * 1000 / T, as improved-diffusion's are",
+            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed. Give "
+            "timesteps= for others (`workbench convert --timesteps`), and rescale_timesteps= for improved-diffusion's",
             stacklevel=3,
         )
     own = layouts.LINEAR if known is None else known.schedule
@@ -429,8 +414,7 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
     if need.total > free:
         warnings.warn(
             f"{path} is estimated to need {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} of weights, the "
-            f"rest for one image), and {free / 2**30:.1f} GiB are free on {device}; it may fail or be very slow. Use a "
-            "smaller model, or a machine with more memory",
+            f"rest for one image), and {free / 2**30:.1f} GiB are free on {device}; it may fail or be very slow",
             stacklevel=4,
         )
 

@@ -63,10 +63,7 @@ class Model:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        config = self.unet.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (config.in_channels, height, width)
+        return self.unet.image_shape
 
     @property
     def h_shape(self) -> tuple[int, int, int]:
@@ -136,13 +133,12 @@ class Model:
         On a CPU, that of `cpu_batch` (32 at 32 x 32 pixels, fewer for larger images); on an accelerator, what fits 70%
         of its free memory by the measured need of one sample, up to 256.
         """
-        channels, height, width = self.image_shape
         if self.device.type != "cuda":
             return cpu_batch(self.image_shape)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         with torch.inference_mode():
-            self(torch.zeros(1, channels, height, width, device=self.device), 0)
+            self(torch.zeros(1, *self.image_shape, device=self.device), 0)
         one = torch.cuda.max_memory_allocated(self.device) - before
         fits = int(0.7 * torch.cuda.mem_get_info(self.device)[0] / max(one, 1))
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
@@ -278,9 +274,7 @@ def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler; ValueError where the workbench can't use it."""
     config = scheduler.config
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"{type(scheduler).__name__} has no alpha_bar; the workbench takes the noise schedules of DDPM and DDIM"
-        )
+        raise ValueError(f"{type(scheduler).__name__} has no alpha_bar; the workbench takes those of DDPM and DDIM")
     if config.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr is on; the workbench takes schedules without zero terminal SNR")
     predicts = config.get("prediction_type", "epsilon")

@@ -125,22 +125,18 @@ class TrainingSettings:
             raise ValueError(f"widths are {list(self.widths)}; give multiples of {NORM_GROUPS}, the finest first")
         if self.size % 2**halvings:
             raise ValueError(
-                f"images of {self.size} pixels can't be halved {halvings} times, as {halvings + 1} widths need it; "
-                f"give fewer widths, or a size that is a multiple of {2**halvings}"
+                f"images of {self.size} pixels can't be halved {halvings} times; give fewer widths, or a "
+                f"multiple of {2**halvings}"
             )
         width_at = {self.size >> level: width for level, width in enumerate(self.widths)}
-        absent = [side for side in self.attention if side not in width_at]
-        if absent:
-            raise ValueError(
-                f"attention is at {absent[0]} pixels; images of {self.size} pixels with {halvings + 1} widths have the "
-                f"resolutions {', '.join(map(str, width_at))}: give some of these, or none"
-            )
+        for side in self.attention:
+            if side not in width_at:
+                there = ", ".join(map(str, width_at))
+                raise ValueError(f"attention is at {side} pixels; this network has the resolutions {there}")
         narrowest = min([width_at[side] for side in self.attention] + [self.widths[-1]])
         if self.head_channels > narrowest:
-            raise ValueError(
-                f"head_channels is {self.head_channels}, and attention here is {narrowest} channels wide; give 1 to "
-                f"{narrowest}"
-            )
+            reason = f"attention here is {narrowest} channels wide; give 1 to {narrowest}"
+            raise ValueError(f"head_channels is {self.head_channels}, and {reason}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -195,14 +191,13 @@ def _network_of(start: str, *, grow: bool, dropout: float, seed: int) -> UNet2DM
     linear = NoiseSchedule.linear(T=T).alpha_bars
     if model.schedule.T != T or not np.allclose(model.schedule.alpha_bars, linear, rtol=1e-4):
         raise ValueError(
-            f"{start} has another noise schedule (of {model.schedule.T} timesteps) than the linear one of {T}, which "
-            "trainings here have; begin with another model, or with random weights"
+            f"{start} has another noise schedule (of {model.schedule.T} timesteps) than trainings here, which have the "
+            f"linear one of {T}"
         )
     if unet.config.out_channels != channels or height != width:
         raise ValueError(
             f"{start} has images of {height} x {width} pixels and {unet.config.out_channels} outputs for their "
-            f"{channels} channels; trainings here are of square images and without a learned variance: begin with "
-            "another model, or with random weights"
+            f"{channels} channels; trainings here are of square images and without a learned variance"
         )
     config = {**unet.config, "sample_size": height, "dropout": dropout}
     if grow:

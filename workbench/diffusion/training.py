@@ -30,7 +30,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -54,7 +53,7 @@ from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats.checkpoints import hash_weights, read_json
-from workbench.io import commit, write_text, written
+from workbench.io import commit, locked, write_text, written
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 """Files of a training beside the model's own: what it is, where it stands, its losses."""
@@ -163,8 +162,8 @@ def train_model(
             if step == settings.steps:
                 return load_model(out)
             raise FileNotFoundError(
-                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; the "
-                "model is as it was, and start= trains on from it in another folder"
+                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; train on "
+                "from its model in another folder, with start="
             )
     elif (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a training already; resume it, or give another folder")
@@ -175,9 +174,9 @@ def train_model(
     # Left to find that there is no device, it would take each of several launched processes for one alone.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if settings.batch_size % accelerator.num_processes:
+        processes = accelerator.num_processes
         raise ValueError(
-            f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
-            "multiple of their number"
+            f"batch_size is {settings.batch_size}; give a multiple of {processes}, the number of processes"
         )
     begun = resume and (out / STATE).is_file()
     unet = empty_unet(read_json(out / CONFIG)["network"]) if begun else first_unet(settings)
@@ -187,10 +186,7 @@ def train_model(
         cut_skips(unet, kept=settings.skips)
     description = _describe(settings, unet, pixels)
     if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
-        raise ValueError(
-            f"the training in {out} is of {then['n']} images, and these {len(pixels)} are not the same; resume it with "
-            "those that it began with, in the same order"
-        )
+        raise ValueError(f"the training in {out} is of {then['n']} images, and these {len(pixels)} are not the same")
     run = _Run(unet, description, settings=settings, device=accelerator.device)
     if begun:
         run.load(out / STATE)
@@ -242,14 +238,10 @@ def train_model(
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """The folder is this process's inside, without what a killed one left half written."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            for left in [*out.glob("*.partial-*"), *out.glob("samples/*.partial-*")]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield
-    except Timeout as error:
-        raise RuntimeError(f"another process is training in {out}; wait for it, or give another folder") from error
+    with locked(out / ".lock", f"training in {out}"):
+        for left in [*out.glob("*.partial-*"), *out.glob("samples/*.partial-*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
 
 
 def read_settings(out: str | Path) -> TrainingSettings:

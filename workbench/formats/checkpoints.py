@@ -62,8 +62,7 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     config = find_unet_config(folder)
     if config is None:
         raise FileNotFoundError(
-            f"{folder} has no unet/config.json and no config.json; a diffusers model folder has one of them beside "
-            f"its weights ({WEIGHTS})"
+            f"{folder} has no unet/config.json and no config.json, so it is no diffusers model folder"
         )
     return ModelFolder(folder, config, _find_weights(config.parent), _find_scheduler(folder))
 
@@ -160,14 +159,10 @@ def read_tensors(path: Path) -> object:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if refused is not None:
-            raise ValueError(
-                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; save the "
-                "network's state dict alone with torch.save, where it was trained"
-            ) from error
-        # Without torch's own text, which advises to run what the file holds.
-        raise ValueError(
-            f"{path} can't be read as weights; it is truncated or of another kind ({type(error).__name__})"
-        ) from error
+            reason = f" without running code: it holds a {refused[1]} beside them; save the state dict alone"
+        else:  # torch's own text advises to run what the file holds
+            reason = f"; it is truncated or of another kind ({type(error).__name__})"
+        raise ValueError(f"{path} can't be read as weights{reason}") from error
 
 
 def _other_kind(head: bytes, path: Path) -> str | None:
@@ -195,10 +190,10 @@ def _kind_of_zip(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any("/code/" in name for name in names):
-        return "a TorchScript program, whose weights can't be read without it; save its state dict with torch.save"
+        return "a TorchScript program; save its state dict with torch.save"
     if any(name.endswith("data.pkl") for name in names):
         return None
-    return f"a zip archive (of {', '.join(names[:2]) or 'nothing'}); unpack it, and give the file or folder in it"
+    return f"a zip archive (of {', '.join(names[:2]) or 'nothing'}); unpack it"
 
 
 def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -251,23 +246,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", name)
     ]
     if not found:
-        some = f"its first names are {', '.join(names[:3])}" if names else "it has no tensors by name"
         raise ValueError(
-            f"{path} holds no network that the workbench knows ({some}); it reads the layouts of the original DDPM "
-            "(temb.dense.0 ...) and of guided-diffusion (time_embed.0 ...), and diffusers' folders"
+            f"{path} holds no network that the workbench knows ({', '.join(names[:3]) or 'no tensors by name'}); it "
+            "reads the layouts of the original DDPM (temb.dense.0 ...) and of guided-diffusion (time_embed.0 ...)"
         )
     where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
     if layout == "diffusers":
-        raise ValueError(
-            f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id: its config.json "
-            "says what these weights are"
-        )
+        raise ValueError(f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id")
     if not _is_average(where + prefix) and _is_training(content):
-        warnings.warn(
-            f"{path.name} has no moving average (EMA) of the weights; these are the last ones of a training, whose "
-            "samples are usually worse",
-            stacklevel=2,
-        )
+        text = f"{path.name} has no moving average (EMA) of the weights; samples of a training's last ones are worse"
+        warnings.warn(text, stacklevel=2)
     # Counters, such as an average's number of updates, have no dimension.
     inside = {n.removeprefix(prefix): w for n, w in state.items() if n.startswith(prefix) and w.ndim > 0}
     _check_finite(inside, path)

@@ -17,9 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from workbench.io import one_of
 
@@ -56,8 +58,7 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
     one_of("schedule", name, SCHEDULES)
     least = 1000 if rescaled else 21  # with fewer, the linear schedule's betas reach 1
     if not isinstance(T, int) or T < least or (rescaled and T % 1000):
-        allowed = "a multiple of 1000, as rescaling needs it" if rescaled else f"{least} or more"
-        raise ValueError(f"timesteps is {T}; give {allowed}")
+        raise ValueError(f"timesteps is {T}; give {'a multiple of 1000' if rescaled else f'{least} or more'}")
     settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}
     if name == "linear":
         settings |= {"beta_schedule": "linear", "beta_start": 0.1 / T, "beta_end": 20 / T}
@@ -163,14 +164,13 @@ class Architecture:
         one_of("attention_order", self.attention_order, ORDERS)
         halvings = len(self.channels) - 1
         if self.image_size < 1 or self.image_size % 2**halvings:
-            raise ValueError(
-                f"image_size is {self.image_size}; a network of {halvings + 1} levels takes multiples of {2**halvings}"
-            )
+            allowed = f"a network of {halvings + 1} levels takes multiples of {2**halvings}"
+            raise ValueError(f"image_size is {self.image_size}; {allowed}")
         heads = self.head_channels
         if heads is not None and (heads < 1 or any(width % heads for width in self.attention_widths)):
+            widths = " and ".join(map(str, self.attention_widths))
             raise ValueError(
-                f"head_channels is {heads}; attention here is {' and '.join(map(str, self.attention_widths))} "
-                "channels wide, which it must divide"
+                f"head_channels is {heads}; attention here is {widths} channels wide, which it must divide"
             )
 
     @property
@@ -187,16 +187,16 @@ class Architecture:
     def config(self) -> dict:
         """Arguments of `UNet2DModel`."""
         ddpm, resampling = self.layout == "ddpm", "resnet" if self.residual_resampling else "conv"
-        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resampling == "resnet" else _PLAIN
-        blocks = [_WITH_ATTENTION if i in self.attention else plain for i in range(len(self.channels))]
+        plain = "Resnet{}sampleBlock2D" if self.residual_resampling else "{}Block2D"
+        blocks = ["Attn{}Block2D" if i in self.attention else plain for i in range(len(self.channels))]
         return {
             "sample_size": self.image_size,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "block_out_channels": self.channels,
             "layers_per_block": self.layers,
-            "down_block_types": tuple(down for down, _ in blocks),
-            "up_block_types": tuple(up for _, up in reversed(blocks)),
+            "down_block_types": tuple(block.format("Down") for block in blocks),
+            "up_block_types": tuple(block.format("Up") for block in reversed(blocks)),
             "downsample_type": resampling,
             "upsample_type": resampling,
             "downsample_padding": 0 if ddpm else 1,
@@ -212,9 +212,8 @@ class Architecture:
 
 
 _EXAMPLES = {"image_size": 256, "head_channels": 64}
+_FIRST = {"ddpm": "conv_in.weight", "guided": "input_blocks.0.0.weight"}
 _ANY_SIZE = 1024  # which all networks can halve: sizes are not in the shapes
-_PLAIN = ("DownBlock2D", "UpBlock2D")
-_WITH_ATTENTION = ("AttnDownBlock2D", "AttnUpBlock2D")
 
 
 @dataclass(frozen=True)
@@ -237,46 +236,26 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-_DDPM_256 = Architecture("ddpm", 256, (128, 128, 256, 256, 512, 512), 2, (4,))
-_DDPM_64 = Architecture("ddpm", 64, (128, 256, 256, 256, 512), 2, (2,))
-_DDPM_32 = Architecture("ddpm", 32, (128, 256, 256, 256), 2, (1,))
-_GUIDED = {"out_channels": 6, "head_channels": 64, "scale_shift": True}
-_P2_256 = Architecture("guided", 256, _DDPM_256.channels, 1, (4,), residual_resampling=True, **_GUIDED)
-_ADM_256 = Architecture(
-    "guided", 256, (256, 256, 512, 512, 1024, 1024), 2, (3, 4, 5), residual_resampling=True, **_GUIDED
-)
-_IDDPM_32 = Architecture("guided", 32, (128, 256, 256, 256), 3, (1, 2), **_GUIDED)
+def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
+    content = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    networks = {
+        name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
+        for name, each in content["architectures"].items()
+    }
+    presets = {
+        name: Preset(
+            networks[each["architecture"]],
+            each["about"],
+            tuple(each.get("files", ())),
+            noise_schedule(**each.get("schedule", {})),
+        )
+        for name, each in content["presets"].items()
+    }
+    return presets, {name: networks[each] for name, each in content["hub"].items()}
 
-PRESETS = {
-    "celeba_hq": Preset(_DDPM_256, "CelebA-HQ (SDEdit, DiffusionCLIP, Asyrp, BoundaryDiffusion)", ("celeba_hq.ckpt",)),
-    "bedroom": Preset(_DDPM_256, "LSUN bedroom (DDPM, SDEdit)", ("bedroom.ckpt", "model-2388000.ckpt")),
-    "church_outdoor": Preset(_DDPM_256, "LSUN church (DDPM, SDEdit)", ("church_outdoor.ckpt", "model-4432000.ckpt")),
-    "cat": Preset(_DDPM_256, "LSUN cat (DDPM)", ("model-1761000.ckpt",)),
-    "celeba64": Preset(_DDPM_64, "CelebA, 64 pixels (DDIM)"),
-    "cifar10": Preset(_DDPM_32, "CIFAR-10 (DDPM)", ("model-790000.ckpt",)),
-    "afhq_dog": Preset(_P2_256, "AFHQ dogs (ILVR, P2)", ("afhq_dog_4m.pt", "afhqdog_p2.pt")),
-    "ffhq": Preset(_P2_256, "FFHQ (ILVR, P2)", ("ffhq_10m.pt", "ffhq_p2.pt")),
-    "metfaces": Preset(_P2_256, "MetFaces (P2)", ("metface_p2.pt",)),
-    "celeba_hq_p2": Preset(_P2_256, "CelebA-HQ (P2)", ("celebahq_p2.pt",)),
-    "flower": Preset(_P2_256, "Oxford flowers (P2)", ("flower_p2.pt",)),
-    "cub": Preset(_P2_256, "CUB birds (P2)", ("cub_p2.pt",)),
-    "adm_lsun": Preset(_ADM_256, "LSUN (ADM)", ("lsun_bedroom.pt", "lsun_cat.pt", "lsun_horse.pt")),
-    "adm_imagenet": Preset(_ADM_256, "ImageNet, unconditional (ADM)", ("256x256_diffusion_uncond.pt",)),
-    "improved_cifar10": Preset(
-        _IDDPM_32,
-        "CIFAR-10, cosine (improved DDPM)",
-        ("cifar10_uncond_50M_500K.pt",),
-        noise_schedule("cosine", 4000, rescaled=True),
-    ),
-}
-"""Published checkpoints by name."""
 
-HUB = {
-    f"google/ddpm-{kind}{data}-256": _DDPM_256
-    for data in ("celebahq", "church", "bedroom", "cat")
-    for kind in ("ema-", "")
-} | {"google/ddpm-cifar10-32": _DDPM_32}
-"""Repositories of the hub, which hold diffusers folders."""
+PRESETS, HUB = _published()
+"""Published checkpoints by name, and repositories of the hub, which hold diffusers folders."""
 
 
 def find_preset(name: str | None, file: str) -> str | None:
@@ -302,12 +281,9 @@ def infer(
     if "label_emb.weight" in state:
         raise ValueError("the network is conditioned on a class (label_emb); the workbench takes unconditional models")
     shapes = (_shapes_of_ddpm if layout == "ddpm" else _shapes_of_guided)(state)
-    first = _rows(state, "conv_in.weight" if layout == "ddpm" else "input_blocks.0.0.weight")
-    if first != shapes["channels"][0]:
-        raise ValueError(
-            f"its first level has {shapes['channels'][0]} channels and its first convolution {first}, which diffusers' "
-            "UNet2DModel can't have"
-        )
+    first, level = _rows(state, _FIRST[layout]), shapes["channels"][0]
+    if first != level:  # which diffusers' UNet2DModel can't have
+        raise ValueError(f"its first level has {level} channels and its first convolution {first}; they must be equal")
     asked = {"image_size": image_size} | ({} if layout == "ddpm" else {"head_channels": head_channels})
     missing = [name for name, given in asked.items() if given is None]
     if missing:
@@ -324,11 +300,6 @@ def _ask_for(missing: list[str], found: Architecture) -> None:
     also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
     example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
     options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
-    if "head_channels" in missing and len(found.attention_widths) > 1:
-        also += (
-            "; where the training gave a number of heads, head_channels is the width by that number, and with "
-            f"attention of {' and '.join(map(str, found.attention_widths))} channels it can't be loaded"
-        )
     raise ValueError(
         f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
         f"`workbench convert FILE FOLDER {options}`), or {also}"
@@ -341,8 +312,7 @@ def refuse_unknown_schedule(architecture: Architecture) -> None:
         if preset.architecture == architecture and preset.schedule != LINEAR:
             raise ValueError(
                 f"the weights don't tell the noise schedule, and {name}, which has these shapes, does not have the "
-                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}, on the "
-                "command line to `workbench convert`"
+                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}"
             )
 
 
@@ -357,7 +327,7 @@ def _shapes_of_ddpm(state: Mapping[str, torch.Tensor]) -> dict:
         "channels": tuple(_rows(state, f"down.{i}.block.0.conv1.weight") for i in range(levels)),
         "layers": layers,
         "attention": tuple(i for i in range(levels) if f"down.{i}.attn.0.norm.weight" in state),
-        "in_channels": _shape(state, "conv_in.weight")[1],
+        "in_channels": _shape(state, _FIRST["ddpm"])[1],
         "out_channels": _rows(state, "conv_out.weight"),
     }
 
@@ -375,7 +345,7 @@ def _shapes_of_guided(state: Mapping[str, torch.Tensor]) -> dict:
         "channels": channels,
         "layers": layers,
         "attention": tuple(i for i, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in state),
-        "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
+        "in_channels": _shape(state, _FIRST["guided"])[1],
         "out_channels": _rows(state, "out.2.weight"),
         "scale_shift": _rows(state, "input_blocks.1.0.emb_layers.1.weight") == 2 * channels[0],
         "residual_resampling": levels > 1 and f"input_blocks.{layers + 1}.0.op.weight" not in state,
