@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.metrics import Rate, frechet_distance, kernel_distance
+from workbench.analysis.intervals import Estimate
+from workbench.analysis.metrics import frechet_distance, kernel_distance
 from workbench.analysis.quality import (
     attribute_frequencies,
     joint_frequencies,
@@ -49,14 +50,14 @@ class Evaluation:
         ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real, for "frechet"
         (the kernel distance of real images is 0 on average).
     coverage : DataFrame
-        One row a feature space: precision and recall of samples, and of the other half, each a `Rate`.
+        One row a feature space: precision and recall of samples, and of the other half, each a `Estimate`.
     frequencies : DataFrame
         See `attribute_frequencies`; `drawn` is what the judge finds among the held-out images.
     pairs : DataFrame
         See `joint_frequencies`.
-    copies : Rate or None
+    copies : Estimate or None
         Share of samples nearer to a training image than to a held-out one, in pixels; None without training images.
-    copies_real : Rate or None
+    copies_real : Estimate or None
         The same of held-out images that were not compared with.
     inversion : ndarray of shape (k,), dB
         Peak signal-to-noise ratio of held-out images and what DDIM inversion reconstructs of them.
@@ -72,8 +73,8 @@ class Evaluation:
     coverage: pd.DataFrame = field(repr=False)
     frequencies: pd.DataFrame = field(repr=False)
     pairs: pd.DataFrame = field(repr=False)
-    copies: Rate | None
-    copies_real: Rate | None = field(repr=False)
+    copies: Estimate | None
+    copies_real: Estimate | None = field(repr=False)
     inversion: np.ndarray = field(repr=False)
     images: torch.Tensor = field(repr=False)
     about: dict
@@ -388,7 +389,7 @@ def _stacked(images) -> torch.Tensor:
     return images[:].clamp(-1, 1)
 
 
-def _rate(rate: Rate | None) -> dict | None:
+def _rate(rate: Estimate | None) -> dict | None:
     return None if rate is None else {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
 
 
@@ -396,7 +397,7 @@ def _pair(row: pd.Series) -> dict:
     return {**{key: row[key].to_dict() for key in ("expected", "found")}, "distance": row[("distance", "")]}
 
 
-def _percent(rate: Rate) -> str:
+def _percent(rate: Estimate) -> str:
     return f"{100 * rate.value:.1f}% ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
 
 

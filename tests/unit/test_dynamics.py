@@ -24,7 +24,7 @@ from workbench.analysis.dynamics import (
     statistics_over_time,
     step_geometry,
 )
-from workbench.analysis.metrics import CROSS_VALIDATED, wilson_interval
+from workbench.analysis.intervals import CROSS_VALIDATED, wilson_interval
 
 ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
 """The linear schedule of both papers' models."""

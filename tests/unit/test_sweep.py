@@ -187,9 +187,9 @@ def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home,
     assert "index.html" in capsys.readouterr().out
 
 
-FACTS = """from workbench.analysis.metrics import Rate
+FACTS = """from workbench.analysis.intervals import Estimate
 from workbench.report.facts import record_facts
-record_facts({"rate": Rate(0.5, 0.3, 0.7, 20), "t": 450, "loss": float("nan"), "model": "a"})"""
+record_facts({"rate": Estimate(0.5, 0.3, 0.7, 20), "t": 450, "loss": float("nan"), "model": "a"})"""
 
 
 def test_facts_are_read_back_as_they_were_recorded(tmp_path):

@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from workbench.analysis.geometry import check_labels, check_samples, distances_of, gram, over_timesteps, pairs_of
-from workbench.analysis.metrics import Rate
+from workbench.analysis.intervals import share_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -905,7 +905,7 @@ def _probe(span: np.ndarray, labels: np.ndarray, *, d: int, folds: int, seed: in
         predicted[test] = _discriminate(span[train], groups[train], span[test], d)
     recalls = np.diag(confusion_matrix(groups, predicted, normalize="true"))
     balanced, effective = float(recalls.mean()), float(len(sizes) ** 2 / (1 / sizes).sum())
-    rate = Rate.of(balanced, effective, cross_validated=True)
+    rate = share_of(balanced, effective, cross_validated=True)
     return Separability(
         balanced_accuracy=balanced,
         interval=(rate.low, rate.high),

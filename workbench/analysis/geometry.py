@@ -26,10 +26,11 @@ from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from workbench.analysis.intervals import QUANTILES
+
 METHODS = {"pca": "PC", "umap": "UMAP", "pacmap": "PaCMAP", "tsne": "t-SNE"}
 """Names of the methods that `embed` takes, and of the axes of their maps."""
 
-LEVEL = 0.95
 CHUNK = 4096
 FEWEST = 20  # samples that a dimension takes
 
@@ -614,7 +615,7 @@ def _interval(value: float, halves: Iterable[float]) -> tuple[float, float]:
     halves = halves[np.isfinite(halves)]
     if len(halves) < 2:
         return float("nan"), float("nan")
-    low, high = np.quantile(halves - halves.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(halves - halves.mean(), QUANTILES)
     return value + float(low), value + float(high)
 
 

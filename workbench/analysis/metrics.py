@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-LEVEL = 0.95
+from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, share_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,40 +49,6 @@ class EffectMatrix:
         return f"EffectMatrix({len(self.mean)} directions x {self.mean.shape[1]} attributes, {self.n} samples)"
 
 
-CROSS_VALIDATED = 1.3
-"""How much wider the interval of a cross-validated share is than of one that independent trials give.
-
-The folds share most of the samples that they learn from, so that predictions err together. Measured as the deviation of
-the accuracy from that of the machine fitted to all samples, for two planted Gaussian classes of 30 to 100 samples each:
-1.1 to 1.4 times that of as many independent trials, least for differences of means and most for support vectors.
-"""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its 95% Wilson interval, widened where the samples were predicted by cross-validation.
-
-    Attributes
-    ----------
-    value, low, high : float in [0, 1]
-    n : int
-        Number of samples that could succeed.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, share: float, n: int, *, cross_validated: bool = False) -> Rate:
-        """A share of n with its interval."""
-        return cls(share, *wilson_interval(share, n / CROSS_VALIDATED**2 if cross_validated else n), n)
-
-    def __repr__(self) -> str:
-        return f"Rate({self.value:.1%}, {self.low:.1%}..{self.high:.1%}, n={self.n})"
-
-
 def effect_matrix(
     before: pd.DataFrame | Mapping[str, pd.DataFrame],
     after: Mapping[str, pd.DataFrame],
@@ -117,9 +82,9 @@ def effect_matrix(
     plain = before if isinstance(before, Mapping) else dict.fromkeys(after, before)
     changes = np.stack([_change(plain[name], scores, name) for name, scores in after.items()], axis=1)
     n = len(changes)
-    counts = drawn_again(n, resamples=resamples, seed=seed)
+    counts = bootstrap_counts(n, resamples=resamples, seed=seed)
     draws = np.tensordot(counts, changes, axes=1) / n
-    low, high = np.quantile(draws, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2), axis=0)
+    low, high = np.quantile(draws, QUANTILES, axis=0)
 
     def frame(values: np.ndarray) -> pd.DataFrame:
         columns = next(iter(after.values())).columns
@@ -168,7 +133,7 @@ def entanglement_index(effects: EffectMatrix | pd.DataFrame, *, own: Mapping[str
     found = pd.DataFrame({"index": index(mean.to_numpy())}, index=mean.index)
     if isinstance(effects, EffectMatrix):
         # "lower": neighbouring draws of inf have no mean.
-        bounds = np.quantile(index(effects.draws), (0.5 - LEVEL / 2, 0.5 + LEVEL / 2), axis=0, method="lower")
+        bounds = np.quantile(index(effects.draws), QUANTILES, axis=0, method="lower")
         found["low"], found["high"] = bounds
     return found
 
@@ -198,14 +163,15 @@ def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
     leak, drawn = (np.abs(values).sum(axis=-1) for values in (part.mean.to_numpy(), part.draws))
     with np.errstate(divide="ignore", invalid="ignore"):
         fall, fallen = 1 - leak / leak[0], 1 - drawn / drawn[:, :1]
-    ends = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
-    (leak_low, leak_high), (fall_low, fall_high) = (np.quantile(values, ends, axis=0) for values in (drawn, fallen))
+    (leak_low, leak_high), (fall_low, fall_high) = (
+        np.quantile(values, QUANTILES, axis=0) for values in (drawn, fallen)
+    )
     columns = {"leak": leak, "leak_low": leak_low, "leak_high": leak_high}
     columns |= {"fall": fall, "fall_low": fall_low, "fall_high": fall_high}
     return pd.DataFrame(columns, index=part.mean.index)
 
 
-def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Rate:
+def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Estimate:
     """Share of the samples without an attribute that have it afterwards, with its Wilson interval.
 
     Parameters
@@ -217,7 +183,7 @@ def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, t
 
     Returns
     -------
-    Rate
+    Estimate
 
     Raises
     ------
@@ -232,7 +198,7 @@ def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, t
     if n == 0:
         raise ValueError(f"all {len(before)} samples have {attribute} already; edit some that don't")
     share = float((after[attribute].to_numpy()[without] > threshold).mean())
-    return Rate.of(share, n)
+    return share_of(share, n)
 
 
 def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:
@@ -487,7 +453,7 @@ def frechet_distance_interval(
     fold = np.arange(n) % folds
     whole, *parts = _frechet_distances(a, b, [fold != k for k in range(-1, folds)])
     error = np.sqrt((folds - 1) * np.var(parts))
-    half = stats.t.ppf(0.5 + LEVEL / 2, folds - 1) * error
+    half = stats.t.ppf(QUANTILES[1], folds - 1) * error
     return float(whole - half), float(whole + half)
 
 
@@ -556,12 +522,12 @@ def kernel_distance_interval(
     (float, float)
     """
     a, b = _two_sets(features, others, groups)
-    drawn = drawn_again(a.shape[1], resamples=resamples, seed=seed) > 0
+    drawn = bootstrap_counts(a.shape[1], resamples=resamples, seed=seed) > 0
     drawn = drawn[drawn.sum(axis=1) > 1]
     whole, *parts = _kernel_distances(a, b, np.vstack([np.ones(a.shape[1]), drawn]))
     share = drawn.mean()
     spread = (np.array(parts) - np.mean(parts)) * np.sqrt(share / (1.0 - share))
-    low, high = whole + np.quantile(spread, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    low, high = whole + np.quantile(spread, QUANTILES)
     return float(low), float(high)
 
 
@@ -582,75 +548,6 @@ def _kernel_distances(a: np.ndarray, b: np.ndarray, taken: np.ndarray) -> np.nda
     target = within(kernel(b, b), np.ones((1, len(b))))
     between = taken @ kernel(rows, b).reshape(groups, n, -1).mean(axis=(0, 2)) / taken.sum(axis=1)
     return within(pairs, taken) + target - 2.0 * between
-
-
-def drawn_again(n: int, *, resamples: int, seed: int) -> np.ndarray:
-    """How often each of n samples is drawn when n are drawn with replacement, for bootstrap intervals.
-
-    Returns
-    -------
-    ndarray of shape (resamples, n), int
-    """
-    rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
-
-
-def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of a mean; (NaN, NaN) of fewer than two values.
-
-    It is widened about the mean by what a bootstrap of n values lacks: it divides by n where the variance takes n - 1,
-    and has the quantiles of a normal where those of t with n - 1 degrees are due (Hesterberg 2015, section 3.2).
-    """
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    if n < 2:
-        return float("nan"), float("nan")
-    drawn = drawn_again(n, resamples=resamples, seed=seed) @ values / n - values.mean()
-    ends = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
-    wider = np.sqrt(n / (n - 1)) * stats.t.ppf(ends[1], n - 1) / stats.norm.ppf(ends[1])
-    low, high = values.mean() + wider * np.quantile(drawn, ends)
-    return float(low), float(high)
-
-
-def wilson_interval(share: float, n: float) -> tuple[float, float]:
-    """Wilson's interval of a share of n trials at `LEVEL` (Wilson 1927).
-
-    Parameters
-    ----------
-    share : float
-        In [0, 1].
-    n : float
-        Above 0; need not be whole (an effective number of trials).
-
-    Returns
-    -------
-    (float, float)
-        In [0, 1], with the share between them.
-    """
-    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
-
-
-def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
-    """p-values of several tests, adjusted so that the chance of any false one stays below the level (Holm 1979).
-
-    Parameters
-    ----------
-    p_values : array of shape (m,), values in [0, 1]
-        NaN of a test that was not made.
-
-    Returns
-    -------
-    ndarray of shape (m,), values in [0, 1], not below the given ones
-    """
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")[: np.isfinite(p).sum()]
-    adjusted = np.full_like(p, np.nan)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1.0)
-    return adjusted
 
 
 def _two_sets(features: np.ndarray, others: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:

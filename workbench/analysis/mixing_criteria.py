@@ -18,8 +18,8 @@ import pandas as pd
 from scipy import stats
 
 from workbench.analysis.dynamics import separabilities
-from workbench.analysis.geometry import LEVEL, check_labels, check_samples, half_samples, over_timesteps
-from workbench.analysis.metrics import CROSS_VALIDATED
+from workbench.analysis.geometry import check_labels, check_samples, half_samples, over_timesteps
+from workbench.analysis.intervals import CROSS_VALIDATED, QUANTILES
 
 Rule = Callable[[np.ndarray], tuple[int, float, bool]]
 """From a curve (noisiest timestep first) to the position of the mixing step, the threshold, and whether it was met."""
@@ -243,14 +243,13 @@ def read_off(
     values = curve(np.arange(n))
     halves = np.stack([curve(rows) for rows in half_samples(n, resamples, np.random.default_rng(seed))])
     drawn = values + widened * (halves - halves.mean(axis=0))
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    low, high = np.quantile(drawn, tails, axis=0)
+    low, high = np.quantile(drawn, QUANTILES, axis=0)
     found = timesteps[[rule(each)[0] for each in drawn]]
     i, threshold, reached = rule(values)
     table = pd.DataFrame({"value": values, "low": low, "high": high, **(more or {})}, index=timesteps)
     return MixingStep(
         t=int(timesteps[i]),
-        interval=tuple(int(t) for t in np.quantile(found, tails, method="nearest")),
+        interval=tuple(int(t) for t in np.quantile(found, QUANTILES, method="nearest")),
         criterion=criterion,
         curve=table.rename_axis("t"),
         threshold=threshold,
@@ -416,7 +415,7 @@ def separability_step(
     (eta 0, DDIM inversion) is a smooth map of the image, whose attributes can stay separable up to T.
 
     The half-samples of the intervals keep the predictions of the probes, which are not fitted again; that these were
-    learned from the same samples is allowed for by widening the intervals (`metrics.CROSS_VALIDATED`). The standard
+    learned from the same samples is allowed for by widening the intervals (`intervals.CROSS_VALIDATED`). The standard
     error of the rule is that of the predictions alone.
 
     Parameters

@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 
-from workbench.analysis.metrics import Rate
+from workbench.analysis.intervals import Estimate, share_of
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class PrecisionRecall:
 
     Attributes
     ----------
-    precision, recall : Rate
+    precision, recall : Estimate
     """
 
-    precision: Rate
-    recall: Rate
+    precision: Estimate
+    recall: Estimate
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, *, k: int = 3) -> PrecisionRecall:
@@ -55,7 +55,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, *, k: int = 3) -> 
     a, b = _features(generated, real)
     if not 1 <= k < min(len(a), len(b)):
         raise ValueError(f"k is {k}; with {len(a)} and {len(b)} points give 1 to {min(len(a), len(b)) - 1}")
-    return PrecisionRecall(*(Rate.of(float(_inside(x, y, k).mean()), len(x)) for x, y in ((a, b), (b, a))))
+    return PrecisionRecall(*(share_of(float(_inside(x, y, k).mean()), len(x)) for x, y in ((a, b), (b, a))))
 
 
 def nearest_neighbours(points: np.ndarray, others: np.ndarray, *, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +82,7 @@ def nearest_neighbours(points: np.ndarray, others: np.ndarray, *, k: int = 1) ->
     return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(b).kneighbors(a)
 
 
-def memorisation(generated: np.ndarray, training: np.ndarray, held_out: np.ndarray, *, seed: int = 0) -> Rate:
+def memorisation(generated: np.ndarray, training: np.ndarray, held_out: np.ndarray, *, seed: int = 0) -> Estimate:
     """Share of generated points that are nearer to a training point than to a held-out one, at equal numbers of both.
 
     A model that has learned the distribution and not its training set gives a half; one that repeats its training
@@ -96,7 +96,7 @@ def memorisation(generated: np.ndarray, training: np.ndarray, held_out: np.ndarr
 
     Returns
     -------
-    Rate
+    Estimate
         With its Wilson interval over the generated points.
     """
     rng, m = np.random.default_rng(seed), min(len(training), len(held_out))
@@ -105,7 +105,7 @@ def memorisation(generated: np.ndarray, training: np.ndarray, held_out: np.ndarr
         for points in (np.asarray(training), np.asarray(held_out))
     ]
     closer = (near[0] < near[1]) + 0.5 * (near[0] == near[1])
-    return Rate.of(float(closer.mean()), len(closer))
+    return share_of(float(closer.mean()), len(closer))
 
 
 def attribute_frequencies(labels: pd.DataFrame, expected: Mapping[str, float]) -> pd.DataFrame:
@@ -130,7 +130,7 @@ def attribute_frequencies(labels: pd.DataFrame, expected: Mapping[str, float]) -
     missing = [name for name in expected if name not in labels]
     if missing:
         raise ValueError(f"there are no labels for {', '.join(missing)}; there are for {', '.join(labels)}")
-    rates = {name: Rate.of(float(labels[name].mean()), len(labels)) for name in expected}
+    rates = {name: share_of(float(labels[name].mean()), len(labels)) for name in expected}
     return pd.DataFrame(
         [
             {"expected": expected[name], "found": r.value, "low": r.low, "high": r.high}

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from workbench.analysis.metrics import LEVEL, drawn_again, holm, linearity, mean_interval, monotonicity
+from workbench.analysis.intervals import QUANTILES, bootstrap_counts, holm, mean_interval
+from workbench.analysis.metrics import linearity, monotonicity
 
 CHANGE = 0.2
 """Root mean square change of an image, in [-1, 1], at which methods are compared by default."""
@@ -276,9 +277,9 @@ def difference(
 def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
     others = [name for name in edits if name.startswith("change ")]
     samples = np.sort(edits["seed"].unique())
-    counts = np.vstack([np.ones(len(samples), int), drawn_again(len(samples), resamples=resamples, seed=seed)])
+    counts = np.vstack([np.ones(len(samples), int), bootstrap_counts(len(samples), resamples=resamples, seed=seed)])
     populations = max(edits["repeat"]) + 1
-    repeats = np.vstack([np.ones(populations, int), drawn_again(populations, resamples=resamples, seed=seed + 1)])
+    repeats = np.vstack([np.ones(populations, int), bootstrap_counts(populations, resamples=resamples, seed=seed + 1)])
     curves = []
     for (method, attribute), part in edits.groupby(["method", "attribute"], sort=False):
         part = part.sort_values(["repeat", "seed", "scale"])
@@ -370,7 +371,7 @@ def _interval(drawn: np.ndarray) -> tuple[float, float]:
     known = drawn[1:][np.isfinite(drawn[1:])]
     if not len(known):
         return float("nan"), float("nan")
-    low, high = np.quantile(known, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    low, high = np.quantile(known, QUANTILES)
     return float(low), float(high)
 
 

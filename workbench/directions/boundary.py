@@ -26,7 +26,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
 from workbench.analysis.geometry import check_samples, gram
-from workbench.analysis.metrics import Rate
+from workbench.analysis.intervals import Estimate, share_of
 from workbench.diffusion.images import fingerprint
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
@@ -66,9 +66,9 @@ class Boundary:
     means, deviations : (float, float), optional
         Of the signed distances of held-out samples, (without, with) the attribute. Not of the samples that it was
         fitted on: with fewer samples than dimensions these lie at the margin, all at the same distance.
-    accuracy, balanced_accuracy : Rate, optional
+    accuracy, balanced_accuracy : Estimate, optional
         Share of held-out samples on their side of the boundary, and the mean of both classes' shares, with 95% Wilson
-        intervals; of a fit by cross-validation, and then the intervals are wider (`metrics.CROSS_VALIDATED`).
+        intervals; of a fit by cross-validation, and then the intervals are wider (`intervals.CROSS_VALIDATED`).
     extras : dict of str -> float
         Of a fit: `weight_norm`, the length of the normal before it was scaled; `training_accuracy`; `class_distance`
         and `dimensions`, the law's delta and d (see `expected_accuracy`).
@@ -82,8 +82,8 @@ class Boundary:
     provenance: dict = field(repr=False)
     means: tuple[float, float] | None = None
     deviations: tuple[float, float] | None = None
-    accuracy: Rate | None = None
-    balanced_accuracy: Rate | None = None
+    accuracy: Estimate | None = None
+    balanced_accuracy: Estimate | None = None
     extras: dict[str, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -615,7 +615,9 @@ def load_boundary(
         about = json.loads(metadata["boundary"])
         if about.pop("sha256") != digest(tensors):
             raise ValueError(f"{path} is corrupt: its values don't match their checksum; make the boundary again")
-        rates = {key: None if about[key] is None else Rate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
+        rates = {
+            key: None if about[key] is None else Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")
+        }
         pairs = {key: None if about[key] is None else tuple(about[key]) for key in ("means", "deviations")}
         found = Boundary(**{**tensors, **about, **rates, **pairs})
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -823,8 +825,8 @@ def _held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = F
     return {
         "means": tuple(float(side.mean()) for side in sides),
         "deviations": tuple(float(side.std(ddof=1)) for side in sides),
-        "accuracy": Rate.of(float(right.mean()), len(y), cross_validated=cross_validated),
-        "balanced_accuracy": Rate.of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
+        "accuracy": share_of(float(right.mean()), len(y), cross_validated=cross_validated),
+        "balanced_accuracy": share_of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
     }
 
 

@@ -22,7 +22,7 @@ def record_facts(facts: Mapping[str, object]) -> None:
     ----------
     facts : mapping of str to value
         Numbers, texts and truth values; or what has a `value` with its interval `low` and `high` and its `n`, such as
-        a `Rate`. Of the same name, the last one counts.
+        an `Estimate`. Of the same name, the last one counts.
 
     Raises
     ------

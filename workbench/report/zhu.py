@@ -17,6 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from workbench.analysis import dynamics
+from workbench.analysis.intervals import Estimate as Number
+from workbench.analysis.intervals import difference_of, mean_of
 from workbench.analysis.metrics import monotonicity
 from workbench.benchmark import leaderboard
 from workbench.benchmark.run import SIZES, Protocol, run_benchmark
@@ -26,11 +28,11 @@ from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
 from workbench.directions.boundary import fit_boundary
 from workbench.editing import experiments
-from workbench.editing.crossing import cross_boundary
+from workbench.editing.cross import cross_boundary
 from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots
-from workbench.report.figures import SHOWN, T_AXIS, Drawn, Number, Setup, curves, difference_of, mean_of, recipe, words
+from workbench.report.recipes import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
 
 STRENGTH = 4.0
 """Standard deviations that x or h are moved by, where one strength is shown."""

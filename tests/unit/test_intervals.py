@@ -1,0 +1,80 @@
+"""Estimates with intervals: against scipy, against formulas, and how often the intervals hold the truth."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from workbench.analysis.intervals import (
+    CROSS_VALIDATED,
+    Estimate,
+    bootstrap_counts,
+    difference_of,
+    holm,
+    mean_interval,
+    mean_of,
+    ratio_of,
+    share_of,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize("successes", [0, 5, 20])
+def test_the_interval_of_a_share_is_wilsons(successes):
+    expected = stats.binomtest(successes, 20).proportion_ci(method="wilson")
+    found = share_of(successes / 20, 20)
+    assert (found.low, found.high, found.n) == (pytest.approx(expected.low), pytest.approx(expected.high), 20)
+    wider = share_of(successes / 20, 20, cross_validated=True)
+    assert (wider.low, wider.high) == wilson_interval(successes / 20, 20 / CROSS_VALIDATED**2)
+    assert wider.n == 20
+
+
+def test_rounding_puts_no_share_outside_of_its_interval():
+    for n in range(1, 200):
+        for share in (0.0, 1.0, (n // 2) / n):
+            low, high = wilson_interval(share, n)
+            assert 0 <= low <= share <= high <= 1, (share, n)
+
+
+def test_estimates_of_means_ratios_and_differences():
+    rng = np.random.default_rng(0)
+    values = rng.normal(1.0, 2.0, 200)
+    found = mean_of([*values, np.nan])
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert (found.value, found.n) == (pytest.approx(values.mean()), 200)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+    ratio = ratio_of(3 * np.abs(values), np.abs(values))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((3.0, 3.0, 3.0))
+    gap = difference_of(Estimate(5, 4, 7, 10), Estimate(1, 0, 1, 8))
+    assert (gap.value, gap.low, gap.high, gap.n) == pytest.approx((4, 3, 4 + np.hypot(2, 1), 8))
+    assert np.isnan(mean_of([np.nan]).value) and np.isnan(ratio_of([2.0], [1.0]).low)
+    assert repr(Estimate(1 / 3, 0, 1, 9)) == "Estimate(0.3333, 0..1, n=9)"
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    low, high = mean_interval(values, resamples=4000)
+    np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * values.std() / 20, atol=0.01)
+    assert np.isnan(mean_interval([])).all() and np.isnan(mean_interval([0.3])).all(), "one value does not tell"
+
+
+@pytest.mark.parametrize("n", [4, 6, 16])
+def test_the_interval_of_a_mean_of_few_values_is_as_sure_as_it_says(n):
+    rng = np.random.default_rng(n)
+    ends = np.array([mean_interval(rng.standard_normal(n), resamples=400) for _ in range(400)])
+    assert 0.91 < ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean() < 0.99
+
+
+def test_bootstrap_counts_draw_n_of_n_and_repeat_with_the_seed():
+    counts = bootstrap_counts(12, resamples=300, seed=1)
+    assert counts.shape == (300, 12) and (counts.sum(axis=1) == 12).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(12), abs=0.25)
+    np.testing.assert_array_equal(counts, bootstrap_counts(12, resamples=300, seed=1))
+
+
+def test_holm_corrects_as_by_hand_and_keeps_the_order():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(holm([0.9, 0.5]), [1.0, 1.0])
+    np.testing.assert_allclose(holm([0.04, np.nan, 0.01]), [0.04, np.nan, 0.02])
+    rng = np.random.default_rng(0)
+    false = np.mean([(holm(rng.random(10)) < 0.05).any() for _ in range(2000)])
+    assert false < 0.07

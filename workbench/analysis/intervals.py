@@ -1,0 +1,117 @@
+"""Estimates with 95% intervals, of shares (Wilson), means and ratios (bootstrap); Holm's rule for several tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+QUANTILES = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+"""Quantiles between which an interval lies."""
+
+CROSS_VALIDATED = 1.3
+"""How much wider the interval of a cross-validated share is than that of as many independent trials.
+
+The folds share most of their training samples, so their errors are correlated. Measured as the deviation of the
+accuracy from that of the machine fitted to all samples, for two planted Gaussian classes of 30 to 100 samples each: 1.1
+to 1.4 times that of independent trials, least for differences of means and most for support vectors.
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its 95% interval.
+
+    Attributes
+    ----------
+    value, low, high : float
+        NaN as ends where too few samples give no interval.
+    n : int
+        Number of samples behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __repr__(self) -> str:
+        return f"Estimate({self.value:.4g}, {self.low:.4g}..{self.high:.4g}, n={self.n})"
+
+
+def share_of(share: float, n: int, *, cross_validated: bool = False) -> Estimate:
+    """A share of n trials with its Wilson interval, widened where cross-validation predicted the trials."""
+    return Estimate(share, *wilson_interval(share, n / CROSS_VALIDATED**2 if cross_validated else n), n)
+
+
+def mean_of(values: np.ndarray | Sequence[float], *, seed: int = 0) -> Estimate:
+    """Mean of one value a sample with its bootstrap interval; leaves out samples whose value is not finite."""
+    values = np.asarray(values, dtype=float).ravel()
+    values = values[np.isfinite(values)]
+    mean = float(values.mean()) if len(values) else float("nan")
+    return Estimate(mean, *mean_interval(values, seed=seed), len(values))
+
+
+def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[float], *, seed: int = 0) -> Estimate:
+    """Ratio of two means over the same samples, with its bootstrap interval."""
+    a, b = (np.asarray(values, dtype=float).ravel() for values in (above, below))
+    low = high = float("nan")
+    if len(a) > 1:
+        counts = bootstrap_counts(len(a), resamples=1000, seed=seed)
+        low, high = np.quantile((counts @ a) / (counts @ b), QUANTILES)
+    return Estimate(float(a.mean() / b.mean()), float(low), float(high), len(a))
+
+
+def difference_of(one: Estimate, other: Estimate) -> Estimate:
+    """Difference of two independent estimates: errors add in squares.
+
+    Too wide for estimates over the same samples that rise and fall together.
+    """
+    gap = one.value - other.value
+    down = np.hypot(one.value - one.low, other.high - other.value)
+    up = np.hypot(one.high - one.value, other.value - other.low)
+    return Estimate(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
+
+
+def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
+    """How often each of n samples is drawn when n are drawn with replacement: ints of shape (resamples, n)."""
+    rng = np.random.default_rng(seed)
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
+
+
+def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of a mean; (NaN, NaN) of fewer than two values.
+
+    It is widened about the mean by what a bootstrap of n values lacks: it divides by n where the variance takes n - 1,
+    and has the quantiles of a normal where those of t with n - 1 degrees are due (Hesterberg 2015, section 3.2).
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        return float("nan"), float("nan")
+    errors = bootstrap_counts(n, resamples=resamples, seed=seed) @ values / n - values.mean()
+    wider = np.sqrt(n / (n - 1)) * stats.t.ppf(QUANTILES[1], n - 1) / stats.norm.ppf(QUANTILES[1])
+    low, high = values.mean() + wider * np.quantile(errors, QUANTILES)
+    return float(low), float(high)
+
+
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of n trials (Wilson 1927); n may be an effective number, not whole."""
+    z = NormalDist().inv_cdf(QUANTILES[1])
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
+    """p-values of several tests, adjusted to bound the chance of any false rejection (Holm 1979); NaN of no test."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")[: np.isfinite(p).sum()]
+    adjusted = np.full_like(p, np.nan)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1.0)
+    return adjusted
