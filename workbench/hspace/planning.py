@@ -1,4 +1,4 @@
-"""What an extraction will need, before it is started: disk, memory, passes and hours.
+"""The cost of an extraction, before it is started: disk, memory, passes and hours.
 
 Sizes follow from shapes and are exact or bounds. Time is passes x FLOPs / rate, with a rate that is measured here, or,
 for a GPU that is not here, assumed: a share of the maker's peak.
