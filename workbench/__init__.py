@@ -15,7 +15,8 @@ import importlib
 
 _WHERE = {
     "analysis.intervals": ("Estimate",),
-    "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
+    "diffusion.loading": ("convert_checkpoint", "list_models", "load_model"),
+    "diffusion.models": ("Model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.training": ("TrainingSettings", "train_model"),
     "diffusion.memory": ("keep_freed_memory",),

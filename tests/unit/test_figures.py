@@ -15,7 +15,7 @@ from PIL import Image
 from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
-from workbench.diffusion.models import load_model
+from workbench.diffusion.loading import load_model
 from workbench.report import claims, figures, plots
 from workbench.report.facts import read_facts
 

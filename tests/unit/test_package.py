@@ -55,7 +55,13 @@ MAY_IMPORT["io"] = {"paths"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
-    "diffusers": {"diffusion/models.py", "diffusion/unet.py", "diffusion/training.py"},
+    "diffusers": {
+        "diffusion/loading.py",
+        "diffusion/models.py",
+        "diffusion/networks.py",
+        "diffusion/unet.py",
+        "diffusion/training.py",
+    },
     "papermill": {"report/running.py", "report/parameters.py"},
     "nbconvert": {"report/pages.py"},
     "ipywidgets": {"studio/widgets.py", "studio/views.py"},

@@ -23,7 +23,8 @@ from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import Classifier, load_classifier
 from workbench.datasets.domain import domain_of
 from workbench.datasets.labelled import LabelledImages, load_images
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, invert, sample
 from workbench.directions.boundary import Boundary, fit_boundary
 from workbench.directions.direction import Direction

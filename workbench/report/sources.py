@@ -40,7 +40,7 @@ def _is_path(key: str, value: object, folder: Path) -> bool:
 
 def _is_bundled(key: str, value: str) -> bool:
     from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
-    from workbench.diffusion.models import has_unet
+    from workbench.diffusion.loading import has_unet
 
     if key == "model_name":
         return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
