@@ -25,9 +25,9 @@ from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
 from workbench.hashing import code_hash
-from workbench.report import plots
 from workbench.report.facts import record_facts
-from workbench.report.plots import STYLE
+from workbench.report.style import STYLE, add_caption
+from workbench.report.style import save_figure as save_files
 
 if TYPE_CHECKING:
     from workbench.diffusion.models import Model
@@ -114,14 +114,14 @@ def save_figure(
     if folder:
         folder = paths.writable(folder, folder=True)
         for width, inches in WIDTHS.items():
-            plots.save_figure(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
+            save_files(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
         record = {"figure": name, "title": title, "caption": caption}
         record["numbers"] = {number: vars(estimate) for number, estimate in numbers.items()}
         record["table"] = json.loads(table.to_json(orient="records", double_precision=6))
         record["provenance"] = _provenance(name, sources)
         with paths.written(folder / f"{name}.json") as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plots.add_caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
