@@ -25,6 +25,7 @@ from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
 from workbench.hashing import code_hash
+from workbench.report.claims import load_claims
 from workbench.report.facts import record_facts
 from workbench.report.style import STYLE, add_caption
 from workbench.report.style import save_figure as save_files
@@ -98,7 +99,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts stand below.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
@@ -110,7 +111,12 @@ def save_figure(
     matplotlib Figure
         With its caption, for the notebook to display.
     """
-    record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    if numbers:
+        record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    for claim in load_claims():
+        if claim.figure == name and claim.number in numbers:
+            estimate = numbers[claim.number]
+            print(f"{claim.verdict(estimate.low, estimate.high)}: {claim.text}")
     if folder:
         folder = paths.writable(folder, folder=True)
         for width, inches in WIDTHS.items():
