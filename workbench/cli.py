@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench import paths
+from workbench.io import written
 
 EXAMPLES = """examples:
   workbench models                                  what can be loaded, and what it needs
@@ -667,7 +668,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _save_picture(figure, path: Path) -> None:
-    with paths.written(path) as partial:
+    with written(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.lower()[1:] or "png")
 
 
@@ -1155,7 +1156,7 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
         labels = ["samples", "nearest\ntraining images"]
         sheets["nearest"] = wb.plots.image_grid(evaluation.nearest, row_labels=labels)
     for name, sheet in sheets.items():
-        with paths.written(card / f"{name}.png") as partial:
+        with written(card / f"{name}.png") as partial:
             sheet.savefig(partial, dpi=100, format="png", bbox_inches="tight")
     print(evaluation.write(card).resolve())
 

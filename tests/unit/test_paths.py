@@ -18,6 +18,7 @@ import workbench as wb
 from workbench import cli, paths
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import load_direction
+from workbench.io import written
 from workbench.studio.server import find_editables
 from workbench.studio.session import EditSession
 
@@ -82,10 +83,10 @@ def test_an_output_that_cannot_be_written_is_refused_and_nothing_made(home, tmp_
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     for content in ("first", "second"):
-        with paths.written(tmp_path / "new" / "x") as partial:
+        with written(tmp_path / "new" / "x") as partial:
             partial.write_text(content)
         assert (tmp_path / "new" / "x").read_text() == content
-    with pytest.raises(RuntimeError), paths.written(tmp_path / "new" / "x") as partial:
+    with pytest.raises(RuntimeError), written(tmp_path / "new" / "x") as partial:
         partial.write_text("ha")
         raise RuntimeError
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["x"] and (tmp_path / "new" / "x").read_text() == "second"

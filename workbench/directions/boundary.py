@@ -7,7 +7,6 @@ inner products, which is computed once for all folds of the cross-validation and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -28,12 +27,14 @@ from sklearn.svm import SVC
 
 from workbench.analysis.geometry import check_samples, gram
 from workbench.analysis.intervals import Estimate, share_of
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.images import fingerprint
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.diffusion.schedule import index_of
 from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of, write_tensors
 from workbench.directions.supervised import Labels, check_classes, digest_of, matched, name_of
 from workbench.hspace.store import HStore
+from workbench.io import provenance_mismatch
 from workbench.paths import local
 
 FORMAT, VERSION = "hspace-boundary", "1"
@@ -331,7 +332,7 @@ class Boundary:
                 f"{self.name} is a boundary of h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
                 f"use model.tapped({own['tap']!r})"
             )
-        if different := differs(own, model):
+        if different := provenance_mismatch(own, model):
             raise ValueError(f"{self.name} belongs to a model with another {different} than {whose} does")
 
 
@@ -732,7 +733,7 @@ def _source_of(source: Samples, t: int, space: str) -> _Source:
         values = source.h.at(t) if space == "h" else source.x_at(t).numpy()
         shape = source.model.h_shape if space == "h" else source.model.image_shape
         seeds, names = source.seeds, None
-        inverted = None if seeds is not None else {"fingerprint": _fingerprint(source.x0), "n": len(source)}
+        inverted = None if seeds is not None else {"fingerprint": fingerprint(source.x0), "n": len(source)}
         origin = {
             "model": source.model.provenance(),
             "etas": list(source.etas),
@@ -750,10 +751,6 @@ def _source_of(source: Samples, t: int, space: str) -> _Source:
 def _check_space(space: str) -> None:
     if space not in SPACES:
         raise ValueError(f'space {space!r} is not known; it is "h" or "x"')
-
-
-def _fingerprint(images: torch.Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
 
 
 def _duals(products: np.ndarray, y: np.ndarray, method: str, C: float, balance: bool) -> tuple[np.ndarray, float]:

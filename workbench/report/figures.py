@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
-from workbench.hashing import code_hash
+from workbench.io import code_hash
 from workbench.report.claims import load_claims
 from workbench.report.facts import record_facts
 from workbench.report.style import STYLE, add_caption

@@ -52,12 +52,12 @@ def drawing(width: float, height: float, caption: str | None = None) -> Iterator
 
 
 def add_caption(figure: MatplotlibFigure, caption: str | None) -> None:
-    """Write a caption below a figure, in lines of its width."""
+    """Write a caption below a figure."""
     if not caption:
         return
     if figure.get_layout_engine() is not None:
         figure.supxlabel(wrapped(caption, figure.get_figwidth()), x=0.02, ha="left", **CAPTION)
-    else:  # images fill the whole figure
+    else:  # a grid of images fills its figure
         below = wrapped(caption, max(figure.get_figwidth(), 3.0))
         figure.axes[0].annotate(below, (0, 0), (0, -7), "axes fraction", "offset points", va="top", **CAPTION)
 
