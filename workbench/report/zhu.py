@@ -88,7 +88,7 @@ def radius_and_steps(setup: Setup) -> Drawn:
         table,
         f"{len(x0)} images, 95% intervals.",
         {
-            "in_40_steps": mean_of(ratios["DDIM", 40]),
+            "in_most_steps": mean_of(ratios["DDIM", 40]),
             "gain_of_steps": mean_of(ratios["DDIM", 40] - ratios["DDIM", 10]),
         },
     )
