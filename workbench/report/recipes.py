@@ -103,7 +103,7 @@ def recipe(name: str, experiment: str, shows: str, *, minutes: float) -> Callabl
 
 def list_figures() -> dict[str, Recipe]:
     """Every figure that can be asked for, by its name."""
-    for module in ("haas", "zhu"):
+    for module in ("haas",):
         importlib.import_module(f"workbench.report.{module}")
     return dict(_RECIPES)
 
