@@ -387,7 +387,7 @@ def _add_benchmark(command) -> None:
     figure.add_argument("names", nargs="*", metavar="NAME", help="of `workbench figure --list`, or all")
     figure.add_argument("--list", action="store_true", help="what there is, what it shows and in which notebook")
     figure.add_argument("--profile", help="parameters of the notebooks, from profiles/PROFILE.yaml")
-    figure.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
+    figure.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     _add_out(figure, _out_folder, "folder (default figures)", default="figures")
 
 
@@ -1080,13 +1080,7 @@ def _figure(arguments: argparse.Namespace) -> None:
         return
     if not arguments.names:
         raise ValueError("name a figure, or `all`; `workbench figure --list` shows them")
-    parameters = {}
-    for assignment in arguments.parameters:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"{assignment!r} is not an assignment; write name=value, for example seed=1")
-        parameters[key] = text
-    options = {"out": arguments.out, "parameters": parameters, "profile": arguments.profile}
+    options = {"out": arguments.out, "parameters": dict(arguments.parameter), "profile": arguments.profile}
     for path in figures.draw_figure(arguments.names, **options):
         print(path.resolve())
 

@@ -24,11 +24,17 @@ NOTEBOOKS = {
         "n_decoded": 4,
         "n_edited": 9,
     },
-    "40_unsupervised": {"k": 3, "n_shown": 2, "n_measured": 3},
+    "40_pca": {"k": 3, "n_shown": 2, "n_measured": 3},
+    "45_jacobian": {"n_shown": 2, "n_measured": 3},
     "50_supervised": {
         "k": 12,
         "attributes": [renamed("Smiling"), renamed("Long_Hair")],
         "colors": [renamed("Dark_Skin")],
+        "target": renamed("Smiling"),
+        "n_measured": 5,
+    },
+    "55_disentangling": {
+        "k": 12,
         "target": renamed("Smiling"),
         "nuisances": [renamed("Long_Hair")],
         "n_measured": 5,

@@ -213,7 +213,7 @@ def test_what_is_found_in_another_way_does_not_replace_a_direction_of_the_same_n
 def test_a_figure_is_drawn_with_the_parameters_given(tmp_path, capsys, monkeypatch):
     given = {}
     monkeypatch.setattr(figures, "draw_figure", lambda names, **options: given.update(names=names, **options) or [])
-    words = ("haas-fig4", "zhu-e3", "-p", "n=128", "-p", "steps=10", "--profile", "quick", "-o", tmp_path)
+    words = ("haas-fig4", "zhu-e3", "-p", "n", 128, "-p", "steps", 10, "--profile", "quick", "-o", tmp_path)
     assert run(capsys, "figure", *words)[0] == 0
     expected = {"out": tmp_path, "parameters": {"n": "128", "steps": "10"}, "profile": "quick"}
     assert given == {"names": ["haas-fig4", "zhu-e3"], **expected}

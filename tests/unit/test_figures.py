@@ -160,10 +160,11 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_written_but_the_verdicts_stand_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved()
     assert not list(tmp_path.iterdir())
+    assert "holds: h carries what an image shows" in capsys.readouterr().out
 
 
 def test_letters_stay_legible_at_the_width_of_a_column():

@@ -194,7 +194,7 @@ def test_no_function_is_left_in_the_table_that_there_is_no_more(calls):
 # Every option that takes a path, likewise; those that take other texts are named, so that a new one can't be forgotten.
 
 OTHER = set(
-    "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter -p --profile --only "
+    "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter --profile --only "
     "--against names".split()
 )
 OPTIONS = {

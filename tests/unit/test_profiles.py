@@ -13,7 +13,7 @@ from workbench.formats import layouts
 from workbench.report import notebooks, parameters, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
-GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
+GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "records", "smoke")]
 
 
 def content(name: str) -> tuple[str, dict]:

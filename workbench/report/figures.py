@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
-from workbench.io import code_hash, written
-from workbench.report import plots
+from workbench.io import code_hash, write_text
+from workbench.report.claims import load_claims
 from workbench.report.facts import record_facts
-from workbench.report.plots import STYLE
+from workbench.report.style import STYLE, add_caption
+from workbench.report.style import save_figure as save_files
 
 if TYPE_CHECKING:
     from workbench.diffusion.models import Model
@@ -98,7 +99,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts stand below.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
@@ -110,18 +111,22 @@ def save_figure(
     matplotlib Figure
         With its caption, for the notebook to display.
     """
-    record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    if numbers:
+        record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    for claim in load_claims():
+        if claim.figure == name and claim.number in numbers:
+            estimate = numbers[claim.number]
+            print(f"{claim.verdict(estimate.low, estimate.high)}: {claim.text}")
     if folder:
         folder = paths.writable(folder, folder=True)
         for width, inches in WIDTHS.items():
-            plots.save_figure(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
+            save_files(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
         record = {"figure": name, "title": title, "caption": caption}
         record["numbers"] = {number: vars(estimate) for number, estimate in numbers.items()}
         record["table"] = json.loads(table.to_json(orient="records", double_precision=6))
         record["provenance"] = _provenance(name, sources)
-        with written(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plots.add_caption(figure, caption)
+        write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    add_caption(figure, caption)
     return figure
 
 
