@@ -63,7 +63,6 @@ _WHERE = {
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
-    "experiments": "editing.experiments",
     "paths": "paths",
     "plots": "report.plots",
 }
