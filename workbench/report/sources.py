@@ -19,8 +19,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def from_here(parameters: Mapping[str, object], folder: Path | None = None) -> dict[str, object]:
     """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
 
-    They are meant from `folder`, by default from here. So is `figures`, the folder that figures are written to. Names of
-    bundled models and images stay names.
+    They are meant from `folder`, by default from here. So is `figures`, the folder that figures are written to. Names
+    of bundled models and images stay names.
     """
     folder = Path() if folder is None else folder
     if parameters.get("figures"):
@@ -57,15 +57,15 @@ def new_reader() -> Callable[[str, str], object]:
 def _read(function: str, name: str) -> object:
     """Schedule of a model, labelled images, an image, or attributes of a classifier; None if only the kernel can."""
     from workbench.datasets import classifiers, labelled
-    from workbench.diffusion import models
+    from workbench.diffusion import loading
 
     # It may be a repository of the hub, which is not asked: only the kernel fetches.
     remote = _HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
     if function == "load_model":
         if remote or paths.local(name).is_file():
             return None
-        models.load_shapes(name)
-        return models.load_schedule(name)
+        loading.load_shapes(name)
+        return loading.load_schedule(name)
     if function == "load_classifier":
         return None if remote else classifiers.read_attributes(name)
     return (labelled.load_images if function == "load_images" else labelled.load_image)(name)
