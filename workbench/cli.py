@@ -993,7 +993,7 @@ def _edit(arguments: argparse.Namespace) -> None:
 
     import workbench as wb
     from workbench.studio import recipe
-    from workbench.studio.session import describe
+    from workbench.studio.state import describe
 
     own = recipe.read_recipe(arguments.recipe)
     torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits

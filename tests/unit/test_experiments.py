@@ -11,7 +11,7 @@ import workbench as wb
 from workbench.analysis.metrics import peak_signal_to_noise
 from workbench.directions.boundary import fit_boundary, random_boundary
 from workbench.editing import experiments
-from workbench.editing.crossing import cross_boundary
+from workbench.editing.cross import cross_boundary
 
 T_M, VISITED, N = 500, (750, 500, 250, 0), 40
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
@@ -38,17 +37,17 @@ from workbench.analysis.metrics import (
     peak_signal_to_noise,
     perceptual_distance,
 )
-from workbench.benchmark.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
+from workbench.benchmark.methods import METHODS, Method, Study, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
-from workbench.directions.direction import write_tensors
+from workbench.editing.edits import Edit, NotApplicable
+from workbench.editing.render import run_plans
+from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.io import code_hash
 from workbench.workers import start_workers
-
-FORMAT, VERSION = "hspace-benchmark-cell", "1"
 
 HELD_OUT = 10**9
 """Seeds of the held-out samples count from here, far from any population."""
@@ -440,11 +439,11 @@ class Bench:
         try:
             # Many small matrices: more threads cost more than they give, and far more where cores are busy.
             with threadpool_limits(1, user_api="blas"):
-                edit = as_edit(method.find(study, attribute), self.model)
+                edit = found_edit(method.find(study, attribute))
             seconds, held_out = time.perf_counter() - start, self._held_out
             cost = sum(study.cost.values(), Counter())
             with _counted(self.model) as passes:
-                edited = edit.apply(held_out, list(method.scales))
+                edited = self._edited(edit, held_out, method.scales)
             tensors = self._scored(edited, attribute) | self._transferred(edit, method, attribute, study)
         except NotApplicable as reason:
             return Cell({}, {"skipped": str(reason)})
@@ -452,6 +451,10 @@ class Bench:
         names = ("passes", "scored", "labels")
         about = {"edit": edit.name, "seconds": seconds, "edit_passes": per_edit} | {k: cost[k] for k in names}
         return Cell({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in tensors.items()}, about)
+
+    def _edited(self, edit: Edit, run: Trajectory, scales: Sequence[float]) -> torch.Tensor:
+        """The images of an edit, (n, scales, C, H, W)."""
+        return run_plans(run, [edit.plan(run, list(scales))], progress=False)[0]
 
     def _scored(self, edited: torch.Tensor, attribute: str) -> dict[str, np.ndarray]:
         """What an edit did to the held-out samples, (n, scales) or (n, scales, ...)."""
@@ -490,7 +493,7 @@ class Bench:
         seen = self._seen(study)
         for name, run in {"population": seen, "other steps": self._finer}.items():
             try:
-                after = edit.apply(run, [middle])[:, 0]
+                after = self._edited(edit, run, [middle])[:, 0]
             except NotApplicable:
                 continue
             k = list(self.judge.attributes).index(attribute)
@@ -633,20 +636,16 @@ class Cell:
 
     def write(self, path: Path, inputs: dict) -> Cell:
         """Keep it with its inputs; whole or not at all."""
-        about = {"about": self.about, "inputs": inputs}
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_tensors(path, tensors, about, kind="cell", format=FORMAT, version=VERSION)
+        save_tensors(path, self.tensors, {"about": self.about, "inputs": inputs}, kind="cell")
         return self
 
     @classmethod
     def read(cls, path: Path, inputs: dict) -> Cell:
         """Read what `write` wrote; ValueError if it is damaged or of other inputs."""
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["cell"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it and run again") from error
+            tensors, header = load_tensors(path, kind="cell")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
         if header["inputs"] != json.loads(json.dumps(inputs)):
             raise ValueError(f"{path} holds a measurement of other inputs; delete it and run again")
         return cls(tensors, header["about"])
