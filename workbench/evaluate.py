@@ -115,7 +115,7 @@ class Evaluation:
         if len(self.pairs):
             rows = [
                 [", ".join(f"`{name}`" for name in pair)]
-                + [", ".join(_points(row[of, cell] for of in ("expected", "found"))) for cell in ("00", "01", "10", "11")]
+                + [", ".join(_points([row["expected", cell], row["found", cell]])) for cell in ("00", "01", "10", "11")]
                 + _points([row["distance", ""]])
                 for pair, row in self.pairs.iterrows()
             ]

@@ -257,7 +257,7 @@ class LabelledImages:
         if not whole:
             raise ValueError(f"none of {len(broken)} images can be decoded ({some(broken)}); give others")
         if broken:
-            warnings.warn(f"left out is what cannot be decoded as an image: {', '.join(broken)}", stacklevel=3)
+            warnings.warn(f"images that cannot be decoded are left out: {', '.join(broken)}", stacklevel=3)
         return self.select(whole)
 
 
@@ -277,7 +277,7 @@ def load_images(
     Labels are looked for inside of the folder or zip and beside the zip; CelebA's and CelebAMask-HQ's lists also up to
     two folders above and in their `Anno` folders, so that what is unpacked as it is distributed loads as it is. Tables
     may be separated by commas, semicolons, tabs or spaces, in UTF-8, UTF-16 or Latin-1. File names are in the column
-    `file_name`, as in the `metadata.csv` of Hugging Face, or the first one. What is left out is said in a warning.
+    `file_name`, as in the `metadata.csv` of Hugging Face, or the first one. A warning names what is left out.
 
     CelebA's aligned images (178 x 218), CelebAMask-HQ, AFHQ and LSUN as folders of images load as they are. Their
     centre squares are what models of 128 and 256 pixels are trained on; for the 64-pixel models of DDIM see `crop`.
