@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,20 +33,6 @@ CROPS = {"celeba64": ((178, 218), (25, 57, 153, 185))}
 """
 
 Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torch.Tensor
-
-# What Pillow's decoders and zipfile raise on damaged data.
-_UNDECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    RuntimeError,  # a zip with a password, or packed in a way that zipfile does not know
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -438,7 +421,7 @@ def _decode(
             return picture_to_tensor(_cropped(image, crop), size)
     except Unsuitable as error:
         raise ValueError(f"{where}: {error}") from error
-    except _UNDECODABLE as error:
+    except Exception as error:  # Pillow's decoders raise anything
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         text = f"{where} cannot be decoded as an image ({reason}); replace it or remove it{remedy}"
         raise BrokenImage(text) from error
