@@ -213,15 +213,6 @@ def test_at_size_changes_the_size_alone(folder):
     assert torch.equal(larger[0], to_tensor(picture(0), 9)) and larger.labels.equals(images.labels)
 
 
-def test_batches_stream_everything_once_in_order(folder):
-    images = load_images(folder)
-    batches = list(images.batches(2))
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert torch.equal(torch.cat(batches), images[:])
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        images.batches(0)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_only_what_is_asked_for_is_decoded(packed, folder, tmp_path, monkeypatch):
     source = zip_of(folder, tmp_path / "faces.zip") if packed else folder
@@ -231,11 +222,10 @@ def test_only_what_is_asked_for_is_decoded(packed, folder, tmp_path, monkeypatch
     images = load_images(source, size=8)
     chosen = images.select([0, 1, 2]).at_size(4)
     chosen.fingerprint  # noqa: B018
-    batches = images.batches(2)
     assert len(decoded) == 0
     chosen[1]
     assert len(decoded) == 1
-    next(batches)
+    images[:2]
     assert len(decoded) == 3
 
 
@@ -468,7 +458,7 @@ def test_a_damaged_image_is_named(kept, folder):
     half = path.read_bytes()[: path.stat().st_size // 2]
     path.write_bytes({"half": half, "nothing": b"", "a header": b"GIF89a", "zeros": bytes(99)}[kept])
     images = load_images(folder)
-    for call in (lambda: images[1], lambda: images[:], lambda: list(images.batches(4)), lambda: load_image(path)):
+    for call in (lambda: images[1], lambda: images[:], lambda: load_image(path)):
         with pytest.raises(ValueError, match=r"b\.png cannot be decoded") as failure:
             call()
         sentence(failure)

@@ -31,10 +31,8 @@ from workbench import paths
 from workbench.io import written
 
 SIZE = 64
-TRAIN_PARTS = (0, 1)
-TRAIN_PART_SIZE = 12_000
 HELD_OUT_PART = 10
-"""The part that is bundled; this one and all above it are never trained on."""
+"""The part that is bundled; this one and all above it are never trained on. Parts 0 and 1 are for training."""
 
 LONG_HAIR = ("STRAIGHT_1", "STRAIGHT_2", "CURVY", "LONG_NOT_TOO_LONG", "BOB", "BIG_HAIR")
 SHORT_HAIR = ("SHORT_FLAT", "SHORT_ROUND", "SHORT_WAVED", "CAESAR", "SHORT_CURLY", "CAESAR_SIDE_PART")
@@ -158,7 +156,7 @@ class Factors:
 def factors(part: int, i: int) -> Factors:
     """Draw the factors of image `i` (0..999,999) of a part, the same on every machine.
 
-    Parts 0 and 1 are for training (`TRAIN_PARTS`), 10 and above are held out.
+    Parts 0 and 1 are for training, 10 and above are held out.
     """
     if part < 0 or not 0 <= i < _PART_STRIDE:
         raise ValueError(f"part {part}, image {i} does not exist; part is 0 or more, image is 0..{_PART_STRIDE - 1}")

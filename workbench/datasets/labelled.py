@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,27 +135,6 @@ class LabelledImages:
             known = ", ".join(self.names) or 'none: no label file was found; give one as labels="table.csv"'
             raise ValueError(f"there is no attribute {name!r}; the known ones are {known}")
         return self.labels[name]
-
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Stream all images in order.
-
-        Parameters
-        ----------
-        batch_size : int
-            Images a batch, 1 or more; the last one may be smaller.
-
-        Yields
-        ------
-        Tensor of shape (k, 3, size, size), float32, values in [-1, 1]
-
-        Raises
-        ------
-        ValueError
-            If `batch_size` is below 1 or an image cannot be decoded.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give 1 or more")
-        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
     def at_size(self, size: int | None) -> LabelledImages:
         """The same images at another size.
