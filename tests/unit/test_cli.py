@@ -346,7 +346,7 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     given = arrived(monkeypatch, "workbench.cross_boundary", [*edit, "--seeds", "3,5", *options])
     assert given["runs"].seeds == (3, 5) and [given[f"boundary_{s}"][0].space for s in "hx"] == ["h", "x"]
     crossing = {"distances": [-1.0, 0.0, 1.0], "unit": "distance", "mode": "shift", "eta": 0.3, "h_policy": "offset"}
-    assert given.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
+    assert {**given, **given["options"]}.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
 
 
 def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
