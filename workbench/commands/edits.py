@@ -76,12 +76,12 @@ def find_jacobian(
 
     It is the sample of --seed; n samples scale the directions.
     """
-    from workbench.datasets.avataaars import region_mask
+    from workbench.datasets.domain import find_region
     from workbench.diffusion.schedule import index_of
 
     model = samples.load(place.tap)
     index_of(t, model.schedule.timesteps(samples.steps), trained=model.schedule.T)
-    mask = None if region is None else region_mask(region, size=model.image_shape[1])
+    mask = None if region is None else find_region(region, size=model.image_shape[1])
     store = samples.extract(model)
     run = wb.sample(model, [samples.seed], **samples.chain)
     spectrum = wb.find_jacobian(model, run, t=t, k=k, mask=mask, population=store)
@@ -321,7 +321,7 @@ def edit(
     import torch
 
     from workbench.studio.recipe import read_recipe, result_of
-    from workbench.studio.session import describe
+    from workbench.studio.state import describe
 
     own = read_recipe(recipe)
     torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits
@@ -384,7 +384,7 @@ def benchmark(
 
     from workbench.benchmark import leaderboard
     from workbench.benchmark.methods import METHODS
-    from workbench.benchmark.run import HELD_OUT, QUICK_ATTRIBUTES, SIZES, find_masks
+    from workbench.benchmark.run import HELD_OUT, QUICK_ATTRIBUTES, SIZES
 
     if plugin is not None:
         runpy.run_path(str(paths.local(plugin)))
@@ -404,7 +404,7 @@ def benchmark(
         labeller=labels_by,
         judge=judged_by,
         images=labels.load(images, pixels),
-        masks=find_masks(attributes, size=pixels) if images == "avataaars" else None,
+        masks=wb.domain_of(images).masks(attributes, size=pixels),
         workers=(os.cpu_count() if network.device.type == "cpu" else 1) if workers is None else workers,
         scheduler=scheduler,
     )

@@ -253,7 +253,7 @@ def evaluate_model(
 
     With --card the numbers are written into the model card, with a contact sheet beside it.
     """
-    from workbench.evaluate import RECIPE
+    from workbench.datasets.domain import AVATAAARS
 
     folder = None if card is None else paths.local(card)
     if folder is not None and not folder.is_dir():
@@ -269,7 +269,8 @@ def evaluate_model(
         seed=seed,
         n_inverted=inverted,
         **network.chain,
-        **(RECIPE if recipe else {}),
+        frequencies=AVATAAARS.frequencies if recipe else None,
+        pairs=AVATAAARS.pairs if recipe else None,
     )
     print(evaluation.to_markdown())
     if folder is None:
