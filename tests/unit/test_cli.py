@@ -545,4 +545,4 @@ def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folde
     status, out, said = run(capsys, *fit, "--skip-broken", "-o", tmp_path / "found")
     assert status == 0 and "for lack of two classes or of labels: Age" in out
     assert all(line.startswith("workbench: ") for line in said.splitlines())
-    assert "rows without image, 1 of 8 (7.png)" in said and "cannot be decoded as an image: " in said
+    assert re.search(r"rows without image.* 1 of 8 .*7\.png", said) and re.search(r"cannot be decoded.*6\.png", said)
