@@ -384,7 +384,7 @@ def benchmark(
 
     from workbench.benchmark import leaderboard
     from workbench.benchmark.methods import METHODS
-    from workbench.benchmark.run import HELD_OUT, QUICK_ATTRIBUTES, SIZES
+    from workbench.benchmark.protocol import HELD_OUT, QUICK_ATTRIBUTES, SIZES
 
     if plugin is not None:
         runpy.run_path(str(paths.local(plugin)))

@@ -19,7 +19,7 @@ def models():
 
     Bundled ones load without a network; of public ones it says what they need.
     """
-    from workbench.diffusion.models import known_models
+    from workbench.diffusion.loading import known_models
 
     for row in wb.list_models():
         channels, height, width = row["images"]
@@ -68,7 +68,7 @@ def verify(
     device: opt.Device = None,
 ):
     """Compare a model with recorded values of a hub model."""
-    from workbench.diffusion.models import verify
+    from workbench.diffusion.loading import verify
     from workbench.formats import golden
 
     reference = against or model
@@ -129,7 +129,9 @@ def plan(
 
     Disk, memory, passes and hours; without --gpu and --rate the speed is measured on this machine.
     """
-    from workbench.diffusion.models import best_device, cpu_batch, load_shapes
+    from workbench.diffusion.loading import load_shapes
+    from workbench.diffusion.models import best_device
+    from workbench.diffusion.parallel import cpu_batch
     from workbench.hspace import planning
 
     network = load_shapes(model)
