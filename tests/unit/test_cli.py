@@ -478,7 +478,7 @@ MISTAKES = [
     ("evaluate-model avataaars32 --inverted -1", "n_inverted is -1"),
     ("verify google/ddpm-ema-none-256", "google/ddpm-ema-none-256"),
     ("convert MODELS made", "is a folder, and convert takes a file"),
-    ("convert MODELS/avataaars32/unet made", "diffusion_pytorch_model.safetensors in it"),
+    ("convert MODELS/avataaars32/unet made", "in it are: diffusion_pytorch_model.safetensors"),
     ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),
