@@ -99,7 +99,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts stand below.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`, and the verdict on each claim another.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
@@ -111,12 +111,13 @@ def save_figure(
     matplotlib Figure
         With its caption, for the notebook to display.
     """
-    if numbers:
-        record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    facts = {f"{name}.{number}": estimate for number, estimate in numbers.items()}
     for claim in load_claims():
         if claim.figure == name and claim.number in numbers:
             estimate = numbers[claim.number]
-            print(f"{claim.verdict(estimate.low, estimate.high)}: {claim.text}")
+            facts[claim.text] = claim.verdict(estimate.low, estimate.high)
+    if facts:
+        record_facts(facts)
     if folder:
         folder = paths.writable(folder, folder=True)
         for width, inches in WIDTHS.items():
