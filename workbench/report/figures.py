@@ -262,6 +262,8 @@ def resized(figure: Figure, width: float) -> Figure:
                 text.set_fontsize(max(SMALLEST, text.get_fontsize() * factor))
         for _ in range(8):
             factor = width / _drawn_width(figure)
+            if abs(factor - 1.0) < 1e-3:
+                break
             _scale(figure, factor, 1.0 if laid_out else factor)
     return figure
 
