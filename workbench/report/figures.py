@@ -99,7 +99,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`, and the verdict on each claim another.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; so do the verdicts on the claims.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
