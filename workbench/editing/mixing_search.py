@@ -24,7 +24,8 @@ from workbench.analysis.mixing_criteria import (
     total_variation,
 )
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import (
     StepRecord,
