@@ -249,7 +249,7 @@ def test_the_papers_algorithms_find_the_same_as_lanczos(model, run, block):
     lanczos = find_jacobian(model, run, t=T_FOUND, k=4, progress=False)
     found = find_jacobian(model, run, t=T_FOUND, k=4, block=block, progress=False)
     np.testing.assert_allclose(found.singular_values, lanczos.singular_values, rtol=1e-4)
-    assert angle(found.right, lanczos.right) < 1e-3
+    assert angle(found.right, lanczos.right) < 3e-3
     assert found.products > lanczos.products
 
 
