@@ -100,7 +100,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts stand below.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts are displayed below.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
@@ -263,6 +263,8 @@ def resized(figure: Figure, width: float) -> Figure:
                 text.set_fontsize(max(SMALLEST, text.get_fontsize() * factor))
         for _ in range(8):
             factor = width / _drawn_width(figure)
+            if abs(factor - 1.0) < 1e-3:
+                break
             _scale(figure, factor, 1.0 if laid_out else factor)
     return figure
 
