@@ -180,7 +180,7 @@ def draw_figure(
     taken = {notebook: notebook_parameters(notebook).keys() & parameters.keys() for notebook in notebooks}
     for key in parameters:
         if not any(key in keys for keys in taken.values()):
-            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench params NOTEBOOK`")
+            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench run NAME --list`")
     for notebook, keys in taken.items():
         plan[notebook] |= read_parameters(notebook, {key: parameters[key] for key in sorted(keys)})
         plan[notebook]["figures"] = str(out)
