@@ -5,6 +5,8 @@ The notebooks' own defaults run under nbval, so the reports are of another domai
 
 from __future__ import annotations
 
+import json
+
 import another_domain
 import nbformat
 import pytest
@@ -13,6 +15,8 @@ from another_domain import renamed
 from report_checks import CHROMIUM, check_report
 
 from workbench import cli, paths
+from workbench.report.claims import load_claims
+from workbench.report.figures import list_figures
 from workbench.report.notebooks import list_notebooks
 
 # Small, since nothing is concluded from these reports.
@@ -73,6 +77,7 @@ def reports(tmp_path_factory):
     """Reports of all notebooks on another domain."""
     folder = tmp_path_factory.mktemp("reports")
     common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 5}
+    common["figures"] = str(folder / "figures")
     (folder / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "profiles", lambda: folder)
@@ -86,6 +91,19 @@ def test_the_index_links_every_report(reports):
     for name in list_notebooks():
         assert f'href="{name}.html"' in index
     assert not (reports / "failed").exists() or not list((reports / "failed").iterdir())
+
+
+def test_every_figure_of_the_papers_is_saved_with_the_numbers_of_its_claims(reports):
+    for name in list_figures():
+        if name == "zhu-e15":
+            continue  # needs hats, which the bundled images alone have
+        assert len(list((reports / "figures").glob(f"{name}-[sd]*.*"))) == 6
+        record = json.loads((reports / "figures" / f"{name}.json").read_text())
+        assert record["title"] and record["caption"] and record["table"]
+        if name != "zhu-e17":  # compares more methods than run here
+            assert {claim.number for claim in load_claims() if claim.figure == name} <= set(record["numbers"])
+        for number in record["numbers"].values():
+            assert not (number["low"] > number["value"] or number["value"] > number["high"])
 
 
 @pytest.mark.browser
