@@ -22,8 +22,9 @@ from workbench.analysis.quality import (
 )
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import invert, sample
+from workbench.diffusion.sampling import sample
 from workbench.io import write_text
 from workbench.paths import local, writable
 
