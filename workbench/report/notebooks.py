@@ -156,8 +156,10 @@ def run_job(
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as folder:
         executed, start = Path(folder) / out.name, time.perf_counter()
-        with logged(job, log):
+        with logged(job.name, log) as logger:
             failure = job.execute(source, executed, run.parameters, timeout=timeout, progress=progress)
+            if failure is not None:
+                logger.error(problem_of(failure))
         seconds = time.perf_counter() - start
         record = _provenance(source.stem, everything, seconds) | {"passes": job.passes, "key": run.key}
         record |= {} if failure is None else {"failure": failure}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -118,37 +118,25 @@ def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool
         profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
         raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
     content = _read_sections(path, _PROFILE, path)
-    if not isinstance(content["notebooks"], dict):
-        raise ValueError(
-            f"notebooks of {path} is {content['notebooks']!r}; it must map names to parameters, such as {known[0]}: "
-            f"{{seed: 1}}; all notebooks are run, or those that --only names"
-        )
-    reader, own = new_reader(), {}
     wanted = set(known) if only is None else {find_notebook(name).stem for name in only}
+    own: dict[str, dict] = {}
     with naming(f"profile {profile!r}"):
-        common = _common(content["common"], known)
-        for key, values in content["notebooks"].items():
+        for key, values in _mapping(content["notebooks"], f"notebooks of {path}").items():
             name = find_notebook(key).stem
-            if values and not isinstance(values, dict):
-                raise ValueError(
-                    f"{key} of {path} is {values!r}; it must map parameters to values, such as {{seed: 1}}"
-                )
             if name in own:
                 raise ValueError(f"it names {name} twice, the second time as {key!r}")
-            own[name] = values or {}
-        runs = []
-        for name in known:
-            given = common[name] | own.get(name, {})
-            if check and name in wanted:
-                given = check_parameters(name, given, reader=reader)
-            else:
-                given = read_parameters(name, given)
-            runs.append(Run(name, given, paths.reports() / f"{name}.ipynb"))
+            own[name] = _mapping(values or {}, f"{key} of {path}")
+        given = _combined({name: own.get(name, {}) for name in known}, content)
+        reader = new_reader()
+        values = {}
+        for name, each, _ in given:
+            checked = check and name in wanted
+            values[name] = check_parameters(name, each, reader=reader) if checked else read_parameters(name, each)
     try:
         passes = {find_notebook(name).stem: read_value(count, "int") for name, count in content["passes"].items()}
     except ValueError as error:
         raise ValueError(f"passes of {path} is {content['passes']!r}; it must map notebooks to numbers") from error
-    runs = tuple(run for run in runs if run.name in wanted)
+    runs = tuple(Run(name, values[name], paths.reports() / f"{name}.ipynb") for name in known if name in wanted)
     return Plan(runs, paths.reports(), content["timeout"], passes, content["in_short_for"] or None)
 
 
@@ -191,21 +179,16 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
             f"notebooks of {where} is {content['notebooks']!r}; it must be a list of names or their starts, such as "
             "[20_geometry, 50]"
         ) from error
-    notebooks, matrix = [find_notebook(start).stem for start in starts], content["matrix"]
-    for key, values in matrix.items():
+    for key, values in content["matrix"].items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"matrix {key!r} of {where} is {values!r}; it must be a list of values")
     reader, runs, folder = new_reader(), {}, paths.reports() / "sweeps" / (name or "sweep")
     with naming(where):
-        common, axes_of = _common(content["common"], notebooks), _common(matrix, notebooks)
-        for notebook in notebooks:
-            axes = axes_of[notebook]
-            for combination in product(*axes.values()):
-                varied = dict(zip(axes, combination, strict=True))
-                values = check_parameters(notebook, common[notebook] | varied, reader=reader)
-                key = content_key(notebook, values)
-                varied = read_parameters(notebook, varied)
-                runs[f"{notebook}-{key}"] = Run(notebook, values, folder / f"{notebook}-{key}.ipynb", key, varied)
+        for notebook, given, axes in _combined({find_notebook(start).stem: {} for start in starts}, content):
+            values = check_parameters(notebook, given, reader=reader)
+            key = content_key(notebook, values)
+            varied = {axis: values[axis] for axis in axes}
+            runs[key] = Run(notebook, values, folder / f"{notebook}-{key}.ipynb", key, varied)
     return Plan(tuple(runs.values()), folder, content["timeout"])
 
 
@@ -248,14 +231,19 @@ def _weights(parameters: Mapping) -> list[Path]:
     return [*files, *(place for place in places if place.is_file())]
 
 
-def _common(given: Mapping[str, object], notebooks: Iterable[str]) -> dict[str, dict]:
-    """What each notebook has of some parameters, each of which one must have."""
-    known = {name: notebook_defaults(name) for name in notebooks}
-    for key in given:
+def _combined(own: Mapping[str, dict], content: Mapping) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
+    """Each notebook with its own parameters, the common ones and those of the matrix that it has; and these axes."""
+    known = {name: notebook_defaults(name) for name in own}
+    common, matrix = content["common"], content.get("matrix", {})
+    for key in [*common, *matrix]:
         if not any(key in each for each in known.values()):
             every = sorted({parameter for each in known.values() for parameter in each})
             raise ValueError(f"none of {', '.join(known)} has the parameter {key!r}; there are {', '.join(every)}")
-    return {name: {key: value for key, value in given.items() if key in each} for name, each in known.items()}
+    for name, values in own.items():
+        shared = {key: value for key, value in common.items() if key in known[name]}
+        axes = {key: value for key, value in matrix.items() if key in known[name]}
+        for combination in product(*axes.values()):
+            yield name, shared | values | dict(zip(axes, combination, strict=True)), tuple(axes)
 
 
 def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str | Path) -> dict:
@@ -271,10 +259,7 @@ def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str |
         )
     found = {section: {} if content.get(section) in (None, "") else content[section] for section in sections}
     for section in ("common", "matrix", "passes"):
-        if not isinstance(found.get(section, {}), Mapping):
-            raise ValueError(
-                f"{section} of {where} is {found[section]!r}; it must map parameters to values, such as {{seed: 1}}"
-            )
+        _mapping(found.get(section, {}), f"{section} of {where}")
     try:
         timeout = read_value(content.get("timeout", 3600), "int")
     except ValueError:
@@ -282,6 +267,12 @@ def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str |
     if timeout < 1:
         raise ValueError(f"timeout of {where} is {content['timeout']!r}; it must be a number of seconds")
     return found | {"timeout": timeout}
+
+
+def _mapping(value: object, what: str) -> Mapping:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is {value!r}; it must map names to values, such as {{seed: 1}}")
+    return value
 
 
 def _load_yaml(path: Path) -> object:

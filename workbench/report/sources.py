@@ -19,8 +19,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def from_here(parameters: Mapping[str, object], folder: Path | None = None) -> dict[str, object]:
     """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
 
-    They are meant from `folder`, by default from here. So is `figures`, the folder that figures are written to. Names of
-    bundled models and images stay names.
+    They are meant from `folder`, by default from here, and so is `figures`, the folder that figures are written to.
+    Names of bundled models and images stay names.
     """
     folder = Path() if folder is None else folder
     if parameters.get("figures"):

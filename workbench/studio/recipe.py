@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.models import Model, load_model
@@ -27,6 +27,8 @@ from workbench.paths import file_name, local, writable
 from workbench.studio.session import EditSession, EditState, Rendering
 
 FORMAT, VERSION = "hspace-edit", 1
+_KEYS = {*"model sample timesteps etas eta process t_range directions boundaries result".split()}
+_RESULT_KEYS = {"sha256", "torch", "threads"}
 
 
 def save_recipe(session: EditSession, path: str | Path, *, state: EditState | None = None) -> Path:
@@ -182,20 +184,7 @@ def read_recipe(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a recipe of an edit")
     if recipe.get("version") != VERSION:
         raise ValueError(f"{path} is a recipe of version {recipe.get('version')}; this workbench reads {VERSION}")
-    lacking = {
-        "model",
-        "sample",
-        "timesteps",
-        "etas",
-        "eta",
-        "process",
-        "t_range",
-        "directions",
-        "boundaries",
-        "result",
-    } - recipe.keys()
-    if not lacking:
-        lacking = {"sha256", "torch", "threads"}.difference(recipe["result"])
+    lacking = _KEYS - recipe.keys() or _RESULT_KEYS.difference(recipe["result"])
     if lacking:
         raise ValueError(f"{path} is not a whole recipe; it lacks {', '.join(sorted(lacking))}")
     return recipe
@@ -274,8 +263,7 @@ def _run_of(recipe: dict, path: Path, model: Model) -> Trajectory:
     if not file.is_file():
         raise FileNotFoundError(f"there is no inverted image {file}; the recipe's folder must come with it")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            kept = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        kept = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} can't be read as an inverted image ({type(error).__name__})") from error
     return Trajectory(model, kept["x_T"], kept["x0"], timesteps, etas, stored_noise=kept.get("stored_noise"))

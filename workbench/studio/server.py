@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nbformat.v4 import new_code_cell, new_notebook
 from traitlets.config import Config
 
 from workbench import paths
@@ -186,15 +187,9 @@ def _absolute(options: dict) -> dict:
 
 
 def _notebook(options: dict) -> dict:
-    source = f"from workbench.studio.server import open_studio\n\nopen_studio(**{options!r})"
+    cell = new_code_cell(f"from workbench.studio.server import open_studio\n\nopen_studio(**{options!r})")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cell = {"cell_type": "code", "id": "studio", "metadata": {}, "outputs": [], "execution_count": None}
-    return {
-        "cells": [cell | {"source": source}],
-        "metadata": {"kernelspec": kernel, "title": "h-space edit studio"},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    return new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "h-space edit studio"})
 
 
 def _free_port() -> int:
