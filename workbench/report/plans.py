@@ -44,6 +44,8 @@ class Run:
         Name of its content, as of `content_key`.
     varied : dict
         Those of a sweep's matrix.
+    log : Path, optional
+        Where what it prints is kept as well.
     """
 
     notebook: str | Path
@@ -51,16 +53,12 @@ class Run:
     out: Path
     key: str = ""
     varied: dict = field(default_factory=dict)
+    log: Path | None = None
 
     @property
     def name(self) -> str:
         """Name of its report."""
         return self.out.stem
-
-    @property
-    def log(self) -> Path:
-        """What it prints, where that is kept."""
-        return self.out.parent / "logs" / f"{self.name}.log"
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,8 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
         for notebook, given, axes in _combined({find_notebook(start).stem: {} for start in starts}, content):
             values = check_parameters(notebook, given, reader=reader)
             key = content_key(notebook, values)
-            varied = {axis: values[axis] for axis in axes}
-            runs[key] = Run(notebook, values, folder / f"{notebook}-{key}.ipynb", key, varied)
+            own, varied = f"{notebook}-{key}", {axis: values[axis] for axis in axes}
+            runs[own] = Run(notebook, values, folder / f"{own}.ipynb", key, varied, folder / "logs" / f"{own}.log")
     return Plan(tuple(runs.values()), folder, content["timeout"])
 
 

@@ -1,4 +1,4 @@
-"""What parameters name is looked at before a kernel starts: models, images, classifiers, attributes and timesteps."""
+"""Checks what parameters name before a kernel starts: models, images, classifiers, attributes and timesteps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _is_bundled(key: str, value: str) -> bool:
 
 
 def new_reader() -> Callable[[str, str], object]:
-    """Reads what a function of the package loads by a name, as far as it is asked for here; every source once."""
+    """A function (function, name) that reads what the notebook's `function` would load; it reads every source once."""
     return cache(_read)
 
 

@@ -62,8 +62,7 @@ def serve_studio(
 
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port} is none; give 1 to 65535, or 0 for a free one")
-    port = port or _free_port()
-    _check_free(port)
+    port = _free_port(port)
     model = load_model(options["model"], device=options.get("device"))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
     if options.get("classifier"):
@@ -192,16 +191,12 @@ def _notebook(options: dict) -> dict:
     return new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "h-space edit studio"})
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
-
-
-def _check_free(port: int) -> None:
+def _free_port(port: int = 0) -> int:
+    """The port, or a free one for 0; OSError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
             raise OSError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
+        return probe.getsockname()[1]
