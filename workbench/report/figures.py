@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
-from workbench.io import code_hash
+from workbench.io import code_hash, write_text
 from workbench.report import plots
 from workbench.report.facts import record_facts
 from workbench.report.plots import STYLE
@@ -119,8 +119,7 @@ def save_figure(
         record["numbers"] = {number: vars(estimate) for number, estimate in numbers.items()}
         record["table"] = json.loads(table.to_json(orient="records", double_precision=6))
         record["provenance"] = _provenance(name, sources)
-        with paths.written(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     plots.add_caption(figure, caption)
     return figure
 
@@ -159,7 +158,8 @@ def draw_figure(
     """
     # A notebook's kernel, which imports this module, does not need papermill.
     from workbench.report.notebooks import NotebookFailed, run_notebook
-    from workbench.report.parameters import notebook_parameters, plan_profile, read_parameters
+    from workbench.report.parameters import notebook_parameters
+    from workbench.report.plans import read_profile
 
     out = paths.writable(out, folder=True).absolute()
     known, parameters = list_figures(), parameters or {}
@@ -169,14 +169,13 @@ def draw_figure(
         if each not in known:
             raise ValueError(f"there is no figure {each!r}; `workbench figure --list` has {', '.join(known)}")
     notebooks = list(dict.fromkeys(known[each].notebook for each in names))
-    plan = plan_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
+    plan = read_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
     taken = {notebook: notebook_parameters(notebook).keys() & parameters.keys() for notebook in notebooks}
     for key in parameters:
         if not any(key in keys for keys in taken.values()):
             raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench params NOTEBOOK`")
     for notebook, keys in taken.items():
-        plan[notebook] |= read_parameters(notebook, {key: parameters[key] for key in sorted(keys)})
-        plan[notebook]["figures"] = str(out)
+        plan[notebook] |= {key: parameters[key] for key in sorted(keys)} | {"figures": str(out)}
     failures = []
     for notebook in notebooks:
         try:

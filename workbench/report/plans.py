@@ -218,13 +218,12 @@ def content_key(notebook: str, parameters: Mapping) -> str:
 
 def _weights(parameters: Mapping) -> list[Path]:
     """Files of the models, classifiers and directions that parameters name, as far as they lie here."""
-    from workbench.datasets import classifiers  # torch, seconds
+    from workbench.datasets.classifiers import BUNDLED  # torch, seconds
 
     named = {key: value for key, value in parameters.items() if isinstance(value, str) and value}
     names = [value for key, value in named.items() if key.endswith(("_name", "_path"))]
     places = [folder / name for name in names for folder in (paths.models(), Path())]
-    if any(name in classifiers.BUNDLED for name in names):
-        places.append(paths.models() / "avataaars-attributes")
+    places += [paths.models() / BUNDLED[name] for name in names if name in BUNDLED]
     files = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]
     return [*files, *(place for place in places if place.is_file())]
 

@@ -14,7 +14,7 @@ from workbench.analysis.geometry import Embedding, embed
 from workbench.diffusion.sampling import replay
 from workbench.editing.render import EditGrid
 from workbench.studio.markup import AFTER, BEFORE, bars, cells, picture
-from workbench.studio.session import EditState, Predictions, Progress
+from workbench.studio.state import EditState, Predictions, Progress
 
 if TYPE_CHECKING:
     from workbench.studio.widgets import EditStudio

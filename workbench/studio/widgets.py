@@ -30,7 +30,8 @@ from workbench.io import provenance_mismatch
 from workbench.report import plots
 from workbench.studio.markup import address, picture
 from workbench.studio.recipe import apply_recipe, save_recipe
-from workbench.studio.session import Cancelled, EditSession, EditState, Progress, Rendering, describe
+from workbench.studio.session import EditSession
+from workbench.studio.state import Cancelled, EditState, Progress, Rendering, describe
 from workbench.studio.views import Edits, Map, ReadOut, Timesteps, View
 from workbench.studio.worker import Worker
 

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from workbench.studio.session import Cancelled, Progress
+from workbench.studio.state import Cancelled, Progress
 
 
 class Worker:
