@@ -115,7 +115,7 @@ def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool
     if not path.is_file():
         profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
         raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
-    content = _read_sections(path, _PROFILE, path)
+    content = _sections(_load_yaml(path) or {}, _PROFILE, path)
     wanted = set(known) if only is None else {find_notebook(name).stem for name in only}
     own: dict[str, dict] = {}
     with naming(f"profile {profile!r}"):
@@ -163,11 +163,11 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
     """
     where = "the sweep"
     if not isinstance(source, Mapping):
-        source = paths.local(source)
-        if not source.is_file():
-            raise FileNotFoundError(f"there is no sweep at {source}; write one, for example the one in the README")
-        name, where = name or source.stem, source
-    content = _read_sections(source, _SWEEP, where)
+        where = paths.local(source)
+        if not where.is_file():
+            raise FileNotFoundError(f"there is no sweep at {where}; write one, for example the one in the README")
+        name, source = name or where.stem, _load_yaml(where)
+    content = _sections(source, _SWEEP, where)
     starts = content["notebooks"]
     try:
         starts = read_value(str(starts) if type(starts) is int else starts, "list") if starts else list_notebooks()
@@ -243,10 +243,8 @@ def _combined(own: Mapping[str, dict], content: Mapping) -> Iterator[tuple[str, 
             yield name, shared | values | dict(zip(axes, combination, strict=True)), tuple(axes)
 
 
-def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str | Path) -> dict:
+def _sections(content: object, sections: Sequence[str], where: str | Path) -> dict:
     """The sections of a profile or a sweep, with empty ones for those that are missing; `timeout` is a number."""
-    content = source if isinstance(source, Mapping) else _load_yaml(source)
-    content = {} if content is None and sections is _PROFILE else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping of {', '.join(sections)}, not {content!r}")
     if unknown := [key for key in content if key not in sections]:
