@@ -92,21 +92,10 @@ class Plan:
 
 
 def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool = True) -> Plan:
-    """A profile: one run of each notebook.
+    """A profile, by the name of its YAML file in `profiles/`: one run of each notebook, or of those in `only`.
 
-    Parameters
-    ----------
-    profile : str
-        Name of a YAML file in `profiles/`.
-    only : sequence of str, optional
-        These notebooks alone; names or their starts.
-    check : bool
-        Whether what parameters name must be there.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If the profile is unknown or of another form, or names an unknown notebook or parameter, or one of another type.
+    Without `check`, what parameters name need not be there. ValueError or FileNotFoundError if the profile is unknown
+    or of another form, or names an unknown notebook or parameter, or one of another type.
     """
     known = list_notebooks()
     if not known:
@@ -139,27 +128,10 @@ def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool
 
 
 def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan:
-    """The runs of a sweep.
+    """The runs of a sweep, a YAML file or a mapping as of `sweep`: one for each combination of a notebook's axes.
 
-    Parameters
-    ----------
-    source : path of a YAML file, or mapping
-        `notebooks`: names or their starts (default: all); `common`: parameters for every notebook that has them;
-        `matrix`: lists of values, of which every combination is run; `timeout`: seconds that a cell may take. Texts
-        are read by the types that the notebooks declare.
-    name : str, optional
-        Of the folder below `reports/sweeps/`; by default that of the file.
-
-    Returns
-    -------
-    Plan
-        A notebook is run once for each combination of those matrix parameters that it has.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If the file is missing or not a sweep, or a notebook or parameter is unknown or of the wrong type, or
-        names what is not there.
+    ValueError or FileNotFoundError if the file is missing or not a sweep, or a notebook or parameter is unknown or of
+    the wrong type, or names what is not there.
     """
     where = "the sweep"
     if not isinstance(source, Mapping):

@@ -126,17 +126,8 @@ def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Cla
 def apply_recipe(session: EditSession, path: str | Path) -> None:
     """Bring a session to the edit of a recipe, as one change; what it lacks of sample and directions is added.
 
-    Parameters
-    ----------
-    session : EditSession
-    path : path
-
-    Raises
-    ------
-    FileNotFoundError
-        If the recipe or a part of it is not there.
-    ValueError
-        If it is not a recipe, or of another model or other timesteps than the session's.
+    FileNotFoundError if the recipe or a part of it is not there; ValueError if it is not a recipe, or of another model
+    or other timesteps than the session's.
     """
     path = local(path)
     recipe = read_recipe(path)

@@ -38,22 +38,9 @@ def serve_studio(
 ) -> None:
     """Serve a studio until interrupted, to this machine alone and only with the token in the address.
 
-    Parameters
-    ----------
-    options : dict
-        Arguments of `open_studio`, as JSON can hold them. What they name is checked before anything is served.
-    on_ready : callable (str) -> None
-        Called with the address when the page can be opened.
-    port : int, default 0
-        0 takes a free one.
-    theme : {"light", "dark"}
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As of `open_studio`; or if there is no such port, or voila is not installed.
-    OSError
-        If the port is taken.
+    `options` are arguments of `open_studio`, as JSON can hold them; what they name is checked before anything is
+    served. `on_ready` is called with the address when the page can be opened. Port 0 takes a free one. Raises as
+    `open_studio`; ValueError if there is no such port or voila is not installed, OSError if the port is taken.
     """
     try:
         from voila.app import Voila  # slow to import, and needed by this command alone
@@ -98,28 +85,9 @@ def open_studio(
 ) -> EditStudio:
     """The studio of names and files, as `workbench studio` shows it.
 
-    Parameters
-    ----------
-    model : str
-        As in `load_model`.
-    directions : sequence of str, optional
-        Files of directions and boundaries, or folders of them. By default those saved for this model in
-        `data/directions` and `data/boundaries`, or, if there are none, principal components of 96 samples.
-    seeds : sequence of int
-    steps, eta
-        As in `sample`.
-    classifier : str, optional
-        As in `load_classifier`; empty for none.
-    device : str, optional
-
-    Returns
-    -------
-    EditStudio
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If something named is not there, or does not fit the model.
+    `directions` are files of directions and boundaries, or folders of them; by default those saved for this model in
+    `data/directions` and `data/boundaries`, or, without any direction, principal components of 96 samples. Raises
+    FileNotFoundError or ValueError if something named is not there, or does not fit the model.
     """
     loaded = load_model(model, device=device)
     runs = sample(loaded, seeds, steps=steps, eta=eta, progress=False)
@@ -134,21 +102,8 @@ def open_studio(
 def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequence[int]) -> list[Direction | Boundary]:
     """Directions and boundaries: those of the files and folders named, or all saved ones that fit.
 
-    Parameters
-    ----------
-    model : Model
-    named : sequence of str, optional
-    timesteps : sequence of int
-        Those that samples visit; a boundary needs its own among them.
-
-    Returns
-    -------
-    list of Direction and Boundary
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a file or folder that is named is not there, holds nothing, or does not fit.
+    A boundary needs its own timestep among those given. FileNotFoundError or ValueError if a file or folder that is
+    named is not there, holds nothing, or does not fit.
     """
 
     def load(path: Path) -> Direction | Boundary:
