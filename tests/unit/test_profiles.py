@@ -6,6 +6,7 @@ import inspect
 import re
 
 import pytest
+import typer
 import yaml
 
 from workbench import cli, paths
@@ -13,7 +14,7 @@ from workbench.formats import layouts
 from workbench.report import notebooks, plans, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
-GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
+GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "records", "smoke")]
 
 
 def content(name: str) -> tuple[str, dict]:
@@ -46,7 +47,8 @@ def test_a_gpu_profile_says_what_it_is_estimated_to_need_and_what_to_run(name):
 
 
 def test_a_report_is_a_first_look_unless_asked_for_more():
-    by_default = cli._parser().parse_args(["report"]).profile
+    command = typer.main.get_command(cli.app).commands["report"]
+    by_default = next(option.default for option in command.params if option.name == "profile")
     assert by_default == inspect.signature(reports.report).parameters["profile"].default == "quick"
     assert f"\nPROFILE ?= {by_default}\n" in (paths.home() / "Makefile").read_text(encoding="utf-8")
     assert content("quick")[1]["common"]["model_name"] == "avataaars32"

@@ -24,7 +24,9 @@ from workbench.analysis.mixing_criteria import (
     total_variation,
 )
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.inversion import invert
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import (
     StepRecord,
@@ -32,7 +34,6 @@ from workbench.diffusion.sampling import (
     batches,
     check_batch_size,
     denoise,
-    invert,
     progress_bar,
     replay,
     sample,

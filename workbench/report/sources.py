@@ -40,7 +40,7 @@ def _is_path(key: str, value: object, folder: Path) -> bool:
 
 def _is_bundled(key: str, value: str) -> bool:
     from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
-    from workbench.diffusion.models import has_unet
+    from workbench.diffusion.loading import has_unet
 
     if key == "model_name":
         return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
@@ -57,15 +57,15 @@ def new_reader() -> Callable[[str, str], object]:
 def _read(function: str, name: str) -> object:
     """Schedule of a model, labelled images, an image, or attributes of a classifier; None if only the kernel can."""
     from workbench.datasets import classifiers, labelled
-    from workbench.diffusion import models
+    from workbench.diffusion import loading
 
     # It may be a repository of the hub, which is not asked: only the kernel fetches.
     remote = _HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
     if function == "load_model":
         if remote or paths.local(name).is_file():
             return None
-        models.load_shapes(name)
-        return models.load_schedule(name)
+        loading.load_shapes(name)
+        return loading.load_schedule(name)
     if function == "load_classifier":
         return None if remote else classifiers.read_attributes(name)
     return (labelled.load_images if function == "load_images" else labelled.load_image)(name)

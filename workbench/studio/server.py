@@ -15,7 +15,8 @@ from traitlets.config import Config
 
 from workbench import paths
 from workbench.datasets.classifiers import load_classifier
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary
