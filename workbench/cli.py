@@ -823,10 +823,10 @@ def _geometry(arguments: argparse.Namespace) -> None:
     import pandas as pd
 
     import workbench as wb
-    from workbench.analysis import geometry
+    from workbench.analysis import dimension, embedding
 
-    if arguments.n < geometry.FEWEST:
-        raise ValueError(f"--n is {arguments.n}; the dimension takes {geometry.FEWEST} samples or more")
+    if arguments.n < dimension.FEWEST:
+        raise ValueError(f"--n is {arguments.n}; the dimension takes {dimension.FEWEST} samples or more")
     if arguments.steps < 2:
         raise ValueError(f"--steps is {arguments.steps}; the dimension along the chain takes 2 or more")
     labeller = wb.load_classifier(arguments.labeller, device=arguments.device)
@@ -837,15 +837,15 @@ def _geometry(arguments: argparse.Namespace) -> None:
     t = min(store.timesteps, key=lambda visited: abs(visited - arguments.t))
     h, images, tables, figures = store.at(t), store.images[:], [], {}
     for method, name in {"pca": "PCA", "umap": "UMAP", "tsne": "t-SNE"}.items():
-        embedded = geometry.embed(h, method=method, seed=arguments.seed, neighbours=around)
-        table = geometry.quality(h, embedded, labels=labels, seed=arguments.seed, neighbours=around)
+        embedded = embedding.embed(h, method=method, seed=arguments.seed, neighbours=around)
+        table = embedding.map_quality(h, embedded, labels=labels, seed=arguments.seed, neighbours=around)
         tables.append(table.assign(map=name))
         axes = dict(zip(("xlabel", "ylabel"), embedded.axes, strict=True))
         caption = f"{name} of h at t = {t}, {len(store)} samples of {arguments.model}."
         figures[method] = wb.plots.scatter(embedded.points, images=images, caption=caption, **axes)
     quality = pd.concat(tables, ignore_index=True)
     nearest = min(10, arguments.n // 2 - 1)
-    dimensions = geometry.dimensions_over_time(store, seed=arguments.seed, neighbours=nearest)
+    dimensions = dimension.dimensions_over_time(store, seed=arguments.seed, neighbours=nearest)
     for method, figure in figures.items():
         wb.plots.save_figure(figure, arguments.out / f"map-{method}")
     quality.to_csv(arguments.out / "quality.csv", index=False)

@@ -15,19 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 
 import workbench as wb
-from workbench.analysis.geometry import gram
+from workbench.analysis import probes
+from workbench.analysis.probes import class_separation, expected_accuracy, samples_needed
+from workbench.analysis.samples import gram
 from workbench.diffusion.schedule import NoiseSchedule
-from workbench.directions import boundary as module
-from workbench.directions.boundary import (
-    METHODS,
-    class_separation,
-    expected_accuracy,
-    fit_boundaries,
-    fit_boundary,
-    load_boundary,
-    move_jointly,
-    samples_needed,
-)
+from workbench.directions.boundary import load_boundary, move_jointly
+from workbench.directions.boundary_fit import METHODS, fit_boundaries, fit_boundary
 
 STEPS = 4
 N = 60
@@ -156,7 +149,7 @@ def test_many_attributes_are_the_same_as_one_by_one_and_share_the_products(monke
     z, y, _ = planted(60, 100, delta=3.0)
     table = pd.DataFrame({"A": y, "B": np.random.default_rng(0).integers(2, size=60)})
     calls = []
-    monkeypatch.setattr(module, "gram", lambda values: calls.append(1) or gram(values))
+    monkeypatch.setattr(probes, "gram", lambda values: calls.append(1) or gram(values))
     found = fit_boundaries(z, table, t=0)
     assert calls == [1] and list(found) == ["A", "B"]
     for name in table:
@@ -378,23 +371,6 @@ def test_a_conditional_boundary_leaves_the_others_distances(pair):
         _ = alone.sigma
     with pytest.raises(ValueError, match="nothing is left of first"):
         first.orthogonal_to(second, first)
-
-
-# As a direction
-
-
-def test_a_boundary_is_a_direction_at_its_timestep_in_units_of_a_population(store, boundary):
-    direction = boundary.as_direction(store)
-    with pytest.warns(UserWarning, match="from the samples of this store"):
-        fit_boundary(store, np.arange(N) % 2, t=500).as_direction(store)
-    i = store.timesteps.index(500)
-    assert (direction.unit.flatten(1).norm(dim=1) > 0).tolist() == [k == i for k in range(STEPS)]
-    torch.testing.assert_close(direction.unit[i], boundary.normal)
-    assert direction.sigma[i] == pytest.approx(boundary.coordinate(store.at(500)).std(ddof=1), rel=1e-4)
-    everywhere = boundary.as_direction(store, every_step=True)
-    assert (everywhere.unit.flatten(1).norm(dim=1) > 0.9).all() and (everywhere.sigma > 0).all()
-    with pytest.raises(ValueError, match="boundary in x_t"):
-        fit_boundary(store, np.arange(N) % 2, t=500, space="x").as_direction(store)
 
 
 # Files

@@ -11,7 +11,7 @@ import torch
 import workbench as wb
 from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import HEdit
-from workbench.directions.boundary import fit_boundary
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.grid import EditGrid
 

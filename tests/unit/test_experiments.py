@@ -9,7 +9,8 @@ import torch
 
 import workbench as wb
 from workbench.analysis.metrics import peak_signal_to_noise
-from workbench.directions.boundary import fit_boundary, random_boundary
+from workbench.directions.boundary import random_boundary
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing import experiments
 from workbench.editing.crossing import cross_boundary
 

@@ -14,7 +14,6 @@ from scipy import integrate, stats
 
 import workbench as wb
 from workbench.analysis import mixing_criteria as mixing
-from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
 from workbench.analysis.mixing_criteria import (
     _largest,
     _tv_uniform,
@@ -32,6 +31,7 @@ from workbench.analysis.mixing_criteria import (
     smallest_below,
     total_variation,
 )
+from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
 from workbench.editing import mixing_search as searches
 from workbench.editing.mixing_search import CRITERIA, decode_from, mixing_step
 

@@ -9,7 +9,7 @@ import torch
 
 from workbench.directions import supervised
 from workbench.directions.direction import load_direction
-from workbench.directions.supervised import METHODS, find_few, find_from_labels, find_from_scores, find_many
+from workbench.directions.supervised import METHODS, few_shot_directions, find_from_labels, find_from_scores, find_many
 from workbench.hspace.store import create_store, write_chunk
 
 TIMESTEPS = (600, 300, 0)
@@ -351,7 +351,7 @@ def test_what_small_strata_have_no_room_for_the_large_ones_take():
 
 
 def few(store, labels, **options):
-    return find_few(store, labels, progress=False, **{"counts": [2, 30], "draws": 3, "seed": 5, **options})
+    return few_shot_directions(store, labels, progress=False, **{"counts": [2, 30], "draws": 3, "seed": 5, **options})
 
 
 def test_directions_of_few_examples_near_the_planted_one_as_they_become_more(store, table):

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from workbench.analysis.dynamics import separabilities
-from workbench.analysis.geometry import check_labels, check_samples, half_samples, over_timesteps
 from workbench.analysis.intervals import CROSS_VALIDATED, QUANTILES
+from workbench.analysis.probes import separabilities
+from workbench.analysis.samples import check_labels, check_samples, half_samples, over_timesteps
 
 Rule = Callable[[np.ndarray], tuple[int, float, bool]]
 """From a curve (noisiest timestep first) to the position of the mixing step, the threshold, and whether it was met."""
@@ -409,7 +409,7 @@ def separability_step(
 ) -> MixingStep:
     """The largest timestep at which a linear probe still finds the attributes as well as anywhere.
 
-    The curve is the held-out balanced accuracy of `dynamics.separability`, mean over attributes; "as well" is `errors`
+    The curve is the held-out balanced accuracy of `probes.separabilities`, mean over attributes; "as well" is `errors`
     standard errors of the best. Up to there the semantics are decided, and the decoder has most freedom left. It tells
     something for x_t of stochastic runs and of forward diffusion, where noise hides the attribute. A deterministic run
     (eta 0, DDIM inversion) is a smooth map of the image, whose attributes can stay separable up to T.

@@ -15,7 +15,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
 from workbench.directions.direction import Direction, bracketed, derived, finite
-from workbench.directions.supervised import find_few
+from workbench.directions.supervised import few_shot_directions
 from workbench.editing.edit import check_run
 from workbench.editing.grid import edit_grid
 from workbench.hspace.store import HStore
@@ -486,7 +486,7 @@ def few_examples(
     classifier
         As in `measure_effects`.
     counts, draws
-        As in `find_few`.
+        As in `few_shot_directions`.
     scales : mapping of "h" or "x_T" -> float, optional
         Length of the edits in each space, or in one of both; in standard deviations along the direction from all
         samples that were not drawn, of which x_T itself has the square root of its dimensions. By default 2 and 10.
@@ -504,7 +504,7 @@ def few_examples(
     ------
     ValueError
         If the store or the runs have an eta above 0 or differ in timesteps or model, the attribute is not the
-        classifier's, or `find_few` refuses labels or counts.
+        classifier's, or `few_shot_directions` refuses labels or counts.
     """
     check_run(model, runs)
     scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
@@ -526,7 +526,7 @@ def few_examples(
     tables = []
     for space, scale in scales.items():
         noise = None if space == "h" else x_T
-        few = find_few(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
+        few = few_shot_directions(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
         effects = []
         with progress_bar(len(few.table) * len(runs), runs.steps, f"editing {space}", show=progress) as bar:
             for delta in scale * few.deltas:

@@ -32,18 +32,17 @@ from sklearn.svm import SVC
 
 from workbench.analysis.intervals import mean_interval, share_of
 from workbench.analysis.metrics import kernel_distance, monotonicity, peak_signal_to_noise
+from workbench.analysis.probes import expected_accuracy
+from workbench.analysis.samples import Labels, matched, name_of
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import Trajectory, invert, replay, sample
 from workbench.directions.boundary import (
     Boundary,
     change_of,
-    expected_accuracy,
-    fit_boundaries,
-    fit_boundary,
     random_boundary,
 )
-from workbench.directions.supervised import Labels, matched, name_of
+from workbench.directions.boundary_fit import fit_boundaries, fit_boundary
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.effects import Classifier, Effects
 from workbench.editing.grid import EditGrid

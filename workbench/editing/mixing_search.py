@@ -23,6 +23,7 @@ from workbench.analysis.mixing_criteria import (
     smallest_below,
     total_variation,
 )
+from workbench.analysis.samples import matched
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.models import Model, load_model
 from workbench.diffusion.noise import step_noise
@@ -38,8 +39,7 @@ from workbench.diffusion.sampling import (
     sample,
 )
 from workbench.diffusion.schedule import index_of
-from workbench.directions.boundary import fit_boundary
-from workbench.directions.supervised import matched
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing.crossing import cross_boundary
 from workbench.hspace.store import HStore
 

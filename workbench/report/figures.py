@@ -29,7 +29,8 @@ from workbench.datasets.classifiers import Classifier, load_classifier
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.models import Model, load_model
 from workbench.diffusion.sampling import Trajectory, invert, sample
-from workbench.directions.boundary import Boundary, fit_boundary
+from workbench.directions.boundary import Boundary
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
 from workbench.hashing import code_hash

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from workbench.analysis import dynamics
+from workbench.analysis import latents, spectra
 from workbench.analysis.intervals import Estimate as Number
 from workbench.analysis.intervals import difference_of, mean_of
 from workbench.analysis.metrics import monotonicity
@@ -26,13 +27,16 @@ from workbench.datasets import avataaars
 from workbench.datasets.labelled import to_tensor
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
-from workbench.directions.boundary import fit_boundary
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing import experiments
 from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots
 from workbench.report.figures import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
+
+# Records are bound to the text of the recipes, which have one name for both modules.
+dynamics = SimpleNamespace(**vars(spectra) | vars(latents))
 
 STRENGTH = 4.0
 """Standard deviations that x or h are moved by, where one strength is shown."""

@@ -25,7 +25,7 @@ from plotly import graph_objects as go
 from traitlets import Unicode
 
 from workbench import paths
-from workbench.analysis.geometry import Embedding, embed
+from workbench.analysis.embedding import Embedding, embed
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.models import Model, differs
 from workbench.diffusion.sampling import Trajectory, replay
