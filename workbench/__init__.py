@@ -27,6 +27,7 @@ _WHERE = {
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
     "directions.boundary": ("Boundary", "load_boundary", "move_jointly"),
+    "directions.boundary_accuracy": ("accuracy_over_samples", "accuracy_over_time"),
     "directions.boundary_fit": ("fit_boundaries", "fit_boundary"),
     "directions.direction": ("Direction", "load_direction", "random_like"),
     "directions.asyrp": ("DeltaFunction", "load_asyrp"),
@@ -51,13 +52,13 @@ _WHERE = {
     "studio.recipe": ("open_recipe", "save_recipe"),
     "studio.session": ("EditSession",),
     "report.facts": ("read_facts", "record_facts"),
+    "report.figures": ("save_figure",),
     "report.notebooks": ("run_notebook",),
     "report.sweep": ("sweep",),
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
     "experiments": "editing.experiments",
-    "figures": "report.figures",
     "paths": "paths",
     "plots": "report.plots",
 }

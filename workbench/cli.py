@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench import paths
+from workbench.io import written
 
 EXAMPLES = """examples:
   workbench models                                  what can be loaded, and what it needs
@@ -380,25 +381,13 @@ def _add_benchmark(command) -> None:
     figure = command(
         "figure",
         _figure,
-        "make a figure of the papers on a model, as PDF, SVG and PNG, with its numbers as JSON",
+        "run the notebook that has a figure of the papers; it goes to PDF, SVG and PNG, its numbers to JSON",
         "workbench figure haas-fig4 --out figures",
     )
     figure.add_argument("names", nargs="*", metavar="NAME", help="of `workbench figure --list`, or all")
-    figure.add_argument("--list", action="store_true", help="what there is, what it shows and how long it takes")
-    figure.add_argument("--model", default="avataaars32", help="default avataaars32")
-    _add_images(figure, "labelled images: bundled name, folder or zip", default="avataaars")
-    figure.add_argument("--labeller", default="avataaars", help="labels samples (default avataaars)")
-    figure.add_argument("--judge", default="avataaars-judge", help="scores edits (default avataaars-judge)")
-    figure.add_argument("--attributes", nargs=2, metavar=("FIRST", "SECOND"), help="default Long_Hair Smiling")
-    figure.add_argument("--n", type=int, default=192, help="samples and images to learn from (default 192)")
-    figure.add_argument("--measured", type=int, default=24, help="samples and images to edit (default 24)")
-    figure.add_argument("--steps", type=int, default=20, help="visited timesteps (default 20)")
-    figure.add_argument("--t", type=int, default=500, help="timestep of boundaries and Jacobians (default 500)")
-    figure.add_argument("--seed", type=int, default=0)
-    figure.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    figure.add_argument(
-        "--columns", choices=("single", "double", "both", "none"), default="both", help="width; none: numbers alone"
-    )
+    figure.add_argument("--list", action="store_true", help="what there is, what it shows and in which notebook")
+    figure.add_argument("--profile", help="parameters of the notebooks, from profiles/PROFILE.yaml")
+    figure.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
     _add_out(figure, _out_folder, "folder (default figures)", default="figures")
 
 
@@ -679,7 +668,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _save_picture(figure, path: Path) -> None:
-    with paths.written(path) as partial:
+    with written(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.lower()[1:] or "png")
 
 
@@ -1085,37 +1074,21 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 def _figure(arguments: argparse.Namespace) -> None:
     from workbench.report import figures
 
-    known = figures.list_figures()
     if arguments.list:
-        for made in known.values():
-            print(f"{made.name:12s} {made.experiment:9s} {made.minutes:4.1f} min  {made.shows}")
+        for made in figures.list_figures().values():
+            print(f"{made.name:12s} {made.notebook:16s} {made.title}")
         return
     if not arguments.names:
         raise ValueError("name a figure, or `all`; `workbench figure --list` shows them")
-    setup = figures.Setup(
-        model_name=arguments.model,
-        images_name=arguments.images,
-        labels_name=arguments.labels,
-        skip_broken=arguments.skip_broken,
-        classifier_name=arguments.labeller,
-        judge_name=arguments.judge,
-        **dict(zip(("attribute", "other"), arguments.attributes or (), strict=False)),
-        **{name: getattr(arguments, name) for name in ("n", "measured", "steps", "t", "seed", "device")},
-    )
-    if arguments.attributes is not None:
-        setup.check_attributes()
-    names, failed = list(known) if arguments.names == ["all"] else arguments.names, {}
-    for name in names:
-        try:
-            for path in figures.draw_figure(name, setup, out=arguments.out, columns=arguments.columns):
-                print(path.resolve(), flush=True)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            if len(names) == 1 or arguments.debug:
-                raise
-            failed[name] = error
-    if failed:
-        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(names)} figures could not be made. {reasons}")
+    parameters = {}
+    for assignment in arguments.parameters:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{assignment!r} is not an assignment; write name=value, for example seed=1")
+        parameters[key] = text
+    options = {"out": arguments.out, "parameters": parameters, "profile": arguments.profile}
+    for path in figures.draw_figure(arguments.names, **options):
+        print(path.resolve())
 
 
 def _check_attributes(wanted: list[str], known) -> None:
@@ -1189,7 +1162,7 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
         labels = ["samples", "nearest\ntraining images"]
         sheets["nearest"] = wb.plots.image_grid(evaluation.nearest, row_labels=labels)
     for name, sheet in sheets.items():
-        with paths.written(card / f"{name}.png") as partial:
+        with written(card / f"{name}.png") as partial:
             sheet.savefig(partial, dpi=100, format="png", bbox_inches="tight")
     print(evaluation.write(card).resolve())
 

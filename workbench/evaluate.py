@@ -25,7 +25,8 @@ from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import invert, sample
-from workbench.paths import local, writable, written
+from workbench.io import written
+from workbench.paths import local, writable
 
 CARD, NUMBERS = "README.md", "evaluation.json"
 BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /evaluation -->"

@@ -6,11 +6,9 @@ project uses a relative path: it asks here. Every function that takes a path ask
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -101,19 +99,6 @@ def writable(path: str | os.PathLike, *, folder: bool = False, suffixes: tuple[s
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} can't be written, since {above} is read-only; give another place")
     return path
-
-
-@contextlib.contextmanager
-def written(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write a file, beside its place and renamed at the end, so that it appears whole or not at all."""
-    path = writable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def file_name(name: str) -> str:

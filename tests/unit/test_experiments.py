@@ -56,32 +56,6 @@ def b(inverted, labels):
     return {s: fit_boundary(inverted[:30], labels[:30].to_numpy(), t=T_M, space=s, name="Bright") for s in "hx"}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, tiny, images):
-    path = tmp_path_factory.mktemp("store") / "s.zarr"
-    return wb.extract(tiny, images=images, steps=VISITED, record_x=True, dtype="float32", out=path, progress=False)
-
-
-def test_accuracies_stand_beside_their_controls(tiny, store, labels):
-    table = experiments.accuracy_over_time(tiny, store, labels, timesteps=[500, 0])
-    assert set(table.samples) == {"pixels", "x", "h", "forward-diffused", "random labels"}
-    assert (table.groupby("samples").t.nunique() == [2, 2, 1, 2, 2]).all()
-    accuracy = table.set_index(["samples", "t"]).accuracy
-    alone = fit_boundary(store, labels, t=500, space="x")
-    assert accuracy["x", 500] == alone.accuracy.value
-    assert accuracy["pixels", -1] > 0.9 and accuracy["random labels", 0] < 0.8
-    assert accuracy["forward-diffused", 500] < accuracy["pixels", -1]
-    assert table.law.between(0.5, 1).all() and (table.n == N).all()
-
-
-def test_more_samples_come_closer_to_the_boundary_of_all(store, labels):
-    table = experiments.accuracy_over_samples(store, labels, t=0, counts=[8, 16, 500], methods=["svm", "mean"], draws=2)
-    assert list(table["count"].unique()) == [8, 16, 20] and len(table) == 2 * (2 + 2 + 1)
-    means = table.groupby("count").cosine.mean()
-    assert means.is_monotonic_increasing and means[20] == pytest.approx(1.0)
-    assert (table.n == 20).all() and (table.low <= table.accuracy).all()
-
-
 def test_crossings_are_measured_as_by_hand(tiny, runs, b):
     variants = {"x": {"boundary_x": b["x"]}, "x at eta 0": {"boundary_x": b["x"], "eta": 0.0}}
     judge = Judge()

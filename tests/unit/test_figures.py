@@ -1,95 +1,169 @@
-"""Figures of the papers by name: the list, the files, the numbers, and the verdicts that follow from them."""
+"""Figures of the papers: the notebook that saves each, its files and its numbers, and the verdicts that follow."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
-import numpy as np
+import nbformat
 import pandas as pd
 import pytest
+from notebook_files import write_notebook
 from PIL import Image
 
-from workbench import paths
 from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.models import load_model
 from workbench.report import claims, figures, plots
-from workbench.report.figures import Drawn, Setup
+from workbench.report.facts import read_facts
 
+PARAMETERS = """model_name: str = "avataaars32"  # a bundled name or a folder
+steps: int = 20
+seed: int = 0
+figures: str = ""  # folder to save the figures to"""
 
-@pytest.fixture(scope="module")
-def known():
-    return figures.list_figures()
+CELL = """
+from types import SimpleNamespace
 
+import pandas as pd
+import workbench as wb
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A setup of a few samples, in a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "cache", lambda: tmp_path_factory.getbasetemp() / "figure-cache")
-        yield Setup(n=32, measured=4, steps=4, device="cpu")
-
-
-def test_every_experiment_of_both_papers_has_a_figure(known):
-    there = {made.experiment for made in known.values()}
-    assert there >= {f"Haas E{i}" for i in range(1, 16)}
-    assert there >= {f"Zhu E{i}" for i in range(1, 22)}
-    assert all(made.shows and 0 < made.minutes < 30 for made in known.values())
-    assert all(name == made.name for name, made in known.items())
-
-
-QUICK = ("haas-fig2b", "haas-fig8b", "zhu-e2")
-"""Figures of few passes, which every run of the tests makes."""
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in figures.list_figures()]
+table = pd.DataFrame({"x": [0, 1], "y": [0.5, steps]})
+wb.save_figure(
+    "haas-fig4",
+    wb.plots.line(table.x, table.y, xlabel="x", ylabel="y"),
+    title="Haas et al. Fig. 4: a line",
+    caption=f"{steps} steps.",
+    table=table,
+    numbers={"change_at_2": wb.Estimate(0.4, 0.3, 0.5, steps)},
+    sources={"model": SimpleNamespace(name=model_name, hash="abc")},
+    folder=figures,
 )
-def test_every_figure_can_be_made_and_has_the_numbers_of_its_claims(name, small, tmp_path):
-    (path,) = figures.draw_figure(name, small, out=tmp_path, columns="none")
-    record = json.loads(path.read_text())
-    assert record["table"] and {c.number for c in claims.CLAIMS if c.figure == name} <= set(record["claims"])
-    for number in record["claims"].values():
-        assert number["n"] >= 2 and not (number["low"] > number["value"] or number["value"] > number["high"])
+"""
 
 
-@pytest.mark.parametrize("name", ["haas-fig2a", "zhu-e3"])
-def test_a_figure_is_drawn_at_both_widths_and_beside_its_numbers(name, small, tmp_path):
-    files = figures.draw_figure(name, small, out=tmp_path)
-    assert sorted(path.name for path in files) == sorted(
-        [f"{name}.json", *(f"{name}-{w}.{end}" for w in ("single", "double") for end in ("pdf", "svg", "png"))]
-    )
+def saved(name="haas-fig2a", folder="", **given):
+    """A figure saved by hand, with what is given in place of the usual."""
+    options = {
+        "title": "a title",
+        "caption": "a caption",
+        "table": pd.DataFrame({"a": [1]}),
+        "numbers": {"follows_h": Estimate(0.9, 0.8, 1.0, 10)},
+        "sources": {"model": SimpleNamespace(name="m", hash="abc")},
+    }
+    figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")
+    return figures.save_figure(name, figure, folder=folder, **(options | given))
+
+
+# A notebook and its figures
+
+
+def test_figures_are_found_in_the_sources_of_notebooks(home):
+    write_notebook(home / "notebooks" / "10_first.ipynb", CELL, "%matplotlib inline", parameters=PARAMETERS)
+    write_notebook(home / "notebooks" / "20_second.ipynb", CELL.replace("haas-fig4", "zhu-e3"), parameters=PARAMETERS)
+    assert figures.list_figures() == {
+        "haas-fig4": figures.PaperFigure("haas-fig4", "10_first", "Haas et al. Fig. 4: a line"),
+        "zhu-e3": figures.PaperFigure("zhu-e3", "20_second", "Haas et al. Fig. 4: a line"),
+    }
+
+
+def test_a_notebook_writes_its_figures_and_keeps_their_numbers(home, tmp_path):
+    write_notebook(home / "notebooks" / "10_first.ipynb", CELL, parameters=PARAMETERS)
+    out = tmp_path / "drawn"
+    files = figures.draw_figure("haas-fig4", out=out, parameters={"steps": "7"})
+    assert [path.name for path in files] == [
+        "haas-fig4.json",
+        *(f"haas-fig4-{width}.{end}" for width in ("double", "single") for end in ("pdf", "png", "svg")),
+    ]
+    record = json.loads(files[0].read_text())
+    assert record["numbers"] == {"change_at_2": {"value": 0.4, "low": 0.3, "high": 0.5, "n": 7}}
+    assert record["table"] == [{"x": 0, "y": 0.5}, {"x": 1, "y": 7.0}]
+    assert (record["title"], record["caption"]) == ("Haas et al. Fig. 4: a line", "7 steps.")
+    about = record["provenance"]
+    assert about["parameters"] == {"model_name": "avataaars32", "steps": 7, "seed": 0}
+    assert (about["notebook"], about["sources"]) == ("10_first", {"model": {"name": "avataaars32", "hash": "abc"}})
+    assert read_facts(out / "10_first.ipynb") == {"haas-fig4.change_at_2": record["numbers"]["change_at_2"]}
+    outputs = [o for cell in nbformat.read(out / "10_first.ipynb", 4).cells for o in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+
+    records = figures.read_records(out, model=SimpleNamespace(hash="abc"))
+    assert records["haas-fig4"]["current"]
+    write_notebook(home / "notebooks" / "10_first.ipynb", CELL + "# changed", parameters=PARAMETERS)
+    assert not figures.read_records(out, model=SimpleNamespace(hash="abc"))["haas-fig4"]["current"]
+
+
+def test_each_notebook_runs_once_with_the_parameters_that_it_has(home, tmp_path, monkeypatch):
+    from workbench.report import notebooks
+
+    write_notebook(home / "notebooks" / "10_first.ipynb", CELL, CELL.replace("fig4", "fig5"), parameters=PARAMETERS)
+    second = PARAMETERS + "\nn: int = 3"
+    write_notebook(home / "notebooks" / "20_second.ipynb", CELL.replace("haas-fig4", "zhu-e3"), parameters=second)
+    (home / "profiles" / "small.yaml").write_text("common: {steps: 4}\nnotebooks: {20_second: {seed: 9}}\n")
+    ran = {}
+    monkeypatch.setattr(notebooks, "check_parameters", lambda name, values, **_: values)
+    monkeypatch.setattr("workbench.report.parameters.check_parameters", lambda name, values, **_: values)
+    monkeypatch.setattr(notebooks, "run_notebook", lambda name, values, out: ran.update({name: values}))
+    options = {"out": tmp_path, "profile": "small"}
+    assert figures.draw_figure("all", parameters={"n": "12", "seed": 1}, **options) == []
+    both = {"steps": 4, "seed": 1, "figures": str(tmp_path)}
+    assert ran == {"10_first": both, "20_second": both | {"n": 12}}
+    ran.clear()
+    figures.draw_figure(["haas-fig4", "haas-fig5"], **options)
+    assert ran == {"10_first": {"steps": 4, "figures": str(tmp_path)}}
+    with pytest.raises(ValueError, match="10_first.* no parameter 'n'"):
+        figures.draw_figure("haas-fig4", parameters={"n": 12}, **options)
+    with pytest.raises(ValueError, match="no figure 'haas-fig99'.*haas-fig4"):
+        figures.draw_figure("haas-fig99", **options)
+
+
+def test_a_notebook_that_fails_stops_no_other(home, tmp_path, monkeypatch):
+    from workbench.report import notebooks
+
+    for name in ("10_first", "20_second", "30_third"):
+        cell = CELL.replace("haas-fig4", name)
+        write_notebook(home / "notebooks" / f"{name}.ipynb", cell, parameters=PARAMETERS)
+    ran = []
+
+    def fail(name, values, out):
+        ran.append(name)
+        if name != "20_second":
+            raise notebooks.NotebookFailed(f"{name} failed", name=name, cell=1, ename="E", evalue="", path=out)
+
+    monkeypatch.setattr(notebooks, "run_notebook", fail)
+    with pytest.raises(RuntimeError, match="10_first failed; 30_third failed"):
+        figures.draw_figure("all", out=tmp_path)
+    assert ran == ["10_first", "20_second", "30_third"]
+    with pytest.raises(notebooks.NotebookFailed, match="10_first"):
+        figures.draw_figure("10_first", out=tmp_path)
+
+
+# Files
+
+
+def test_a_figure_is_saved_at_both_widths_and_displayed_with_its_caption(tmp_path):
+    shown = saved(folder=tmp_path)
+    assert shown.get_figwidth() == 6.4 and "a caption" in [text.get_text() for text in shown.findobj(figures.Text)]
     for width, inches in figures.WIDTHS.items():
-        with Image.open(tmp_path / f"{name}-{width}.png") as picture:
+        with Image.open(tmp_path / f"haas-fig2a-{width}.png") as picture:
             # 0.16 inches of padding, and rounding of what the layout does.
             assert picture.width / 300 == pytest.approx(inches + 0.16, rel=0.02)
-    record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert record["figure"] == name and record["table"] and record["caption"]
-    assert record["provenance"]["settings"]["n"] == 32
-    assert record["provenance"]["model"]["hash"] == small.model.hash
-    assert (tmp_path / f"{name}-single.pdf").read_bytes().count(b"/FontFile2") > 0, "no embedded font"
+        assert b"a caption" not in (tmp_path / f"haas-fig2a-{width}.svg").read_bytes()
+    assert (tmp_path / "haas-fig2a-single.pdf").read_bytes().count(b"/FontFile2") > 0, "no embedded font"
 
 
-def test_the_same_setup_gives_the_same_numbers(small, tmp_path):
-    (one,), (two,) = (figures.draw_figure("zhu-e3", small, out=tmp_path / which, columns="none") for which in "ab")
-    assert one.read_text() == two.read_text()
+def test_the_same_figure_gives_the_same_files(tmp_path):
+    for folder in ("one", "two"):
+        saved(folder=tmp_path / folder)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_numbers_are_those_of_the_images(small):
-    """Fig. 2a again, by hand."""
-    from workbench.editing.edit import edit
-    from workbench.report import haas
-
-    drawn = haas.swap(small)
-    run = small.run
-    donors = run[[1, 2, 3, 0]]
-    swapped = edit(small.model, run, donors, mode="replace", progress=False).x0
-    own, given, mixed = (small.judge(x).to_numpy() > 0.5 for x in (run.x0, donors.x0, swapped))
-    shares = [(mixed[i] == given[i])[own[i] != given[i]].mean() for i in range(4) if (own[i] != given[i]).any()]
-    assert drawn.claims["follows_h"].value == pytest.approx(np.mean(shares))
-    assert drawn.claims["follows_h"].n == len(shares)
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved()
+    assert not list(tmp_path.iterdir())
 
 
 def test_letters_stay_legible_at_the_width_of_a_column():
@@ -102,17 +176,30 @@ def test_letters_stay_legible_at_the_width_of_a_column():
     }
 
 
-def test_an_unknown_name_or_width_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="there is no figure 'haas-fig99'; `workbench figure --list` has haas-fig2a"):
-        figures.draw_figure("haas-fig99", out=tmp_path)
-    with pytest.raises(ValueError, match="columns is 'wide'; it is single, double, both or none"):
-        figures.draw_figure("zhu-e3", out=tmp_path, columns="wide")
-    few = Setup(n=8, measured=2, steps=2, device="cpu", attribute="Wings")
-    with pytest.raises(ValueError, match="has no attribute 'Wings'; it has Smiling"):
-        figures.draw_figure("zhu-e4", few, out=tmp_path, columns="none")
+# Records and claims
 
 
-# Claims
+def test_records_of_other_sources_are_left_out(tmp_path):
+    model, judge = SimpleNamespace(name="m", hash="abc"), SimpleNamespace(name="j", hash="def")
+    images = SimpleNamespace(fingerprint="123")
+    saved(folder=tmp_path, sources={"model": model, "judge": judge, "images": images})
+    other = SimpleNamespace(name="m", hash="xyz", fingerprint="xyz")
+    assert list(figures.read_records(tmp_path, model=model)) == ["haas-fig2a"]
+    assert list(figures.read_records(tmp_path, model=model, judge=judge, images=images)) == ["haas-fig2a"]
+    # A figure that no labeller was needed for is of any.
+    assert list(figures.read_records(tmp_path, model=model, labeller=other)) == ["haas-fig2a"]
+    for given in ({"model": other}, {"model": model, "judge": other}, {"model": model, "images": other}):
+        assert figures.read_records(tmp_path, **given) == {}
+    with pytest.raises(FileNotFoundError, match="missing"):
+        figures.read_records(tmp_path / "missing", model=model)
+
+
+def test_code_that_draws_does_not_make_a_record_outdated(home, monkeypatch):
+    path = write_notebook(home / "notebooks" / "10_first.ipynb", "import workbench as wb\nwb.sample\nwb.plots.line")
+    asked = []
+    monkeypatch.setattr(figures, "code_hash", lambda *modules: asked.extend(modules) or "digest")
+    figures._code_hash(path.stem)
+    assert asked == ["workbench.diffusion.sampling"]
 
 
 @pytest.mark.parametrize(
@@ -125,18 +212,17 @@ def test_an_unknown_name_or_width_is_a_sentence(tmp_path):
     ],
 )
 def test_a_verdict_follows_from_the_interval(low, high, above, below):
-    claim = claims.Claim(claims.HAAS, "text", "measured", "figure", "number", 0.5)
+    claim = claims.Claim("a paper", "text", "measured", "figure", "number", 0.5)
     assert claim.verdict(low, high) == above
-    assert (
-        claims.Claim(claims.HAAS, "text", "measured", "figure", "number", 0.5, above=False).verdict(low, high) == below
-    )
+    assert replace(claim, above=False).verdict(low, high) == below
 
 
-def test_there_are_claims_of_both_papers_each_with_a_figure(known):
-    assert {claim.paper for claim in claims.CLAIMS} == {claims.HAAS, claims.ZHU}
-    assert len(claims.CLAIMS) >= 20
-    assert {claim.figure for claim in claims.CLAIMS} <= set(known)
-    assert len({(claim.figure, claim.number) for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+def test_there_are_claims_of_both_papers_each_of_a_number_of_its_own():
+    known = claims.load_claims()
+    assert {claim.paper for claim in known} == {"Haas et al. 2024", "Zhu et al. 2023"}
+    assert len(known) >= 20
+    assert len({(claim.figure, claim.number) for claim in known}) == len(known)
+    assert all(isinstance(claim.threshold, int | float) and isinstance(claim.above, bool) for claim in known)
 
 
 def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bundled_model():
@@ -146,32 +232,11 @@ def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bu
     judged = claims.verdicts(records)
     assert "not measured" not in set(judged.verdict)
     assert judged[["value", "low", "high", "n"]].notna().all(axis=None)
-    for record in records.values():
-        assert record["provenance"]["model"]["hash"] == model.hash
 
 
-def test_a_record_of_other_weights_code_or_none_at_all_is_not_measured(small, tmp_path, monkeypatch):
-    known = figures.list_figures()["haas-fig2a"]
-    drawn = Drawn(plots.line([0, 1], [0, 1], xlabel="x", ylabel="y"), pd.DataFrame({"a": [1]}), "caption",
-                  {"follows_h": Estimate(0.9, 0.8, 1.0, 10)})  # fmt: skip
-    path = figures.write_record(known, drawn, small, out=tmp_path)
-    judged = claims.verdicts(figures.read_records(tmp_path, model=small.model)).set_index("claim")
+def test_a_claim_without_a_record_is_not_measured(tmp_path):
+    saved(folder=tmp_path)
+    judged = claims.verdicts(figures.read_records(tmp_path, model=SimpleNamespace(hash="abc"))).set_index("claim")
     first = judged.loc["h carries what an image shows (Fig. 2a)"]
-    assert (first.verdict, first.value, first.n, first.current) == ("holds", 0.9, 10, True)
-    with monkeypatch.context() as patch:
-        patch.setattr(figures, "code_hash", lambda *modules: "other")
-        judged_later = claims.verdicts(figures.read_records(tmp_path, model=small.model)).set_index("claim")
-        assert not judged_later.loc["h carries what an image shows (Fig. 2a)"].current, "what the recipe calls changed"
-    assert (judged.verdict == "not measured").sum() == len(claims.CLAIMS) - 1
-    same = {"labeller": small.labeller, "judge": small.judge, "images": small.images}
-    assert list(figures.read_records(tmp_path, model=small.model, **same)) == ["haas-fig2a"]
-    assert figures.read_records(tmp_path, model=small.model, judge=small.labeller) == {}
-    assert figures.read_records(tmp_path, model=small.model, labeller=small.judge) == {}
-    assert figures.read_records(tmp_path, model=small.model, images=small.images.at_size(8)) == {}
-    with monkeypatch.context() as patch:
-        patch.setitem(figures._RECIPES, "haas-fig2a", replace(known, draw=figures.list_figures()["haas-fig3"].draw))
-        assert figures.read_records(tmp_path, model=small.model) == {}, "it is drawn in another way now"
-    content = json.loads(path.read_text())
-    content["provenance"]["model"]["hash"] = "other"
-    path.write_text(json.dumps(content))
-    assert figures.read_records(tmp_path, model=small.model) == {}
+    assert (first.verdict, first.value, first.n, first.current) == ("holds", 0.9, 10, False)
+    assert (judged.verdict == "not measured").sum() == len(claims.load_claims()) - 1

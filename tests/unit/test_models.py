@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import workbench as wb
 from workbench import paths
-from workbench.diffusion.models import load_shapes
+from workbench.diffusion.models import load_shapes, refuse_other_model
 from workbench.formats.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -567,3 +567,24 @@ def test_a_repository_in_the_hub_cache_loads_and_is_listed(tiny, tiny_folder, tm
     assert (loaded.name, loaded.hash) == ("somebody/ddpm", tiny.hash)
     (entry,) = [each for each in wb.list_models() if each["where"] == "hub cache"]
     assert (entry["name"], entry["images"]) == ("somebody/ddpm", (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hash": "ffff"}, "the run belongs to the model 'tiny'.*weights ffff.*sample it again"),
+        ({"tap": "before"}, r"'after'.*'before'; use model.tapped\('after'\)"),
+        ({"network": "ffff"}, "another network around the same weights"),
+        ({"schedule": {"hash": "ffff"}}, "another noise schedule"),
+    ],
+)
+def test_what_was_made_with_another_model_is_refused(tiny, change, match):
+    own = tiny.provenance()
+    with pytest.raises(ValueError, match=match):
+        refuse_other_model("the run", own, own | change, remedy="sample it again")
+    refuse_other_model("the run", own, own | {"name": "another name"})
+    refuse_other_model("the boundary", None, own | change)
+    refuse_other_model("the boundary", own, None)
+    refuse_other_model("x_t", own, own | {"tap": "before"}, tap=False)
+    old = {key: own[key] for key in ("name", "hash", "tap")}  # of a file that says no more
+    refuse_other_model("the direction", old, own)

@@ -123,37 +123,59 @@ class TestImageGrid:
             plots.image_grid(images.reshape(3, 4, 3, 8, 8), columns=2)
 
 
-class TestLine:
-    def test_draws_the_values_and_the_band(self):
-        x = np.arange(5)
-        figure = plots.line(x, x**2, low=x**2 - 1, high=x**2 + 1, xlabel="timestep t", ylabel="norm", reverse_x=True)
-        (axes,) = figure.axes
-        assert axes.lines[0].get_ydata().tolist() == [0, 1, 4, 9, 16]
-        band = axes.collections[0].get_paths()[0].vertices
-        assert band[:, 1].min() == -1 and band[:, 1].max() == 17
-        assert axes.get_xlabel() == "timestep t" and axes.get_ylabel() == "norm"
-        assert axes.xaxis_inverted()
-        assert axes.get_legend() is None
+class TestCurves:
+    """Of a tidy table, and of arrays by `line`, which draws by it."""
 
-    def test_several_lines_are_named(self):
-        x = np.arange(3)
-        figure = plots.line(x, {"h": x, "skips": 2 * x}, low={"h": x - 1}, high={"h": x + 1}, xlabel="t", ylabel="norm")
-        axes = figure.axes[0]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["h", "skips"]
-        assert len(axes.collections) == 1
-        assert axes.lines[0].get_color() != axes.lines[1].get_color()
-        labelled = plots.line(x, np.stack([x, x]), labels=["a", "b"], xlabel="t", ylabel="norm").axes[0]
-        assert [text.get_text() for text in labelled.get_legend().get_texts()] == ["a", "b"]
+    def test_one_line_a_name_each_with_its_own_x_and_band(self):
+        table = pd.DataFrame(
+            {"t": [0, 1, 2, 0, 5], "y": [0, 1, 4, 7, 8], "low": [-1, 0, 3, None, None], "high": [1, 2, 5, None, None]}
+        ).assign(space=["x", "x", "x", "h_t", "h_t"])
+        options = {"xlabel": "timestep t", "ylabel": "norm", "caption": "of space"}
+        figure = plots.curves(table, x="t", y="y", by="space", low="low", high="high", reverse_x=True, **options)
+        (axes,) = figure.axes
+        assert [line.get_xydata().tolist() for line in axes.lines] == [[[0, 0], [1, 1], [2, 4]], [[0, 7], [5, 8]]]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["x", "h_t"]
+        (band,) = axes.collections
+        assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (-1, 5)
+        assert axes.get_xlabel() == "timestep t" and axes.get_ylabel() == "norm" and axes.xaxis_inverted()
+        assert axes.lines[0].get_color() != axes.lines[1].get_color() and "of space" in texts(figure)
+        alone = plots.curves(table[:3], x="t", y="y", xlabel="t", ylabel="y").axes[0]
+        assert len(alone.lines) == 1 and alone.get_legend() is None and not alone.collections
+
+    def test_arrays_are_drawn_as_their_table(self):
+        x = np.arange(5)
+        axes = plots.line(x, x**2, low=x**2 - 1, high=x**2 + 1, xlabel="t", ylabel="norm").axes[0]
+        assert axes.lines[0].get_ydata().tolist() == [0, 1, 4, 9, 16] and axes.get_legend() is None
+        band = axes.collections[0].get_paths()[0].vertices
+        assert (band[:, 1].min(), band[:, 1].max()) == (-1, 17)
+        two = {"h": torch.tensor(x), "Long_Hair": pd.Series(2 * x, index=x + 7)}
+        axes = plots.line(pd.Index(x), two, low={"h": x - 1}, high={"h": x + 1}, xlabel="t", ylabel="norm").axes[0]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["h", "Long Hair"]
+        assert len(axes.collections) == 1 and axes.lines[1].get_ydata().tolist() == [0, 2, 4, 6, 8]
+
+    def test_more_lines_than_colours_can_still_be_told_apart_and_their_legend_stands_above(self):
+        lines = {f"s{i}": [0, i] for i in range(20)}
+        figure = plots.line([0, 1], lines, xlabel="t", ylabel="y")
+        drawn = figure.axes[0].lines
+        assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 20
+        assert {line.get_linestyle() for line in drawn[:8]} == {"-"}
+        assert figure.axes[0].get_legend() is None and len(figure.legends[0].get_texts()) == 20
+
+    def test_an_end_of_an_interval_may_be_unknown_but_not_infinite(self):
+        options = {"xlabel": "x", "ylabel": "y"}
+        assert plots.line([0, 1], [0, 1], low=[np.nan, 0], high=[np.nan, 2], **options).axes[0].collections
+        with pytest.raises(ValueError, match="low has 1 of 2 values that are NaN or infinite"):
+            plots.line([0, 1], [0, 1], low=[-np.inf, 0], high=[2, 2], **options)
 
     @pytest.mark.parametrize(
         ("y", "extra", "message"),
         [
-            ([1, 2], {}, "they must be equal"),
-            ([1, 2, np.nan], {}, "NaN or infinite"),
-            ([1, 2, 3], {"low": [0, 0, 0]}, "needs both ends"),
+            ([1, 2], {}, r"\(2,\)"),
+            ([1, 2, np.nan], {}, "y has 1 of 3"),
+            ([1, 2, 3], {"low": [0, 0, 0]}, "both ends"),
             ([1, 2, 3], {"low": [0, 9, 0], "high": [4, 4, 4]}, "low is above high"),
-            ({"a": [1, 2, 3]}, {"low": {"b": [0] * 3}, "high": {"b": [1] * 3}}, "'b' is not in all three"),
-            ([[1, 2, 3]], {"labels": ["a", "b"]}, "2 entries for 1 lines"),
+            ({"a": [1, 2, 3]}, {"low": {"b": [0] * 3}, "high": {"b": [1] * 3}}, "'b', which is no line"),
+            ({"a": ["1", "2", "3"]}, {}, "'a' is of type"),
         ],
     )
     def test_refuses_what_does_not_match(self, y, extra, message):
@@ -255,38 +277,6 @@ class TestScatterHover:
         assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (64, 64)
 
 
-class TestUnetDiagram:
-    @pytest.mark.parametrize(("tap", "where"), [("before", "input"), ("middle", "inside"), ("after", "output")])
-    def test_marks_the_tap_and_writes_the_shapes(self, tap, where):
-        figure = plots.unet_diagram(
-            "avataaars32", image_shape=(3, 32, 32), h_shape=(144, 8, 8), tap=tap, widths=[48, 96, 144]
-        )
-        words = texts(figure)
-        assert f"h-space: {where} of the mid block" in words
-        for expected in ("avataaars32", "3×32×32", "48×32×32", "96×16×16", "144×8×8 = 9,216 numbers"):
-            assert expected in words
-        assert words.count("down ") == 3 and words.count("up ") == 3
-
-    def test_moves_the_mark_with_the_tap(self):
-        kwargs = dict(image_shape=(3, 32, 32), h_shape=(144, 8, 8), widths=[48, 96])
-        marks = [plots.unet_diagram("m", tap=tap, **kwargs).axes[0].lines[0] for tap in ("before", "middle", "after")]
-        positions = [mark.get_xdata()[0] for mark in marks]
-        assert positions[0] < positions[1] < positions[2]
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"tap": "end"}, "'before', 'middle' or 'after'"),
-            ({"h_shape": (144, 8)}, "h_shape is"),
-            ({"widths": []}, "empty"),
-        ],
-    )
-    def test_refuses_other_names_and_shapes(self, change, message):
-        kwargs = dict(image_shape=(3, 32, 32), h_shape=(144, 8, 8), tap="after", widths=[48]) | change
-        with pytest.raises(ValueError, match=message):
-            plots.unet_diagram("m", **kwargs)
-
-
 class TestSaveFigure:
     @pytest.mark.parametrize("given", ["figure", "figure.pdf", "figure.PNG", "deep/figure.svg"])
     def test_writes_three_formats(self, tmp_path, given):
@@ -350,15 +340,8 @@ def test_bars_draw_each_series_at_its_heights():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     assert axes.get_ylabel() == "share"
-
-
-def test_more_series_than_colours_can_still_be_told_apart():
-    names = [f"s{i}" for i in range(20)]
-    drawn = plots.line([0, 1], {name: [0, i] for i, name in enumerate(names)}, xlabel="t", ylabel="y").axes[0].lines
-    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 20
-    assert {line.get_linestyle() for line in drawn[:8]} == {"-"}
-    bars = plots.bars({name: pd.Series({"a": 1.0}) for name in names}, ylabel="y").axes[0].patches
-    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 20
+    many = plots.bars({f"s{i}": pd.Series({"a": 1.0}) for i in range(20)}, ylabel="y").axes[0].patches
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in many}) == 20
 
 
 def test_bars_refuse_series_that_do_not_match():
@@ -481,10 +464,3 @@ def test_a_table_of_many_columns_loses_leading_zeros_alone():
     values = np.array([[0.05, -0.25, 10.05, 20.3, -30.25, 1.0, 0.0, 0.5, 0.1, 0.2, 0.3, 0.4]])
     shown = [text.get_text() for text in plots.matrix(pd.DataFrame(values)).axes[0].texts]
     assert shown[:7] == [".05", "-.25", "10.05", "20.30", "-30.25", "1.00", ".00"]
-
-
-def test_an_end_of_an_interval_may_be_unknown_but_not_infinite():
-    options = {"xlabel": "x", "ylabel": "y"}
-    assert plots.line([0, 1], [0, 1], low=[np.nan, 0], high=[np.nan, 2], **options).axes[0].collections
-    with pytest.raises(ValueError, match="low of 'line 1' has 1 of 2 values that are NaN or infinite"):
-        plots.line([0, 1], [0, 1], low=[-np.inf, 0], high=[2, 2], **options)

@@ -46,7 +46,7 @@ from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
-from workbench.hashing import code_hash
+from workbench.io import code_hash
 from workbench.workers import start_workers
 
 FORMAT, VERSION = "hspace-benchmark-cell", "1"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model
 
@@ -90,6 +92,22 @@ def warn_of_unit_range(lowest: float, highest: float) -> None:
     if 0 <= lowest < highest:
         text = "no value of the images is below 0, as of images in [0, 1]; map these to [-1, 1] by 2 * x - 1"
         warnings.warn(text, stacklevel=4)
+
+
+def to_bytes(images: torch.Tensor | Sequence, *, progress: bool = True) -> torch.Tensor:
+    """All images of a tensor or of LabelledImages in memory, as uint8."""
+    pixels = torch.empty(len(images), *images[:1].shape[1:], dtype=torch.uint8)
+    for start in tqdm(range(0, len(images), 256), "reading images", delay=2, leave=False, disable=not progress):
+        rows = slice(start, start + 256)
+        pixels[rows] = ((images[rows] + 1) * 127.5).round().clamp(0, 255)
+    return pixels
+
+
+def fingerprint(images: torch.Tensor | Sequence) -> str:
+    """SHA-256 of a tensor of images in float32, or the fingerprint of LabelledImages."""
+    if hasattr(images, "fingerprint"):
+        return images.fingerprint
+    return hashlib.sha256(images.float().contiguous().numpy().data).hexdigest()
 
 
 def _is_picture(image) -> bool:

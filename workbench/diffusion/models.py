@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import scan_cache_dir, snapshot_download
+from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from workbench import paths
@@ -27,6 +27,8 @@ from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, sp
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 from workbench.formats import checkpoints, golden, layouts
+from workbench.formats.hub import fetch
+from workbench.io import provenance_mismatch
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,17 +184,48 @@ def _rows_of(t: int | torch.Tensor, rows: slice) -> int | torch.Tensor:
     return t[rows] if torch.is_tensor(t) and t.ndim else t
 
 
-def differs(own: dict, other: dict) -> str:
-    """What, besides name, weights and tap, tells two provenances of models apart, in words; empty if nothing does.
+def refuse_other_model(
+    what: str,
+    own: dict | None,
+    model: dict | None,
+    *,
+    whose: str = "this model",
+    tap: bool = True,
+    remedy: str = "what belongs to one model does not carry over to another",
+) -> None:
+    """Refuse what was made with another model: other weights, tap, network or noise schedule.
 
-    What one of them does not say, as those of before and of arrays, is no difference.
+    Parameters
+    ----------
+    what : str
+        What was made, for the messages: "the run", the name of a direction, the path of a store.
+    own, model : dict or None
+        Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
+    whose : str
+        What the second provenance is of, for the messages.
+    tap : bool
+        Compare where h is read, too.
+    remedy : str
+        What to do where the weights are others.
+
+    Raises
+    ------
+    ValueError
     """
-    network = [each.get("network") for each in (own, other)]
-    schedule = [(each.get("schedule") or {}).get("hash") for each in (own, other)]
-    for what, pair in (("network around the same weights", network), ("noise schedule", schedule)):
-        if None not in pair and pair[0] != pair[1]:
-            return what
-    return ""
+    if own is None or model is None:
+        return
+    if own["hash"] != model["hash"]:
+        raise ValueError(
+            f"{what} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to {model['name']!r} "
+            f"(weights {model['hash']}); {remedy}"
+        )
+    if tap and own["tap"] != model["tap"]:
+        raise ValueError(
+            f"{what} has h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; use "
+            f"model.tapped({own['tap']!r})"
+        )
+    if mismatch := provenance_mismatch(own, model):
+        raise ValueError(f"{what} belongs to a model with another {mismatch} than {whose} does")
 
 
 def load_model(
@@ -681,28 +714,21 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     if path.is_dir():
         return path, path.resolve().name
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return _download(source), source
+        folder = fetch(source, checkpoints.HUB_FILES, complete=_is_complete, bundled=_bundled_names())
+        return folder, source
     raise FileNotFoundError(
         f"no model {str(path)!r}; bundled: {', '.join(_bundled_names()) or 'none'}; otherwise give a diffusers "
         "folder, a .ckpt or .pt file, or a hub id such as google/ddpm-ema-celebahq-256"
     )
 
 
-def _download(repository: str) -> Path:
-    # The local cache first: it answers at once, where an unreachable hub takes many seconds to give up.
-    for local in (True, False):
-        try:
-            folder = Path(snapshot_download(repository, allow_patterns=checkpoints.HUB_FILES, local_files_only=local))
-            if local:
-                checkpoints.find_model_files(folder)  # a download that was cut short is not found, but finished
-            return folder
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = error
-    raise FileNotFoundError(
-        f"{repository!r} is neither a local folder nor in the hub cache, and it can't be fetched now "
-        f"({type(reason).__name__}); bundled: {', '.join(_bundled_names())}; on a machine with a network run "
-        f"`hf download {repository}` and copy the folder here, or set HF_HOME to its cache"
-    ) from reason
+def _is_complete(folder: Path) -> bool:
+    """Whether a download was not cut short."""
+    try:
+        checkpoints.find_model_files(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_bundled(source: str | Path) -> bool:

@@ -6,7 +6,6 @@ h_t, flattened. `boundary_fit` fits it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -19,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from workbench.analysis.intervals import Estimate, share_of
 from workbench.analysis.samples import Labels, check_classes, check_samples, matched
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.images import fingerprint
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import NEGLIGIBLE, bracketed, digest, origin_of, write_tensors
 from workbench.hspace.store import HStore
+from workbench.io import provenance_mismatch
 from workbench.paths import local
 
 FORMAT, VERSION = "hspace-boundary", "1"
@@ -289,7 +290,7 @@ class Boundary:
                 f"{self.name} is a boundary of h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
                 f"use model.tapped({own['tap']!r})"
             )
-        if different := differs(own, model):
+        if different := provenance_mismatch(own, model):
             raise ValueError(f"{self.name} belongs to a model with another {different} than {whose} does")
 
 
@@ -488,8 +489,7 @@ def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
         values = source.h.at(t) if space == "h" else source.x_at(t).numpy()
         origin = {"model": model.provenance(), "etas": list(source.etas), "seeds": seeds and list(seeds)}
         if seeds is None:
-            fingerprint = hashlib.sha256(source.x0.contiguous().numpy().data).hexdigest()
-            origin["images"] = {"fingerprint": fingerprint, "n": len(source)}
+            origin["images"] = {"fingerprint": fingerprint(source.x0), "n": len(source)}
         origin["timesteps"] = list(source.timesteps)
         shape = model.h_shape if space == "h" else model.image_shape
         return SamplesAt(check_samples(values, t=t), shape, origin, seeds)

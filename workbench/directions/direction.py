@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.models import Model
 from workbench.diffusion.schedule import NoiseSchedule, index_of
 from workbench.hspace.store import HStore
-from workbench.paths import local, written
+from workbench.io import provenance_mismatch, written
+from workbench.paths import local
 
 FORMAT, VERSION = "hspace-direction", "1"
 
@@ -597,7 +598,7 @@ def _refuse_other_space(direction: Direction, model: dict, whose: str) -> None:
             f"{direction.name} edits h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
             f"use model.tapped({own['tap']!r})"
         )
-    if different := differs(own, model):
+    if different := provenance_mismatch(own, model):
         raise ValueError(f"{direction.name} belongs to a model with another {different} than {whose} does")
 
 

@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from workbench.datasets.avataaars import region_mask
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.models import Model
 from workbench.diffusion.parallel import PIECES, count_passes, in_threads
 from workbench.diffusion.sampling import Trajectory, batches, denoise, replay
 from workbench.directions.direction import Direction, finite, origin_of
 from workbench.hspace.store import HStore
+from workbench.io import provenance_mismatch
 
 OUTPUTS = ("eps", "x0")
 MAPS = ("x->h", "x->x0")
@@ -806,7 +807,7 @@ def _check_population(population: HStore, model: Model, run: Trajectory) -> None
             f"{population.path} holds h {other['tap']!r} the mid block of {other['name']!r} (weights {other['hash']}); "
             f"this is {model.name!r} (weights {model.hash}), tapped {model.tap!r}"
         )
-    if different := differs(other, model.provenance()):
+    if different := provenance_mismatch(other, model.provenance()):
         raise ValueError(f"{population.path} is of a model with another {different} than {model.name!r} has")
     missing = sorted(set(run.timesteps) - set(population.timesteps), reverse=True)
     if missing:

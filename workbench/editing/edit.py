@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import EDIT_MODES, HEdit, HFunction, Trajectory, replay
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
+from workbench.io import provenance_mismatch
 
 
 def edit(
@@ -113,7 +114,7 @@ def _refuse_other_model(model: Model, other: Model, whose: str) -> None:
             f"{whose} comes from {other.name!r} tapped {other.tap!r} the mid block (weights {other.hash}), "
             f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
         )
-    if different := differs(other.provenance(), model.provenance()):
+    if different := provenance_mismatch(other.provenance(), model.provenance()):
         raise ValueError(f"{whose} comes from {other.name!r} with another {different}; sample it again with this model")
 
 

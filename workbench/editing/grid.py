@@ -15,7 +15,8 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches, check_batch_size, check_residual, denoise, progress_bar
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import active_steps, check_run, pairs_of, step_gains
-from workbench.paths import local, written
+from workbench.io import written
+from workbench.paths import local
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,10 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from workbench import __version__, paths
-from workbench.diffusion.images import check_images
+from workbench.diffusion.images import check_images, fingerprint
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import Trajectory, check_batch_size, invert, progress_bar, sample
-from workbench.hashing import code_hash
 from workbench.hspace.store import (
     DTYPES,
     HStore,
@@ -34,6 +33,7 @@ from workbench.hspace.store import (
     read_store,
     write_chunk,
 )
+from workbench.io import code_hash
 
 CHUNK_BYTES = 2**28
 """Upper bound of the h of one chunk of samples in memory (float32)."""
@@ -123,7 +123,7 @@ def extract(
             check_images(source.select(slice(1)), model)
         else:
             source = check_images(source, model)
-        origin = {"images": _fingerprint(source)}
+        origin = {"images": {"fingerprint": fingerprint(source), "n": len(source)}}
         eta = 0.0
     count = len(seeds) if source is None else len(source)
     check_batch_size(batch_size, model, count)
@@ -299,12 +299,6 @@ def _describe(seeds: tuple[int, ...]) -> dict:
     if seeds == tuple(range(first, first + n)):
         return {"first": first, "n": n}
     return {"sha256": hashlib.sha256(np.array(seeds, dtype=np.uint64).tobytes()).hexdigest(), "n": n}
-
-
-def _fingerprint(images) -> dict:
-    if hasattr(images, "fingerprint"):
-        return {"fingerprint": images.fingerprint, "n": len(images)}
-    return {"fingerprint": hashlib.sha256(images.float().contiguous().numpy().data).hexdigest(), "n": len(images)}
 
 
 def _refuse_other_inputs(store: HStore, provenance: dict) -> None:

@@ -19,6 +19,7 @@ from workbench.diffusion.sampling import sample
 from workbench.diffusion.unet import SplitUNet
 from workbench.hspace.extract import chunk_size
 from workbench.hspace.store import DTYPES
+from workbench.io import duration
 
 GPUS = {
     "h200": (494.0, 989.0),
@@ -87,7 +88,7 @@ class Plan:
             "disk": _bytes(self.disk),
             "RAM a process": f"{_bytes(self.ram)} (at most)",
             "GPU memory": f"{_bytes(self.gpu_memory)} (estimated, batches of {self.batch_size})",
-            "time": f"{_duration(self.seconds)} at {self.rate:,.3g} passes a second",
+            "time": f"{duration(self.seconds)} at {self.rate:,.3g} passes a second",
             "rate": self.source,
         }
         return "\n".join(f"{name:16s} {value}" for name, value in rows.items())
@@ -241,9 +242,3 @@ def _empty(network: SplitUNet) -> torch.Tensor:
 def _bytes(count: float) -> str:
     unit, name = next(((u, s) for u, s in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
     return f"{count / unit:.1f} {name}" if count else "none"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

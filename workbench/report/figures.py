@@ -1,42 +1,36 @@
-"""The papers' figures by name: each recipe measures on a model, draws, and hands out the numbers that it drew.
+"""The papers' figures: a cell of a notebook draws each, saves it, and records the numbers that claims are judged by.
 
-A recipe is a function of a `Setup`; `recipe` enters it in the list. It returns a `Drawn`: the figure, the table behind
-it, and the numbers that the claims of the papers stand or fall with, each with its interval and n.
+A figure is found by the name in its `save_figure` call. Its record, NAME.json, has the numbers with their intervals,
+the table behind the drawing, and the provenance: models and images, the notebook's parameters, a digest of its code.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import copy
 import hashlib
-import importlib
-import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from workbench import __version__, paths
-from workbench.analysis.intervals import Estimate
-from workbench.benchmark.run import find_masks
-from workbench.datasets.classifiers import Classifier, load_classifier
-from workbench.datasets.labelled import LabelledImages, load_images
-from workbench.diffusion.models import Model, load_model
-from workbench.diffusion.sampling import Trajectory, invert, sample
-from workbench.directions.boundary import Boundary
-from workbench.directions.boundary_fit import fit_boundary
-from workbench.directions.direction import Direction
-from workbench.directions.supervised import find_from_scores
-from workbench.hashing import code_hash
-from workbench.hspace.extract import extract
-from workbench.hspace.store import HStore
-from workbench.report.plots import STYLE, line, save_figure
+from workbench import _MODULES, _NAMES, __version__, paths
+from workbench.io import code_hash
+from workbench.report import plots
+from workbench.report.facts import record_facts
+from workbench.report.plots import STYLE
+
+if TYPE_CHECKING:
+    from workbench.diffusion.models import Model
 
 WIDTHS = {"single": 3.4, "double": 7.0}
 """Widths of a column and of a page, in inches."""
@@ -44,324 +38,174 @@ WIDTHS = {"single": 3.4, "double": 7.0}
 SMALLEST = 5.5
 """Points below which no letter of a figure falls."""
 
-SHOWN = 4
-"""Samples in a figure of images: the first ones of those to edit, none picked."""
 
-T_AXIS = "timestep t (1000 is noise, 0 is the image)"
-
-HELD_OUT = 10**6
-"""Seeds of samples to edit count from here."""
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """What a recipe returns.
-
-    Attributes
-    ----------
-    figure : matplotlib Figure
-    table : DataFrame
-        The numbers drawn.
-    caption : str
-    claims : dict of str -> Estimate
-        What a claim is judged by.
-    """
-
-    figure: Figure = field(repr=False)
-    table: pd.DataFrame = field(repr=False)
-    caption: str
-    claims: dict[str, Estimate] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """A figure that can be asked for.
+@dataclass(frozen=True)
+class PaperFigure:
+    """A figure that a staged notebook saves.
 
     Attributes
     ----------
     name : str
-    experiment : str
-        Its paper and its number there, such as "Haas E4".
-    shows : str
-    minutes : float
-        Expected on two cores, with the setup's defaults and the bundled model.
-    draw : callable (Setup) -> Drawn
+        Such as "haas-fig4".
+    notebook : str
+    title : str
+        What it shows, and its number in the paper.
     """
 
     name: str
-    experiment: str
-    shows: str
-    minutes: float
-    draw: Callable[[Setup], Drawn] = field(repr=False)
-
-    @property
-    def code(self) -> str:
-        """Digest of the function that draws it."""
-        return hashlib.sha256(inspect.getsource(self.draw).encode()).hexdigest()[:16]
+    notebook: str
+    title: str
 
 
-_RECIPES: dict[str, Recipe] = {}
+def list_figures() -> dict[str, PaperFigure]:
+    """Every figure that a staged notebook saves, by name, in the order of the notebooks.
 
-
-def recipe(name: str, experiment: str, shows: str, *, minutes: float) -> Callable[[Callable], Callable]:
-    """Decorator that enters a function of a `Setup` in the list of figures."""
-
-    def enter(draw: Callable[[Setup], Drawn]) -> Callable[[Setup], Drawn]:
-        _RECIPES[name] = Recipe(name, experiment, shows, minutes, draw)
-        return draw
-
-    return enter
-
-
-def list_figures() -> dict[str, Recipe]:
-    """Every figure that can be asked for, by its name."""
-    for module in ("haas", "zhu"):
-        importlib.import_module(f"workbench.report.{module}")
-    return dict(_RECIPES)
-
-
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """What recipes measure on; everything is made when it is first asked for.
-
-    Attributes
-    ----------
-    model_name, images_name, classifier_name, judge_name : str
-    labels_name, skip_broken
-        `labels` and `skip_broken` of `load_images`.
-    n : int
-        Samples that directions are found on, and images that boundaries are fitted on.
-    measured : int
-        Samples and images that are edited; none of the above.
-    steps : int
-    t : int
-        Timestep of boundaries and Jacobians; the nearest visited is taken.
-    attribute, other : str
-        The one that is edited, and a second one.
-    seed : int
-    device : str, optional
+    Reads the notebooks' sources for calls of `save_figure`; nothing runs.
     """
-
-    model_name: str = "avataaars32"
-    images_name: str = "avataaars"
-    labels_name: str | None = None
-    skip_broken: bool = False
-    classifier_name: str = "avataaars"
-    judge_name: str = "avataaars-judge"
-    n: int = 192
-    measured: int = 24
-    steps: int = 20
-    t: int = 500
-    attribute: str = "Long_Hair"
-    other: str = "Smiling"
-    seed: int = 0
-    device: str | None = None
-
-    @cached_property
-    def model(self) -> Model:
-        """The model."""
-        return load_model(self.model_name, device=self.device)
-
-    @cached_property
-    def labeller(self) -> Classifier:
-        """Labels the samples that directions are found on."""
-        return load_classifier(self.classifier_name, device=self.device)
-
-    @cached_property
-    def judge(self) -> Classifier:
-        """Scores the edits."""
-        return load_classifier(self.judge_name, device=self.device)
-
-    @cached_property
-    def images(self) -> LabelledImages:
-        """Labelled images; the first n are learned from, the last ones edited."""
-        return load_images(
-            self.images_name, size=self.model.image_shape[1], labels=self.labels_name, skip_broken=self.skip_broken
-        )
-
-    @cached_property
-    def timesteps(self) -> tuple[int, ...]:
-        """Visited timesteps."""
-        return self.model.schedule.timesteps(self.steps)
-
-    @cached_property
-    def at(self) -> int:
-        """The visited timestep that is nearest to t."""
-        return min(self.timesteps, key=lambda visited: abs(visited - self.t))
-
-    @cached_property
-    def store(self) -> HStore:
-        """h and x of n samples at eta 1."""
-        return extract(self.model, self.n, seed=self.seed, steps=self.steps, record_x=True, progress=False)
-
-    @cached_property
-    def still(self) -> HStore:
-        """h and x of n samples at eta 0."""
-        return extract(self.model, self.n, seed=self.seed, steps=self.steps, eta=0.0, record_x=True, progress=False)
-
-    @cached_property
-    def inverted(self) -> HStore:
-        """h and x of n inverted images."""
-        images = self.images.select(slice(self.n))
-        return extract(self.model, images=images, steps=self.steps, record_x=True, progress=False)
-
-    @cached_property
-    def truth(self) -> pd.DataFrame:
-        """Labels of these images, for the judge's attributes."""
-        names = [name for name in self.judge.attributes if name in self.images.names]
-        return self.images.labels[names].iloc[: self.n].astype(int)
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        """The labeller's probabilities of the samples at eta 1, by seed."""
-        return self.labeller(self.store.images[:], progress=False).set_axis(list(self.store.seeds))
-
-    @cached_property
-    def run(self) -> Trajectory:
-        """Samples to edit, at eta 1."""
-        return self._sampled(1.0)
-
-    @cached_property
-    def still_run(self) -> Trajectory:
-        """The same seeds at eta 0."""
-        return self._sampled(0.0)
-
-    @cached_property
-    def without(self) -> Trajectory:
-        """Inverted images without the attribute, none of those that are learned from."""
-        return invert(self.model, self.real_without, steps=self.timesteps, record_x=True, progress=False)
-
-    @cached_property
-    def real_without(self):
-        """Images without the attribute, none of those that are learned from; shape (measured, C, H, W)."""
-        labels = self.images.labels[self.attribute].to_numpy()
-        chosen = [i for i in range(self.n, len(self.images)) if labels[i] == 0]
-        return self.images[chosen[-self.measured :]]
-
-    @cached_property
-    def boundaries(self) -> dict[str, Boundary]:
-        """Of the attribute in h and x, from the inverted images."""
-        labels = self.truth[self.attribute]
-        return {s: fit_boundary(self.inverted, labels, t=self.at, space=s, balance=True) for s in ("h", "x")}
-
-    def masks(self, attributes: Sequence[str]) -> dict[str, np.ndarray]:
-        """Where attributes can be, as far as that is known: of the bundled domain."""
-        return find_masks(attributes, size=self.model.image_shape[1]) if self.images_name == "avataaars" else {}
-
-    def direction(self, attribute: str) -> Direction:
-        """The difference of means of a quarter of the samples a side, by the labeller's scores."""
-        return find_from_scores(self.store, self.scores[attribute], k=self.n // 4, name=attribute, progress=False)
-
-    def provenance(self) -> dict:
-        """What the numbers depend on."""
-        settings = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
-        settings.pop("device")
-        return {
-            "workbench": __version__,
-            "model": self.model.provenance(),
-            "settings": settings,
-            "labeller": [self.labeller.name, self.labeller.hash],
-            "judge": [self.judge.name, self.judge.hash],
-            "images": self.images.fingerprint,
-        }
-
-    def check_attributes(self) -> None:
-        """ValueError if a classifier does not know the attributes."""
-        for classifier in (self.labeller, self.judge):
-            for name in (self.attribute, self.other):
-                if name not in classifier.attributes:
-                    known = ", ".join(classifier.attributes)
-                    raise ValueError(f"the classifier {classifier.name} has no attribute {name!r}; it has {known}")
-
-    def _sampled(self, eta: float) -> Trajectory:
-        seeds = range(HELD_OUT + self.seed, HELD_OUT + self.seed + self.measured)
-        return sample(self.model, seeds, steps=self.steps, eta=eta, record_h=True, record_x=True, progress=False)
+    found = {}
+    for path in sorted(paths.notebooks().glob("[!.]*.ipynb")):
+        for call in _calls(path, "save_figure"):
+            title = next((keyword.value for keyword in call.keywords if keyword.arg == "title"), None)
+            if call.args and isinstance(call.args[0], ast.Constant):
+                name = call.args[0].value
+                found[name] = PaperFigure(name, path.stem, getattr(title, "value", ""))
+    return found
 
 
-def draw_figure(name: str, setup: Setup | None = None, *, out: str | Path, columns: str = "both") -> list[Path]:
-    """Make a figure of the papers, in files.
+def save_figure(
+    name: str,
+    figure: Figure,
+    *,
+    title: str,
+    caption: str,
+    table: pd.DataFrame,
+    numbers: Mapping[str, object],
+    sources: Mapping[str, object],
+    folder: str | Path = "",
+) -> Figure:
+    """Record a paper figure's numbers as facts of the notebook, and write it to files where a folder is named.
 
     Parameters
     ----------
     name : str
-        One of `list_figures`.
-    setup : Setup, optional
-        What to measure on; by default the bundled model.
+        Such as "haas-fig4"; a text in the cell itself, by which `workbench figure` finds the notebook.
+    figure : matplotlib Figure
+        Without a caption, which a paper sets itself.
+    title : str
+        What it shows, and its number in the paper; a text in the cell itself.
+    caption : str
+        Stands below the figure in the notebook, and in the record.
+    table : DataFrame
+        The numbers drawn.
+    numbers : mapping of str to Estimate
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`.
+    sources : mapping of str to Model, Classifier or LabelledImages
+        What the numbers depend on, by role: "model", "labeller", "judge", "images".
+    folder : path, optional
+        Where to write `NAME.json`, and the figure for a column (`NAME-single`) and for a page (`NAME-double`) as PDF,
+        SVG and PNG; empty writes nothing.
+
+    Returns
+    -------
+    matplotlib Figure
+        With its caption, for the notebook to display.
+    """
+    record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    if folder:
+        folder = paths.writable(folder, folder=True)
+        for width, inches in WIDTHS.items():
+            plots.save_figure(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
+        record = {"figure": name, "title": title, "caption": caption}
+        record["numbers"] = {number: vars(estimate) for number, estimate in numbers.items()}
+        record["table"] = json.loads(table.to_json(orient="records", double_precision=6))
+        record["provenance"] = _provenance(name, sources)
+        with paths.written(folder / f"{name}.json") as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    plots.add_caption(figure, caption)
+    return figure
+
+
+def draw_figure(
+    name: str | Sequence[str],
+    *,
+    out: str | Path,
+    parameters: Mapping[str, object] | None = None,
+    profile: str | None = None,
+) -> list[Path]:
+    """Run the notebook that has a figure, or those that have several, and let them write their figures to a folder.
+
+    Parameters
+    ----------
+    name : str or sequence of str
+        Of `list_figures`; "all" is all of them. Each notebook runs once.
     out : path
-        Folder: `NAME.json` has the numbers, `NAME-single` and `NAME-double` the figure as PDF, SVG and PNG.
-    columns : {"single", "double", "both", "none"}
-        How wide: a column of 3.4 inches, a page of 7.0, or both; "none" writes the numbers alone.
+        Folder. The executed notebooks go there too, with all other figures that they save.
+    parameters : mapping, optional
+        Of the notebooks; texts are read by the types that a notebook declares. Each notebook takes those it has.
+    profile : str, optional
+        Takes the notebooks' other parameters from `profiles/PROFILE.yaml`; by default they are the notebooks' own.
 
     Returns
     -------
     list of Path
+        The files of the figures asked for.
 
     Raises
     ------
     ValueError
-        If there is no such figure, `columns` is something else, or the figure needs an attribute that a classifier of
-        the setup does not know.
+        If there is no such figure, or none of the notebooks has one of the parameters. Nothing has run then.
+    NotebookFailed
+        At the end, if a notebook failed. The others have run.
     """
-    known = list_figures()
-    if name not in known:
-        raise ValueError(f"there is no figure {name!r}; `workbench figure --list` has {', '.join(known)}")
-    if columns not in (*WIDTHS, "both", "none"):
-        raise ValueError(f"columns is {columns!r}; it is single, double, both or none")
-    out = paths.writable(out, folder=True)
-    setup = Setup() if setup is None else setup
-    setup.provenance()  # loads all that is named, so that what is missing is said before the work
-    try:
-        drawn = known[name].draw(setup)
-    except KeyError:
-        setup.check_attributes()  # not every figure looks at them
-        raise
-    files = []
-    for width, inches in WIDTHS.items():
-        if columns in (width, "both"):
-            files += save_figure(resized(drawn.figure, inches), out / f"{name}-{width}")
-    return [write_record(known[name], drawn, setup, out=out), *files]
+    # A notebook's kernel, which imports this module, does not need papermill.
+    from workbench.report.notebooks import NotebookFailed, run_notebook
+    from workbench.report.parameters import notebook_parameters, plan_profile, read_parameters
+
+    out = paths.writable(out, folder=True).absolute()
+    known, parameters = list_figures(), parameters or {}
+    names = [name] if isinstance(name, str) else list(name)
+    names = list(known) if names == ["all"] else names
+    for each in names:
+        if each not in known:
+            raise ValueError(f"there is no figure {each!r}; `workbench figure --list` has {', '.join(known)}")
+    notebooks = list(dict.fromkeys(known[each].notebook for each in names))
+    plan = plan_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
+    taken = {notebook: notebook_parameters(notebook).keys() & parameters.keys() for notebook in notebooks}
+    for key in parameters:
+        if not any(key in keys for keys in taken.values()):
+            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench params NOTEBOOK`")
+    for notebook, keys in taken.items():
+        plan[notebook] |= read_parameters(notebook, {key: parameters[key] for key in sorted(keys)})
+        plan[notebook]["figures"] = str(out)
+    failures = []
+    for notebook in notebooks:
+        try:
+            run_notebook(notebook, plan[notebook], out / f"{notebook}.ipynb")
+        except NotebookFailed as failure:
+            failures.append(failure)
+    if len(failures) > 1:
+        raise RuntimeError("; ".join(map(str, failures))) from failures[0]
+    if failures:
+        raise failures[0]
+    return [path for each in names for path in [*out.glob(f"{each}.json"), *sorted(out.glob(f"{each}-[sd]*.*"))]]
 
 
-def write_record(made: Recipe, drawn: Drawn, setup: Setup, *, out: str | Path) -> Path:
-    """The numbers of a figure as JSON; whole or not at all."""
-    path = paths.writable(out, folder=True) / f"{made.name}.json"
-    content = {
-        "figure": made.name,
-        "experiment": made.experiment,
-        "shows": made.shows,
-        "caption": drawn.caption,
-        "claims": {name: vars(number) for name, number in drawn.claims.items()},
-        "table": json.loads(drawn.table.to_json(orient="records", double_precision=6)),
-        "provenance": setup.provenance() | {"recipe": made.code, "code": code_hash(made.draw.__module__)},
-    }
-    with paths.written(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def read_records(
-    folder: str | Path | None = None,
-    *,
-    model: Model,
-    labeller: Classifier | None = None,
-    judge: Classifier | None = None,
-    images: LabelledImages | None = None,
-) -> dict[str, dict]:
-    """The recorded numbers of every figure, by name, as far as they are of the same inputs and the same recipe.
+def read_records(folder: str | Path | None = None, *, model: Model, **sources: object) -> dict[str, dict]:
+    """The recorded numbers of every figure, by name, as far as they were measured on the same sources.
 
     Parameters
     ----------
     folder : path, optional
         By default those that are bundled for the model.
     model : Model
-        Records of other weights are left out, and those of a recipe whose own function has changed since.
-    labeller, judge, images : optional
-        So are those of other classifiers or images than these.
+    **sources : Classifier or LabelledImages
+        By role, as in `save_figure`. Leaves out a record of another model, or of another source in one of these roles.
 
     Returns
     -------
-    dict of str -> dict
-        "current" is whether all the code that the recipe calls is still the same, too.
+    dict of str to dict
+        As `save_figure` writes them, and "current": whether the notebook and all that it calls of the workbench are
+        still the same.
 
     Raises
     ------
@@ -369,25 +213,19 @@ def read_records(
         If a folder is given that is not there.
     """
     if folder is not None and not paths.local(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder {paths.local(folder)}; give one that draw_figure wrote to")
+        raise FileNotFoundError(f"there is no folder {paths.local(folder)}; give one that figures were written to")
     folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    wanted, known = {"labeller": labeller and labeller.hash, "judge": judge and judge.hash}, list_figures()
-
-    def stands(record: dict) -> bool:
-        about, made = record["provenance"], known.get(record["figure"])
-        return (
-            made is not None
-            and about["model"]["hash"] == model.hash
-            and about.get("recipe") == made.code
-            and all(about[key][1] == value for key, value in wanted.items() if value is not None)
-            and (images is None or about["images"] == images.fingerprint)
-        )
-
-    def current(record: dict) -> bool:
-        return record["provenance"].get("code") == code_hash(known[record["figure"]].draw.__module__)
-
-    return {record["figure"]: {**record, "current": current(record)} for record in found if stands(record)}
+    wanted = {role: _identity(source)["hash"] for role, source in ({"model": model} | sources).items()}
+    known, records = list_figures(), {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made, about = known.get(record["figure"]), record["provenance"]
+        measured_on = {role: source["hash"] for role, source in about["sources"].items()}
+        if any(measured_on.get(role, value) != value for role, value in wanted.items()):
+            continue
+        current = made is not None and about["code"] == _code_hash(made.notebook)
+        records[record["figure"]] = {**record, "current": current}
+    return records
 
 
 def resized(figure: Figure, width: float) -> Figure:
@@ -432,19 +270,54 @@ def _scale(figure: Figure, across: float, up: float) -> None:
     figure.set_size_inches(figure.get_figwidth() * across, figure.get_figheight() * up)
 
 
-def words(name: str) -> str:
-    """A name as a figure writes it."""
-    return str(name).replace("_", " ")
+def _provenance(name: str, sources: Mapping[str, object]) -> dict:
+    """What the numbers of a figure depend on; parameters as the running notebook has them."""
+    about = {"workbench": __version__, "sources": {role: _identity(source) for role, source in sources.items()}}
+    made, shell = list_figures().get(name), get_ipython()
+    if made is None or shell is None:
+        return about | {"notebook": None, "parameters": {}, "code": None}
+    _, first = next(_code_cells(paths.notebooks() / f"{made.notebook}.ipynb"))
+    names = [statement.target.id for statement in first.body if isinstance(statement, ast.AnnAssign)]
+    values = {name: shell.user_ns[name] for name in names if name in shell.user_ns and name != "figures"}
+    return about | {"notebook": made.notebook, "parameters": values, "code": _code_hash(made.notebook)}
 
 
-def curves(table: pd.DataFrame, by: str, x: str, xlabel: str, ylabel: str, **options) -> Figure:
-    """One line a name in the column `by`, with its band, of rows with `value`, `low` and `high`."""
-    wide = {end: table.pivot(index=x, columns=by, values=end) for end in ("value", "low", "high")}
-    names = list(table[by].unique())
-    values, low, high = ({words(name): wide[end][name] for name in names} for end in ("value", "low", "high"))
-    figure = line(wide["value"].index, values, low=low, high=high, xlabel=xlabel, ylabel=ylabel, **options)
-    if len(names) > 4:
-        with style.context(STYLE):
-            figure.axes[0].get_legend().remove()
-            figure.legend(loc="outside upper left", ncols=3)
-    return figure
+def _identity(source: object) -> dict:
+    """Name and content hash of a model, a classifier or labelled images."""
+    return {
+        "name": getattr(source, "name", ""),
+        "hash": source.hash if hasattr(source, "hash") else source.fingerprint,
+    }
+
+
+def _code_hash(notebook: str) -> str:
+    """Digest of a notebook's code and of the modules that it measures with; those that draw or report don't count."""
+    texts, modules, exported = [], set(), _NAMES | _MODULES
+    for text, tree in _code_cells(paths.notebooks() / f"{notebook}.ipynb"):
+        texts.append(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("workbench"):
+                modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "wb":
+                modules.add(f"workbench.{exported.get(node.attr)}")
+    package = Path(__file__).parents[2]
+    files = {module for module in modules if (package / module.replace(".", "/")).with_suffix(".py").is_file()}
+    measure = sorted(module for module in files if not module.startswith("workbench.report."))
+    return hashlib.sha256("\n".join([*texts, code_hash(*measure) if measure else ""]).encode()).hexdigest()[:16]
+
+
+def _code_cells(path: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Source and tree of a notebook's code cells, the parameters first; cells that are no plain Python are left out."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            with contextlib.suppress(SyntaxError):  # magics
+                yield text, ast.parse(text)
+
+
+def _calls(path: Path, function: str) -> Iterator[ast.Call]:
+    """Calls of a function in a notebook."""
+    for _, tree in _code_cells(path):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == function:
+                yield node

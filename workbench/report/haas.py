@@ -22,7 +22,7 @@ from workbench.editing.edit import edit
 from workbench.editing.effects import disentangling_table, few_examples, measure_effects
 from workbench.editing.grid import edit_grid
 from workbench.report import plots
-from workbench.report.figures import (
+from workbench.report.recipes import (
     SHOWN,
     T_AXIS,
     Drawn,

@@ -44,6 +44,7 @@ from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
 
 from workbench import paths
+from workbench.io import write_text
 from workbench.report.parameters import (
     Parameter,
     braced,
@@ -290,7 +291,7 @@ def export_html(
     )
     if "Plotly.newPlot" in drawn:
         text = text.replace("</head>", f"<script>{get_plotlyjs()}</script>\n</head>", 1)
-    _write(html_path, text)
+    write_text(html_path, text)
     return html_path
 
 
@@ -377,7 +378,7 @@ def write_page(path: str | Path, *, title: str, body: str, words: str = "", refr
 </html>
 """
     path.parent.mkdir(exist_ok=True)
-    _write(path, text)
+    write_text(path, text)
     return path
 
 
@@ -579,7 +580,7 @@ def _stamp(executed: Path, record: dict, name: str) -> None:
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata["workbench"] = record
     notebook.metadata.papermill.update(input_path=f"{record['name']}.ipynb", output_path=name)
-    _write(executed, nbformat.writes(notebook))
+    write_text(executed, nbformat.writes(notebook))
 
 
 def _card(name: str, good: Path | None, bad: Path | None, *, state: str, note: str) -> str:
@@ -669,8 +670,3 @@ def duration(seconds: float) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _write(path: Path, text: str) -> None:
-    with paths.written(path) as partial:
-        partial.write_text(text, encoding="utf-8")

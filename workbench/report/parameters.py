@@ -177,8 +177,10 @@ def check_parameters(
 def from_here(parameters: Mapping[str, object]) -> dict[str, object]:
     """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
 
-    Names of bundled models and images stay names.
+    So does `figures`, the folder that figures are written to. Names of bundled models and images stay names.
     """
+    if parameters.get("figures"):
+        parameters = {**parameters, "figures": str(paths.writable(parameters["figures"], folder=True).absolute())}
     return {
         key: str(paths.local(value).absolute()) if _is_path(key, value, Path()) else value
         for key, value in parameters.items()

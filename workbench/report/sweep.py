@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.datasets import classifiers
-from workbench.hashing import code_hash
+from workbench.io import code_hash
 from workbench.report.facts import read_facts
 from workbench.report.notebooks import NotebookFailed, run_notebook, write_index
 from workbench.report.parameters import (

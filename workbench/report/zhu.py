@@ -33,7 +33,7 @@ from workbench.editing.crossing import cross_boundary
 from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots
-from workbench.report.figures import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
+from workbench.report.recipes import SHOWN, T_AXIS, Drawn, Setup, curves, recipe, words
 
 # Records are bound to the text of the recipes, which have one name for both modules.
 dynamics = SimpleNamespace(**vars(spectra) | vars(latents))

@@ -22,7 +22,8 @@ from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import FORMAT as BOUNDARY_FORMAT
 from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, digest, load_direction
-from workbench.paths import file_name, local, writable, written
+from workbench.io import write_text
+from workbench.paths import file_name, local, writable
 from workbench.studio.session import EditSession, EditState, Rendering
 
 FORMAT, VERSION = "hspace-edit", 1
@@ -83,9 +84,7 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
         ],
         "result": result_of(session.render(state=state)),
     }
-    with written(path) as partial:
-        partial.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(recipe, indent=1))
 
 
 def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Classifier | None = None) -> EditSession:

@@ -31,7 +31,8 @@ from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edit import check_run, eps_effects
 from workbench.editing.grid import EditGrid
-from workbench.paths import local, written
+from workbench.io import written
+from workbench.paths import local
 
 PROCESSES = ("symmetric", "asymmetric", "single-step")
 PREVIEW_STEPS = 8

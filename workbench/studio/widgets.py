@@ -27,12 +27,13 @@ from traitlets import Unicode
 from workbench import paths
 from workbench.analysis.embedding import Embedding, embed
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model, differs
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, replay
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.editing.grid import EditGrid
 from workbench.hspace.store import HStore
+from workbench.io import provenance_mismatch
 from workbench.report import plots
 from workbench.studio.recipe import apply_recipe, save_recipe
 from workbench.studio.session import Cancelled, EditSession, EditState, Progress, Rendering, describe
@@ -853,7 +854,7 @@ def _emptied(view: widgets.HTML) -> Iterator[None]:
 
 def _refuse_other_store(store: HStore, session: EditSession) -> None:
     own, other = session.model.provenance(), store.provenance["model"]
-    if (own["hash"], own["tap"]) != (other["hash"], other["tap"]) or differs(own, other):
+    if (own["hash"], own["tap"]) != (other["hash"], other["tap"]) or provenance_mismatch(own, other):
         raise ValueError(f"{store.path} is of another model, tap or schedule than {session.model.name!r}")
     if tuple(store.timesteps) != session.timesteps:
         raise ValueError(f"{store.path} has other timesteps than the samples; extract it with as many steps")

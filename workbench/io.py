@@ -1,0 +1,117 @@
+"""What every room needs: files that appear whole, provenance, and messages that are worded once."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from workbench.paths import home, writable
+
+PACKAGE = Path(__file__).parent
+
+Value = TypeVar("Value")
+
+
+@contextlib.contextmanager
+def written(path: str | os.PathLike) -> Iterator[Path]:
+    """Where to write a file, beside its place and renamed at the end, so that it appears whole or not at all."""
+    path = writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write a text file whole or not at all; returns its path."""
+    with written(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def one_of(what: str, value: Value, options: Iterable[Value]) -> Value:
+    """The value, if it is one of the options; otherwise a ValueError that lists them."""
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{what} {value!r} is not known; it is one of {', '.join(map(str, options))}")
+    return value
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit that suits it: "90 s", "12 min", "3.5 hours"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def commit() -> str | None:
+    """Commit of the clone, with "-dirty" if files differ from it; None outside of a clone."""
+    command = ["git", "-C", str(home()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def provenance_mismatch(own: dict, other: dict) -> str:
+    """What differs between the provenances of two models, besides name, weights and tap; empty if nothing does.
+
+    What one of them does not record (older files, arrays) is no difference.
+    """
+    network = [each.get("network") for each in (own, other)]
+    schedule = [(each.get("schedule") or {}).get("hash") for each in (own, other)]
+    for what, pair in (("network around the same weights", network), ("noise schedule", schedule)):
+        if None not in pair and pair[0] != pair[1]:
+            return what
+    return ""
+
+
+@cache
+def code_hash(*modules: str) -> str:
+    """Digest of modules and of all modules of this package that they import, directly or not.
+
+    Comments, docstrings and layout do not count. Modules are dotted names, such as "workbench.hspace.extract"; without
+    any, the digest is of the whole package.
+    """
+    todo, seen = {*modules} or {*_files()}, {}
+    while todo:
+        name = todo.pop()
+        seen[name], imported = _read(name)
+        todo |= imported - seen.keys()
+    return hashlib.sha256("\n".join(f"{name} {seen[name]}" for name in sorted(seen)).encode()).hexdigest()[:16]
+
+
+@cache
+def _files() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        found[".".join([PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts])] = path
+    return found
+
+
+@cache
+def _read(module: str) -> tuple[str, set[str]]:
+    """Digest of a module's code, and the modules of this package that it imports."""
+    tree, imported = ast.parse(_files()[module].read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = [part for part in node.body if not _is_text(part)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported & _files().keys()
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
