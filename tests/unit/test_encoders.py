@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from workbench.analysis.metrics import directional_similarity, segmentation_consistency
+from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
 from workbench.datasets import encoders
 
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.analysis.metrics import peak_signal_to_noise
+from workbench.analysis.image_metrics import peak_signal_to_noise
 from workbench.directions.boundary import random_boundary
 from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing import experiments

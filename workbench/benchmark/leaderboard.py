@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from workbench.analysis.effect_metrics import linearity, monotonicity
 from workbench.analysis.intervals import QUANTILES, bootstrap_counts, holm, mean_interval
-from workbench.analysis.metrics import linearity, monotonicity
 
 CHANGE = 0.2
 """Root mean square change of an image, in [-1, 1], at which methods are compared by default."""

@@ -26,8 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench import __version__, paths
-from workbench.analysis.intervals import mean_interval
-from workbench.analysis.metrics import (
+from workbench.analysis.image_metrics import (
     cosine_similarity,
     diversity,
     frechet_distance,
@@ -38,6 +37,7 @@ from workbench.analysis.metrics import (
     peak_signal_to_noise,
     perceptual_distance,
 )
+from workbench.analysis.intervals import mean_interval
 from workbench.benchmark.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
 from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier

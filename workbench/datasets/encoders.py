@@ -1,8 +1,8 @@
 """Networks of others that published metrics are defined with: CLIP, a segmenter, a face network, Inception.
 
 None is bundled and none is needed; each says in a sentence what is missing. What they give goes into the functions of
-`analysis.metrics`: `directional_similarity` (S_dir), `segmentation_consistency` (SC), `cosine_similarity` (ID) and
-`frechet_distance` (FID).
+`analysis.image_metrics`: `directional_similarity` (S_dir), `segmentation_consistency` (SC), `cosine_similarity` (ID)
+and `frechet_distance` (FID).
 """
 
 from __future__ import annotations

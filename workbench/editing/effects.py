@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.analysis.effect_metrics import EffectMatrix, effect_matrix, entanglement_index, success_rate
 from workbench.analysis.intervals import Estimate
-from workbench.analysis.metrics import EffectMatrix, effect_matrix, entanglement_index, success_rate
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay

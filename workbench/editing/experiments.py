@@ -28,8 +28,9 @@ import pandas as pd
 import torch
 from sklearn.svm import SVC
 
+from workbench.analysis.effect_metrics import monotonicity
+from workbench.analysis.image_metrics import kernel_distance, peak_signal_to_noise
 from workbench.analysis.intervals import mean_interval, share_of
-from workbench.analysis.metrics import kernel_distance, monotonicity, peak_signal_to_noise
 from workbench.analysis.samples import Labels, name_of
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, invert, replay, sample

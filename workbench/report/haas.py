@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
+from workbench.analysis.image_metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.analysis.intervals import Estimate as Number
 from workbench.analysis.intervals import difference_of, mean_of, ratio_of
-from workbench.analysis.metrics import cosine_similarity, kernel_distance, kernel_distance_interval
 from workbench.benchmark.run import backdrop
 from workbench.directions.direction import Direction, random_like
 from workbench.directions.jacobian import find_jacobian

@@ -18,9 +18,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from workbench.analysis import latents, spectra
+from workbench.analysis.effect_metrics import monotonicity
 from workbench.analysis.intervals import Estimate as Number
 from workbench.analysis.intervals import difference_of, mean_of
-from workbench.analysis.metrics import monotonicity
 from workbench.benchmark import leaderboard
 from workbench.benchmark.run import SIZES, Protocol, run_benchmark
 from workbench.datasets import avataaars
