@@ -114,7 +114,7 @@ def test_an_edit_adds_delta_h_of_the_edited_runs_own_h_asymmetrically(function, 
         x_t = a_prev**0.5 * p_t + (1 - a_prev) ** 0.5 * eps
     torch.testing.assert_close(edited.x0, x_t, atol=1e-3, rtol=1e-3)
     assert (edited.x0 - run.x0).abs().max() > 1e-2
-    assert "HFunction(3 of 5 steps, asymmetric)" in repr(edited)
+    assert "Injection(asymmetric=True)" in repr(edited)
 
 
 def test_scale_0_is_the_unedited_image_to_the_bit_and_signs_differ(function, wide, run):
@@ -133,13 +133,15 @@ def test_an_edit_refuses_another_model_and_other_timesteps(function, wide, run, 
         wb.edit(other, foreign, function)
     edited = wb.edit(wide, run, function, progress=False)
     longer = wb.sample(wide, [0], steps=6, eta=0.0, progress=False)
-    with pytest.raises(ValueError, match="the run's own timesteps"):
+    with pytest.raises(ValueError, match="other timesteps"):
         wb.replay(longer, edit=edited.edit)
 
 
-def test_a_grid_takes_the_mean_and_says_so(function, wide, run):
-    with pytest.raises(ValueError, match="not a DeltaFunction; a DeltaFunction's mean is one"):
-        wb.edit_grid(wide, run, function)
+def test_a_grid_of_a_function_is_its_edits_one_by_one(function, wide, run):
+    grid = wb.edit_grid(wide, run, function, scales=[0.0, 0.5], asymmetric=True, progress=False).images
+    alone = wb.edit(wide, run, function, scale=0.5, asymmetric=True, progress=False).x0
+    assert torch.equal(grid[:, 0], run.x0)
+    torch.testing.assert_close(grid[:, 1], alone, atol=1e-3, rtol=0)
 
 
 # Interval and boosting

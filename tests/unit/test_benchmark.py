@@ -17,10 +17,12 @@ import workbench as wb
 from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
 from workbench.benchmark import leaderboard, methods
 from workbench.benchmark import run as benchmark
-from workbench.benchmark.methods import METHODS, Edit, register_method
+from workbench.benchmark.methods import METHODS, register_method
 from workbench.benchmark.run import Bench, Protocol, backdrop, run_benchmark
 from workbench.datasets.labelled import load_images
 from workbench.directions.supervised import find_from_labels
+from workbench.editing.edits import Edit
+from workbench.editing.render import render
 
 NAMES = ("Bright", "Red")
 USUAL = -0.17  # what splits the tiny network's samples in halves
@@ -47,6 +49,16 @@ class Network:
 
     def maps(self, images, **_):
         return [np.asarray(images) + 2.0]
+
+
+class Brighter(Edit):
+    """Adds the same to every pixel of the image itself."""
+
+    def __init__(self, by):
+        self.by, self.name = by, f"{by}"
+
+    def plan(self, run, scales):
+        return [run.tail(run.steps, run.x0 + s * self.by) if s else run for s in scales]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +257,7 @@ def test_anyone_can_add_a_method_by_registering_one_function(setting, added):
     def brighter(study, attribute):
         if attribute != "Bright":
             raise methods.NotApplicable("more light is all that this can do")
-        return Edit("brighter", lambda runs, scales: torch.stack([runs.x0 + s for s in scales], dim=1))
+        return Brighter(1.0)
 
     result = run(setting, protocol("brighter pixels", "random h"))
     rows = result.edits[result.edits.method == "brighter pixels"]
@@ -267,8 +279,8 @@ def test_scale_0_is_the_sample_for_every_method(setting):
         setting["model"], protocol(), **{key: setting[key] for key in ("labeller", "judge", "images", "masks")}
     )
     for name, method in METHODS.items():
-        edit = methods.as_edit(method.find(bench.study(0), "Bright"), setting["model"])
-        still = edit.apply(bench._held_out, [0.0])[:, 0]
+        edit = methods.found_edit(method.find(bench.study(0), "Bright"))
+        still = render(bench._held_out, edit, [0.0], progress=False).images[:, 0]
         assert (still - bench._held_out.x0).abs().max() < 1e-5, name
 
 
@@ -276,20 +288,16 @@ def test_pick_takes_the_candidate_that_raises_the_score_most_either_way_round(se
     """What components, Jacobians and pullbacks offer has no sign of its own."""
     bench = Bench(setting["model"], protocol(), **{k: setting[k] for k in ("labeller", "judge", "images", "masks")})
 
-    def shade(by: float) -> Edit:
-        return Edit(f"{by}", lambda runs, scales: torch.stack([runs.x0 + s * by for s in scales], dim=1))
-
-    found = bench.study(0).pick("planted", [shade(0.01), shade(-0.1), shade(0.05)], "Bright", scale=1.0)
+    shades = [Brighter(by) for by in (0.01, -0.1, 0.05)]
+    found = bench.study(0).pick("planted", shades, "Bright", scale=1.0)
     assert found.name == "--0.1"
 
 
-def test_the_noise_moves_from_those_without_to_those_with_the_attribute(setting, monkeypatch):
+def test_the_noise_moves_from_those_without_to_those_with_the_attribute(setting):
     bench = Bench(setting["model"], protocol(), **{k: setting[k] for k in ("labeller", "judge", "images", "masks")})
     study = bench.study(0)
-    seen, replay = [], methods.replay
-    monkeypatch.setattr(methods, "replay", lambda run, **options: seen.append(run) or replay(run, **options))
-    methods.as_edit(METHODS["noise"].find(study, "Red"), setting["model"]).apply(bench._held_out, [2.0])
-    moved = (seen[-1].x_T[: len(bench._held_out)] - bench._held_out.x_T).flatten(1)
+    (plan,) = METHODS["noise"].find(study, "Red").plan(bench._held_out, [2.0])
+    moved = (plan.x_T - bench._held_out.x_T).flatten(1)
     x_T = wb.sample(setting["model"], study.store.seeds, steps=4, progress=False).x_T.flatten(1)
     has = torch.as_tensor(np.asarray(study.labels("Red")) == 1)
     v = x_T[has].mean(dim=0) - x_T[~has].mean(dim=0)
@@ -352,8 +360,8 @@ def test_bad_input_is_a_sentence(setting):
             run(setting, plan)
     with pytest.raises(ValueError, match="whoever labels does not judge"):
         run(setting | {"judge": setting["labeller"]}, protocol())
-    with pytest.raises(ValueError, match="returns a Direction or an Edit, not a str"):
-        methods.as_edit("smile", setting["model"])
+    with pytest.raises(ValueError, match="not a str"):
+        methods.found_edit("smile")
 
 
 def test_the_backdrop_is_what_has_the_colour_of_the_corners():

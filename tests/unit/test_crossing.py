@@ -10,10 +10,10 @@ import torch
 
 import workbench as wb
 from workbench.diffusion.noise import step_noise
-from workbench.diffusion.sampling import HEdit
+from workbench.diffusion.sampling import Injection
 from workbench.directions.boundary_fit import fit_boundary
-from workbench.editing.crossing import cross_boundary
-from workbench.editing.grid import EditGrid
+from workbench.editing.cross import Cross, cross_boundary
+from workbench.editing.render import EditGrid
 
 T_M = 500
 VISITED = (750, 500, 250, 0)
@@ -208,7 +208,8 @@ def test_an_edit_friendly_inversion_keeps_its_noise(tiny, images, b):
 def test_other_steps_can_decode(tiny, three, b):
     bx = b["x"][0]
     fine = cross(tiny, three, None, bx, distances=[1.0], steps=6, eta=0.0)
-    assert fine.provenance["timesteps"] == [500, 400, 300, 200, 100, 0]
+    (about,) = fine.provenance["edits"]
+    assert (about["steps"], about["eta"]) == (6, 0.0)
     given = cross(tiny, three, None, bx, distances=[1.0], steps=[500, 400, 300, 200, 100, 0], eta=0.0)
     assert torch.equal(fine.images, given.images)
     with pytest.raises(ValueError, match="begin at 750; the move is at t = 500"):
@@ -255,7 +256,7 @@ def test_an_asymmetric_offset_is_asyrps(tiny, three, b):
     direction_h = np.zeros((3, *tiny.h_shape), dtype=np.float32) + 3.0 * bh.normal.numpy()
     ours = cross(tiny, three, bh, distances=[3.0], mode="shift", unit="distance", h_policy="offset-asymmetric", eta=0.0)
     delta = torch.from_numpy(direction_h).expand(3, 3, *tiny.h_shape)
-    theirs = wb.replay(three, edit=HEdit(delta.contiguous(), asymmetric=True), progress=False).x0
+    theirs = wb.replay(three, edit=Injection.adding(delta.contiguous(), asymmetric=True), progress=False).x0
     torch.testing.assert_close(ours.images[:, 0], theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -350,7 +351,7 @@ def test_a_grid_says_what_it_is_in_both_units_and_survives_its_file(tiny, three,
     assert grid.row_labels == ("image 0", "image 1", "image 2")
     again = EditGrid.load(grid.save(tmp_path / "g.safetensors"))
     assert torch.equal(again.images, grid.images) and again.provenance == grid.provenance
-    assert again.provenance["boundaries"][0]["space"] == "x" and again.provenance["h_policy"] == "first"
+    assert again.provenance["edits"][0]["boundaries"][0]["space"] == "x"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,7 @@ def test_a_grid_says_what_it_is_in_both_units_and_survives_its_file(tiny, three,
         (lambda m, r, b: cross(m, r, None, b["x"][0], batch_size=-1), "batch_size is -1"),
         (lambda m, r, b: cross(m, r, None, replace(b["x"][0], deviations=None)), "deviations of A are not known"),
         (
-            lambda m, r, b: cross(m, wb.replay(r, edit=HEdit(torch.zeros(3, 1, *m.h_shape))), b["h"][0]),
+            lambda m, r, b: cross(m, wb.replay(r, edit=Injection.adding(torch.zeros(3, 1, *m.h_shape))), b["h"][0]),
             "edited already",
         ),
     ],
@@ -396,3 +397,21 @@ def test_another_models_boundary_is_refused(tiny, three, b, make_unet):
     run = wb.invert(other, three.x0, steps=VISITED[1:], progress=False)
     with pytest.raises(ValueError, match="belongs to the model 'tiny'.*boundaries don't carry over"):
         cross(other, run, None, b["x"][0])
+
+
+def test_a_control_moves_as_far_along_a_random_normal(tiny, three, b):
+    found, control = Cross(b["h"][0], b["x"][0]), Cross(b["h"][0], b["x"][0], control=1)
+    x_t = three.x_at(T_M)
+    moves = [[plan.x_T - x_t for plan in cross.plan(three, [-2.0, 3.0])] for cross in (found, control)]
+    for own, random in zip(*moves, strict=True):
+        torch.testing.assert_close(own.flatten(1).norm(dim=1), random.flatten(1).norm(dim=1), rtol=1e-4, atol=1e-5)
+        assert (torch.cosine_similarity(own.flatten(1), random.flatten(1)).abs() < 0.5).all()
+
+
+def test_a_crossing_is_compared_with_its_own_decoding(tiny, three, b):
+    """`Cross.plain` has the eta and noise of the edit, so that a move of no length changes nothing."""
+    for options in ({}, {"eta": 0.0}, {"h_policy": "stale"}, {"steps": 6, "seed": 3}):
+        cross = Cross(b["h"][0], b["x"][0], mode="shift", **options)
+        still = wb.replay(cross.plan(three, [0.0])[0], progress=False).x0
+        plain = wb.replay(cross.plain(three), progress=False).x0
+        torch.testing.assert_close(still, plain, atol=1e-4, rtol=1e-4)

@@ -12,8 +12,8 @@ import workbench as wb
 from workbench.diffusion.noise import step_noise
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.direction import Direction, random_like
-from workbench.editing.edit import edit, match_gain, plan_edit
-from workbench.editing.grid import EditGrid, edit_grid
+from workbench.editing.edits import MoveX, Shift, Swap, match_gain, slerp
+from workbench.editing.render import EditGrid, edit, edit_grid, render
 
 STEPS = 5
 
@@ -203,7 +203,7 @@ def rescheduled(model):
         (lambda m, r, d: edit(m.tapped("before"), r, d), "tap"),
         (lambda m, r, d: edit(m, edit(m, r, d, progress=False), d), "edited already"),
         (lambda m, r, d: edit(m, wb.sample(m, [1], steps=4, progress=False), d), "steps|timesteps"),
-        (lambda m, r, d: edit_grid(m, r, []), "at least one direction"),
+        (lambda m, r, d: edit_grid(m, r, []), "at least one edit"),
         (lambda m, r, d: edit_grid(m, r, d, scales=[]), "at least one"),
         (lambda m, r, d: edit_grid(m, r, d, scales=[0.0, math.nan]), "a scale is nan"),
         (lambda m, r, d: edit_grid(m, r, d, scales=[-math.inf]), "a scale is -inf"),
@@ -219,6 +219,42 @@ def test_bad_input_is_a_sentence(tiny, run, direction, change, message):
         change(tiny, run, direction)
 
 
-def test_a_plan_is_an_edit_that_has_not_run(tiny, run, direction):
-    plan = plan_edit(tiny, run, direction, scale=2.0)
-    torch.testing.assert_close(plan.values[:, 0], direction.delta(2.0))
+def test_a_plan_is_a_run_that_has_not_run(tiny, run, direction):
+    late = Shift(direction, t_range=(run.timesteps[2], 0))
+    still, plan = late.plan(run, [0.0, 2.0])
+    assert still is run
+    assert plan.timesteps == run.timesteps[2:] and torch.equal(plan.x_T, run.reached(2))
+    h = torch.zeros(1, *tiny.h_shape)
+    torch.testing.assert_close(plan.edit.change(0, h, slice(0, 1))[0], direction.delta(2.0)[2])
+    alone = edit(tiny, run, direction, scale=2.0, t_range=(run.timesteps[2], 0), progress=False).x0
+    assert torch.equal(wb.replay(plan, progress=False).x0, alone)
+
+
+def test_a_grid_of_different_edits_is_each_of_them(tiny, run, direction):
+    vector = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(4))
+    t = run.timesteps[2]
+    edits = {"shift": direction, "asymmetric": Shift(direction, asymmetric=True), "x": MoveX(vector, t, "x")}
+    edits |= {"swap": Swap(run[0]), "turned": -Shift(direction)}
+    grid = render(run, edits, [1.0], batch_size=4, progress=False).images[:, 0].unflatten(0, (5, 3))
+    expected = [
+        edit(tiny, run, direction, progress=False).x0,
+        edit(tiny, run, direction, asymmetric=True, progress=False).x0,
+        wb.replay(run.tail(2, run.x_at(t) + vector), progress=False).x0,
+        edit(tiny, run, run[0], mode="replace", progress=False).x0,
+        edit(tiny, run, direction, scale=-1.0, progress=False).x0,
+    ]
+    for images, alone in zip(grid, expected, strict=True):
+        torch.testing.assert_close(images, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
+    a = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(1)) * 7
+    for weight in (0.0, 0.3, 1.0):
+        torch.testing.assert_close(slerp(a, b, weight).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+        torch.testing.assert_close(slerp(a, 3 * a, weight), a)
+    # Half-way from (1, 0) to the direction of (0, 2), at the norm of (1, 0).
+    half = slerp(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0.0, 2.0]).view(1, 2, 1, 1), 0.5)
+    assert half.flatten().tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)], abs=1e-6)
+    assert torch.isfinite(slerp(a, a + 1e-6 * b, 0.5)).all()
+    assert torch.isfinite(slerp(0 * a, b, 0.5)).all() and torch.isfinite(slerp(a, 0 * b, 0.5)).all()

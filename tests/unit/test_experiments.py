@@ -12,7 +12,7 @@ from workbench.analysis.image_metrics import peak_signal_to_noise
 from workbench.directions.boundary import random_boundary
 from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing import experiments
-from workbench.editing.crossing import cross_boundary
+from workbench.editing.cross import cross_boundary
 
 T_M, VISITED, N = 500, (750, 500, 250, 0), 40
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")

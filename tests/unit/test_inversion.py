@@ -13,8 +13,7 @@ from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import LEVELS
 from workbench.directions.direction import Direction
-from workbench.editing.edit import edit
-from workbench.editing.grid import edit_grid
+from workbench.editing.render import edit, edit_grid
 
 STEPS = 6
 

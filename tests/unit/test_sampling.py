@@ -16,7 +16,7 @@ from PIL import Image
 import workbench as wb
 from workbench.diffusion import sampling
 from workbench.diffusion.noise import initial_noise, step_noise
-from workbench.diffusion.sampling import HEdit, batches, progress_bar, slerp
+from workbench.diffusion.sampling import Injection, batches, progress_bar
 
 STEPS = 4
 
@@ -156,7 +156,12 @@ def test_replay_of_an_edited_run_is_the_edited_image(tiny):
     ],
 )
 def test_a_part_of_a_run_is_a_run_of_these_samples(tiny, index, positions):
-    run = sample(tiny, record_h=True, record_x=True, delta_h=torch.ones(STEPS, 3, *tiny.h_shape))
+    run = sample(
+        tiny,
+        record_h=True,
+        record_x=True,
+        delta_h=torch.arange(3.0).view(1, 3, 1, 1, 1).expand(STEPS, 3, *tiny.h_shape),
+    )
     part = run[index]
     assert len(part) == len(positions)
     assert part.seeds == tuple(positions)
@@ -164,7 +169,6 @@ def test_a_part_of_a_run_is_a_run_of_these_samples(tiny, index, positions):
     assert torch.equal(part.x_T, run.x_T[positions])
     assert torch.equal(part.h.values, run.h.values[:, positions])
     assert torch.equal(part.x.values, run.x.values[:, positions])
-    assert part.edit.values.shape[1] == len(positions)
     close(wb.replay(part, progress=False).x0, part.x0)
 
 
@@ -244,55 +248,41 @@ def test_an_edit_is_the_equation(tiny, tap, eta, asymmetric):
     model = tiny.tapped(tap)
     run = sample(model, eta=eta)
     delta = torch.randn(STEPS, *model.h_shape, generator=torch.Generator().manual_seed(0))
-    edited = wb.replay(run, edit=HEdit(delta[:, None], asymmetric=asymmetric), progress=False).x0
+    edited = wb.replay(run, edit=Injection.adding(delta[:, None], asymmetric=asymmetric), progress=False).x0
     close(edited, naive(model, run, delta=delta, asymmetric=asymmetric))
     assert (edited - naive(model, run, delta=delta, asymmetric=not asymmetric)).abs().max() > 1e-3
 
 
-def test_an_edit_acts_at_its_active_steps_alone(tiny, run):
-    delta = torch.ones(STEPS, 1, *tiny.h_shape)
-    active = (False, True, False, False)
-    edited = wb.replay(run, edit=HEdit(delta, active=active), record_x=True, progress=False)
+def test_an_injection_leaves_h_where_it_adds_nothing(tiny, run):
+    delta = torch.zeros(STEPS, 1, *tiny.h_shape)
+    delta[1] = 1.0
+    edited = wb.replay(run, edit=Injection.adding(delta), record_x=True, progress=False)
     assert torch.equal(edited.x.values[:2], run.x.values[:2])
     assert (edited.x.values[2] - run.x.values[2]).abs().max() > 1e-4
-    masked = delta * torch.tensor(active).view(-1, 1, 1, 1, 1)
-    close(edited.x0, wb.replay(run, edit=HEdit(masked), progress=False).x0)
+    assert Injection.adding(delta).change(0, torch.zeros(1, *tiny.h_shape), slice(0, 1)) is None
 
 
-H = torch.tensor([[3.0, 4.0], [1.0, 0.0]]).view(2, 2, 1, 1)
-OTHER = torch.tensor([[[0.0, 2.0]], [[5.0, 5.0]]]).view(2, 1, 2, 1, 1)
+def test_an_injection_of_many_samples_takes_those_of_the_batch():
+    values = torch.arange(1.0, 4.0).view(1, 3, 1, 1, 1).expand(1, 3, 2, 1, 1)
+    h, injection = torch.zeros(1, 2, 1, 1), Injection.adding(values)
+    assert injection.change(0, h, slice(2, 3)).flatten().tolist() == [3.0, 3.0]
+    assert injection.of(np.array([2, 0])).change(0, h, slice(0, 1)).flatten().tolist() == [3.0, 3.0]
+    twice = torch.cat([values, 2 * values])
+    assert Injection.adding(twice).after(1).change(0, h, slice(0, 1)).flatten().tolist() == [2.0, 2.0]
 
 
-def test_the_modes_of_an_edit_on_numbers_that_can_be_checked_by_hand():
-    both = slice(0, 2)
-    assert torch.equal(HEdit(OTHER)(0, H, both), H + torch.tensor([0.0, 2.0]).view(1, 2, 1, 1))
-    assert HEdit(OTHER, mode="replace")(0, H, both).flatten(1).tolist() == [[0.0, 2.0], [0.0, 2.0]]
-    # Half-way from (1, 0) to the direction of (0, 2), at the norm of (1, 0).
-    half = HEdit(OTHER, mode="slerp", weight=0.5)(0, H, both)
-    assert half[1].flatten().tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)], abs=1e-6)
-    assert half.flatten(1).norm(dim=1).tolist() == pytest.approx([5.0, 1.0], rel=1e-6)
-    whole = HEdit(OTHER, mode="slerp", weight=1.0)(0, H, both)
-    assert whole.flatten(1).tolist() == [pytest.approx([0, 5], abs=1e-5), pytest.approx([0, 1], abs=1e-6)]
-    assert HEdit(OTHER, mode="slerp", weight=0.0)(0, H, both) is None
-    assert HEdit(OTHER, active=(False, True))(0, H, both) is None
-    assert HEdit(OTHER, active=(False, True))(1, H, both) is not None
+def test_the_tail_of_a_run_ends_in_its_image_bit_for_bit(tiny, run):
+    for first in range(STEPS):
+        tail = run.tail(first)
+        assert len(tail.timesteps) == STEPS - first
+        assert torch.equal(wb.replay(tail, progress=False).x0, run.x0)
 
 
-def test_an_edit_of_many_samples_takes_those_of_the_batch():
-    values = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(1, 3, 2, 1, 1)
-    assert HEdit(values)(0, torch.zeros(1, 2, 1, 1), slice(2, 3)).flatten().tolist() == [2.0, 2.0]
-    assert HEdit(values)[[0, 2]].values[0, :, 0, 0, 0].tolist() == [0.0, 2.0]
-    assert HEdit(values)[1:2].values.shape[1] == 1
-
-
-def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
-    a = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    b = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(1)) * 7
-    for weight in (0.0, 0.3, 1.0):
-        torch.testing.assert_close(slerp(a, b, weight).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
-        torch.testing.assert_close(slerp(a, 3 * a, weight), a)
-    assert torch.isfinite(slerp(a, a + 1e-6 * b, 0.5)).all()
-    assert torch.isfinite(slerp(0 * a, b, 0.5)).all() and torch.isfinite(slerp(a, 0 * b, 0.5)).all()
+def test_a_state_is_reached_once(tiny, monkeypatch):
+    run, passes, encode = sample(tiny), [], type(tiny).encode
+    again = wb.replay(run, progress=False)
+    monkeypatch.setattr(type(tiny), "encode", lambda self, x, t: passes.append(t) or encode(self, x, t))
+    assert torch.equal(again.reached(2), again.reached(2)) and len(passes) == 2
 
 
 def test_one_sample_of_a_record_is_a_record_of_one_sample(tiny, run):
@@ -301,30 +291,10 @@ def test_one_sample_of_a_record_is_a_record_of_one_sample(tiny, run):
         np.testing.assert_array_equal(run.h[i].at(t), run.h.at(t)[[i]])
 
 
-def test_replacing_h_by_its_own_is_the_same_image_and_by_anothers_is_not(tiny, run):
-    itself = wb.replay(run, edit=HEdit(run.h.values, mode="replace"), progress=False).x0
-    close(itself, run.x0)
-    swapped = wb.replay(run, edit=HEdit(run.h.values.flip(1), mode="replace"), progress=False).x0
-    assert (swapped[0] - run.x0[0]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("shape", [(3, 16, 4, 4), (4, 16, 4), (4, 2, 16, 4, 4), (4, 16, 2, 2), (16, 4, 4)])
 def test_a_delta_h_of_another_shape_is_refused_with_the_right_ones(tiny, shape):
     with pytest.raises(ValueError, match=r"this run takes \(4, 16, 4, 4\) or \(4, 3, 16, 4, 4\)"):
         sample(tiny, delta_h=torch.zeros(shape))
-
-
-def test_an_edit_that_does_not_fit_the_run_is_refused(tiny, run):
-    with pytest.raises(ValueError, match="5 steps|5, 1, 16"):
-        wb.replay(run, edit=HEdit(torch.zeros(5, 1, *tiny.h_shape)), progress=False)
-    with pytest.raises(ValueError, match="2 samples|4, 2, 16"):
-        wb.replay(run, edit=HEdit(torch.zeros(4, 2, *tiny.h_shape)), progress=False)
-    with pytest.raises(ValueError, match="add, replace, slerp"):
-        HEdit(OTHER, mode="multiply")
-    with pytest.raises(ValueError, match=r"steps, 1 or n, C, h, w"):
-        HEdit(H)
-    with pytest.raises(ValueError, match="active"):
-        HEdit(OTHER, active=(True,))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 import workbench as wb
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, load_direction, random_like
-from workbench.editing.edit import plan_edit
+from workbench.editing.edits import Shift
 from workbench.studio.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
 from workbench.studio.session import Cancelled, EditSession, EditState, Progress, Rendering
 
@@ -170,7 +170,7 @@ def test_predictions_are_p_t_with_and_without_the_edit(session, tiny, run):
     session.set_window(high, 0)
     predictions = session.predictions()
     plain = wb.replay(run[0], record_x=True, progress=False)
-    change = plan_edit(tiny, run[0], session.direction())
+    change = Shift(session.direction()).injection(run[0], 1.0)
     edited = wb.replay(run[0], edit=change, record_x=True, progress=False)
     with torch.inference_mode():
         for i, t in enumerate(run.timesteps):
@@ -178,7 +178,7 @@ def test_predictions_are_p_t_with_and_without_the_edit(session, tiny, run):
             expected = tiny.schedule.predict_x0(x_t, tiny(x_t, t), t)[0]
             torch.testing.assert_close(predictions.before[i], expected, atol=1e-4, rtol=1e-4)
             x_t = edited.x.values[i]
-            eps = tiny.decode(tiny.encode(x_t, t), change.values[i] * change.active[i])
+            eps = tiny.decode(tiny.encode(x_t, t), session.direction().delta()[i])
             expected = tiny.schedule.predict_x0(x_t, eps, t)[0]
             torch.testing.assert_close(predictions.after[i], expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(predictions.after[:4], predictions.before[:4])

@@ -1,8 +1,8 @@
 """Ways to find an edit for an attribute, on one footing: each is a function of a study and an attribute.
 
 A method sees a `Study`: samples of the model with a labeller's scores, labelled images to invert, and nothing that the
-benchmark judges with. It returns a `Direction`, or an `Edit` where it moves something else than h. `register_method`
-adds one:
+benchmark judges with. It returns a `Direction`, or an `editing.edits.Edit` where it moves something else than h.
+`register_method` adds one:
 
     @register_method("my method", scales=(0.5, 1.0, 2.0))
     def my_method(study, attribute):
@@ -15,7 +15,7 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -25,16 +25,17 @@ import torch
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise, step_noise
-from workbench.diffusion.sampling import Trajectory, replay, sample
+from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import Boundary, random_boundary
 from workbench.directions.boundary_fit import fit_boundaries
 from workbench.directions.direction import Direction, finite, random_like
 from workbench.directions.jacobian import Convergence, JacobianSpectrum, XSpectrum, find_jacobian, find_pullback
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_scores, find_many
-from workbench.editing.crossing import cross_boundary
-from workbench.editing.effects import Classifier
-from workbench.editing.grid import edit_grid
+from workbench.editing.cross import Cross
+from workbench.editing.edits import Edit, MoveNoise, MoveX, NotApplicable, Shift, as_edit
+from workbench.editing.measure import Classifier
+from workbench.editing.render import run_plans
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore
 
@@ -51,29 +52,6 @@ CANDIDATES = 3
 
 TOLERANCE = 1e-3
 """Of a spectrum's singular values: the candidates are compared by what they do, not by these."""
-
-
-class NotApplicable(ValueError):
-    """A method says that it has nothing to offer for an attribute, in a sentence."""
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """An edit that is no direction in h.
-
-    Attributes
-    ----------
-    name : str
-    apply : callable (runs, scales) -> Tensor of shape (n, scales, C, H, W)
-        The edited images of the samples at every scale; scale 0 must give the samples themselves.
-    """
-
-    name: str
-    apply: Callable[[Trajectory, Sequence[float]], torch.Tensor] = field(repr=False)
-
-    def turned(self) -> Edit:
-        """The same edit the other way round."""
-        return Edit(f"-{self.name}", lambda runs, scales: self.apply(runs, [-s for s in scales]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,13 +241,14 @@ class Study:
         -------
         Edit
         """
-        edits = [as_edit(found, self.model) for found in candidates]
-        signed = [edit for one in edits for edit in (one, one.turned())]
+        edits = [found_edit(found) for found in candidates]
+        signed = [edit for one in edits for edit in (one, -one)]
         self.cost["candidates"] = Counter(passes=len(signed) * TRIED * self.steps, scored=len(signed) * TRIED)
 
         def tried() -> pd.DataFrame:
-            images = torch.cat([edit.apply(self._run[:TRIED], [-scale, scale])[:, [1, 0]] for edit in edits])
-            after = self.labeller(images.unflatten(0, (len(edits), -1)).transpose(1, 2).flatten(0, 2))
+            run = self._run[:TRIED]
+            images = run_plans(run, [edit.plan(run, [scale, -scale]) for edit in edits], progress=False)
+            after = self.labeller(images.transpose(1, 2).flatten(0, 2))
             before = self.labeller(self._run.x0[:TRIED])
             changes = after.to_numpy().reshape(len(signed), -1, after.shape[1]) - before.to_numpy()
             return pd.DataFrame(changes.mean(axis=1), columns=after.columns)
@@ -307,18 +286,19 @@ class Study:
         return {}
 
 
-def as_edit(found: Direction | Edit, model: Model) -> Edit:
-    """What a method found, as an edit; a direction of other timesteps than a run's is resampled for it."""
-    if isinstance(found, Edit):
-        return found
-    if not isinstance(found, Direction):
-        raise ValueError(f"a method returns a Direction or an Edit, not a {type(found).__name__}")
+@dataclass(frozen=True, eq=False)
+class Resampled(Shift):
+    """A `Shift` that also fits runs of other timesteps, to which it resamples its direction."""
 
-    def apply(runs: Trajectory, scales: Sequence[float]) -> torch.Tensor:
-        fits = found if found.timesteps == runs.timesteps else found.resampled(runs.timesteps)
-        return edit_grid(model, runs, fits, scales=scales, progress=False).images
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        if self.direction.timesteps == run.timesteps:
+            return super().plan(run, scales)
+        return Shift(self.direction.resampled(run.timesteps)).plan(run, scales)
 
-    return Edit(found.name, apply)
+
+def found_edit(found: Direction | Edit) -> Edit:
+    """What a method found, as an edit of runs of any timesteps; ValueError if it is neither."""
+    return Resampled(found) if isinstance(found, Direction) else as_edit(found)
 
 
 def _enough(labels: pd.Series, what: str) -> pd.Series:
@@ -353,7 +333,7 @@ def random_direction(study: Study, attribute: str) -> Direction:
 @register_method("random x", scales=(8.0, 16.0, 32.0, 64.0), family="control", unit="sd")
 def random_move(study: Study, attribute: str) -> Edit:
     """A random normal in x_t at the boundary's timestep, in the boundary's unit."""
-    return _crossing(study, x=random_boundary(_boundary(study, attribute, "x"), seed=study.seed))
+    return _crossing(x=random_boundary(_boundary(study, attribute, "x"), seed=study.seed))
 
 
 # Unsupervised, in h
@@ -450,25 +430,25 @@ def _probe(study: Study, attribute: str, method: str) -> Direction:
 @register_method("boundary in h", scales=(4.0, 8.0, 16.0, 32.0), family="boundary", unit="sd")
 def boundary_in_h(study: Study, attribute: str) -> Edit:
     """h_t moved along the normal of a linear SVM, in one step (Zhu et al.)."""
-    return _crossing(study, h=_boundary(study, attribute, "h"))
+    return _crossing(h=_boundary(study, attribute, "h"))
 
 
 @register_method("boundary in h, every step", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
 def boundary_in_h_throughout(study: Study, attribute: str) -> Edit:
     """The same change of h at every step from there on."""
-    return _crossing(study, h=_boundary(study, attribute, "h"), h_policy="offset")
+    return _crossing(h=_boundary(study, attribute, "h"), h_policy="offset")
 
 
 @register_method("boundary in x", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
 def boundary_in_x(study: Study, attribute: str) -> Edit:
     """x_t moved along the normal of a linear SVM, once (Zhu et al.)."""
-    return _crossing(study, x=_boundary(study, attribute, "x"))
+    return _crossing(x=_boundary(study, attribute, "x"))
 
 
 @register_method("boundary in x and h", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
 def boundary_in_both(study: Study, attribute: str) -> Edit:
     """Both moved at once (Zhu et al., Algorithm 1)."""
-    return _crossing(study, h=_boundary(study, attribute, "h"), x=_boundary(study, attribute, "x"))
+    return _crossing(h=_boundary(study, attribute, "h"), x=_boundary(study, attribute, "x"))
 
 
 def _boundary(study: Study, attribute: str, space: str) -> Boundary:
@@ -479,14 +459,9 @@ def _boundary(study: Study, attribute: str, space: str) -> Boundary:
     return study.learned(f"boundary {space}", lambda: fit_boundaries(store, table, **options))[attribute]
 
 
-def _crossing(study: Study, *, h: Boundary | None = None, x: Boundary | None = None, h_policy: str = "first") -> Edit:
+def _crossing(*, h: Boundary | None = None, x: Boundary | None = None, h_policy: str = "first") -> Edit:
     """A shift across boundaries that keeps the run's own noise, so that scale 0 is the sample."""
-    options = {"mode": "shift", "eta": None, "h_policy": h_policy, "progress": False}
-
-    def apply(runs: Trajectory, scales: Sequence[float]) -> torch.Tensor:
-        return cross_boundary(study.model, runs, h, x, distances=scales, **options).images
-
-    return Edit((x or h).name, apply)
+    return Cross(h, x, mode="shift", eta=None, h_policy=h_policy)
 
 
 # In x and in the noise
@@ -501,19 +476,7 @@ def noise_difference(study: Study, attribute: str) -> Edit:
     noises = [initial_noise(seeds, shape), *(step_noise(seeds, shape, t=t) for t in visited)]
     units = torch.stack([torch.einsum("n,nchw->chw", weights, noise) for noise in noises])
     units /= units.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-    def apply(runs: Trajectory, scales: Sequence[float]) -> torch.Tensor:
-        if runs.timesteps != visited:
-            raise NotApplicable("the noise of other timesteps is other noise")
-        own, stochastic = runs.noise, runs.noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
-        edited = []
-        for scale in scales:
-            noise = own + scale * stochastic * units[1:, None]
-            moved = replace(runs, x_T=runs.x_T + scale * units[0], stored_noise=noise, seeds=None)
-            edited.append(replay(moved, progress=False).x0)
-        return torch.stack(edited, dim=1)
-
-    return Edit(attribute, apply)
+    return MoveNoise(units, visited, attribute)
 
 
 @register_method("pullback", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
@@ -540,10 +503,4 @@ def _vectors(study: Study, **options) -> XSpectrum:
 
 
 def _moves(found: XSpectrum) -> list[Edit]:
-    def move(i: int) -> Edit:
-        return Edit(
-            f"vector {i + 1}",
-            lambda runs, scales: torch.stack([found.edit(runs, i, scale=s) for s in scales], dim=1),
-        )
-
-    return [move(i) for i in range(len(found))]
+    return [MoveX(vector, found.t, f"vector {i + 1}") for i, vector in enumerate(found.vectors)]

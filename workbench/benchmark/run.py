@@ -38,7 +38,7 @@ from workbench.analysis.image_metrics import (
     perceptual_distance,
 )
 from workbench.analysis.intervals import mean_interval
-from workbench.benchmark.methods import METHODS, Edit, Method, NotApplicable, Study, as_edit
+from workbench.benchmark.methods import METHODS, Method, Study, found_edit
 from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
@@ -46,6 +46,8 @@ from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import write_tensors
+from workbench.editing.edits import Edit, NotApplicable
+from workbench.editing.render import run_plans
 from workbench.io import code_hash
 from workbench.workers import start_workers
 
@@ -441,11 +443,11 @@ class Bench:
         try:
             # Many small matrices: more threads cost more than they give, and far more where cores are busy.
             with threadpool_limits(1, user_api="blas"):
-                edit = as_edit(method.find(study, attribute), self.model)
+                edit = found_edit(method.find(study, attribute))
             seconds, held_out = time.perf_counter() - start, self._held_out
             cost = sum(study.cost.values(), Counter())
             with _counted(self.model) as passes:
-                edited = edit.apply(held_out, list(method.scales))
+                edited = self._edited(edit, held_out, method.scales)
             tensors = self._scored(edited, attribute) | self._transferred(edit, method, attribute, study)
         except NotApplicable as reason:
             return Cell({}, {"skipped": str(reason)})
@@ -453,6 +455,10 @@ class Bench:
         names = ("passes", "scored", "labels")
         about = {"edit": edit.name, "seconds": seconds, "edit_passes": per_edit} | {k: cost[k] for k in names}
         return Cell({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in tensors.items()}, about)
+
+    def _edited(self, edit: Edit, run: Trajectory, scales: Sequence[float]) -> torch.Tensor:
+        """The images of an edit, (n, scales, C, H, W)."""
+        return run_plans(run, [edit.plan(run, list(scales))], progress=False)[0]
 
     def _scored(self, edited: torch.Tensor, attribute: str) -> dict[str, np.ndarray]:
         """What an edit did to the held-out samples, (n, scales) or (n, scales, ...)."""
@@ -491,7 +497,7 @@ class Bench:
         seen = self._seen(study)
         for name, run in {"population": seen, "other steps": self._finer}.items():
             try:
-                after = edit.apply(run, [middle])[:, 0]
+                after = self._edited(edit, run, [middle])[:, 0]
             except NotApplicable:
                 continue
             k = list(self.judge.attributes).index(attribute)

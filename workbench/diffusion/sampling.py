@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -23,7 +22,6 @@ from workbench.diffusion.noise import FORWARD, check_seeds, initial_noise, norma
 from workbench.diffusion.schedule import CLEAN, index_of
 from workbench.diffusion.unet import Bottleneck
 
-EDIT_MODES = ("add", "replace", "slerp")
 INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
 LEVELS = ("current", "next")
 
@@ -68,116 +66,44 @@ class StepRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class HEdit:
-    """What a run does to h, step by step.
+class Injection:
+    """A change of h during the reverse process.
 
     Attributes
     ----------
-    values : Tensor of shape (steps, 1 or n, C, h, w), float32
-        Added to h_t ("add": Haas et al. eq. 6), put in its place ("replace": their Fig. 2a), or blended with it
-        ("slerp": InjectFusion's normalised spherical interpolation).
-    mode : {"add", "replace", "slerp"}
-    active : tuple of bool, one a step
-        Steps at which the edit acts.
+    change : callable (i, h, samples) -> Tensor of shape (n, C, h, w) or None
+        The edited h of step `i` for the samples at positions `samples` (slice or Tensor), given the network's own h of
+        shape (n, C, h, w). None leaves h as it is.
     asymmetric : bool
-        If true the edit changes P_t alone and D_t keeps the plain eps (Asyrp eq. 5).
-    weight : float in [0, 1]
-        For "slerp": 0 keeps h, 1 takes `values` at the norm of h.
+        If true, the edited eps enters P_t alone and D_t keeps the plain one (Asyrp eq. 5); else both (Haas et al.).
+    timesteps : tuple of int, optional
+        Those of the runs that it is for; None fits all.
     """
 
-    values: torch.Tensor = field(repr=False)
-    mode: str = "add"
-    active: tuple[bool, ...] = ()
+    change: Callable[[int, torch.Tensor, slice | torch.Tensor], torch.Tensor | None] = field(repr=False)
     asymmetric: bool = False
-    weight: float = 1.0
+    timesteps: tuple[int, ...] | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.mode not in EDIT_MODES:
-            raise ValueError(f"mode {self.mode!r} is not known; it is one of {', '.join(EDIT_MODES)}")
-        if self.values.ndim != 5:
-            raise ValueError(f"an edit of h has shape (steps, 1 or n, C, h, w), not {tuple(self.values.shape)}")
-        if not self.active:
-            object.__setattr__(self, "active", (True,) * len(self.values))
-        if len(self.active) != len(self.values):
-            raise ValueError(f"active has {len(self.active)} values for the {len(self.values)} steps of the edit")
+    @classmethod
+    def adding(cls, values: torch.Tensor, *, asymmetric: bool = False) -> Injection:
+        """h_t + values[i], for values of shape (steps, 1 or n, C, h, w); a step of zeros leaves h (Haas eq. 6)."""
+        acts = values.flatten(1).any(dim=1).tolist()
+        return cls(lambda i, h, samples: h + at_step(values, i, samples).to(h) if acts[i] else None, asymmetric)
 
-    def __call__(self, i: int, h: torch.Tensor, samples: slice) -> torch.Tensor | None:
-        """The edited h of step `i` for the samples at positions `samples`; None where the edit does not act."""
-        if not self.active[i] or (self.mode == "slerp" and self.weight == 0.0):
-            return None
-        values = self.values[i] if self.values.shape[1] == 1 else self.values[i, samples]
-        values = values.to(h)
-        if self.mode == "add":
-            return h + values
-        if self.mode == "replace":
-            return values.expand_as(h)
-        return slerp(h, values.expand_as(h), self.weight)
+    def of(self, positions: np.ndarray) -> Injection:
+        """The same change for some of the samples."""
+        positions = torch.as_tensor(positions)
+        return replace(self, change=lambda i, h, samples: self.change(i, h, positions[samples]))
 
-    def __getitem__(self, samples) -> HEdit:
-        return self if self.values.shape[1] == 1 else replace(self, values=self.values[:, samples])
-
-    def __repr__(self) -> str:
-        asymmetric = ", asymmetric" if self.asymmetric else ""
-        return f"HEdit({self.mode!r}, {sum(self.active)} of {len(self.active)} steps{asymmetric})"
+    def after(self, first: int) -> Injection:
+        """The same change for a run that begins with step `first`."""
+        left = None if self.timesteps is None else self.timesteps[first:]
+        return replace(self, change=lambda i, h, samples: self.change(first + i, h, samples), timesteps=left)
 
 
-@dataclass(frozen=True, eq=False)
-class HFunction:
-    """An edit of h that depends on h itself: h_t <- h_t + weight * f(h_t, t) (Asyrp).
-
-    Attributes
-    ----------
-    function : callable (h, t) -> Tensor of shape (n, C, h, w)
-        f, of h of shape (n, C, h, w) and the timestep.
-    timesteps : tuple of int
-        Those of the run that it edits.
-    weights : tuple of float, one a step
-    active, asymmetric
-        As of `HEdit`.
-    """
-
-    function: Callable[[torch.Tensor, int], torch.Tensor] = field(repr=False)
-    timesteps: tuple[int, ...] = field(repr=False)
-    weights: tuple[float, ...] = field(repr=False)
-    active: tuple[bool, ...]
-    asymmetric: bool = True
-
-    def __call__(self, i: int, h: torch.Tensor, samples: slice) -> torch.Tensor | None:
-        """The edited h of step `i`; None where the edit does not act. Every sample is treated alike."""
-        if not self.active[i] or self.weights[i] == 0.0:
-            return None
-        return h + self.weights[i] * self.function(h, self.timesteps[i])
-
-    def __getitem__(self, samples) -> HFunction:
-        return self
-
-    def __repr__(self) -> str:
-        asymmetric = ", asymmetric" if self.asymmetric else ""
-        return f"HFunction({sum(self.active)} of {len(self.active)} steps{asymmetric})"
-
-
-def slerp(h: torch.Tensor, other: torch.Tensor, weight: float) -> torch.Tensor:
-    """Spherical interpolation from h to `other` at the norm of h (InjectFusion, arXiv 2303.15403).
-
-    Parameters
-    ----------
-    h, other : Tensor of shape (n, C, h, w)
-    weight : float in [0, 1]
-
-    Returns
-    -------
-    Tensor of shape (n, C, h, w)
-        Each sample has the norm of its h.
-    """
-    a, b = h.flatten(1), other.flatten(1)
-    norm = a.norm(dim=1, keepdim=True)
-    a, b = F.normalize(a), F.normalize(b)
-    angle = torch.arccos((a * b).sum(1, keepdim=True).clamp(-1.0, 1.0))
-    small = angle < 1e-4
-    sine = torch.where(small, torch.ones_like(angle), torch.sin(angle))
-    u = torch.where(small, torch.full_like(angle, 1.0 - weight), torch.sin((1.0 - weight) * angle) / sine)
-    v = torch.where(small, torch.full_like(angle, weight), torch.sin(weight * angle) / sine)
-    return ((u * a + v * b) * norm).view_as(h)
+def at_step(values: torch.Tensor, i: int, samples: slice | torch.Tensor) -> torch.Tensor:
+    """Step `i` of values of shape (steps, 1 or n, ...), for all samples alike or for those at some positions."""
+    return values[i] if values.shape[1] == 1 else values[i, samples]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +125,8 @@ class Trajectory:
         None if the run comes from inversion.
     h, x : StepRecord, optional
         The network's own h_t (before any edit) and x_t, if they were recorded.
-    edit : HEdit or HFunction, optional
-        What was done to h.
+    edit : Injection, optional
+        What is done to h.
     stored_noise : Tensor of shape (steps, n, C, H, W), float32, on the CPU, optional
         z_t that no seed gives: those of an edit-friendly inversion.
     residual : Tensor of shape (n, C, H, W), float32, on the CPU, optional
@@ -217,10 +143,11 @@ class Trajectory:
     seeds: tuple[int, ...] | None = None
     h: StepRecord | None = None
     x: StepRecord | None = None
-    edit: HEdit | HFunction | None = None
+    edit: Injection | None = None
     stored_noise: torch.Tensor | None = field(default=None, repr=False)
     residual: torch.Tensor | None = field(default=None, repr=False)
     batch_size: int = 1
+    _reached: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.x_T)
@@ -241,7 +168,7 @@ class Trajectory:
             seeds=None if self.seeds is None else tuple(self.seeds[p] for p in positions),
             h=None if self.h is None else self.h[samples],
             x=None if self.x is None else self.x[samples],
-            edit=None if self.edit is None else self.edit[samples],
+            edit=None if self.edit is None else self.edit.of(positions),
             stored_noise=None if self.stored_noise is None else self.stored_noise[:, samples],
             residual=None if self.residual is None else self.residual[samples],
         )
@@ -287,11 +214,39 @@ class Trajectory:
         i = index_of(t, self.timesteps, trained=self.model.schedule.T)
         if self.x is not None:
             return self.x.values[i]
+        if i > 0 and self.seeds is None and self.stored_noise is None:
+            raise ValueError("an inverted run does not know its x_t; call invert(..., record_x=True)")
+        return self.reached(i)
+
+    def reached(self, i: int) -> torch.Tensor:
+        """x_t at step `i` of the run's own reverse process, computed once; of an inversion, of its reconstruction.
+
+        Returns
+        -------
+        Tensor of shape (n, C, H, W), float32, on the CPU
+        """
         if i == 0:
             return self.x_T
-        if self.seeds is None and self.stored_noise is None:
-            raise ValueError("an inverted run does not know its x_t; call invert(..., record_x=True)")
-        return _run(self, stop=i, progress=False).x0
+        if self.x is not None and self.seeds is not None:
+            return self.x.values[i]
+        if i not in self._reached:
+            self._reached[i] = _run(self, stop=i, progress=False).x0
+        return self._reached[i]
+
+    def tail(self, first: int, x_t: torch.Tensor | None = None) -> Trajectory:
+        """The steps from `first` on, not run yet: from the x_t that the run reaches there, or from another."""
+        if first == 0 and x_t is None:
+            return self
+        return replace(
+            self,
+            x_T=self.reached(first) if x_t is None else x_t,
+            timesteps=self.timesteps[first:],
+            etas=self.etas[first:],
+            stored_noise=None if self.stored_noise is None else self.stored_noise[first:],
+            h=None,
+            x=None,
+            edit=None if self.edit is None else self.edit.after(first),
+        )
 
     def round_trip_error(self) -> np.ndarray:
         """How well an inversion reconstructs its images.
@@ -394,7 +349,7 @@ def sample(
 def replay(
     run: Trajectory,
     *,
-    edit: HEdit | HFunction | None = None,
+    edit: Injection | None = None,
     residual: bool = False,
     record_h: bool = False,
     record_x: bool = False,
@@ -406,7 +361,7 @@ def replay(
     ----------
     run : Trajectory
         Of an inversion, the replay's x0 is the reconstruction.
-    edit : HEdit or HFunction, optional
+    edit : Injection, optional
         In place of the run's own edit.
     residual : bool
         Add what an inversion's reconstruction lacks: without an edit x0 is then the inverted image itself, up to one
@@ -421,12 +376,12 @@ def replay(
     Raises
     ------
     ValueError
-        If the edit does not fit the run, or a residual is asked for that it does not have.
+        If the edit is for other timesteps, or a residual is asked for that the run does not have.
     """
     if residual:
         check_residual(run)
-    if edit is not None:
-        _check_edit(edit, run)
+    if edit is not None and edit.timesteps not in (None, run.timesteps):
+        raise ValueError("this edit was planned for other timesteps than the run's own; plan it for this run")
     plan = run if edit is None else replace(run, edit=edit)
     again = _run(plan, record_h=record_h, record_x=record_x, progress=progress)
     return replace(again, x0=again.x0 + run.residual) if residual else again
@@ -529,7 +484,7 @@ def _run(
                 pairs=pairs,
                 etas=plan.etas[: len(pairs)],
                 noise=lambda i, b=batch: plan.noise_at(i, b).to(device),
-                edit_h=None if plan.edit is None else lambda i, h_t, b=batch: plan.edit(i, h_t, b),
+                edit_h=None if plan.edit is None else lambda i, h_t, b=batch: plan.edit.change(i, h_t, b),
                 asymmetric=plan.edit is not None and plan.edit.asymmetric,
                 on_step=on_step,
             ).cpu()
@@ -722,26 +677,13 @@ def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: t
     return schedule.add_noise(p_t, eps, t)
 
 
-def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> HEdit:
+def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> Injection:
     delta_h = torch.as_tensor(delta_h, dtype=torch.float32)
     values = delta_h[:, None] if delta_h.ndim == 4 else delta_h
     allowed = [(steps, *model.h_shape), (steps, n, *model.h_shape)]
     if tuple(values.shape) not in ((steps, 1, *model.h_shape), allowed[1]):
         raise ValueError(f"delta_h has shape {tuple(delta_h.shape)}; this run takes {allowed[0]} or {allowed[1]}")
-    return HEdit(values)
-
-
-def _check_edit(edit: HEdit | HFunction, run: Trajectory) -> None:
-    if isinstance(edit, HFunction):
-        if edit.timesteps != run.timesteps:
-            raise ValueError("an edit that is a function of h and t has the run's own timesteps; plan it for this run")
-        return
-    steps, n, *shape = edit.values.shape
-    if steps != run.steps or n not in (1, len(run)) or tuple(shape) != run.model.h_shape:
-        raise ValueError(
-            f"an edit of shape {tuple(edit.values.shape)} does not fit this run; it takes "
-            f"({run.steps}, 1 or {len(run)}, {', '.join(map(str, run.model.h_shape))})"
-        )
+    return Injection.adding(values)
 
 
 def check_residual(run: Trajectory) -> None:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from workbench.datasets.avataaars import region_mask
 from workbench.diffusion.models import Model
 from workbench.diffusion.parallel import PIECES, count_passes, in_threads
-from workbench.diffusion.sampling import Trajectory, batches, denoise, replay
+from workbench.diffusion.sampling import Trajectory, replay
 from workbench.directions.direction import Direction, finite, origin_of
 from workbench.hspace.store import HStore
 from workbench.io import provenance_mismatch
@@ -161,21 +161,9 @@ class XSpectrum:
         ValueError
             If the run did not visit `t`, or the scale is not finite.
         """
-        scale = finite(scale, "scale")
-        x_t, device = run.x_at(self.t), run.model.device
-        x_t = x_t + scale * self.vectors[i].to(x_t)
-        start = run.timesteps.index(self.t)
-        images = torch.empty_like(run.x0)
-        with torch.inference_mode():
-            for batch in batches(len(run), run.batch_size):
-                images[batch] = denoise(
-                    run.model,
-                    x_t[batch].to(device),
-                    pairs=run.model.schedule.pairs(run.timesteps)[start:],
-                    etas=run.etas[start:],
-                    noise=lambda step, part=run[batch]: part.noise_at(start + step).to(device),
-                ).cpu()
-        return images
+        x_t = run.x_at(self.t)
+        x_t = x_t + finite(scale, "scale") * self.vectors[i].to(x_t)
+        return replay(run.tail(run.timesteps.index(self.t), x_t), progress=False).x0
 
     def __len__(self) -> int:
         return len(self.vectors)

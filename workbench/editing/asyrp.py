@@ -23,8 +23,8 @@ from workbench.diffusion.noise import check_seeds, step_noise
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction
-from workbench.editing.edit import edit
 from workbench.editing.mixing_search import Distance, distance_of, prediction_errors
+from workbench.editing.render import edit
 from workbench.paths import local
 
 LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0)}

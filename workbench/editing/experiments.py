@@ -41,9 +41,9 @@ from workbench.directions.boundary import (
 )
 from workbench.directions.boundary_accuracy import accuracy_over_samples, accuracy_over_time  # noqa: F401
 from workbench.directions.boundary_fit import fit_boundary
-from workbench.editing.crossing import cross_boundary
-from workbench.editing.effects import Classifier, Effects
-from workbench.editing.grid import EditGrid
+from workbench.editing.cross import cross_boundary
+from workbench.editing.measure import Classifier, Effects
+from workbench.editing.render import EditGrid
 from workbench.hspace.store import HStore
 
 
@@ -54,7 +54,7 @@ class Crossings:
     Attributes
     ----------
     effects : Effects
-        `direction` is the variant, `scale` the distance, and `before` the scores of the same decoding without a move.
+        `edit` is the variant, `scale` the distance, and `before` the scores of the same decoding without a move.
     preservation : DataFrame
         One row a variant, distance and sample: `psnr` against that decoding, and `psnr_image` against the sample's
         own image; dB.
@@ -109,13 +109,13 @@ class Crossings:
         table = self.effects.table
         table = table[table["attribute"] == attribute]
         found = {}
-        for variant, part in table.groupby("direction", sort=False):
+        for variant, part in table.groupby("edit", sort=False):
             wide = part.pivot(index="seed", columns="scale", values="after")
             found[variant] = float(np.nanmean(monotonicity(wide, list(wide.columns))))
         return pd.Series(found, name=attribute)
 
     def __repr__(self) -> str:
-        return f"Crossings({len(self.effects.directions)} variants, {self.effects!r})"
+        return f"Crossings({len(self.effects.edits)} variants, {self.effects!r})"
 
 
 def measure_crossings(
@@ -171,7 +171,7 @@ def measure_crossings(
             after = classifier(images)
             scores = pd.DataFrame({"before": before.stack(), "after": after.stack()})
             scores = scores.rename_axis(["seed", "attribute"]).reset_index()
-            tables.append(scores.assign(direction=name, scale=float(distance), seed=ids[scores["seed"]]))
+            tables.append(scores.assign(edit=name, scale=float(distance), seed=ids[scores["seed"]]))
             psnr = {"psnr": plain, "psnr_image": runs.x0}
             psnr = {key: peak_signal_to_noise(images.numpy(), other.numpy()) for key, other in psnr.items()}
             preserved.append(pd.DataFrame({"variant": name, "distance": float(distance), "seed": ids, **psnr}))

@@ -40,7 +40,7 @@ from workbench.diffusion.sampling import (
 )
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary_fit import fit_boundary
-from workbench.editing.crossing import cross_boundary
+from workbench.editing.cross import cross_boundary
 from workbench.hspace.store import HStore
 
 CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")

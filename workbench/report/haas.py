@@ -18,9 +18,9 @@ from workbench.directions.direction import Direction, random_like
 from workbench.directions.jacobian import find_jacobian
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_labels
-from workbench.editing.edit import edit
-from workbench.editing.effects import disentangling_table, few_examples, measure_effects
-from workbench.editing.grid import edit_grid
+from workbench.editing.disentangle import disentangling_table, few_examples
+from workbench.editing.measure import measure_effects
+from workbench.editing.render import edit, edit_grid
 from workbench.report import plots
 from workbench.report.recipes import (
     SHOWN,
@@ -107,7 +107,7 @@ def components(setup: Setup) -> Drawn:
     )
     matrix = effects.matrix(2.0)
     table = matrix.mean.reset_index().melt("direction", var_name="attribute", value_name="effect")
-    size = {d: np.abs(np.subtract(*effects.scores(d, 2.0)[::-1])).mean(axis=1) for d in effects.directions}
+    size = {d: np.abs(np.subtract(*effects.scores(d, 2.0)[::-1])).mean(axis=1) for d in effects.edits}
     found = np.mean([size[pc.name] for pc in pcs], axis=0)
     return Drawn(
         plots.matrix(matrix.mean),

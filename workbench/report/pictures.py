@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib import style
 from PIL import Image
 
-from workbench.editing.grid import EditGrid
+from workbench.editing.render import EditGrid
 from workbench.report.style import PALETTE, STYLE, Figure, add_caption, as_array, drawing, finite, labelled, words
 
 _FARTHEST_VALUE = 10.0

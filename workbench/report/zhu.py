@@ -29,7 +29,7 @@ from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
 from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing import experiments
-from workbench.editing.crossing import cross_boundary
+from workbench.editing.cross import cross_boundary
 from workbench.editing.mixing_search import mixing_step
 from workbench.hspace.extract import extract
 from workbench.report import plots

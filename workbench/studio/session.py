@@ -25,12 +25,12 @@ from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import load_image
 from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import HEdit, Trajectory, invert, replay, sample
+from workbench.diffusion.sampling import Injection, Trajectory, invert, replay, sample
 from workbench.diffusion.schedule import CLEAN, index_of
 from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
-from workbench.editing.edit import check_run, eps_effects
-from workbench.editing.grid import EditGrid
+from workbench.editing.edits import check_run, eps_effects
+from workbench.editing.render import EditGrid
 from workbench.io import written
 from workbench.paths import local
 
@@ -665,7 +665,9 @@ class EditSession:
         j = i - (len(self.timesteps) - run.steps)
         if j < 0:
             return plain.expand(len(parts), -1).numpy()
-        return (run.h.values[j] + run.edit.values[j]).flatten(1).numpy()
+        own = run.h.values[j]
+        edited = run.edit.change(j, own, slice(None))
+        return (own if edited is None else edited).flatten(1).numpy()
 
     def _grid(
         self,
@@ -750,15 +752,7 @@ class EditSession:
         if key in self._rests:
             return self._rests[key]
         if not preview or len(every) <= self.preview_steps:
-            rest = replace(
-                plain,
-                x_T=plain.x.values[first],
-                timesteps=plain.timesteps[first:],
-                etas=plain.etas[first:],
-                stored_noise=None if plain.stored_noise is None else plain.stored_noise[first:],
-                x=None,
-                residual=None,
-            )
+            rest = replace(plain.tail(first, plain.x.values[first]), residual=None)
             if plain.seeds is None:
                 rest = replace(rest, residual=plain.x0 - replay(rest, progress=progress or Progress()).x0)
         else:
@@ -791,12 +785,11 @@ class EditSession:
         run = replace(rest[[0] * n], batch_size=min(n, self.model.batch_size()))
         if single:
             run = replace(run, x_T=x_t)
-        active = tuple(delta.flatten(1).any(dim=1).tolist())
         progress = progress or Progress()
         progress.expect(n * run.steps)
         return replay(
             run,
-            edit=HEdit(delta, active=active, asymmetric=asymmetric),
+            edit=Injection.adding(delta, asymmetric=asymmetric),
             residual=run.residual is not None,
             record_h=record_h,
             record_x=record_x,
@@ -845,7 +838,7 @@ class EditSession:
         for i in positions:
             t, x_t = run.timesteps[i], run.x.values[i].to(self.model.device)
             bottleneck = self.model.encode(x_t, t)
-            h = None if run.edit is None else run.edit(i, bottleneck.h, slice(None))
+            h = None if run.edit is None else run.edit.change(i, bottleneck.h, slice(None))
             eps = self.model.decode(bottleneck if h is None else bottleneck.with_h(h))
             predicted.append(self.model.schedule.predict_x0(x_t, eps, t).cpu())
         return torch.cat(predicted)

@@ -31,7 +31,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, replay
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
-from workbench.editing.grid import EditGrid
+from workbench.editing.render import EditGrid
 from workbench.hspace.store import HStore
 from workbench.io import provenance_mismatch
 from workbench.report import plots

@@ -1,212 +1,26 @@
-"""Effects of edits on a classifier's scores, measured by making the edits."""
+"""Side effects of directions: measured, projected out, cancelled; and how few examples a direction needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.effect_metrics import EffectMatrix, effect_matrix, entanglement_index, success_rate
-from workbench.analysis.intervals import Estimate
+from workbench.analysis.effect_metrics import EffectMatrix, entanglement_index
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
-from workbench.diffusion.sampling import HEdit, Trajectory, batches, progress_bar, replay
+from workbench.diffusion.sampling import Injection, Trajectory, progress_bar, replay
 from workbench.directions.direction import Direction, bracketed, derived, finite
 from workbench.directions.supervised import few_shot_directions
-from workbench.editing.edit import check_run
-from workbench.editing.grid import edit_grid
+from workbench.editing.edits import check_run
+from workbench.editing.measure import Classifier, Effects, measure_effects
 from workbench.hspace.store import HStore
-
-Classifier = Callable[[torch.Tensor], pd.DataFrame]
-
-IMAGE_BYTES = 2**28
-"""Upper bound of the edited images in memory."""
-
 
 NOTHING = 1e-6
 """Change of a score that float32 can't tell from none."""
-
-
-@dataclass(frozen=True, eq=False)
-class Effects:
-    """Scores before and after edits.
-
-    Attributes
-    ----------
-    table : DataFrame
-        One row a direction, scale, sample and attribute, with the columns `direction`, `scale` (in sigma), `seed` (of
-        inverted images their position), `attribute`, `before` and `after`.
-    """
-
-    table: pd.DataFrame = field(repr=False)
-
-    @property
-    def directions(self) -> list[str]:
-        """Names of the directions."""
-        return list(self.table["direction"].unique())
-
-    @property
-    def scales(self) -> list[float]:
-        """Scales that were measured, ascending."""
-        return sorted(float(s) for s in self.table["scale"].unique())
-
-    def scores(self, direction: str, scale: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Scores before and after one edit.
-
-        Returns
-        -------
-        before, after : DataFrame of shape (n, attributes), indexed by seed
-
-        Raises
-        ------
-        ValueError
-            If that edit was not measured.
-        """
-        rows = self.table[(self.table["direction"] == direction) & (self.table["scale"] == scale)]
-        if rows.empty:
-            raise ValueError(
-                f"there is no edit along {direction!r} at scale {scale:g}; measured are {', '.join(self.directions)} "
-                f"at {', '.join(f'{s:g}' for s in self.scales)}"
-            )
-        attributes, seeds = rows["attribute"].unique(), rows["seed"].unique()
-        wide = rows.pivot(index="seed", columns="attribute", values=["before", "after"])
-        before, after = (wide[which].loc[seeds, attributes] for which in ("before", "after"))
-        return before, after
-
-    def success(self, attribute: str, *, direction: str | None = None, threshold: float = 0.5) -> dict[float, Estimate]:
-        """`success_rate` of an attribute at every scale, ascending, along the direction of that name or another."""
-        name = attribute if direction is None else direction
-        return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}
-
-    def matrix(self, scale: float | Mapping[str, float], *, resamples: int = 1000, seed: int = 0) -> EffectMatrix:
-        """`effect_matrix` of the directions at one scale, or at a scale for each of some directions."""
-        scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(self.directions, scale)
-        both = {name: self.scores(name, s) for name, s in scales.items()}
-        before, after = ({name: scores[i] for name, scores in both.items()} for i in (0, 1))
-        return effect_matrix(before, after, resamples=resamples, seed=seed)
-
-    def __repr__(self) -> str:
-        return (
-            f"Effects({len(self.directions)} directions at scales {', '.join(f'{s:g}' for s in self.scales)}, "
-            f"{self.table['seed'].nunique()} samples, {self.table['attribute'].nunique()} attributes)"
-        )
-
-
-def measure_effects(
-    model: Model,
-    runs: Trajectory,
-    directions: Direction | Sequence[Direction] | Mapping[str, Direction],
-    *,
-    classifier: Classifier,
-    scales: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
-    asymmetric: bool = False,
-    gain: str | None = None,
-    t_range: tuple[int, int] | None = None,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> Effects:
-    """Edit samples along directions and score the images; only the scores are kept.
-
-    Parameters
-    ----------
-    model : Model
-    runs : Trajectory
-        The samples, not edited yet. Take others than the directions were found with.
-    directions : Direction, sequence of Direction, or mapping of name -> Direction
-    classifier : callable (images of shape (n, C, H, W)) -> DataFrame of shape (n, attributes), values in [0, 1]
-        Another one than the directions were found with: whoever labels does not judge.
-    scales : sequence of float
-        In standard deviations of the population's projection.
-    asymmetric, gain, t_range, batch_size
-        As in `edit_grid`.
-    progress : bool
-
-    Returns
-    -------
-    Effects
-        An inverted image is compared with its own reconstruction.
-
-    Raises
-    ------
-    ValueError
-        If two directions have the same name, a direction does not fit the runs, or the classifier's table does not fit
-        the images.
-    """
-    check_run(model, runs)
-    named = _named(directions)
-    scales = [finite(s, "a scale") for s in dict.fromkeys(scales)]
-    if not named or not scales:
-        raise ValueError("effects are measured along at least one direction at at least one scale")
-    for direction in named.values():
-        direction.check_fits(model, runs.timesteps)
-    ids = np.arange(len(runs)) if runs.seeds is None else np.array(runs.seeds)
-    per_sample = len(named) * len(scales)
-    size = max(1, IMAGE_BYTES // (4 * per_sample * int(np.prod(model.image_shape))))
-    tables = []
-    with progress_bar(len(runs) * per_sample, runs.steps, "editing", show=progress) as bar:
-        for samples in batches(len(runs), size):
-            part = runs[samples]
-            plain = part.x0 if part.seeds is not None else replay(part, progress=False).x0
-            grid = edit_grid(
-                model,
-                part,
-                list(named.values()),
-                scales=scales,
-                asymmetric=asymmetric,
-                gain=gain,
-                t_range=t_range,
-                batch_size=batch_size,
-                progress=bar,
-            )
-            tables.append(_score(classifier, plain, grid.images, list(named), scales, ids[samples]))
-    return Effects(pd.concat(tables, ignore_index=True))
-
-
-def _named(directions: Direction | Sequence[Direction] | Mapping[str, Direction]) -> dict[str, Direction]:
-    if isinstance(directions, Mapping):
-        return dict(directions)
-    directions = [directions] if isinstance(directions, Direction) else list(directions)
-    names = [direction.name for direction in directions]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two directions are named {twice!r}; give a mapping of name -> direction")
-    return dict(zip(names, directions, strict=True))
-
-
-def _score(
-    classifier: Classifier,
-    plain: torch.Tensor,
-    edited: torch.Tensor,
-    names: list[str],
-    scales: list[float],
-    ids: np.ndarray,
-) -> pd.DataFrame:
-    """The rows of some samples; `edited` has shape (directions * samples, scales, C, H, W)."""
-    before, after = (_checked(classifier(images), len(images)) for images in (plain, edited.flatten(0, 1)))
-    attributes = list(before.columns)
-    if list(after.columns) != attributes:
-        raise ValueError(f"the classifier gave the attributes {attributes} and then {list(after.columns)}")
-    cells = pd.MultiIndex.from_product(
-        [names, ids, scales, attributes], names=["direction", "seed", "scale", "attribute"]
-    )
-    table = cells.to_frame(index=False)[["direction", "scale", "seed", "attribute"]]
-    scores = before.to_numpy(dtype=float)[None, :, None, :]
-    table["before"] = np.broadcast_to(scores, (len(names), len(ids), len(scales), len(attributes))).ravel()
-    table["after"] = after.to_numpy(dtype=float).ravel()
-    return table
-
-
-def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
-    if not isinstance(scores, pd.DataFrame) or len(scores) != n:
-        shape = getattr(scores, "shape", None)
-        raise ValueError(
-            f"the classifier gave {type(scores).__name__} of shape {shape} for {n} images; "
-            "it must give a DataFrame with one row an image and one column an attribute"
-        )
-    return scores
 
 
 def cancel_effects(
@@ -221,7 +35,7 @@ def cancel_effects(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Direction:
-    """A direction with as much of others added as undoes what it changes of their attributes.
+    """Correct a direction so that it no longer changes the other attributes.
 
     With E_va the mean change of attribute a when editing along v, v' = v + sum_b c_b v_b, where c solves
     E_va + sum_b c_b E_ba = 0 for all a. Effects add up roughly, so v' is measured and corrected again. Unlike the
@@ -243,7 +57,7 @@ def cancel_effects(
     scale : float, default 2
         Scale of all edits, in standard deviations.
     rounds : int, default 3
-        Measurements of v.
+        Number of measure-and-correct iterations.
     batch_size, progress
         As in `measure_effects`.
 
@@ -304,7 +118,7 @@ def matched_scale(
     attribute: str,
     *,
     success: float = 0.8,
-    direction: str | None = None,
+    edit: str | None = None,
     threshold: float = 0.5,
 ) -> float:
     """The smallest measured scale at which an edit succeeds, so that directions compare at the same effect.
@@ -315,7 +129,7 @@ def matched_scale(
     attribute : str
     success : float in [0, 1], default 0.8
         Share of the samples without the attribute that must have it afterwards.
-    direction : str, optional
+    edit : str, optional
         By default the one with the attribute's name.
     threshold : float, default 0.5
         A sample has the attribute if its score is above.
@@ -330,7 +144,7 @@ def matched_scale(
     ValueError
         If no measured scale reaches it; the message has the best.
     """
-    rates = {s: r for s, r in effects.success(attribute, direction=direction, threshold=threshold).items() if s >= 0}
+    rates = {s: r for s, r in effects.success(attribute, edit=edit, threshold=threshold).items() if s >= 0}
     for scale, rate in rates.items():
         if rate.value >= success:
             return scale
@@ -530,7 +344,7 @@ def few_examples(
         effects = []
         with progress_bar(len(few.table) * len(runs), runs.steps, f"editing {space}", show=progress) as bar:
             for delta in scale * few.deltas:
-                change = {"edit": HEdit(delta[:, None])} if space == "h" else {"x_T": runs.x_T + delta}
+                change = {"edit": Injection.adding(delta[:, None])} if space == "h" else {"x_T": runs.x_T + delta}
                 after = classifier(replay(replace(runs, **change), progress=bar).x0)
                 effects.append(float((after[labels.name] - before[labels.name]).mean()))
         tables.append(few.table.assign(space=space, effect=effects))

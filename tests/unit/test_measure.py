@@ -11,21 +11,17 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.diffusion.sampling import HEdit
+from workbench.diffusion.sampling import Injection
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import few_shot_directions
-from workbench.editing import effects as module
-from workbench.editing.edit import edit
-from workbench.editing.effects import (
-    Effects,
-    cancel_effects,
-    disentangling_table,
-    few_examples,
-    matched_scale,
-    measure_effects,
-)
+from workbench.editing import measure as module
+from workbench.editing.disentangle import cancel_effects, disentangling_table, few_examples, matched_scale
+from workbench.editing.edits import Edit, MoveX, Shift
+from workbench.editing.measure import Effects, measure, measure_effects
+from workbench.editing.render import edit
 
 STEPS = 4
+IMAGE = ["rms", "psnr", "psnr_image", "psnr_outside"]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +50,9 @@ def brightness(images):
 
 def test_effects_are_the_scores_of_the_edits_one_by_one(tiny, run, directions):
     found = measure_effects(tiny, run, directions, classifier=brightness, scales=[-1, 2], progress=False)
-    assert found.directions == ["red", "green"] and found.scales == [-1.0, 2.0]
+    assert found.edits == ["red", "green"] and found.scales == [-1.0, 2.0]
     assert len(found.table) == 2 * 2 * 6 * 3
-    assert list(found.table.columns) == ["direction", "scale", "seed", "attribute", "before", "after"]
+    assert list(found.table.columns) == ["edit", "scale", "seed", "attribute", "before", "after", *IMAGE]
     for name, direction in directions.items():
         for scale in (-1, 2):
             before, after = found.scores(name, scale)
@@ -78,12 +74,71 @@ def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny,
         return brightness(images)
 
     parts = measure_effects(tiny, run, directions, classifier=counted, **options)
-    assert max(sizes) == 4
-    order = ["direction", "scale", "seed", "attribute"]
+    assert max(sizes) == 2
+    order = ["edit", "scale", "seed", "attribute"]
     pd.testing.assert_frame_equal(
         parts.table.sort_values(order, ignore_index=True), whole.table.sort_values(order, ignore_index=True), atol=1e-5
     )
     pd.testing.assert_frame_equal(parts.scores("red", 1.0)[1], whole.scores("red", 1.0)[1], atol=1e-5)
+
+
+def test_every_kind_of_edit_is_measured_in_one_table(tiny, run, directions):
+    """The images' own measures too, against naive ones; outside of a mask only where one is given."""
+    mask = np.zeros(tiny.image_shape[1:], dtype=bool)
+    mask[:4] = True
+    vector = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(0))
+    edits = {"h": Shift(directions["red"], asymmetric=True), "x": MoveX(vector, run.timesteps[1], "x")}
+    found = measure(run, edits, [-1.0, 2.0], classifier=brightness, masks={"red": mask}, progress=False)
+    images = wb.render(run, edits, [-1.0, 2.0], progress=False).images.unflatten(0, (2, -1))
+    table = found.table.set_index(["edit", "scale", "attribute"]).sort_index()
+    for e, name in enumerate(edits):
+        for c, scale in enumerate((-1.0, 2.0)):
+            rows, error = table.loc[name, scale, "red"], ((images[e, :, c] - run.x0) ** 2).numpy()
+            np.testing.assert_allclose(rows["rms"], np.sqrt(error.mean(axis=(1, 2, 3))), rtol=1e-3)
+            np.testing.assert_allclose(rows["psnr"], 10 * np.log10(4 / error.mean(axis=(1, 2, 3))), rtol=1e-3)
+            out = error[:, :, ~mask].mean(axis=(1, 2))
+            np.testing.assert_allclose(rows["psnr_outside"], 10 * np.log10(4 / out), rtol=1e-3)
+            assert table.loc[name, scale, "green"]["psnr_outside"].isna().all()
+    summary, curves = found.summary("red"), found.curves("red")
+    change = found.change("x", 2.0)["red"]
+    assert summary.loc[summary.edit.eq("x") & summary.scale.eq(2.0), "change"].item() == pytest.approx(change.mean())
+    assert curves.loc[curves.edit.eq("x") & curves.scale.eq(2.0), "value"].item() == pytest.approx(change.mean())
+    assert (curves.low <= curves.value).all() and (curves.value <= curves.high).all() and set(curves.n) == {len(run)}
+    assert set(found.monotonicity("red").index) == {"h", "x"}
+
+
+def test_an_edit_is_compared_with_its_own_process_without_the_change(tiny, run):
+    class Elsewhere(Edit):
+        """Sampled with other noise throughout; scale 0 of it is what it is compared with."""
+
+        name, unit = "elsewhere", "none"
+
+        def plain(self, run):
+            return dataclasses.replace(run, seeds=tuple(s + 100 for s in run.seeds))
+
+        def plan(self, run, scales):
+            return [dataclasses.replace(self.plain(run), x_T=run.x_T + s) for s in scales]
+
+    found = measure(run, Elsewhere(), [0.0, 1.0], classifier=brightness, progress=False)
+    before, after = found.scores("elsewhere", 0.0)
+    np.testing.assert_allclose(before, after, atol=1e-5)
+    assert (before["red"] - brightness(run.x0)["red"].to_numpy()).abs().max() > 1e-3
+    assert found.change("elsewhere", 1.0)["red"].abs().max() > 1e-3
+    assert found.table["psnr_image"].lt(100).all()
+
+
+def test_distance_to_real_images_is_measured_where_they_are_given(tiny, run, directions):
+    class Judge:
+        def __call__(self, images):
+            return brightness(images)
+
+        def features(self, images):
+            return images.flatten(2).mean(dim=2).numpy()
+
+    real = torch.rand(6, *tiny.image_shape, generator=torch.Generator().manual_seed(0))
+    found = measure(run, directions["red"], [1.0, 2.0], classifier=Judge(), real=real, progress=False)
+    assert found.realism["scale"].tolist() == [1.0, 2.0] and found.realism["kid"].notna().all()
+    assert "kid" in found.summary("red")
 
 
 def test_scale_zero_has_no_effect(tiny, run, directions):
@@ -105,7 +160,7 @@ def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
     found = measure_effects(tiny, run, directions, classifier=brightness, scales=[1, 2], progress=False)
     matrix = found.matrix({"red": 1.0, "green": 2.0}).mean
     for name, scale in (("red", 1.0), ("green", 2.0)):
-        rows = found.table[(found.table["direction"] == name) & (found.table["scale"] == scale)]
+        rows = found.table[(found.table["edit"] == name) & (found.table["scale"] == scale)]
         for attribute, part in rows.groupby("attribute"):
             assert matrix.loc[name, attribute] == pytest.approx((part["after"] - part["before"]).mean())
     assert matrix["none"].eq(0).all()
@@ -167,14 +222,14 @@ def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):
     pair = {"found": found, "random": wb.random_like(found, seed=0)}
     judge = wb.load_classifier("avataaars-judge")
     measured = measure_effects(model, run, pair, classifier=judge, scales=[2.0], progress=False)
-    rates = {name: measured.success("Long_Hair", direction=name)[2.0] for name in pair}
+    rates = {name: measured.success("Long_Hair", edit=name)[2.0] for name in pair}
     assert rates["found"].value > 0.6 > 0.2 > rates["random"].value
 
 
 def planted(after_by_scale):
     """Effects of one direction on ten samples without the attribute: so many of them have it after each scale."""
     rows = [
-        {"direction": "A", "scale": scale, "seed": seed, "attribute": "A", "before": 0.1, "after": float(seed < hits)}
+        {"edit": "A", "scale": scale, "seed": seed, "attribute": "A", "before": 0.1, "after": float(seed < hits)}
         for scale, hits in after_by_scale.items()
         for seed in range(10)
     ]
@@ -281,7 +336,7 @@ def test_an_inverted_store_knows_its_x_T(tiny, deterministic, tmp_path):
         (lambda m, r, y: {"runs": wb.sample(m, [1], steps=STEPS, eta=1.0, progress=False)}, "eta=0"),
         (lambda m, r, y: {"runs": wb.sample(m, [1], steps=3, eta=0.0, progress=False)}, "timesteps than"),
         (
-            lambda m, r, y: {"runs": dataclasses.replace(r, edit=HEdit(torch.zeros(STEPS, 1, *m.h_shape)))},
+            lambda m, r, y: {"runs": dataclasses.replace(r, edit=Injection.adding(torch.zeros(STEPS, 1, *m.h_shape)))},
             "edited already",
         ),
     ],
@@ -296,11 +351,11 @@ def test_a_few_examples_refuse_what_does_not_fit(tiny, deterministic, change, me
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, r, d: measure_effects(m, r, [], classifier=brightness), "at least one direction"),
+        (lambda m, r, d: measure_effects(m, r, [], classifier=brightness), "at least one edit"),
         (lambda m, r, d: measure_effects(m, r, d, classifier=brightness, scales=[]), "at least one scale"),
         (
             lambda m, r, d: measure_effects(m, r, [d["red"], d["red"]], classifier=brightness),
-            "two directions are named 'red'",
+            "two edits are named 'red'",
         ),
         (
             lambda m, r, d: measure_effects(m, r, d, classifier=lambda x: x.mean(1), progress=False),
@@ -324,7 +379,7 @@ def test_a_few_examples_refuse_what_does_not_fit(tiny, deterministic, change, me
             lambda m, r, d: disentangling_table(m, r, d | {"hat": d["red"]}, classifier=brightness, repeats=2),
             "attribute 'hat'",
         ),
-        (lambda m, r, d: planted({1.0: 5}).scores("A", 2.0), "no edit along 'A' at scale 2; measured are A at 1"),
+        (lambda m, r, d: planted({1.0: 5}).scores("A", 2.0), "no edit 'A' at scale 2; measured are A at 1"),
     ],
 )
 def test_bad_input_is_a_sentence(tiny, run, directions, call, message):

@@ -1,0 +1,360 @@
+"""Edits that cross a boundary once, at one timestep, and then let the reverse process go on (Zhu et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from workbench.diffusion.models import Model
+from workbench.diffusion.noise import check_seeds
+from workbench.diffusion.sampling import Injection, Trajectory, batches
+from workbench.diffusion.schedule import index_of
+from workbench.directions.boundary import Boundary, change_of, move_jointly, random_boundary
+from workbench.directions.direction import finite
+from workbench.editing.edits import Edit, check_run
+from workbench.editing.render import EditGrid, render, sample_labels
+
+OPTIONS = {
+    "unit": ("sd", "distance"),
+    "h_policy": ("first", "offset", "offset-asymmetric", "none", "stale"),
+    "h_align": ("exact", "lagged"),
+    "multi": ("sequential", "joint", "conditional"),
+}
+
+Boundaries = Boundary | Sequence[Boundary]
+Distances = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Cross(Edit):
+    """One move across a boundary at its timestep t, in x_t, h_t or both (Zhu et al. 2023, Algorithm 1 and Fig. 3).
+
+    x_t of every sample is taken from its run; h_t is the network's at exactly (x_t, t). Both are moved to a distance
+    from their boundaries, and x_0 is decoded from there with the step noise of eta. Its scales are distances.
+
+    Attributes
+    ----------
+    h, x : Boundary or sequence of Boundary, optional
+        In h_t and in x_t; without one, nothing is moved in that space. Several are several attributes, in the same
+        order in both spaces.
+    unit : {"sd", "distance"}
+        "sd": standard deviations of held-out samples within their class (`Boundary.sigma`), of each boundary its own.
+        "distance": Euclidean distance, the same number for h and x.
+    mode : {"absolute", "shift", "mirror"}
+        What the distances are: signed distances from the boundary after the move, lengths of the move, or multiples of
+        the sample's own distance; see `move_jointly`.
+    eta : float, or one a step, values in [0, 1]; default 1
+        From t on; the paper has 1. None keeps the run's own etas and noise: that of an edit-friendly inversion holds
+        on to the image.
+    h_policy : {"first", "offset", "offset-asymmetric", "none", "stale"}
+        "first" decodes the first step from the moved h and leaves the others free (the paper's single step). "offset"
+        adds the difference of the moved and the plain h at every step (as Haas et al. do), "offset-asymmetric" to P_t
+        alone (Asyrp). "none" moves x alone. "stale" is the released code: the first step takes the moved h, each later
+        one the network's own h of the step before.
+    h_align : {"exact", "lagged"}
+        "lagged" is the released code too: h_t comes from the next cleaner timestep of the inversion, as does its
+        boundary.
+    legacy_origin : bool, default False
+        Drop the intercepts, as the released code does: distances from the parallel hyperplane through 0.
+    keep_norm : bool, default False
+        Moved x_t and h_t keep their lengths (a great circle).
+    multi : {"sequential", "joint", "conditional"}
+        Several attributes: one move after the other, of which the last reaches its distance; the shortest move that
+        reaches all distances; or each attribute's move along the part of its normal that is orthogonal to all others
+        (`Boundary.orthogonal_to`), as long as the plain one.
+    steps : int or sequence of int, optional
+        Number of timesteps to decode from t to 0, evenly spaced, or these, beginning with t. By default the run's.
+    seed : int, optional
+        Sample i has the step noise of seed + i. By default generated samples have that of their own seeds, and seed is
+        0 for others.
+    control : int, optional
+        Seed of random normals: the moves are as long as those across the boundaries, but along these.
+    name : str, optional
+        By default that of the first boundary.
+
+    Raises
+    ------
+    ValueError
+        If there is no boundary or an option is not known; and, with a run, if a boundary is of another model, tap,
+        space or timestep, the run did not visit t or does not know its x_t, or distances have another shape.
+    """
+
+    h: Boundaries | None = field(default=None, repr=False)
+    x: Boundaries | None = field(default=None, repr=False)
+    unit: str = "sd"
+    mode: str = "absolute"
+    eta: float | Sequence[float] | None = 1.0
+    h_policy: str = "first"
+    h_align: str = "exact"
+    legacy_origin: bool = False
+    keep_norm: bool = False
+    multi: str = "sequential"
+    steps: int | Sequence[int] | None = None
+    seed: int | None = None
+    control: int | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for option, known in OPTIONS.items():
+            if getattr(self, option) not in known:
+                raise ValueError(f"{option} {getattr(self, option)!r} is not known; it is one of {', '.join(known)}")
+        found = self._boundaries
+        if not found["h"] and not found["x"]:
+            raise ValueError('there is no boundary to cross; give one in h (h_policy "none" ignores it) or one in x')
+        if found["h"] and found["x"] and len(found["h"]) != len(found["x"]):
+            raise ValueError(
+                f"there are {len(found['h'])} boundaries in h and {len(found['x'])} in x; give both for each attribute"
+            )
+        object.__setattr__(self, "name", self.name or (found["x"] or found["h"])[0].name)
+
+    def plan(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> list[Trajectory]:
+        """One plan a column of distances: (k,), (k, m) for m attributes, (n, k, m) for n samples too; or by space."""
+        targets = self.targets(run, distances)
+        rest, own = self.plain(run), {"x": run.x_at(self._timesteps(run)[0]), "h": self._own_h(run)}
+        plans = []
+        for column in range(self._columns(targets)):
+            moved = {
+                space: z if targets[space] is None else self._moved(z, space, targets[space][:, column])
+                for space, z in own.items()
+            }
+            injection = None if own["h"] is None else self._injection(moved["h"], own["h"])
+            plans.append(replace(rest, x_T=moved["x"], edit=injection))
+        return plans
+
+    def plain(self, run: Trajectory) -> Trajectory:
+        """The same decoding from t on without a move; with h_policy "stale", from the same stale h."""
+        t, _ = self._timesteps(run)
+        rest = run.tail(index_of(t, run.timesteps), run.x_at(t))
+        if self.eta is None and (self.steps is not None or self.seed is not None):
+            raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
+        if self.eta is not None:
+            visited = self._visited(run.model, t, rest.timesteps)
+            seed = self.seed or 0
+            seeds = run.seeds if self.seed is None and run.seeds is not None else range(seed, seed + len(run))
+            rest = replace(
+                rest,
+                timesteps=visited,
+                etas=run.model.schedule.etas(self.eta, len(visited)),
+                seeds=check_seeds(seeds),
+                stored_noise=None,
+            )
+        if self.h_policy != "stale":
+            return rest
+        own = self._own_h(run)
+        return replace(rest, edit=self._injection(own, own))
+
+    def labels(self, distances: Distances | Mapping[str, Distances]) -> tuple[str, ...]:
+        if isinstance(distances, Mapping):
+            distances = distances["x" if self._boundaries["x"] else "h"]
+        given = np.asarray(distances, dtype=float)
+        found = self._boundaries["x"] or self._boundaries["h"]
+        if given.ndim == 3:
+            given = np.where((given == given[:1]).all(axis=0), given[0], np.nan)
+        return tuple(self._label(found, np.atleast_1d(column)) for column in given)
+
+    def about(self) -> dict:
+        options = {name: value for name, value in vars(self).items() if name not in ("h", "x")}
+        found = [b for boundaries in self._boundaries.values() for b in boundaries]
+        return options | {"boundaries": [{"name": b.name, "space": b.space, "t": b.t, **b.provenance} for b in found]}
+
+    def targets(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> dict[str, np.ndarray | None]:
+        """Signed distances to move to in each space, (n, k, m), Euclidean; for mode "mirror" multiples."""
+        found, t, t_h = self._boundaries, *self._timesteps(run)
+        for space, at in (("h", t_h), ("x", t)):
+            for boundary in found[space]:
+                boundary.check_fits(run.model, t=at, space=space)
+        return {space: self._targets(distances, space, len(run)) if found[space] else None for space in found}
+
+    @property
+    def _boundaries(self) -> dict[str, list[Boundary]]:
+        h = None if self.h_policy == "none" else self.h
+        listed = {
+            space: [] if given is None else [given] if isinstance(given, Boundary) else list(given)
+            for space, given in {"h": h, "x": self.x}.items()
+        }
+        if not self.legacy_origin:
+            return listed
+        return {space: [replace(b, intercept=0.0) for b in found] for space, found in listed.items()}
+
+    def _timesteps(self, run: Trajectory) -> tuple[int, int]:
+        """Timestep of the move, and the one that h is taken at."""
+        found, visited, trained = self._boundaries, run.timesteps, run.model.schedule.T
+        i = index_of((found["x"] or found["h"])[0].t, visited, trained=trained)
+        if self.h_align == "exact":
+            return visited[i], visited[i]
+        if not found["x"]:
+            i -= 1
+        if not 0 <= i < len(visited) - 1:
+            raise ValueError(
+                "a lagged h comes from one visited timestep and moves at the one before; the run has no such"
+            )
+        return visited[i], visited[i + 1]
+
+    def _visited(self, model: Model, t: int, own: tuple[int, ...]) -> tuple[int, ...]:
+        """Timesteps to decode at, from t on."""
+        if self.steps is None:
+            return own
+        if isinstance(self.steps, (int, np.integer)):
+            if not 1 <= self.steps <= t + 1:
+                raise ValueError(f"steps is {self.steps}; from t = {t} to 0 there are 1 to {t + 1}")
+            return tuple(np.linspace(t, 0, self.steps).round().astype(int).tolist())
+        visited = model.schedule.timesteps(self.steps)
+        if visited[0] != t:
+            raise ValueError(f"the steps to decode begin at {visited[0]}; the move is at t = {t}, begin there")
+        return visited
+
+    def _targets(self, distances: Distances | Mapping[str, Distances], space: str, n: int) -> np.ndarray:
+        if isinstance(distances, Mapping):
+            if space not in distances:
+                raise ValueError(f"distances are given for {', '.join(distances)}, and a boundary is in {space!r}")
+            distances = distances[space]
+        boundaries = self._boundaries[space]
+        m, given = len(boundaries), np.asarray(distances, dtype=np.float64)
+        for distance in given.flat:
+            finite(distance, "a distance")
+        values = given[:, None] if given.ndim == 1 else given
+        if values.ndim == 2 and values.shape[1] in (1, m):
+            values = np.broadcast_to(values, (n, len(values), m))
+        if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0:
+            raise ValueError(
+                f"distances have shape {given.shape}; numbers of shape (k,), (k, {m}) or ({n}, k, {m}) are "
+                f"distances of k columns for {m} boundaries and {n} samples"
+            )
+        if self.unit == "sd" and self.mode != "mirror":
+            values = values * [boundary.sigma for boundary in boundaries]
+        return values
+
+    def _columns(self, targets: Mapping[str, np.ndarray | None]) -> int:
+        columns = {wanted.shape[1] for wanted in targets.values() if wanted is not None}
+        if len(columns) != 1:
+            raise ValueError(
+                f"distances have {' and '.join(map(str, sorted(columns)))} columns for h and x; give as many"
+            )
+        return columns.pop()
+
+    def _own_h(self, run: Trajectory) -> torch.Tensor | None:
+        """h_t of every sample, one encoder pass each; on the CPU. None if h is left alone."""
+        if not self._boundaries["h"] and self.h_policy != "stale":
+            return None
+        model, (_, t_h) = run.model, self._timesteps(run)
+        x_t = run.x_at(t_h)
+        with torch.inference_mode():
+            parts = batches(len(run), model.batch_size())
+            return torch.cat([model.encode(x_t[part].to(model.device), t_h).h.cpu() for part in parts])
+
+    def _moved(self, z: torch.Tensor, space: str, to: np.ndarray) -> torch.Tensor:
+        """Samples (n, ...) moved to distances (n, m)."""
+        boundaries, mode = self._boundaries[space], self.mode
+        if self.control is not None:
+            to = change_of(np.stack([b.distance(z) for b in boundaries], axis=1), to, mode)
+            boundaries, mode = [random_boundary(b, seed=self.control) for b in boundaries], "shift"
+        if self.multi == "joint" or len(boundaries) == 1:
+            return move_jointly(z, boundaries, to=to, mode=mode, keep_norm=self.keep_norm)
+        if self.multi == "sequential":
+            for boundary, wanted in zip(boundaries, to.T, strict=True):
+                z = boundary.move(z, to=wanted, mode=mode, keep_norm=self.keep_norm)
+            return z
+        lengths = change_of(np.stack([b.distance(z) for b in boundaries], axis=1), to, mode)
+        for i, boundary in enumerate(boundaries):
+            alone = boundary.orthogonal_to(*boundaries[:i], *boundaries[i + 1 :])
+            z = alone.move(z, to=lengths[:, i], mode="shift", keep_norm=self.keep_norm)
+        return z
+
+    def _injection(self, moved: torch.Tensor, own: torch.Tensor) -> Injection:
+        """What is decoded from, given the moved and the plain h_t of the samples."""
+        if self.h_policy == "first":
+            return Injection(lambda i, h, samples: moved[samples].to(h) if i == 0 else None)
+        if self.h_policy != "stale":
+            offset = moved - own
+            asymmetric = self.h_policy == "offset-asymmetric"
+            return Injection(lambda i, h, samples: h + offset[samples].to(h), asymmetric)
+        before = torch.empty_like(moved)
+
+        def stale(i: int, h: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor:
+            used = (moved if i == 0 else before)[samples].to(h)
+            before[samples] = h.to(before)
+            return used
+
+        return Injection(stale)
+
+    def _label(self, boundaries: Sequence[Boundary], column: np.ndarray) -> str:
+        """Caption of a column of distances (m,); of a single boundary in both units."""
+        if np.isnan(column).any():
+            return "own"
+        parts = []
+        for boundary, to in zip(boundaries, np.broadcast_to(column, len(boundaries)), strict=True):
+            if self.mode == "mirror":
+                parts.append(f"{_signed(to)} times")
+                continue
+            known = boundary.deviations is not None
+            in_sd = to if self.unit == "sd" else to / boundary.sigma if known else None
+            length = to * boundary.sigma if self.unit == "sd" else to
+            captions = [] if in_sd is None else [f"{_signed(in_sd)} sd"]
+            captions.insert(0 if self.unit == "distance" else 1, _signed(length))
+            alone = len(boundaries) == 1
+            both = bool(self._boundaries["h"] and self._boundaries["x"])
+            if alone and not both and len(captions) == 2:
+                parts.append(f"{captions[0]}\n({captions[1]})")
+            else:
+                parts.append(captions[0] if alone else f"{boundary.name} {captions[0]}")
+        return "\n".join(parts)
+
+
+def cross_boundary(
+    model: Model,
+    runs: Trajectory,
+    boundary_h: Boundaries | None = None,
+    boundary_x: Boundaries | None = None,
+    *,
+    distances: Distances | Mapping[str, Distances] = (-3.0, -1.5, 0.0, 1.5, 3.0),
+    batch_size: int | None = None,
+    progress: bool | tqdm = True,
+    **options: object,
+) -> EditGrid:
+    """Edit samples by one move across a boundary at its timestep: `render` of a `Cross`.
+
+    All distances of a sample share the same x_t and noise, and all cells run in shared batches.
+
+    - A real image: `runs = invert(model, images, steps=..., record_x=True)`, or an inversion that ends at t
+      (`steps=[t, ..., 0]`), which costs less and records nothing.
+    - A generated sample: `runs = sample(model, seeds, eta=0)`. The process up to t is the run's own; the paper's is
+      deterministic there.
+
+    Parameters
+    ----------
+    model : Model
+        The model that the runs come from, at the tap of boundary_h.
+    runs : Trajectory
+        The samples, not edited yet.
+    boundary_h, boundary_x : Boundary or sequence of Boundary, optional
+        `Cross.h` and `Cross.x`.
+    distances : array of shape (k,), (k, m) or (n, k, m)
+        One column each: for all m attributes alike, for each attribute, or for each of n samples too. A mapping with
+        "h" and "x" has its own for each space.
+    batch_size, progress
+        As in `render`.
+    **options
+        Those of `Cross`.
+
+    Returns
+    -------
+    EditGrid
+        One row a sample, one column a distance.
+
+    Raises
+    ------
+    ValueError
+        As `Cross`.
+    """
+    check_run(model, runs)
+    cross = Cross(boundary_h, boundary_x, **options)
+    grid = render(runs, cross, distances, batch_size=batch_size, progress=progress)
+    return replace(grid, row_labels=sample_labels(runs))
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}" if value else "0"

@@ -1,0 +1,354 @@
+"""What an edit is: a rule that turns a run into the plans of its edited runs, one a scale.
+
+A plan is a `Trajectory` that has not been run: it begins at the step where the edit does, from the x_t that the edit
+leaves there, with the noise and the injection that it asks for. `render` runs plans; nothing else needs to know edits.
+
+| edit | changes |
+|---|---|
+| `Shift` | h_t along a direction, at every step (Haas et al.; Asyrp) |
+| `Swap` | h_t, towards that of another run |
+| `Cross` (cross.py) | x_t and h_t across boundaries, at one step (Zhu et al.) |
+| `MoveX` | x_t along a vector, at one step (LOCO-Edit; Park et al.) |
+| `MoveNoise` | x_T and the noise of every step |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import Injection, Trajectory, at_step
+from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.directions.asyrp import DeltaFunction
+from workbench.directions.direction import Direction, finite
+from workbench.io import provenance_mismatch
+
+
+class NotApplicable(ValueError):
+    """A method or an edit has nothing to offer here, for the reason that it says."""
+
+
+class Edit:
+    """An edit of the runs of a model; subclasses say what it changes.
+
+    Attributes
+    ----------
+    name : str
+    unit : str
+        Of the scale: "sigma" is one standard deviation of the population's projection on the direction.
+    """
+
+    name: str
+    unit: str = "sigma"
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        """The edited runs, not run yet, one a scale; the run itself where a scale changes nothing.
+
+        Raises
+        ------
+        ValueError
+            If the edit does not fit the run, or a scale is not finite.
+        """
+        raise NotImplementedError
+
+    def plain(self, run: Trajectory) -> Trajectory:
+        """The run that edited images are compared with: the same process without the change."""
+        return run
+
+    def labels(self, scales: Sequence[float]) -> tuple[str, ...]:
+        """A caption for each scale."""
+        return tuple(f"{scale:+g} {self.unit}" if scale else "0" for scale in scales)
+
+    def about(self) -> dict:
+        """What the edit is, as JSON can hold it."""
+        return {"name": self.name, "unit": self.unit}
+
+    def __neg__(self) -> Edit:
+        return Turned(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Turned(Edit):
+    """An edit with the sign of its scales turned."""
+
+    edit: Edit
+
+    @property
+    def name(self) -> str:
+        return f"-{self.edit.name}"
+
+    @property
+    def unit(self) -> str:
+        return self.edit.unit
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        return self.edit.plan(run, [-scale for scale in scales])
+
+    def plain(self, run: Trajectory) -> Trajectory:
+        return self.edit.plain(run)
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Edit):
+    """h_t <- h_t + scale * sigma_t * v_t (Haas et al. eq. 6), or h_t + scale * f(h_t, t) (Asyrp).
+
+    Attributes
+    ----------
+    direction : Direction or DeltaFunction
+    asymmetric : bool
+        Edit P_t alone (Asyrp eq. 5); by default P_t and D_t (symmetric, Haas et al.).
+    t_range : (int, int), optional
+        (from, to): the edit acts at from >= t >= to. By default at all timesteps.
+    gain : {None, "match"}
+        "match" scales an asymmetric edit, step by step, to the first-order effect of the symmetric one.
+    """
+
+    direction: Direction | DeltaFunction
+    asymmetric: bool = False
+    t_range: tuple[int, int] | None = None
+    gain: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.direction.name
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        first = self._first(run)
+        injections = [self.injection(run, scale) if finite(scale, "a scale") else None for scale in scales]
+        return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
+
+    def injection(self, run: Trajectory, scale: float) -> Injection:
+        """What happens to h at every step of the run."""
+        scale, weights = finite(scale, "scale"), self._weights(run)
+        if isinstance(self.direction, DeltaFunction):
+            self.direction.check_fits(run.model)
+            weights = (scale * weights).tolist()
+
+            def change(i: int, h: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor | None:
+                return h + weights[i] * self.direction(h, run.timesteps[i]) if weights[i] else None
+
+            return Injection(change, self.asymmetric, run.timesteps)
+        self.direction.check_fits(run.model, run.timesteps)
+        values = self.direction.delta(scale) * weights.view(-1, 1, 1, 1)
+        return replace(Injection.adding(values[:, None], asymmetric=self.asymmetric), timesteps=run.timesteps)
+
+    def about(self) -> dict:
+        about = {"asymmetric": self.asymmetric, "t_range": self.t_range and list(self.t_range), "gain": self.gain}
+        return super().about() | getattr(self.direction, "provenance", {}) | about
+
+    def _weights(self, run: Trajectory) -> torch.Tensor:
+        """Factor of the edit at every step: 0 outside of t_range, else `match_gain` if asked for, else 1."""
+        if self.gain not in (None, "match"):
+            raise ValueError(f'gain {self.gain!r} is not known; it is None or "match"')
+        weights = torch.tensor(active_steps(run, self.t_range)).float()
+        if self.gain is None or not self.asymmetric:
+            return weights
+        schedule = run.model.schedule
+        steps = zip(schedule.pairs(run.timesteps), run.etas, strict=True)
+        return weights * torch.tensor([match_gain(schedule, pair, eta=eta) for pair, eta in steps])
+
+    def _first(self, run: Trajectory) -> int:
+        """The first step that the edit changes; 0 if there is none."""
+        acts = self._weights(run) != 0
+        if isinstance(self.direction, Direction):
+            self.direction.check_fits(run.model, run.timesteps)
+            acts &= self.direction.delta().flatten(1).any(dim=1)
+        return int(acts.int().argmax())
+
+
+@dataclass(frozen=True, eq=False)
+class Swap(Edit):
+    """Another run's h in place of the run's own (Haas et al. Fig. 2a), or blended with it (InjectFusion).
+
+    Attributes
+    ----------
+    donor : Trajectory with recorded h
+        One sample, or as many as the run has.
+    mode : {"replace", "slerp"}
+        "replace": any scale but 0 puts the donor's h in place. "slerp": the scale is the donor's weight in [0, 1] on
+        the sphere, at the norm of the run's own h.
+    asymmetric, t_range
+        As of `Shift`.
+    """
+
+    donor: Trajectory
+    mode: str = "replace"
+    asymmetric: bool = False
+    t_range: tuple[int, int] | None = None
+    unit: str = "weight"
+
+    @property
+    def name(self) -> str:
+        return f"h of another sample ({self.mode})"
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        first = active_steps(run, self.t_range).index(True)
+        injections = [self.injection(run, scale) if scale else None for scale in scales]
+        return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
+
+    def injection(self, run: Trajectory, scale: float) -> Injection:
+        """What happens to h at every step of the run."""
+        if self.mode not in ("replace", "slerp"):
+            raise ValueError(f"mode {self.mode!r} is not known; it is one of add, replace, slerp")
+        values, active = self._donor_h(run), active_steps(run, self.t_range)
+        if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
+            raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
+
+        def change(i: int, h: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor | None:
+            if not active[i] or (self.mode == "slerp" and scale == 0.0):
+                return None
+            donor = at_step(values, i, samples).to(h).expand_as(h)
+            return donor if self.mode == "replace" else slerp(h, donor, scale)
+
+        return Injection(change, self.asymmetric, run.timesteps)
+
+    def _donor_h(self, run: Trajectory) -> torch.Tensor:
+        donor = self.donor
+        h = donor.h if isinstance(donor, Trajectory) else None
+        if h is None:
+            raise ValueError(
+                'modes "replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)'
+            )
+        refuse_other_model(run.model, donor.model, "the donor")
+        if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
+            raise ValueError(
+                f"the donor has {len(donor)} samples at {donor.steps} timesteps; it needs 1 or {len(run)} samples "
+                f"and the run's own {run.steps} timesteps"
+            )
+        return h.values
+
+
+@dataclass(frozen=True, eq=False)
+class MoveX(Edit):
+    """x_t <- x_t + scale * vector at one timestep, then the run's own process (LOCO-Edit; Park et al.).
+
+    Attributes
+    ----------
+    vector : Tensor of shape (C, H, W)
+    t : int
+        A visited timestep.
+    name, unit : str
+    """
+
+    vector: torch.Tensor = field(repr=False)
+    t: int
+    name: str
+    unit: str = "length in x_t"
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        x_t, first = run.x_at(self.t), index_of(self.t, run.timesteps)
+        vector = self.vector.to(x_t)
+        return [run.tail(first, x_t + s * vector) if finite(s, "scale") else run for s in scales]
+
+
+@dataclass(frozen=True, eq=False)
+class MoveNoise(Edit):
+    """x_T and every z_t moved along directions of their own; z_t of a step that adds no noise stays 0.
+
+    Attributes
+    ----------
+    units : Tensor of shape (1 + steps, C, H, W)
+        For x_T, then for every step.
+    timesteps : tuple of int
+        Of the runs that it edits.
+    name, unit : str
+    """
+
+    units: torch.Tensor = field(repr=False)
+    timesteps: tuple[int, ...] = field(repr=False)
+    name: str
+    unit: str = "sd of each noise"
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        if run.timesteps != self.timesteps:
+            raise NotApplicable(
+                "the noise of other timesteps is other noise; find the move with the run's own timesteps"
+            )
+        noise = run.noise
+        stochastic = noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
+        moved = [(run.x_T + s * self.units[0], noise + s * stochastic * self.units[1:, None]) for s in scales]
+        return [
+            replace(run, x_T=x_T, stored_noise=z, seeds=None) if finite(s, "scale") else run
+            for s, (x_T, z) in zip(scales, moved, strict=True)
+        ]
+
+
+def as_edit(found: Edit | Direction | DeltaFunction, **options) -> Edit:
+    """An edit as it is; a direction as a `Shift` with these options."""
+    if isinstance(found, Edit):
+        return found
+    if not isinstance(found, Direction | DeltaFunction):
+        raise ValueError(f"an edit is a Direction, a DeltaFunction or an Edit, not a {type(found).__name__}")
+    return Shift(found, **options)
+
+
+def check_run(model: Model, run: Trajectory) -> None:
+    """Refuse a run of another model, or one that is edited already."""
+    refuse_other_model(model, run.model, "the run")
+    if run.edit is not None:
+        raise ValueError("this run is edited already; edit the plain run, with the sum of both directions")
+
+
+def refuse_other_model(model: Model, other: Model, whose: str) -> None:
+    """ValueError if something comes from other weights, another tap or another noise schedule."""
+    if other.hash != model.hash or other.tap != model.tap:
+        raise ValueError(
+            f"{whose} comes from {other.name!r} tapped {other.tap!r} the mid block (weights {other.hash}), "
+            f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
+        )
+    if different := provenance_mismatch(other.provenance(), model.provenance()):
+        raise ValueError(f"{whose} comes from {other.name!r} with another {different}; sample it again with this model")
+
+
+def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool, ...]:
+    """Which steps of a run lie in the range (from, to), from >= t >= to; ValueError if none does."""
+    if t_range is None:
+        return (True,) * run.steps
+    high, low = t_range
+    active = tuple(low <= t <= high for t in run.timesteps)
+    if not any(active):
+        raise ValueError(
+            f"no visited timestep lies in t_range {high}..{low}; this run visits {run.timesteps[0]}, ..., "
+            f"{run.timesteps[-1]} (give the noisier end first)"
+        )
+    return active
+
+
+def eps_effects(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> tuple[float, float]:
+    """By how much a change of eps moves x_prev, through P_t and through D_t, at the step from t to t_prev.
+
+    c_P = -sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar), c_D = sqrt(1 - alpha_bar_prev - sigma^2); from DDIM eq. 12.
+    """
+    t, t_prev = pair
+    a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    c_p = -((a_prev * (1.0 - a) / a) ** 0.5)
+    c_d = (1.0 - a_prev - schedule.sigma(t, t_prev, eta) ** 2) ** 0.5
+    return c_p, c_d
+
+
+def match_gain(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> float:
+    """Factor |c_P + c_D| / |c_P| in (0, 1] that gives an asymmetric edit the first-order effect of the symmetric one.
+
+    A change of eps moves x_prev by c_P + c_D (`eps_effects`) if it enters P_t and D_t, and by c_P if it enters P_t
+    alone. The two have opposite signs, so the asymmetric edit is the stronger one, the more so the smaller the step
+    (Asyrp, Theorem 1).
+    """
+    c_p, c_d = eps_effects(schedule, pair, eta=eta)
+    return abs(c_p + c_d) / abs(c_p)
+
+
+def slerp(h: torch.Tensor, other: torch.Tensor, weight: float) -> torch.Tensor:
+    """Spherical interpolation of each sample from h to `other` at the norm of h (InjectFusion, arXiv 2303.15403)."""
+    a, b = h.flatten(1), other.flatten(1)
+    norm = a.norm(dim=1, keepdim=True)
+    a, b = F.normalize(a), F.normalize(b)
+    angle = torch.arccos((a * b).sum(1, keepdim=True).clamp(-1.0, 1.0))
+    small = angle < 1e-4
+    sine = torch.where(small, torch.ones_like(angle), torch.sin(angle))
+    u = torch.where(small, torch.full_like(angle, 1.0 - weight), torch.sin((1.0 - weight) * angle) / sine)
+    v = torch.where(small, torch.full_like(angle, weight), torch.sin(weight * angle) / sine)
+    return ((u * a + v * b) * norm).view_as(h)

@@ -1,0 +1,381 @@
+"""What edits do, measured by making them: a judge's scores and the change of the images, as one tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.analysis.effect_metrics import EffectMatrix, effect_matrix, monotonicity, success_rate
+from workbench.analysis.image_metrics import kernel_distance, peak_signal_to_noise
+from workbench.analysis.intervals import Estimate, mean_interval
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import Trajectory, batches, progress_bar, replay
+from workbench.directions.direction import Direction
+from workbench.editing.edits import Edit, as_edit, check_run
+from workbench.editing.render import name_edits, run_plans
+
+Classifier = Callable[[torch.Tensor], pd.DataFrame]
+
+IMAGE_BYTES = 2**28
+"""Upper bound of the edited images in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Scores before and after edits, and how far the images moved.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row an edit, scale, sample and attribute: `edit`, `scale` (in the edit's unit), `seed` (of inverted images
+        their position), `attribute`, the score `before` (of the same process without the change) and `after`; and of
+        the image `rms` (root mean square change), `psnr` against that process and `psnr_image` against the sample's
+        own image (dB), and `psnr_outside` of the attribute's region where that is known.
+    realism : DataFrame
+        One row an edit and scale: `kid`, the `kernel_distance` of the judge's features from those of real images. Empty
+        if none were given.
+    """
+
+    table: pd.DataFrame = field(repr=False)
+    realism: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+
+    @property
+    def edits(self) -> list[str]:
+        """Names of the edits."""
+        return list(self.table["edit"].unique())
+
+    @property
+    def scales(self) -> list[float]:
+        """Scales that were measured, ascending."""
+        return sorted(float(s) for s in self.table["scale"].unique())
+
+    def scores(self, edit: str, scale: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Scores before and after one edit.
+
+        Returns
+        -------
+        before, after : DataFrame of shape (n, attributes), indexed by seed
+
+        Raises
+        ------
+        ValueError
+            If that edit was not measured.
+        """
+        rows = self.table[(self.table["edit"] == edit) & (self.table["scale"] == scale)]
+        if rows.empty:
+            raise ValueError(
+                f"there is no edit {edit!r} at scale {scale:g}; measured are {', '.join(self.edits)} at "
+                f"{', '.join(f'{s:g}' for s in self.scales)}"
+            )
+        attributes, seeds = rows["attribute"].unique(), rows["seed"].unique()
+        wide = rows.pivot(index="seed", columns="attribute", values=["before", "after"])
+        before, after = (wide[which].loc[seeds, attributes] for which in ("before", "after"))
+        return before, after
+
+    def change(self, edit: str, scale: float) -> pd.DataFrame:
+        """after - before of one edit, (n, attributes), indexed by seed; raises as `scores`."""
+        before, after = self.scores(edit, scale)
+        return after - before
+
+    def success(self, attribute: str, *, edit: str | None = None, threshold: float = 0.5) -> dict[float, Estimate]:
+        """`success_rate` of an attribute at every scale, ascending, of the edit of that name or another."""
+        name = attribute if edit is None else edit
+        return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}
+
+    def matrix(self, scale: float | Mapping[str, float], *, resamples: int = 1000, seed: int = 0) -> EffectMatrix:
+        """`effect_matrix` of the edits at one scale, or at a scale for each of some edits."""
+        scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(self.edits, scale)
+        both = {name: self.scores(name, s) for name, s in scales.items()}
+        before, after = ({name: scores[i] for name, scores in both.items()} for i in (0, 1))
+        return effect_matrix(before, after, resamples=resamples, seed=seed)
+
+    def curves(self, attribute: str, *, lacking: bool = False) -> pd.DataFrame:
+        """Mean change of an attribute's score against the scale, to draw.
+
+        Parameters
+        ----------
+        attribute : str
+        lacking : bool
+            Only over samples whose score was at most 0.5.
+
+        Returns
+        -------
+        DataFrame, one row an edit and scale
+            `edit`, `scale`, `value` with its 95% interval `low`, `high`, and `n`.
+        """
+        table = self.table[self.table["attribute"] == attribute]
+        if lacking:
+            table = table[table["before"] <= 0.5]
+        rows = []
+        for (edit, scale), part in table.groupby(["edit", "scale"], sort=False):
+            change = (part["after"] - part["before"]).to_numpy()
+            low, high = mean_interval(change)
+            rows.append(
+                {"edit": edit, "scale": scale, "value": change.mean(), "low": low, "high": high, "n": len(part)}
+            )
+        return pd.DataFrame(rows)
+
+    def summary(self, attribute: str) -> pd.DataFrame:
+        """What the edits do to one attribute, to all others, and to the image.
+
+        Returns
+        -------
+        DataFrame, one row an edit and scale
+            `edit`, `scale`; `change` of the attribute's score with its 95% interval `low`, `high` over the samples;
+            `gained`, the share of the samples without the attribute that have it afterwards, and `lost`, the share of
+            those with it that have not, with their numbers (`without`, `with`); `others`, the mean size of the change
+            of all other attributes; median `psnr` and `psnr_image`; `kid` if known; `n`.
+        """
+        rows = []
+        for (edit, scale), part in self.table.groupby(["edit", "scale"], sort=False):
+            own, others = part[part["attribute"] == attribute], part[part["attribute"] != attribute]
+            change = own["after"] - own["before"]
+            low, high = mean_interval(change)
+            has, had = own["after"] > 0.5, own["before"] > 0.5
+            rows.append(
+                {
+                    "edit": edit,
+                    "scale": scale,
+                    "change": change.mean(),
+                    "low": low,
+                    "high": high,
+                    "gained": has[~had].mean(),
+                    "without": int((~had).sum()),
+                    "lost": (~has)[had].mean(),
+                    "with": int(had.sum()),
+                    "others": (others["after"] - others["before"]).abs().mean(),
+                    "psnr": own["psnr"].median(),
+                    "psnr_image": own["psnr_image"].median(),
+                    "n": len(own),
+                }
+            )
+        table = pd.DataFrame(rows)
+        return table if self.realism.empty else table.merge(self.realism, on=["edit", "scale"])
+
+    def monotonicity(self, attribute: str) -> pd.Series:
+        """Mean rank correlation of an attribute's score with the scale over the samples, one value an edit."""
+        table = self.table[self.table["attribute"] == attribute]
+        found = {}
+        for edit, part in table.groupby("edit", sort=False):
+            wide = part.pivot(index="seed", columns="scale", values="after")
+            found[edit] = float(np.nanmean(monotonicity(wide, list(wide.columns))))
+        return pd.Series(found, name=attribute)
+
+    def __repr__(self) -> str:
+        return (
+            f"Effects({len(self.edits)} edits at scales {', '.join(f'{s:g}' for s in self.scales)}, "
+            f"{self.table['seed'].nunique()} samples, {self.table['attribute'].nunique()} attributes)"
+        )
+
+
+def measure(
+    run: Trajectory,
+    edits: Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction],
+    scales: Sequence[float],
+    *,
+    classifier: Classifier,
+    masks: Mapping[str, np.ndarray] | None = None,
+    real: torch.Tensor | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Edit samples and score the images; only the measurements are kept.
+
+    Parameters
+    ----------
+    run : Trajectory
+        The samples, not edited yet. Take others than the edits were found with.
+    edits : Edit or Direction, a sequence or a mapping of them
+        A Direction is a `Shift`; a mapping gives names.
+    scales : sequence of float
+        In the unit of the edits.
+    classifier : callable (images of shape (n, C, H, W)) -> DataFrame of shape (n, attributes), values in [0, 1]
+        Another one than the edits were found with: whoever labels does not judge.
+    masks : mapping of attribute -> bool array of shape (H, W), optional
+        Where an attribute can be; `psnr_outside` is measured outside of it.
+    real : Tensor of shape (n, C, H, W), optional
+        Real images; then the classifier has `features` too, and `kid` is measured.
+    batch_size : int, optional
+        Cells a pass; chosen by the model if not given.
+    progress : bool
+
+    Returns
+    -------
+    Effects
+
+    Raises
+    ------
+    ValueError
+        If there is no edit or scale, two edits have the same name, one does not fit the run, or the classifier's table
+        does not fit the images.
+    """
+    check_run(run.model, run)
+    named, scales = name_edits(edits), [float(s) for s in dict.fromkeys(scales)]
+    if not named or not scales:
+        raise ValueError("effects are measured of at least one edit at at least one scale")
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two edits are named {twice!r}; give a mapping of name -> edit")
+    plans, plains = [edit.plan(run, scales) for _, edit in named], _Plains(run)
+    plain_of = [plains.position(edit.plain(run)) for _, edit in named]
+    ids = np.arange(len(run)) if run.seeds is None else np.array(run.seeds)
+    size = max(1, IMAGE_BYTES // (4 * len(named) * len(scales) * run.x0[0].numel()))
+    tables, features = [], [[] for _ in named]
+    with progress_bar(len(run) * len(named) * len(scales), run.steps, "editing", show=progress) as bar:
+        for samples in batches(len(run), size):
+            part = run[samples]
+            parts = [[part if plan is run else plan[samples] for plan in row] for row in plans]
+            edited = run_plans(part, parts, batch_size=batch_size, progress=bar)
+            unedited = plains.images(part, samples, batch_size)
+            scores = [_checked(classifier(images), len(images)) for images in unedited]
+            for e, name in enumerate(names):
+                images, plain = edited[e], unedited[plain_of[e]]
+                tables.append(_table(classifier, scores[plain_of[e]], images, name, scales, ids[samples]))
+                _add_image_measures(tables[-1], images, plain, part.x0, masks or {})
+                if real is not None:
+                    features[e].append([classifier.features(column) for column in images.unbind(1)])
+    rows = []
+    if real is not None:
+        target = classifier.features(real)
+        for name, chunks in zip(names, features, strict=True):
+            for scale, *columns in zip(scales, *chunks, strict=True):
+                rows.append({"edit": name, "scale": scale, "kid": kernel_distance(np.concatenate(columns), target)})
+    table = pd.concat(tables, ignore_index=True)
+    order = {name: i for i, name in enumerate(names)}
+    table = table.sort_values("edit", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    return Effects(table, pd.DataFrame(rows))
+
+
+class _Plains:
+    """The processes without a change that edits of a run are compared with, each once."""
+
+    def __init__(self, run: Trajectory) -> None:
+        self.run, self._found = run, []
+
+    def position(self, plain: Trajectory) -> int:
+        """Where a process stands in the list; a new one is added."""
+        for i, other in enumerate(self._found):
+            same = (plain.timesteps, plain.etas, plain.seeds) == (other.timesteps, other.etas, other.seeds)
+            kept = plain.stored_noise is None and other.stored_noise is None and plain.edit is other.edit is None
+            if plain is other or (same and kept and torch.equal(plain.x_T, other.x_T)):
+                return i
+        self._found.append(plain)
+        return len(self._found) - 1
+
+    def images(self, part: Trajectory, samples: slice, batch_size: int | None) -> list[torch.Tensor]:
+        """What each gives for some of the samples."""
+        found = []
+        for plain in self._found:
+            if plain is not self.run:
+                plans = [[plain[samples]]]
+                found.append(run_plans(part, plans, batch_size=batch_size, progress=False)[0, :, 0])
+            else:
+                found.append(part.x0 if part.seeds is not None else replay(part, progress=False).x0)
+        return found
+
+
+def _table(
+    classifier: Classifier,
+    before: pd.DataFrame,
+    edited: torch.Tensor,
+    name: str,
+    scales: list[float],
+    ids: np.ndarray,
+) -> pd.DataFrame:
+    """Scores of one edit of some samples; `edited` has shape (n, scales, C, H, W)."""
+    after = _checked(classifier(edited.flatten(0, 1)), len(ids) * len(scales))
+    attributes = list(before.columns)
+    if list(after.columns) != attributes:
+        raise ValueError(f"the classifier gave the attributes {attributes} and then {list(after.columns)}")
+    cells = pd.MultiIndex.from_product([ids, scales, attributes], names=["seed", "scale", "attribute"])
+    table = cells.to_frame(index=False)[["scale", "seed", "attribute"]]
+    table.insert(0, "edit", name)
+    scores = before.to_numpy(dtype=float)[:, None, :]
+    table["before"] = np.broadcast_to(scores, (len(ids), len(scales), len(attributes))).ravel()
+    table["after"] = after.to_numpy(dtype=float).ravel()
+    return table
+
+
+def _add_image_measures(
+    table: pd.DataFrame, edited: torch.Tensor, plain: torch.Tensor, own: torch.Tensor, masks: Mapping[str, np.ndarray]
+) -> None:
+    attributes, (n, k) = list(table["attribute"].unique()), edited.shape[:2]
+    values = edited.flatten(0, 1).numpy()
+    before, image = (x.repeat_interleave(k, dim=0).numpy() for x in (plain, own))
+    measured = {
+        "rms": np.sqrt(((values - before) ** 2).mean(axis=(1, 2, 3))),
+        "psnr": peak_signal_to_noise(values, before),
+        "psnr_image": peak_signal_to_noise(values, image),
+    }
+    for name, value in measured.items():
+        table[name] = np.repeat(value, len(attributes))
+    outside = np.full((n * k, len(attributes)), np.nan)
+    for a, attribute in enumerate(attributes):
+        if attribute in masks:
+            outside[:, a] = peak_signal_to_noise(values, before, mask=~masks[attribute])
+    table["psnr_outside"] = outside.ravel()
+
+
+def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
+    if not isinstance(scores, pd.DataFrame) or len(scores) != n:
+        shape = getattr(scores, "shape", None)
+        raise ValueError(
+            f"the classifier gave {type(scores).__name__} of shape {shape} for {n} images; "
+            "it must give a DataFrame with one row an image and one column an attribute"
+        )
+    return scores
+
+
+def measure_effects(
+    model: Model,
+    runs: Trajectory,
+    directions: Direction | Sequence[Direction] | Mapping[str, Direction],
+    *,
+    classifier: Classifier,
+    scales: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
+    asymmetric: bool = False,
+    gain: str | None = None,
+    t_range: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Edit samples along directions and score the images; `measure` of a `Shift` each.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+        The samples, not edited yet. Take others than the directions were found with.
+    directions : Direction, sequence of Direction, or mapping of name -> Direction
+    classifier
+        As in `measure`.
+    scales : sequence of float
+        In standard deviations of the population's projection.
+    asymmetric, gain, t_range
+        As in `edit`.
+    batch_size, progress
+        As in `measure`.
+
+    Returns
+    -------
+    Effects
+        An inverted image is compared with its own reconstruction.
+
+    Raises
+    ------
+    ValueError
+        As `measure`.
+    """
+    check_run(model, runs)
+    ways = {"asymmetric": asymmetric, "gain": gain, "t_range": t_range}
+    if not isinstance(directions, Mapping):
+        directions = directions if isinstance(directions, Sequence) else [directions]
+        edits = [as_edit(direction, **ways) for direction in directions]
+    else:
+        edits = {name: as_edit(direction, **ways) for name, direction in directions.items()}
+    return measure(runs, edits, scales, classifier=classifier, batch_size=batch_size, progress=progress)

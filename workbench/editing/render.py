@@ -1,0 +1,344 @@
+"""The renderer: runs the plans of edits in shared batches, and lays the images out as a grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import (
+    Trajectory,
+    batches,
+    check_batch_size,
+    check_residual,
+    denoise,
+    progress_bar,
+    replay,
+)
+from workbench.directions.asyrp import DeltaFunction
+from workbench.directions.direction import Direction, finite
+from workbench.editing.edits import Edit, Swap, as_edit, check_run
+from workbench.io import written
+from workbench.paths import local
+
+
+@dataclass(frozen=True, eq=False)
+class EditGrid:
+    """Images of edits and what they are.
+
+    Attributes
+    ----------
+    images : Tensor of shape (rows, columns, C, H, W), float32, nominally in [-1, 1]
+    row_labels : tuple of str
+        Sample, or edit and sample.
+    column_labels : tuple of str
+        Scale in the edits' unit.
+    provenance : dict
+        Model, seeds, timesteps, etas, edits, scales.
+    """
+
+    images: torch.Tensor = field(repr=False)
+    row_labels: tuple[str, ...]
+    column_labels: tuple[str, ...]
+    provenance: dict = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write images, labels and provenance to a safetensors file."""
+        header = {"rows": self.row_labels, "columns": self.column_labels, "provenance": self.provenance}
+        with written(path) as partial:
+            save_file({"images": self.images}, partial, metadata={"edit_grid": json.dumps(header)})
+        return local(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EditGrid:
+        """Read a grid that `save` wrote; ValueError if the file holds something else."""
+        path = local(path)
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("edit_grid", "{}"))
+            if not header:
+                raise ValueError(f"{path} is a safetensors file but not a saved edit grid")
+            return cls(file.get_tensor("images"), tuple(header["rows"]), tuple(header["columns"]), header["provenance"])
+
+    def __repr__(self) -> str:
+        rows, columns = self.images.shape[:2]
+        return f"EditGrid({rows} x {columns} images, {', '.join(self.column_labels)})"
+
+
+def render(
+    run: Trajectory,
+    edits: Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction],
+    scales: Sequence[float],
+    *,
+    residual: bool = False,
+    batch_size: int | None = None,
+    progress: bool | tqdm = True,
+) -> EditGrid:
+    """Edit several samples in one or several ways at several scales.
+
+    All cells run in shared batches; the steps before an edit begins are computed once a sample. Where a scale changes
+    nothing, the cell is the sample itself.
+
+    Parameters
+    ----------
+    run : Trajectory
+        The samples, not edited yet.
+    edits : Edit or Direction, a sequence or a mapping of them
+        A Direction is a `Shift`. The names of a mapping stand in the rows' labels.
+    scales : sequence of float
+        One column each, in the unit of the edit.
+    residual : bool
+        Of inverted images: add to every cell what the reconstruction lacks. An unedited cell is then the image itself.
+    batch_size : int, optional
+        Cells a pass; chosen by the model if not given.
+    progress : bool or tqdm
+
+    Returns
+    -------
+    EditGrid
+        One row an edit and sample, the samples of an edit together.
+
+    Raises
+    ------
+    ValueError
+        If there is no edit or scale, one does not fit the run, the run is edited already, or a residual is asked for
+        that it does not have.
+    """
+    named = name_edits(edits)
+    check_run(run.model, run)
+    plans = [edit.plan(run, scales) for _, edit in named]
+    if not plans or not plans[0]:
+        raise ValueError("an edit grid needs at least one edit and one scale")
+    images = run_plans(run, plans, residual=residual, batch_size=batch_size, progress=progress)
+    return EditGrid(
+        images.flatten(0, 1),
+        row_labels=tuple(f"{name}\n{sample}" for name, _ in named for sample in sample_labels(run)),
+        column_labels=named[0][1].labels(scales),
+        provenance={
+            "model": run.model.provenance(),
+            "seeds": None if run.seeds is None else list(run.seeds),
+            "timesteps": list(run.timesteps),
+            "etas": list(run.etas),
+            "edits": [edit.about() | {"name": name} for name, edit in named],
+            "scales": _as_json(scales),
+            "residual": residual,
+        },
+    )
+
+
+def run_plans(
+    run: Trajectory,
+    plans: Sequence[Sequence[Trajectory]],
+    *,
+    residual: bool = False,
+    batch_size: int | None = None,
+    progress: bool | tqdm = True,
+) -> torch.Tensor:
+    """The images of plans of one run, one list of them an edit; shape (edits, n, scales, C, H, W).
+
+    Cells of equal timesteps and etas share batches. A plan that is the run itself is not run again, unless it is an
+    inversion, whose reconstruction is what its edits are to be compared with.
+    """
+    if residual:
+        check_residual(run)
+    n, k = len(run), len(plans[0])
+    images = run.x0.repeat(len(plans), k, 1, 1, 1, 1).transpose(1, 2).contiguous()
+    cells = [(e, s, c) for e in range(len(plans)) for s in range(n) for c in range(k)]
+    groups: dict[tuple, list[tuple[int, int, int]]] = {}
+    for e, s, c in cells:
+        plan = plans[e][c]
+        if plan is not run:
+            key = plan.timesteps, plan.etas, plan.edit is not None and plan.edit.asymmetric
+            groups.setdefault(key, []).append((e, s, c))
+    size = check_batch_size(batch_size, run.model, len(cells))
+    steps = sum(len(group) * len(timesteps) for (timesteps, *_), group in groups.items())
+    todo = sum(map(len, groups.values()))
+    with progress_bar(todo, max(round(steps / max(todo, 1)), 1), "editing", show=progress) as bar:
+        for group in groups.values():
+            for batch in batches(len(group), size):
+                e, s, c = (torch.tensor(column) for column in zip(*group[batch], strict=True))
+                images[e, s, c] = _run_cells([(plans[i][j], k) for i, k, j in group[batch]], bar)
+                if residual:
+                    images[e, s, c] += run.residual[s]
+        if run.seeds is None and not residual and any(plan is run for row in plans for plan in row):
+            plain = replay(run, progress=bar).x0
+            for e, row in enumerate(plans):
+                for c, plan in enumerate(row):
+                    if plan is run:
+                        images[e, :, c] = plain
+    return images
+
+
+def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tensor:
+    """One batch: plans of the same timesteps and etas, each with the position of a sample; (cells, C, H, W)."""
+    plan, model = cells[0][0], cells[0][0].model
+    rows_of: dict[int, list[int]] = {}
+    sources: dict[tuple, list[int]] = {}  # cells that draw from the same noise
+    for row, (each, _) in enumerate(cells):
+        rows_of.setdefault(id(each), []).append(row)
+        sources.setdefault((each.seeds, id(each.stored_noise)), []).append(row)
+    samples = torch.tensor([sample for _, sample in cells])
+
+    def noise(i: int) -> torch.Tensor:
+        z = torch.empty(len(cells), *model.image_shape)
+        for rows in sources.values():
+            different, inverse = torch.unique(samples[rows], return_inverse=True)
+            z[rows] = cells[rows[0]][0].noise_at(i, different)[inverse]
+        return z.to(model.device)
+
+    def edit_h(i: int, h: torch.Tensor) -> torch.Tensor | None:
+        edited = None
+        for rows in rows_of.values():
+            edit = cells[rows[0]][0].edit
+            own = None if edit is None else edit.change(i, h[rows], samples[rows])
+            if own is not None:
+                edited = h.clone() if edited is None else edited  # in the memory format of the network's own
+                edited[rows] = own
+        return edited
+
+    with torch.inference_mode():
+        return denoise(
+            model,
+            torch.stack([each.x_T[sample] for each, sample in cells]).to(model.device),
+            pairs=model.schedule.pairs(plan.timesteps) if plan.timesteps else [],  # none: an edit of the image itself
+            etas=plan.etas,
+            noise=noise,
+            edit_h=edit_h,
+            asymmetric=any(each.edit is not None and each.edit.asymmetric for each, _ in cells),
+            on_step=lambda *_: bar.update(len(cells)),
+        ).cpu()
+
+
+def name_edits(
+    edits: Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction],
+) -> list[tuple[str, Edit]]:
+    """Edits with their names, or with those of a mapping."""
+    if isinstance(edits, Mapping):
+        return [(name, as_edit(edit)) for name, edit in edits.items()]
+    listed = [as_edit(edit) for edit in (edits if isinstance(edits, Sequence) else [edits])]
+    return [(edit.name, edit) for edit in listed]
+
+
+def sample_labels(run: Trajectory) -> tuple[str, ...]:
+    """Names of the samples: their seeds, or positions of inverted images."""
+    return tuple(f"image {s}" if run.seeds is None else f"seed {run.seeds[s]}" for s in range(len(run)))
+
+
+def _as_json(scales: Sequence[float] | Mapping[str, Sequence[float]]) -> list | dict:
+    if isinstance(scales, Mapping):
+        return {space: _as_json(values) for space, values in scales.items()}
+    return np.asarray(scales, dtype=float).tolist()
+
+
+def edit(
+    model: Model,
+    run: Trajectory,
+    direction: Direction | DeltaFunction | Trajectory,
+    *,
+    scale: float = 1.0,
+    mode: str = "add",
+    asymmetric: bool = False,
+    t_range: tuple[int, int] | None = None,
+    gain: str | None = None,
+    residual: bool = False,
+    record_h: bool = False,
+    progress: bool = True,
+) -> Trajectory:
+    """Run a trajectory again with its h edited: same x_T, same noise.
+
+    h_t <- h_t + scale * sigma_t * v_t (Haas et al. eq. 6)
+
+    Parameters
+    ----------
+    model : Model
+        The model that the run comes from, at the tap of the direction.
+    run : Trajectory
+        Not edited yet.
+    direction : Direction, DeltaFunction, or Trajectory with recorded h
+        For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`.
+    scale : float, default 1
+        In standard deviations of the population's projection; of a DeltaFunction, a factor of its Delta h. For "slerp"
+        the weight of the donor, in [0, 1]. Not used by "replace".
+    mode : {"add", "replace", "slerp"}
+        "replace" is the swap of Haas et al. Fig. 2a, "slerp" the normalised interpolation of InjectFusion.
+    asymmetric : bool
+        Edit P_t alone (Asyrp eq. 5); by default P_t and D_t (symmetric, Haas et al.).
+    t_range : (int, int), optional
+        (from, to): the edit acts at from >= t >= to. By default at all timesteps.
+    gain : {None, "match"}
+        "match" scales an asymmetric edit, step by step, to the first-order effect of the symmetric one.
+    residual : bool
+        Of an inverted image: add what its reconstruction lacks, as `replay` does.
+    record_h : bool
+        Keep the network's own h_t of the edited run.
+    progress : bool
+
+    Returns
+    -------
+    Trajectory
+        Its x0 are the edited images. Scale 0 gives the unedited ones, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        If the direction belongs to another model, tap or number of steps, the run is edited already, or a residual is
+        asked for that it does not have.
+    """
+    check_run(model, run)
+    if mode == "add":
+        change = as_edit(direction, asymmetric=asymmetric, t_range=t_range, gain=gain)
+    else:
+        change = Swap(direction, mode, asymmetric=asymmetric, t_range=t_range)
+    injection = change.injection(run, finite(scale, "scale"))
+    return replay(run, edit=injection, residual=residual, record_h=record_h, progress=progress)
+
+
+def edit_grid(
+    model: Model,
+    runs: Trajectory,
+    directions: Direction | Sequence[Direction],
+    *,
+    scales: Sequence[float] = (-3.0, -1.5, 0.0, 1.5, 3.0),
+    asymmetric: bool = False,
+    gain: str | None = None,
+    t_range: tuple[int, int] | None = None,
+    residual: bool = False,
+    batch_size: int | None = None,
+    progress: bool | tqdm = True,
+) -> EditGrid:
+    """Edit several samples along one or several directions at several scales; `render` of a `Shift` each.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Trajectory
+        The samples, not edited yet.
+    directions : Direction or DeltaFunction, or a sequence of them
+    scales : sequence of float
+        In standard deviations of the population's projection; one column each.
+    asymmetric, gain, t_range
+        As in `edit`.
+    residual, batch_size, progress
+        As in `render`.
+
+    Returns
+    -------
+    EditGrid
+        One row a direction and sample, the samples of a direction together.
+
+    Raises
+    ------
+    ValueError
+        As `render`.
+    """
+    check_run(model, runs)
+    directions = directions if isinstance(directions, Sequence) else [directions]
+    edits = [as_edit(each, asymmetric=asymmetric, gain=gain, t_range=t_range) for each in directions]
+    return render(runs, edits, scales, residual=residual, batch_size=batch_size, progress=progress)
