@@ -241,9 +241,7 @@ def difference(
     drawn = {name: {} for name in (first, second)}
     for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
         drawn[c.method][c.attribute] = _at(c.rms, getattr(c, value), change)
-    gaps = [
-        drawn[first][attribute] - drawn[second][attribute] for attribute in drawn[first].keys() & drawn[second].keys()
-    ]
+    gaps = [curve - drawn[second][name] for name, curve in drawn[first].items() if name in drawn[second]]
     if not gaps:
         return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
     mean = _mean(gaps)
@@ -279,7 +277,9 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 means = drawn / seen
             return np.hstack([np.zeros((len(means), 1)), means])
 
-        of = {name: part[name].to_numpy(dtype=float) for name in part.columns.drop(["method", "attribute"])}
+        def of(name: str, part=part) -> np.ndarray:
+            return part[name].to_numpy(dtype=float)
+
         others = [name for name in changes if name != f"change {attribute}"]
         curves.append(
             _Curves(
@@ -287,13 +287,13 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 str(attribute),
                 int(without.sum()),
                 np.concatenate([[0.0], scales]),
-                rms=mean(of["rms"]),
-                effect=mean(of["after"] - of["before"]),
-                success=mean((of["after"] > 0.5).astype(float)),
-                leak=sum(np.abs(mean(of[name])) for name in others),
-                error_outside=mean(4.0 * 10.0 ** (-of["psnr_outside"] / 10.0)),
-                identity=1.0 + mean(of["identity"] - 1.0),
-                perceptual=mean(of["perceptual"]),
+                rms=mean(of("rms")),
+                effect=mean(of("after") - of("before")),
+                success=mean((of("after") > 0.5).astype(float)),
+                leak=sum(np.abs(mean(of(name))) for name in others),
+                error_outside=mean(4.0 * 10.0 ** (-of("psnr_outside") / 10.0)),
+                identity=1.0 + mean(of("identity") - 1.0),
+                perceptual=mean(of("perceptual")),
             )
         )
     if not curves:
