@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
 
+from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
 from workbench.datasets.classifiers import load_classifier, read_attributes
 from workbench.datasets.huggingface import load_clip, load_segmenter
 from workbench.datasets.labelled import load_images

@@ -24,9 +24,10 @@ from workbench.analysis.samples import (
     half_samples,
     over_timesteps,
 )
+from workbench.io import one_of
 
-METHODS = {"pca": "PC", "umap": "UMAP", "pacmap": "PaCMAP", "tsne": "t-SNE"}
-"""Names of the methods that `embed` takes, and of the axes of their maps."""
+# Methods that `embed` takes, and the names of their axes.
+METHODS = {"pca": "PC", "umap": "UMAP", "tsne": "t-SNE"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Embedding:
     Attributes
     ----------
     points : ndarray of shape (n, k), float64
-    method : {"pca", "umap", "pacmap", "tsne"}
+    method : {"pca", "umap", "tsne"}
     backend : str
         The package that made it.
     explained_variance_ratio : ndarray of shape (k,) or None
@@ -112,15 +113,13 @@ def embed(
 ) -> Embedding:
     """Map the samples of one timestep to k dimensions.
 
-    UMAP, PaCMAP and t-SNE are given the first `n_pcs` principal components. All are seeded and run in one thread where
-    threads would change the result, so that the same call gives the same map. UMAP runs on the GPU where cuml is
-    installed.
+    UMAP and t-SNE are given the first `n_pcs` principal components. All are seeded and run in one thread where
+    threads would change the result, so that the same call gives the same map.
 
     Parameters
     ----------
     h : array of shape (n, ...)
-    method : {"pca", "umap", "pacmap", "tsne"}
-        "pacmap" needs the package of that name.
+    method : {"pca", "umap", "tsne"}
     k : int, default 2
         At most n - 1.
     seed : int, default 0
@@ -138,13 +137,11 @@ def embed(
     Raises
     ------
     ValueError
-        If there are fewer samples than components or neighbours, a value is not finite, the method is not known or
-        its package not installed.
+        If there are fewer samples than components or neighbours, a value is not finite, or the method is not known.
     """
     h = check_samples(h)
     n, d = h.shape
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     if not 1 <= k <= min(n - 1, d):
         raise ValueError(f"k is {k}; {n} samples of {d} values have 1 to {min(n - 1, d)} components")
     parameters = {"k": k, "seed": seed, **options}
@@ -188,8 +185,7 @@ def embed_jointly(h_by_t: Any, *, centre: str = "shared", **options) -> JointEmb
     ValueError
         As in `embed`, and if there is only one timestep or their numbers of samples differ.
     """
-    if centre not in ("shared", "timestep"):
-        raise ValueError(f'centre {centre!r} is not known; it is "shared" or "timestep"')
+    one_of("centre", centre, ("shared", "timestep"))
     by_t = {}
     for t, h in over_timesteps(h_by_t):
         if centre == "timestep":
@@ -206,18 +202,8 @@ def _estimator(method: str, k: int, seed: int, neighbours: int, options: dict[st
     if method == "tsne":
         barnes_hut = {"perplexity": neighbours, "init": "pca", "method": "barnes_hut" if k <= 3 else "exact"}
         return TSNE(**common | barnes_hut | options), "scikit-learn"
-    common["n_neighbors"] = neighbours
-    if method == "pacmap":
-        try:
-            return importlib.import_module("pacmap").PaCMAP(**common | options), "pacmap"
-        except ImportError as error:
-            raise ValueError(
-                'method "pacmap" needs the package pacmap, which is not installed; install it or use "umap" or "tsne"'
-            ) from error
-    try:
-        return importlib.import_module("cuml.manifold").UMAP(**common | options), "cuml"
-    except ImportError:
-        return importlib.import_module("umap").UMAP(**common | {"n_jobs": 1} | options), "umap-learn"
+    umap = importlib.import_module("umap")  # takes seconds to import
+    return umap.UMAP(**common | {"n_neighbors": neighbours, "n_jobs": 1} | options), "umap-learn"
 
 
 def map_quality(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.analysis.samples import check_samples
+from workbench.io import one_of
 
 
 def marginal_radius(alpha_bar: float, *, mean_square: float, d: int) -> float:
@@ -177,8 +178,7 @@ def linear_gaussian_inversion(
     visited = tuple(sorted({int(t) for t in timesteps}))
     if not visited or visited[0] < 0 or visited[-1] >= len(alpha_bars):
         raise ValueError(f"timesteps must lie in 0..{len(alpha_bars) - 1}, not {list(visited)[:8]}")
-    if start not in ("first", "clean"):
-        raise ValueError(f'start {start!r} is not known; it is "first" or "clean"')
+    one_of("start", start, ("first", "clean"))
     if noise_repair and start == "clean":
         raise ValueError(
             'start "clean" has no noise to repair: the repair makes a clean image one of the first timestep; '

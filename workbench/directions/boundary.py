@@ -22,6 +22,7 @@ from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import NEGLIGIBLE, bracketed, origin_of
 from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
 MODES = ("absolute", "shift", "mirror")
 SPACES = ("h", "x")
@@ -74,7 +75,7 @@ class Boundary:
         normal = torch.as_tensor(self.normal, dtype=torch.float32).detach().cpu()
         if not abs(normal.norm().item() - 1.0) <= 1e-3 or not math.isfinite(self.intercept):
             raise ValueError("the normal of a boundary has length 1, and its intercept is finite")
-        _check_space(self.space)
+        one_of("space", self.space, SPACES)
         object.__setattr__(self, "normal", normal)
 
     @property
@@ -347,8 +348,7 @@ def move_jointly(
 
 def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str) -> np.ndarray:
     """Change of the distances (n, m) that a move to `to`, (m,) or (n, m), makes in a mode of `move_jointly`."""
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(MODES)}")
+    one_of("mode", mode, MODES)
     wanted = np.asarray(to, dtype=np.float64)
     n, m = distances.shape
     if wanted.shape not in ((m,), (n, m)) or not np.isfinite(wanted).all():
@@ -441,7 +441,7 @@ class SamplesAt:
 
 def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
     """The h_t or x_t of a store, a run with records, or an array, of which neither model nor timestep is known."""
-    _check_space(space)
+    one_of("space", space, SPACES)
     if isinstance(source, HStore):
         origin = {**origin_of(source), "timesteps": list(source.timesteps)}
         values = check_samples(source.at(t, space=space), t=t)
@@ -459,11 +459,6 @@ def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
         return SamplesAt(check_samples(values, t=t), shape, origin, seeds)
     array = source.detach().cpu().numpy() if torch.is_tensor(source) else np.asarray(source)
     return SamplesAt(check_samples(array, t=t), array.shape[1:], {"model": None, "etas": None, "seeds": None})
-
-
-def _check_space(space: str) -> None:
-    if space not in SPACES:
-        raise ValueError(f'space {space!r} is not known; it is "h" or "x"')
 
 
 def held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:

@@ -20,6 +20,7 @@ from workbench.analysis.probes import (
 )
 from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
 from workbench.directions.boundary import Boundary, Samples, held_out, samples_at
+from workbench.io import one_of
 
 METHODS = ("svm", "mean", "lda", "logistic")
 
@@ -132,8 +133,7 @@ def _fit(
     seed: int = 0,
     wanted: float | None = None,
 ) -> dict[str, Boundary]:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     if cv < 2 or not C > 0:
         raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
     if wanted is not None and not 0.5 < wanted < 1.0:

@@ -18,6 +18,7 @@ from workbench.analysis.probes import PENALTIES, Span, balanced_weight, fit_prob
 from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
 from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
 METHODS = ("mean", "logistic", "ridge", "lda")
 PROBE_RANK = 512  # principal components that a probe is fitted in, at most
@@ -49,9 +50,9 @@ def find_from_labels(
 
     "mean": v_t = mean of h_t over the positives - mean over the negatives (Haas et al. eq. 11; for one positive and
     one negative a pair, the mean of the pairs' differences is the same). The others take the normal of a linear probe
-    by scikit-learn instead, fitted at each timestep to both classes with equal weight, in the leading principal
-    components of h_t (512, or all there are): "logistic" (`LogisticRegression`), "ridge" (`RidgeCV`, its penalty
-    chosen by leave-one-out error) and "lda" (`LinearDiscriminantAnalysis` with Ledoit-Wolf shrinkage).
+    instead, fitted at each timestep to both classes with equal weight, in the leading principal components of h_t (512,
+    or all there are): "logistic" regression, "ridge" regression, its penalty chosen by leave-one-out error, and "lda",
+    Fisher's discriminant with Ledoit-Wolf shrinkage (see `analysis.probes`).
 
     Each timestep has length 1, and sigma is the standard deviation of all samples' projections, so that scale is in
     standard deviations. Each sample is projected on what is found without it, since along a direction that it helped
@@ -76,7 +77,7 @@ def find_from_labels(
     name : str, optional
         By default that of the Series.
     seed : int
-        Of the randomized principal components of a probe.
+        Of the folds of a probe.
     progress : bool
 
     Returns
@@ -308,35 +309,35 @@ def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contrast:
-    positive = check_classes(y, name)
     stratum, names = _strata(others, len(y))
+    balanced = [] if others is None else [str(c) for c in others.columns]
+    weights = _stratified(y, name, stratum, names, lambda counts: counts.prod(axis=0) / counts.sum(axis=0))
+    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
+
+
+def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
+    known, weights = pairs.notna().to_numpy(), np.zeros(len(y))
+    group, found = pd.factorize(pairs[known])
+    names = [f"pair {each}" for each in found]
+    weights[known] = _stratified(y[known], name, group, names, lambda counts: np.ones(len(found)))
+    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
+
+
+def _stratified(
+    y: pd.Series, name: str, stratum: np.ndarray, names: Sequence[str], share_of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Weights of the samples that give a stratum the same share of both classes, in proportion to `share_of` counts."""
+    positive = check_classes(y, name)
     counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
     if (counts == 0).any():
         side, s = np.argwhere(counts == 0)[0]
         raise ValueError(
             f"no sample with {name}={1 - side} has {names[s]}, but {counts[1 - side, s]} with {name}={side} do; "
-            "balance other attributes, with few values each, or more samples"
+            "balance other attributes, with few values each, take more samples, or give these a missing pair"
         )
-    share = counts.prod(axis=0) / counts.sum(axis=0)
+    share = share_of(counts)
     weight = share / share.sum() / counts
-    weights = np.where(positive, weight[0, stratum], -weight[1, stratum])
-    balanced = [] if others is None else [str(c) for c in others.columns]
-    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
-
-
-def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
-    known = pairs.notna().to_numpy()
-    positive = check_classes(y[known], name)
-    group, found = pd.factorize(pairs[known])
-    counts = np.stack([np.bincount(group[side], minlength=len(found)) for side in (positive, ~positive)])
-    if (counts == 0).any():
-        side, g = np.argwhere(counts == 0)[0]
-        raise ValueError(
-            f"pair {found[g]!s} has no sample with {name}={1 - side}; leave it out by giving its samples a missing pair"
-        )
-    weights = np.zeros(len(y))
-    weights[known] = np.where(positive, 1.0 / counts[0, group], -1.0 / counts[1, group]) / len(found)
-    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
+    return np.where(positive, weight[0, stratum], -weight[1, stratum])
 
 
 def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | None) -> _Contrast:
@@ -378,10 +379,9 @@ def _counts(weights: np.ndarray) -> dict[str, int]:
 def _find(
     store: HStore, contrasts: list[_Contrast], *, method: str, source: str, seed: int, progress: bool
 ) -> list[Direction]:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     weights = np.stack([contrast.weights for contrast in contrasts], axis=1)
-    if method == "lda" and any(len(np.unique(np.abs(side[side != 0]))) > 1 for side in _sides(weights)):
+    if method == "lda" and any(len(np.unique(column[column != 0])) > 2 for column in weights.T):
         raise ValueError('"lda" takes no weights, so no balance or uneven pairs; use "mean", "logistic" or "ridge"')
     units, sigmas, gaps = [], [], []
     for t in tqdm(store.timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
@@ -407,10 +407,6 @@ def _find(
         )
         for j, contrast in enumerate(contrasts)
     ]
-
-
-def _sides(weights: np.ndarray) -> Iterable[np.ndarray]:
-    return (np.where(sign * column > 0, column, 0.0) for column in weights.T for sign in (1, -1))
 
 
 def _reader(store: HStore, t: int) -> Callable[[], Iterable[np.ndarray]]:

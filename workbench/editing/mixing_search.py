@@ -39,6 +39,7 @@ from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing.cross import cross_boundary
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
 CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
 
@@ -153,8 +154,7 @@ def mixing_step(
         the grid was not visited, or there is one timestep alone.
     """
     criterion = criterion or ("radius_gap" if labels is None else "separability")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r} is not known; it is one of {', '.join(CRITERIA)}")
+    one_of("criterion", criterion, CRITERIA)
     if labels is None and criterion in ("separability", "edit"):
         raise ValueError(f'criterion "{criterion}" needs labels of the images, such as (classifier(images) > 0.5)')
     if classifier is None and (
