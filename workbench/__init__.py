@@ -16,12 +16,14 @@ import importlib
 _WHERE = {
     "analysis.intervals": ("Estimate",),
     "analysis.probes": ("expected_accuracy", "samples_needed"),
-    "diffusion.models": ("Model", "convert_checkpoint", "list_models", "load_model", "wrap"),
+    "diffusion.loading": ("convert_checkpoint", "list_models", "load_model"),
+    "diffusion.models": ("Model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
     "diffusion.training": ("TrainingSettings", "train_model"),
     "diffusion.memory": ("keep_freed_memory",),
     "diffusion.unet": ("Bottleneck",),
-    "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
+    "diffusion.inversion": ("invert",),
+    "diffusion.sampling": ("Trajectory", "replay", "sample"),
     "datasets.classifiers": ("check_attributes", "load_classifier", "train_classifier"),
     "datasets.domain": ("Domain", "domain_of"),
     "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
@@ -35,7 +37,9 @@ _WHERE = {
     "directions.jacobian": ("find_jacobian", "find_pullback"),
     "directions.pca": ("find_pca",),
     "directions.supervised": ("find_from_labels", "find_from_scores", "find_many"),
-    "benchmark.run": ("Benchmark", "Protocol", "run_benchmark"),
+    "benchmark.protocol": ("Protocol",),
+    "benchmark.results": ("Benchmark",),
+    "benchmark.run": ("run_benchmark",),
     "benchmark.methods": ("register_method",),
     "editing.asyrp": ("EditingInterval", "edit_asyrp", "find_interval"),
     "editing.cross": ("Cross", "cross_boundary"),
@@ -54,7 +58,6 @@ _WHERE = {
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
-    "experiments": "editing.experiments",
     "paths": "paths",
     "plots": "report.plots",
 }

@@ -23,8 +23,9 @@ from workbench.analysis.image_metrics import (
 from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import invert, sample
+from workbench.diffusion.sampling import sample
 from workbench.io import written
 from workbench.paths import local, writable
 

@@ -6,11 +6,15 @@ import ast
 import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
+
+from filelock import FileLock, Timeout
 
 from workbench.paths import home, writable
 
@@ -20,16 +24,40 @@ Value = TypeVar("Value")
 
 
 @contextlib.contextmanager
-def written(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write a file, beside its place and renamed at the end, so that it appears whole or not at all."""
-    path = writable(path)
+def written(path: str | os.PathLike, *, folder: bool = False) -> Iterator[Path]:
+    """Where to write a file or a new folder, which is renamed at the end and so appears whole or not at all."""
+    path = writable(path, folder=folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(lock: Path, doing: str, *, patience: float | None = None) -> Iterator[None]:
+    """Hold a lock file while doing something, such as "training in FOLDER".
+
+    Where another process holds it: a RuntimeError, or with `patience` a wait, and a warning after so many seconds.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=patience or 0)
+    except Timeout as error:
+        if patience is None:
+            raise RuntimeError(f"another process is {doing}; wait for it to end, or give another path") from error
+        warnings.warn(f"another process is {doing}; waiting for it", stacklevel=5)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

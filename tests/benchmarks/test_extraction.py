@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.diffusion.models import load_shapes
+from workbench.diffusion.loading import load_shapes
 from workbench.hspace import planning
 from workbench.hspace.extract import chunk_size
 

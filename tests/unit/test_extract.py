@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import signal
 import subprocess
@@ -152,35 +151,22 @@ def test_what_is_kept_says_where_it_came_from(tiny, cache):
 
 def test_asking_again_computes_nothing(tiny, cache, no_passes):
     first = extract(tiny, 3)
-    assert not first.cached
-    assert first.path.parent == cache
+    assert not first.cached and first.path.parent == cache
+    assert {p.name for p in cache.iterdir()} == {first.path.name, first.path.name + ".lock"}
+    assert not [p for p in first.path.rglob("*") if "partial" in p.name or p.suffix == ".tmp"]
     no_passes()
     again = extract(tiny, 3)
-    assert again.cached
-    assert "from the cache" in repr(again)
-    assert again.path == first.path
+    assert again.cached and "from the cache" in repr(again) and again.path == first.path
     np.testing.assert_array_equal(again.at(0), first.at(0))
-
-
-def test_asking_again_with_other_batches_computes_nothing_either(tiny, cache, no_passes):
-    extract(tiny, 3, seeds=None, batch_size=2)
-    no_passes()
     assert extract(tiny, seeds=[0, 1, 2], batch_size=1).cached
 
 
-def changed_schedule(tiny):
-    return wb.wrap(tiny.unet.unet, DDPMScheduler(beta_end=0.03), name="tiny", device="cpu")
-
-
-def changed_weights(tiny):
+def changed(tiny, *, beta_end=0.02, bias=0.0, dtype=None):
+    """The tiny network with another schedule, other weights or another precision."""
     unet = wb.wrap(tiny.unet.unet, DDPMScheduler(), name="tiny", device="cpu").unet.unet
     with torch.no_grad():
-        unet.conv_in.bias[0] += 0.1
-    return wb.wrap(unet, DDPMScheduler(), name="tiny", device="cpu")
-
-
-def low_precision(tiny):
-    return wb.wrap(tiny.unet.unet, DDPMScheduler(), name="tiny", device="cpu", dtype="bfloat16")
+        unet.conv_in.bias[0] += bias
+    return wb.wrap(unet, DDPMScheduler(beta_end=beta_end), name="tiny", device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +184,9 @@ def low_precision(tiny):
         lambda m: extract(m, 2, record_x=True),
         lambda m: extract(m, images=torch.zeros(2, *m.image_shape)),
         lambda m: extract(m.tapped("before"), 2),
-        lambda m: extract(changed_weights(m), 2),
-        lambda m: extract(changed_schedule(m), 2),
-        lambda m: extract(low_precision(m), 2),
+        lambda m: extract(changed(m, bias=0.1), 2),
+        lambda m: extract(changed(m, beta_end=0.03), 2),
+        lambda m: extract(changed(m, dtype="bfloat16"), 2),
     ],
 )
 def test_every_input_is_in_the_key(tiny, cache, change):
@@ -306,67 +292,49 @@ def test_a_kill_right_after_the_store_appeared_loses_no_seeds(tiny, tmp_path, mo
     assert extract(tiny, 3, seed=7, out=tmp_path / "a.zarr").seeds == (7, 8, 9)
 
 
-SCRIPT = """
-import sys
+STUCK = """
+import sys, time
 import workbench as wb
-model = wb.load_model(sys.argv[1], device="cpu")
-wb.extract(model, 640, steps=60, out=sys.argv[2], progress=False)
+from workbench.hspace import extract as extraction
+
+write = extraction.write_chunk
+
+def stuck(store, chunk, values):
+    if chunk < 2:
+        return write(store, chunk, values)
+    store.group["h"][4:6] = values["h"]
+    time.sleep(600)
+
+extraction.write_chunk, extraction.CHUNK_BYTES = stuck, int(sys.argv[3])
+wb.extract(wb.load_model(sys.argv[1], device="cpu"), 11, steps=4, out=sys.argv[2], progress=False)
 """
 
 
-def start(folder, path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(path)], stderr=subprocess.PIPE, text=True)
-
-
-def finished_chunks(path) -> set[str]:
-    folder = path / "done" / "c"
-    return {p.name for p in folder.iterdir() if p.name.isdigit()} if folder.is_dir() else set()
-
-
-def wait_for(process, condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "the extraction did not get there in time"
-        time.sleep(0.002)
-
-
-def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny_folder, tmp_path, monkeypatch):
-    """A real process and a real SIGKILL, twice: between chunks, and while a chunk is being written."""
+def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny_folder, tmp_path, small_chunks, monkeypatch):
+    """A real process and a real SIGKILL, while the third of six chunks is being written."""
     model, path = wb.load_model(tiny_folder, device="cpu"), tmp_path / "a.zarr"
-    options = {"steps": 60, "progress": False}
-
-    process = start(tiny_folder, path)
+    command = [sys.executable, "-c", STUCK, str(tiny_folder), str(path), str(extraction.CHUNK_BYTES)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(process, lambda: len(finished_chunks(path)) >= 2)
+        deadline = time.monotonic() + 300
+        while not (path / "h" / "c" / "2").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "the extraction did not get there in time"
+            time.sleep(0.01)
         with pytest.raises(RuntimeError, match="another process is extracting to .*a.zarr; wait for it to end"):
-            wb.extract(model, 640, out=path, **options)
+            extract(model, 11, out=path)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    first = finished_chunks(path)
-    assert 2 <= len(first) < 10
-
-    process = start(tiny_folder, path)
-    try:
-        wait_for(process, lambda: len(list((path / "h" / "c").iterdir())) >= len(first) + 2)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    second = finished_chunks(path)
-    assert first < second
-    assert len(second) < 10
-    # Whatever was computed but is not marked as done is computed again: at most one chunk.
-    assert len(list((path / "h" / "c").iterdir())) - len(second) <= 1
+    assert read_store(path).group["done"][:].tolist() == [1, 1, 0, 0, 0, 0]
 
     computed = []
     with monkeypatch.context() as patch:
         patch.setattr(extraction, "sample", lambda m, seeds, **o: computed.append(seeds) or wb.sample(m, seeds, **o))
-        resumed = wb.extract(model, 640, out=path, **options)
-    assert len(computed) == 10 - len(second)
-    assert resumed.complete
-    assert not resumed.cached
-    wb.extract(model, 640, out=tmp_path / "whole.zarr", **options)
+        resumed = extract(model, 11, out=path)
+    assert computed == [(4, 5), (6, 7), (8, 9), (10,)]
+    assert resumed.complete and not resumed.cached
+    extract(model, 11, out=tmp_path / "whole.zarr")
     assert_same(path, tmp_path / "whole.zarr")
 
 
@@ -477,14 +445,6 @@ def test_bad_input_is_a_sentence_and_leaves_nothing_behind(tiny, cache, options,
     with pytest.raises(ValueError, match=message):
         extract(tiny, **options)
     assert not list(cache.glob("*"))
-
-
-def test_a_finished_store_leaves_no_half_written_files(tiny, cache):
-    path = extract(tiny, 3).path
-    left = {p.name for p in cache.iterdir()} - {path.name, path.name + ".lock"}
-    assert not left
-    assert not [p for p in path.rglob("*") if "partial" in p.name or p.suffix == ".tmp"]
-    assert os.access(path, os.R_OK)
 
 
 def test_inverted_images_keep_their_file_names(tiny, cache, tmp_path):

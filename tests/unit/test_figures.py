@@ -15,7 +15,7 @@ from PIL import Image
 from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
-from workbench.diffusion.models import load_model
+from workbench.diffusion.loading import load_model
 from workbench.report import claims, figures, plots
 from workbench.report.facts import read_facts
 
@@ -160,10 +160,13 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_written_but_the_verdicts_stand_there(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", shown.append)
     monkeypatch.chdir(tmp_path)
     saved()
     assert not list(tmp_path.iterdir())
+    assert "**holds**: h carries what an image shows" in shown[0].data
 
 
 def test_letters_stay_legible_at_the_width_of_a_column():

@@ -19,31 +19,23 @@ from originals import DDPM, Guided, randomised
 from safetensors.torch import save_file
 
 import workbench as wb
-from workbench.diffusion import models
-from workbench.diffusion.memory import estimate_memory
-from workbench.diffusion.models import known_models, verify
+from workbench.diffusion import loading
+from workbench.diffusion.loading import known_models, verify
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats import golden, layouts
 from workbench.formats.checkpoints import read_checkpoint
 
 DDPMS = {
-    "two levels": {"size": 8, "ch": 32, "mult": (1, 2), "layers": 1, "attention": (4,)},
-    "attention at two levels": {"size": 16, "ch": 32, "mult": (1, 1, 2), "layers": 2, "attention": (8, 4)},
-    "attention in the middle alone": {"size": 8, "ch": 32, "mult": (1, 2), "layers": 1, "attention": ()},
+    "two levels": {"size": 8, "mult": (1, 2), "layers": 1, "attention": (4,)},
+    "attention at two levels": {"size": 16, "mult": (1, 1, 2), "layers": 2, "attention": (8, 4)},
+    "attention in the middle alone": {"size": 8, "mult": (1, 2), "layers": 1, "attention": ()},
 }
+PLAIN = {"out": 3, "scale_shift": False, "updown": False}
 GUIDED = {
-    "P2's kind": {"ch": 32, "mult": (1, 1, 2), "layers": 1, "attention": (2,), "head_channels": 16},
-    "new attention order": {
-        "ch": 32,
-        "mult": (1, 2),
-        "layers": 1,
-        "attention": (1, 2),
-        "head_channels": 16,
-        "new_order": True,
-    },
-    "ADM's kind": {"ch": 32, "mult": (1, 1, 2), "layers": 2, "attention": (1, 2, 4), "head_channels": 16},
+    "P2's kind": {"mult": (1, 1, 2), "layers": 1, "attention": (2,), "head_channels": 16},
+    "new attention order": {"mult": (1, 2), "layers": 1, "attention": (1, 2), "head_channels": 16, "new_order": True},
+    "ADM's kind": {"mult": (1, 1, 2), "layers": 2, "attention": (1, 2, 4), "head_channels": 16},
     "improved-diffusion's kind": {
-        "ch": 32,
         "mult": (1, 2, 2),
         "layers": 2,
         "attention": (2, 4),
@@ -51,16 +43,18 @@ GUIDED = {
         "updown": False,
     },
     "fixed variance, no scale and shift": {
-        "ch": 32,
         "mult": (1, 2),
         "layers": 1,
         "attention": (2,),
         "head_channels": 64,
-        "out": 3,
-        "scale_shift": False,
-        "updown": False,
+        **PLAIN,
     },
 }
+SIZES = {"image_size": 16, "head_channels": 16}
+"""What the shapes of P2's kind don't tell."""
+
+# Of files that don't tell their timesteps, which most here are; what is said of them has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not tell how many timesteps")
 
 
 def save(content, path):
@@ -85,12 +79,12 @@ def check_same(model, original, size: int) -> None:
 
 @pytest.fixture(scope="module")
 def ddpm():
-    return randomised(DDPM(**DDPMS["two levels"]))
+    return randomised(DDPM(ch=32, **DDPMS["two levels"]))
 
 
 @pytest.fixture(scope="module")
 def guided():
-    return randomised(Guided(**GUIDED["P2's kind"]))
+    return randomised(Guided(ch=32, **GUIDED["P2's kind"]))
 
 
 @pytest.fixture
@@ -107,17 +101,8 @@ def guided_file(guided, tmp_path):
 def small_presets(monkeypatch):
     """Presets of the small networks, in place of the published ones."""
     ddpm = layouts.Architecture("ddpm", 8, (32, 64), 1, (1,))
-    guided = layouts.Architecture(
-        "guided",
-        16,
-        (32, 32, 64),
-        1,
-        (1,),
-        head_channels=16,
-        out_channels=6,
-        scale_shift=True,
-        residual_resampling=True,
-    )
+    learned = {"out_channels": 6, "scale_shift": True, "residual_resampling": True}
+    guided = layouts.Architecture("guided", 16, (32, 32, 64), 1, (1,), head_channels=16, **learned)
     presets = {
         "faces": layouts.Preset(ddpm, "faces", ("faces.ckpt",)),
         "dogs": layouts.Preset(guided, "dogs", ("dogs.pt",), layouts.COSINE),
@@ -131,7 +116,7 @@ def small_presets(monkeypatch):
 
 @pytest.mark.parametrize("kind", DDPMS)
 def test_an_original_ddpm_computes_the_same_after_conversion(kind, tmp_path):
-    original = randomised(DDPM(**DDPMS[kind]))
+    original = randomised(DDPM(ch=32, **DDPMS[kind]))
     path, size = save(original.state_dict(), tmp_path / "original.ckpt"), DDPMS[kind]["size"]
     check_same(wb.load_model(path, image_size=size, device="cpu"), original, size)
 
@@ -139,7 +124,7 @@ def test_an_original_ddpm_computes_the_same_after_conversion(kind, tmp_path):
 @pytest.mark.parametrize("kind", GUIDED)
 def test_a_guided_diffusion_network_computes_the_same_after_conversion(kind, tmp_path):
     settings = GUIDED[kind]
-    original = randomised(Guided(**settings))
+    original = randomised(Guided(ch=32, **settings))
     model = wb.load_model(
         save(original.state_dict(), tmp_path / "original.pt"),
         image_size=16,
@@ -181,9 +166,8 @@ def test_the_published_architectures_have_their_published_sizes(preset, h, milli
 
 
 def test_conversion_is_the_same_network_from_file_and_from_folder(guided_file, tmp_path):
-    sizes = {"image_size": 16, "head_channels": 16, "schedule": "cosine"}
-    direct = wb.load_model(guided_file, device="cpu", **sizes)
-    folder = wb.convert_checkpoint(guided_file, tmp_path / "dogs", **sizes)
+    direct = wb.load_model(guided_file, device="cpu", **SIZES, schedule="cosine")
+    folder = wb.convert_checkpoint(guided_file, tmp_path / "dogs", **SIZES, schedule="cosine")
     loaded = wb.load_model(folder, device="cpu")
     assert loaded.hash == direct.hash
     assert loaded.schedule.provenance() == direct.schedule.provenance()
@@ -204,10 +188,9 @@ def test_schedules_are_the_presets_or_the_one_that_is_asked_for(guided_file, sma
     assert asked == pytest.approx(linear, rel=1e-4)
     with pytest.raises(ValueError, match="schedule 'quadratic' is not known; it is one of linear, cosine"):
         wb.load_model(guided_file, schedule="quadratic")
-    sizes = {"image_size": 16, "head_channels": 16}
     with pytest.raises(ValueError, match=r"don't tell the noise schedule, and dogs.*preset='dogs', or schedule="):
-        wb.load_model(guided_file, **sizes, device="cpu")
-    asked = wb.load_model(guided_file, **sizes, schedule="linear", device="cpu").schedule.alpha_bars
+        wb.load_model(guided_file, **SIZES, device="cpu")
+    asked = wb.load_model(guided_file, **SIZES, schedule="linear", device="cpu").schedule.alpha_bars
     assert asked == pytest.approx(linear, rel=1e-4)
 
 
@@ -223,17 +206,15 @@ def test_a_network_that_counts_4000_timesteps_keeps_the_noise_levels_of_every_fo
 
 
 def test_timesteps_that_a_network_was_trained_on_can_be_said_and_are_kept(guided_file, tmp_path):
-    sizes = {"image_size": 16, "head_channels": 16, "device": "cpu"}
-    plain = wb.load_model(guided_file, **sizes, timesteps=4000).schedule
-    told = wb.load_model(guided_file, **sizes, timesteps=4000, rescale_timesteps=True).schedule
+    plain = wb.load_model(guided_file, **SIZES, timesteps=4000).schedule
+    told = wb.load_model(guided_file, **SIZES, timesteps=4000, rescale_timesteps=True).schedule
     # guided-diffusion scales the linear betas by 1000 / T.
     betas = torch.linspace(1e-4 / 4, 0.02 / 4, 4000, dtype=torch.float64)
     expected = torch.cumprod(1 - betas, 0).numpy()
     assert (plain.T, told.T) == (4000, 1000)
     assert plain.alpha_bars == pytest.approx(expected, rel=1e-3)
     assert told.alpha_bars == pytest.approx(expected[::4], rel=1e-3)
-    del sizes["device"]
-    folder = wb.convert_checkpoint(guided_file, tmp_path / "dogs", **sizes, timesteps=4000)
+    folder = wb.convert_checkpoint(guided_file, tmp_path / "dogs", **SIZES, timesteps=4000)
     assert wb.load_model(folder, device="cpu").schedule.provenance() == plain.provenance()
 
 
@@ -248,21 +229,20 @@ def test_timesteps_that_a_network_was_trained_on_can_be_said_and_are_kept(guided
 )
 def test_timesteps_that_no_schedule_has_are_refused(noise, words, guided_file):
     with pytest.raises(ValueError, match=words):
-        wb.load_model(guided_file, image_size=16, head_channels=16, **noise)
+        wb.load_model(guided_file, **SIZES, **noise)
 
 
 def test_a_file_that_does_not_tell_its_timesteps_is_assumed_to_have_1000_and_says_so(guided, guided_file, tmp_path):
-    sizes = {"image_size": 16, "head_channels": 16, "device": "cpu"}
     for schedule in (None, "cosine"):
         with pytest.warns(UserWarning, match="does not tell how many timesteps.*1000 are assumed.*timesteps="):
-            assert wb.load_model(guided_file, **sizes, schedule=schedule).schedule.T == 1000
+            assert wb.load_model(guided_file, **SIZES, schedule=schedule).schedule.T == 1000
     betas = torch.linspace(1e-3, 0.1, 200)
     inside = {f"model.{name}": tensor for name, tensor in guided.state_dict().items()}
     own = save({"state_dict": {**inside, "betas": betas}}, tmp_path / "own.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wb.load_model(guided_file, **sizes, timesteps=1000)
-        schedule = wb.load_model(own, **sizes).schedule
+        wb.load_model(guided_file, **SIZES, timesteps=1000)
+        schedule = wb.load_model(own, **SIZES).schedule
     assert schedule.alpha_bars == pytest.approx(torch.cumprod(1 - betas.double(), 0).numpy(), rel=1e-4)
 
 
@@ -348,19 +328,12 @@ def test_a_wrong_preset_names_the_first_weight_that_does_not_fit(guided_file, dd
     )
     with pytest.raises(ValueError, match=message):
         wb.load_model(guided_file, preset="other dogs")
-    with pytest.raises(
-        ValueError, match="layout of the original DDPM .*, and the preset 'dogs' is of guided-diffusion"
-    ):
+    with pytest.raises(ValueError, match="time_embed.0.weight is missing in the file; the preset 'dogs'"):
         wb.load_model(ddpm_file, preset="dogs")
-    with pytest.raises(ValueError, match="there is no preset 'cats'; there are faces, dogs, other dogs"):
+    with pytest.raises(ValueError, match="preset 'cats' is not known; it is one of faces, dogs, other dogs"):
         wb.load_model(ddpm_file, preset="cats")
     with pytest.raises(ValueError, match="a preset says image_size; give the one or the other"):
         wb.load_model(ddpm_file, preset="faces", image_size=8)
-
-
-def test_a_published_preset_on_another_network_names_key_and_shape(guided_file):
-    with pytest.raises(ValueError, match=r"time_embed.0.weight is \(128, 32\) in the file and \(512, 128\)"):
-        wb.load_model(guided_file, preset="afhq_dog")
 
 
 def test_every_published_file_name_has_one_preset():
@@ -413,35 +386,38 @@ def test_settings_of_a_file_are_refused_for_a_folder(tiny_folder):
 # Files that don't load
 
 
-@pytest.mark.parametrize("lost", ["down.1.block.0.conv1.weight", "up.0.block.1.norm2.bias", "mid.attn_1.q.weight"])
-def test_a_missing_weight_is_named(lost, ddpm, tmp_path):
-    path = save({k: v for k, v in ddpm.state_dict().items() if k != lost}, tmp_path / "lost.ckpt")
-    with pytest.raises(ValueError, match=f"lost.ckpt can't be loaded: {lost} is missing"):
-        wb.load_model(path, image_size=8)
+def without(name: str):
+    return lambda state: {k: v for k, v in state.items() if k != name}
 
 
-def test_a_weight_without_a_place_is_named(ddpm, tmp_path):
-    path = save({**ddpm.state_dict(), "mid.block_3.conv1.weight": torch.zeros(2, 2)}, tmp_path / "more.ckpt")
-    with pytest.raises(ValueError, match=r"mid.block_3.conv1.weight \(2, 2\) of the file has no place"):
-        wb.load_model(path, image_size=8)
-
-
-def test_a_class_conditional_network_is_refused(guided, tmp_path):
-    path = save({**guided.state_dict(), "label_emb.weight": torch.zeros(10, 128)}, tmp_path / "classes.pt")
-    with pytest.raises(ValueError, match="conditioned on a class"):
-        wb.load_model(path, image_size=16, head_channels=16)
-
-
-def test_a_first_level_that_is_wider_than_the_input_is_refused(tmp_path):
-    wide = DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=())
-    with pytest.raises(ValueError, match="first level has 64 channels and its first convolution 32"):
-        wb.load_model(save(wide.state_dict(), tmp_path / "wide.ckpt"), image_size=8)
-
-
-def test_a_network_without_convolutions_between_levels_is_refused(ddpm, tmp_path):
-    state = {k: v for k, v in ddpm.state_dict().items() if "sample.conv" not in k}
-    with pytest.raises(ValueError, match="resamples without convolutions"):
-        wb.load_model(save(state, tmp_path / "pooled.ckpt"), image_size=8)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            without("down.1.block.0.conv1.weight"),
+            "changed.ckpt can't be loaded: down.1.block.0.conv1.weight is missing",
+        ),
+        (without("up.0.block.1.norm2.bias"), "up.0.block.1.norm2.bias is missing"),
+        (without("mid.attn_1.q.weight"), "mid.attn_1.q.weight is missing"),
+        (
+            lambda state: {**state, "mid.block_3.conv1.weight": torch.zeros(2, 2)},
+            r"mid.block_3.conv1.weight \(2, 2\) of the file has no place",
+        ),
+        (
+            lambda state: {k: v for k, v in state.items() if "sample.conv" not in k},
+            "resamples without convolutions",
+        ),
+        (lambda state: {**state, "label_emb.weight": torch.zeros(10, 128)}, "conditioned on a class"),
+        (lambda state: {**state, "conv_out.bias": torch.full((3,), float("nan"))}, "3 of 3 values of conv_out.bias"),
+        (
+            lambda state: DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=()).state_dict(),
+            "first level has 64 channels and its first convolution 32",
+        ),
+    ],
+)
+def test_a_file_that_is_not_the_network_of_its_shapes_is_refused(change, words, ddpm, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        wb.load_model(save(change(ddpm.state_dict()), tmp_path / "changed.ckpt"), image_size=8)
 
 
 def test_a_truncated_file_is_refused(ddpm_file):
@@ -450,23 +426,26 @@ def test_a_truncated_file_is_refused(ddpm_file):
         wb.load_model(ddpm_file, image_size=8)
 
 
+TIME = "model.diffusion_model.time_embed.0.weight"
+
+
 @pytest.mark.parametrize(
-    "names",
+    ("content", "words"),
     [
-        ("model.diffusion_model.time_embed.0.weight", "first_stage_model.encoder.conv_in.weight"),
-        ("model.diffusion_model.time_embed.0.weight", "model.diffusion_model.x.transformer_blocks.0.attn2.to_k.weight"),
+        (dict.fromkeys((TIME, "first_stage_model.encoder.conv_in.weight")), "is a latent-diffusion model"),
+        (dict.fromkeys((TIME, "model.x.transformer_blocks.0.attn2.to_k.weight")), "is a latent-diffusion model"),
+        ({"time_embedding.linear_1.weight": None}, "is a single file; give a diffusers model folder"),
+        ({"weight": None}, "holds no network that the workbench knows .*temb.dense.0"),
+        ({"a": 1}, "holds no network"),
+        ([1, 2], "holds no network"),
+        (torch.zeros(2), "holds no network"),
     ],
 )
-def test_a_latent_diffusion_file_is_refused_with_what_is_supported(names, tmp_path):
-    path = save({"state_dict": {name: torch.zeros(2, 2) for name in names}}, tmp_path / "sd-v1-4.ckpt")
-    with pytest.raises(ValueError, match="sd-v1-4.ckpt is a latent-diffusion model .*denoise pixels"):
-        wb.load_model(path)
-
-
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, {"a": 1}, [1, 2], torch.zeros(2)])
-def test_a_file_of_something_else_says_what_is_supported(content, tmp_path):
-    with pytest.raises(ValueError, match="holds no network that the workbench knows .*temb.dense.0"):
-        wb.load_model(save(content, tmp_path / "other.pt"))
+def test_a_file_of_something_else_says_what_is_supported(content, words, tmp_path):
+    if isinstance(content, dict):
+        content = {name: torch.zeros(2, 2) if value is None else value for name, value in content.items()}
+    with pytest.raises(ValueError, match=f"other.ckpt {words}"):
+        wb.load_model(save(content, tmp_path / "other.ckpt"))
 
 
 def archive(*names: str) -> bytes:
@@ -484,14 +463,13 @@ def archive(*names: str) -> bytes:
         (b"<!DOCTYPE html>\n<html><head>", "it is a web page"),
         (b"\xef\xbb\xbf\n <HTML lang='en'>" + b"x" * 600, "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 455000000\n", "it is a Git LFS pointer"),
-        (b'{"error": "Repository not found"}', "it is a JSON text .*Repository not found"),
+        (b'{"error": "Repository not found"}', "it is a text .*Repository not found"),
         (b"Access denied", "it is a text .*Access denied"),
         (b"", "it is empty"),
-        (bytes(600), "it is nothing but zeros"),
+        (bytes(600), "a download that was cut short"),
         (archive("model/weights.bin", "readme.txt"), "it is a zip archive .*model/weights.bin"),
         (archive("net/code/net.py", "net/data.pkl"), "it is a TorchScript program"),
-        (b"\x1f\x8b\x08" + bytes(range(100)), "it is a gzip archive"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(range(100)), "it is a PNG image"),
+        (b"\x1f\x8b\x08" + bytes(range(100)), "it is an archive"),
         (pickle.dumps({"a": 1 + 2j}), "can't be read as weights"),
         (bytes(range(256)), "can't be read as weights"),
     ],
@@ -518,12 +496,6 @@ def test_objects_beside_the_weights_are_named_and_not_made(ddpm, tmp_path, monke
     with pytest.raises(ValueError, match=r"without running code: it holds a \S*open beside them"):
         wb.load_model(path, image_size=8)
     assert not (tmp_path / "executed").exists()
-
-
-def test_weights_that_are_not_finite_are_refused(ddpm, tmp_path):
-    state = {**ddpm.state_dict(), "conv_out.bias": torch.full((3,), float("nan"))}
-    with pytest.raises(ValueError, match="3 of 3 values of conv_out.bias"):
-        wb.load_model(save(state, tmp_path / "nan.ckpt"), image_size=8)
 
 
 def test_convert_writes_nothing_where_it_fails_and_overwrites_nothing(ddpm_file, tmp_path):
@@ -572,35 +544,11 @@ def test_a_hub_model_gives_its_reference_values(name):
     assert verify(model, name) <= golden.TOLERANCE
 
 
-# What is known of public models
-
-
-def test_known_models_say_what_they_need():
-    rows = {row["name"]: row for row in known_models()}
-    assert rows.keys() == {*layouts.HUB, *layouts.PRESETS}
-    assert rows["google/ddpm-ema-celebahq-256"]["h"] == (512, 8, 8)
-    assert rows["adm_lsun"]["h"] == (1024, 8, 8)
-    assert rows["celeba_hq"]["parameters"] == 113_673_219
-    assert rows["celeba_hq"]["memory"].weights == 4 * 113_673_219
-
-
-def test_the_estimate_of_memory_counts_what_is_alive():
-    """A network of one level: at its peak, in the last block, the skip and the input are alive and joined."""
-    settings = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
-    with torch.device("meta"):
-        unet = UNet2DModel(sample_size=64, block_out_channels=(32,), layers_per_block=1, **settings)
-    need = estimate_memory(SplitUNet(unet))
-    one = 4 * 32 * 64 * 64
-    assert need.weights == 4 * sum(p.numel() for p in unet.parameters())
-    assert 4 * one <= need.activations <= 12 * one
-    with torch.device("meta"):
-        twice = UNet2DModel(sample_size=128, block_out_channels=(32,), layers_per_block=1, **settings)
-    # Four times the pixels; the timestep's embedding stays.
-    assert estimate_memory(SplitUNet(twice)).activations == pytest.approx(4 * need.activations, rel=0.05)
+# Large models
 
 
 def test_a_model_that_will_not_fit_is_announced_before_it_is_read(ddpm_file, tiny_folder, monkeypatch):
-    monkeypatch.setattr(models, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     for source, options in ((ddpm_file, {"image_size": 8}), (tiny_folder, {})):
         with pytest.warns(UserWarning, match=r"is estimated to need .* GiB .* 0.0 GiB are free on cpu"):
             wb.load_model(source, device="cpu", **options)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +93,26 @@ def test_ten_times_the_samples_need_no_more_memory_to_extract(tmp_path):
     few, many = (peak_of(lambda n=n: extract(n)) for n in (150, 1500))
     size = 2 * extract(1500).group["h"].nbytes
     assert many - few < 0.2 * size, f"{(many - few) / 1e6:.0f} MB more for {size / 1e6:.0f} MB of h"
+
+
+HELD = """
+import psutil, torch
+from workbench.diffusion.memory import keep_freed_memory
+
+def held():
+    buffers = [torch.ones(4 << 20) for _ in range(12)]  # 16 MiB each
+    del buffers
+    return (psutil.Process().memory_info().rss - before) >> 20
+
+torch.ones(4 << 20)
+before = psutil.Process().memory_info().rss
+print(keep_freed_memory(), held() > 150)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator, and there is another one here")
+@pytest.mark.parametrize("own, set_here", [({}, True), ({"MALLOC_TOP_PAD_": "131072"}, False)])
+def test_freed_memory_is_kept_for_the_next_pass_unless_the_user_set_the_allocator(own, set_here):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    out = subprocess.run([sys.executable, "-c", HELD], env=clean | own, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == [str(set_here), str(set_here)]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 import workbench as wb
 from workbench import cli
-from workbench.diffusion.models import load_schedule, load_shapes
+from workbench.diffusion.loading import known_models, load_schedule, load_shapes
+from workbench.diffusion.memory import estimate_memory
+from workbench.diffusion.unet import SplitUNet
+from workbench.formats import layouts
 from workbench.hspace import planning
 
 
@@ -71,6 +75,30 @@ def test_memory_is_bounded_by_parameters_and_batch_not_by_n(network):
     assert plan(network, batch_size=128).gpu_memory > plan(network, batch_size=64).gpu_memory
 
 
+def test_known_models_say_what_they_need():
+    rows = {row["name"]: row for row in known_models()}
+    assert rows.keys() == {*layouts.HUB, *layouts.PRESETS}
+    assert rows["google/ddpm-ema-celebahq-256"]["h"] == (512, 8, 8)
+    assert rows["adm_lsun"]["h"] == (1024, 8, 8)
+    assert rows["celeba_hq"]["parameters"] == 113_673_219
+    assert rows["celeba_hq"]["memory"].weights == 4 * 113_673_219
+
+
+def test_the_estimate_of_memory_counts_what_is_alive():
+    """A network of one level: at its peak, in the last block, the skip and the input are alive and joined."""
+    settings = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+    with torch.device("meta"):
+        unet = UNet2DModel(sample_size=64, block_out_channels=(32,), layers_per_block=1, **settings)
+    need = estimate_memory(SplitUNet(unet))
+    one = 4 * 32 * 64 * 64
+    assert need.weights == 4 * sum(p.numel() for p in unet.parameters())
+    assert 4 * one <= need.activations <= 12 * one
+    with torch.device("meta"):
+        twice = UNet2DModel(sample_size=128, block_out_channels=(32,), layers_per_block=1, **settings)
+    # Four times the pixels; the timestep's embedding stays.
+    assert estimate_memory(SplitUNet(twice)).activations == pytest.approx(4 * need.activations, rel=0.05)
+
+
 def test_a_public_model_is_planned_without_its_weights(capsys):
     words = ["plan", "--model", "google/ddpm-ema-celebahq-256", "--n", "50000", "--steps", "50", "--gpu", "h100"]
     assert cli.main(words) == 0
@@ -78,7 +106,8 @@ def test_a_public_model_is_planned_without_its_weights(capsys):
     assert "2,500,000" in said and "hours" in said and "assumed: 25% of the peak of a H100" in said
 
 
-def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(capsys):
+def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(capsys, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_THREADS", "1")
     network = load_shapes("avataaars32")
     one, many = (plan(network, processes=n, on_gpu=False) for n in (1, 8))
     assert many.rate == one.rate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,7 +115,7 @@ def test_what_was_not_kept_is_named_with_the_remedy(tmp_path):
         store.at(500, space="x")
     with pytest.raises(ValueError, match="has no x_T; only stores of inverted images"):
         _ = store.x_T
-    with pytest.raises(ValueError, match='it is "h" or "x"'):
+    with pytest.raises(ValueError, match="space .z. is not known; it is one of h, x"):
         store.at(500, space="z")
 
 
@@ -257,7 +256,7 @@ def test_a_store_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr("workbench.hspace.store.os", SimpleNamespace(replace=killed))
+        patch.setattr("workbench.io.os.replace", killed)
         create_store(tmp_path / "a.zarr", PROVENANCE, LAYOUT)
     assert not (tmp_path / "a.zarr").exists()
     create_store(tmp_path / "a.zarr", PROVENANCE, LAYOUT)

@@ -20,7 +20,8 @@ from workbench.directions.boundary import Boundary
 from workbench.report import plots
 from workbench.studio import widgets
 from workbench.studio.recipe import read_recipe
-from workbench.studio.widgets import EditStudio, Worker
+from workbench.studio.widgets import EditStudio
+from workbench.studio.worker import Worker
 
 STEPS = 6
 
@@ -72,7 +73,7 @@ def test_a_slider_changes_the_image_to_what_the_session_renders(studio):
     assert (after != before).any()
     np.testing.assert_array_equal(after, expected(studio))
     assert "smile +1.5 sigma" in studio.after.value and f"({STEPS} steps)" in studio.after.value
-    assert "bright" in studio.read_out.value
+    assert "bright" in studio.read_out.shown.value
 
 
 def test_every_control_reaches_the_session(studio):
@@ -116,29 +117,29 @@ def test_a_single_step_frees_the_boundaries_sliders_and_holds_the_others(studio)
 
 def test_views_are_computed_when_they_are_looked_at(studio):
     studio.scales["smile"].value = 1.0
-    for view, widget in enumerate((studio.strip, studio.grid, studio.predictions), start=1):
+    for view, widget in enumerate((studio.strip.shown, studio.grid.shown, studio.predictions.shown), start=1):
         assert widget.value == ""
         studio.views.selected_index = view
         assert studio.wait() and "<img" in widget.value
         assert widget.value.count("<img") == widget.value.count('alt="')
-    assert studio.strip.value.count("<img") == 7 and studio.grid.value.count("<img") == 25
+    assert studio.strip.shown.value.count("<img") == 7 and studio.grid.shown.value.count("<img") == 25
     t = studio.session.timesteps[1]
-    studio.timestep.value = t
+    studio.predictions.timestep.value = t
     predicted = studio.session.predictions([t])
-    np.testing.assert_array_equal(pixels(studio.predicted.value), plots.to_pixels(predicted.before)[0])
+    np.testing.assert_array_equal(pixels(studio.predictions.predicted.value), plots.to_pixels(predicted.before)[0])
 
 
 def test_the_map_shows_the_samples_and_the_edits_path_and_a_lasso_picks(studio):
     studio.scales["smile"].value = 2.0
     studio.views.selected_index = 4
-    assert studio.wait() and studio.map in studio.map_box.children
-    points, path = studio.map.data
+    assert studio.wait() and studio.map.figure in studio.map.children
+    points, path = studio.map.figure.data
     assert len(points.x) == 4 and len(path.x) == 5
     assert (path.x[0], path.y[0]) == pytest.approx((points.x[0], points.y[0]), abs=1e-3)
     assert np.hypot(path.x[-1] - path.x[0], path.y[-1] - path.y[0]) > 1e-3
-    studio._show_hover(points, [1])
-    assert "seed 1" in studio.hover.value
-    studio._on_lasso([3, 1])
+    studio.map.hover(points, [1])
+    assert "seed 1" in studio.map.shown.value
+    studio.map.take([3, 1])
     assert studio.wait() and studio.session.state.sample == 3
 
 
@@ -239,12 +240,12 @@ def test_a_view_that_cannot_be_made_is_empty_and_its_sentence_goes_with_it(tiny,
     first, second = studio.distances
     studio.distances[first].value = 2.0
     studio.views.selected_index = 1
-    studio.strip_of.value = first
-    assert studio.wait() and "img" in studio.strip.value
-    studio.strip_of.value = second
-    assert studio.wait() and studio.strip.value == "" and "is at one timestep" in studio.status.value
-    studio.strip_of.value = first
-    assert studio.wait() and "img" in studio.strip.value and "alert" not in studio.status.value
+    studio.strip.choosers["along"].value = first
+    assert studio.wait() and "img" in studio.strip.shown.value
+    studio.strip.choosers["along"].value = second
+    assert studio.wait() and studio.strip.shown.value == "" and "is at one timestep" in studio.status.value
+    studio.strip.choosers["along"].value = first
+    assert studio.wait() and "img" in studio.strip.shown.value and "alert" not in studio.status.value
 
 
 def test_a_store_of_other_samples_is_refused(tiny, run, parts, tmp_path, make_unet):
@@ -303,11 +304,17 @@ def test_two_studios_are_independent(studio, tiny, run, parts):
     studio.scales["smile"].value = 2.0
     assert studio.wait() and other.wait()
     assert other.scales["smile"].value == 0.0 and other.after.value == untouched
-    assert "Give a classifier" in other.read_out.value
+    assert "Give a classifier" in other.read_out.shown.value
 
 
 def test_every_control_has_a_name_for_those_who_do_not_see_it(studio):
-    controls = [*studio.scales.values(), *studio.distances.values(), studio.window, studio.eta, studio.timestep]
+    controls = [
+        *studio.scales.values(),
+        *studio.distances.values(),
+        studio.window,
+        studio.eta,
+        studio.predictions.timestep,
+    ]
     controls += [*studio.leave.values(), *studio.samples.children, *studio.against.values()]
     assert all(control.tooltip or control.description for control in controls)
     assert all(control.description for control in controls)

@@ -73,24 +73,13 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def estimate_memory(network: SplitUNet) -> MemoryNeed:
-    """Memory of a network's weights and of one pass over one image.
+    """Memory of the weights of a network on the device "meta" and of one pass over one image.
 
     The pass is run on tensors without values, and what would be alive is added up.
-
-    Parameters
-    ----------
-    network : SplitUNet
-        Of a U-Net on the device "meta".
-
-    Returns
-    -------
-    MemoryNeed
     """
-    config, live = network.unet.config, _LiveBytes()
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    live = _LiveBytes()
     with torch.no_grad(), live:
-        network(torch.empty(1, config.in_channels, height, width, device="meta"), 0)
+        network(torch.empty(1, *network.image_shape, device="meta"), 0)
     return MemoryNeed(4 * sum(p.numel() for p in network.unet.parameters()), live.peak)
 
 

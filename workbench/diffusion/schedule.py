@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from workbench.io import one_of
+
 CLEAN = -1
 """The timestep "before 0": the clean image, alpha_bar = 1."""
 
@@ -82,8 +84,7 @@ class NoiseSchedule:
             )
         if a.ndim != 1 or a.size < 2 or not (a > 0).all() or a[0] > 1 or (np.diff(a) > 0).any():
             raise ValueError("alpha_bar must be a decreasing list of at least 2 values in (0, 1]")
-        if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing {self.spacing!r} is not known; it is one of {', '.join(SPACINGS)}")
+        one_of("spacing", self.spacing, SPACINGS)
         a.setflags(write=False)
         object.__setattr__(self, "alpha_bars", a)
 

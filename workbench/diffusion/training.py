@@ -16,14 +16,12 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +30,30 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from workbench import paths
-from workbench.diffusion.images import check_values, warn_of_unit_range
-from workbench.diffusion.models import Model, has_unet, load_model, wrap
+from workbench.diffusion.images import check_values, to_bytes, warn_of_unit_range
+from workbench.diffusion.loading import has_unet, load_model
+from workbench.diffusion.models import Model, wrap
+from workbench.diffusion.networks import (
+    PRECISIONS,
+    T,
+    TrainingSettings,
+    cut_skips,
+    empty_unet,
+    first_unet,
+    seeded,
+)
 from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats.checkpoints import hash_weights, read_json
+from workbench.io import commit, locked, write_text, written
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 """Files of a training beside the model's own: what it is, where it stands, its losses."""
@@ -53,153 +61,15 @@ CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 NOISE_LEVELS = (0, 50, 100, 200, 400, 600, 1000)
 """Edges of the bins of timesteps that the loss is logged in."""
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NORM_GROUPS = 16
-T = 1000
 PREVIEW_STEPS = 20
 
-_ORDER, _WEIGHTS, _DROPOUT = 1, 2, 3
-"""Streams of a training's seed, beside that of the steps."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """All that decides a training besides its images; `start` apart, the defaults are those of `avataaars32`.
-
-    Attributes
-    ----------
-    size : int
-        Side of the images in pixels. With `start` it is that model's, and so are the four that follow.
-    widths : tuple of int
-        Channels at every resolution, finest first, each half of the one before: multiples of 16. The last one is that
-        of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
-    layers : int
-        Residual blocks a resolution.
-    attention : tuple of int
-        Resolutions with self-attention, in pixels, each one that the network has. The mid block always has it.
-    head_channels : int
-        Channels of an attention head, no more than the widths with attention.
-    start : str or None
-        Name or folder of the model whose weights it begins with; by default it begins with random ones.
-    grow : bool
-        Put a resolution twice as fine around the network of `start`, as wide as its finest one, and train on images of
-        twice its size; only what is new begins with random weights (progressive growing, Karras et al. 2018).
-    skips : int or None
-        Skip connections that are kept, counted from the input; the others have weights of 0 on the way up, so that what
-        is coarser reaches the image through h alone (but for its share in the mean and variance of a group of channels
-        that the two ways have in common). By default all.
-    dropout : float in [0, 1)
-    steps, batch_size : int
-        Optimiser steps, and images a step over all processes.
-    learning_rate : float
-        The largest one, which is reached after `warmup` steps; a cosine then falls to 0.
-    warmup : int
-        A tenth of the steps if that is less.
-    weight_decay : float
-        Of AdamW, whose betas are (0.9, 0.99).
-    clip : float
-        Largest norm of the gradient.
-    ema : float in [0, 1)
-        Decay of the average of the weights, which is what is kept; less in the first steps.
-    gamma : float or inf
-        Of the min-SNR weights (Hang et al. 2023); inf gives the plain loss of DDPM.
-    flips : bool
-        Mirror every second image, drawn anew each time.
-    precision : {"bfloat16", "float32"}
-        Of the arithmetic; weights and their average are float32.
-    compile : bool
-        Compile the network (a minute at the start).
-    seed : int
-        Of the first weights, the order of the images, flips, timesteps, noise and dropout.
-    """
-
-    size: int = 32
-    widths: tuple[int, ...] = (48, 96, 144)
-    layers: int = 1
-    attention: tuple[int, ...] = (8,)
-    head_channels: int = 48
-    start: str | None = None
-    grow: bool = False
-    skips: int | None = None
-    dropout: float = 0.0
-    steps: int = 10_000
-    batch_size: int = 32
-    learning_rate: float = 4e-4
-    warmup: int = 200
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    ema: float = 0.999
-    gamma: float = 5.0
-    flips: bool = False
-    precision: str = "bfloat16"
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("widths", "attention"):
-            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
-        for name in ("size", "layers", "head_channels", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("learning_rate", "clip", "gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is not known; it is one of {', '.join(PRECISIONS)}")
-        for name in ("warmup", "weight_decay", "seed", "skips"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if self.start is None:
-            if self.grow:
-                raise ValueError("grow needs a model to grow; give start")
-            self._check_network()
-
-    def _check_network(self) -> None:
-        halvings = len(self.widths) - 1
-        if not self.widths or any(width < 1 or width % NORM_GROUPS for width in self.widths):
-            raise ValueError(f"widths are {list(self.widths)}; give multiples of {NORM_GROUPS}, the finest first")
-        if self.size % 2**halvings:
-            raise ValueError(
-                f"images of {self.size} pixels can't be halved {halvings} times, as {halvings + 1} widths need it; "
-                f"give fewer widths, or a size that is a multiple of {2**halvings}"
-            )
-        width_at = {self.size >> level: width for level, width in enumerate(self.widths)}
-        absent = [side for side in self.attention if side not in width_at]
-        if absent:
-            raise ValueError(
-                f"attention is at {absent[0]} pixels; images of {self.size} pixels with {halvings + 1} widths have the "
-                f"resolutions {', '.join(map(str, width_at))}: give some of these, or none"
-            )
-        narrowest = min([width_at[side] for side in self.attention] + [self.widths[-1]])
-        if self.head_channels > narrowest:
-            raise ValueError(
-                f"head_channels is {self.head_channels}, and attention here is {narrowest} channels wide; give 1 to "
-                f"{narrowest}"
-            )
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        warmup = min(self.warmup, self.steps // 10)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
+_ORDER, _DROPOUT = 1, 3
+"""Streams of a training's seed, beside that of the steps and that of new weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """All that is random in one step.
-
-    Attributes
-    ----------
-    rows : ndarray of int, shape (b,)
-        Positions of its images.
-    flipped : ndarray of bool, shape (b,)
-    t : ndarray of int, shape (b,)
-    noise : ndarray of float32, shape (b, C, H, W)
-    """
+    """What is random in one step: rows of the images, which are mirrored, timesteps and noise (b, C, H, W)."""
 
     rows: np.ndarray
     flipped: np.ndarray
@@ -208,23 +78,10 @@ class Batch:
 
 
 def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[int, int, int]) -> Batch:
-    """Draw what a step is trained on, which depends on the seed and the step alone.
+    """Draw what a step, counted from 0, is trained on; it depends on the seed and the step alone.
 
-    Every image comes once before any comes again. Timesteps are spread evenly over 0..T-1 from a random start (Kingma
-    et al. 2021, section I.1): each is uniform, and a batch has few and many steps of noise in equal shares.
-
-    Parameters
-    ----------
-    settings : TrainingSettings
-    step : int
-        Counted from 0.
-    n : int
-        Number of images.
-    shape : (C, H, W)
-
-    Returns
-    -------
-    Batch
+    Each of the n images comes once before any comes again. Timesteps are spread evenly over 0..T-1 from a random start
+    (Kingma et al. 2021, section I.1): each is uniform, and a batch has few and many steps of noise in equal shares.
     """
     b = settings.batch_size
     places = range(step * b, (step + 1) * b)
@@ -305,8 +162,8 @@ def train_model(
             if step == settings.steps:
                 return load_model(out)
             raise FileNotFoundError(
-                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; the "
-                "model is as it was, and start= trains on from it in another folder"
+                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; train on "
+                "from its model in another folder, with start="
             )
     elif (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a training already; resume it, or give another folder")
@@ -317,19 +174,19 @@ def train_model(
     # Left to find that there is no device, it would take each of several launched processes for one alone.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if settings.batch_size % accelerator.num_processes:
+        processes = accelerator.num_processes
         raise ValueError(
-            f"a batch of {settings.batch_size} images can't be shared by {accelerator.num_processes} processes; give a "
-            "multiple of their number"
+            f"batch_size is {settings.batch_size}; give a multiple of {processes}, the number of processes"
         )
     begun = resume and (out / STATE).is_file()
-    unet = _build(read_json(out / CONFIG)["network"]) if begun else _new_unet(settings)
+    unet = empty_unet(read_json(out / CONFIG)["network"]) if begun else first_unet(settings)
     SplitUNet(unet)  # refuses what could not be loaded again
-    pixels = _to_bytes(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
+    pixels = _read_images(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
     if settings.skips is not None:
-        _cut_skips(unet, kept=settings.skips)
+        cut_skips(unet, kept=settings.skips)
     description = _describe(settings, unet, pixels)
-    if resume:
-        _refuse_other_images(description["images"], read_json(out / CONFIG)["images"], out)
+    if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
+        raise ValueError(f"the training in {out} is of {then['n']} images, and these {len(pixels)} are not the same")
     run = _Run(unet, description, settings=settings, device=accelerator.device)
     if begun:
         run.load(out / STATE)
@@ -368,7 +225,8 @@ def train_model(
                 due = finished or time.monotonic() - saved >= 60 * minutes
                 if accelerator.is_main_process:
                     run.log.append(row | {"hours": run.hours()})
-                    _write(out / LOG, lambda path: pd.DataFrame(run.log).to_csv(path, index=False))
+                    with written(out / LOG) as partial:
+                        pd.DataFrame(run.log).to_csv(partial, index=False)
                     if due:
                         run.save(out, previews=previews)
                 if due:
@@ -380,34 +238,20 @@ def train_model(
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """The folder is this process's inside, without what a killed one left half written."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            for left in out.glob(".partial-*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield
-    except Timeout as error:
-        raise RuntimeError(f"another process is training in {out}; wait for it, or give another folder") from error
+    with locked(out / ".lock", f"training in {out}"):
+        for left in [*out.glob("*.partial-*"), *out.glob("samples/*.partial-*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
 
 
 def read_settings(out: str | Path) -> TrainingSettings:
-    """Settings of the training in a folder.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no training, or its file is damaged.
-    """
+    """Settings of the training in a folder."""
     path = paths.local(out) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
     try:
         about = read_json(path)
-        settings = {**about["settings"], "size": about["network"]["sample_size"]}
-        if settings["start"] is None:  # one that began when resolutions without a level were passed over
-            sides = [settings["size"] >> level for level in range(len(settings["widths"]))]
-            settings["attention"] = [side for side in settings["attention"] if side in sides]
-        return TrainingSettings(**settings)
+        return TrainingSettings(**{**about["settings"], "size": about["network"]["sample_size"]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a training ({error}); train again") from error
 
@@ -421,11 +265,6 @@ def read_log(out: str | Path) -> pd.DataFrame:
         A row every `log_every` steps: `step`, `images` (trained on so far), `rate` (of learning), `loss` (mean squared
         error of eps since the last row), `weighted` (by min-SNR), the loss by noise level (`t 0-49`, ...; missing where
         no image had such a timestep) and `hours`.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
     """
     path = paths.local(out) / LOG
     if not path.is_file():
@@ -436,14 +275,7 @@ def read_log(out: str | Path) -> pd.DataFrame:
 def min_snr_weights(gamma: float) -> np.ndarray:
     """Weight of the loss of eps at every timestep, min(SNR(t), gamma) / SNR(t) (Hang et al. 2023, section 3.4).
 
-    Parameters
-    ----------
-    gamma : float
-        5 in the paper; inf weighs all alike.
-
-    Returns
-    -------
-    ndarray of shape (T,), float64, values in (0, 1]
+    gamma is 5 in the paper; inf weighs all timesteps alike.
     """
     alpha_bar = NoiseSchedule.linear(T=T).alpha_bars
     snr = alpha_bar / (1 - alpha_bar)
@@ -482,13 +314,14 @@ class _Run:
             tensors |= {f"optimiser.{i}.{key}": value for key, value in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         standing = {"training": json.dumps({"step": self.step, "hours": self.hours(), "log": self.log})}
-        _write(out / STATE, lambda path: save_file(tensors, path, standing))
+        with written(out / STATE) as partial:
+            save_file(tensors, partial, standing)
         unet = self.save_model(out)
         if previews:
             model = wrap(unet, NoiseSchedule.linear(T=T), name=out.name, device=self.unet.device)
             images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).x0
-            sheet = _contact_sheet(images)
-            _write(out / "samples" / f"{self.step:07d}.png", lambda path: sheet.save(path, "PNG"))
+            with written(out / "samples" / f"{self.step:07d}.png") as partial:
+                _contact_sheet(images).save(partial, "PNG")
 
     def save_model(self, out: Path) -> UNet2DModel:
         """Write the network with the averaged weights, and what training it is of."""
@@ -501,8 +334,7 @@ class _Run:
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
         standing = {"step": self.step, "hours": round(self.hours(), 6), "hash": hash_weights(unet)}
-        text = json.dumps(self.description | standing, indent=2) + "\n"
-        _write(out / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(out / CONFIG, json.dumps(self.description | standing, indent=2) + "\n")
         return unet
 
     def load(self, path: Path) -> None:
@@ -546,7 +378,7 @@ def _take_step(
         group["lr"] = settings.rate(run.step)
     low = settings.precision != "float32" and device.type != "mps"
     with (
-        _seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
+        seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
         torch.autocast(device.type, PRECISIONS[settings.precision], enabled=low),
     ):
         eps = network(x_t, t).sample
@@ -577,106 +409,10 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER, epoch]).permutation(n)
 
 
-@contextlib.contextmanager
-def _seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
-    """torch's own generators, which new weights and dropout draw from, start from a seed inside and are put back."""
-    if not needed:
-        yield
-        return
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.random.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
-        yield
-
-
-def _new_unet(settings: TrainingSettings) -> UNet2DModel:
-    if settings.start is not None:
-        model = load_model(settings.start, device="cpu")
-        linear = NoiseSchedule.linear(T=T).alpha_bars
-        if model.schedule.T != T or not np.allclose(model.schedule.alpha_bars, linear, rtol=1e-4):
-            raise ValueError(
-                f"{settings.start} has another noise schedule (of {model.schedule.T} timesteps) than the linear one of "
-                f"{T}, which trainings here have; begin with another model, or with random weights"
-            )
-        channels, height, width = model.image_shape
-        if model.unet.unet.config.out_channels != channels or height != width:
-            raise ValueError(
-                f"{settings.start} has images of {height} x {width} pixels and {model.unet.unet.config.out_channels} "
-                f"outputs for their {channels} channels; trainings here are of square images and without a learned "
-                "variance: begin with another model, or with random weights"
-            )
-        config = {**model.unet.unet.config, "sample_size": height, "dropout": settings.dropout}
-        weights = model.unet.unet.state_dict()
-        if settings.grow:
-            return _grown(config, weights, seed=settings.seed)
-        unet = _build(config)
-        unet.load_state_dict(weights)
-        return unet
-    sides = [settings.size >> level for level in range(len(settings.widths))]
-    attends = ["Attn" if side in settings.attention else "" for side in sides]
-    with _seeded([settings.seed, _WEIGHTS]):
-        return UNet2DModel(
-            sample_size=settings.size,
-            block_out_channels=settings.widths,
-            layers_per_block=settings.layers,
-            down_block_types=[f"{attn}DownBlock2D" for attn in attends],
-            up_block_types=[f"{attn}UpBlock2D" for attn in reversed(attends)],
-            attention_head_dim=settings.head_channels,
-            norm_num_groups=NORM_GROUPS,
-            dropout=settings.dropout,
-        )
-
-
-def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet2DModel:
-    """The network with one more resolution outside, as wide as the finest; the other blocks have the weights."""
-    outer = {
-        "sample_size": 2 * config["sample_size"],
-        "block_out_channels": (config["block_out_channels"][0], *config["block_out_channels"]),
-        "down_block_types": ("DownBlock2D", *config["down_block_types"]),
-        "up_block_types": (*config["up_block_types"], "UpBlock2D"),
-    }
-    with _seeded([seed, _WEIGHTS]):
-        unet = UNet2DModel.from_config({**config, **outer})
-
-    def moved(name: str) -> str:
-        # Blocks are counted from the input: all on the way down move on by one, those on the way up stay.
-        return re.sub(r"^down_blocks\.(\d+)", lambda found: f"down_blocks.{int(found[1]) + 1}", name)
-
-    unet.load_state_dict(unet.state_dict() | {moved(name): weight for name, weight in weights.items()})
-    return unet
-
-
-def _cut_skips(unet: UNet2DModel, *, kept: int) -> None:
-    """Set the weights of all skip connections but the outermost ones to 0, where they stay."""
-    widths, layers = unet.config.block_out_channels, unet.config.layers_per_block
-    # What the way down leaves behind: the first convolution, and at each resolution the blocks and what halves it.
-    carried = [widths[0], *(width for width in widths for _ in range(layers + 1))][:-1]
-    ways = [resnet for block in reversed(unet.up_blocks) for resnet in reversed(block.resnets)]
-    if kept > len(carried):
-        raise ValueError(f"skips is {kept}; this network has 0 to {len(carried)}")
-    for resnet, channels in list(zip(ways, carried, strict=True))[kept:]:
-        for convolution in (resnet.conv1, resnet.conv_shortcut):
-            convolution.weight.data = _without_last(convolution.weight.data, channels)
-            convolution.weight.register_hook(partial(_without_last, channels=channels))
-
-
-def _without_last(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """A copy of a convolution's weight, or of its gradient, with 0 for the last of the channels that it reads."""
-    weight = weight.clone()
-    weight[:, -channels:] = 0
-    return weight
-
-
-def _build(config: dict) -> UNet2DModel:
-    """A network whose weights are read next, so that the global generator stays as it is."""
-    with _seeded([0]):
-        return UNet2DModel.from_config(config)
-
-
-def _to_bytes(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """All images in memory, 8 bits a value."""
+def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """All images of one or several sources in memory, 8 bits a value."""
     if isinstance(images, (list, tuple)):
-        return torch.cat([_to_bytes(part, shape) for part in images])
+        return torch.cat([_read_images(part, shape) for part in images])
     if not len(images):
         raise ValueError("there are no images; give 1 or more")
     if tuple(images[:1].shape[1:]) != shape:
@@ -687,11 +423,7 @@ def _to_bytes(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, i
     if torch.is_tensor(images):
         check_values(images)
         warn_of_unit_range(*map(float, images.aminmax()))
-    pixels = torch.empty(len(images), *shape, dtype=torch.uint8)
-    for start in tqdm(range(0, len(images), 256), "reading images", delay=2, leave=False):
-        rows = slice(start, start + 256)
-        pixels[rows] = ((images[rows] + 1) * 127.5).round().clamp(0, 255)
-    return pixels
+    return to_bytes(images)
 
 
 def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
@@ -702,42 +434,17 @@ def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tenso
         "images": {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()},
         "network": {key: value for key, value in unet.config.items() if not key.startswith("_")},
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
 
 
-def _refuse_other_images(now: dict, then: dict, out: Path) -> None:
-    if now != then:
-        raise ValueError(
-            f"the training in {out} is of {then['n']} images, and these {now['n']} are not the same; resume it with "
-            "those that it began with, in the same order"
-        )
-
-
-def _commit() -> str | None:
-    """Commit of the code that trains, with "-dirty" where files differ from it; None outside of a clone."""
-    command = ["git", "-C", str(paths.home()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _contact_sheet(images: torch.Tensor) -> Image.Image:
     """Images of shape (n, 3, H, W), values in [-1, 1], in rows of about a square."""
-    pictures = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    n, height, width, _ = pictures.shape
-    columns = math.ceil(math.sqrt(n))
-    sheet = Image.new("RGB", (columns * width, math.ceil(n / columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
-    return sheet
-
-
-def _write(path: Path, write) -> None:
-    """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    write(partial)
-    os.replace(partial, path)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    _, channels, height, width = images.shape
+    tiles = torch.full((rows * columns, channels, height, width), 255, dtype=torch.uint8)
+    tiles[: len(images)] = to_bytes(images.cpu())
+    sheet = tiles.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    return Image.fromarray(sheet.reshape(rows * height, columns * width, channels).numpy())

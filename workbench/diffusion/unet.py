@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from diffusers import UNet2DModel
 
+from workbench.io import one_of
+
 TAPS = ("before", "middle", "after")
 
 
@@ -108,16 +110,11 @@ class SplitUNet:
     """
 
     def __init__(self, unet: UNet2DModel, *, tap: str = "after", dtype: torch.dtype = torch.float32) -> None:
-        if tap not in TAPS:
-            raise ValueError(f"tap {tap!r} is not known; it is one of {', '.join(TAPS)}")
-        self.unet, self.tap, self.dtype = unet, tap, dtype
+        self.unet, self.tap, self.dtype = unet, one_of("tap", tap, TAPS), dtype
         if getattr(unet, "mid_block", None) is None or not getattr(unet.mid_block, "resnets", None):
             raise ValueError(f"{type(unet).__name__} has no middle block, so it has no bottleneck to read h from")
         if not isinstance(unet, UNet2DModel):
-            raise ValueError(
-                f"{type(unet).__name__} is not supported; the workbench takes unconditional pixel-space U-Nets "
-                "(diffusers' UNet2DModel)"
-            )
+            raise ValueError(f"{type(unet).__name__} is not supported; the workbench takes diffusers' UNet2DModel")
         config = unet.config
         if config.time_embedding_type == "fourier" or any("Skip" in b for b in config.down_block_types):
             raise ValueError("score-SDE U-Nets (Fourier embedding, skip blocks) are not DDPMs and are not supported")
@@ -126,6 +123,13 @@ class SplitUNet:
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("this U-Net is conditioned on a class; the workbench takes unconditional models")
         _refuse_sizes_that_do_not_fit(unet)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.unet.config.in_channels, height, width)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision that the network computes in."""
@@ -219,22 +223,16 @@ def _refuse_sizes_that_do_not_fit(unet: UNet2DModel) -> None:
         raise ValueError(f"sample_size is {size!r}; it is the side of the images in pixels, or their height and width")
     multiple = 2 ** sum(bool(block.downsamplers) for block in unet.down_blocks)
     if any(side % multiple for side in sides):
-        raise ValueError(
-            f"sample_size is {size}; this U-Net has {len(unet.down_blocks)} levels, the coarsest of 1/{multiple} of "
-            f"the side, and takes multiples of {multiple}"
-        )
+        raise ValueError(f"sample_size is {size}; this U-Net takes multiples of {multiple}")
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
             f"in_channels is {config.in_channels} and out_channels is {config.out_channels}; the workbench takes as "
-            "many of both, or twice as many outputs for a learned variance: other U-Nets are given more than the "
-            "image, or return something else than its noise"
+            "many of both, or twice as many outputs for a learned variance"
         )
     narrow = [module.query_dim for module in unet.modules() if getattr(module, "heads", 1) < 1]
     if narrow:
-        raise ValueError(
-            f"attention_head_dim is {config.attention_head_dim}, and attention here is {min(narrow)} channels wide; it "
-            f"takes 1 to {min(narrow)}"
-        )
+        heads = config.attention_head_dim
+        raise ValueError(f"attention_head_dim is {heads}, and attention here is {min(narrow)} channels wide")
 
 
 def _resnet_head(resnet, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:

@@ -24,13 +24,14 @@ from workbench.analysis.mixing_criteria import (
 )
 from workbench.analysis.samples import matched
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.inversion import invert
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import (
     StepRecord,
     Trajectory,
     batches,
     check_batch_size,
-    invert,
     progress_bar,
     replay,
     sample,

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import re
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -27,11 +28,16 @@ HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model*"]
 
 _WEIGHT_FILES = re.compile(
     r"diffusion_pytorch_model(\.(?P<before>[a-zA-Z_]\w*))?(-\d+-of-(?P<shards>\d+))?(\.(?P<after>[a-zA-Z_]\w*))?"
-    r"\.(?P<kind>safetensors|bin)(\.index(\.(?P<index>\w+))?\.json)?"
+    r"\.(?P<kind>safetensors|bin)"
 )
-"""Names that diffusers writes: whole, in shards or as their index, each also of a variant such as fp16."""
+"""Names that diffusers writes: whole or in shards, each also of a variant such as fp16."""
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+LATENT = (
+    "{path} is a latent-diffusion model (it has {parts}); the workbench takes unconditional models that denoise "
+    "pixels, such as google/ddpm-ema-celebahq-256"
+)
 
 
 @dataclass(frozen=True)
@@ -45,32 +51,29 @@ class ModelFolder:
 
 
 def find_model_files(folder: str | Path) -> ModelFolder:
-    """Find the parts of a diffusers DDPM folder.
+    """Find the parts of a diffusers DDPM folder; a FileNotFoundError names the one that is missing.
 
-    Parameters
-    ----------
-    folder : path
-        Either with `unet/` and `scheduler/`, or flat with `config.json` and `scheduler_config.json`, as the
-        google/ddpm-* repositories have. `unet_ema/`, the moving average of a training, goes before `unet/`; what lies
-        in a training's folder (`unet/`, `checkpoint-500/`) has its scheduler there. Weights are safetensors or `.bin`,
-        whole or in shards; a variant such as fp16 is taken where there are no others.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a part is missing; the message names it.
-    ValueError
-        If the folder holds a latent-diffusion model.
+    The folder has `unet/` and `scheduler/`, or is flat with `config.json` and `scheduler_config.json`, as the
+    google/ddpm-* repositories are. `unet_ema/`, the moving average of a training, goes before `unet/`; what lies in a
+    training's folder (`unet/`, `checkpoint-500/`) has its scheduler there.
     """
     folder = local(folder)
     _refuse_latent_models(folder)
     config = find_unet_config(folder)
     if config is None:
         raise FileNotFoundError(
-            f"{folder} has no unet/config.json and no config.json; a diffusers model folder has one of them beside "
-            f"its weights ({WEIGHTS})"
+            f"{folder} has no unet/config.json and no config.json, so it is no diffusers model folder"
         )
     return ModelFolder(folder, config, _find_weights(config.parent), _find_scheduler(folder))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether no part of a model folder is missing."""
+    try:
+        find_model_files(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def find_unet_config(folder: Path) -> Path | None:
@@ -80,28 +83,20 @@ def find_unet_config(folder: Path) -> Path | None:
 
 
 def _find_weights(folder: Path) -> tuple[Path, ...]:
-    found: dict[tuple, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    """Weights without a variant before those of one, safetensors before `.bin`, and one file before shards."""
+    found: dict[tuple, dict[str, Path]] = {}
+    for path in folder.iterdir():
         if name := _WEIGHT_FILES.fullmatch(path.name):
-            variant, sharded = name["before"] or name["after"] or name["index"] or "", name["shards"] is not None
-            rank = 1 if ".index." in path.name else 2 * sharded
-            key = (variant != "", "non_ema" in variant, variant, name["kind"] == "bin", rank, int(name["shards"] or 0))
-            found.setdefault(key, []).append(path)
+            variant = name["before"] or name["after"] or ""
+            key = ("non_ema" in variant, variant, name["kind"] == "bin", int(name["shards"] or 0))
+            found.setdefault(key, {})[path.name] = path
     if not found:
         raise FileNotFoundError(f"{folder} has a config.json but no weights; expected {WEIGHTS} (or .bin, or shards)")
     (*_, shards), files = min(found.items())
-    if files[0].suffix == ".json":
-        index = files[0]
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{index} does not say in which files the weights are (weight_map); download it again")
-        files = [folder / Path(name).name for name in sorted(set(names.values()))]
-    elif shards:
-        files = [folder / re.sub(r"-\d+-of", f"-{i:05d}-of", files[0].name) for i in range(1, shards + 1)]
-    missing = next((path.name for path in files if not path.is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(f"{folder} lacks {missing}, one of {len(files)} files that its weights are in")
-    return tuple(files)
+    for i in range(1, shards + 1):
+        if (wanted := re.sub(r"-\d+-of", f"-{i:05d}-of", min(files))) not in files:
+            raise FileNotFoundError(f"{folder} lacks {wanted}, one of {shards} files that its weights are in")
+    return tuple(path for _, path in sorted(files.items()))
 
 
 def _find_scheduler(folder: Path) -> Path:
@@ -120,10 +115,7 @@ def _refuse_latent_models(folder: Path) -> None:
     parts = set(read_json(index)) if index.is_file() else set()
     latent = sorted(parts & {"vae", "vqvae", "text_encoder", "movq", "image_encoder"})
     if latent:
-        raise ValueError(
-            f"{folder} is a latent-diffusion model (it has {', '.join(latent)}); the workbench takes unconditional "
-            "models that denoise pixels, such as google/ddpm-ema-celebahq-256"
-        )
+        raise ValueError(LATENT.format(path=folder, parts=", ".join(latent)))
 
 
 def read_json(path: Path) -> dict:
@@ -138,35 +130,28 @@ def read_json(path: Path) -> dict:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Weights from a safetensors or `.bin` file, with the attention layers' old names brought up to date.
-
-    Raises
-    ------
-    ValueError
-        If the file is truncated or not a weights file, or if a weight is NaN or infinite.
-    """
+    """Finite weights from a safetensors or `.bin` file, with the attention layers' old names brought up to date."""
     state = read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} should hold weights by name, as diffusers saves them, and holds something else")
     _check_finite(state, path)
-    return {_new_name(name): tensor for name, tensor in state.items()}
+    old = r"(attentions\.\d+)\.(query|key|value|proj_attn)\."
+    return {re.sub(old, lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name): tensor for name, tensor in state.items()}
 
 
 def read_tensors(path: Path) -> object:
     """Content of a safetensors file or of a file of `torch.save`, which is read without executing anything.
 
-    Raises
-    ------
-    ValueError
-        If the file is truncated, of another kind, which is named, or holds objects that are no tensors, numbers or
-        texts.
+    A ValueError says what a file is that is truncated, of another kind, or holds objects that are no tensors, numbers
+    or texts.
     """
     with path.open("rb") as file:
         head = file.read(512)
     if (kind := _other_kind(head, path)) is not None:
         raise ValueError(f"{path} can't be read as weights; it is {kind}")
     try:
-        if _is_safetensors(head):
+        # A safetensors file begins with the length of a header and the header, a JSON object.
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
             # Not the file's own pages, which change with it.
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
         with path.open("rb") as file:  # by its name, torch takes a renamed file for safetensors
@@ -174,63 +159,28 @@ def read_tensors(path: Path) -> object:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if refused is not None:
-            raise ValueError(
-                f"{path} can't be read as weights without running code: it holds a {refused[1]} beside them; save the "
-                "network's state dict alone with torch.save, where it was trained"
-            ) from error
-        # torch's own text advises to run what the file holds.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        reason = type(error).__name__ if "weights_only" in reason else reason or type(error).__name__
-        kind = "a pickle of another program" if head.startswith(_NEWER_PICKLES) else "of another kind"
-        raise ValueError(f"{path} can't be read as weights; it is truncated or {kind} ({reason})") from error
-
-
-_BEGINNINGS = {
-    b"\x1f\x8b": "a gzip archive; unpack it",
-    b"7z\xbc\xaf": "a 7z archive; unpack it",
-    b"Rar!": "a RAR archive; unpack it",
-    b"\xfd7zXZ": "an xz archive; unpack it",
-    b"BZh": "a bzip2 archive; unpack it",
-    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it",
-    b"\x89HDF": "an HDF5 file, such as Keras writes, and not of PyTorch",
-    b"\x93NUMPY": "a NumPy array and not of PyTorch",
-    b"GGUF": "a GGUF file, whose networks are no U-Nets of pixels",
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"%PDF": "a PDF document",
-}
-"""How files begin that people give as weights."""
-
-_NEWER_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-def _is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with the length of a header and the header, a JSON object."""
-    return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 100_000_000
+            reason = f" without running code: it holds a {refused[1]} beside them; save the state dict alone"
+        else:  # torch's own text advises to run what the file holds
+            reason = f"; it is truncated or of another kind ({type(error).__name__})"
+        raise ValueError(f"{path} can't be read as weights{reason}") from error
 
 
 def _other_kind(head: bytes, path: Path) -> str | None:
-    """What a file is that begins so, if it is no weights but came in their place."""
-    if not head:
-        return "empty; download or copy it again"
+    """What came in place of weights, by how the file begins; None where it may be weights."""
     if not any(head):
-        return "nothing but zeros where it begins, as a download that was cut short leaves it; download it again"
+        return "empty, or a download that was cut short; download or copy it again"
     if head.startswith(b"PK"):
         return _kind_of_zip(path)
-    if head[257:262] == b"ustar":
-        return "a tar archive; unpack it"
-    kind = next((kind for beginning, kind in _BEGINNINGS.items() if head.startswith(beginning)), None)
-    if kind is not None or any(byte < 32 and byte not in b"\t\r\n\f" for byte in head):
-        return kind
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"BZh")) or head[257:262] == b"ustar":
+        return "an archive; unpack it"
+    if any(byte < 32 and byte not in b"\t\r\n\f" for byte in head):
+        return None
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if text.startswith("version https://git-lfs"):
         return "a Git LFS pointer, which stands for the file; fetch the file itself with `git lfs pull`"
-    if re.match(r"<(!doctype|html|head|body|\?xml|!--)", text, re.IGNORECASE):
+    if text.startswith("<"):
         return "a web page, which a server sent in place of the file; download the file itself"
-    shown = text.partition("\n")[0].strip()[:60]
-    if text.startswith(("{", "[")):
-        return f"a JSON text ({shown}), such as a server's message in place of the file; download the file itself"
-    return f"a text ({shown}) and not of torch.save or safetensors"
+    return f"a text ({textwrap.shorten(text, 60)}), such as a server's message in place of the file"
 
 
 def _kind_of_zip(path: Path) -> str | None:
@@ -240,10 +190,10 @@ def _kind_of_zip(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any("/code/" in name for name in names):
-        return "a TorchScript program, whose weights can't be read without it; save its state dict with torch.save"
-    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        return "a TorchScript program; save its state dict with torch.save"
+    if any(name.endswith("data.pkl") for name in names):
         return None
-    return f"a zip archive (of {', '.join(names[:2]) or 'nothing'}); unpack it, and give the file or folder in it"
+    return f"a zip archive (of {', '.join(names[:2]) or 'nothing'}); unpack it"
 
 
 def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -280,18 +230,8 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Find a U-Net in a `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors` file, whatever it is wrapped in.
 
-    Where a file holds several (a training's last weights and their moving average), the average is taken.
-
-    Raises
-    ------
-    ValueError
-        If the file can't be read, holds no known network, a latent-diffusion model or diffusers' weights without
-        their config, or has weights that are NaN or infinite.
-
-    Warns
-    -----
-    UserWarning
-        If the file comes from a training and has no moving average of the weights.
+    Of a training's last weights and their moving average, the average is taken; where there is none, a UserWarning says
+    so. A ValueError names a file without a network that the workbench knows.
     """
     path = local(path)
     content = read_tensors(path)
@@ -306,23 +246,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", name)
     ]
     if not found:
-        some = f"its first names are {', '.join(names[:3])}" if names else "it has no tensors by name"
         raise ValueError(
-            f"{path} holds no network that the workbench knows ({some}); it reads the layouts of the original DDPM "
-            "(temb.dense.0 ...) and of guided-diffusion (time_embed.0 ...), and diffusers' folders"
+            f"{path} holds no network that the workbench knows ({', '.join(names[:3]) or 'no tensors by name'}); it "
+            "reads the layouts of the original DDPM (temb.dense.0 ...) and of guided-diffusion (time_embed.0 ...)"
         )
     where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
     if layout == "diffusers":
-        raise ValueError(
-            f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id: its config.json "
-            "says what these weights are"
-        )
+        raise ValueError(f"{path} is a single file; give a diffusers model folder (unet/ + scheduler/) or a hub id")
     if not _is_average(where + prefix) and _is_training(content):
-        warnings.warn(
-            f"{path.name} has no moving average (EMA) of the weights; these are the last ones of a training, whose "
-            "samples are usually worse",
-            stacklevel=2,
-        )
+        text = f"{path.name} has no moving average (EMA) of the weights; samples of a training's last ones are worse"
+        warnings.warn(text, stacklevel=2)
     # Counters, such as an average's number of updates, have no dimension.
     inside = {n.removeprefix(prefix): w for n, w in state.items() if n.startswith(prefix) and w.ndim > 0}
     _check_finite(inside, path)
@@ -371,41 +304,20 @@ def _refuse_latent_weights(names: list[str], path: Path) -> None:
     parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
     latent = next((name for name in names if name.startswith(parts) or ".transformer_blocks." in name), None)
     if latent is not None:
-        raise ValueError(
-            f"{path} is a latent-diffusion model (it has {latent}); the workbench takes unconditional models that "
-            "denoise pixels, such as google/ddpm-ema-celebahq-256"
-        )
-
-
-def _new_name(name: str) -> str:
-    old = r"(attentions\.\d+)\.(query|key|value|proj_attn)\."
-    return re.sub(old, lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name)
+        raise ValueError(LATENT.format(path=path, parts=latent))
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], *, path: Path, assign: bool = False) -> None:
-    """Load weights into a module; every key and shape must fit.
+    """Load weights into a module; a ValueError names the weights that do not fit.
 
     With `assign` the module takes the tensors themselves and no second copy of them is made; it may then be one without
     values, on the device "meta".
-
-    Raises
-    ------
-    ValueError
-        Naming the first weight that does not fit the config.
     """
-    expected = module.state_dict()
-    for name, tensor in expected.items():
-        if name not in state:
-            raise ValueError(f"{path} does not fit its config.json: {name} {tuple(tensor.shape)} is missing")
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path} does not fit its config.json: {name} is {tuple(state[name].shape)} in the file "
-                f"and {tuple(tensor.shape)} in the config"
-            )
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise ValueError(f"{path} does not fit its config.json: {extra[0]} has no place in the network")
-    module.load_state_dict(state, assign=assign)
+    try:
+        module.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        reasons = str(error).partition("\n")[2]
+        raise ValueError(f"{path} does not fit its config.json: {textwrap.shorten(reasons, 300)}") from error
 
 
 def hash_weights(module: torch.nn.Module) -> str:

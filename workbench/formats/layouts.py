@@ -17,9 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
+
+from workbench.io import one_of
 
 ANCHORS = {
     "ddpm": "temb.dense.0.weight",
@@ -27,8 +31,6 @@ ANCHORS = {
     "diffusers": "time_embedding.linear_1.weight",
 }
 """One weight by which a layout is known, at the end of whatever prefix."""
-
-FAMILIES = {"ddpm": "the original DDPM", "guided": "guided-diffusion", "diffusers": "diffusers"}
 
 ORDERS = ("legacy", "new")
 """Rows of guided-diffusion's qkv: [head][q, k, v][channel], or [q, k, v][head][channel]."""
@@ -40,7 +42,7 @@ SCHEDULES = ("linear", "cosine")
 
 
 def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = False) -> dict:
-    """A noise schedule of both code bases, as settings of a diffusers scheduler.
+    """A noise schedule of both code bases ("linear" or "cosine"), as settings of a diffusers scheduler.
 
     Parameters
     ----------
@@ -52,54 +54,54 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
         The network is told t * 1000 / T (`rescale_timesteps`, the default of improved-diffusion alone). The schedule is
         then that of the timesteps which are told as whole numbers, every fourth of 4000: the same network at the same
         noise levels.
-
-    Raises
-    ------
-    ValueError
-        If the schedule is unknown, or can't have that many timesteps.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is not known; it is one of {', '.join(SCHEDULES)}")
+    one_of("schedule", name, SCHEDULES)
     least = 1000 if rescaled else 21  # with fewer, the linear schedule's betas reach 1
     if not isinstance(T, int) or T < least or (rescaled and T % 1000):
-        allowed = "a multiple of 1000, as rescaling needs it" if rescaled else f"{least} or more"
-        raise ValueError(f"timesteps is {T}; give {allowed}")
-    first, last = 0.1 / T, 20 / T
-    if rescaled and T > 1000:
-        alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-        cosine = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-        betas = np.linspace(first, last, T) if name == "linear" else cosine
-        kept = np.cumprod(1.0 - betas)[:: T // 1000]
-        betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
-        return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
+        raise ValueError(f"timesteps is {T}; give {'a multiple of 1000' if rescaled else f'{least} or more'}")
+    settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}
     if name == "linear":
-        return {"beta_schedule": "linear", "beta_start": first, "beta_end": last, "num_train_timesteps": T}
-    return {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}
+        settings |= {"beta_schedule": "linear", "beta_start": 0.1 / T, "beta_end": 20 / T}
+    if not rescaled or T == 1000:
+        return settings
+    alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    cosine = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    betas = np.linspace(0.1 / T, 20 / T, T) if name == "linear" else cosine
+    kept = np.cumprod(1.0 - betas)[:: T // 1000]
+    betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
+    return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
 
 
 LINEAR, COSINE = map(noise_schedule, SCHEDULES)
 
-_RESNETS = {
-    "ddpm": {
-        "norm1": "norm1",
-        "conv1": "conv1",
-        "temb_proj": "time_emb_proj",
-        "norm2": "norm2",
-        "conv2": "conv2",
-        "nin_shortcut": "conv_shortcut",
+_INSIDE = {
+    "resnet": {
+        "ddpm": {
+            "norm1": "norm1",
+            "conv1": "conv1",
+            "temb_proj": "time_emb_proj",
+            "norm2": "norm2",
+            "conv2": "conv2",
+            "nin_shortcut": "conv_shortcut",
+        },
+        "guided": {
+            "in_layers.0": "norm1",
+            "in_layers.2": "conv1",
+            "emb_layers.1": "time_emb_proj",
+            "out_layers.0": "norm2",
+            "out_layers.3": "conv2",
+            "skip_connection": "conv_shortcut",
+        },
     },
-    "guided": {
-        "in_layers.0": "norm1",
-        "in_layers.2": "conv1",
-        "emb_layers.1": "time_emb_proj",
-        "out_layers.0": "norm2",
-        "out_layers.3": "conv2",
-        "skip_connection": "conv_shortcut",
+    "attention": {
+        "ddpm": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
+        "guided": {"norm": "group_norm", "qkv": "to_q to_k to_v", "proj_out": "to_out.0"},
     },
 }
-_ATTENTIONS = {
-    "ddpm": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
-    "guided": {"norm": "group_norm", "qkv": "to_q to_k to_v", "proj_out": "to_out.0"},
+_MIDDLE = {
+    "ddpm": ("mid.block_1", "mid.attn_1", "mid.block_2"),
+    "guided": ("middle_block.0", "middle_block.1", "middle_block.2"),
+    "diffusers": ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
 }
 _OUTSIDE = {
     "ddpm": {
@@ -159,21 +161,22 @@ class Architecture:
     attention_order: str = "legacy"
 
     def __post_init__(self) -> None:
-        if self.attention_order not in ORDERS:
-            raise ValueError(f"attention_order {self.attention_order!r} is not known; it is one of {', '.join(ORDERS)}")
+        one_of("attention_order", self.attention_order, ORDERS)
         halvings = len(self.channels) - 1
         if self.image_size < 1 or self.image_size % 2**halvings:
+            allowed = f"a network of {halvings + 1} levels takes multiples of {2**halvings}"
+            raise ValueError(f"image_size is {self.image_size}; {allowed}")
+        heads = self.head_channels
+        if heads is not None and (heads < 1 or any(width % heads for width in self.attention_widths)):
+            widths = " and ".join(map(str, self.attention_widths))
             raise ValueError(
-                f"image_size is {self.image_size}; a network of {halvings + 1} levels takes multiples of {2**halvings}"
+                f"head_channels is {heads}; attention here is {widths} channels wide, which it must divide"
             )
-        widths = {self.channels[-1], *(self.channels[level] for level in self.attention)}
-        if self.head_channels is not None and (
-            self.head_channels < 1 or any(width % self.head_channels for width in widths)
-        ):
-            raise ValueError(
-                f"head_channels is {self.head_channels}; attention here is {' and '.join(map(str, sorted(widths)))} "
-                "channels wide, which it must divide"
-            )
+
+    @property
+    def attention_widths(self) -> list[int]:
+        """Numbers of channels where there is attention, which the mid block always has."""
+        return sorted({self.channels[-1], *(self.channels[level] for level in self.attention)})
 
     @property
     def h_shape(self) -> tuple[int, int, int]:
@@ -184,16 +187,16 @@ class Architecture:
     def config(self) -> dict:
         """Arguments of `UNet2DModel`."""
         ddpm, resampling = self.layout == "ddpm", "resnet" if self.residual_resampling else "conv"
-        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resampling == "resnet" else _PLAIN
-        blocks = [_WITH_ATTENTION if i in self.attention else plain for i in range(len(self.channels))]
+        plain = "Resnet{}sampleBlock2D" if self.residual_resampling else "{}Block2D"
+        blocks = ["Attn{}Block2D" if i in self.attention else plain for i in range(len(self.channels))]
         return {
             "sample_size": self.image_size,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "block_out_channels": self.channels,
             "layers_per_block": self.layers,
-            "down_block_types": tuple(down for down, _ in blocks),
-            "up_block_types": tuple(up for _, up in reversed(blocks)),
+            "down_block_types": tuple(block.format("Down") for block in blocks),
+            "up_block_types": tuple(block.format("Up") for block in reversed(blocks)),
             "downsample_type": resampling,
             "upsample_type": resampling,
             "downsample_padding": 0 if ddpm else 1,
@@ -209,8 +212,8 @@ class Architecture:
 
 
 _EXAMPLES = {"image_size": 256, "head_channels": 64}
-_PLAIN = ("DownBlock2D", "UpBlock2D")
-_WITH_ATTENTION = ("AttnDownBlock2D", "AttnUpBlock2D")
+_FIRST = {"ddpm": "conv_in.weight", "guided": "input_blocks.0.0.weight"}
+_ANY_SIZE = 1024  # which all networks can halve: sizes are not in the shapes
 
 
 @dataclass(frozen=True)
@@ -233,59 +236,33 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-_DDPM_256 = Architecture("ddpm", 256, (128, 128, 256, 256, 512, 512), 2, (4,))
-_DDPM_64 = Architecture("ddpm", 64, (128, 256, 256, 256, 512), 2, (2,))
-_DDPM_32 = Architecture("ddpm", 32, (128, 256, 256, 256), 2, (1,))
-_GUIDED = {"out_channels": 6, "head_channels": 64, "scale_shift": True}
-_P2_256 = Architecture("guided", 256, _DDPM_256.channels, 1, (4,), residual_resampling=True, **_GUIDED)
-_ADM_256 = Architecture(
-    "guided", 256, (256, 256, 512, 512, 1024, 1024), 2, (3, 4, 5), residual_resampling=True, **_GUIDED
-)
-_IDDPM_32 = Architecture("guided", 32, (128, 256, 256, 256), 3, (1, 2), **_GUIDED)
-
-PRESETS = {
-    "celeba_hq": Preset(_DDPM_256, "CelebA-HQ (SDEdit, DiffusionCLIP, Asyrp, BoundaryDiffusion)", ("celeba_hq.ckpt",)),
-    "bedroom": Preset(_DDPM_256, "LSUN bedroom (DDPM, SDEdit)", ("bedroom.ckpt", "model-2388000.ckpt")),
-    "church_outdoor": Preset(_DDPM_256, "LSUN church (DDPM, SDEdit)", ("church_outdoor.ckpt", "model-4432000.ckpt")),
-    "cat": Preset(_DDPM_256, "LSUN cat (DDPM)", ("model-1761000.ckpt",)),
-    "celeba64": Preset(_DDPM_64, "CelebA, 64 pixels (DDIM)"),
-    "cifar10": Preset(_DDPM_32, "CIFAR-10 (DDPM)", ("model-790000.ckpt",)),
-    "afhq_dog": Preset(_P2_256, "AFHQ dogs (ILVR, P2)", ("afhq_dog_4m.pt", "afhqdog_p2.pt")),
-    "ffhq": Preset(_P2_256, "FFHQ (ILVR, P2)", ("ffhq_10m.pt", "ffhq_p2.pt")),
-    "metfaces": Preset(_P2_256, "MetFaces (P2)", ("metface_p2.pt",)),
-    "celeba_hq_p2": Preset(_P2_256, "CelebA-HQ (P2)", ("celebahq_p2.pt",)),
-    "flower": Preset(_P2_256, "Oxford flowers (P2)", ("flower_p2.pt",)),
-    "cub": Preset(_P2_256, "CUB birds (P2)", ("cub_p2.pt",)),
-    "adm_lsun": Preset(_ADM_256, "LSUN (ADM)", ("lsun_bedroom.pt", "lsun_cat.pt", "lsun_horse.pt")),
-    "adm_imagenet": Preset(_ADM_256, "ImageNet, unconditional (ADM)", ("256x256_diffusion_uncond.pt",)),
-    "improved_cifar10": Preset(
-        _IDDPM_32,
-        "CIFAR-10, cosine (improved DDPM)",
-        ("cifar10_uncond_50M_500K.pt",),
-        noise_schedule("cosine", 4000, rescaled=True),
-    ),
-}
-"""Published checkpoints by name."""
-
-HUB = {
-    f"google/ddpm-{kind}{data}-256": _DDPM_256
-    for data in ("celebahq", "church", "bedroom", "cat")
-    for kind in ("ema-", "")
-} | {"google/ddpm-cifar10-32": _DDPM_32}
-"""Repositories of the hub, which hold diffusers folders."""
+def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
+    content = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    networks = {
+        name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
+        for name, each in content["architectures"].items()
+    }
+    presets = {
+        name: Preset(
+            networks[each["architecture"]],
+            each["about"],
+            tuple(each.get("files", ())),
+            noise_schedule(**each.get("schedule", {})),
+        )
+        for name, each in content["presets"].items()
+    }
+    return presets, {name: networks[each] for name, each in content["hub"].items()}
 
 
-def preset_for(name: str | None, file: str) -> Preset | None:
-    """The preset of this name, else the one that publishes a file of this name, else None.
+PRESETS, HUB = _published()
+"""Published checkpoints by name, and repositories of the hub, which hold diffusers folders."""
 
-    Raises
-    ------
-    ValueError
-        If the preset is unknown.
-    """
-    if name is not None and name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name] if name else next((p for p in PRESETS.values() if file in p.files), None)
+
+def find_preset(name: str | None, file: str) -> str | None:
+    """The preset that was asked for, else the one that publishes a file of this name, else None."""
+    if name is not None:
+        return one_of("preset", name, PRESETS)
+    return next((name for name, preset in PRESETS.items() if file in preset.files), None)
 
 
 def infer(
@@ -298,81 +275,45 @@ def infer(
 ) -> Architecture:
     """The architecture of a network, from the names and shapes of its weights.
 
-    Parameters
-    ----------
-    state : mapping of str -> Tensor
-    layout : {"ddpm", "guided"}
-    image_size, head_channels, attention_order
-        What no shape tells; as the attributes of `Architecture`. The layout "ddpm" has a single head.
-
-    Returns
-    -------
-    Architecture
-
-    Raises
-    ------
-    ValueError
-        If the network is of a kind that can't be converted, or `image_size` or `head_channels` is needed and missing;
-        the message names presets with these shapes.
+    `image_size`, `head_channels` and `attention_order` are what no shape tells, as the attributes of `Architecture`;
+    where the first two are missing, a ValueError names presets with these shapes. The layout "ddpm" has a single head.
     """
-    missing = [name for name, given in (("image_size", image_size), ("head_channels", head_channels)) if given is None]
-    if layout == "ddpm":
-        missing = [name for name in missing if name == "image_size"]
     if "label_emb.weight" in state:
         raise ValueError("the network is conditioned on a class (label_emb); the workbench takes unconditional models")
     shapes = (_shapes_of_ddpm if layout == "ddpm" else _shapes_of_guided)(state)
-    first = _rows(state, "conv_in.weight" if layout == "ddpm" else "input_blocks.0.0.weight")
-    if first != shapes["channels"][0]:
-        raise ValueError(
-            f"its first level has {shapes['channels'][0]} channels and its first convolution {first}, which diffusers' "
-            "UNet2DModel can't have"
-        )
+    first, level = _rows(state, _FIRST[layout]), shapes["channels"][0]
+    if first != level:  # which diffusers' UNet2DModel can't have
+        raise ValueError(f"its first level has {level} channels and its first convolution {first}; they must be equal")
+    asked = {"image_size": image_size} | ({} if layout == "ddpm" else {"head_channels": head_channels})
+    missing = [name for name, given in asked.items() if given is None]
     if missing:
-        # Any size that all networks divide will do for the comparison.
-        found = _without_names(Architecture(layout, 1024, **shapes))
-        alike = [name for name, preset in PRESETS.items() if _without_names(preset.architecture) == found]
-        also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
-        example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
-        options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
-        widths = {shapes["channels"][-1], *(shapes["channels"][level] for level in shapes["attention"])}
-        if "head_channels" in missing and len(widths) > 1:
-            also += (
-                "; where the training gave a number of heads, head_channels is the width by that number, and with "
-                f"attention of {' and '.join(map(str, sorted(widths)))} channels it can't be loaded"
-            )
-        raise ValueError(
-            f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
-            f"`workbench convert FILE FOLDER {options}`), or {also}"
-        )
-    return Architecture(
-        layout,
-        image_size,
-        head_channels=None if layout == "ddpm" else head_channels,
-        attention_order=attention_order,
-        **shapes,
+        _ask_for(missing, Architecture(layout, _ANY_SIZE, **shapes))
+    return Architecture(layout, **asked, attention_order=attention_order, **shapes)
+
+
+def _ask_for(missing: list[str], found: Architecture) -> None:
+    alike = [
+        name
+        for name, preset in PRESETS.items()
+        if replace(preset.architecture, image_size=_ANY_SIZE, head_channels=None, attention_order="legacy") == found
+    ]
+    also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
+    example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
+    options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
+    raise ValueError(
+        f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
+        f"`workbench convert FILE FOLDER {options}`), or {also}"
     )
 
 
 def refuse_unknown_schedule(architecture: Architecture) -> None:
-    """Weights don't tell their noise schedule: refuse to guess where a published network has another than the linear.
-
-    Raises
-    ------
-    ValueError
-        If the architecture is that of such a preset.
-    """
+    """Weights do not tell their schedule: refuse to guess where a published network has another than the linear one."""
     for name, preset in PRESETS.items():
         if preset.architecture == architecture and preset.schedule != LINEAR:
             raise ValueError(
                 f"the weights don't tell the noise schedule, and {name}, which has these shapes, does not have the "
-                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}, on the "
-                "command line to `workbench convert`"
+                f"linear one; give preset={name!r}, or schedule= {' or '.join(map(repr, SCHEDULES))}"
             )
-
-
-def _without_names(architecture: Architecture) -> Architecture:
-    """What the shapes tell of an architecture."""
-    return replace(architecture, image_size=1024, head_channels=None, attention_order="legacy")
 
 
 def _shapes_of_ddpm(state: Mapping[str, torch.Tensor]) -> dict:
@@ -386,7 +327,7 @@ def _shapes_of_ddpm(state: Mapping[str, torch.Tensor]) -> dict:
         "channels": tuple(_rows(state, f"down.{i}.block.0.conv1.weight") for i in range(levels)),
         "layers": layers,
         "attention": tuple(i for i in range(levels) if f"down.{i}.attn.0.norm.weight" in state),
-        "in_channels": _shape(state, "conv_in.weight")[1],
+        "in_channels": _shape(state, _FIRST["ddpm"])[1],
         "out_channels": _rows(state, "conv_out.weight"),
     }
 
@@ -404,7 +345,7 @@ def _shapes_of_guided(state: Mapping[str, torch.Tensor]) -> dict:
         "channels": channels,
         "layers": layers,
         "attention": tuple(i for i, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in state),
-        "in_channels": _shape(state, "input_blocks.0.0.weight")[1],
+        "in_channels": _shape(state, _FIRST["guided"])[1],
         "out_channels": _rows(state, "out.2.weight"),
         "scale_shift": _rows(state, "input_blocks.1.0.emb_layers.1.weight") == 2 * channels[0],
         "residual_resampling": levels > 1 and f"input_blocks.{layers + 1}.0.op.weight" not in state,
@@ -437,21 +378,13 @@ def convert(
     Parameters
     ----------
     state : mapping of str -> Tensor
-        By their names in the file, without prefixes.
+        By their names in the file, without prefixes. A ValueError names the first that is missing, has another shape,
+        or has no place.
     architecture : Architecture
     expected : mapping of str -> Tensor
         State dict of the `UNet2DModel` that the architecture describes; only the shapes count.
     whose : str
         What asks for these shapes, for the messages: "the preset 'ffhq'".
-
-    Returns
-    -------
-    dict of str -> Tensor
-
-    Raises
-    ------
-    ValueError
-        Naming the first weight of the file that is missing, has another shape, or has no place.
     """
     converted, used = {}, set()
     for source, targets in _layers(architecture):
@@ -490,64 +423,42 @@ def _layers(a: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Names of layers in the file and in `UNet2DModel`, in the order of the network; of qkv, three of the latter."""
     outside = [(source, (target,)) for source, target in _OUTSIDE[a.layout].items()]
     yield from outside[:3]
-    for kind, source, target in (_blocks_of_ddpm if a.layout == "ddpm" else _blocks_of_guided)(a):
+    for kind, source, target in _blocks(a):
         if kind == "layer":
             yield source, (target,)
         else:
-            inside = (_RESNETS if kind == "resnet" else _ATTENTIONS)[a.layout]
-            for theirs, ours in inside.items():
+            for theirs, ours in _INSIDE[kind][a.layout].items():
                 yield f"{source}.{theirs}", tuple(f"{target}.{name}" for name in ours.split())
     yield from outside[3:]
 
 
-def _blocks_of_ddpm(a: Architecture) -> Iterator[tuple[str, str, str]]:
+def _blocks(a: Architecture) -> Iterator[tuple[str, str, str]]:
+    """Kind of each block ("resnet", "attention", or "layer" for a convolution), its name in the file and in ours."""
     last = len(a.channels) - 1
-    for i in range(last + 1):
-        for j in range(a.layers):
-            yield "resnet", f"down.{i}.block.{j}", f"down_blocks.{i}.resnets.{j}"
-            if i in a.attention:
-                yield "attention", f"down.{i}.attn.{j}", f"down_blocks.{i}.attentions.{j}"
-        if i < last:
-            yield "layer", f"down.{i}.downsample.conv", f"down_blocks.{i}.downsamplers.0.conv"
-    yield "resnet", "mid.block_1", "mid_block.resnets.0"
-    yield "attention", "mid.attn_1", "mid_block.attentions.0"
-    yield "resnet", "mid.block_2", "mid_block.resnets.1"
-    for i in reversed(range(last + 1)):
-        for j in range(a.layers + 1):
-            yield "resnet", f"up.{i}.block.{j}", f"up_blocks.{last - i}.resnets.{j}"
-            if i in a.attention:
-                yield "attention", f"up.{i}.attn.{j}", f"up_blocks.{last - i}.attentions.{j}"
-        if i > 0:
-            yield "layer", f"up.{i}.upsample.conv", f"up_blocks.{last - i}.upsamplers.0.conv"
+    for way in ("down", "up"):
+        if way == "up":
+            yield from zip(("resnet", "attention", "resnet"), _MIDDLE[a.layout], _MIDDLE["diffusers"], strict=True)
+        for i in range(last + 1) if way == "down" else reversed(range(last + 1)):
+            ours = f"{way}_blocks.{i if way == 'down' else last - i}"
+            for j in range(a.layers + (way == "up")):
+                yield "resnet", _theirs(a, "resnet", way, i, j), f"{ours}.resnets.{j}"
+                if i in a.attention:
+                    yield "attention", _theirs(a, "attention", way, i, j), f"{ours}.attentions.{j}"
+            if i != (last if way == "down" else 0):
+                source, target = _theirs(a, "resampler", way, i, a.layers), f"{ours}.{way}samplers.0"
+                if a.residual_resampling:
+                    yield "resnet", source, target
+                else:
+                    layer = "op" if a.layout == "guided" and way == "down" else "conv"
+                    yield "layer", f"{source}.{layer}", f"{target}.conv"
 
 
-def _blocks_of_guided(a: Architecture) -> Iterator[tuple[str, str, str]]:
-    last, k = len(a.channels) - 1, 1
-    for i in range(last + 1):
-        for j in range(a.layers):
-            yield "resnet", f"input_blocks.{k}.0", f"down_blocks.{i}.resnets.{j}"
-            if i in a.attention:
-                yield "attention", f"input_blocks.{k}.1", f"down_blocks.{i}.attentions.{j}"
-            k += 1
-        if i < last:
-            yield _resampler(a, f"input_blocks.{k}.0", "op", f"down_blocks.{i}.downsamplers.0")
-            k += 1
-    yield "resnet", "middle_block.0", "mid_block.resnets.0"
-    yield "attention", "middle_block.1", "mid_block.attentions.0"
-    yield "resnet", "middle_block.2", "mid_block.resnets.1"
-    k = 0
-    for i in reversed(range(last + 1)):
-        for j in range(a.layers + 1):
-            yield "resnet", f"output_blocks.{k}.0", f"up_blocks.{last - i}.resnets.{j}"
-            if i in a.attention:
-                yield "attention", f"output_blocks.{k}.1", f"up_blocks.{last - i}.attentions.{j}"
-            if i > 0 and j == a.layers:
-                place = 2 if i in a.attention else 1
-                yield _resampler(a, f"output_blocks.{k}.{place}", "conv", f"up_blocks.{last - i}.upsamplers.0")
-            k += 1
-
-
-def _resampler(a: Architecture, source: str, layer: str, target: str) -> tuple[str, str, str]:
-    if a.residual_resampling:
-        return "resnet", source, target
-    return "layer", f"{source}.{layer}", f"{target}.conv"
+def _theirs(a: Architecture, kind: str, way: str, i: int, j: int) -> str:
+    """Name in the file of the j-th block at level i on the way down or up."""
+    if a.layout == "ddpm":
+        return f"{way}.{i}." + {"resnet": f"block.{j}", "attention": f"attn.{j}", "resampler": f"{way}sample"}[kind]
+    # guided-diffusion counts the blocks of a way through all levels; the first on the way down is the input.
+    level, first, blocks = (i, 1, "input_blocks") if way == "down" else (len(a.channels) - 1 - i, 0, "output_blocks")
+    resampler = 0 if way == "down" else 1 + (i in a.attention)
+    place = {"resnet": 0, "attention": 1, "resampler": resampler}[kind]
+    return f"{blocks}.{first + level * (a.layers + 1) + j}.{place}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import warnings
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
 from workbench import __version__, paths
 from workbench.diffusion.images import check_images, fingerprint
+from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
-from workbench.diffusion.sampling import Trajectory, check_batch_size, invert, progress_bar, sample
+from workbench.diffusion.sampling import Trajectory, check_batch_size, progress_bar, sample
 from workbench.hspace.store import (
     DTYPES,
     HStore,
@@ -33,7 +33,7 @@ from workbench.hspace.store import (
     read_store,
     write_chunk,
 )
-from workbench.io import code_hash
+from workbench.io import code_hash, locked, one_of
 
 CHUNK_BYTES = 2**28
 """Upper bound of the h of one chunk of samples in memory (float32)."""
@@ -109,8 +109,7 @@ def extract(
     OSError
         If the disk is full. The store stays resumable.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    one_of("dtype", dtype, DTYPES)
     source = None if isinstance(images, bool) else images
     if source is None:
         seeds = _seeds(n, seeds, seed)
@@ -148,22 +147,17 @@ def extract(
             _refuse_other_inputs(read_store(path), provenance)
         else:
             paths.writable(path, folder=True)
-    ranks = Ranks.launched()
-    with _alone(path, wait=out is None) if ranks.first else contextlib.nullcontext():
+    ranks, alone = Ranks.launched(), contextlib.nullcontext()
+    if ranks.first and not paths.is_address(path):
+        lock = path.with_name(path.name + ".lock")
+        alone = locked(lock, f"extracting to {path}", patience=PATIENCE if out is None else None)
+    with alone:
         return _extract(model, path, provenance, seeds, source, batch_size, progress, ranks)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that were launched together, as one of them sees them.
-
-    Attributes
-    ----------
-    rank, count : int
-        This process, from 0, and how many there are.
-    wait : callable () -> None
-        Returns when all of them have called it.
-    """
+    """The processes that were launched together: number of this one and of all; `wait` returns when all called it."""
 
     rank: int
     count: int
@@ -182,29 +176,6 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-
-@contextlib.contextmanager
-def _alone(path: Path | str, *, wait: bool):
-    """Holds the store's lock, if its place can have one; `wait` for another process that does."""
-    if paths.is_address(path):
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(path.name + ".lock"))
-    try:
-        lock.acquire(timeout=PATIENCE if wait else 0)
-    except Timeout as error:
-        if not wait:
-            raise RuntimeError(
-                f"another process is extracting to {path}; wait for it to end, or choose another path with out="
-            ) from error
-        warnings.warn(f"another process is extracting to {path}; waiting for it", stacklevel=4)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks) -> HStore:
@@ -241,7 +212,7 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks
             else:
                 part = source[rows] if torch.is_tensor(source) else source.select(rows)
                 run = invert(model, part, progress=bar, **options)
-            values = {name: _value(run, name) for name in _arrays(store)}
+            values = {name: _value(run, name) for name in ("h", "x", "x0", "x_T") if name in store.group}
             if last is not None:
                 last.result()
             last = writer.submit(write_chunk, store, rows.start // size, values)
@@ -249,10 +220,6 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks
             last.result()
     ranks.wait()
     return open_store(path)
-
-
-def _arrays(store: HStore) -> list[str]:
-    return [name for name in ("h", "x", "x0", "x_T") if name in store.group]
 
 
 def _value(run: Trajectory, name: str) -> np.ndarray:
@@ -305,12 +272,8 @@ def _refuse_other_inputs(store: HStore, provenance: dict) -> None:
     for name, wanted in provenance.items():
         found = store.provenance.get(name)
         if found != wanted and not (name == "model" and {**found, "name": ""} == {**wanted, "name": ""}):
+            found, wanted = (textwrap.shorten(str(value), 80, placeholder="...") for value in (found, wanted))
             raise ValueError(
-                f"{store.path} holds an extraction of other inputs: its {name} is {_brief(found)}, asked for is "
-                f"{_brief(wanted)}; choose another path, or delete it"
+                f"{store.path} holds an extraction of other inputs: its {name} is {found}, asked for is {wanted}; "
+                "choose another path, or delete it"
             )
-
-
-def _brief(value) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

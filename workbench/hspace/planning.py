@@ -1,4 +1,4 @@
-"""What an extraction will need, before it is started: disk, memory, passes and hours.
+"""The cost of an extraction, before it is started: disk, memory, passes and hours.
 
 Sizes follow from shapes and are exact or bounds. Time is passes x FLOPs / rate, with a rate that is measured here, or,
 for a GPU that is not here, assumed: a share of the maker's peak.
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench.diffusion.memory import MemoryNeed, estimate_memory
+from workbench.diffusion.memory import estimate_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.unet import SplitUNet
 from workbench.hspace.extract import chunk_size
 from workbench.hspace.store import DTYPES
-from workbench.io import duration
+from workbench.io import duration, one_of
 
 GPUS = {
     "h200": (494.0, 989.0),
@@ -113,38 +113,24 @@ def plan_extraction(
     ----------
     network : SplitUNet
         On the device "meta" (`load_shapes`), so that no weights are needed.
-    n, steps : int
+    n, steps, processes, batch_size, dtype, record_x
+        As of `extract`.
     flop_rate : float
         Floating-point operations a second: of one of the GPUs (`peak_rate`), or of all cores.
     source : str
         Where that rate comes from, in words.
-    processes : int
-    batch_size : int
-        Samples a pass.
-    dtype : {"float16", "float32"}
-    record_x : bool
     on_gpu : bool
         Whether the network is on a GPU; else its memory is RAM.
-
-    Returns
-    -------
-    Plan
-
-    Raises
-    ------
-    ValueError
-        If a number is below 1 or the dtype is unknown.
     """
     for name, value in {"n": n, "steps": steps, "processes": processes, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}")
+    one_of("dtype", dtype, DTYPES)
     image, h = shapes_of(network)
     values = steps * (np.prod(h) + record_x * np.prod(image))
     disk = n * (int(values) * np.dtype(dtype).itemsize + 4 * int(np.prod(image)) + 8)
     chunk = chunk_size(h, image, steps=steps, n=n, record_x=record_x)
-    need: MemoryNeed = estimate_memory(network)
+    need = estimate_memory(network)
     on_device = need.weights + batch_size * need.activations
     # A chunk is recorded in float32 while the last one is converted and written.
     buffers = chunk * int(values) * (4 + 4 + np.dtype(dtype).itemsize)
@@ -167,62 +153,28 @@ def plan_extraction(
 
 def shapes_of(network: SplitUNet) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(C, H, W) of an image and (C, h, w) of h, of a network on the device "meta"."""
-    x = _empty(network)
-    return tuple(x.shape[1:]), tuple(network.encode(x, 0).h.shape[1:])
+    image = network.image_shape
+    return image, tuple(network.encode(torch.empty(1, *image, device="meta"), 0).h.shape[1:])
 
 
 def count_flops(network: SplitUNet) -> int:
     """Floating-point operations of a pass of one sample: convolutions, matrix products and attention."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        network(_empty(network), 0)
+        network(torch.empty(1, *network.image_shape, device="meta"), 0)
     return counter.get_total_flops()
 
 
 def peak_rate(gpu: str, *, dtype: str = "float32", utilisation: float = UTILISATION) -> float:
-    """Floating-point operations a second that a GPU is assumed to reach.
-
-    Parameters
-    ----------
-    gpu : str
-        One of `GPUS`.
-    dtype : {"float32", "bfloat16"}
-        Of the arithmetic.
-    utilisation : float in (0, 1]
-        Share of the peak.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If the GPU is unknown, or the share not one.
-    """
-    if gpu.lower() not in GPUS:
-        raise ValueError(f"GPU {gpu!r} is not known; it is one of {', '.join(GPUS)}, or give --rate as measured")
+    """Floating-point operations a second that one of `GPUS` is assumed to reach, in "float32" or "bfloat16"."""
+    peaks = GPUS[one_of("GPU", gpu.lower(), GPUS)]
     if not 0.0 < utilisation <= 1.0:
         raise ValueError(f"utilisation is {utilisation}; it is a share, above 0 and up to 1")
-    return GPUS[gpu.lower()][dtype == "bfloat16"] * 1e12 * utilisation
+    return peaks[dtype == "bfloat16"] * 1e12 * utilisation
 
 
 def measure_pass_rate(model: Model, *, batch_size: int | None = None, seconds: float = 3.0) -> float:
-    """Passes a second of sampling with h recorded, on the model's device.
-
-    Parameters
-    ----------
-    model : Model
-    batch_size : int, optional
-        By default the model's.
-    seconds : float
-        To measure for, after one batch to warm up.
-
-    Returns
-    -------
-    float
-        Samples through the U-Net a second.
-    """
+    """Samples through the U-Net a second, of sampling with h recorded, on the model's device; after a first batch."""
     batch_size = batch_size or model.batch_size()
     options = {"steps": 4, "record_h": True, "batch_size": batch_size, "progress": False}
     sample(model, range(batch_size), **options)
@@ -230,13 +182,6 @@ def measure_pass_rate(model: Model, *, batch_size: int | None = None, seconds: f
     while (taken := time.perf_counter() - start) < seconds:
         passes += 4 * len(sample(model, range(batch_size), **options))
     return passes / taken
-
-
-def _empty(network: SplitUNet) -> torch.Tensor:
-    config = network.unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.empty(1, config.in_channels, height, width, device="meta")
 
 
 def _bytes(count: float) -> str:

@@ -22,9 +22,7 @@ import errno
 import glob
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +34,7 @@ import zarr
 from zarr.errors import BaseZarrError
 
 from workbench.diffusion.schedule import index_of
+from workbench.io import one_of, written
 from workbench.paths import is_address, place
 
 FORMAT, VERSION = "hspace-store", 1
@@ -157,9 +156,7 @@ class HStore:
             yield rows, values.reshape(len(values), -1).astype(np.float32)
 
     def _of(self, space: str) -> zarr.Array:
-        if space not in ("h", "x"):
-            raise ValueError(f'space {space!r} is not known; it is "h" or "x"')
-        return self._array(space, "extract with record_x=True to keep x_t")
+        return self._array(one_of("space", space, ("h", "x")), "extract with record_x=True to keep x_t")
 
     def _array(self, name: str, remedy: str) -> zarr.Array:
         if name not in self.group:
@@ -297,12 +294,10 @@ def create_store(
         _add_arrays(group, provenance["chunk"], arrays)
         group.attrs.update(attributes)
         return read_store(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    _add_arrays(zarr.create_group(partial, zarr_format=3, attributes=attributes), provenance["chunk"], arrays)
-    os.replace(partial, path)
+    with written(path, folder=True) as partial:
+        _add_arrays(zarr.create_group(partial, zarr_format=3, attributes=attributes), provenance["chunk"], arrays)
     return read_store(path)
 
 
@@ -327,21 +322,10 @@ def _add_arrays(group: zarr.Group, size: int, arrays: dict[str, tuple[tuple[int,
 
 
 def write_chunk(store: HStore, chunk: int, values: dict[str, np.ndarray]) -> None:
-    """Write one chunk of samples, then mark it as done.
+    """Write the values of one chunk of samples by name, then mark it as done.
 
-    Parameters
-    ----------
-    store : HStore
-    chunk : int
-        Its number.
-    values : dict of name -> ndarray of shape (samples of the chunk, ...)
-
-    Raises
-    ------
-    ValueError
-        If a value does not fit the store's dtype; the message names sample and timestep.
-    OSError
-        If the disk is full; what was done before stays, and the same call resumes.
+    A value that does not fit the store's dtype is a ValueError that names sample and timestep. After a full disk, what
+    was done before stays, and the same call resumes.
     """
     start = chunk * store.provenance["chunk"]
     try:

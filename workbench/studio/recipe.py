@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, load_direction

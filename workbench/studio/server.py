@@ -14,7 +14,8 @@ from traitlets.config import Config
 
 from workbench import paths
 from workbench.datasets.classifiers import load_classifier
-from workbench.diffusion.models import Model, load_model
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary
@@ -176,7 +177,7 @@ def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequenc
 
 def _absolute(options: dict) -> dict:
     """The same, with whole paths: the page's kernel runs in another folder."""
-    from workbench.report.notebooks import from_here  # papermill, which the page itself does without
+    from workbench.report.sources import from_here
 
     given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
     changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}

@@ -1,0 +1,435 @@
+"""Models from a name, a hub id, a folder or a file."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from workbench import paths
+from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory
+from workbench.diffusion.models import Model, compile_blocks, find_device, make_model, schedule_of
+from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.unet import SplitUNet
+from workbench.formats import checkpoints, golden, layouts
+from workbench.formats.hub import fetch
+from workbench.io import one_of, written
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+"""Those of diffusers."""
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    preset: str | None = None,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    schedule: str | None = None,
+    timesteps: int | None = None,
+    rescale_timesteps: bool = False,
+) -> Model:
+    """Load a pixel-space DDPM.
+
+    `clip_sample`, which the public DDPMs have on, is off here: clipping the predicted image bends the effect of an
+    edit and makes inversion fail.
+
+    Parameters
+    ----------
+    source : str or path
+        A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), the id of a hub
+        repository ("google/ddpm-ema-celebahq-256"), or a single file in the layout of the original DDPM or of
+        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` makes a folder of such a file, once. Of a folder with
+        `unet_ema/` beside `unet/` the average is loaded; give the path of `unet/` for the weights themselves.
+    device : str or torch.device, optional
+        By default the best there is: CUDA, then MPS, then CPU.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
+    compile : bool, default False
+        Compile the network's blocks (`torch.compile`), which takes a minute or so for every new size of batch and needs
+        a C++ compiler on a CPU. For sampling, inversion and edits; Jacobians need a model that is not compiled.
+    preset : str, optional
+        Of a single file: which published checkpoint it is. Not needed where the file has its published name, or
+        where all else is given.
+    image_size, head_channels : int, optional
+        Of a single file without a preset: side of the images in pixels, and channels of an attention head (only
+        guided-diffusion's layout has several heads). The rest of the architecture follows from the shapes.
+    attention_order : {"legacy", "new"}, optional
+        Of a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
+        have the legacy order, which is the default.
+    schedule : {"linear", "cosine"}, optional
+        Of a single file: the noise schedule; by default the preset's or the file's own, or else linear. To be given
+        where a preset that was not asked for has the same shapes and another schedule.
+    timesteps : int, optional
+        Of a single file: T, the number of timesteps that the network was trained on (`diffusion_steps` of
+        guided-diffusion); by default the preset's or the file's own, or else 1000.
+    rescale_timesteps : bool, default False
+        Of a single file whose `timesteps` are given: the network was told t * 1000 / T (`rescale_timesteps`, which
+        improved-diffusion has on and guided-diffusion off). The model then has 1000 timesteps at the same noise levels.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such model, or it is not one that the workbench can split at a bottleneck.
+
+    Warns
+    -----
+    UserWarning
+        If the model is estimated to need more memory than is free, is an average beside other weights, or is a single
+        file for which T is assumed.
+    """
+    target, path = find_device(device), paths.local(source)
+    options = {
+        "preset": preset,
+        "image_size": image_size,
+        "head_channels": head_channels,
+        "attention_order": attention_order,
+        "schedule": schedule,
+        "timesteps": timesteps,
+        "rescale_timesteps": rescale_timesteps or None,
+    }
+    if path.is_file():
+        unet, scheduler = _read_file(path, target, **options)
+        name, noise = path.stem, schedule_of(scheduler)
+    else:
+        folder, name = _locate(source)
+        given = next((option for option, value in options.items() if value is not None), None)
+        if given is not None:
+            raise ValueError(f"{given} is for single files; {folder} has a config of its own")
+        unet, noise = _read_folder(folder, target)
+    model = make_model(unet, noise, name=name, device=target, dtype=dtype)
+    if compile:
+        compile_blocks(model)
+    return model
+
+
+def load_shapes(source: str | Path) -> SplitUNet:
+    """The network of a model without its weights, on the device "meta": memory, FLOPs and shapes follow from it.
+
+    `source` is as of `load_model`, or one of `known_models`, which need not be on this machine.
+    """
+    known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
+    if source in known:
+        return SplitUNet(_build(known[source].config(), path=Path("the preset")))
+    if paths.local(source).is_file():
+        raise ValueError(
+            f"{source} is a file, whose network is not known before it is read; give what `workbench convert` makes of "
+            f"it, or its preset, one of {', '.join(layouts.PRESETS)}"
+        )
+    files = checkpoints.find_model_files(_locate(source)[0])
+    return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
+
+
+def load_schedule(source: str | Path) -> NoiseSchedule:
+    """The noise schedule of a model's folder, without its weights; `source` is as of `load_model`, but no file."""
+    return _read_schedule(checkpoints.find_model_files(_locate(source)[0]).scheduler_config)
+
+
+def convert_checkpoint(
+    file: str | Path,
+    out: str | Path,
+    *,
+    preset: str | None = None,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    schedule: str | None = None,
+    timesteps: int | None = None,
+    rescale_timesteps: bool = False,
+) -> Path:
+    """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
+
+    Parameters
+    ----------
+    file : path
+        In the layout of the original DDPM or of guided-diffusion.
+    out : path
+        New folder; written whole or not at all.
+    preset, image_size, head_channels, attention_order, schedule, timesteps, rescale_timesteps
+        As in `load_model`.
+
+    Returns
+    -------
+    Path
+        The folder; `load_model` takes it.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` exists already.
+    FileNotFoundError, ValueError
+        If there is no such file, or it is none that can be converted.
+    """
+    file, out = paths.local(file), paths.writable(out, folder=True)
+    if file.is_dir():
+        inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
+        raise ValueError(f"{file} is a folder, and convert takes a file; in it are: {', '.join(inside) or 'none'}")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; give a new folder")
+    unet, scheduler = _read_file(
+        file,
+        torch.device("cpu"),
+        preset=preset,
+        image_size=image_size,
+        head_channels=head_channels,
+        attention_order=attention_order,
+        schedule=schedule,
+        timesteps=timesteps,
+        rescale_timesteps=rescale_timesteps,
+    )
+    SplitUNet(unet)  # refuses what could not be loaded again
+    with written(out, folder=True) as partial:
+        DDPMPipeline(unet, scheduler).save_pretrained(partial)
+    return out
+
+
+def list_models() -> list[dict]:
+    """Models that load without a network: bundled ones and those in the local hub cache.
+
+    Returns
+    -------
+    list of dict
+        With "name", "where" ("bundled" or "hub cache"), "images" (C, H, W) and "path".
+    """
+    found = [("bundled", name, paths.models() / name) for name in bundled_names()]
+    try:
+        cached = [repository for repository in scan_cache_dir().repos if repository.revisions]
+    except CacheNotFound:
+        cached = []
+    for repository in sorted(cached, key=lambda each: each.repo_id):
+        path = max(repository.revisions, key=lambda revision: revision.last_modified).snapshot_path
+        if has_unet(path):
+            found.append(("hub cache", repository.repo_id, path))
+    return [
+        {"name": name, "where": where, "images": _image_shape(_unet_config(path)), "path": str(path)}
+        for where, name, path in found
+    ]
+
+
+def known_models() -> list[dict]:
+    """Public models that load, with what they need.
+
+    Returns
+    -------
+    list of dict
+        With "name" (a hub id, or a preset for single files), "about", "files" (names that the files are published
+        under), "images" (C, H, W), "h" (C, h, w), "parameters" and "memory", a `MemoryNeed`, which is estimated.
+    """
+    rows = [(name, layouts.Preset(architecture, "on the hub")) for name, architecture in layouts.HUB.items()]
+    rows += layouts.PRESETS.items()
+    needs = {
+        each: _need_of(_build(each.config(), path=Path("the preset")))
+        for each in {preset.architecture for _, preset in rows}
+    }
+    return [
+        {
+            "name": name,
+            "about": preset.about,
+            "files": preset.files,
+            "images": _image_shape(preset.architecture.config()),
+            "h": preset.architecture.h_shape,
+            "parameters": needs[preset.architecture].weights // 4,
+            "memory": needs[preset.architecture],
+        }
+        for name, preset in rows
+    ]
+
+
+def bundled_names() -> list[str]:
+    """Names of the bundled models."""
+    return [path.name for path in sorted(paths.models().glob("*")) if has_unet(path)]
+
+
+def has_unet(folder: Path) -> bool:
+    """Whether a folder describes a U-Net of diffusers."""
+    try:
+        return _unet_config(folder).get("_class_name") == "UNet2DModel"
+    except ValueError:  # somebody else's malformed file is no model of ours
+        return False
+
+
+def _unet_config(folder: Path) -> dict:
+    """Config of the folder's U-Net; empty if it has none."""
+    config = checkpoints.find_unet_config(folder)
+    return {} if config is None else checkpoints.read_json(config)
+
+
+def _image_shape(config: dict) -> tuple[int, int, int]:
+    size = config.get("sample_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    return (config.get("in_channels", 3), height, width)
+
+
+def verify(model: Model, reference: str) -> float:
+    """Largest difference of a model's eps from the values that its authors' library printed (see `golden`).
+
+    Up to `golden.TOLERANCE` the model is the network of that hub id.
+    """
+    if reference not in golden.EPS:
+        raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
+    architecture = layouts.HUB[reference]
+    if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
+        raise ValueError(f"{model.name} has images of shape {model.image_shape}, which {reference} has not")
+    noise = golden.noise(model.image_shape).to(model.device)
+    with torch.inference_mode():
+        eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
+    return float((eps - torch.tensor(golden.EPS[reference])).abs().max())
+
+
+def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, NoiseSchedule]:
+    files = checkpoints.find_model_files(folder)
+    config = checkpoints.read_json(files.unet_config)
+    kind = config.get("_class_name", "an unnamed network")
+    if kind != "UNet2DModel":
+        raise ValueError(
+            f"{files.unet_config} describes {kind}; the workbench takes UNet2DModel (pixels, unconditional)"
+        )
+    schedule = _read_schedule(files.scheduler_config)
+    unet = _build(config, path=files.unet_config)
+    _warn_if_short_of_memory(_need_of(unet), folder, device)
+    raw = files.unet_config.parent.with_name("unet")
+    if files.unet_config.parent == folder / "unet_ema" and raw.is_dir():
+        text = f"{folder} has a moving average, unet_ema, which is loaded; for the last weights themselves give {raw}"
+        warnings.warn(text, stacklevel=3)
+    state = {name: tensor for file in files.weights for name, tensor in checkpoints.read_state_dict(file).items()}
+    checkpoints.load_strictly(unet, state, path=files.weights[0], assign=True)
+    return unet, schedule
+
+
+def _read_schedule(path: Path) -> NoiseSchedule:
+    """The noise schedule that a scheduler_config.json describes, by its keys of today or of old versions."""
+    config = checkpoints.read_json(path)
+    trained = config.get("trained_betas") is not None
+    if not trained and "beta_schedule" not in config:
+        kind = config.get("_class_name", "an unnamed scheduler")
+        raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
+    if isinstance(config.get("timesteps"), int):
+        config.setdefault("num_train_timesteps", config["timesteps"])
+    if config.get("predict_epsilon") is False:
+        config["prediction_type"] = "sample"
+    try:
+        if not trained:
+            one_of("beta_schedule", config["beta_schedule"], BETA_SCHEDULES)
+        return schedule_of(DDPMScheduler.from_config(config))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error
+
+
+def _read_file(
+    path: Path,
+    device: torch.device,
+    *,
+    preset: str | None,
+    schedule: str | None,
+    timesteps: int | None,
+    rescale_timesteps: bool | None,
+    **sizes: int | str | None,
+) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The network and scheduler of a single file; the options are those of `load_model`."""
+    if rescale_timesteps and timesteps is None:
+        raise ValueError("rescale_timesteps needs the number of timesteps; give timesteps, such as 4000")
+    asked = None
+    if schedule is not None or timesteps is not None:
+        T = 1000 if timesteps is None else timesteps
+        asked = layouts.noise_schedule(schedule or "linear", T, rescaled=bool(rescale_timesteps))
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if preset is not None and sizes:
+        raise ValueError(f"a preset says {next(iter(sizes))}; give the one or the other")
+    name = layouts.find_preset(preset, "" if sizes else path.name)
+    known = layouts.PRESETS.get(name)
+    if known is not None and schedule is None and timesteps is not None and known.schedule != layouts.LINEAR:
+        raise ValueError(f"the preset of {path} has a noise schedule of its own; give schedule with timesteps")
+    _warn_if_short_of_memory(MemoryNeed(path.stat().st_size, 0), path, torch.device("cpu"))
+    checkpoint = checkpoints.read_checkpoint(path)
+    try:
+        if known is not None:
+            architecture, whose = known.architecture, f"the preset {name!r}"
+        else:
+            architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **sizes), "the architecture"
+            if schedule is None and checkpoint.betas is None:
+                layouts.refuse_unknown_schedule(architecture)
+        unet = _build(architecture.config(), path=path)
+        _warn_if_short_of_memory(_need_of(unet), path, device)
+        state = layouts.convert(checkpoint.state, architecture, expected=unet.state_dict(), whose=whose)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be loaded: {error}") from error
+    unet.load_state_dict(state, assign=True)
+    if known is None and timesteps is None and (schedule is not None or checkpoint.betas is None):
+        warnings.warn(
+            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed. Give "
+            "timesteps= for others (`workbench convert --timesteps`), and rescale_timesteps= for improved-diffusion's",
+            stacklevel=3,
+        )
+    own = layouts.LINEAR if known is None else known.schedule
+    if known is None and checkpoint.betas is not None:
+        own = {"trained_betas": checkpoint.betas.tolist(), "num_train_timesteps": len(checkpoint.betas)}
+    variance = "learned_range" if architecture.out_channels == 2 * architecture.in_channels else "fixed_small"
+    return unet, DDPMScheduler(**(asked or own), clip_sample=False, variance_type=variance)
+
+
+def _build(config: dict, *, path: Path) -> UNet2DModel:
+    """The network of a config, without values: the weights of a file take their place."""
+    level = diffusers_logging.get_verbosity()
+    # diffusers logs every config key that it does not know; what does not fit shows when the weights are loaded.
+    diffusers_logging.set_verbosity(logging.ERROR)
+    try:
+        with torch.device("meta"):
+            return UNet2DModel.from_config(config)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path} does not describe a U-Net that diffusers can build ({error})") from error
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def _need_of(unet: UNet2DModel) -> MemoryNeed:
+    """Memory that a network without values will need; refuses what can't be split or can't compute."""
+    split = SplitUNet(unet)
+    try:
+        return estimate_memory(split)
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        reason, size = str(error).partition("\n")[0], unet.config.sample_size
+        raise ValueError(f"this U-Net can't compute an image of its sample_size, {size} ({reason})") from error
+
+
+def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device) -> None:
+    """Say so before weights are read, where the model won't fit."""
+    free = free_memory(device)
+    if need.total > free:
+        warnings.warn(
+            f"{path} is estimated to need {need.total / 2**30:.1f} GiB ({need.weights / 2**30:.1f} of weights, the "
+            f"rest for one image), and {free / 2**30:.1f} GiB are free on {device}; it may fail or be very slow",
+            stacklevel=4,
+        )
+
+
+def _locate(source: str | Path) -> tuple[Path, str]:
+    """Folder and name of a model."""
+    if source in bundled_names():
+        return paths.models() / source, source
+    path = paths.local(source)
+    if path.is_dir():
+        return path, path.resolve().name
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        folder = fetch(source, checkpoints.HUB_FILES, complete=checkpoints.is_complete, bundled=bundled_names())
+        return folder, source
+    raise FileNotFoundError(
+        f"no model {str(path)!r}; bundled: {', '.join(bundled_names()) or 'none'}; otherwise give a diffusers "
+        "folder, a .ckpt or .pt file, or a hub id such as google/ddpm-ema-celebahq-256"
+    )

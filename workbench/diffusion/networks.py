@@ -1,0 +1,247 @@
+"""What decides a training, and the network that it begins with: new, grown, or with fewer skip connections."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+
+from workbench.diffusion.loading import load_model
+from workbench.diffusion.schedule import NoiseSchedule
+from workbench.io import one_of
+
+NORM_GROUPS = 16
+T = 1000
+_WEIGHTS = 2
+"""Stream of a training's seed that new weights are drawn from."""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_BOUNDS = {
+    "1 or more": (("size", "layers", "head_channels", "steps", "batch_size"), lambda value: value >= 1),
+    "a number above 0": (("learning_rate", "clip", "gamma"), lambda value: value > 0),
+    "a number from 0 to below 1": (("dropout", "ema"), lambda value: 0 <= value < 1),
+    "0 or more": (("warmup", "weight_decay", "seed", "skips"), lambda value: value is None or value >= 0),
+}
+"""What settings may be."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """All that decides a training besides its images; `start` apart, the defaults are those of `avataaars32`.
+
+    Attributes
+    ----------
+    size : int
+        Side of the images in pixels. With `start` it is that model's, and so are the four that follow.
+    widths : tuple of int
+        Channels at every resolution, finest first, each half of the one before: multiples of 16. The last one is that
+        of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
+    layers : int
+        Residual blocks a resolution.
+    attention : tuple of int
+        Resolutions with self-attention, in pixels, each one that the network has. The mid block always has it.
+    head_channels : int
+        Channels of an attention head, no more than the widths with attention.
+    start : str or None
+        Name or folder of the model whose weights it begins with; by default it begins with random ones.
+    grow : bool
+        Put a resolution twice as fine around the network of `start`, as wide as its finest one, and train on images of
+        twice its size; only what is new begins with random weights (progressive growing, Karras et al. 2018).
+    skips : int or None
+        Skip connections that are kept, counted from the input; the others have weights of 0 on the way up, so that what
+        is coarser reaches the image through h alone (but for its share in the mean and variance of a group of channels
+        that the two ways have in common). By default all.
+    dropout : float in [0, 1)
+    steps, batch_size : int
+        Optimiser steps, and images a step over all processes.
+    learning_rate : float
+        The largest one, which is reached after `warmup` steps; a cosine then falls to 0.
+    warmup : int
+        A tenth of the steps if that is less.
+    weight_decay : float
+        Of AdamW, whose betas are (0.9, 0.99).
+    clip : float
+        Largest norm of the gradient.
+    ema : float in [0, 1)
+        Decay of the average of the weights, which is what is kept; less in the first steps.
+    gamma : float or inf
+        Of the min-SNR weights (Hang et al. 2023); inf gives the plain loss of DDPM.
+    flips : bool
+        Mirror every second image, drawn anew each time.
+    precision : {"bfloat16", "float32"}
+        Of the arithmetic; weights and their average are float32.
+    compile : bool
+        Compile the network (a minute at the start).
+    seed : int
+        Of the first weights, the order of the images, flips, timesteps, noise and dropout.
+    """
+
+    size: int = 32
+    widths: tuple[int, ...] = (48, 96, 144)
+    layers: int = 1
+    attention: tuple[int, ...] = (8,)
+    head_channels: int = 48
+    start: str | None = None
+    grow: bool = False
+    skips: int | None = None
+    dropout: float = 0.0
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 4e-4
+    warmup: int = 200
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    ema: float = 0.999
+    gamma: float = 5.0
+    flips: bool = False
+    precision: str = "bfloat16"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "attention"):
+            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+        for allowed, (names, fits) in _BOUNDS.items():
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"{name} is {getattr(self, name)}; give {allowed}")
+        one_of("precision", self.precision, PRECISIONS)
+        if self.start is None:
+            if self.grow:
+                raise ValueError("grow needs a model to grow; give start")
+            self._check_network()
+
+    def _check_network(self) -> None:
+        halvings = len(self.widths) - 1
+        if not self.widths or any(width < 1 or width % NORM_GROUPS for width in self.widths):
+            raise ValueError(f"widths are {list(self.widths)}; give multiples of {NORM_GROUPS}, the finest first")
+        if self.size % 2**halvings:
+            raise ValueError(
+                f"images of {self.size} pixels can't be halved {halvings} times; give fewer widths, or a "
+                f"multiple of {2**halvings}"
+            )
+        width_at = {self.size >> level: width for level, width in enumerate(self.widths)}
+        for side in self.attention:
+            if side not in width_at:
+                there = ", ".join(map(str, width_at))
+                raise ValueError(f"attention is at {side} pixels; this network has the resolutions {there}")
+        narrowest = min([width_at[side] for side in self.attention] + [self.widths[-1]])
+        if self.head_channels > narrowest:
+            reason = f"attention here is {narrowest} channels wide; give 1 to {narrowest}"
+            raise ValueError(f"head_channels is {self.head_channels}, and {reason}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warmup = min(self.warmup, self.steps // 10)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
+
+
+@contextlib.contextmanager
+def seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
+    """torch's own generators, which new weights and dropout draw from, start from a seed inside and are put back."""
+    if not needed:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+def empty_unet(config: dict) -> UNet2DModel:
+    """A network whose weights are read next."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(config)
+    return unet.to_empty(device="cpu")
+
+
+def first_unet(settings: TrainingSettings) -> UNet2DModel:
+    """The network that a training begins with."""
+    s = settings
+    if s.start is not None:
+        return _network_of(s.start, grow=s.grow, dropout=s.dropout, seed=s.seed)
+    attends = ["Attn" if s.size >> level in s.attention else "" for level in range(len(s.widths))]
+    with seeded([s.seed, _WEIGHTS]):
+        return UNet2DModel(
+            sample_size=s.size,
+            block_out_channels=s.widths,
+            layers_per_block=s.layers,
+            down_block_types=[f"{attn}DownBlock2D" for attn in attends],
+            up_block_types=[f"{attn}UpBlock2D" for attn in reversed(attends)],
+            attention_head_dim=s.head_channels,
+            norm_num_groups=NORM_GROUPS,
+            dropout=s.dropout,
+        )
+
+
+def _network_of(start: str, *, grow: bool, dropout: float, seed: int) -> UNet2DModel:
+    """The network of a model, with its weights; grown to twice the size of its images if asked for."""
+    model = load_model(start, device="cpu")
+    unet, (channels, height, width) = model.unet.unet, model.image_shape
+    linear = NoiseSchedule.linear(T=T).alpha_bars
+    if model.schedule.T != T or not np.allclose(model.schedule.alpha_bars, linear, rtol=1e-4):
+        raise ValueError(
+            f"{start} has another noise schedule (of {model.schedule.T} timesteps) than trainings here, which have the "
+            f"linear one of {T}"
+        )
+    if unet.config.out_channels != channels or height != width:
+        raise ValueError(
+            f"{start} has images of {height} x {width} pixels and {unet.config.out_channels} outputs for their "
+            f"{channels} channels; trainings here are of square images and without a learned variance"
+        )
+    config = {**unet.config, "sample_size": height, "dropout": dropout}
+    if grow:
+        return _grown(config, unet.state_dict(), seed=seed)
+    copied = empty_unet(config)
+    copied.load_state_dict(unet.state_dict())
+    return copied
+
+
+def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet2DModel:
+    """The network with one more resolution outside, as wide as the finest; the other blocks have the weights."""
+    outer = {
+        "sample_size": 2 * config["sample_size"],
+        "block_out_channels": (config["block_out_channels"][0], *config["block_out_channels"]),
+        "down_block_types": ("DownBlock2D", *config["down_block_types"]),
+        "up_block_types": (*config["up_block_types"], "UpBlock2D"),
+    }
+    with seeded([seed, _WEIGHTS]):
+        unet = UNet2DModel.from_config({**config, **outer})
+
+    def moved(name: str) -> str:
+        # Blocks are counted from the input: all on the way down move on by one, those on the way up stay.
+        return re.sub(r"^down_blocks\.(\d+)", lambda found: f"down_blocks.{int(found[1]) + 1}", name)
+
+    unet.load_state_dict(unet.state_dict() | {moved(name): weight for name, weight in weights.items()})
+    return unet
+
+
+def cut_skips(unet: UNet2DModel, *, kept: int) -> None:
+    """Set the weights of all skip connections but the outermost ones to 0, where they stay."""
+    widths, layers = unet.config.block_out_channels, unet.config.layers_per_block
+    # What the way down leaves behind: the first convolution, and at each resolution the blocks and what halves it.
+    carried = [widths[0], *(width for width in widths for _ in range(layers + 1))][:-1]
+    ways = [resnet for block in reversed(unet.up_blocks) for resnet in reversed(block.resnets)]
+    if kept > len(carried):
+        raise ValueError(f"skips is {kept}; this network has 0 to {len(carried)}")
+    for resnet, channels in list(zip(ways, carried, strict=True))[kept:]:
+        for convolution in (resnet.conv1, resnet.conv_shortcut):
+            convolution.weight.data = _without_last(convolution.weight.data, channels)
+            convolution.weight.register_hook(partial(_without_last, channels=channels))
+
+
+def _without_last(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """A copy of a convolution's weight, or of its gradient, with 0 for the last of the channels that it reads."""
+    weight = weight.clone()
+    weight[:, -channels:] = 0
+    return weight
