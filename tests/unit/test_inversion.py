@@ -9,7 +9,7 @@ from diffusers import DDIMInverseScheduler
 from exact import exact_model
 
 import workbench as wb
-from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
+from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
 from workbench.diffusion.inversion import LEVELS
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.directions.direction import Direction

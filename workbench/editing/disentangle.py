@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.metrics import EffectMatrix, entanglement_index
+from workbench.analysis.effect_metrics import EffectMatrix, entanglement_index
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import Direction, bracketed, derived, finite
-from workbench.directions.supervised import find_few
+from workbench.directions.supervised import few_shot_directions
 from workbench.editing.edits import MoveX, check_run
 from workbench.editing.measure import Classifier, Effects, measure, measure_effects
 from workbench.hspace.store import HStore
@@ -300,7 +300,7 @@ def few_examples(
     classifier
         As in `measure_effects`.
     counts, draws
-        As in `find_few`.
+        As in `few_shot_directions`.
     scales : mapping of "h" or "x_T" -> float, optional
         Length of the edits in each space, or in one of both; in standard deviations along the direction from all
         samples that were not drawn, of which x_T itself has the square root of its dimensions. By default 2 and 10.
@@ -318,7 +318,7 @@ def few_examples(
     ------
     ValueError
         If the store or the runs have an eta above 0 or differ in timesteps or model, the attribute is not the
-        classifier's, or `find_few` refuses labels or counts.
+        classifier's, or `few_shot_directions` refuses labels or counts.
     """
     check_run(model, runs)
     scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
@@ -339,7 +339,7 @@ def few_examples(
     tables = []
     for space, scale in scales.items():
         noise = None if space == "h" else x_T
-        few = find_few(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
+        few = few_shot_directions(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
         edits = {}
         for i, delta in enumerate(few.deltas):
             if space == "x_T":
