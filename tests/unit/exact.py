@@ -25,7 +25,7 @@ class ExactNetwork:
     tap, dtype = "after", torch.float32
 
     def __init__(self, mu: torch.Tensor, s: torch.Tensor, schedule: NoiseSchedule) -> None:
-        self.mu, self.s2, self.schedule = mu, s**2, schedule
+        self.mu, self.s2, self.schedule, self.image_shape = mu, s**2, schedule, tuple(mu.shape)
         channels, size, _ = mu.shape
         config = Config(in_channels=channels, sample_size=size, block_out_channels=(channels,))
         self.unet = SimpleNamespace(config=config, device=torch.device("cpu"), down_blocks=[], parameters=lambda: [])
