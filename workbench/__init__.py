@@ -23,6 +23,7 @@ _WHERE = {
     "diffusion.unet": ("Bottleneck",),
     "diffusion.sampling": ("Trajectory", "invert", "replay", "sample"),
     "datasets.classifiers": ("check_attributes", "load_classifier", "train_classifier"),
+    "datasets.domain": ("Domain", "domain_of"),
     "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),

@@ -772,12 +772,12 @@ def _find_pca(arguments: argparse.Namespace) -> None:
 
 def _find_jacobian(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.datasets.avataaars import region_mask
+    from workbench.datasets.domain import find_region
     from workbench.diffusion.schedule import index_of
 
     model = _load(arguments).tapped(arguments.tap)
     index_of(arguments.t, model.schedule.timesteps(arguments.steps), trained=model.schedule.T)
-    mask = None if arguments.region is None else region_mask(arguments.region, size=model.image_shape[1])
+    mask = None if arguments.region is None else find_region(arguments.region, size=model.image_shape[1])
     store = _samples(model, arguments)
     run = wb.sample(model, [arguments.seed], steps=arguments.steps, eta=arguments.eta)
     spectrum = wb.find_jacobian(model, run, t=arguments.t, k=arguments.k, mask=mask, population=store)
@@ -995,7 +995,7 @@ def _edit(arguments: argparse.Namespace) -> None:
 
     import workbench as wb
     from workbench.studio import recipe
-    from workbench.studio.session import describe
+    from workbench.studio.state import describe
 
     own = recipe.read_recipe(arguments.recipe)
     torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits
@@ -1049,7 +1049,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         labeller=labeller,
         judge=judge,
         images=_images(arguments, model.image_shape[1]),
-        masks=benchmark.find_masks(attributes, size=model.image_shape[1]) if arguments.images == "avataaars" else None,
+        masks=wb.domain_of(arguments.images).masks(attributes, size=model.image_shape[1]),
         workers=usual_workers if arguments.workers is None else arguments.workers,
         scheduler=arguments.scheduler,
     )
@@ -1132,7 +1132,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate_model(arguments: argparse.Namespace) -> None:
     import workbench as wb
-    from workbench.evaluate import RECIPE
+    from workbench.datasets.domain import AVATAAARS
 
     card = None if arguments.card is None else paths.local(arguments.card)
     if card is not None and not card.is_dir():
@@ -1151,7 +1151,8 @@ def _evaluate_model(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         n_inverted=arguments.inverted,
         batch_size=arguments.batch_size,
-        **(RECIPE if arguments.recipe else {}),
+        frequencies=AVATAAARS.frequencies if arguments.recipe else None,
+        pairs=AVATAAARS.pairs if arguments.recipe else None,
     )
     print(evaluation.to_markdown())
     if card is None:

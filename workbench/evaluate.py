@@ -20,7 +20,6 @@ from workbench.analysis.quality import (
     nearest_neighbours,
     precision_recall,
 )
-from workbench.datasets import avataaars
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
@@ -33,9 +32,6 @@ BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /
 
 HALVINGS = 5
 """Times that the held-out images are halved at random, for the distances' means and ranges."""
-
-RECIPE = {"frequencies": avataaars.FREQUENCIES, "pairs": avataaars.PLANTED}
-"""What is to be expected of samples of the bundled domain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +219,7 @@ def evaluate_model(
     frequencies : mapping of attribute to probability, optional
         What to expect of samples. Default: the frequencies of the held-out images' labels, where the judge knows them.
     pairs : mapping of (attribute, attribute) to 4 probabilities, optional
-        See `joint_frequencies`. `evaluation.RECIPE` has both for the bundled domain.
+        See `joint_frequencies`. `domain_of("avataaars")` has both for the bundled images.
     n : int, default 2000
         Samples, of the seeds from `seed` on. Distances take as many of them as half of the held-out images.
     steps, eta

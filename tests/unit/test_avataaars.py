@@ -12,10 +12,14 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from workbench import paths
 from workbench.datasets import avataaars
+from workbench.datasets.domain import AVATAAARS, DOMAINS, domain_of, find_region
+from workbench.datasets.labelled import load_images
+from workbench.diffusion.images import picture_to_tensor as to_tensor
 
 BINARY = [
     "Smiling",
@@ -215,10 +219,9 @@ def test_shipped_images_are_a_fresh_drawing():
     with zipfile.ZipFile(paths.data() / "avataaars" / "images.zip") as shipped:
         for i in range(10):
             picture = Image.open(io.BytesIO(shipped.read(f"{i:05d}.webp")))
-            fresh, labels = avataaars.draw(10, i)
+            fresh = avataaars.render(avataaars.factors(10, i))
             assert fresh.mode == picture.mode == "RGB" and fresh.size == picture.size == (64, 64)
             assert np.abs(np.asarray(fresh, float) - np.asarray(picture, float)).mean() < 2
-            assert labels == avataaars.attributes(avataaars.factors(10, i))
 
 
 @pytest.mark.data
@@ -249,14 +252,14 @@ def test_build_in_a_pool_equals_drawing_in_one_process(tmp_path, monkeypatch):
 def test_an_interrupted_build_leaves_the_last_one_untouched(tmp_path, monkeypatch):
     avataaars.build(2, part=10, out=tmp_path, progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    draw = avataaars.draw
+    draw = avataaars._draw
 
-    def fail_late(part, i):
+    def fail_late(part, i, correlated):
         if i == 2:
             raise KeyboardInterrupt
-        return draw(part, i)
+        return draw(part, i, correlated)
 
-    monkeypatch.setattr(avataaars, "draw", fail_late)
+    monkeypatch.setattr(avataaars, "_draw", fail_late)
     with pytest.raises(KeyboardInterrupt):
         avataaars.build(3, part=12, out=tmp_path, progress=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -506,6 +509,27 @@ def test_shipped_regions_are_a_fresh_drawing(tmp_path):
             assert (fresh[name] ^ shipped[name]).sum() <= 0.01 * shipped[name].sum()
 
 
+def test_uncorrelated_images_are_as_frequent_as_in_the_recipe():
+    """By the labels alone: the three planted pairs are independent."""
+    free = pd.DataFrame([avataaars.attributes(avataaars.unlinked(0, i)[0]) for i in range(3000)])
+    recipe = pd.DataFrame([avataaars.attributes(avataaars.factors(0, i)) for i in range(3000)])
+    for one, other in avataaars.PLANTED:
+        assert abs(free[one].corr(free[other])) < 0.06 < 0.15 < abs(recipe[one].corr(recipe[other]))
+    assert (free.mean() - recipe.mean()).drop("Tilt").abs().max() < 0.04
+
+
+@pytest.mark.data
+@draws
+def test_every_second_uncorrelated_image_is_a_blend(tmp_path):
+    """Off by at most a third of the way to the same one in other colours."""
+    images = load_images(avataaars.build(3, part=0, out=tmp_path, correlated=False, progress=False))
+    for i, blended in enumerate([False, True, False]):
+        own, other = (to_tensor(avataaars.render(factors)) for factors in avataaars.unlinked(0, i))
+        assert torch.equal(images[i], own) is not blended
+        assert (images[i] - own).abs().max() <= (other - own).abs().max() / 3 + 0.02
+        assert images.labels.iloc[i].to_dict() == avataaars.attributes(avataaars.unlinked(0, i)[0])
+
+
 def test_the_probabilities_are_those_that_the_recipe_draws_with():
     labels = pd.DataFrame([avataaars.attributes(avataaars.factors(20, i)) for i in range(4000)])
     assert list(avataaars.FREQUENCIES) == [name for name in labels if name != "Tilt"]
@@ -527,3 +551,15 @@ def test_an_attributes_mask_holds_its_regions_at_every_tilt():
                 assert mask[avataaars.region_mask(name, size=32, tilt=tilt)].all()
         assert not mask.all()
     assert avataaars.attribute_mask("Dark_Skin") is None
+
+
+def test_a_domain_gives_what_is_known_of_its_images():
+    domain = domain_of("avataaars")
+    assert domain is AVATAAARS and domain in DOMAINS
+    masks = domain.masks(["Smiling", "Dark_Skin", "Nobody"], size=32)
+    assert list(masks) == ["Smiling"] and (masks["Smiling"] == avataaars.attribute_mask("Smiling", size=32)).all()
+    assert (find_region("eyes", size=16) == avataaars.region_mask("eyes", size=16)).all()
+    with pytest.raises(ValueError, match="nose.*mouth, eyes"):
+        find_region("nose", size=16)
+    other = domain_of("faces.zip")
+    assert other.name == "faces.zip" and other.masks(["Smiling"], size=32) == {} and not other.frequencies

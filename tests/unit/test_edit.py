@@ -174,7 +174,7 @@ def test_a_grid_survives_its_file(tiny, run, direction, tmp_path):
         grid.column_labels,
         grid.provenance,
     )
-    with pytest.raises(ValueError, match="not a saved edit grid"):
+    with pytest.raises(ValueError, match="no edit grid"):
         EditGrid.load(direction.save(tmp_path / "direction.safetensors"))
 
 

@@ -10,8 +10,8 @@ import torch
 
 import workbench as wb
 from workbench import cli
-from workbench.datasets import avataaars
-from workbench.evaluate import BEGIN, END, RECIPE, new_card
+from workbench.datasets.domain import AVATAAARS
+from workbench.evaluate import BEGIN, END, new_card
 
 OPTIONS = {"steps": 4, "n_inverted": 3, "inversion_steps": 4, "progress": False}
 
@@ -31,8 +31,9 @@ def drawn(model, images, judges):
     """Real images in the place of samples, and half of them in that of training images."""
     samples = wb.load_images("avataaars", size=32)[400:600]
     training = samples[:100] + 0.001
+    recipe = {"frequencies": AVATAAARS.frequencies, "pairs": AVATAAARS.pairs}
     return wb.evaluate_model(
-        model, images, classifiers=judges, training=training, samples=samples, n=200, **RECIPE, **OPTIONS
+        model, images, classifiers=judges, training=training, samples=samples, n=200, **recipe, **OPTIONS
     )
 
 
@@ -77,9 +78,9 @@ def test_recall_falls_where_smiles_are_missing_and_precision_does_not(drawn, noi
 
 
 def test_frequencies_are_compared_with_the_recipe_or_with_the_labels(drawn, noisy, images):
-    assert drawn.frequencies["expected"].to_dict() == avataaars.FREQUENCIES
+    assert drawn.frequencies["expected"].to_dict() == AVATAAARS.frequencies
     assert (drawn.frequencies["distance"] < 0.12).all()
-    assert list(drawn.pairs.index) == list(avataaars.PLANTED)
+    assert list(drawn.pairs.index) == list(AVATAAARS.pairs)
     assert (drawn.pairs[("distance", "")] < 0.15).all()
     assert noisy.frequencies.loc["Smiling", "expected"] == images.label("Smiling").mean()
     assert noisy.frequencies.loc["Smiling", "found"] < 0.1

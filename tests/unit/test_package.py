@@ -67,7 +67,7 @@ ONLY_IN = {
     "anywidget": {"studio/widgets.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
-    "transformers": {"datasets/classifiers.py"},
+    "transformers": {"datasets/huggingface.py"},
     "distributed": {"workers.py", "report/sweep.py", "benchmark/run.py"},
 }
 

@@ -17,7 +17,8 @@ from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, load_direction, random_like
 from workbench.editing.edits import Shift
 from workbench.studio.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
-from workbench.studio.session import Cancelled, EditSession, EditState, Progress, Rendering
+from workbench.studio.session import EditSession
+from workbench.studio.state import Cancelled, EditState, Progress, Rendering
 
 STEPS = 12
 T = 498  # visited by 6 steps and by 12

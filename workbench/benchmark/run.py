@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
@@ -39,19 +38,16 @@ from workbench.analysis.metrics import (
     perceptual_distance,
 )
 from workbench.benchmark.methods import METHODS, Method, Study, found_edit
-from workbench.datasets.avataaars import attribute_mask
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
-from workbench.directions.direction import write_tensors
 from workbench.editing.edits import Edit, NotApplicable
 from workbench.editing.render import run_plans
+from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.io import code_hash
 from workbench.workers import start_workers
-
-FORMAT, VERSION = "hspace-benchmark-cell", "1"
 
 HELD_OUT = 10**9
 """Seeds of the held-out samples count from here, far from any population."""
@@ -640,20 +636,16 @@ class Cell:
 
     def write(self, path: Path, inputs: dict) -> Cell:
         """Keep it with its inputs; whole or not at all."""
-        about = {"about": self.about, "inputs": inputs}
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_tensors(path, tensors, about, kind="cell", format=FORMAT, version=VERSION)
+        save_tensors(path, self.tensors, {"about": self.about, "inputs": inputs}, kind="cell")
         return self
 
     @classmethod
     def read(cls, path: Path, inputs: dict) -> Cell:
         """Read what `write` wrote; ValueError if it is damaged or of other inputs."""
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["cell"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it and run again") from error
+            tensors, header = load_tensors(path, kind="cell")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
         if header["inputs"] != json.loads(json.dumps(inputs)):
             raise ValueError(f"{path} holds a measurement of other inputs; delete it and run again")
         return cls(tensors, header["about"])
@@ -723,9 +715,3 @@ def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, gro
         "diversity": diversity(features) / usual,
         "n": len(features) // groups,
     }
-
-
-def find_masks(attributes: Sequence[str], *, size: int) -> dict[str, np.ndarray]:
-    """The regions of the bundled domain that its attributes lie in; see `datasets.avataaars.attribute_mask`."""
-    masks = {name: attribute_mask(name, size=size) for name in attributes}
-    return {name: mask for name, mask in masks.items() if mask is not None}

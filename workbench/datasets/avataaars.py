@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from workbench import paths
+from workbench.io import written
 
 SIZE = 64
 TRAIN_PARTS = (0, 1)
@@ -160,24 +161,9 @@ class Factors:
 
 
 def factors(part: int, i: int) -> Factors:
-    """Draw the factors of image `i` of a part.
+    """Draw the factors of image `i` (0..999,999) of a part, the same on every machine.
 
-    Parameters
-    ----------
-    part : int
-        0 and 1 are for training (`TRAIN_PARTS`), 10 and above are held out.
-    i : int
-        Index in the part, 0..999,999.
-
-    Returns
-    -------
-    Factors
-        The same for the same `part` and `i` on every machine.
-
-    Raises
-    ------
-    ValueError
-        If `part` is negative or `i` is outside of 0..999,999.
+    Parts 0 and 1 are for training (`TRAIN_PARTS`), 10 and above are held out.
     """
     if part < 0 or not 0 <= i < _PART_STRIDE:
         raise ValueError(f"part {part}, image {i} does not exist; part is 0 or more, image is 0..{_PART_STRIDE - 1}")
@@ -206,18 +192,7 @@ def factors(part: int, i: int) -> Factors:
 
 
 def attributes(factors: Factors) -> dict[str, int | float]:
-    """Labels of a picture.
-
-    Parameters
-    ----------
-    factors : Factors
-
-    Returns
-    -------
-    dict
-        14 attributes, each 0 or 1, in the order of the columns of `attributes.csv`, then `Tilt` in degrees,
-        counter-clockwise, in [-10, 10]. The hair colours are 0 for a bald head.
-    """
+    """Labels of a picture: 14 attributes of 0 or 1, and `Tilt` in degrees; the hair colours are 0 for a bald head."""
     bald = factors.hair == "NONE"
     color = None if bald else factors.hair_color
     return {
@@ -240,25 +215,11 @@ def attributes(factors: Factors) -> dict[str, int | float]:
 
 
 def render(factors: Factors) -> Image.Image:
-    """Draw a picture.
+    """Draw a picture: RGB, 64x64.
 
     The avatar is rasterised at 198x210 on a transparent ground, rotated about (99, 110), composited on the background,
     cropped to the face and resized. Change one factor with `dataclasses.replace` to get a pair of pictures that differ
     in it alone.
-
-    Parameters
-    ----------
-    factors : Factors
-
-    Returns
-    -------
-    PIL.Image.Image
-        RGB, 64x64.
-
-    Raises
-    ------
-    ImportError
-        If the extra `[data]` or the cairo system library is missing.
     """
     avatar = _rasterise(factors).rotate(factors.tilt, Image.Resampling.BICUBIC, center=_CENTER)
     picture = Image.new("RGBA", avatar.size, factors.background)
@@ -266,38 +227,18 @@ def render(factors: Factors) -> Image.Image:
     return picture.convert("RGB").crop(_CROP).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
-def draw(part: int, i: int) -> tuple[Image.Image, dict[str, int | float]]:
-    """Draw image `i` of a part with its labels.
-
-    Parameters
-    ----------
-    part, i : int
-        See `factors`.
-
-    Returns
-    -------
-    image : PIL.Image.Image
-        RGB, 64x64.
-    attributes : dict
-        See `attributes`.
-
-    Raises
-    ------
-    ValueError
-        If there is no such image.
-    ImportError
-        If the extra `[data]` or the cairo system library is missing.
-    """
-    drawn = factors(part, i)
-    return render(drawn), attributes(drawn)
+def unlinked(part: int, i: int) -> tuple[Factors, Factors]:
+    """Factors of image `i` without the planted correlations, and the same in other colours; see `build`."""
+    own, mouth, beard, glasses, colors = (factors(part, i + shift) for shift in range(0, 1_000_000, 200_000))
+    drawn = replace(own, mouth=mouth.mouth, beard=beard.beard, glasses=glasses.glasses)
+    return drawn, replace(drawn, hair_color=colors.hair_color, skin=colors.skin, background=colors.background)
 
 
-def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
+def build(n: int, *, part: int, out: str | Path, correlated: bool = True, progress: bool = True) -> Path:
     """Write the first `n` images of a part as a labelled folder that `load_images` reads.
 
-    The same call writes the same bytes with the same versions of cairo and Pillow. Both files are written beside and
-    renamed when they are complete. From 100 images on, the drawing is shared among the cores; a script that calls this
-    then needs the usual `if __name__ == "__main__":`.
+    The same call writes the same bytes with the same versions of cairo and Pillow. From 100 images on, the drawing is
+    shared among the cores; a script that calls this then needs the usual `if __name__ == "__main__":`.
 
     Parameters
     ----------
@@ -308,6 +249,13 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
     out : str or Path
         Folder for `images.zip` (members `00000.webp`, ..., lossless) and `attributes.csv` (first column `file`).
         Made if missing; files of these names are replaced.
+    correlated : bool, default True
+        False is for training classifiers. One that is trained on the recipe's own images learns that long hair excludes
+        a beard instead of looking for the beard, and then sees a beard vanish wherever hair grows. Without the planted
+        correlations, mouth, beard and glasses come from three other images of the part: each factor is as frequent as
+        in the recipe, and all are independent. Diffusion models also paint colours between those of the recipe, so
+        every second picture is blended, by up to a third, with the same one in the colours of yet another image; the
+        labels are those of the larger share.
     progress : bool
         Show a progress bar.
 
@@ -315,75 +263,43 @@ def build(n: int, *, part: int, out: str | Path, progress: bool = True) -> Path:
     -------
     Path
         The folder.
-
-    Raises
-    ------
-    ValueError
-        If `n` or `part` is out of range.
-    ImportError
-        If the extra `[data]` or the cairo system library is missing.
     """
     if not 1 <= n <= _MOST_IMAGES:
         raise ValueError(f"n is {n}; give a number of images from 1 to {_MOST_IMAGES}")
     names = list(attributes(factors(part, 0)))
     _import_extra()
     out = paths.writable(out, folder=True)
-    out.mkdir(parents=True, exist_ok=True)
-    finished = {file: out / f"{file}.part" for file in ("images.zip", "attributes.csv")}
     # Fork is unsafe in a process that has started torch's threads.
     workers = min(os.cpu_count() or 1, n // _POOL_FROM)
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
-    jobs = (_draw_webp, repeat(part), range(n))
+    jobs = (_draw, repeat(part), range(n), repeat(correlated))
     drawn = pool.map(*jobs, chunksize=16) if pool else map(*jobs)
     try:
         with (
-            zipfile.ZipFile(finished["images.zip"], "w", zipfile.ZIP_STORED) as images,
-            finished["attributes.csv"].open("w", newline="", encoding="utf-8") as table,
+            written(out / "attributes.csv") as table,
+            written(out / "images.zip") as archive,
+            zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as images,
+            table.open("w", newline="", encoding="utf-8") as text,
         ):
-            rows = csv.DictWriter(table, ["file", *names], lineterminator="\n")
+            rows = csv.DictWriter(text, ["file", *names], lineterminator="\n")
             rows.writeheader()
             for i, (webp, labels) in enumerate(tqdm(drawn, "avatars", n, unit="image", disable=not progress)):
                 file = f"{i:05d}.webp"
                 images.writestr(_stamped(file), webp)
                 rows.writerow({"file": file, **labels})
-        for file, written in finished.items():
-            os.replace(written, out / file)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-        for written in finished.values():
-            written.unlink(missing_ok=True)
     return out
 
 
 def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray:
-    """Where a part of the face can be: the pixels that change when that factor alone changes.
+    """Where a part of the face can be: the pixels that change when that factor alone changes, bool (size, size).
 
     The mask is that of the factor, over all of its options, not of one picture's mouth or hair: use it to keep a
-    Jacobian direction to one part. It turns with the head as `render` turns it. Regions overlap: a beard surrounds the
-    mouth, glasses lie over the eyes. Reads `data/avataaars/regions.npz`; needs no extra.
-
-    Parameters
-    ----------
-    name : str
-        One of `REGIONS`.
-    size : int
-        Side of the picture in pixels, 1 or more.
-    tilt : float
-        Rotation of the head in degrees, counter-clockwise, as in `Factors` and `attributes`.
-
-    Returns
-    -------
-    ndarray of bool, shape (size, size)
-        True where the region covers a tenth of the pixel or more: with a half, a fifth of a change of the brows would
-        fall outside at 32 pixels.
-
-    Raises
-    ------
-    ValueError
-        If there is no such region, or the size is below 1.
-    FileNotFoundError
-        If the file of the regions is missing.
+    Jacobian direction to one part. It turns with the head as `render` turns it (`tilt` in degrees, counter-clockwise).
+    Regions overlap: a beard surrounds the mouth, glasses lie over the eyes. A pixel counts from a tenth of its area on:
+    with a half, a fifth of a change of the brows would fall outside at 32 pixels. Reads `data/avataaars/regions.npz`.
     """
     if name not in REGIONS:
         raise ValueError(f"there is no region {name!r}; the regions are {', '.join(REGIONS)}")
@@ -397,16 +313,7 @@ def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray
 def attribute_mask(attribute: str, *, size: int = SIZE) -> np.ndarray | None:
     """Where an attribute can be, for a head of unknown tilt: its regions, united over tilts from -10 to 10 degrees.
 
-    Parameters
-    ----------
-    attribute : str
-    size : int
-        Side of the picture in pixels.
-
-    Returns
-    -------
-    ndarray of bool, shape (size, size), or None
-        None for what is no region of the face, such as the colour of the skin.
+    None for what is no region of the face, such as the colour of the skin.
     """
     names = ATTRIBUTE_REGIONS.get(attribute, ())
     masks = [region_mask(name, size=size, tilt=tilt) for name in names for tilt in _TILTS]
@@ -414,42 +321,18 @@ def attribute_mask(attribute: str, *, size: int = SIZE) -> np.ndarray | None:
 
 
 def build_regions(out: str | Path, *, progress: bool = True) -> Path:
-    """Draw the regions that `region_mask` reads and write them as `regions.npz`.
+    """Draw the regions that `region_mask` reads and write them as `regions.npz` into a folder; returns the file.
 
     A bare PALE head, upright, is drawn at 198x210 with every option of a factor; the region is where any two of the
     drawings differ by more than 8 of 255, united over all hairs that the head can wear. The whole canvas is kept, as
     turning brings parts of it into the crop. The same call writes the same bytes with the same versions of cairo,
     Pillow and numpy.
-
-    Parameters
-    ----------
-    out : str or Path
-        Folder; made if missing. The file is written beside and renamed when it is complete.
-    progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    Path
-        The file: one bool array of shape (210, 198) for each of `REGIONS`, without pickles.
-
-    Raises
-    ------
-    ImportError
-        If the extra `[data]` or the cairo system library is missing.
     """
-    out = paths.writable(out, folder=True)
     drawn = tqdm(_REGION_FACTORS.items(), "regions", unit="region", disable=not progress)
     regions = {name: _draw_region(factor, options) for name, (factor, options) in drawn}
-    file = out / "regions.npz"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.part")
-    try:
-        with beside.open("wb") as written:
-            np.savez_compressed(written, **regions)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    file = paths.writable(out, folder=True) / "regions.npz"
+    with written(file) as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, **regions)
     _read_regions.cache_clear()
     return file
 
@@ -543,11 +426,15 @@ def _free_hair_color(svg: str) -> bytes:
     return ElementTree.tostring(avatar)
 
 
-def _draw_webp(part: int, i: int) -> tuple[bytes, dict[str, int | float]]:
-    image, labels = draw(part, i)
+def _draw(part: int, i: int, correlated: bool) -> tuple[bytes, dict[str, int | float]]:
+    """Image `i` as a lossless WebP, and its labels."""
+    drawn, recoloured = (factors(part, i), None) if correlated else unlinked(part, i)
+    picture = render(drawn)
+    if recoloured and i % 2:
+        picture = Image.blend(picture, render(recoloured), np.random.default_rng([part, i]).uniform(0, 1 / 3))
     webp = io.BytesIO()
-    image.save(webp, "WEBP", lossless=True)
-    return webp.getvalue(), labels
+    picture.save(webp, "WEBP", lossless=True)
+    return webp.getvalue(), attributes(drawn)
 
 
 def _stamped(file: str) -> zipfile.ZipInfo:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import posixpath
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +24,16 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from workbench import paths
-from workbench.datasets.tables import LABEL_FILES, LISTS, classes_of, common_folder, labels_of, some
+from workbench.datasets.files import BUNDLED, Folder, Zip, find_files, find_labels, warn_of_others
+from workbench.datasets.tables import classes_of, labels_of, some
 from workbench.diffusion.images import Unsuitable, picture_to_tensor
-
-BUNDLED = "avataaars"
-FOLDERS = "folders"
+from workbench.io import one_of
 
 CROPS = {"celeba64": ((178, 218), (25, 57, 153, 185))}
 """Squares other than the centre one: size of the images that it is for, and (left, top, right, bottom).
 
 "celeba64" is what the 64-pixel CelebA models of DDIM see of the aligned images: 128 pixels around (89, 121).
 """
-
-# Formats that Pillow names and cannot decode by itself, or only by running another program.
-_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
-# What stands beside images, and nobody takes for one.
-_COMPANIONS = (
-    *(".csv", ".tsv", ".txt", ".xlsx", ".json", ".jsonl", ".parquet", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
-    *(".npy", ".npz", ".pt", ".zip", ".log", ".py", ".part", ".db", ".ini", "license", "readme"),
-)
 
 Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torch.Tensor
 
@@ -78,7 +67,7 @@ class LabelledImages:
     """
 
     labels: pd.DataFrame
-    _files: _Folder | _Zip | _Parts
+    _sources: Mapping[str, Folder | Zip]  # by the beginning of the names of their images
     _size: int | None
     _crop: str | None = None
 
@@ -126,12 +115,7 @@ class LabelledImages:
         """Side of the images in pixels: the one asked for, or else that of the first image."""
         if self._size is not None or not len(self):
             return self._size or 0
-        name = self.labels.index[0]
-        try:
-            with Image.open(io.BytesIO(self._files.read(name))) as image:
-                return min(_cropped(image, self._crop).size)
-        except _UNDECODABLE as error:
-            raise _undecodable(self._files.describe(name), error, _SKIP) from error
+        return self._open(self.labels.index[0]).shape[-1]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -142,7 +126,8 @@ class LabelledImages:
         crop = "" if self._crop is None else f" {self._crop}"
         digest = hashlib.sha256(f"{self.size}{crop}\n".encode())
         for name in tqdm(self.labels.index, "fingerprint", unit="image", delay=2, leave=False):
-            length, checksum = self._files.checksum(name)
+            source, file = self._source(name)
+            length, checksum = source.checksum(file)
             digest.update(f"{name}\0{length}\0{checksum}\n".encode())
         return digest.hexdigest()
 
@@ -243,18 +228,23 @@ class LabelledImages:
         image = self._open(name)
         if image.shape[-1] != self.size:
             raise ValueError(
-                f"{self._files.describe(name)} is {image.shape[-1]} pixels wide after cropping and the first image "
-                f"{self.size}; give the size that all should have, such as size=64"
+                f"{self._where(name)} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
+                "give the size that all should have, such as size=64"
             )
         return image
 
     def _open(self, name: str) -> torch.Tensor:
-        where = self._files.describe(name)
-        try:
-            content = self._files.read(name)
-        except _UNDECODABLE as error:
-            raise _undecodable(where, error, _SKIP) from error
-        return _decode(content, self._size, where, self._crop, _SKIP)
+        source, file = self._source(name)
+        return _decode(lambda: source.read(file), self._size, self._where(name), self._crop, _SKIP)
+
+    def _source(self, name: str) -> tuple[Folder | Zip, str]:
+        """Where an image lies, and its name there."""
+        part = next(part for part in self._sources if name.startswith(part))
+        return self._sources[part], name.removeprefix(part)
+
+    def _where(self, name: str) -> str:
+        source, file = self._source(name)
+        return source.describe(file)
 
     def _without_broken(self) -> LabelledImages:
         whole, broken = [], []
@@ -263,7 +253,7 @@ class LabelledImages:
                 self._open(name)
                 whole.append(position)
             except BrokenImage:
-                broken.append(self._files.describe(name))
+                broken.append(self._where(name))
         if not whole:
             raise ValueError(f"none of {len(broken)} images can be decoded ({some(broken)}); give others")
         if broken:
@@ -329,16 +319,16 @@ def load_images(
         out, and of tables that are there and not read.
     """
     size = _checked(size)
-    if crop is not None and crop not in CROPS:
-        raise ValueError(f"there is no crop {crop!r}; there are {', '.join(CROPS)}, and the centre square by default")
-    files, names, others = _find_files(paths.data() / BUNDLED if source == BUNDLED else paths.local(source))
-    if labels == FOLDERS:
+    if crop is not None:
+        one_of("crop", crop, CROPS)
+    files, names, others = find_files(paths.data() / source if source in BUNDLED else paths.local(source))
+    if labels == "folders":
         table = classes_of(names, str(source))
     else:
-        found = _find_labels(files, others) if labels is None else _given_labels(paths.local(labels))
+        found = find_labels(files, others) if labels is None else _given_labels(paths.local(labels))
         table = pd.DataFrame(index=pd.Index(names, name="file")) if found is None else labels_of(names, *found)
-    _warn_of_others(source, others, tables=labels is None and found is None)
-    images = LabelledImages(table, files, size, crop)
+    warn_of_others(source, others, tables=labels is None and found is None)
+    images = LabelledImages(table, {"": files}, size, crop)
     return images._without_broken() if skip_broken else images
 
 
@@ -374,13 +364,13 @@ def load_pair(
     positive, negative = paths.local(positive), paths.local(negative)
     if positive.resolve() == negative.resolve():
         raise ValueError(f"{positive} is given for the images with and without {name}; give two folders")
-    parts, names = {}, {}
-    for part, source in (("positive", positive), ("negative", negative)):
-        parts[part], found, others = _find_files(source)
-        names |= {f"{part}/{file}": int(part == "positive") for file in found}
-        _warn_of_others(source, others)
+    sources, names = {}, {}
+    for part, source in (("positive/", positive), ("negative/", negative)):
+        sources[part], found, others = find_files(source)
+        names |= {f"{part}{file}": int(part == "positive/") for file in found}
+        warn_of_others(source, others)
     labels = pd.DataFrame({name: names}).rename_axis("file")
-    images = LabelledImages(labels, _Parts(parts), _checked(size))
+    images = LabelledImages(labels, sources, _checked(size))
     return images._without_broken() if skip_broken else images
 
 
@@ -405,38 +395,13 @@ def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tenso
     ValueError
         If it cannot be decoded, or the size is below 1.
     """
+    _checked(size)
     if isinstance(path, bytes):
-        return _decode(path, size, "what was given")
+        return _decode(lambda: path, size, "what was given")
     path = paths.local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
-    return _decode(path.read_bytes(), size, str(path))
-
-
-def to_tensor(image: Image.Image | str | Path, size: int | None = None) -> torch.Tensor:
-    """Convert one image as every image of a `LabelledImages` is converted.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image, str or Path
-        A picture of any 8- or 16-bit mode, or the path of one.
-    size : int, optional
-        Side in pixels. Default: the native size, cropped to a square.
-
-    Returns
-    -------
-    Tensor of shape (3, size, size), float32, values in [-1, 1]
-
-    Raises
-    ------
-    FileNotFoundError
-        If a path does not exist.
-    ValueError
-        If the image cannot be decoded or has 32-bit pixels, or the size is below 1.
-    """
-    if not isinstance(image, Image.Image):
-        return load_image(image, size)
-    return picture_to_tensor(image, _checked(size))
+    return _decode(path.read_bytes, size, str(path))
 
 
 def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
@@ -465,183 +430,18 @@ class BrokenImage(ValueError):
 _SKIP = ", or leave such out by skip_broken=True (--skip-broken)"
 
 
-def _decode(content: bytes, size: int | None, where: str, crop: str | None = None, remedy: str = "") -> torch.Tensor:
-    _checked(size)
+def _decode(
+    read: Callable[[], bytes], size: int | None, where: str, crop: str | None = None, remedy: str = ""
+) -> torch.Tensor:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return to_tensor(_cropped(image, crop), size)
+        with Image.open(io.BytesIO(read())) as image:
+            return picture_to_tensor(_cropped(image, crop), size)
+    except Unsuitable as error:
+        raise ValueError(f"{where}: {error}") from error
     except _UNDECODABLE as error:
-        raise _undecodable(where, error, remedy) from error
-
-
-def _undecodable(where: str, error: Exception, remedy: str = "") -> ValueError:
-    if isinstance(error, Unsuitable):
-        return ValueError(f"{where}: {error}")
-    reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
-    return BrokenImage(f"{where} cannot be decoded as an image ({reason}); replace it or remove it{remedy}")
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """Image files below a folder; `prefix` is the folder common to all of them."""
-
-    path: Path
-    prefix: str = ""
-
-    def members(self) -> list[str]:
-        found, trails = [], {str(self.path): {os.path.realpath(self.path)}}
-        for folder, folders, files in os.walk(self.path, followlinks=True):
-            found += [Path(folder, file).relative_to(self.path).as_posix() for file in files]
-            trail = trails.pop(folder)
-            inside = {name: os.path.realpath(Path(folder, name)) for name in folders}
-            folders[:] = [name for name in folders if inside[name] not in trail]  # a link to where it lies has no end
-            trails |= {os.path.join(folder, name): {*trail, inside[name]} for name in folders}
-        return found
-
-    def describe(self, name: str) -> str:
-        return str(self.path / (self.prefix + name))
-
-    def read(self, name: str) -> bytes:
-        return (self.path / (self.prefix + name)).read_bytes()
-
-    def checksum(self, name: str) -> tuple[int, int]:
-        content = self.read(name)
-        return len(content), zlib.crc32(content)
-
-
-@dataclass(frozen=True)
-class _Zip:
-    """Image files in a zip. Holds no handle, so that it can be pickled and used after a fork."""
-
-    path: Path
-    stamp: tuple[int, int]
-    prefix: str = ""
-
-    def members(self) -> list[str]:
-        return self._handle().namelist()
-
-    def describe(self, name: str) -> str:
-        return f"{name} in {self.path}"
-
-    def read(self, name: str) -> bytes:
-        return self._handle().read(self.prefix + name)
-
-    def checksum(self, name: str) -> tuple[int, int]:
-        member = self._handle().getinfo(self.prefix + name)
-        return member.file_size, member.CRC
-
-    def _handle(self) -> zipfile.ZipFile:
-        return _open_zip(self.path, self.stamp, os.getpid())
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Several sources as one; a name begins with that of its part."""
-
-    parts: dict[str, _Folder | _Zip]
-
-    def describe(self, name: str) -> str:
-        part, _, file = name.partition("/")
-        return self.parts[part].describe(file)
-
-    def read(self, name: str) -> bytes:
-        part, _, file = name.partition("/")
-        return self.parts[part].read(file)
-
-    def checksum(self, name: str) -> tuple[int, int]:
-        part, _, file = name.partition("/")
-        return self.parts[part].checksum(file)
-
-
-@lru_cache(maxsize=8)
-def _open_zip(path: Path, stamp: tuple[int, int], process: int) -> zipfile.ZipFile:
-    """One handle a process (a forked one would share the position in the file) and a state of the file."""
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a complete zip ({error}); copy or build it again") from error
-
-
-def _find_files(source: Path) -> tuple[_Folder | _Zip, list[str], list[str]]:
-    """Where images lie, their sorted names, and the paths of all other files that are not hidden."""
-    if source.is_dir():
-        files = _Folder(source)
-        images, others = _sorted_out(files.members())
-        if not images and (source / "images.zip").is_file():
-            files = _zip(source / "images.zip")
-            images, others = _sorted_out(files.members())
-    elif source.is_file():
-        with source.open("rb") as file:
-            if not file.read(2) == b"PK" and not zipfile.is_zipfile(source):
-                what = "a single image" if source.suffix.lower() in image_suffixes() else "no zip"
-                raise ValueError(f"{source} is {what}; give a folder or a zip of images")
-        files = _zip(source)
-        images, others = _sorted_out(files.members())
-    else:
-        raise FileNotFoundError(
-            f"there is no folder or zip {source}; give a folder of images, a zip of images, or {BUNDLED!r}"
-        )
-    if not images:
-        there = f" (there is {some(others)})" if others else ""
-        raise ValueError(f"{source} holds no images{there}; give a folder or a zip with .png, .jpg or other images")
-    files = replace(files, prefix=common_folder(images))
-    return files, [name.removeprefix(files.prefix) for name in images], others
-
-
-def _zip(path: Path) -> _Zip:
-    state = path.stat()
-    return _Zip(path.resolve(), (state.st_mtime_ns, state.st_size))
-
-
-def _sorted_out(members: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Images and other files, sorted, without folders, hidden files and the metadata folder of macOS zips."""
-    seen = sorted(
-        name
-        for name in members
-        if not name.endswith("/") and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    )
-    suffixes = image_suffixes()
-    images = [name for name in seen if name.lower().endswith(suffixes)]
-    return images, sorted({*seen}.difference(images))
-
-
-def image_suffixes() -> tuple[str, ...]:
-    """Extensions of all that Pillow decodes, with its plugins that are registered now."""
-    known = Image.registered_extensions()  # fills OPEN; an .mpo is opened as the JPEG that it begins with
-    return tuple(end for end, kind in known.items() if kind in {*Image.OPEN, "MPO"}.difference(_NO_PICTURES))
-
-
-def _warn_of_others(source: str | Path, others: list[str], *, tables: bool = False) -> None:
-    """Name files that are skipped, and tables if these are not read either."""
-    notes, skipped = [], [name for name in others if not name.lower().endswith(_COMPANIONS)]
-    if skipped:
-        notes.append(f"skipped is what has no extension of an image, {len(skipped)} of its files ({some(skipped)})")
-    unread = [name for name in others if name.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
-    if tables and unread:
-        notes.append(
-            f"no labels are read, for no table is called {LABEL_FILES[0]} ({some(unread)}); give one as labels="
-        )
-    if notes:
-        warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=3)
-
-
-def _find_labels(files: _Folder | _Zip, others: list[str]) -> tuple[bytes, str] | None:
-    """Content and place of the label file that belongs to the images."""
-    # Of a folder: a table that lies above all images, or in an `Anno` that does.
-    inside: dict[str, str] = {}
-    for member in sorted(others, key=lambda member: member.count("/"), reverse=True):
-        folder = posixpath.dirname(member)
-        above = posixpath.dirname(folder) if posixpath.basename(folder) == "Anno" else folder
-        if isinstance(files, _Zip) or files.prefix.startswith(above and above + "/"):
-            inside[posixpath.basename(member)] = member
-    for name in LABEL_FILES:
-        if name in inside:
-            whole = replace(files, prefix="")
-            return whole.read(inside[name]), whole.describe(inside[name])
-    place = files.path.resolve()
-    candidates = [place.parent / name for name in LABEL_FILES if isinstance(files, _Zip)]
-    candidates += [above / part / name for above in place.parents[:2] for part in ("", "Anno") for name in LISTS]
-    return next(((path.read_bytes(), str(path)) for path in candidates if path.is_file()), None)
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        text = f"{where} cannot be decoded as an image ({reason}); replace it or remove it{remedy}"
+        raise BrokenImage(text) from error
 
 
 def _given_labels(path: Path) -> tuple[bytes, str]:

@@ -14,7 +14,6 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -29,7 +28,7 @@ _PARTS = ("train", "val", "valid", "validation", "test")
 
 
 def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
-    """The labels of images, by a table.
+    """The labels of images in a table: one row an image, in the order of `names`; -1 and 1 have become 0 and 1.
 
     Parameters
     ----------
@@ -38,23 +37,7 @@ def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
     content : bytes
         Of the table.
     where : str
-        Its path, for messages.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row an image, in the order of `names`; numeric columns, in which -1 and 1 have become 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        If the table cannot be read, names an image or an attribute twice, has numbers and text in one column, or has no
-        row for an image.
-
-    Warns
-    -----
-    UserWarning
-        Of all that is left out, with the reason: columns of text, rows without image, 0 beside -1 and 1.
+        Its path, for messages. A warning says what is left out: columns of text, rows without image, 0 beside -1.
     """
     text, notes = _decode(content, where)
     table = _parse(text, where)
@@ -71,13 +54,7 @@ def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
 
 
 def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:
-    """One attribute a class: the first folder of a name that is no part of a data set.
-
-    Raises
-    ------
-    ValueError
-        If there are not two classes.
-    """
+    """One attribute a class: the first folder of a name that is no part of a data set, such as train."""
     parts = [[part for part in name.split("/")[:-1] if part not in _PARTS] for name in names]
     classes = pd.Series([re.sub(r"_(train|val|test)(_lmdb)?$", "", (part or [""])[0]) for part in parts])
     if classes.nunique() < 2 or (classes == "").any():
@@ -129,62 +106,54 @@ def _decode(content: bytes, where: str) -> tuple[str, list[str]]:
 
 
 def _parse(text: str, where: str) -> pd.DataFrame:
-    """Columns as pandas reads them, by their names; index: file names."""
-    stream = io.StringIO(text, newline=None)
-    filled = (line for line in iter(stream.readline, "") if line.strip("\t\n ,;") and not line.startswith("sep="))
-    head = next(filled, "")
-    count = int(head) if head.strip().isdecimal() else None  # CelebA's list begins with the number of its rows
-    head = head if count is None else next(filled, "")
-    if not head:
+    """All cells as text, "" where there is nothing; columns by their names, index: file names."""
+    lines = [line for line in text.splitlines() if line.strip("\t ,;") and not line.startswith("sep=")]
+    # CelebA's list begins with the number of its rows.
+    count = int(lines.pop(0)) if lines and lines[0].strip().isdecimal() else None
+    if not lines:
         raise ValueError(f"{where} cannot be read as a table (it has no rows); give a line of names, then one an image")
-    start = stream.tell()
-    rows = list(islice(filled, 20))
-    separator = _separator(head, rows)
-    names = _cells(head, separator)
-    if separator in (None, "\t") and rows and len(names) < len(_cells(rows[0], separator)):
+    separator = _separator(lines[:21])
+    names = _cells(lines[0], separator)
+    if separator in (None, "\t") and len(lines) > 1 and len(names) < len(_cells(lines[1], separator)):
         names = ["file", *names]
     repeated = sorted({name for name in names if name and names.count(name) > 1})
     if repeated:
         raise ValueError(f"{where} has more than one column {some(repeated)}; keep one each")
     names = [name or f"without a name ({i + 1})" for i, name in enumerate(names)]
-    lower = [name.lower() for name in names]
-    file = names[lower.index(FILE_COLUMN) if FILE_COLUMN in lower else 0]
-    stream.seek(start)
     try:
         table = pd.read_csv(
-            stream,
+            io.StringIO("\n".join(lines[1:])),
             sep=separator or r"\s+",
             header=None,
             names=names,
-            converters={file: str},  # file names as text, whatever they look like
-            decimal="," if separator == ";" else ".",
+            dtype=str,
             skipinitialspace=True,
-            low_memory=False,
         )
     except (ValueError, OSError) as error:
         raise ValueError(f"{where} cannot be read as a table ({' '.join(str(error).split())}); correct it") from error
     # pandas takes surplus columns for an index.
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError(f"{where} has rows with more values than the {len(names)} columns it names; correct it")
-    table = table.set_index(file)
-    table.index = table.index.fillna("").str.strip()
-    empty = table.isna()
-    # Spreadsheets write rows and columns of nothing around a table.
-    table = table[~((table.index == "") & empty.all(axis=1))]
-    table = table.drop(columns=[name for name in table if name.startswith("without a name") and empty[name].all()])
     if count not in (None, len(table)):
         raise ValueError(f"{where} announces {count} rows and has {len(table)}; copy it again")
-    short = table.index[table.isna().any(axis=1)]
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    table = table.set_index(next((name for name in names if name.lower() == FILE_COLUMN), names[0]))
+    short = table.index[(table == "").any(axis=1)]
     if separator is None and len(short):
         raise ValueError(f"{where} has too few values in {some(short)}; give {table.shape[1]} a row")
-    return table
+    if separator == ";":
+        table = table.apply(lambda column: column.str.replace(",", "."))
+    # Spreadsheets write columns of nothing beside a table.
+    return table.drop(
+        columns=[name for name in table if name.startswith("without a name") and (table[name] == "").all()]
+    )
 
 
-def _separator(head: str, rows: list[str]) -> str | None:
+def _separator(lines: list[str]) -> str | None:
     """What stands between the values; None for white space. Most likely is what all lines have as often."""
-    found = [separator for separator in ",;\t" if separator in head]
-    alike = {separator: len({line.count(separator) for line in (head, *rows)}) == 1 for separator in found}
-    return max(found, key=lambda separator: (alike[separator], head.count(separator)), default=None)
+    found = [separator for separator in ",;\t" if separator in lines[0]]
+    alike = {separator: len({line.count(separator) for line in lines}) == 1 for separator in found}
+    return max(found, key=lambda separator: (alike[separator], lines[0].count(separator)), default=None)
 
 
 def _cells(line: str, separator: str | None) -> list[str]:
@@ -194,29 +163,26 @@ def _cells(line: str, separator: str | None) -> list[str]:
 
 
 def _to_number(column: pd.Series, where: str) -> tuple[np.ndarray | None, list[str]]:
-    """A column as numbers (None if it is all text), and what there is to say of it."""
-    if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
-        text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
-        there, words = text != "", text.str.lower().map(_WORDS)
-        numbers = words if words[there].notna().all() else pd.to_numeric(text, errors="coerce")
-    else:
-        there, numbers = column.notna(), column
+    """A column of text as numbers (None if none is one), and what there is to say of it."""
+    codes, cells = column.factorize()  # few values stand in many rows
+    cells = pd.Series(cells, dtype=object)
+    there, words = cells != "", cells.str.lower().map(_WORDS)
+    numbers = words if words[there].notna().all() else pd.to_numeric(cells, errors="coerce")
     numbers = numbers.astype(float)
     wrong = there & ~np.isfinite(numbers)
     if wrong.any():
-        k = int(np.argmax(wrong))
-        found = f"column {column.name} holds {column.iloc[[k]].tolist()[0]!r} in row {column.index[k]}"
+        first = wrong.idxmax()
+        found = f"column {column.name} holds {cells[first]!r} in row {column.index[codes == first][0]}"
         if (wrong == there).all():
-            return None, [f"left out is what is no number: {found}"]
+            return None, [f"a column that is no number is left out: {found}"]
         raise ValueError(f"{where}: {found}; labels are numbers or empty")
     values, notes = set(numbers.dropna()), []
     if -1 in values and values <= {-1, 0, 1}:
         if 0 in values:
             notes = [f"0 in column {column.name} counts as missing, beside -1{' and 1' if 1 in values else ''}"]
         numbers = numbers.where(numbers != 0).add(1) // 2
-    # Rows of nothing, which are gone now, made floats of whole numbers.
     whole = numbers.notna().all() and (numbers % 1 == 0).all()
-    return numbers.to_numpy(int if whole else float), notes
+    return numbers.to_numpy(int if whole else float)[codes], notes
 
 
 def _match(table: pd.DataFrame, names: Sequence[str], where: str, notes: list[str]) -> pd.DataFrame:
@@ -237,7 +203,7 @@ def _match(table: pd.DataFrame, names: Sequence[str], where: str, notes: list[st
         if certain and len(keys) and wanted.isin(keys).all():
             spare = rows[~keys.isin(wanted)]
             if len(spare):
-                notes.append(f"left out are rows without image, {len(spare)} of {len(rows)} ({some(spare)})")
+                notes.append(f"rows without image are left out, {len(spare)} of {len(rows)} ({some(spare)})")
             return table.set_axis(keys).loc[wanted].set_axis(pd.Index(names, name="file"))
     unlabelled, imageless = images.difference(rows), rows.difference(images)
     raise ValueError(

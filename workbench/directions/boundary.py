@@ -7,7 +7,6 @@ inner products, which is computed once for all folds of the cross-validation and
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from scipy.stats import norm
 from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -28,16 +26,14 @@ from sklearn.svm import SVC
 from workbench.analysis.geometry import check_samples, gram
 from workbench.analysis.intervals import Estimate, share_of
 from workbench.diffusion.images import fingerprint
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory
 from workbench.diffusion.schedule import index_of
-from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, digest, origin_of, write_tensors
+from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, origin_of
 from workbench.directions.supervised import Labels, check_classes, digest_of, matched, name_of
+from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
-from workbench.io import provenance_mismatch
-from workbench.paths import local
 
-FORMAT, VERSION = "hspace-boundary", "1"
 METHODS = ("svm", "mean", "lda", "logistic")
 MODES = ("absolute", "shift", "mirror")
 SPACES = ("h", "x")
@@ -296,8 +292,7 @@ class Boundary:
         """
         about = {key: value for key, value in vars(self).items() if key != "normal"}
         about |= {key: None if about[key] is None else asdict(about[key]) for key in ("accuracy", "balanced_accuracy")}
-        tensors = {"normal": self.normal.contiguous()}
-        return write_tensors(path, tensors, about, kind="boundary", format=FORMAT, version=VERSION)
+        return save_tensors(path, {"normal": self.normal}, about, kind="boundary")
 
     def __repr__(self) -> str:
         model = self.provenance["model"]
@@ -319,21 +314,7 @@ class Boundary:
             self._refuse_other_model(other.provenance["model"], other.name)
 
     def _refuse_other_model(self, model: dict | None, whose: str) -> None:
-        own = self.provenance["model"]
-        if own is None or model is None:
-            return
-        if own["hash"] != model["hash"]:
-            raise ValueError(
-                f"{self.name} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to "
-                f"{model['name']!r} (weights {model['hash']}); boundaries don't carry over between models"
-            )
-        if self.space == "h" and own["tap"] != model["tap"]:
-            raise ValueError(
-                f"{self.name} is a boundary of h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
-                f"use model.tapped({own['tap']!r})"
-            )
-        if different := provenance_mismatch(own, model):
-            raise ValueError(f"{self.name} belongs to a model with another {different} than {whose} does")
+        refuse_other_model(self.name, self.provenance["model"], model, whose=whose, tap=self.space == "h")
 
 
 def move_jointly(
@@ -601,29 +582,10 @@ def load_boundary(
     ValueError
         If the file is corrupt, is not a boundary, or is one of another model, tap, timestep or space.
     """
-    path = local(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no boundary at {path}; boundary.save writes one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file but not a boundary of the workbench")
-            if metadata.get("version") != VERSION:
-                raise ValueError(f"{path} has boundary format {metadata.get('version')}, this version reads {VERSION}")
-            tensors = {"normal": file.get_tensor("normal")}
-        about = json.loads(metadata["boundary"])
-        if about.pop("sha256") != digest(tensors):
-            raise ValueError(f"{path} is corrupt: its values don't match their checksum; make the boundary again")
-        rates = {
-            key: None if about[key] is None else Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")
-        }
-        pairs = {key: None if about[key] is None else tuple(about[key]) for key in ("means", "deviations")}
-        found = Boundary(**{**tensors, **about, **rates, **pairs})
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} can't be read as a boundary ({type(error).__name__}); it is truncated or of another kind"
-        ) from error
+    tensors, about = load_tensors(path, kind="boundary")
+    rates = {key: None if about[key] is None else Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
+    pairs = {key: None if about[key] is None else tuple(about[key]) for key in ("means", "deviations")}
+    found = Boundary(**{**tensors, **about, **rates, **pairs})
     if model is not None:
         found.check_fits(model)
     for what, own, asked in (("timestep", found.t, t), ("space", found.space, space)):

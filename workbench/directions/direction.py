@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
-from workbench.io import provenance_mismatch, written
-from workbench.paths import local
-
-FORMAT, VERSION = "hspace-direction", "1"
 
 FOUND = ("labels", "scores", "pca", "svm", "mean", "lda", "logistic")
 """Methods whose directions, or boundaries, are sums of samples of h."""
@@ -147,47 +140,23 @@ class Direction:
         return tuple(self.unit.shape[1:])
 
     def __neg__(self) -> Direction:
-        return replace(
-            self,
-            unit=-self.unit,
-            name=f"-{bracketed(self.name)}",
-            provenance=derived("product", {"factor": -1.0}, self),
-            extras={},
-        )
+        return self._derived("product", f"-{bracketed(self.name)}", {"factor": -1.0}, unit=-self.unit)
 
     def __mul__(self, factor: float) -> Direction:
         """The direction whose unit of scale is `factor` units of this one."""
         if not isinstance(factor, Real):
             return NotImplemented
         factor = finite(factor, "the factor")
-        return self._moved(
-            self._wide() * factor,
-            name=f"{factor:g} {bracketed(self.name)}",
-            provenance=derived("product", {"factor": factor}, self),
-        )
+        return self._moved(self._wide() * factor, "product", f"{factor:g} {bracketed(self.name)}", {"factor": factor})
 
     __rmul__ = __mul__
 
     def __add__(self, other: Direction) -> Direction:
         """The direction that adds what both add, unit for unit of scale."""
-        if not isinstance(other, Direction):
-            return NotImplemented
-        self._check_same_space(other)
-        return self._moved(
-            self._wide() + other._wide(),
-            name=f"{bracketed(self.name)} + {bracketed(other.name)}",
-            provenance=derived("sum", {}, self, other),
-        )
+        return self._combined(other, "sum", "+", torch.add)
 
     def __sub__(self, other: Direction) -> Direction:
-        if not isinstance(other, Direction):
-            return NotImplemented
-        self._check_same_space(other)
-        return self._moved(
-            self._wide() - other._wide(),
-            name=f"{bracketed(self.name)} - {bracketed(other.name)}",
-            provenance=derived("difference", {}, self, other),
-        )
+        return self._combined(other, "difference", "-", torch.sub)
 
     def orthogonal_to(self, *others: Direction, per_step: bool = False) -> Direction:
         """What is left of this direction outside of the span of all the others (Haas et al. eq. 12).
@@ -225,11 +194,8 @@ class Direction:
         names = ", ".join(bracketed(other.name) for other in others)
         if not rest.any():
             raise ValueError(f"nothing is left of {self.name}: it lies in the span of {names}")
-        return self._moved(
-            rest.reshape(self.unit.shape),
-            name=f"{bracketed(self.name)} ⟂ {names}",
-            provenance=derived("orthogonal", {"per_step": per_step}, self, *others),
-        )
+        name = f"{bracketed(self.name)} ⟂ {names}"
+        return self._moved(rest.reshape(self.unit.shape), "orthogonal", name, {"per_step": per_step}, *others)
 
     def restricted_to(self, t_range: tuple[int, int]) -> Direction:
         """The direction within a range of timesteps, and nothing outside of it.
@@ -251,13 +217,12 @@ class Direction:
                 f"no timestep of {self.name} lies in {t_high}..{t_low}; it has {len(self.timesteps)}, "
                 f"{self.timesteps[0]}..{self.timesteps[-1]}, and the range is (noisier, cleaner)"
             )
-        return replace(
-            self,
+        return self._derived(
+            "restricted",
+            f"{bracketed(self.name)} [{t_high}..{t_low}]",
+            {"t_range": [int(t_high), int(t_low)]},
             unit=self.unit * inside.view(-1, 1, 1, 1),
             sigma=self.sigma * inside,
-            name=f"{bracketed(self.name)} [{t_high}..{t_low}]",
-            provenance=derived("restricted", {"t_range": [int(t_high), int(t_low)]}, self),
-            extras={},
         )
 
     def resampled(self, steps: int | Sequence[int]) -> Direction:
@@ -289,14 +254,8 @@ class Direction:
                 inside = np.abs(new - old[part].mean()).argmin(keepdims=True)
             unit[inside] = self.unit[part[np.abs(old[part] - new[inside, None]).argmin(axis=1)]]
             sigma[inside] = np.interp(new[inside], old[part][::-1], self.sigma.numpy()[part][::-1])
-        return replace(
-            self,
-            unit=unit,
-            sigma=torch.from_numpy(sigma),
-            timesteps=timesteps,
-            provenance=derived("resampled", {"from": list(self.timesteps)}, self),
-            extras={},
-        )
+        parameters, sigma = {"from": list(self.timesteps)}, torch.from_numpy(sigma)
+        return self._derived("resampled", self.name, parameters, unit=unit, sigma=sigma, timesteps=timesteps)
 
     def cosine(self, other: Direction, *, per_step: bool = False) -> float | torch.Tensor:
         """Cosine of the angle to another direction.
@@ -347,7 +306,7 @@ class Direction:
         UserWarning
             If the direction was found from the samples of the store and `like` is not given.
         """
-        _refuse_other_space(self, store.provenance["model"], f"{store.path}")
+        self._refuse_other_model(store.provenance["model"], str(store.path))
         if like is not None:
             self._check_same_space(like)
         elif found_from(store, self.provenance):
@@ -373,12 +332,8 @@ class Direction:
         if like is not None:
             sigma[0] *= torch.where(sigma[1] > 0, like.sigma / sigma[1], 1.0)
         population = {"n": len(store), **{k: v for k, v in origin_of(store).items() if k != "model"}}
-        return replace(
-            self,
-            sigma=sigma[0],
-            provenance=derived("calibrated", {"population": population, "like": like and like.name}, self),
-            extras={},
-        )
+        parameters = {"population": population, "like": like and like.name}
+        return self._derived("calibrated", self.name, parameters, sigma=sigma[0])
 
     def check_fits(self, model: Model, timesteps: Sequence[int] | None = None) -> None:
         """Refuse a model, or the timesteps of a run, that the direction was not made for.
@@ -394,7 +349,7 @@ class Direction:
         ValueError
             Naming what differs: weights, tap or timesteps.
         """
-        _refuse_other_space(self, model.provenance(), "this model")
+        self._refuse_other_model(model.provenance(), "this model")
         if timesteps is not None and tuple(timesteps) != self.timesteps:
             raise ValueError(
                 f"{self.name} has {_visits(self.timesteps)}, the run has {_visits(tuple(timesteps))}; "
@@ -413,14 +368,8 @@ class Direction:
         -------
         Path
         """
-        tensors = {"unit": self.unit.contiguous(), "sigma": self.sigma.contiguous()}
-        about = {
-            "name": self.name,
-            "timesteps": list(self.timesteps),
-            "provenance": self.provenance,
-            "extras": self.extras,
-        }
-        return write_tensors(path, tensors, about, kind="direction", format=FORMAT, version=VERSION)
+        about = {key: getattr(self, key) for key in ("name", "timesteps", "provenance", "extras")}
+        return save_tensors(path, {"unit": self.unit, "sigma": self.sigma}, about, kind="direction")
 
     def __repr__(self) -> str:
         model, method = self.provenance["model"], self.provenance["method"]
@@ -433,11 +382,27 @@ class Direction:
         """delta of scale 1 in float64."""
         return self.sigma.double().view(-1, 1, 1, 1) * self.unit.double()
 
-    def _moved(self, delta: torch.Tensor, *, name: str, provenance: dict) -> Direction:
+    def _derived(self, method: str, name: str, parameters: dict, *others: Direction, **changes) -> Direction:
+        """This direction with changes, its provenance in that of the result; what was measured along it goes."""
+        provenance = derived(method, parameters, self, *others)
+        return replace(self, name=name, provenance=provenance, extras={}, **changes)
+
+    def _moved(self, delta: torch.Tensor, method: str, name: str, parameters: dict, *others: Direction) -> Direction:
+        provenance = derived(method, parameters, self, *others)
         return Direction.from_delta(delta, timesteps=self.timesteps, name=name, provenance=provenance)
 
+    def _combined(self, other: Direction, method: str, sign: str, combine: Callable) -> Direction:
+        if not isinstance(other, Direction):
+            return NotImplemented
+        self._check_same_space(other)
+        name = f"{bracketed(self.name)} {sign} {bracketed(other.name)}"
+        return self._moved(combine(self._wide(), other._wide()), method, name, {}, other)
+
+    def _refuse_other_model(self, model: dict, whose: str) -> None:
+        refuse_other_model(self.name, self.provenance["model"], model, whose=whose)
+
     def _check_same_space(self, other: Direction) -> None:
-        _refuse_other_space(self, other.provenance["model"], other.name)
+        self._refuse_other_model(other.provenance["model"], other.name)
         if other.timesteps != self.timesteps:
             raise ValueError(
                 f"{self.name} has {_visits(self.timesteps)}, {other.name} has {_visits(other.timesteps)}; "
@@ -465,32 +430,8 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
     ValueError
         If the file is corrupt, is not a direction, or is one of another model or tap.
     """
-    path = local(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no direction at {path}; direction.save and `workbench find` write one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file but not a direction of the workbench")
-            if metadata.get("version") != VERSION:
-                raise ValueError(f"{path} has direction format {metadata.get('version')}, this version reads {VERSION}")
-            tensors = {name: file.get_tensor(name) for name in ("unit", "sigma")}
-        about = json.loads(metadata["direction"])
-        if about["sha256"] != digest(tensors):
-            raise ValueError(f"{path} is corrupt: its values don't match their checksum; make the direction again")
-        found = Direction(
-            tensors["unit"],
-            tensors["sigma"],
-            tuple(about["timesteps"]),
-            about["name"],
-            about["provenance"],
-            about["extras"],
-        )
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} can't be read as a direction ({type(error).__name__}); it is truncated or of another kind"
-        ) from error
+    tensors, about = load_tensors(path, kind="direction")
+    found = Direction(**tensors, **about)
     if model is not None:
         found.check_fits(model)
     return found
@@ -513,13 +454,9 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
     acts = direction.unit.flatten(1).any(dim=1)
     unit = torch.from_numpy(values) * acts.view(-1, 1, 1, 1)
     length = unit.flatten(1).norm(dim=1)
-    return replace(
-        direction,
-        unit=unit / torch.where(acts, length, 1.0).view(-1, 1, 1, 1),
-        name=f"random {seed} like {bracketed(direction.name)}",
-        provenance=derived("random", {"seed": seed}, direction),
-        extras={},
-    )
+    length = torch.where(acts, length, 1.0).view(-1, 1, 1, 1)
+    name = f"random {seed} like {bracketed(direction.name)}"
+    return direction._derived("random", name, {"seed": seed}, unit=unit / length)
 
 
 def origin_of(store: HStore) -> dict:
@@ -586,22 +523,6 @@ def derived(method: str, parameters: dict, *operands: Direction) -> dict:
     return {"model": first["model"], "method": method, "parameters": {**parameters, "of": sources}, **shared}
 
 
-def _refuse_other_space(direction: Direction, model: dict, whose: str) -> None:
-    own = direction.provenance["model"]
-    if own["hash"] != model["hash"]:
-        raise ValueError(
-            f"{direction.name} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to "
-            f"{model['name']!r} (weights {model['hash']}); directions don't carry over between models"
-        )
-    if own["tap"] != model["tap"]:
-        raise ValueError(
-            f"{direction.name} edits h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; "
-            f"use model.tapped({own['tap']!r})"
-        )
-    if different := provenance_mismatch(own, model):
-        raise ValueError(f"{direction.name} belongs to a model with another {different} than {whose} does")
-
-
 def _schedule_of(provenance: dict) -> NoiseSchedule:
     """A schedule with the spacing of the model's; only its timesteps mean something."""
     schedule = provenance["model"]["schedule"]
@@ -617,25 +538,3 @@ def _visits(timesteps: tuple[int, ...]) -> str:
 def bracketed(name: str) -> str:
     """A name as a part of another."""
     return f"({name})" if " " in name else name
-
-
-def write_tensors(
-    path: str | Path, tensors: dict[str, torch.Tensor], about: dict, *, kind: str, format: str, version: str
-) -> Path:
-    """Write a safetensors file with `about` and the tensors' checksum as JSON in its header, under the key `kind`.
-
-    The file is written beside and renamed, so that it appears whole or not at all.
-    """
-    header = {"format": format, "version": version, kind: json.dumps({**about, "sha256": digest(tensors)})}
-    with written(path) as partial:
-        save_file(tensors, partial, metadata=header)
-    return local(path)
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors, in hex."""
-    checksum = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        checksum.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        checksum.update(tensor.numpy().data)
-    return checksum.hexdigest()

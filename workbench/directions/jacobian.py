@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from workbench.datasets.avataaars import region_mask
+from workbench.datasets.domain import find_region
 from workbench.diffusion.models import Model
 from workbench.diffusion.parallel import PIECES, count_passes, in_threads
 from workbench.diffusion.sampling import Trajectory, replay
@@ -204,8 +204,8 @@ def find_jacobian(
         A timestep that the run visited.
     k : int, default 3
     mask : bool array of shape (H, W), (1, H, W) or (C, H, W), or str, optional
-        Only these pixels of the output count (Haas et al. eqs. 9-10). A name is that of a region of the bundled domain,
-        upright: mouth, eyes, brows, hair, beard or glasses (`datasets.avataaars.region_mask`).
+        Only these pixels of the output count (Haas et al. eqs. 9-10). A name is that of a region of
+        the bundled domain (`datasets.domain`), upright: mouth, eyes, brows, hair, beard or glasses.
     output : {"eps", "x0"}
         The predicted noise or the predicted image. Both have the same right singular vectors (Haas et al., SM C).
     population : HStore, optional
@@ -814,8 +814,8 @@ def _check_mask(mask, image_shape: tuple[int, int, int]) -> torch.Tensor | None:
     channels, height, width = image_shape
     if isinstance(mask, str):
         if height != width:
-            raise ValueError(f"the regions of the bundled domain are square, and images here are {height} x {width}")
-        mask = region_mask(mask, size=height)
+            raise ValueError(f"regions of a domain are square, and images here are {height} x {width}")
+        mask = find_region(mask, size=height)
     mask = torch.as_tensor(mask).cpu()
     allowed = [(height, width), (1, height, width), (channels, height, width)]
     if tuple(mask.shape) not in allowed:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model
@@ -26,8 +23,7 @@ from workbench.diffusion.sampling import (
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import Edit, Swap, as_edit, check_run
-from workbench.io import written
-from workbench.paths import local
+from workbench.formats.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +49,13 @@ class EditGrid:
     def save(self, path: str | Path) -> Path:
         """Write images, labels and provenance to a safetensors file."""
         header = {"rows": self.row_labels, "columns": self.column_labels, "provenance": self.provenance}
-        with written(path) as partial:
-            save_file({"images": self.images}, partial, metadata={"edit_grid": json.dumps(header)})
-        return local(path)
+        return save_tensors(path, {"images": self.images}, header, kind="edit_grid")
 
     @classmethod
     def load(cls, path: str | Path) -> EditGrid:
         """Read a grid that `save` wrote; ValueError if the file holds something else."""
-        path = local(path)
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("edit_grid", "{}"))
-            if not header:
-                raise ValueError(f"{path} is a safetensors file but not a saved edit grid")
-            return cls(file.get_tensor("images"), tuple(header["rows"]), tuple(header["columns"]), header["provenance"])
+        tensors, header = load_tensors(path, kind="edit_grid")
+        return cls(tensors["images"], tuple(header["rows"]), tuple(header["columns"]), header["provenance"])
 
     def __repr__(self) -> str:
         rows, columns = self.images.shape[:2]

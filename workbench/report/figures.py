@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
-from workbench.io import code_hash, written
+from workbench.io import code_hash, write_text
 from workbench.report import plots
 from workbench.report.facts import record_facts
 from workbench.report.plots import STYLE
@@ -119,8 +119,7 @@ def save_figure(
         record["numbers"] = {number: vars(estimate) for number, estimate in numbers.items()}
         record["table"] = json.loads(table.to_json(orient="records", double_precision=6))
         record["provenance"] = _provenance(name, sources)
-        with written(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     plots.add_caption(figure, caption)
     return figure
 

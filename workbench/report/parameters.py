@@ -201,7 +201,7 @@ def _is_bundled(key: str, value: str) -> bool:
         return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
     if key in ("classifier_name", "judge_name"):
         return value in (*classifiers.BUNDLED, "clip")
-    return key == "images_name" and value == labelled.BUNDLED
+    return key == "images_name" and value in labelled.BUNDLED
 
 
 def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, object]:

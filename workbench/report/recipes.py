@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from workbench import __version__
 from workbench.analysis.intervals import Estimate
-from workbench.benchmark.run import find_masks
 from workbench.datasets.classifiers import Classifier, load_classifier
+from workbench.datasets.domain import domain_of
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
@@ -235,7 +235,7 @@ class Setup:
 
     def masks(self, attributes: Sequence[str]) -> dict[str, np.ndarray]:
         """Where attributes can be, as far as that is known: of the bundled domain."""
-        return find_masks(attributes, size=self.model.image_shape[1]) if self.images_name == "avataaars" else {}
+        return domain_of(self.images_name).masks(attributes, size=self.model.image_shape[1])
 
     def direction(self, attribute: str) -> Direction:
         """The difference of means of a quarter of the samples a side, by the labeller's scores."""

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from workbench import paths
-from workbench.datasets import classifiers
+from workbench.datasets.classifiers import BUNDLED
 from workbench.io import code_hash
 from workbench.report.facts import read_facts
 from workbench.report.notebooks import NotebookFailed, run_notebook, write_index
@@ -283,7 +283,6 @@ def _weights(parameters: Mapping) -> list[Path]:
     named = {key: value for key, value in parameters.items() if isinstance(value, str) and value}
     names = [value for key, value in named.items() if key.endswith(("_name", "_path"))]
     places = [folder / name for name in names for folder in (paths.models(), Path())]
-    if any(name in classifiers.BUNDLED for name in names):
-        places.append(paths.models() / "avataaars-attributes")
+    places += [paths.models() / BUNDLED[name] for name in names if name in BUNDLED]
     files = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]
     return [*files, *(place for place in places if place.is_file())]

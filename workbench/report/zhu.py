@@ -23,7 +23,7 @@ from workbench.analysis.metrics import monotonicity
 from workbench.benchmark import leaderboard
 from workbench.benchmark.run import SIZES, Protocol, run_benchmark
 from workbench.datasets import avataaars
-from workbench.datasets.labelled import to_tensor
+from workbench.diffusion.images import picture_to_tensor
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.diffusion.sampling import invert
 from workbench.directions.boundary import fit_boundary
@@ -497,7 +497,7 @@ def _drawn_avatars(setup: Setup, **changed: str) -> torch.Tensor:
     """As many drawings of held-out avatars as images are learned from, with factors changed; at the model's size."""
     factors = [avataaars.factors(avataaars.HELD_OUT_PART + 10, i) for i in range(setup.n)]
     size = setup.model.image_shape[1]
-    return torch.stack([to_tensor(avataaars.render(replace(one, **changed)), size) for one in factors])
+    return torch.stack([picture_to_tensor(avataaars.render(replace(one, **changed)), size) for one in factors])
 
 
 def _probe(setup: Setup, images: torch.Tensor, labels: np.ndarray) -> Callable[[torch.Tensor], np.ndarray]:

@@ -20,12 +20,13 @@ from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
-from workbench.directions.boundary import FORMAT as BOUNDARY_FORMAT
 from workbench.directions.boundary import Boundary, load_boundary
-from workbench.directions.direction import Direction, digest, load_direction
+from workbench.directions.direction import Direction, load_direction
+from workbench.formats.tensors import digest, kind_of
 from workbench.io import write_text
 from workbench.paths import file_name, local, writable
-from workbench.studio.session import EditSession, EditState, Rendering
+from workbench.studio.session import EditSession
+from workbench.studio.state import EditState, Rendering
 
 FORMAT, VERSION = "hspace-edit", 1
 
@@ -161,13 +162,7 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
 
 def load_editable(path: str | Path, *, model: Model) -> Direction | Boundary:
     """Read a direction or a boundary, whichever the file holds; raises as `load_direction` and `load_boundary` do."""
-    path = local(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            is_boundary = (file.metadata() or {}).get("format") == BOUNDARY_FORMAT
-    except (SafetensorError, OSError):
-        is_boundary = False
-    return (load_boundary if is_boundary else load_direction)(path, model=model)
+    return (load_boundary if kind_of(path) == "boundary" else load_direction)(path, model=model)
 
 
 def read_recipe(path: str | Path) -> dict:

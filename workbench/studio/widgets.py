@@ -36,7 +36,8 @@ from workbench.hspace.store import HStore
 from workbench.io import provenance_mismatch
 from workbench.report import plots
 from workbench.studio.recipe import apply_recipe, save_recipe
-from workbench.studio.session import Cancelled, EditSession, EditState, Progress, Rendering, describe
+from workbench.studio.session import EditSession
+from workbench.studio.state import Cancelled, EditState, Progress, Rendering, describe
 
 REST = 0.2
 """Seconds without a change after which the preview is replaced by the whole image."""

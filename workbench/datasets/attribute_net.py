@@ -1,0 +1,252 @@
+"""The network of the attribute classifiers that this project trains, its training and its files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from workbench.datasets.labelled import LabelledImages
+from workbench.datasets.tables import not_binary
+from workbench.formats.checkpoints import hash_weights, load_strictly, read_state_dict
+from workbench.io import write_text, written
+
+FORMAT, VERSION = "workbench-classifier", 1
+WEIGHTS = "model.safetensors"
+
+DESIGNS = {
+    "labeller": {"size": 64, "widths": (24, 48, 96, 128), "kernel": 3, "residual": True, "activation": "relu"},
+    "judge": {"size": 48, "widths": (24, 48, 96, 128), "kernel": 5, "residual": False, "activation": "gelu"},
+}
+"""Networks that `train_classifier` can train."""
+
+BATCH, WARMUP = 128, 100
+LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.02
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class AttributeNet(nn.Module):
+    """A small convolutional network that takes images of any size, which it resizes to its own.
+
+    Parameters
+    ----------
+    attributes : int
+        Number of outputs.
+    size : int
+        Side in pixels that images are resized to.
+    widths : sequence of int
+        Channels of each stage; a stage halves the resolution.
+    kernel : int
+        Odd side of the convolutions.
+    residual : bool
+        Add a residual convolution to each stage.
+    activation : {"relu", "gelu"}
+    """
+
+    def __init__(
+        self, attributes: int, *, size: int, widths: Sequence[int], kernel: int, residual: bool, activation: str
+    ) -> None:
+        super().__init__()
+        self.size = size
+        stages = []
+        for inputs, outputs in zip((3, *widths), widths, strict=False):
+            stages.append(_Convolution(inputs, outputs, kernel, stride=2, activation=activation))
+            if residual:
+                stages.append(_Residual(outputs, kernel, activation=activation))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(widths[-1], attributes)
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the CPU as the network takes them, on its device."""
+        # Resized on the CPU, so that every device sees the same pixels.
+        images = _resize(images, self.size).clamp(-1, 1)
+        return images.to(self.head.weight.device).contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the last layer sees, (n, widths[-1]), of prepared images."""
+        return self.stages(images).mean(dim=(2, 3))
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Output of every stage, for prepared images."""
+        outputs = []
+        for stage in self.stages:
+            images = stage(images)
+            outputs.append(images)
+        return outputs
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (n, attributes) of prepared images."""
+        return self.head(self.features(images))
+
+    def initialise(self, generator: torch.Generator) -> AttributeNet:
+        """Draw the first weights."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        nn.init.zeros_(self.head.weight)
+        return self
+
+
+class _Convolution(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, activation: str) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(outputs),
+            _ACTIVATIONS[activation](),
+        )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, kernel: int, *, activation: str) -> None:
+        super().__init__()
+        self.inner = _Convolution(channels, channels, kernel, activation=activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def new_network(attributes: int, config: Mapping) -> AttributeNet:
+    """A network on the CPU whose weights hold anything."""
+    # Without memory no weights are drawn, so that the global generator stays as it is.
+    with torch.device("meta"):
+        network = AttributeNet(attributes, **config)
+    return network.to_empty(device="cpu")
+
+
+def read_network(folder: Path, config: Mapping) -> AttributeNet:
+    """The network of a classifier's folder, with its weights, ready to evaluate."""
+    path, weights = folder / "config.json", folder / WEIGHTS
+    try:
+        network = new_network(len(config["attributes"]), config["network"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: it does not describe a network ({error})") from error
+    if not weights.is_file():
+        raise FileNotFoundError(f"there is no {weights}; copy the classifier's folder again or train it again")
+    load_strictly(network, read_state_dict(weights), path=weights)
+    if hash_weights(network) != config.get("hash"):
+        raise ValueError(f"{weights} is not the file that {path} was written for; copy both again or train again")
+    return network.eval().requires_grad_(False)
+
+
+def write_network(network: AttributeNet, out: Path, *, design: str, attributes: list[str], training: dict) -> None:
+    """Write the folder of a classifier."""
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "attributes": attributes,
+        "network": DESIGNS[design],
+        "hash": hash_weights(network),
+        "training": training,
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with written(out / WEIGHTS) as partial:
+        save_file(state, partial)
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def binary_labels(images: LabelledImages) -> pd.DataFrame:
+    """Columns of labels that hold 0 and 1; warns of the others."""
+    others = not_binary(images.labels)
+    labels = images.labels.drop(columns=list(others))
+    if labels.empty:
+        why = f" ({'; '.join(others.values())})" if others else ""
+        raise ValueError(f"{images} has no attribute of 0 and 1{why}; give images with such labels, or labels=")
+    constant = [name for name in labels if labels[name].nunique() < 2]
+    if constant:
+        raise ValueError(
+            f"{', '.join(constant)} does not vary among these {len(images)} images; give more images or drop the column"
+        )
+    if others:
+        warnings.warn(f"labels other than 0 and 1 are left out: {'; '.join(others.values())}", stacklevel=3)
+    return labels
+
+
+def fit_network(
+    network: AttributeNet,
+    pixels: torch.Tensor,
+    labels: pd.DataFrame,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    progress: bool,
+) -> float:
+    """Train the network in place on 8-bit images; returns the mean loss of the last tenth of the steps."""
+    labels = torch.tensor(labels.to_numpy(np.float32))
+    network.train().to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    warmup = min(WARMUP, steps // 10 + 1)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * i / steps))
+    )
+    losses = []
+    rows_of = _shuffled(len(pixels), generator)
+    for _ in tqdm(range(steps), "training", unit="step", delay=2, leave=False, disable=not progress):
+        rows = next(rows_of)
+        batch = network.prepare(_degrade(pixels[rows].float() / 127.5 - 1, generator))
+        truth = labels[rows].to(batch.device)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type != "mps"):
+            scores = network(batch)
+        known = truth.isfinite().float()
+        loss = F.binary_cross_entropy_with_logits(scores.float(), truth.nan_to_num(), weight=known)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        rate.step()
+        losses.append(loss.detach())
+    network.eval()
+    return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
+
+
+def _shuffled(n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of positions, every image once before any comes again."""
+    while True:
+        order = torch.randperm(n, generator=generator)
+        for start in range(0, max(1, n - BATCH + 1), BATCH):
+            yield order[start : start + BATCH]
+
+
+def _degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What a small diffusion model does to images: other places, colours and sizes, blur, noise."""
+    n, side = len(images), images.shape[-1]
+    shift = torch.eye(2, 3).repeat(n, 1, 1)
+    shift[:, :, 2] = _uniform((n, 2), -0.08, 0.08, generator)
+    grid = F.affine_grid(shift, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    gain, offset = _uniform((n, 3, 1, 1), 0.95, 1.05, generator), _uniform((n, 3, 1, 1), -0.05, 0.05, generator)
+    images = gain * images + offset
+    images = _resize(images, int(torch.randint(side // 2, side + 1, (), generator=generator)))
+    images = _blur(images, float(_uniform((), 0.0, 0.8, generator)))
+    deviation = _uniform((n, 1, 1, 1), 0.0, 0.1, generator)
+    return images + deviation * torch.randn(images.shape, generator=generator)
+
+
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    if images.shape[2] == images.shape[3] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+
+
+def _blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur by 5 pixels a side."""
+    weights = torch.exp(-0.5 * (torch.arange(-2.0, 3.0) / max(sigma, 1e-3)) ** 2)
+    weights = (weights / weights.sum()).repeat(3, 1, 1, 1)
+    images = F.pad(images, (2, 2, 2, 2), mode="replicate")
+    return F.conv2d(F.conv2d(images, weights, groups=3), weights.transpose(2, 3), groups=3)

@@ -1,0 +1,88 @@
+"""Kinds of images of which more is known than their pixels: their classifiers, regions and frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from workbench.datasets import avataaars
+from workbench.io import one_of
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What is known of a kind of images; of one that `DOMAINS` lacks, nothing but its name.
+
+    Attributes
+    ----------
+    name : str
+        Of the images, for `load_images`.
+    labeller, judge : str or None
+        Names of two classifiers, for `load_classifier`: one labels, the other scores.
+    classifiers : mapping of str to str
+        Folders of the classifiers, below data/models.
+    frequencies : mapping of str to float
+        Probability of every attribute of 0 or 1.
+    pairs : mapping of (str, str) to 4 floats
+        Probabilities of neither, of the second alone, of the first alone and of both, for pairs of attributes whose
+        correlation is known.
+    regions : tuple of str
+        Names of the parts of a picture that masks are known of.
+    region : callable (name, *, size) -> bool array of shape (size, size), or None
+        The mask of a part.
+    """
+
+    name: str
+    labeller: str | None = None
+    judge: str | None = None
+    classifiers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    frequencies: Mapping[str, float] = field(default_factory=dict, repr=False)
+    pairs: Mapping[tuple[str, str], tuple[float, float, float, float]] = field(default_factory=dict, repr=False)
+    regions: tuple[str, ...] = ()
+    region: Callable[..., np.ndarray] | None = field(default=None, repr=False)
+    _mask: Callable[..., np.ndarray | None] | None = field(default=None, repr=False)
+
+    def masks(self, attributes: Iterable[str], size: int) -> dict[str, np.ndarray]:
+        """Where attributes show in pictures of a side in pixels, bool (size, size); only those that have a place."""
+        masks = {name: self._mask(name, size=size) for name in attributes} if self._mask else {}
+        return {name: mask for name, mask in masks.items() if mask is not None}
+
+
+AVATAAARS = Domain(
+    name="avataaars",
+    labeller="avataaars",
+    judge="avataaars-judge",
+    classifiers={"avataaars": "avataaars-attributes/labeller", "avataaars-judge": "avataaars-attributes/judge"},
+    frequencies=avataaars.FREQUENCIES,
+    pairs=avataaars.PLANTED,
+    regions=avataaars.REGIONS,
+    region=avataaars.region_mask,
+    _mask=avataaars.attribute_mask,
+)
+"""The bundled domain: drawn avatars."""
+
+DOMAINS = (AVATAAARS,)
+
+
+def domain_of(images: str) -> Domain:
+    """What is known of images.
+
+    Parameters
+    ----------
+    images : str
+        Their name, as for `load_images`.
+
+    Returns
+    -------
+    Domain
+        Of any that is not bundled, one that knows nothing.
+    """
+    return next((domain for domain in DOMAINS if domain.name == images), Domain(str(images)))
+
+
+def find_region(name: str, *, size: int) -> np.ndarray:
+    """The mask of a part of a picture by its name, bool (size, size), whichever domain has it."""
+    known = {region: domain for domain in DOMAINS for region in domain.regions}
+    return known[one_of("region", name, known)].region(name, size=size)

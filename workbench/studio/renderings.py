@@ -1,0 +1,556 @@
+"""What comes of edits of single samples: images, previews, predictions, grids and paths.
+
+A sample is always rendered by itself, from the same x_T and the same noise, so that its image is the same to the bit in
+every session. Its plain x_t are kept: an edit is computed from the step on at which it begins. While a slider moves, a
+preview stands in for the image. It takes few steps along the sample's own x_t, with the noise that leads from one to
+the next (as an edit-friendly inversion finds it), and its edit has the first-order effect of the whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from workbench.datasets.classifiers import Classifier
+from workbench.datasets.labelled import load_image
+from workbench.diffusion.images import check_images
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import Injection, Trajectory, invert, replay, sample
+from workbench.diffusion.schedule import index_of
+from workbench.directions.boundary import Boundary, move_jointly
+from workbench.directions.direction import Direction, finite
+from workbench.editing.edits import check_run
+from workbench.editing.preview import abridged, same_effect
+from workbench.editing.render import EditGrid
+from workbench.studio.state import EditState, Predictions, Progress, Rendering
+
+PREVIEW_STEPS = 8
+MOST_SAMPLES = 48
+"""Samples that a session holds; more would not be told apart on a screen."""
+
+_KEPT = 8
+_PATH = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Renderings:
+    """What comes of the edits of some samples: images, previews, predictions, grids, paths through h-space.
+
+    Parameters as of `EditSession`, which adds controls. A method without a state takes the current one, `self.state`.
+    """
+
+    state: EditState
+
+    def __init__(
+        self,
+        model: Model,
+        runs: Trajectory,
+        directions: Direction | Boundary | Sequence[Direction | Boundary],
+        *,
+        classifier: Classifier | None = None,
+        preview_steps: int = PREVIEW_STEPS,
+    ) -> None:
+        check_run(model, runs)
+        if preview_steps < 1:
+            raise ValueError(f"preview_steps is {preview_steps}; a preview takes at least 1")
+        self.model, self.classifier, self.preview_steps = model, classifier, preview_steps
+        self.timesteps, self.etas = runs.timesteps, runs.etas
+        self.samples: list[Trajectory] = []
+        self.add_samples(runs)
+        self.directions: dict[str, Direction] = {}
+        self.boundaries: dict[str, Boundary] = {}
+        self.notes: list[str] = []
+        for each in [directions] if isinstance(directions, Direction | Boundary) else list(directions):
+            self.add(each)
+        if not self.directions and not self.boundaries:
+            raise ValueError(
+                "there is no direction and no boundary to edit with; wb.find_pca(store) finds some, and "
+                "wb.load_direction reads a saved one"
+            )
+        self._plains: dict[tuple, Trajectory] = {}
+        self._rests: dict[tuple, Trajectory] = {}
+        self._projected: dict[tuple, Direction] = {}
+
+    # What there is to edit, and to edit with.
+
+    def add(self, each: Direction | Boundary) -> str:
+        """Take in a direction or a boundary; returns the name that it has here.
+
+        Raises
+        ------
+        ValueError
+            If it is something else, or belongs to another model or tap, or the samples don't visit its timestep.
+        """
+        if isinstance(each, Direction):
+            each.check_fits(self.model)
+            if each.timesteps != self.timesteps:
+                self.notes.append(
+                    f"{each.name} was found with {len(each.timesteps)} steps and is resampled to the samples' "
+                    f"{len(self.timesteps)}"
+                )
+                each = each.resampled(self.timesteps)
+            name = _unused(each.name, self.directions)
+            self.directions[name] = each
+        elif isinstance(each, Boundary):
+            each.check_fits(self.model)
+            index_of(each.t, self.timesteps, trained=self.model.schedule.T)
+            name = _unused(f"{each.name} ({each.space}, t={each.t})", self.boundaries)
+            self.boundaries[name] = each
+        else:
+            raise ValueError(
+                f"a studio takes directions and boundaries, not a {type(each).__name__}; a DeltaFunction's mean is one"
+            )
+        return name
+
+    def add_samples(self, runs: Trajectory) -> int:
+        """Take in more samples; returns the position of the first of them.
+
+        Raises
+        ------
+        ValueError
+            If they are of another model or visit other timesteps, or the session is full.
+        """
+        check_run(self.model, runs)
+        if runs.timesteps != self.timesteps:
+            raise ValueError(f"the samples visit {runs.steps} timesteps, this session's visit {len(self.timesteps)}")
+        first = len(self.samples)
+        if first + len(runs) > MOST_SAMPLES:
+            raise ValueError(f"a session holds {MOST_SAMPLES} samples; it has {first}, and {len(runs)} were given")
+        self.samples += [replace(runs[k], h=None, x=None, batch_size=1) for k in range(len(runs))]
+        return first
+
+    def add_seeds(self, seeds: Iterable[int], *, progress: Progress | None = None) -> list[int]:
+        """Sample seeds that are not there yet, like the first samples; returns the positions of all of them."""
+        seeds = list(dict.fromkeys(int(seed) for seed in seeds))
+        known = {run.seeds[0]: k for k, run in enumerate(self.samples) if run.seeds is not None}
+        new = [seed for seed in seeds if seed not in known]
+        if new:
+            progress = progress or Progress()
+            progress.expect(len(new) * len(self.timesteps))
+            etas = self.etas if self.samples[0].stored_noise is None else 1.0
+            first = self.add_samples(sample(self.model, new, steps=self.timesteps, eta=etas, progress=progress))
+            known |= {seed: first + k for k, seed in enumerate(new)}
+        return [known[seed] for seed in seeds]
+
+    def add_image(
+        self,
+        image: str | Path | bytes | torch.Tensor | Image.Image,
+        *,
+        method: str = "fixed-point",
+        progress: Progress | None = None,
+    ) -> int:
+        """Invert an image, to edit it like a sample; returns its position.
+
+        Parameters
+        ----------
+        image : path, bytes, PIL.Image.Image, or Tensor of shape (C, H, W), values in [-1, 1]
+            A file, its content or a picture is cropped to its central square and resized.
+        method : {"fixed-point", "ddim", "edit-friendly"}
+            As in `invert`. What the reconstruction lacks is added to every edit.
+        progress : Progress, optional
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is no such file, it is not an image, or the session is full.
+        """
+        if isinstance(image, str | Path | bytes):
+            image = load_image(image, self.model.image_shape[1])
+        image = check_images([image], self.model)
+        progress = progress or Progress()
+        passes = 2 if method == "fixed-point" else 1
+        progress.expect(passes * len(self.timesteps))
+        return self.add_samples(invert(self.model, image, steps=self.timesteps, method=method, progress=progress))
+
+    def label(self, k: int) -> str:
+        """Name of a sample: its seed, or its position if it is an image."""
+        seeds = self.samples[k].seeds
+        return f"image {k}" if seeds is None else f"seed {seeds[0]}"
+
+    # What comes of it.
+
+    def render(
+        self, *, preview: bool = False, state: EditState | None = None, progress: Progress | None = None
+    ) -> Rendering:
+        """The image before and after.
+
+        Parameters
+        ----------
+        preview : bool
+            In `preview_steps` steps instead of all.
+        state : EditState, optional
+            By default the session's.
+        progress : Progress, optional
+
+        Returns
+        -------
+        Rendering
+            Without an edit `after` is `before`, bit for bit.
+
+        Raises
+        ------
+        Cancelled
+            If `progress` was cancelled.
+        """
+        state = state or self.state
+        before = self._plain(state, progress).x0[0]
+        after = self._edited([state], preview=preview, progress=progress).x0[0] if state.edits else before
+        return Rendering(before, after, state, preview)
+
+    def direction(self, state: EditState | None = None) -> Direction:
+        """All that is pulled as one direction, of scale 1, within the window of timesteps.
+
+        `wb.edit(model, run, direction)` with it gives the image of this session, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If nothing is pulled, or boundaries are crossed instead.
+        """
+        state = state or self.state
+        if state.process == "single-step" or not state.scales:
+            raise ValueError("no direction is pulled; set a scale other than 0, in a process other than single-step")
+        parts = [scale * self._project(name, state.against.get(name, ())) for name, scale in state.scales.items()]
+        combined = parts[0]
+        for part in parts[1:]:
+            combined = combined + part
+        if all(state.t_range[1] <= t <= state.t_range[0] for t in self.timesteps):
+            return combined
+        return combined.restricted_to(state.t_range)
+
+    def read_out(self, rendering: Rendering) -> pd.DataFrame | None:
+        """The classifier's probabilities before and after: one row an attribute; None without a classifier."""
+        if self.classifier is None:
+            return None
+        both = torch.stack([rendering.before, rendering.after]).clamp(-1, 1)
+        return self.classifier(both, progress=False).set_axis(["before", "after"]).T
+
+    def distances(self, state: EditState | None = None, *, progress: Progress | None = None) -> dict[str, float]:
+        """Signed Euclidean distance of the unedited sample from every boundary."""
+        plain, found = self._plain(state or self.state, progress), {}
+        for name, boundary in self.boundaries.items():
+            x_t = plain.x.values[index_of(boundary.t, plain.timesteps)]
+            found[name] = float(boundary.distance(x_t if boundary.space == "x" else self._h(x_t, boundary.t))[0])
+        return found
+
+    def predictions(
+        self,
+        timesteps: Sequence[int] | None = None,
+        *,
+        state: EditState | None = None,
+        progress: Progress | None = None,
+    ) -> Predictions:
+        """P_t, the predicted x_0, with and without the edit.
+
+        Parameters
+        ----------
+        timesteps : sequence of int, optional
+            Visited ones; by default all.
+        state, progress
+            As in `render`.
+
+        Returns
+        -------
+        Predictions
+
+        Raises
+        ------
+        ValueError
+            If a timestep was not visited.
+        """
+        state = state or self.state
+        timesteps = self.timesteps if timesteps is None else tuple(timesteps)
+        positions = [index_of(t, self.timesteps, trained=self.model.schedule.T) for t in timesteps]
+        plain = self._plain(state, progress)
+        before = self._predict(plain, positions)
+        if not state.edits:
+            return Predictions(timesteps, before, before)
+        run = self._edited([state], progress=progress, record_x=True)
+        first = len(self.timesteps) - run.steps
+        later = [k for k, p in enumerate(positions) if p >= first]
+        after = before.clone()
+        if later:
+            after[later] = self._predict(run, [positions[k] - first for k in later])
+        return Predictions(timesteps, before, after)
+
+    def strip(
+        self, name: str, values: Sequence[float], *, state: EditState | None = None, progress: Progress | None = None
+    ) -> EditGrid:
+        """The edit with one of its controls at several values.
+
+        Parameters
+        ----------
+        name : str
+            A direction, or a boundary for the process "single-step".
+        values : sequence of float
+            Scales in sigma, or signed distances.
+        state, progress
+            As in `render`.
+
+        Returns
+        -------
+        EditGrid
+            One row.
+        """
+        return self._grid(None, [None], name, values, state or self.state, progress)
+
+    def grid(
+        self,
+        down: str,
+        across: str,
+        *,
+        values: Sequence[float],
+        state: EditState | None = None,
+        progress: Progress | None = None,
+    ) -> EditGrid:
+        """The edit with two of its controls at several values each.
+
+        Parameters
+        ----------
+        down, across : str
+            Two different ones, as in `strip`.
+        values : sequence of float
+            Of both.
+        state, progress
+            As in `render`.
+
+        Returns
+        -------
+        EditGrid
+            One row a value of `down`, one column a value of `across`.
+
+        Raises
+        ------
+        ValueError
+            If both are the same.
+        """
+        if down == across:
+            raise ValueError(f"a grid shows two different controls, not {down} twice")
+        return self._grid(down, values, across, values, state or self.state, progress)
+
+    def path(
+        self,
+        t: int,
+        *,
+        parts: Sequence[float] = _PATH,
+        state: EditState | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """h_t of the sample while the edit grows, for a map of h-space.
+
+        Parameters
+        ----------
+        t : int
+            A visited timestep.
+        parts : sequence of float
+            Of the edit; 0 is the plain sample.
+        state, progress
+            As in `render`.
+
+        Returns
+        -------
+        ndarray of shape (len(parts), C*h*w), float32
+            What the decoder is given: the network's own h and what the edit adds to it.
+        """
+        state = state or self.state
+        own = self.distances(state) if state.distances else {}
+        i = index_of(t, self.timesteps, trained=self.model.schedule.T)
+        plain = self._h(self._plain(state, progress).x.values[i], t).flatten(1)
+        if not state.edits:
+            return plain.expand(len(parts), -1).numpy()
+        run = self._edited([state.scaled(part, own) for part in parts], progress=progress, record_h=True)
+        j = i - (len(self.timesteps) - run.steps)
+        if j < 0:
+            return plain.expand(len(parts), -1).numpy()
+        own = run.h.values[j]
+        edited = run.edit.change(j, own, slice(None))
+        return (own if edited is None else edited).flatten(1).numpy()
+
+    def _grid(
+        self,
+        down: str | None,
+        rows: Sequence[float | None],
+        across: str,
+        columns: Sequence[float],
+        state: EditState,
+        progress: Progress | None,
+    ) -> EditGrid:
+        if not len(columns):
+            raise ValueError("there are no values to show; give some")
+        single = state.process == "single-step"
+        for name in (across,) if down is None else (down, across):
+            known(name, self.boundaries if single else self.directions, "boundary" if single else "direction")
+
+        def cell(row: float | None, column: float) -> EditState:
+            pulled = {**(state.distances if single else state.scales), across: finite(column, across)}
+            if down is not None:
+                pulled[down] = finite(row, down)
+            if single:
+                return replace(state, distances=pulled)
+            return replace(state, scales={name: scale for name, scale in pulled.items() if scale})
+
+        cells = [cell(row, column) for row in rows for column in columns]
+        before = self._plain(state, progress).x0[0]
+        images = before.repeat(len(cells), 1, 1, 1)
+        moved = [k for k, each in enumerate(cells) if each.edits]
+        if moved:
+            images[moved] = self._edited([cells[k] for k in moved], progress=progress).x0
+        unit = "" if single else " sigma"
+        return EditGrid(
+            images.unflatten(0, (len(rows), len(columns))),
+            row_labels=tuple(self.label(state.sample) if down is None else f"{down}\n{row:+g}{unit}" for row in rows),
+            column_labels=tuple(f"{across}\n{column:+g}{unit}" for column in columns),
+            provenance={
+                "model": self.model.provenance(),
+                "seeds": None if self.samples[state.sample].seeds is None else list(self.samples[state.sample].seeds),
+                "timesteps": list(self.timesteps),
+                "process": state.process,
+                "t_range": list(state.t_range),
+            },
+        )
+
+    def _project(self, name: str, others: tuple[str, ...]) -> Direction:
+        if not others:
+            return self.directions[name]
+        if (name, others) not in self._projected:
+            found = self.directions[name].orthogonal_to(*(self.directions[other] for other in others))
+            self._projected[name, others] = found
+        return self._projected[name, others]
+
+    def _plain(self, state: EditState, progress: Progress | None) -> Trajectory:
+        """The unedited sample with its x_t at every step. Of an inverted image, x0 is the image itself."""
+        key = (state.sample, state.eta)
+        if key not in self._plains:
+            run, progress = self.samples[state.sample], progress or Progress()
+            if state.eta is not None and run.seeds is not None:
+                run = replace(run, etas=self.model.schedule.etas(state.eta, run.steps))
+            progress.expect(run.steps)
+            again = replay(run, record_x=True, progress=progress)
+            _keep(self._plains, key, again if run.seeds is not None else replace(again, x0=run.x0))
+        return self._plains[key]
+
+    def _rest(self, state: EditState, first: int, preview: bool, progress: Progress | None) -> Trajectory:
+        """The plain sample from a step on, in all of its steps or in a few."""
+        plain, every = self._plain(state, progress), range(first, len(self.timesteps))
+        key = (state.sample, state.eta, first, preview)
+        if key in self._rests:
+            return self._rests[key]
+        if not preview or len(every) <= self.preview_steps:
+            rest = replace(plain.tail(first, plain.x.values[first]), residual=None)
+            if plain.seeds is None:
+                rest = replace(rest, residual=plain.x0 - replay(rest, progress=progress or Progress()).x0)
+        else:
+            rest = abridged(plain, first, self.preview_steps)
+        _keep(self._rests, key, rest)
+        return rest
+
+    def _edited(
+        self,
+        states: Sequence[EditState],
+        *,
+        preview: bool = False,
+        progress: Progress | None = None,
+        record_h: bool = False,
+        record_x: bool = False,
+    ) -> Trajectory:
+        """One cell a state, from the step on at which the first of them begins. They differ in what is pulled alone."""
+        state = states[0]
+        single = state.process == "single-step"
+        x_t, delta = self._moves(states, progress) if single else (None, self._deltas(states))
+        acts = delta.flatten(2).any(dim=2).any(dim=1)
+        first = self._step_of(states) if single else int(acts.nonzero()[0]) if acts.any() else len(acts) - 1
+        rest = self._rest(state, first, preview, progress)
+        asymmetric = state.process == "asymmetric"
+        if rest.steps < len(delta) - first:
+            delta = same_effect(self._plain(state, progress), delta, rest, asymmetric=asymmetric)
+        else:
+            delta = delta[first:]
+        n = len(states)
+        run = replace(rest[[0] * n], batch_size=min(n, self.model.batch_size()))
+        if single:
+            run = replace(run, x_T=x_t)
+        progress = progress or Progress()
+        progress.expect(n * run.steps)
+        return replay(
+            run,
+            edit=Injection.adding(delta, asymmetric=asymmetric),
+            residual=run.residual is not None,
+            record_h=record_h,
+            record_x=record_x,
+            progress=progress,
+        )
+
+    def _deltas(self, states: Sequence[EditState]) -> torch.Tensor:
+        """What directions add to h: (steps, n, C, h, w)."""
+        nothing = torch.zeros(len(self.timesteps), *self.model.h_shape)
+        return torch.stack([self.direction(s).delta() if s.scales else nothing for s in states], dim=1)
+
+    def _step_of(self, states: Sequence[EditState]) -> int:
+        (t, first), *others = {self.boundaries[k].t: k for state in states for k in state.distances}.items()
+        if others:
+            raise ValueError(
+                f"a single step is at one timestep; {first} is at t={t} and {others[0][1]} at t={others[0][0]}, so "
+                "move to one of them"
+            )
+        return index_of(t, self.timesteps)
+
+    def _moves(self, states: Sequence[EditState], progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t after the move, (n, C, H, W), and what is added to h at that step alone, (steps, n, C, h, w)."""
+        first = self._step_of(states)
+        t, plain_x = self.timesteps[first], self._plain(states[0], progress).x.values[first]
+        plain_h = self._h(plain_x, t)
+        x_t = torch.cat([self._moved(plain_x, state, "x") for state in states])
+        h_t = torch.cat([self._moved(plain_h, state, "h") for state in states])
+        delta = torch.zeros(len(self.timesteps), len(states), *self.model.h_shape)
+        moves_h = torch.tensor([any(self.boundaries[name].space == "h" for name in s.distances) for s in states])
+        # The paper's single step decodes from the moved h, whatever h the moved x_t would give.
+        delta[first] = (h_t - self._h(x_t, t)) * moves_h.view(-1, 1, 1, 1)
+        return x_t, delta
+
+    def _moved(self, z: torch.Tensor, state: EditState, space: str) -> torch.Tensor:
+        wanted = {self.boundaries[k]: to for k, to in state.distances.items() if self.boundaries[k].space == space}
+        return move_jointly(z, list(wanted), to=list(wanted.values())) if wanted else z
+
+    @torch.inference_mode()
+    def _h(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
+        return self.model.encode(x_t.to(self.model.device), t).h.cpu().contiguous()
+
+    @torch.inference_mode()
+    def _predict(self, run: Trajectory, positions: Sequence[int]) -> torch.Tensor:
+        """P_t of a run of one sample with its x_t, edited if the run is; (len(positions), C, H, W)."""
+        predicted = []
+        for i in positions:
+            t, x_t = run.timesteps[i], run.x.values[i].to(self.model.device)
+            bottleneck = self.model.encode(x_t, t)
+            h = None if run.edit is None else run.edit.change(i, bottleneck.h, slice(None))
+            eps = self.model.decode(bottleneck if h is None else bottleneck.with_h(h))
+            predicted.append(self.model.schedule.predict_x0(x_t, eps, t).cpu())
+        return torch.cat(predicted)
+
+
+def _keep(cache: dict, key: tuple, value) -> None:
+    """Store a value; the oldest goes when there are too many."""
+    cache[key] = value
+    while len(cache) > _KEPT:
+        cache.pop(next(iter(cache)), None)
+
+
+def _unused(name: str, taken: Mapping[str, object]) -> str:
+    if name not in taken:
+        return name
+    return next(f"{name} ({k})" for k in range(2, len(taken) + 3) if f"{name} ({k})" not in taken)
+
+
+def known(name: str, among: Mapping, what: str):
+    if name not in among:
+        raise ValueError(f"there is no {what} {name!r}; there is {', '.join(among) or 'none'}")
+    return among[name]
