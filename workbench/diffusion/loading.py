@@ -140,7 +140,7 @@ def load_schedule(source: str | Path) -> NoiseSchedule:
     return _read_schedule(checkpoints.find_model_files(_locate(source)[0]).scheduler_config)
 
 
-def convert_checkpoint(file: str | Path, out: str | Path, **options) -> Path:
+def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int | None) -> Path:
     """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
 
     Parameters
@@ -168,7 +168,7 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options) -> Path:
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(f"{file} is a folder, and convert takes a file; in it are: {', '.join(inside) or 'none'}")
+        raise ValueError(f"{file} is a folder, and convert takes a file; there is {' and '.join(inside) or 'none'} in it")
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
