@@ -20,10 +20,7 @@ from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats import checkpoints, golden, layouts
 from workbench.formats.hub import fetch
-from workbench.io import one_of, written
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-"""Those of diffusers."""
+from workbench.io import written
 
 
 def load_model(
@@ -168,7 +165,9 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(f"{file} is a folder, and convert takes a file; there is {' and '.join(inside) or 'none'} in it")
+        raise ValueError(
+            f"{file} is a folder, and convert takes a file; there is {' and '.join(inside) or 'none'} in it"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
@@ -296,8 +295,7 @@ def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, Noise
 def _read_schedule(path: Path) -> NoiseSchedule:
     """The noise schedule that a scheduler_config.json describes, by its keys of today or of old versions."""
     config = checkpoints.read_json(path)
-    trained = config.get("trained_betas") is not None
-    if not trained and "beta_schedule" not in config:
+    if config.get("trained_betas") is None and "beta_schedule" not in config:
         kind = config.get("_class_name", "an unnamed scheduler")
         raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
     if isinstance(config.get("timesteps"), int):
@@ -305,8 +303,6 @@ def _read_schedule(path: Path) -> NoiseSchedule:
     if config.get("predict_epsilon") is False:
         config["prediction_type"] = "sample"
     try:
-        if not trained:
-            one_of("beta_schedule", config["beta_schedule"], BETA_SCHEDULES)
         return schedule_of(DDPMScheduler.from_config(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error

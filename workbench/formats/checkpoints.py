@@ -5,6 +5,7 @@ Nothing here executes a pickle: weights are safetensors, or a `.bin` file read w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
