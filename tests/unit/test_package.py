@@ -182,6 +182,12 @@ def test_heavy_packages_have_one_place(path):
         assert "torch" not in packages
 
 
+def test_a_domain_is_data_that_others_ask_for():
+    """Nobody but the command that draws it knows the bundled domain by name."""
+    knowing = {name_of(path) for path in SOURCES if "workbench.datasets.avataaars" in imports_of(path)}
+    assert knowing == {"datasets/domain.py", "commands/models.py"}
+
+
 def test_the_structure_test_sees_imports_of_every_form(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     file = tmp_path / "hspace" / "bad.py"

@@ -12,11 +12,11 @@ import torch
 from workbench.analysis.effect_metrics import EffectMatrix, entanglement_index
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
-from workbench.diffusion.sampling import Injection, Trajectory, progress_bar, replay
+from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import Direction, bracketed, derived, finite
 from workbench.directions.supervised import few_shot_directions
-from workbench.editing.edits import check_run
-from workbench.editing.measure import Classifier, Effects, measure_effects
+from workbench.editing.edits import MoveX, check_run
+from workbench.editing.measure import Classifier, Effects, measure, measure_effects
 from workbench.hspace.store import HStore
 
 NOTHING = 1e-6
@@ -333,19 +333,21 @@ def few_examples(
         raise ValueError(
             f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
         )
-    before = classifier(runs.x0 if runs.seeds is not None else replay(runs, progress=False).x0)
-    if labels.name not in before:
+    if labels.name not in classifier(runs.x0[:1]):
         raise ValueError(f"the classifier has no attribute {labels.name!r}, which the labels are named for")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.image_shape)
     tables = []
     for space, scale in scales.items():
         noise = None if space == "h" else x_T
         few = few_shot_directions(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
-        effects = []
-        with progress_bar(len(few.table) * len(runs), runs.steps, f"editing {space}", show=progress) as bar:
-            for delta in scale * few.deltas:
-                change = {"edit": Injection.adding(delta[:, None])} if space == "h" else {"x_T": runs.x_T + delta}
-                after = classifier(replay(replace(runs, **change), progress=bar).x0)
-                effects.append(float((after[labels.name] - before[labels.name]).mean()))
+        edits = {}
+        for i, delta in enumerate(few.deltas):
+            if space == "x_T":
+                edits[str(i)] = MoveX(delta[0], runs.timesteps[0], space)
+            else:
+                about = {"model": origin}
+                edits[str(i)] = Direction.from_delta(delta, timesteps=runs.timesteps, name=space, provenance=about)
+        measured = measure(runs, edits, [scale], classifier=classifier, progress=progress)
+        effects = [float(measured.change(name, scale)[labels.name].mean()) for name in edits]
         tables.append(few.table.assign(space=space, effect=effects))
     return pd.concat(tables, ignore_index=True)[["space", "draw", "count", "cosine", "effect"]]
