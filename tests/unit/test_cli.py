@@ -346,7 +346,7 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     given = arrived(monkeypatch, "workbench.cross_boundary", [*edit, "--seeds", "3,5", *options])
     assert given["runs"].seeds == (3, 5) and [given[f"boundary_{s}"][0].space for s in "hx"] == ["h", "x"]
     crossing = {"distances": [-1.0, 0.0, 1.0], "unit": "distance", "mode": "shift", "eta": 0.3, "h_policy": "offset"}
-    assert given.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
+    assert {**given, **given["options"]}.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
 
 
 def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
@@ -478,7 +478,7 @@ MISTAKES = [
     ("evaluate-model avataaars32 --inverted -1", "n_inverted is -1"),
     ("verify google/ddpm-ema-none-256", "google/ddpm-ema-none-256"),
     ("convert MODELS made", "is a folder, and convert takes a file"),
-    ("convert MODELS/avataaars32/unet made", "diffusion_pytorch_model.safetensors in it"),
+    ("convert MODELS/avataaars32/unet made", "in it are: diffusion_pytorch_model.safetensors"),
     ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),
@@ -545,4 +545,4 @@ def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folde
     status, out, said = run(capsys, *fit, "--skip-broken", "-o", tmp_path / "found")
     assert status == 0 and "for lack of two classes or of labels: Age" in out
     assert all(line.startswith("workbench: ") for line in said.splitlines())
-    assert "rows without image, 1 of 8 (7.png)" in said and "cannot be decoded as an image: " in said
+    assert re.search(r"rows without image.* 1 of 8 .*7\.png", said) and re.search(r"cannot be decoded.*6\.png", said)

@@ -18,6 +18,7 @@ from workbench.datasets.labelled import load_images
 from workbench.diffusion.loading import load_model
 from workbench.report import claims, figures, plots
 from workbench.report.facts import read_facts
+from workbench.report.parameters import notebook_parameters
 
 PARAMETERS = """model_name: str = "avataaars32"  # a bundled name or a folder
 steps: int = 20
@@ -55,6 +56,19 @@ def saved(name="haas-fig2a", folder="", **given):
     }
     figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")
     return figures.save_figure(name, figure, folder=folder, **(options | given))
+
+
+HAAS = "fig2a fig2b fig3 fig4 fig5 fig6 fig7 fig8a fig8b table1 fig11 fig13 alg2 fig17 fig18".split()
+EVERY = {f"haas-{name}" for name in HAAS} | {f"zhu-e{i}" for i in range(1, 22)}
+
+
+def test_every_experiment_of_both_papers_is_in_a_notebook():
+    known = figures.list_figures()
+    assert known.keys() == EVERY
+    assert {claim.figure for claim in claims.load_claims()} <= EVERY
+    assert all(made.title for made in known.values())
+    for made in known.values():
+        assert "figures" in notebook_parameters(made.notebook)
 
 
 # A notebook and its figures

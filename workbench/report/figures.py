@@ -100,7 +100,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts stand below.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts are displayed below.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
@@ -165,7 +165,7 @@ def draw_figure(
     """
     # A notebook's kernel, which imports this module, does not need papermill.
     from workbench.report.notebooks import NotebookFailed, run_notebook
-    from workbench.report.parameters import notebook_parameters, read_parameters
+    from workbench.report.parameters import notebook_parameters
     from workbench.report.plans import read_profile
 
     out = paths.writable(out, folder=True).absolute()
@@ -180,10 +180,9 @@ def draw_figure(
     taken = {notebook: notebook_parameters(notebook).keys() & parameters.keys() for notebook in notebooks}
     for key in parameters:
         if not any(key in keys for keys in taken.values()):
-            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench params NOTEBOOK`")
+            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench run NAME --list`")
     for notebook, keys in taken.items():
-        plan[notebook] |= read_parameters(notebook, {key: parameters[key] for key in sorted(keys)})
-        plan[notebook]["figures"] = str(out)
+        plan[notebook] |= {key: parameters[key] for key in sorted(keys)} | {"figures": str(out)}
     failures = []
     for notebook in notebooks:
         try:
@@ -263,6 +262,8 @@ def resized(figure: Figure, width: float) -> Figure:
                 text.set_fontsize(max(SMALLEST, text.get_fontsize() * factor))
         for _ in range(8):
             factor = width / _drawn_width(figure)
+            if abs(factor - 1.0) < 1e-3:
+                break
             _scale(figure, factor, 1.0 if laid_out else factor)
     return figure
 
