@@ -26,7 +26,8 @@ from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise, step_noise
 from workbench.diffusion.sampling import Trajectory, sample
-from workbench.directions.boundary import Boundary, fit_boundaries, random_boundary
+from workbench.directions.boundary import Boundary, random_boundary
+from workbench.directions.boundary_fit import fit_boundaries
 from workbench.directions.direction import Direction, finite, random_like
 from workbench.directions.jacobian import JacobianSpectrum, Spectrum, find_jacobian, find_pullback
 from workbench.directions.pca import find_pca
