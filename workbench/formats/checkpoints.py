@@ -5,7 +5,6 @@ Nothing here executes a pickle: weights are safetensors, or a `.bin` file read w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import pickle
@@ -66,11 +65,11 @@ def find_model_files(folder: str | Path) -> ModelFolder:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether no part of a model folder is missing."""
+    """Whether no part of a model folder is missing; what else is wrong with it shows when it is loaded."""
     try:
         find_model_files(folder)
-    except (OSError, ValueError):
-        return False
+    except (FileNotFoundError, ValueError) as error:
+        return isinstance(error, ValueError)
     return True
 
 
