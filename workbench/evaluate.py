@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,20 +11,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.intervals import Estimate
-from workbench.analysis.metrics import frechet_distance, kernel_distance
-from workbench.analysis.quality import (
+from workbench.analysis.image_metrics import (
     attribute_frequencies,
+    frechet_distance,
     joint_frequencies,
+    kernel_distance,
     memorisation,
     nearest_neighbours,
     precision_recall,
 )
+from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import invert, sample
-from workbench.io import written
+from workbench.diffusion.sampling import sample
+from workbench.io import write_text
 from workbench.paths import local, writable
 
 CARD, NUMBERS = "README.md", "evaluation.json"
@@ -46,7 +48,7 @@ class Evaluation:
         ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real, for "frechet"
         (the kernel distance of real images is 0 on average).
     coverage : DataFrame
-        One row a feature space: precision and recall of samples, and of the other half, each a `Estimate`.
+        One row a feature space: precision and recall of samples, and of the other half, each an `Estimate`.
     frequencies : DataFrame
         See `attribute_frequencies`; `drawn` is what the judge finds among the held-out images.
     pairs : DataFrame
@@ -79,63 +81,49 @@ class Evaluation:
     def to_markdown(self) -> str:
         """Section of a model card."""
         a = self.about
-        expected = (
-            "the recipe's probability" if a["expected"] == "recipe" else "the frequency among the held-out images"
-        )
-        lines = [
+        recipe = a["expected"] == "recipe"
+        expected = "the recipe's probability" if recipe else "the frequency among the held-out images"
+        distances = [
+            [*names, _ranged(row, "generated"), _ranged(row, "real"), "" if np.isnan(row.ratio) else f"{row.ratio:.1f}"]
+            for names, row in self.distances.iterrows()
+        ]
+        parts = [
             "## Measured quality",
-            "",
             f"{a['n']:,} samples (seeds {a['seed']} to {a['seed'] + a['n'] - 1}, {a['steps']} steps, eta {a['eta']:g}, "
             f"weights {a['hash']}), {a['held_out']:,} held-out images. Distances are between {a['m']:,} and {a['m']:,} "
             f"images, means over {HALVINGS} random halvings of the held-out ones (in brackets their range). `real` is "
             "the distance of the two halves: what a perfect model would have.",
-            "",
-            _table(
-                ["feature space", "measure", "generated", "real", "ratio"],
-                [
-                    [space, measure, _ranged(row, "generated"), _ranged(row, "real")]
-                    + [f"{row['ratio']:.1f}" if measure == "frechet" else ""]
-                    for (space, measure), row in self.distances.iterrows()
-                ],
-            ),
-            "",
+            _table(["feature space", "measure", "generated", "real", "ratio"], distances),
             "Precision (share of samples among the real images) and recall (share of real images among the samples), "
             "k = 3, and those of real images in the samples' place:",
-            "",
             _table(
                 ["feature space", "precision", "recall", "precision of real", "recall of real"],
                 [[space, *map(_percent, row)] for space, row in self.coverage.iterrows()],
             ),
         ]
         if len(self.frequencies):
-            lines += [
-                "",
+            parts += [
                 f"Attributes by the judge, `{a['judge']}`: {expected}, what it finds among the samples with the 95% "
                 "interval, their distance (total variation, in points), and what it finds among the held-out images.",
-                "",
                 _table(
                     ["attribute", "expected", "samples", "interval", "points off", "held out"],
                     [
-                        [f"`{name}`", *(f"{100 * row[key]:.1f}" for key in ("expected", "found"))]
-                        + [f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"]
-                        + [f"{100 * row[key]:.1f}" for key in ("distance", "drawn")]
+                        [f"`{name}`", *_points(row[["expected", "found"]]), " to ".join(_points(row[["low", "high"]]))]
+                        + _points(row[["distance", "drawn"]])
                         for name, row in self.frequencies.iterrows()
                     ],
                 ),
             ]
         if len(self.pairs):
             rows = [
-                [f"`{first}`, `{second}`"]
-                + [
-                    f"{100 * row['expected'][cell]:.1f}, {100 * row['found'][cell]:.1f}"
-                    for cell in ("00", "01", "10", "11")
-                ]
-                + [f"{100 * row[('distance', '')]:.1f}"]
-                for (first, second), row in self.pairs.iterrows()
+                [", ".join(f"`{name}`" for name in pair)]
+                + [", ".join(_points([row["expected", cell], row["found", cell]])) for cell in ("00", "01", "10", "11")]
+                + _points([row["distance", ""]])
+                for pair, row in self.pairs.iterrows()
             ]
-            lines += ["", "Planted pairs, each expected and found, in percent:", ""]
-            lines += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
-        return "\n".join([*lines, "", f"{self._memorised()} {self._inverted()}"])
+            parts += ["Planted pairs, each expected and found, in percent:"]
+            parts += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
+        return "\n\n".join([*parts, f"{self._memorised()} {self._inverted()}"])
 
     def _inverted(self) -> str:
         if not len(self.inversion):
@@ -157,15 +145,20 @@ class Evaluation:
 
     def numbers(self) -> dict:
         """All numbers, for a file."""
-        records = {
+        copies = {"generated": self.copies, "real": self.copies_real}
+        return {
+            "about": self.about,
             "distances": self.distances.astype(object).replace({np.nan: None}).reset_index().to_dict("records"),
-            "coverage": {space: row.map(_rate).to_dict() for space, row in self.coverage.iterrows()},
+            "coverage": {space: row.map(vars).to_dict() for space, row in self.coverage.iterrows()},
             "frequencies": self.frequencies.reset_index().to_dict("records"),
-            "pairs": {f"{a}, {b}": _pair(row) for (a, b), row in self.pairs.iterrows()},
-            "memorisation": {"generated": _rate(self.copies), "real": _rate(self.copies_real)},
+            "pairs": {
+                ", ".join(pair): {key: row[key].to_dict() for key in ("expected", "found")}
+                | {"distance": row["distance", ""]}
+                for pair, row in self.pairs.iterrows()
+            },
+            "memorisation": {of: None if estimate is None else vars(estimate) for of, estimate in copies.items()},
             "inversion_dB": [round(float(value), 2) for value in self.inversion],
         }
-        return {"about": self.about, **records}
 
     def write(self, folder: str | Path) -> Path:
         """Put the numbers into the folder's `evaluation.json` and into its model card, in place of earlier ones.
@@ -178,12 +171,8 @@ class Evaluation:
         section = f"{BEGIN}\n{self.to_markdown()}\n{END}"
         before, begin, rest = text.partition(BEGIN)
         after = rest.partition(END)[2] if begin else "\n"
-        for path, content in (
-            (card, f"{before.rstrip()}\n\n{section}{after}"),
-            (folder / NUMBERS, json.dumps(self.numbers(), indent=2) + "\n"),
-        ):
-            with written(path) as partial:
-                partial.write_text(content, encoding="utf-8")
+        write_text(card, f"{before.rstrip()}\n\n{section}{after}")
+        write_text(folder / NUMBERS, json.dumps(self.numbers(), indent=2) + "\n")
         return card
 
 
@@ -263,16 +252,17 @@ def evaluate_model(
     rng = np.random.default_rng(seed)
     halvings = [rng.permutation(len(real))[: 2 * m].reshape(2, m) for _ in range(HALVINGS)]
     taken = [rng.permutation(n)[:m] for _ in range(HALVINGS)]
+    half, other = halvings[0]
     distances, coverage = {}, {}
     for classifier in classifiers:
         made, drawn = (classifier.features(x, progress=progress) for x in (samples, real))
         for measure, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):
-            row = _compared(distance, made, drawn, halvings=halvings, taken=taken)
-            ratio = row["generated"] / row["real"] if measure == "frechet" else np.nan
-            distances[classifier.name, measure] = row | {"ratio": ratio}
-        (half, other), rows = halvings[0], taken[0]
-        found = [precision_recall(x, drawn[half]) for x in (made[rows], drawn[other])]
-        coverage[classifier.name] = [rate for pair in found for rate in (pair.precision, pair.recall)]
+            distances[classifier.name, measure] = _compare(distance, made, drawn, halvings=halvings, taken=taken)
+        found, usual = (precision_recall(x, drawn[half]) for x in (made[taken[0]], drawn[other]))
+        coverage[classifier.name] = {"precision": found.precision, "recall": found.recall}
+        coverage[classifier.name] |= {"precision_real": usual.precision, "recall_real": usual.recall}
+    distances = pd.DataFrame.from_dict(distances, orient="index").rename_axis(["space", "measure"])
+    ratio = distances["generated"] / distances["real"]
     judge = classifiers[-1]
     labels, drawn_labels = ((judge(x, progress=progress) > 0.5).astype(int) for x in (samples, real))
     known = [name for name in judge.attributes if name in images.names]
@@ -282,7 +272,6 @@ def evaluate_model(
     copies = copies_real = nearest = None
     if training is not None:
         learned = _stacked(training)
-        half, other = halvings[0]
         flat, flat_real, flat_learned = (x.flatten(1).numpy() for x in (samples, real, learned))
         copies = memorisation(flat, flat_learned, flat_real[half], seed=seed)
         copies_real = memorisation(flat_real[other], flat_learned, flat_real[half], seed=seed)
@@ -294,10 +283,8 @@ def evaluate_model(
         inverted = invert(model, real[:n_inverted], steps=inversion_steps, batch_size=batch_size, progress=progress)
         errors = inverted.round_trip_error()
     return Evaluation(
-        distances=pd.DataFrame.from_dict(distances, orient="index").rename_axis(["space", "measure"]),
-        coverage=pd.DataFrame.from_dict(
-            coverage, orient="index", columns=["precision", "recall", "precision_real", "recall_real"]
-        ),
+        distances=distances.assign(ratio=ratio.where(ratio.index.get_level_values("measure") == "frechet")),
+        coverage=pd.DataFrame.from_dict(coverage, orient="index"),
         frequencies=table,
         pairs=joint_frequencies(labels, pairs or {}),
         copies=copies,
@@ -323,17 +310,7 @@ def evaluate_model(
 
 
 def new_card(folder: str | Path) -> str:
-    """A model card from the `training.json` that a training leaves; headings to fill in where it knows nothing.
-
-    Parameters
-    ----------
-    folder : str or Path
-
-    Returns
-    -------
-    str
-        Markdown.
-    """
+    """A model card from the `training.json` that a training leaves; headings to fill in where it knows nothing."""
     folder = local(folder)
     path = folder / "training.json"
     if not path.is_file():
@@ -363,7 +340,7 @@ To be written: what the images are and under which licence, what the model is fo
 """
 
 
-def _compared(
+def _compare(
     distance: Callable[[np.ndarray, np.ndarray], float],
     made: np.ndarray,
     drawn: np.ndarray,
@@ -371,10 +348,13 @@ def _compared(
     halvings: list[np.ndarray],
     taken: list[np.ndarray],
 ) -> dict[str, float]:
-    generated = [distance(made[rows], drawn[half]) for rows, (half, _) in zip(taken, halvings, strict=True)]
-    real = [distance(drawn[other], drawn[half]) for half, other in halvings]
+    """Distances of samples, and of one half of the real images, to the other half: means and ranges over halvings."""
+    found = {
+        "generated": [distance(made[rows], drawn[half]) for rows, (half, _) in zip(taken, halvings, strict=True)],
+        "real": [distance(drawn[other], drawn[half]) for half, other in halvings],
+    }
     row = {}
-    for name, values in (("generated", generated), ("real", real)):
+    for name, values in found.items():
         row |= {name: np.mean(values), f"{name}_low": np.min(values), f"{name}_high": np.max(values)}
     return {name: float(value) for name, value in row.items()}
 
@@ -385,16 +365,12 @@ def _stacked(images) -> torch.Tensor:
     return images[:].clamp(-1, 1)
 
 
-def _rate(rate: Estimate | None) -> dict | None:
-    return None if rate is None else {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+def _points(shares: Iterable[float]) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
 
 
-def _pair(row: pd.Series) -> dict:
-    return {**{key: row[key].to_dict() for key in ("expected", "found")}, "distance": row[("distance", "")]}
-
-
-def _percent(rate: Estimate) -> str:
-    return f"{100 * rate.value:.1f}% ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+def _percent(share: Estimate) -> str:
+    return "{}% ({} to {})".format(*_points([share.value, share.low, share.high]))
 
 
 def _ranged(row: pd.Series, name: str) -> str:

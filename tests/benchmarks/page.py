@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from workbench import plots
-from workbench.report.notebooks import write_page
+from workbench.report.pages import write_page
 
 
 def main(source: Path) -> None:

@@ -25,8 +25,8 @@ class ExactNetwork:
     tap, dtype = "after", torch.float32
 
     def __init__(self, mu: torch.Tensor, s: torch.Tensor, schedule: NoiseSchedule) -> None:
-        self.mu, self.s2, self.schedule, self.image_shape = mu, s**2, schedule, tuple(mu.shape)
-        channels, size, _ = mu.shape
+        self.mu, self.s2, self.schedule = mu, s**2, schedule
+        channels, size, _ = self.image_shape = self.h_shape = tuple(mu.shape)
         config = Config(in_channels=channels, sample_size=size, block_out_channels=(channels,))
         self.unet = SimpleNamespace(config=config, device=torch.device("cpu"), down_blocks=[], parameters=lambda: [])
         self.unet.mid_block = SimpleNamespace(_compiled_call_impl=None)

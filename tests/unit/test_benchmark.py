@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import workbench as wb
-from workbench.analysis.metrics import cosine_similarity, perceptual_distance
+from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
 from workbench.benchmark import leaderboard, methods
-from workbench.benchmark import run as benchmark
+from workbench.benchmark.bench import Bench, backdrop
 from workbench.benchmark.methods import METHODS, register_method
-from workbench.benchmark.run import Bench, Protocol, backdrop, run_benchmark
+from workbench.benchmark.protocol import HELD_OUT, Protocol
+from workbench.benchmark.run import run_benchmark
 from workbench.datasets.labelled import load_images
 from workbench.directions.supervised import find_from_labels
 from workbench.editing.edits import Edit
@@ -107,7 +108,7 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
     # Only where a method needs a region, and none is known, is there none.
     assert set(result.skipped.method) == {"Jacobian, masked", "LOCO"} and set(result.skipped.attribute) == {"Red"}
     seeds = result.edits.groupby("method").seed.unique()
-    assert all(list(s) == list(seeds.iloc[0]) and min(s) >= benchmark.HELD_OUT for s in seeds)
+    assert all(list(s) == list(seeds.iloc[0]) and min(s) >= HELD_OUT for s in seeds)
     before = result.edits.groupby(["attribute", "seed"]).before.nunique()
     assert (before == 1).all()
     assert {"population", "other steps"} == set(result.transfer.kind)
@@ -168,7 +169,7 @@ def test_a_row_is_what_the_edit_does(setting):
         setting["model"], result.protocol, **{k: setting[k] for k in ("labeller", "judge", "images", "masks")}
     )
     found = methods.mean_difference(bench.study(0), "Bright")
-    held_out = wb.sample(setting["model"], range(benchmark.HELD_OUT, benchmark.HELD_OUT + 12), steps=4, progress=False)
+    held_out = wb.sample(setting["model"], range(HELD_OUT, HELD_OUT + 12), steps=4, progress=False)
     edited = wb.edit_grid(setting["model"], held_out, found, scales=[2.0], progress=False).images[:, 0].clamp(-1, 1)
     rows = result.edits.query("attribute == 'Bright' and scale == 2.0").sort_values("seed")
     np.testing.assert_allclose(rows.after, setting["judge"](edited).Bright, rtol=1e-5)
@@ -280,8 +281,8 @@ def test_scale_0_is_the_sample_for_every_method(setting):
     )
     for name, method in METHODS.items():
         edit = methods.found_edit(method.find(bench.study(0), "Bright"))
-        still = render(bench._held_out, edit, [0.0], progress=False).images[:, 0]
-        assert (still - bench._held_out.x0).abs().max() < 1e-5, name
+        still = render(bench.held_out, edit, [0.0], progress=False).images[:, 0]
+        assert (still - bench.held_out.x0).abs().max() < 1e-5, name
 
 
 def test_pick_takes_the_candidate_that_raises_the_score_most_either_way_round(setting):
@@ -296,8 +297,8 @@ def test_pick_takes_the_candidate_that_raises_the_score_most_either_way_round(se
 def test_the_noise_moves_from_those_without_to_those_with_the_attribute(setting):
     bench = Bench(setting["model"], protocol(), **{k: setting[k] for k in ("labeller", "judge", "images", "masks")})
     study = bench.study(0)
-    (plan,) = METHODS["noise"].find(study, "Red").plan(bench._held_out, [2.0])
-    moved = (plan.x_T - bench._held_out.x_T).flatten(1)
+    (plan,) = METHODS["noise"].find(study, "Red").plan(bench.held_out, [2.0])
+    moved = (plan.x_T - bench.held_out.x_T).flatten(1)
     x_T = wb.sample(setting["model"], study.store.seeds, steps=4, progress=False).x_T.flatten(1)
     has = torch.as_tensor(np.asarray(study.labels("Red")) == 1)
     v = x_T[has].mean(dim=0) - x_T[~has].mean(dim=0)
@@ -330,8 +331,8 @@ def test_transfer_is_of_the_same_samples_at_timesteps_that_hold_those_of_the_oth
     bench = Bench(
         setting["model"], result.protocol, **{k: setting[k] for k in ("labeller", "judge", "images", "masks")}
     )
-    assert set(bench._held_out.timesteps) < set(bench._finer.timesteps) and len(bench._finer.timesteps) == 15
-    assert bench._finer.seeds == bench._held_out.seeds[:6]
+    assert set(bench.held_out.timesteps) < set(bench._finer.timesteps) and len(bench._finer.timesteps) == 15
+    assert bench._finer.seeds == bench.held_out.seeds[:6]
     rows = result.edits.query("method == 'mean difference' and attribute == 'Red' and scale == 2.0").sort_values("seed")
     halves = {"population": rows, "other steps": rows[:6]}
     moved = result.transfer.query("method == 'mean difference' and attribute == 'Red'").set_index("kind")

@@ -18,6 +18,7 @@ from workbench.datasets.labelled import load_images
 from workbench.diffusion.loading import load_model
 from workbench.report import claims, figures, plots
 from workbench.report.facts import read_facts
+from workbench.report.parameters import notebook_parameters
 
 PARAMETERS = """model_name: str = "avataaars32"  # a bundled name or a folder
 steps: int = 20
@@ -55,6 +56,19 @@ def saved(name="haas-fig2a", folder="", **given):
     }
     figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")
     return figures.save_figure(name, figure, folder=folder, **(options | given))
+
+
+HAAS = "fig2a fig2b fig3 fig4 fig5 fig6 fig7 fig8a fig8b table1 fig11 fig13 alg2 fig17 fig18".split()
+EVERY = {f"haas-{name}" for name in HAAS} | {f"zhu-e{i}" for i in range(1, 22)}
+
+
+def test_every_experiment_of_both_papers_is_in_a_notebook():
+    known = figures.list_figures()
+    assert known.keys() == EVERY
+    assert {claim.figure for claim in claims.load_claims()} <= EVERY
+    assert all(made.title for made in known.values())
+    for made in known.values():
+        assert "figures" in notebook_parameters(made.notebook)
 
 
 # A notebook and its figures
@@ -160,10 +174,13 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_written_but_the_verdicts_stand_there(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", shown.append)
     monkeypatch.chdir(tmp_path)
     saved()
     assert not list(tmp_path.iterdir())
+    assert "**holds**: h carries what an image shows" in shown[0].data
 
 
 def test_letters_stay_legible_at_the_width_of_a_column():

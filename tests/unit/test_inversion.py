@@ -9,9 +9,9 @@ from diffusers import DDIMInverseScheduler
 from exact import exact_model
 
 import workbench as wb
-from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
+from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
+from workbench.diffusion.inversion import LEVELS
 from workbench.diffusion.noise import FORWARD, normal
-from workbench.diffusion.sampling import LEVELS
 from workbench.directions.direction import Direction
 from workbench.editing.render import edit, edit_grid
 

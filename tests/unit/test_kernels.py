@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
 import pytest
 from notebook_files import output_of, write_notebook
 
+from workbench import paths
 from workbench.report import notebooks
 from workbench.report.kernels import KernelServer, environment
+from workbench.report.plans import Run
 from workbench.report.running import Job
 
 pytestmark = pytest.mark.skipif(not KernelServer.possible(), reason="kernels are copied on Linux alone")
@@ -22,11 +25,8 @@ def server():
 
 
 def run(server: KernelServer, name: str, **options) -> notebooks.Report:
-    job = Job(name, threads=1, kernels=server)
-    try:
-        return notebooks.run_job(job, name, progress=False, **options)
-    finally:
-        job.close()
+    with contextlib.closing(Job(name, threads=1, kernels=server)) as job:
+        return notebooks.run_job(job, Run(name, {}, paths.reports() / f"{name}.ipynb"), **options)
 
 
 def test_they_have_imported_what_is_slow_and_are_otherwise_fresh(server, home):

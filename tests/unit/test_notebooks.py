@@ -21,8 +21,10 @@ from notebook_files import output_of, write_notebook
 from PIL import Image
 
 from workbench import cli
-from workbench.report import notebooks
-from workbench.report.sweep import plan_sweep
+from workbench.io import commit
+from workbench.report import notebooks, pages, parameters, running
+from workbench.report.plans import plan_sweep
+from workbench.report.sources import from_here
 
 
 @pytest.fixture
@@ -31,99 +33,75 @@ def notebook(home):
 
 
 class TestParameters:
-    def test_names_types_defaults_and_help_are_read(self, notebook):
-        found = notebooks.notebook_parameters("10_first")
+    def test_names_types_defaults_and_help_are_read(self, home, notebook):
+        found = parameters.notebook_parameters("10_first")
         assert list(found) == ["model_name", "steps", "seed", "eta", "images", "scales", "levels"]
-        assert found["steps"] == notebooks.Parameter("steps", "int", 20, "")
+        assert found["steps"] == parameters.Parameter("steps", "int", 20, "")
         assert found["model_name"].help == "a bundled name or a folder"
         assert found["scales"].default == [-1, 1]
         assert found["levels"].type == "list[float]"
-
-    def test_without_annotation_the_default_gives_the_type(self, home):
         write_notebook(home / "notebooks" / "11_plain.ipynb", parameters='steps = 5\nname = "x"\nratio = 0.5')
-        assert [each.type for each in notebooks.notebook_parameters("11").values()] == ["int", "str", "float"]
-
-    def test_words_of_a_command_line_are_read_by_the_declared_type(self, notebook):
-        words = ["model_name=007", "steps=5", "eta=1", "images=false", "scales=-2,0,2", "levels=[1, 0.25]"]
-        values = notebooks.parse_parameters("10", words)
-        assert values == {
-            "model_name": "007",
-            "steps": 5,
-            "eta": 1.0,
-            "images": False,
-            "scales": [-2, 0, 2],
-            "levels": [1.0, 0.25],
-        }
-        assert isinstance(values["eta"], float)
-
-    def test_text_may_hold_an_equals_sign(self, notebook):
-        assert notebooks.parse_parameters("10", ["model_name=a=b"]) == {"model_name": "a=b"}
+        types = [each.type for each in parameters.notebook_parameters("11").values()]
+        assert types == ["int", "str", "float"], "without annotation the default gives the type"
 
     @pytest.mark.parametrize(
-        ("word", "message"),
+        ("given", "message"),
         [
-            ("steps", "write name=value"),
-            ("sed=1", "did you mean seed"),
-            ("steps=many", "must be int, like its default 20"),
-            ("steps=2.5", "must be int"),
-            ("images=perhaps", "true or false"),
-            ("eta=nan", "must be float"),
-            ("levels=[a]", r"'a' \(str\); it must be list\[float\]"),
-        ],
-    )
-    def test_bad_words_are_sentences(self, notebook, word, message):
-        with pytest.raises(ValueError, match=message):
-            notebooks.run_notebook("10", notebooks.parse_parameters("10", [word]), progress=False)
-
-    @pytest.mark.parametrize(
-        ("parameters", "message"),
-        [
-            ({"sed": 4}, r"no parameter 'sed'; it takes model_name, steps, seed, .* \(did you mean seed\?\)"),
-            ({"steps": "20"}, r"steps of 10_first is '20' \(str\); it must be int, like its default 20"),
+            ({"sed": 4}, r"'sed'; it takes model_name, steps, seed, .* \(did you mean seed\?\)"),
+            ({"steps": "many"}, r"steps of 10_first is 'many' \(str\); it must be int, like its default 20"),
+            ({"steps": "2.5"}, "'2.5'"),
             ({"steps": 2.0}, r"2.0 \(float\); it must be int"),
             ({"steps": True}, r"True \(bool\); it must be int"),
             ({"images": 1}, r"1 \(int\); it must be bool"),
+            ({"images": "perhaps"}, r"'perhaps' \(str\); it must be bool \(true or false\)"),
             ({"model_name": None}, "it must be str"),
-            ({"scales": "[-1]"}, "it must be list"),
-            ({"eta": float("inf")}, "it must be float"),
-            ({"levels": [0.5, "a"]}, r"it must be list\[float\]"),
+            ({"scales": 3}, "it must be list"),
+            ({"eta": float("inf")}, "inf"),
+            ({"eta": "nan"}, "it must be float"),
+            ({"levels": [0.5, "a"]}, r"'a' \(str\); it must be list\[float\]"),
             ({"scales": [object()]}, "plain value"),
         ],
     )
-    def test_unknown_and_mistyped_ones_are_refused_before_anything_runs(self, home, notebook, parameters, message):
+    def test_unknown_and_mistyped_ones_are_refused_before_anything_runs(self, home, notebook, given, message):
         with pytest.raises(ValueError, match=message):
-            notebooks.run_notebook("10_first", parameters, progress=False)
+            notebooks.run_notebook("10_first", given, progress=False)
         assert list((home / "reports").iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("word", "value"),
+        ("key", "text", "value"),
         [
-            ("names=3,7", ["3", "7"]),
-            ("names=Yes,No", ["Yes", "No"]),
-            ("names=1:30", ["1:30"]),
-            ("names=[010, 'a, b', 2020-01-01, on, 1e-3]", ["010", "a, b", "2020-01-01", "on", "1e-3"]),
-            ("names=", []),
-            ("words=Yes,3", ["Yes", "3"]),
-            ("mixed=1,Yes,2.5,010", [1, "Yes", 2.5, "010"]),
-            ("counts=010,020", [10, 20]),
-            ("rates=1e-3,2", [0.001, 2.0]),
-            ("flag=on", True),
-            ("counts=1:30", None),
-            ("counts=1.5", None),
-            ("rates=nan", None),
-            ("flag=maybe", None),
-            ("names=a: b", None),
+            ("name", "007", "007"),
+            ("name", "a=b", "a=b"),
+            ("names", "3,7", ["3", "7"]),
+            ("names", "Yes,No", ["Yes", "No"]),
+            ("names", "[010, 'a, b', 2020-01-01, on, 1:30]", ["010", "a, b", "2020-01-01", "on", "1:30"]),
+            ("names", "", []),
+            ("words", "Yes,3", ["Yes", "3"]),
+            ("mixed", "1,Yes,2.5,010", [1, "Yes", 2.5, "010"]),
+            ("counts", "010,-20", [10, -20]),
+            ("rates", "[1e-3, 2]", [0.001, 2.0]),
+            ("rate", "1", 1.0),
+            ("flag", "on", True),
+            ("flag", "false", False),
+            ("counts", "1:30", None),
+            ("counts", "1.5", None),
+            ("rates", "nan", None),
+            ("flag", "maybe", None),
+            ("names", "a: b", None),
         ],
     )
-    def test_the_declared_type_decides_what_a_word_is(self, home, word, value):
-        types = 'names: list[str] = []\nwords: list = ["a"]\nmixed: list = []\ncounts: list[int] = [1]\n'
-        types += "rates: list[float] = [0.5]\nflag: bool = False"
+    def test_the_declared_type_decides_what_a_text_is(self, home, key, text, value):
+        types = (
+            'names: list[str] = []\nwords: list = ["a"]\nmixed: list = []\ncounts: list[int] = [1]\nname: str = ""\n'
+        )
+        types += "rates: list[float] = [0.5]\nflag: bool = False\nrate: float = 0.5"
         write_notebook(home / "notebooks" / "10_first.ipynb", parameters=types)
         if value is None:
             with pytest.raises(ValueError, match="must be"):
-                notebooks.parse_parameters("10", [word])
+                parameters.read_parameters("10", {key: text})
         else:
-            assert notebooks.parse_parameters("10", [word]) == {word.partition("=")[0]: value}
+            found = parameters.read_parameters("10", {key: text})
+            assert found == {key: value} and type(found[key]) is type(value)
 
 
 class TestSources:
@@ -150,16 +128,18 @@ class TestSources:
                 "the classifier has no attribute Smilng; give classifier_name",
             ),
             ("30", {"attributes": ["3", "7"]}, "the images have no attribute 3, 7; give images_name"),
-            ("50", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
+            ("55", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
             ("50", {"judge_name": "clip"}, "the judge has no attribute Long_Hair"),
             ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
+            ("65", {"attribute": "Long"}, "the images have no attribute Long"),
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
+            ("85", {"other": "Long"}, "the images have no attribute Long"),
             ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
         ],
     )
     def test_are_refused_in_a_sentence(self, name, given, message):
         with pytest.raises(ValueError, match=message):
-            notebooks.check_parameters(name, given)
+            parameters.check_parameters(name, given)
 
     @pytest.mark.parametrize(
         ("name", "given"),
@@ -171,10 +151,10 @@ class TestSources:
         ],
     )
     def test_that_are_there_or_may_be_left_out_or_fetched_pass(self, name, given):
-        assert notebooks.check_parameters(name, given) == given
+        assert parameters.check_parameters(name, given) == given
 
     def test_a_judge_that_lacks_what_the_images_have_is_named_without_a_kernel(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(notebooks, "_execute", lambda *args, **options: pytest.fail("a kernel was started"))
+        monkeypatch.setattr(notebooks, "run_job", lambda *args, **options: pytest.fail("a kernel was started"))
         for name in ("a.png", "b.png"):
             Image.new("RGB", (8, 8)).save(tmp_path / name)
         (tmp_path / "attributes.csv").write_text("file,Long,Short,Smiling\na.png,1,0,1\nb.png,0,1,0\n")
@@ -187,94 +167,91 @@ class TestSources:
             plan_sweep({"notebooks": 60, "common": given | {"images_name": tmp_path.name}})
 
     def test_a_notebook_that_loads_nothing_may_name_its_parameters_as_it_likes(self, notebook):
-        assert notebooks.check_parameters("10", {"model_name": "none", "steps": 5000})["steps"] == 5000
+        assert parameters.check_parameters("10", {"model_name": "none", "steps": 5000})["steps"] == 5000
 
     def test_a_default_is_meant_from_the_notebooks_folder(self, home, monkeypatch):
         path = home / "notebooks" / "10_first.ipynb"
         write_notebook(path, "load_image(image_path)", parameters='image_path: str = "beside.png"')
         Image.new("RGB", (2, 2)).save(path.parent / "beside.png")
         monkeypatch.chdir(home)
-        assert notebooks.check_parameters("10", {}) == {}
+        assert parameters.check_parameters("10", {}) == {}
         with pytest.raises(ValueError, match="there is no image other.png"):
-            notebooks.check_parameters("10", {"image_path": "other.png"})
+            parameters.check_parameters("10", {"image_path": "other.png"})
 
 
-class TestNames:
-    def test_are_in_order(self, home, notebook):
-        write_notebook(home / "notebooks" / "00_start.ipynb")
-        assert notebooks.list_notebooks() == ["00_start", "10_first"]
-
-    def test_unknown_or_ambiguous_ones_are_refused(self, home, notebook):
-        write_notebook(home / "notebooks" / "11_second.ipynb")
-        with pytest.raises(ValueError, match="is none of 10_first, 11_second.*did you mean 10_first"):
-            notebooks.notebook_parameters("10_frist")
-        with pytest.raises(ValueError, match="fits 10_first, 11_second"):
-            notebooks.notebook_parameters("1")
-        with pytest.raises(FileNotFoundError, match="there is no notebook"):
-            notebooks.notebook_parameters("elsewhere.ipynb")
+def test_names_are_in_order_and_unknown_or_ambiguous_ones_are_refused(home, notebook):
+    write_notebook(home / "notebooks" / "11_second.ipynb")
+    write_notebook(home / "notebooks" / "00_start.ipynb")
+    assert parameters.list_notebooks() == ["00_start", "10_first", "11_second"]
+    for name, error, message in (
+        ("10_frist", ValueError, "is none of 00_start, 10_first, 11_second.*did you mean 10_first"),
+        ("1", ValueError, "fits 10_first, 11_second"),
+        ("elsewhere.ipynb", FileNotFoundError, "elsewhere.ipynb"),
+    ):
+        with pytest.raises(error, match=message):
+            parameters.notebook_parameters(name)
 
 
 def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
     def git(*words):
         subprocess.run(["git", "-C", str(home), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
 
-    assert notebooks._commit() == "unknown"
+    assert commit() is None
     git("init", "--quiet")
     (home / "file").write_text("1")
     git("add", "file")
     git("commit", "--quiet", "--message", "one")
-    assert re.fullmatch(r"[0-9a-f]{12}", notebooks._commit())
+    assert re.fullmatch("[0-9a-f]{40}", commit())
     (home / "file").write_text("2")
-    assert re.fullmatch(r"[0-9a-f]{12} with uncommitted changes", notebooks._commit())
+    assert re.fullmatch("[0-9a-f]{40}-dirty", commit())
 
 
 class TestRun:
-    def test_pictures_in_the_text_are_in_the_report(self, home, tmp_path):
+    def test_any_place_will_do_and_pictures_in_the_text_are_in_the_report(self, home, tmp_path):
         """Pasted ones, which the cell holds, and files beside the notebook, wherever that lies."""
-        path = write_notebook(tmp_path / "mine.ipynb", "1 + 1")
+        source = write_notebook(tmp_path / "mine.ipynb", "print(steps)")
         data = io.BytesIO()
         Image.new("RGB", (2, 2), "red").save(data, format="PNG")
         (tmp_path / "beside.png").write_bytes(data.getvalue())
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.read(source, as_version=4)
         cell = new_markdown_cell("![pasted](attachment:image.png) ![file](beside.png)")
         cell["attachments"] = {"image.png": {"image/png": base64.b64encode(data.getvalue()).decode()}}
         notebook.cells.append(cell)
-        nbformat.write(notebook, path)
-        page = notebooks.run_notebook(path, progress=False).html.read_text(encoding="utf-8")
+        nbformat.write(notebook, source)
+        report = notebooks.run_notebook(source, out=tmp_path / "out" / "result.ipynb", progress=False)
+        assert report.html == tmp_path / "out" / "result.html" and list((home / "reports").iterdir()) == []
+        page = report.html.read_text(encoding="utf-8")
         body = page[page.index("pasted") - 9000 :]
         assert body.count("data:image/png;base64") == 2 and "attachment:" not in body and "beside.png" not in body
+        with pytest.raises(ValueError, match="must end in .ipynb"):
+            notebooks.run_notebook(source, out=tmp_path / "result.html", progress=False)
 
     def test_what_was_computed_stays_where_its_page_cannot_be_made(self, home, notebook, monkeypatch):
         def broken(*args, **options):
             raise ValueError("no page")
 
         monkeypatch.setattr(notebooks, "export_html", broken)
-        with pytest.raises(ValueError, match="no page"):
+        with pytest.raises(notebooks.NotebookFailed, match="no page"):
             notebooks.run_notebook("10", progress=False)
         assert "sum" in output_of(home / "reports" / "failed" / "10_first.ipynb")
         assert "its page could not be made: no page" in (home / "reports" / "index.html").read_text(encoding="utf-8")
 
-    def test_a_home_that_is_named_from_here_is_found_by_the_kernel(self, home, notebook, monkeypatch):
-        code = "from workbench import paths; print(paths.home())"
-        write_notebook(home / "notebooks" / "10_first.ipynb", code)
-        monkeypatch.chdir(home.parent)
-        monkeypatch.setenv("WORKBENCH_HOME", home.name)
-        assert str(home) in output_of(notebooks.run_notebook("10", progress=False).notebook)
-
-    def test_a_file_here_is_meant_although_the_notebook_runs_elsewhere(self, home, tmp_path, monkeypatch):
+    def test_a_file_and_a_home_here_are_meant_although_the_notebook_runs_elsewhere(self, home, tmp_path, monkeypatch):
         parameters = 'image_path: str = ""\nimages_name: str = ""\nmodel_name: str = ""\ntarget: str = ""'
-        cell = "from pathlib import Path\nprint(Path(image_path).read_text(), images_name, target)"
+        cell = "from pathlib import Path\nfrom workbench import paths\n"
+        cell += "print(Path(image_path).read_text(), images_name, target, paths.home())"
         write_notebook(home / "notebooks" / "10_first.ipynb", cell, parameters=parameters)
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("WORKBENCH_HOME", home.name)
         (tmp_path / "photo.jpg").write_text("here")
         for folder in ("avataaars", "Smiling", "models", "avataaars-judge"):
             (tmp_path / folder).mkdir()
         given = {"image_path": "photo.jpg", "images_name": "avataaars", "model_name": "none", "target": "Smiling"}
         report = notebooks.run_notebook("10", given, progress=False)
-        assert "here avataaars Smiling" in output_of(report.notebook), "bundled names and attributes stay"
+        assert f"here avataaars Smiling {home}" in output_of(report.notebook), "bundled names and attributes stay"
         assert report.parameters["image_path"] == str(tmp_path / "photo.jpg")
         assert report.parameters["model_name"] == "none"
-        others = notebooks.from_here({"images_name": "models", "judge_name": "avataaars-judge", "model_name": "models"})
+        others = from_here({"images_name": "models", "judge_name": "avataaars-judge", "model_name": "models"})
         assert others == {
             "images_name": f"{tmp_path}/models",
             "judge_name": "avataaars-judge",
@@ -294,7 +271,7 @@ class TestRun:
         footer = page[page.index("report-footer") :]
         for expected in ("steps = 4", "eta = 1.0", "seed = 0", "torch 2.", "hspace-workbench", "UTC", "unknown"):
             assert expected in footer
-        assert re.search(r"\d+\.\d s<", footer)
+        assert re.search(r">\d+ s<", footer)
         assert not re.search(r'(src|href)="(https?:)?//', page)
         assert "A title" in (home / "reports" / "index.html").read_text(encoding="utf-8")
         assert sorted(path.name for path in (home / "reports").iterdir()) == [
@@ -332,7 +309,7 @@ class TestRun:
     def test_a_hung_cell_and_a_dead_kernel_are_failures(self, home, cell, ename):
         write_notebook(home / "notebooks" / "10_first.ipynb", "x = 1", cell)
         with pytest.raises(notebooks.NotebookFailed) as caught:
-            notebooks.run_notebook("10", progress=False, timeout=10)
+            notebooks.run_notebook("10", progress=False, timeout=5)
         assert (caught.value.ename, caught.value.cell) == (ename, 3)
         assert caught.value.path.exists()
 
@@ -352,7 +329,7 @@ class TestRun:
 
     def test_a_kernel_that_does_not_start_is_tried_once_more(self, notebook, monkeypatch):
         calls = []
-        execute = notebooks.papermill.execute_notebook
+        execute = running.papermill.execute_notebook
 
         def fail_once(*args, **kwargs):
             calls.append(args)
@@ -360,17 +337,9 @@ class TestRun:
                 raise RuntimeError("Kernel died before replying to kernel_info")
             return execute(*args, **kwargs)
 
-        monkeypatch.setattr(notebooks.papermill, "execute_notebook", fail_once)
+        monkeypatch.setattr(running.papermill, "execute_notebook", fail_once)
         assert notebooks.run_notebook("10", progress=False).notebook.exists()
         assert len(calls) == 2
-
-    def test_any_place_will_do(self, home, tmp_path):
-        source = write_notebook(tmp_path / "mine.ipynb", "print(steps)")
-        report = notebooks.run_notebook(source, out=tmp_path / "out" / "result.ipynb", progress=False)
-        assert report.html == tmp_path / "out" / "result.html" and report.html.exists()
-        assert list((home / "reports").iterdir()) == []
-        with pytest.raises(ValueError, match="must end in .ipynb"):
-            notebooks.run_notebook(source, out=tmp_path / "result.html", progress=False)
 
 
 class TestHtml:
@@ -379,7 +348,7 @@ class TestHtml:
     @staticmethod
     def export(tmp_path, *cells, **kwargs) -> str:
         nbformat.write(new_notebook(cells=list(cells)), tmp_path / "n.ipynb")
-        page = notebooks.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", footer={"Made": "by <hand>"}, **kwargs)
+        page = pages.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", footer={"Made": "by <hand>"}, **kwargs)
         return page.read_text(encoding="utf-8")
 
     @staticmethod
@@ -410,7 +379,7 @@ class TestHtml:
         hover = plots.scatter_hover(np.zeros((2, 2)), np.zeros((2, 3, 8, 8)), xlabel="x", ylabel="y")
         page = self.export(tmp_path, plain, self.cell_with(hover._repr_mimebundle_()))
         assert page.count("Plotly.newPlot(") >= 2
-        assert page.count(notebooks.get_plotlyjs()[:300]) == 1
+        assert page.count(pages.get_plotlyjs()[:300]) == 1
         assert "Plotly" not in self.export(tmp_path, new_markdown_cell("no figure"))
 
     def test_scripts_from_the_network_are_taken_out(self, home, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from test_session import planted
 
@@ -160,13 +160,14 @@ def parameters_that_take_a_path() -> list[str]:
         public = getattr(wb, name)
         functions = {name: public} if inspect.isfunction(public) else {}
         if inspect.isclass(public) or inspect.ismodule(public):
-            members = {key: getattr(public, key) for key in vars(public) if key == "__init__" or key[0] != "_"}
+            members = {key: getattr(public, key) for key in dir(public) if key == "__init__" or key[0] != "_"}
+            if inspect.ismodule(public):
+                own = [key for key, f in members.items() if getattr(f, "__module__", None) == public.__name__]
+                members = {key: members[key] for key in getattr(public, "__all__", own)}
             functions = {
                 f"{name}.{key}": f for key, f in members.items() if inspect.isfunction(f) or inspect.ismethod(f)
             }
         for key, function in functions.items():
-            if inspect.ismodule(public) and function.__module__ != public.__name__:
-                continue
             parameters = inspect.signature(function).parameters.values()
             found += [f"{key}.{p.name}" for p in parameters if "Path" in str(p.annotation)]
     return [name for name in found if not name.startswith("paths.") and name not in INSIDE]
@@ -194,136 +195,73 @@ def test_no_function_is_left_in_the_table_that_there_is_no_more(calls):
 # Every option that takes a path, likewise; those that take other texts are named, so that a new one can't be forgotten.
 
 OTHER = set(
-    "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter -p --profile --only "
-    "--against names".split()
+    "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter --profile --only --against "
+    "names".split()
 )
-OPTIONS = {
-    "convert": {"file": ("convert", "@", "out"), "out": ("convert", "x.ckpt", "@")},
-    "convert-boundary": {
-        "file": ("convert-boundary", "@", "--model", "MODEL", "--t", "5", "--space", "h"),
-        "--model": ("convert-boundary", "x.sav", "--model", "@", "--t", "5", "--space", "h"),
-        "--out": ("convert-boundary", "x.sav", "--model", "MODEL", "--t", "5", "--space", "h", "-o", "@"),
-    },
-    "verify": {"model": ("verify", "@")},
-    "sample": {"model": ("sample", "@"), "--out": ("sample", "MODEL", "-o", "@")},
-    "extract": {
-        "model": ("extract", "@"),
-        "--images": ("extract", "MODEL", "--images", "@"),
-        "--out": ("extract", "MODEL", "-o", "@"),
-    },
-    "plan": {"--model": ("plan", "--model", "@")},
-    "store": {"path": ("store", "@")},
-    "find pca": {"model": ("find", "pca", "@"), "--out": ("find", "pca", "MODEL", "-o", "@")},
-    "find jacobian": {
-        "model": ("find", "jacobian", "@", "--t", "5"),
-        "--out": ("find", "jacobian", "MODEL", "--t", "5", "-o", "@"),
-    },
-    "find scores": {
-        "model": ("find", "scores", "@", "--attributes", "Smiling"),
-        "--classifier": ("find", "scores", "MODEL", "--attributes", "Smiling", "--classifier", "@"),
-        "--out": ("find", "scores", "MODEL", "--attributes", "Smiling", "-o", "@"),
-    },
-    "find labels": {
-        "model": ("find", "labels", "@", "--attributes", "Smiling"),
-        "--images": ("find", "labels", "MODEL", "--attributes", "Smiling", "--images", "@"),
-        "--out": ("find", "labels", "MODEL", "--attributes", "Smiling", "-o", "@"),
-    },
-    "geometry": {
-        "model": ("geometry", "@"),
-        "--labeller": ("geometry", "MODEL", "--labeller", "@"),
-        "--out": ("geometry", "MODEL", "-o", "@"),
-    },
-    "mixing-step": {
-        "model": ("mixing-step", "@"),
-        "--labeller": ("mixing-step", "MODEL", "--labeller", "@"),
-        "--judge": ("mixing-step", "MODEL", "--judge", "@"),
-        "--images": ("mixing-step", "MODEL", "--images", "@"),
-        "--out": ("mixing-step", "MODEL", "-o", "@"),
-    },
-    "boundary fit": {
-        "model": ("boundary", "fit", "@", "--t", "500"),
-        "--images": ("boundary", "fit", "MODEL", "--t", "500", "--images", "@"),
-        "--classifier": ("boundary", "fit", "MODEL", "--t", "500", "--classifier", "@"),
-        "--positive": ("boundary", "fit", "MODEL", "--t", "500", "--positive", "@", "--negative", "x"),
-        "--negative": ("boundary", "fit", "MODEL", "--t", "500", "--positive", "IMAGES", "--negative", "@"),
-        "--out": ("boundary", "fit", "MODEL", "--t", "500", "-o", "@"),
-    },
-    "boundary edit": {
-        "model": ("boundary", "edit", "@", "--boundaries", "x", "--seeds", "1"),
-        "--boundaries": ("boundary", "edit", "MODEL", "--boundaries", "@", "--seeds", "1"),
-        "--images": ("boundary", "edit", "MODEL", "--boundaries", "BOUNDARY", "--images", "@"),
-        "--out": ("boundary", "edit", "MODEL", "--boundaries", "BOUNDARY", "--seeds", "1", "-o", "@"),
-    },
-    "benchmark": {
-        "model": ("benchmark", "@"),
-        "--plugin": ("benchmark", "MODEL", "--plugin", "@"),
-        "--images": ("benchmark", "MODEL", "--images", "@"),
-        "--labeller": ("benchmark", "MODEL", "--labeller", "@"),
-        "--judge": ("benchmark", "MODEL", "--judge", "@"),
-        "--out": ("benchmark", "MODEL", "-o", "@"),
-    },
-    "figure": {
-        "--out": ("figure", "haas-fig2a", "-o", "@"),
-    },
-    "studio": {
-        "--model": ("studio", "--model", "@"),
-        "--directions": ("studio", "--model", "MODEL", "--directions", "@"),
-        "--classifier": ("studio", "--model", "MODEL", "--classifier", "@"),
-    },
-    "edit": {
-        "recipe": ("edit", "@"),
-        "--model": ("edit", "RECIPE", "--model", "@"),
-        "--classifier": ("edit", "RECIPE", "--model", "MODEL", "--classifier", "@"),
-        "--out": ("edit", "RECIPE", "-o", "@"),
-    },
-    "train": {
-        "images": ("train", "@", "-o", "out"),
-        "--out": ("train", "IMAGES", "-o", "@"),
-        "--from": ("train", "IMAGES", "-o", "out", "--from", "@"),
-    },
-    "evaluate-model": {
-        "model": ("evaluate-model", "@"),
-        "--images": ("evaluate-model", "MODEL", "--images", "@"),
-        "--training": ("evaluate-model", "MODEL", "--training", "@"),
-        "--classifiers": ("evaluate-model", "MODEL", "--classifiers", "@"),
-        "--card": ("evaluate-model", "MODEL", "--card", "@"),
-    },
-    "train-classifier": {
-        "images": ("train-classifier", "@", "-o", "out"),
-        "--out": ("train-classifier", "IMAGES", "-o", "@"),
-    },
-    "data": {"--out": ("data", "avataaars", "-o", "@")},
-    "params": {"notebook": ("params", "@.ipynb")},
-    "run": {"notebook": ("run", "@.ipynb"), "--out": ("run", "00_quickstart", "-o", "@.ipynb")},
-    "sweep": {"file": ("sweep", "@")},
+COMMANDS = {
+    "convert": "x.ckpt out",
+    "verify": "MODEL",
+    "sample": "MODEL",
+    "extract": "MODEL",
+    "plan": "",
+    "find pca": "MODEL",
+    "find jacobian": "MODEL --t 5",
+    "find scores": "MODEL --attributes Smiling",
+    "find labels": "MODEL --attributes Smiling",
+    "boundary fit": "MODEL --t 500",
+    "boundary import": "x.sav --model MODEL --t 5 --space h",
+    "boundary edit": "MODEL --boundaries BOUNDARY --images IMAGES",
+    "benchmark": "MODEL",
+    "figure": "haas-fig2a",
+    "studio": "--model MODEL",
+    "edit": "RECIPE --model MODEL",
+    "train": "IMAGES -o out",
+    "evaluate-model": "MODEL",
+    "train-classifier": "IMAGES -o out",
+    "data": "avataaars",
+    "run": "00_quickstart",
+    "sweep": "x.yaml",
 }
-OPTIONS["train-classifier"]["--labels"] = ("train-classifier", "IMAGES", "-o", "out", "--labels", "@")
-for options in OPTIONS.values():
-    if "--images" in options:
-        images = ["IMAGES" if word == "@" else word for word in options["--images"]]
-        options["--labels"] = (*images, "--labels", "@")
+"""Commands that take texts, with arguments that make sense but for the one that is tried."""
+
+BESIDE = {
+    "--positive": ("--negative", "x"),
+    "--negative": ("--positive", "IMAGES"),
+    "extract --labels": ("--images", "IMAGES"),
+}
+"""What an option needs beside it."""
 
 
-def options_of(parser: argparse.ArgumentParser, command: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """Command and name of every option that takes a text."""
+def texts_of(group, command: tuple[str, ...] = ()) -> list[tuple[str, str, int]]:
+    """Command, name and place of every argument and option that takes a text; options have no place."""
     found = []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, inside in action.choices.items():
-                found += options_of(inside, (*command, name))
-        elif action.type is None and action.choices is None and action.nargs != 0:
-            found.append((" ".join(command), (action.option_strings or [action.dest])[-1]))
+    for name, inside in group.commands.items():
+        words = (*command, name)
+        if hasattr(inside, "commands"):
+            found += texts_of(inside, words)
+            continue
+        places = [parameter for parameter in inside.params if parameter.param_type_name == "argument"]
+        for parameter in inside.params:
+            kind = parameter.type_descriptor
+            if kind.annotation in (str, list[str]) and kind.parameter_info.parser is None:
+                place = places.index(parameter) if parameter in places else -1
+                found.append((" ".join(words), parameter.opts[-1], place))
     return found
 
 
-TEXTS = [(command, option) for command, option in options_of(cli._parser()) if option not in OTHER]
+TEXTS = [text for text in texts_of(typer.main.get_command(cli.app)) if text[1] not in OTHER]
 
 
-@pytest.mark.parametrize(("command", "option"), TEXTS)
+@pytest.mark.parametrize(("command", "option", "place"), TEXTS)
 def test_every_option_takes_a_home_folder_and_says_in_one_sentence_what_is_wrong_there(
-    command, option, home, capsys, tiny, tiny_folder, tmp_path
+    command, option, place, home, capsys, tiny, tiny_folder, tmp_path
 ):
-    arguments = OPTIONS[command][option]
+    arguments = COMMANDS[command].split()
+    absent = "~/taken/absent" + (".ipynb" if command == "run" else "")
+    if place >= 0:
+        arguments[place] = absent
+    else:
+        arguments += [*BESIDE.get(option, BESIDE.get(f"{command} {option}", ())), option, absent]
     made = {"MODEL": tiny_folder, "IMAGES": paths.data() / "avataaars"}
     if "BOUNDARY" in arguments:
         made["BOUNDARY"] = boundary(tiny).save(tmp_path / "b.safetensors")
@@ -332,15 +270,14 @@ def test_every_option_takes_a_home_folder_and_says_in_one_sentence_what_is_wrong
         session = EditSession(tiny, run, planted(tiny, run, 1, "d"))
         session.set_scale("d", 0.1)
         made["RECIPE"] = wb.save_recipe(session, tmp_path / "r.json")
-    words = [str(made.get(each, each)) for each in arguments]
-    status = cli.main([word.replace("@", "~/taken/absent") for word in words])
+    status = cli.main([*command.split(), *(str(made.get(word, word)) for word in arguments)])
     out, err = capsys.readouterr()
     assert (status, out, err.count("\n")) == (2, "", 1), (out, err)
     assert err.startswith("workbench: ") and f"{home}/taken" in err
 
 
-def test_no_option_is_left_in_the_table_that_there_is_no_more():
-    assert {(command, option) for command, options in OPTIONS.items() for option in options} == set(TEXTS)
+def test_no_command_is_left_in_the_table_that_there_is_no_more():
+    assert set(COMMANDS) == {command for command, *_ in TEXTS}
 
 
 # Odd characters, and names that become those of files.
@@ -397,5 +334,5 @@ def test_a_recipe_of_any_names_is_written_beside_and_opens_again(tiny, tmp_path)
 
 def test_a_grid_of_another_kind_is_no_grid(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="not a saved edit grid"):
+    with pytest.raises(ValueError, match="a.safetensors"):
         wb.EditGrid.load(tmp_path / "a.safetensors")

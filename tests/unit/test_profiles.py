@@ -6,14 +6,15 @@ import inspect
 import re
 
 import pytest
+import typer
 import yaml
 
 from workbench import cli, paths
 from workbench.formats import layouts
-from workbench.report import notebooks, parameters, reports
+from workbench.report import notebooks, plans, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
-GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "smoke")]
+GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "records", "smoke")]
 
 
 def content(name: str) -> tuple[str, dict]:
@@ -23,7 +24,7 @@ def content(name: str) -> tuple[str, dict]:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_names_parameters_that_the_notebooks_have(name):
-    plan = parameters.read_profile(name).parameters
+    plan = plans.read_profile(name, check=False).parameters
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()
@@ -46,7 +47,8 @@ def test_a_gpu_profile_says_what_it_is_estimated_to_need_and_what_to_run(name):
 
 
 def test_a_report_is_a_first_look_unless_asked_for_more():
-    by_default = cli._parser().parse_args(["report"]).profile
+    command = typer.main.get_command(cli.app).commands["report"]
+    by_default = next(option.default for option in command.params if option.name == "profile")
     assert by_default == inspect.signature(reports.report).parameters["profile"].default == "quick"
     assert f"\nPROFILE ?= {by_default}\n" in (paths.home() / "Makefile").read_text(encoding="utf-8")
     assert content("quick")[1]["common"]["model_name"] == "avataaars32"
@@ -54,9 +56,9 @@ def test_a_report_is_a_first_look_unless_asked_for_more():
 
 
 def test_the_time_of_a_first_look_can_be_estimated_and_its_cards_say_what_was_cut():
-    plan = parameters.read_profile("quick")
+    plan = plans.read_profile("quick")
     assert plan.passes.keys() == plan.parameters.keys() and min(plan.passes.values()) > 0
-    assert reports.find_cuts(plan).keys() == plan.parameters.keys()
+    assert plans.find_cuts(plan).keys() == plan.parameters.keys()
 
 
 def test_there_is_a_profile_for_the_papers_model():
@@ -75,9 +77,9 @@ def test_what_a_profile_says_to_run_is_found_before_a_kernel_starts(name):
     only = re.search(r"--only ([\d ]+)", text) if name in GPU else None
     model = given["common"]["model_name"]
     if "/" in model or (paths.models() / model).is_dir():
-        plan = parameters.plan_profile(name, only and only[1].split())
+        plan = plans.read_profile(name, only and only[1].split())
         assert len(plan.parameters) == (len(only[1].split()) if only else len(notebooks.list_notebooks()))
         assert plan.timeout >= 3600
     else:
         with pytest.raises(ValueError, match=f"no model '{model}'"):
-            parameters.plan_profile(name, only[1].split())
+            plans.read_profile(name, only[1].split())

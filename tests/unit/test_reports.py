@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from notebook_files import output_of, write_notebook
 
-from workbench.report import parameters, reports
-from workbench.report.notebooks import NotebookFailed
+from workbench.report import board, plans, reports
+from workbench.report.notebooks import NotebookFailed, run_job
+from workbench.report.plans import Plan, Run, content_key
 from workbench.report.running import Job
-from workbench.report.sweep import content_key
 
 READY = "import pathlib, time\npathlib.Path('../data', {name!r}).touch()\n"
 WAITS = READY + "while not pathlib.Path('../data', {other!r}).exists():\n    time.sleep(0.05)"
@@ -36,19 +37,19 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("notebooks: {10_frist: {n: 2}}", "names a notebook '10_frist'; there are 10_first, 20_second"),
+            ("notebooks: {10_frist: {n: 2}}", "'10_frist' is none of 10_first, 20_second"),
             ("notebooks: {10_first: {m: 2}}", "10_first has no parameter 'm'"),
             ("notebooks: {10_first: {n: many}}", "must be int"),
-            ("common: {modl_name: b}", "no notebook has the common parameter 'modl_name'"),
+            ("common: {modl_name: b}", "has the parameter 'modl_name'"),
             ("common: {model_name: [3]}", "must be str"),
             ("notebook: {}", "must be a mapping of common, notebooks, timeout"),
             ("timeout: long", "number of seconds"),
             ("timeout: 1:00", "'1:00'"),
             ("passes: {10_first: many}", "it must map notebooks to numbers"),
-            ("notebooks: [10_first]", r"quick.yaml is \['10_first'\]; it must map names to parameters"),
+            ("notebooks: [10_first]", r"quick.yaml is \['10_first'\]; it must map names"),
             ("notebooks: 10", "quick.yaml is '10'"),
             ("notebooks: {10_first: [n]}", r"10_first of .*quick.yaml is \['n'\]"),
-            ("notebooks: {10: {n: 2}, 10_first: {n: 3}}", "names 10_first twice, as '10' and '10_first'"),
+            ("notebooks: {10: {n: 2}, 10_first: {n: 3}}", "10_first twice, the second time as '10_first'"),
             ("common: [n]", r"common of .*quick.yaml is \['n'\]"),
             ("comon: {n: 2}", "'comon'.*did you mean common"),
             ("10_first", "quick.yaml must be a mapping of .*, not '10_first'"),
@@ -59,8 +60,7 @@ class TestProfile:
     def test_is_checked_before_anything_runs(self, two, text, message):
         self.write_profile(two, text)
         with pytest.raises(ValueError, match=message):
-            reports.report("quick", progress=False)
-        assert list((two / "reports").iterdir()) == []
+            plans.read_profile("quick")
 
     def test_declared_types_and_starts_of_names_are_read(self, two):
         """Whatever YAML takes a word for; keys may be starts, and mappings be merged."""
@@ -71,9 +71,9 @@ class TestProfile:
             "common: &all {name: 1:30, rate: 1e-3}\nnotebooks:\n  10: {n: 010}\n"
             "  30: {<<: *all, names: [Yes, no, 010, 1:30, 2020-01-01, 3, ~], flag: on, counts: 010, name: 0x10}\n",
         )
-        found = parameters.read_profile("quick")
-        plan, timeout = found.parameters, found.timeout
-        assert plan["10_first"] == {"n": 10} and timeout == 3600
+        found = plans.read_profile("quick", check=False)
+        plan = found.parameters
+        assert plan["10_first"] == {"n": 10} and found.timeout == 3600
         assert plan["30_third"] == {
             "name": "0x10",
             "rate": 0.001,
@@ -86,19 +86,20 @@ class TestProfile:
         self.write_profile(two, "")
         with pytest.raises(FileNotFoundError, match="no profile 'full'; the profiles are quick"):
             reports.report("full", progress=False)
+        assert list((two / "reports").iterdir()) == [], "nothing runs before all is checked"
 
     def test_a_report_goes_on_after_a_failure_and_then_raises(self, two):
         self.write_profile(two, "common: {seed: 5}\nnotebooks:\n  10_first: {n: 7}\n  20_second: {k: 0}\n")
         write_notebook(two / "notebooks" / "30_third.ipynb", "print('third')", title="Third & last")
         with pytest.raises(NotebookFailed, match="20_second failed in cell 3 .ZeroDivisionError"):
-            reports.report("quick", progress=False)
+            reports.report("quick", jobs=1, progress=False)
         assert "n 7" in output_of(two / "reports" / "10_first.ipynb")
         assert "third" in output_of(two / "reports" / "30_third.ipynb")
         index = (two / "reports" / "index.html").read_text(encoding="utf-8")
         assert "2 complete, 1 failed" in index and "seed = 5" in index and "Third &amp; last" in index
 
         self.write_profile(two, "")
-        (only,) = reports.report("quick", only="20", progress=False)
+        (only,) = reports.report("quick", only="20", jobs=1, progress=False)
         assert only.name == "20_second"
         index = (two / "reports" / "index.html").read_text(encoding="utf-8")
         assert "3 complete" in index and "failed" not in index.partition("<body>")[2]
@@ -107,7 +108,7 @@ class TestProfile:
     def test_says_what_it_cuts_short(self, two):
         self.write_profile(two, "in_short_for: long\ncommon: {n: 2}\nnotebooks: {20_second: {k: 3}}")
         (two / "profiles" / "long.yaml").write_text("common: {n: 20, seed: 4}")
-        cuts = reports.find_cuts(parameters.read_profile("quick"))
+        cuts = plans.find_cuts(plans.read_profile("quick"))
         assert cuts["10_first"] == "Cut short for speed: n = 2 for 20 of the profile long."
         assert "k = 3 for 1" in cuts["20_second"] and "seed = 0 for 4" in cuts["20_second"]
 
@@ -152,59 +153,62 @@ def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_
 
     done = (home / "reports" / "10_done.ipynb").stat().st_mtime_ns
     (home / "data" / "go on").touch()
-    assert [each.name for each in reports.report("quick", progress=False)] == ["10_done", "20_hangs"]
+    assert [each.name for each in reports.report("quick", jobs=1, progress=False)] == ["10_done", "20_hangs"]
     assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns == done, "it was kept"
-    reports.report("quick", only="10", progress=False)
+    reports.report("quick", only="10", jobs=1, progress=False)
     assert (home / "reports" / "10_done.ipynb").stat().st_mtime_ns > done, "a whole report is made again"
 
 
-def test_what_another_code_or_other_parameters_made_is_not_kept(home, monkeypatch):
+def test_what_another_code_or_other_parameters_made_is_not_kept(home):
     write_notebook(home / "notebooks" / "10_a.ipynb", "print(1)")
-    keys = {"10_a": content_key("10_a", {})}
+    (home / "profiles" / "quick.yaml").write_text("")
+    plan = plans.read_profile("quick")
+
+    def kept(parameters: dict) -> list[str]:
+        run = replace(plan.runs[0], parameters=parameters, key=content_key("10_a", parameters))
+        return list(reports._finished(replace(plan, runs=(run,))))
+
     (home / "reports" / reports.UNFINISHED).touch()
-    job = Job("10_a")
-    reports.run_job(job, "10_a", progress=False, key=keys["10_a"])
-    job.close()
-    assert list(reports._finished(keys)) == ["10_a"]
-    assert not reports._finished({"10_a": content_key("10_a", {"steps": 3})})
+    with contextlib.closing(Job("10_a")) as job:
+        run_job(job, replace(plan.runs[0], key=content_key("10_a", {})))
+    assert kept({}) == ["10_a"] and not kept({"steps": 3})
     write_notebook(home / "notebooks" / "10_a.ipynb", "print(2)")
-    assert not reports._finished({"10_a": content_key("10_a", {})})
+    assert not kept({})
 
 
 class TestEstimate:
     """Of a board whose notebooks have made some passes and not others."""
 
     @pytest.fixture
-    def board(self, home, monkeypatch):
-        for name in ("10_a", "20_b", "30_c"):
-            write_notebook(home / "notebooks" / f"{name}.ipynb")
-        plan = parameters.Profile({"10_a": {}, "20_b": {}, "30_c": {}}, 60, {"10_a": 1000, "20_b": 3000, "30_c": 500})
-        board = reports.Board(plan, {name: Job(name) for name in plan.parameters}, {}, show=False)
-        monkeypatch.setattr(reports.time, "monotonic", lambda: board.began + 20.0)
-        for job, state in zip(board.jobs.values(), ("done", "running", "waiting"), strict=True):
+    def followed(self, home, monkeypatch):
+        passes = {"10_a": 1000, "20_b": 3000, "30_c": 500}
+        runs = tuple(Run(name, {}, home / "reports" / f"{name}.ipynb") for name in passes)
+        followed = board.Board(Plan(runs, home / "reports", 60, passes), {}, show=False)
+        monkeypatch.setattr(board.time, "monotonic", lambda: followed.began + 20.0)
+        for job, state in zip(followed.jobs.values(), ("done", "running", "waiting"), strict=True):
             job.state = state
-        return board
+        return followed
 
     @staticmethod
-    def count(board, name: str, passes: int) -> None:
-        Path(board.jobs[name]._folder.name, "1").write_text(str(passes))
+    def count(followed, name: str, passes: object) -> None:
+        Path(followed.jobs[name].counts.name, "1").write_text(str(passes))
 
-    def test_is_of_the_passes_that_are_left(self, board):
-        self.count(board, "10_a", 1000)
-        self.count(board, "20_b", 1000)
+    def test_is_of_the_passes_that_are_left(self, followed):
+        self.count(followed, "10_a", 1000)
+        self.count(followed, "20_b", 1000)
         # 2,000 passes took 20 seconds; 2,000 and 500 are left.
-        assert board.seconds_left() == pytest.approx(25.0)
-        assert re.fullmatch(r"1 of 3 done, about 25 s left: 20_b 0/0", board.line())
+        assert followed.seconds_left() == pytest.approx(25.0)
+        assert followed.line() == "1 of 3 done, about 25 s left: 20_b 0/0"
 
-    def test_waits_until_something_is_known(self, board):
-        self.count(board, "20_b", 30)
-        assert board.seconds_left() is None
-        board.plan.passes.pop("30_c")
-        self.count(board, "20_b", 2000)
-        assert board.seconds_left() is None and board.line() == "1 of 3 done: 20_b 0/0"
+    def test_waits_until_something_is_known(self, followed):
+        self.count(followed, "20_b", 30)
+        assert followed.seconds_left() is None
+        followed.plan.passes.pop("30_c")
+        self.count(followed, "20_b", 2000)
+        assert followed.seconds_left() is None and followed.line() == "1 of 3 done: 20_b 0/0"
 
-    def test_a_count_that_is_just_being_written_is_the_last_one(self, board):
-        self.count(board, "20_b", 700)
-        assert board.jobs["20_b"].passes == 700
-        Path(board.jobs["20_b"]._folder.name, "1").write_text("")
-        assert board.jobs["20_b"].passes == 700
+    def test_a_count_that_is_just_being_written_is_the_last_one(self, followed):
+        self.count(followed, "20_b", 700)
+        assert followed.jobs["20_b"].passes == 700
+        self.count(followed, "20_b", "")
+        assert followed.jobs["20_b"].passes == 700

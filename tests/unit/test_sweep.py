@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import nbformat
+import notebook_files
 import pandas as pd
 import pytest
 import yaml
-from nbformat.v4 import new_code_cell, new_notebook
+from distributed import LocalCluster
 
 from workbench import cli
 from workbench.report.facts import read_facts, record_facts
 from workbench.report.notebooks import run_notebook
-from workbench.report.sweep import plan_sweep, sweep
+from workbench.report.plans import plan_sweep
+from workbench.report.sweep import sweep
 
 CELL = """import os
 from workbench.report.facts import record_facts
 assert seed != 3, "three is refused"
 print("seed", seed)
-record_facts({"twice": 2 * seed, "threads": os.environ["OMP_NUM_THREADS"]})"""
+record_facts({"twice": 2 * seed, "threads": os.environ.get("OMP_NUM_THREADS", "")})"""
 
 
 def write_notebook(path, parameters: str, cell: str = CELL) -> None:
-    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(cell)]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    notebook_files.write_notebook(path, cell, parameters=parameters)
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(home):
     """A project with two notebooks; by the environment, so that workers and kernels see it too."""
-    for folder in ("data", "notebooks", "reports"):
-        (tmp_path / folder).mkdir()
-    write_notebook(tmp_path / "notebooks" / "10_first.ipynb", "seed: int = 0  # a seed\nn: int = 4  # samples")
-    write_notebook(tmp_path / "notebooks" / "20_second.ipynb", "seed: int = 0  # a seed")
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
-    return tmp_path
+    write_notebook(home / "notebooks" / "10_first.ipynb", "seed: int = 0  # a seed\nn: int = 4  # samples")
+    write_notebook(home / "notebooks" / "20_second.ipynb", "seed: int = 0  # a seed")
+    return home
 
 
 def write_sweep(home, **content):
@@ -44,16 +40,16 @@ def write_sweep(home, **content):
 
 
 def test_every_combination_runs_once_in_the_notebooks_that_have_its_parameters(home):
-    runs = plan_sweep({"matrix": {"seed": [1, 2], "n": [4, 8, 16]}}, name="all")
+    runs = plan_sweep({"matrix": {"seed": [1, 2], "n": [4, 8, 16]}}, name="all").runs
     assert [run.notebook for run in runs] == ["10_first"] * 6 + ["20_second"] * 2
     assert [run.varied for run in runs[6:]] == [{"seed": 1}, {"seed": 2}]
     assert len({run.name for run in runs}) == 8
-    assert all(run.folder == home / "reports" / "sweeps" / "all" for run in runs)
+    assert all(run.out.parent == home / "reports" / "sweeps" / "all" for run in runs)
 
 
 def test_a_run_is_known_by_all_parameters_and_the_code(home):
     def key(**content):
-        (run,) = plan_sweep({"notebooks": ["10"], **content})
+        (run,) = plan_sweep({"notebooks": ["10"], **content}).runs
         return run.key
 
     assert key() == key(common={"n": 4}) == key(matrix={"seed": [0]})
@@ -72,19 +68,19 @@ def test_a_run_is_known_by_the_weights_of_its_model(home):
     keys = set()
     for content in (b"one", b"two"):
         weights.write_bytes(content)
-        keys.add(plan_sweep({"notebooks": ["30"]}, name="mine")[0].key)
+        keys.add(plan_sweep({"notebooks": ["30"]}, name="mine").runs[0].key)
     assert len(keys) == 2
     file = home / "mine.ckpt"
     for content in (b"one", b"two"):
         file.write_bytes(content)
-        keys.add(plan_sweep({"notebooks": ["30"], "common": {"model_name": str(file)}}, name="mine")[0].key)
+        keys.add(plan_sweep({"notebooks": ["30"], "common": {"model_name": str(file)}}, name="mine").runs[0].key)
     write_notebook(home / "notebooks" / "40_fourth.ipynb", 'judge_name: str = "avataaars-judge"\nmethods: list = []')
     judge = home / "data" / "models" / "avataaars-attributes" / "judge" / "model.safetensors"
     judge.parent.mkdir(parents=True)
     for content in (b"one", b"two"):
         judge.write_bytes(content)
         many = {"methods": [f"a method of a long name, {i}" for i in range(40)]}
-        keys.add(plan_sweep({"notebooks": ["40"], "common": many}, name="mine")[0].key)
+        keys.add(plan_sweep({"notebooks": ["40"], "common": many}, name="mine").runs[0].key)
     assert len(keys) == 6
 
 
@@ -94,7 +90,7 @@ def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
     for place in ("here", "there"):
         (home / place / "faces").mkdir(parents=True)
         monkeypatch.chdir(home / place)
-        (run,) = plan_sweep({"notebooks": ["30"], "common": {"images_name": "faces"}}, name="mine")
+        (run,) = plan_sweep({"notebooks": ["30"], "common": {"images_name": "faces"}}, name="mine").runs
         assert run.parameters == {"images_name": str(home / place / "faces")}
         keys.add(run.key)
     assert len(keys) == 2
@@ -103,7 +99,7 @@ def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ({"matrix": {"nonsense": [1]}}, "none of 10_first, 20_second has the parameter 'nonsense'"),
+        ({"matrix": {"nonsense": [1]}}, "has the parameter 'nonsense'"),
         ({"matrix": {"seed": 3}}, "must be a list of values"),
         ({"matrix": {"seed": []}}, "must be a list of values"),
         ({"matrix": {"seed": ["many"]}}, "parameter seed of 10_first is 'many'"),
@@ -142,7 +138,7 @@ def test_a_file_names_what_it_evidently_means_or_is_refused(home, text, names):
     path = home / "seeds.yaml"
     path.write_text(text)
     if isinstance(names, list):
-        assert [run.notebook for run in plan_sweep(path)] == names
+        assert [run.notebook for run in plan_sweep(path).runs] == names
     else:
         with pytest.raises(ValueError, match=names):
             plan_sweep(path)
@@ -153,7 +149,7 @@ def test_the_notebooks_declare_what_a_word_in_a_file_is(home):
     write_notebook(home / "notebooks" / "30_third.ipynb", types)
     path = home / "words.yaml"
     path.write_text("notebooks: 30\ncommon: {name: 010}\nmatrix: {seed: [010, 2], names: [[Yes, 1:30], 3]}")
-    runs = plan_sweep(path)
+    runs = plan_sweep(path).runs
     assert [run.varied for run in runs] == [
         {"seed": seed, "names": names} for seed in (10, 2) for names in (["Yes", "1:30"], ["3"])
     ]
@@ -167,10 +163,9 @@ def test_a_missing_file_and_no_workers_are_sentences(home):
         sweep({}, workers=0)
 
 
-@pytest.mark.slow
 def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home, capsys):
     path = write_sweep(home, notebooks=["10"], matrix={"seed": [1, 3]})
-    table = sweep(path, workers=2, progress=False)
+    table = sweep(path, workers=1, progress=False)
     assert table["status"].tolist() == ["done", "failed"]
     assert "three is refused" in table["error"][1]
     assert table["twice"][0] == 2
@@ -179,12 +174,23 @@ def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home,
     assert "seed 1" in good.read_text() and "three is refused" in bad.read_text()
 
     write_sweep(home, notebooks=["10"], matrix={"seed": [1, 2]})
-    assert cli.main(["sweep", str(path), "--workers", "2"]) == 0
+    assert cli.main(["sweep", str(path), "--workers", "1"]) == 0
     again = pd.read_csv(folder / "facts.csv")
     assert again["status"].tolist() == ["cached", "done"] and again["twice"].tolist() == [2, 4]
     page = (folder / "index.html").read_text()
     assert all(f'href="{run}.html"' in page and f"logs/{run}.log" in page for run in again["run"])
-    assert "index.html" in capsys.readouterr().out
+    assert "refresh" not in page and "index.html" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_give_the_same_rows_and_logs(home):
+    path = write_sweep(home, notebooks=["10"], matrix={"seed": [1, 3]})
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, host="127.0.0.1") as cluster:
+        table = sweep(path, scheduler=cluster.scheduler_address, progress=False)
+    assert table["status"].tolist() == ["done", "failed"] and table["twice"][0] == 2
+    assert "three is refused" in table["error"][1]
+    logs = [(home / "reports" / "sweeps" / "seeds" / "logs" / f"{run}.log").read_text() for run in table["run"]]
+    assert "seed 1" in logs[0] and "three is refused" in logs[1]
 
 
 FACTS = """from workbench.analysis.intervals import Estimate

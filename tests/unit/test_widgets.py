@@ -20,7 +20,8 @@ from workbench.directions.boundary import Boundary
 from workbench.report import plots
 from workbench.studio import widgets
 from workbench.studio.recipe import read_recipe
-from workbench.studio.widgets import EditStudio, Worker
+from workbench.studio.widgets import EditStudio
+from workbench.studio.worker import Worker
 
 STEPS = 6
 
@@ -72,10 +73,13 @@ def test_a_slider_changes_the_image_to_what_the_session_renders(studio):
     assert (after != before).any()
     np.testing.assert_array_equal(after, expected(studio))
     assert "smile +1.5 sigma" in studio.after.value and f"({STEPS} steps)" in studio.after.value
-    assert "bright" in studio.read_out.value
+    assert "bright" in studio.read_out.shown.value
 
 
-def test_every_control_reaches_the_session(studio):
+def test_every_control_reaches_the_session_and_has_a_name_for_those_who_do_not_see_it(studio):
+    controls = [*studio.scales.values(), *studio.distances.values(), studio.window, studio.eta, *studio.leave.values()]
+    controls += [*studio.samples.children, *studio.against.values(), studio.predictions.timestep]
+    assert all(control.description for control in controls)
     studio.scales["hair"].value = -1.0
     studio.against["hair", "smile"].value = True
     studio.window.value = (studio.session.timesteps[1], studio.session.timesteps[4])
@@ -89,7 +93,7 @@ def test_every_control_reaches_the_session(studio):
     np.testing.assert_array_equal(shown(studio), expected(studio))
 
 
-def test_undo_redo_and_reset_bring_the_controls_along(studio):
+def test_the_controls_follow_undo_redo_reset_and_what_was_changed_in_python(studio):
     assert studio.undo.disabled and studio.redo.disabled
     studio.scales["smile"].value = 2.0
     assert studio.wait() and not studio.undo.disabled
@@ -99,6 +103,13 @@ def test_undo_redo_and_reset_bring_the_controls_along(studio):
     assert studio.scales["smile"].value == 2.0
     studio.reset.click()
     assert studio.scales["smile"].value == 0.0 and not studio.session.state.edits
+    studio.session.set_scale("smile", 6.0)
+    studio.session.set_window(700, 100)
+    studio.refresh()
+    assert studio.scales["smile"].value == 6.0
+    high, low = studio.window.value
+    assert high <= 700 and low >= 100
+    np.testing.assert_array_equal(shown(studio), expected(studio))
 
 
 def test_a_single_step_frees_the_boundaries_sliders_and_holds_the_others(studio):
@@ -116,29 +127,29 @@ def test_a_single_step_frees_the_boundaries_sliders_and_holds_the_others(studio)
 
 def test_views_are_computed_when_they_are_looked_at(studio):
     studio.scales["smile"].value = 1.0
-    for view, widget in enumerate((studio.strip, studio.grid, studio.predictions), start=1):
+    for view, widget in enumerate((studio.strip.shown, studio.grid.shown, studio.predictions.shown), start=1):
         assert widget.value == ""
         studio.views.selected_index = view
         assert studio.wait() and "<img" in widget.value
         assert widget.value.count("<img") == widget.value.count('alt="')
-    assert studio.strip.value.count("<img") == 7 and studio.grid.value.count("<img") == 25
+    assert studio.strip.shown.value.count("<img") == 7 and studio.grid.shown.value.count("<img") == 25
     t = studio.session.timesteps[1]
-    studio.timestep.value = t
+    studio.predictions.timestep.value = t
     predicted = studio.session.predictions([t])
-    np.testing.assert_array_equal(pixels(studio.predicted.value), plots.to_pixels(predicted.before)[0])
+    np.testing.assert_array_equal(pixels(studio.predictions.predicted.value), plots.to_pixels(predicted.before)[0])
 
 
 def test_the_map_shows_the_samples_and_the_edits_path_and_a_lasso_picks(studio):
     studio.scales["smile"].value = 2.0
     studio.views.selected_index = 4
-    assert studio.wait() and studio.map in studio.map_box.children
-    points, path = studio.map.data
+    assert studio.wait() and studio.map.figure in studio.map.children
+    points, path = studio.map.figure.data
     assert len(points.x) == 4 and len(path.x) == 5
     assert (path.x[0], path.y[0]) == pytest.approx((points.x[0], points.y[0]), abs=1e-3)
     assert np.hypot(path.x[-1] - path.x[0], path.y[-1] - path.y[0]) > 1e-3
-    studio._show_hover(points, [1])
-    assert "seed 1" in studio.hover.value
-    studio._on_lasso([3, 1])
+    studio.map.hover(points, [1])
+    assert "seed 1" in studio.map.shown.value
+    studio.map.take([3, 1])
     assert studio.wait() and studio.session.state.sample == 3
 
 
@@ -170,6 +181,9 @@ def test_saving_and_loading(studio, tiny):
     studio.file_name.value = "../edit"
     studio.save_recipe.click()
     assert studio.wait() and "without folders" in studio.status.value
+    studio.folder, studio.file_name.value = studio.folder / "edit.json", "edit"
+    studio.save_recipe.click()
+    assert studio.wait() and "alert" in studio.status.value and "edit.json" in studio.status.value
 
 
 def test_what_is_saved_is_decided_at_the_click(studio):
@@ -224,14 +238,6 @@ def test_a_preview_of_a_sample_that_was_left_is_stopped(studio, monkeypatch):
     assert studio.wait() and not seen
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(studio):
-    studio.folder.parent.mkdir(exist_ok=True)
-    studio.folder.write_text("a file")
-    studio.scales["smile"].value = 1.0
-    studio.save_recipe.click()
-    assert studio.wait() and "alert" in studio.status.value and "edits" in studio.status.value
-
-
 def test_a_view_that_cannot_be_made_is_empty_and_its_sentence_goes_with_it(tiny, run, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(widgets, "REST", 0.0)
     twins = [parts[2], replace(parts[2], t=166)]
@@ -239,12 +245,12 @@ def test_a_view_that_cannot_be_made_is_empty_and_its_sentence_goes_with_it(tiny,
     first, second = studio.distances
     studio.distances[first].value = 2.0
     studio.views.selected_index = 1
-    studio.strip_of.value = first
-    assert studio.wait() and "img" in studio.strip.value
-    studio.strip_of.value = second
-    assert studio.wait() and studio.strip.value == "" and "is at one timestep" in studio.status.value
-    studio.strip_of.value = first
-    assert studio.wait() and "img" in studio.strip.value and "alert" not in studio.status.value
+    studio.strip.choosers["along"].value = first
+    assert studio.wait() and "img" in studio.strip.shown.value
+    studio.strip.choosers["along"].value = second
+    assert studio.wait() and studio.strip.shown.value == "" and "is at one timestep" in studio.status.value
+    studio.strip.choosers["along"].value = first
+    assert studio.wait() and "img" in studio.strip.shown.value and "alert" not in studio.status.value
 
 
 def test_a_store_of_other_samples_is_refused(tiny, run, parts, tmp_path, make_unet):
@@ -276,16 +282,6 @@ def test_a_recipe_brings_its_own_sliders(studio, tiny, run, parts, tmp_path):
     np.testing.assert_array_equal(shown(other), shown(studio))
 
 
-def test_a_session_that_was_changed_in_python_is_shown_by_refresh(studio):
-    studio.session.set_scale("smile", 6.0)
-    studio.session.set_window(700, 100)
-    studio.refresh()
-    assert studio.scales["smile"].value == 6.0
-    high, low = studio.window.value
-    assert high <= 700 and low >= 100
-    np.testing.assert_array_equal(shown(studio), expected(studio))
-
-
 def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio):
     studio.scales["smile"].value = 1.0
     bundle = studio._repr_mimebundle_()
@@ -303,14 +299,7 @@ def test_two_studios_are_independent(studio, tiny, run, parts):
     studio.scales["smile"].value = 2.0
     assert studio.wait() and other.wait()
     assert other.scales["smile"].value == 0.0 and other.after.value == untouched
-    assert "Give a classifier" in other.read_out.value
-
-
-def test_every_control_has_a_name_for_those_who_do_not_see_it(studio):
-    controls = [*studio.scales.values(), *studio.distances.values(), studio.window, studio.eta, studio.timestep]
-    controls += [*studio.leave.values(), *studio.samples.children, *studio.against.values()]
-    assert all(control.tooltip or control.description for control in controls)
-    assert all(control.description for control in controls)
+    assert "Give a classifier" in other.read_out.shown.value
 
 
 def test_a_newer_move_stops_an_older_one_and_nothing_queues():

@@ -36,21 +36,9 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class AttributeNet(nn.Module):
-    """A small convolutional network that takes images of any size, which it resizes to its own.
+    """A small convolutional network that takes images of any size and resizes them to its own.
 
-    Parameters
-    ----------
-    attributes : int
-        Number of outputs.
-    size : int
-        Side in pixels that images are resized to.
-    widths : sequence of int
-        Channels of each stage; a stage halves the resolution.
-    kernel : int
-        Odd side of the convolutions.
-    residual : bool
-        Add a residual convolution to each stage.
-    activation : {"relu", "gelu"}
+    Each stage, as wide as `widths` says, halves the resolution; `residual` adds a residual convolution to each.
     """
 
     def __init__(

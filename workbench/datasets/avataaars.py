@@ -13,14 +13,14 @@ import csv
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,10 +31,8 @@ from workbench import paths
 from workbench.io import written
 
 SIZE = 64
-TRAIN_PARTS = (0, 1)
-TRAIN_PART_SIZE = 12_000
 HELD_OUT_PART = 10
-"""The part that is bundled; this one and all above it are never trained on."""
+"""The part that is bundled; this one and all above it are never trained on. Parts 0 and 1 are for training."""
 
 LONG_HAIR = ("STRAIGHT_1", "STRAIGHT_2", "CURVY", "LONG_NOT_TOO_LONG", "BOB", "BIG_HAIR")
 SHORT_HAIR = ("SHORT_FLAT", "SHORT_ROUND", "SHORT_WAVED", "CAESAR", "SHORT_CURLY", "CAESAR_SIDE_PART")
@@ -66,23 +64,35 @@ BACKGROUNDS = (
 )
 SHIRTS = ("BLUE_02", "RED", "GRAY_02", "PASTEL_GREEN", "WHITE", "BLACK")
 
-FREQUENCIES = {
-    "Smiling": 0.49,
-    "Mouth_Open": 0.49 * 2 / 3 + 0.51 / 5,
-    "Eyeglasses": 0.254,
-    "Sunglasses": 0.08,
-    "Beard": 0.2475,
-    "Long_Hair": 0.45,
-    "Bald": 0.055,
-    "Blond_Hair": 0.945 * 0.82 * 0.27,
-    "Black_Hair": 0.945 * 0.82 * 0.40,
-    "Gray_Hair": 0.945 * 0.18,
-    "Dark_Skin": 0.5,
-    "Angry_Brows": 0.20,
-    "Raised_Brows": 0.25,
-    "Eyes_Closed": 0.30,
+
+class Attribute(NamedTuple):
+    """A label of 0 or 1: the factor that decides it and the options for which it is 1, and how often that is."""
+
+    factor: str
+    options: Collection[str]
+    frequency: float
+    regions: tuple[str, ...] = ()
+
+
+ATTRIBUTES = {
+    "Smiling": Attribute("mouth", SMILES, 0.49, ("mouth",)),
+    "Mouth_Open": Attribute("mouth", ("SMILE", "BIG_SMILE", "SCREAM_OPEN"), 0.49 * 2 / 3 + 0.51 / 5, ("mouth",)),
+    "Eyeglasses": Attribute("glasses", EYEGLASSES, 0.254, ("glasses",)),
+    "Sunglasses": Attribute("glasses", SUNGLASSES, 0.08, ("glasses",)),
+    "Beard": Attribute("beard", BEARDS, 0.2475, ("beard",)),
+    "Long_Hair": Attribute("hair", LONG_HAIR, 0.45, ("hair",)),
+    "Bald": Attribute("hair", ("NONE",), 0.055, ("hair",)),
+    "Blond_Hair": Attribute("hair_color", ("BLONDE", "BLONDE_GOLDEN"), 0.945 * 0.82 * 0.27, ("hair", "beard")),
+    "Black_Hair": Attribute("hair_color", ("BLACK", "BROWN_DARK"), 0.945 * 0.82 * 0.40, ("hair", "beard")),
+    "Gray_Hair": Attribute("hair_color", GRAY_COLORS, 0.945 * 0.18, ("hair", "beard")),
+    "Dark_Skin": Attribute("skin", ("BROWN", "DARK_BROWN", "BLACK"), 0.5),
+    "Angry_Brows": Attribute("eyebrows", ("ANGRY",), 0.20, ("brows",)),
+    "Raised_Brows": Attribute("eyebrows", ("RAISED_EXCITED",), 0.25, ("brows",)),
+    "Eyes_Closed": Attribute("eyes", ("CLOSED", "HAPPY"), 0.30, ("eyes",)),
 }
-"""Probability of every attribute of 0 or 1."""
+"""All but the tilt. A beard has the colour of the hair; skin is no region."""
+
+FREQUENCIES = {name: attribute.frequency for name, attribute in ATTRIBUTES.items()}
 
 PLANTED = {
     ("Long_Hair", "Beard"): (0.3025, 0.2475, 0.45, 0.0),
@@ -90,26 +100,6 @@ PLANTED = {
     ("Gray_Hair", "Eyeglasses"): (0.66095, 0.16895, 0.08505, 0.08505),
 }
 """Pairs whose correlation is planted: probabilities of neither, of the second alone, of the first alone, of both."""
-
-REGIONS = ("mouth", "eyes", "brows", "hair", "beard", "glasses")
-"""Names that `region_mask` takes."""
-
-ATTRIBUTE_REGIONS = {
-    "Smiling": ("mouth",),
-    "Mouth_Open": ("mouth",),
-    "Eyeglasses": ("glasses",),
-    "Sunglasses": ("glasses",),
-    "Beard": ("beard",),
-    "Long_Hair": ("hair",),
-    "Bald": ("hair",),
-    "Blond_Hair": ("hair", "beard"),
-    "Black_Hair": ("hair", "beard"),
-    "Gray_Hair": ("hair", "beard"),
-    "Angry_Brows": ("brows",),
-    "Raised_Brows": ("brows",),
-    "Eyes_Closed": ("eyes",),
-}
-"""Regions that an attribute is drawn in; a beard has the colour of the hair, and skin is no region."""
 
 _TILTS = (-10.0, -5.0, 0.0, 5.0, 10.0)
 _PART_STRIDE = 1_000_000
@@ -126,6 +116,9 @@ _REGION_FACTORS = {
     "beard": ("beard", ("NONE", *BEARDS)),
     "glasses": ("glasses", ("NONE", *EYEGLASSES, *SUNGLASSES)),
 }
+REGIONS = tuple(_REGION_FACTORS)
+"""Names that `region_mask` takes."""
+
 _VISIBLE = 8
 _COVERED = 0.1
 
@@ -163,7 +156,7 @@ class Factors:
 def factors(part: int, i: int) -> Factors:
     """Draw the factors of image `i` (0..999,999) of a part, the same on every machine.
 
-    Parts 0 and 1 are for training (`TRAIN_PARTS`), 10 and above are held out.
+    Parts 0 and 1 are for training, 10 and above are held out.
     """
     if part < 0 or not 0 <= i < _PART_STRIDE:
         raise ValueError(f"part {part}, image {i} does not exist; part is 0 or more, image is 0..{_PART_STRIDE - 1}")
@@ -193,25 +186,9 @@ def factors(part: int, i: int) -> Factors:
 
 def attributes(factors: Factors) -> dict[str, int | float]:
     """Labels of a picture: 14 attributes of 0 or 1, and `Tilt` in degrees; the hair colours are 0 for a bald head."""
-    bald = factors.hair == "NONE"
-    color = None if bald else factors.hair_color
-    return {
-        "Smiling": int(factors.mouth in SMILES),
-        "Mouth_Open": int(factors.mouth in ("SMILE", "BIG_SMILE", "SCREAM_OPEN")),
-        "Eyeglasses": int(factors.glasses in EYEGLASSES),
-        "Sunglasses": int(factors.glasses in SUNGLASSES),
-        "Beard": int(factors.beard in BEARDS),
-        "Long_Hair": int(factors.hair in LONG_HAIR),
-        "Bald": int(bald),
-        "Blond_Hair": int(color in ("BLONDE", "BLONDE_GOLDEN")),
-        "Black_Hair": int(color in ("BLACK", "BROWN_DARK")),
-        "Gray_Hair": int(color in GRAY_COLORS),
-        "Dark_Skin": int(factors.skin in ("BROWN", "DARK_BROWN", "BLACK")),
-        "Angry_Brows": int(factors.eyebrows == "ANGRY"),
-        "Raised_Brows": int(factors.eyebrows == "RAISED_EXCITED"),
-        "Eyes_Closed": int(factors.eyes in ("CLOSED", "HAPPY")),
-        "Tilt": factors.tilt,
-    }
+    shown = vars(factors) | {"hair_color": None if factors.hair == "NONE" else factors.hair_color}
+    labels = {name: int(shown[a.factor] in a.options) for name, a in ATTRIBUTES.items()}
+    return {**labels, "Tilt": factors.tilt}
 
 
 def render(factors: Factors) -> Image.Image:
@@ -315,7 +292,7 @@ def attribute_mask(attribute: str, *, size: int = SIZE) -> np.ndarray | None:
 
     None for what is no region of the face, such as the colour of the skin.
     """
-    names = ATTRIBUTE_REGIONS.get(attribute, ())
+    names = ATTRIBUTES[attribute].regions if attribute in ATTRIBUTES else ()
     masks = [region_mask(name, size=size, tilt=tilt) for name in names for tilt in _TILTS]
     return np.any(masks, axis=0) if masks else None
 

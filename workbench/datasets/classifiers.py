@@ -112,23 +112,7 @@ def load_classifier(
 
 
 def read_attributes(source: str | Path) -> tuple[str, ...] | None:
-    """Attributes of a classifier, without its weights.
-
-    Parameters
-    ----------
-    source : str or path
-        As of `load_classifier`, but no function.
-
-    Returns
-    -------
-    tuple of str or None
-        None if the config does not name them.
-
-    Raises
-    ------
-    FileNotFoundError, ImportError, ValueError
-        As `load_classifier`.
-    """
+    """Attributes of a classifier (a name or path as of `load_classifier`), or None if its config does not name them."""
     if source == "clip":
         return tuple(TABLE_I_PROMPTS)
     path = _locate(source)[0] / "config.json"

@@ -136,7 +136,7 @@ def warn_of_others(source: str | Path, others: list[str], *, tables: bool = Fals
     unread = [name for name in others if name.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
     if tables and unread:
         notes.append(
-            f"no labels are read, for no table is called {LABEL_FILES[0]} ({some(unread)}); give one as labels="
+            f"no labels are read, since no table is called {LABEL_FILES[0]} ({some(unread)}); give one as labels="
         )
     if notes:
         warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=3)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,20 +33,6 @@ CROPS = {"celeba64": ((178, 218), (25, 57, 153, 185))}
 """
 
 Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torch.Tensor
-
-# What Pillow's decoders and zipfile raise on damaged data.
-_UNDECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    RuntimeError,  # a zip with a password, or packed in a way that zipfile does not know
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -153,27 +136,6 @@ class LabelledImages:
             raise ValueError(f"there is no attribute {name!r}; the known ones are {known}")
         return self.labels[name]
 
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Stream all images in order.
-
-        Parameters
-        ----------
-        batch_size : int
-            Images a batch, 1 or more; the last one may be smaller.
-
-        Yields
-        ------
-        Tensor of shape (k, 3, size, size), float32, values in [-1, 1]
-
-        Raises
-        ------
-        ValueError
-            If `batch_size` is below 1 or an image cannot be decoded.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give 1 or more")
-        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
-
     def at_size(self, size: int | None) -> LabelledImages:
         """The same images at another size.
 
@@ -257,7 +219,7 @@ class LabelledImages:
         if not whole:
             raise ValueError(f"none of {len(broken)} images can be decoded ({some(broken)}); give others")
         if broken:
-            warnings.warn(f"left out is what cannot be decoded as an image: {', '.join(broken)}", stacklevel=3)
+            warnings.warn(f"images that cannot be decoded are left out: {', '.join(broken)}", stacklevel=3)
         return self.select(whole)
 
 
@@ -277,7 +239,7 @@ def load_images(
     Labels are looked for inside of the folder or zip and beside the zip; CelebA's and CelebAMask-HQ's lists also up to
     two folders above and in their `Anno` folders, so that what is unpacked as it is distributed loads as it is. Tables
     may be separated by commas, semicolons, tabs or spaces, in UTF-8, UTF-16 or Latin-1. File names are in the column
-    `file_name`, as in the `metadata.csv` of Hugging Face, or the first one. What is left out is said in a warning.
+    `file_name`, as in the `metadata.csv` of Hugging Face, or the first one. A warning names what is left out.
 
     CelebA's aligned images (178 x 218), CelebAMask-HQ, AFHQ and LSUN as folders of images load as they are. Their
     centre squares are what models of 128 and 256 pixels are trained on; for the 64-pixel models of DDIM see `crop`.
@@ -438,7 +400,7 @@ def _decode(
             return picture_to_tensor(_cropped(image, crop), size)
     except Unsuitable as error:
         raise ValueError(f"{where}: {error}") from error
-    except _UNDECODABLE as error:
+    except Exception as error:  # Pillow's decoders raise anything
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         text = f"{where} cannot be decoded as an image ({reason}); replace it or remove it{remedy}"
         raise BrokenImage(text) from error

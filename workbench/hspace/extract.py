@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from workbench import __version__, paths
 from workbench.diffusion.images import check_images, fingerprint
+from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
-from workbench.diffusion.sampling import Trajectory, check_batch_size, invert, progress_bar, sample
+from workbench.diffusion.sampling import Trajectory, check_batch_size, progress_bar, sample
 from workbench.hspace.store import (
     DTYPES,
     HStore,

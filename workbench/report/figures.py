@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 from IPython import get_ipython
+from IPython.display import Markdown, display
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,9 +26,10 @@ from matplotlib.text import Text
 
 from workbench import _MODULES, _NAMES, __version__, paths
 from workbench.io import code_hash, write_text
-from workbench.report import plots
+from workbench.report.claims import load_claims
 from workbench.report.facts import record_facts
-from workbench.report.plots import STYLE
+from workbench.report.style import STYLE, add_caption
+from workbench.report.style import save_figure as save_files
 
 if TYPE_CHECKING:
     from workbench.diffusion.models import Model
@@ -98,7 +100,7 @@ def save_figure(
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`.
+        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts are displayed below.
     sources : mapping of str to Model, Classifier or LabelledImages
         What the numbers depend on, by role: "model", "labeller", "judge", "images".
     folder : path, optional
@@ -110,17 +112,22 @@ def save_figure(
     matplotlib Figure
         With its caption, for the notebook to display.
     """
-    record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    if numbers:
+        record_facts({f"{name}.{number}": estimate for number, estimate in numbers.items()})
+    claims = [claim for claim in load_claims() if claim.figure == name and claim.number in numbers]
+    verdicts = {claim.text: claim.verdict(numbers[claim.number].low, numbers[claim.number].high) for claim in claims}
+    if verdicts:
+        display(Markdown("\n".join(f"- **{verdict}**: {text}" for text, verdict in verdicts.items())))
     if folder:
         folder = paths.writable(folder, folder=True)
         for width, inches in WIDTHS.items():
-            plots.save_figure(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
+            save_files(resized(copy.deepcopy(figure), inches), folder / f"{name}-{width}")
         record = {"figure": name, "title": title, "caption": caption}
         record["numbers"] = {number: vars(estimate) for number, estimate in numbers.items()}
         record["table"] = json.loads(table.to_json(orient="records", double_precision=6))
         record["provenance"] = _provenance(name, sources)
         write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    plots.add_caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
@@ -158,7 +165,8 @@ def draw_figure(
     """
     # A notebook's kernel, which imports this module, does not need papermill.
     from workbench.report.notebooks import NotebookFailed, run_notebook
-    from workbench.report.parameters import notebook_parameters, plan_profile, read_parameters
+    from workbench.report.parameters import notebook_parameters
+    from workbench.report.plans import read_profile
 
     out = paths.writable(out, folder=True).absolute()
     known, parameters = list_figures(), parameters or {}
@@ -168,14 +176,13 @@ def draw_figure(
         if each not in known:
             raise ValueError(f"there is no figure {each!r}; `workbench figure --list` has {', '.join(known)}")
     notebooks = list(dict.fromkeys(known[each].notebook for each in names))
-    plan = plan_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
+    plan = read_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
     taken = {notebook: notebook_parameters(notebook).keys() & parameters.keys() for notebook in notebooks}
     for key in parameters:
         if not any(key in keys for keys in taken.values()):
-            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench params NOTEBOOK`")
+            raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench run NAME --list`")
     for notebook, keys in taken.items():
-        plan[notebook] |= read_parameters(notebook, {key: parameters[key] for key in sorted(keys)})
-        plan[notebook]["figures"] = str(out)
+        plan[notebook] |= {key: parameters[key] for key in sorted(keys)} | {"figures": str(out)}
     failures = []
     for notebook in notebooks:
         try:
@@ -255,6 +262,8 @@ def resized(figure: Figure, width: float) -> Figure:
                 text.set_fontsize(max(SMALLEST, text.get_fontsize() * factor))
         for _ in range(8):
             factor = width / _drawn_width(figure)
+            if abs(factor - 1.0) < 1e-3:
+                break
             _scale(figure, factor, 1.0 if laid_out else factor)
     return figure
 

@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 
+import psutil
 from jupyter_client import AsyncKernelManager
 
 IMPORTED = (
@@ -43,13 +43,7 @@ Threads that spin while they wait take the core of another notebook, or of whate
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """Variables of a kernel, or of the process that kernels are copied from.
-
-    Parameters
-    ----------
-    threads : int, optional
-        Threads of linear algebra; by default as many as the library chooses.
-    """
+    """Variables of a kernel, or of the process that kernels are copied from, with so many threads of linear algebra."""
     return {**LIBRARIES, **os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
 
 
@@ -115,40 +109,24 @@ class KernelServer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()  # it ends with its requests, and kernels that are left with it
-        self._process.stdout.close()
+        self._process.kill()  # kernels that are left end with it
         self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
 
 
-class ForkedProcess:
+class ForkedProcess(psutil.Process):
     """A process that is not this one's child, with what `jupyter_client` asks of a `subprocess.Popen`."""
 
     stdin = stdout = stderr = None
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
     def poll(self) -> int | None:
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return 1
-        return None
+        """None while it runs."""
+        return None if self.is_running() else 1
 
-    def wait(self) -> int:
-        while (status := self.poll()) is None:
-            time.sleep(0.05)
-        return status
-
-    def send_signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+    def send_signal(self, sig: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            super().send_signal(sig)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -12,8 +13,10 @@ import pandas as pd
 from matplotlib import style
 from PIL import Image
 
-from workbench.editing.render import EditGrid
 from workbench.report.style import PALETTE, STYLE, Figure, add_caption, as_array, drawing, finite, labelled, words
+
+if TYPE_CHECKING:  # it imports torch, and reports begin without
+    from workbench.editing.render import EditGrid
 
 _FARTHEST_VALUE = 10.0
 

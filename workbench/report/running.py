@@ -1,19 +1,28 @@
-"""A notebook that runs: how far it is, the environment of its kernel, and how to stop it."""
+"""A notebook that runs, by papermill: how far it is, what its kernel's environment is, and how to stop it."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import nbformat
+import papermill
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+
+from workbench import paths
 from workbench.report.kernels import KernelServer, environment
+from workbench.report.parameters import braced
 
 
 class Job:
-    """One notebook of a report.
+    """One notebook while it runs.
 
     Parameters
     ----------
@@ -34,16 +43,54 @@ class Job:
     def __init__(self, name: str, *, threads: int | None = None, kernels: KernelServer | None = None) -> None:
         self.name, self.kernels, self.state, self.stopped = name, kernels, "waiting", False
         self.cell = self.cells = 0
-        self._threads = threads
-        self._folder = TemporaryDirectory(prefix="workbench-")
-        self._client, self._counted = None, 0
-        self._lock = threading.Lock()
+        self.counts = TemporaryDirectory(prefix="workbench-")
+        self._threads, self._client, self._counted = threads, None, 0
+
+    def execute(
+        self, source: Path, executed: Path, parameters: dict, *, timeout: int, progress: bool = False
+    ) -> dict | None:
+        """Run a notebook into another file; returns None, or which cell of the source failed and how.
+
+        Raises KeyboardInterrupt if the job is stopped.
+        """
+        injected = 1 if parameters else 0
+        for attempt in (1, 2):
+            try:
+                papermill.execute_notebook(
+                    braced(source),
+                    braced(executed),
+                    parameters=parameters,
+                    kernel_name="python3",
+                    engine_name="workbench",
+                    progress_bar={"desc": source.stem, "leave": False} if progress else False,
+                    log_output=True,
+                    job=self,
+                    folder=str(source.parent),
+                    timeout=timeout,
+                )
+                return None
+            except PapermillExecutionError as error:
+                return {"cell": error.cell_index - injected, "ename": error.ename, "evalue": error.evalue}
+            except Exception as error:  # a cell out of time, a kernel that died or never started
+                if self.stopped:
+                    raise KeyboardInterrupt from None
+                cells = nbformat.read(executed, as_version=4).cells if executed.exists() else []
+                started = [i for i, cell in enumerate(cells) if cell.metadata.papermill.get("start_time")]
+                if not started and attempt == 1:
+                    continue
+                if not executed.exists():
+                    raise
+                last = max(max(started, default=0) - injected, 0)
+                return {"cell": last, "ename": type(error).__name__, "evalue": str(error).strip().partition("\n")[0]}
+        raise AssertionError("two attempts end in a return or an exception")
 
     def environment(self) -> dict[str, str]:
         """Variables of the kernel, which computes samples on all cores and counts its passes."""
         from workbench.diffusion.parallel import PROGRESS, THREADS, thread_count  # torch, a second or two
 
-        return environment(self._threads) | {THREADS: str(thread_count()), PROGRESS: self._folder.name}
+        # The home may be named relative to this folder, and the kernel's is another.
+        own = {THREADS: str(thread_count()), PROGRESS: self.counts.name, "WORKBENCH_HOME": str(paths.home())}
+        return environment(self._threads) | own
 
     def follow(self, manager, client) -> None:
         """Learn of each cell as papermill's `manager` begins it, and keep the `client` to stop it by."""
@@ -62,7 +109,7 @@ class Job:
     def passes(self) -> int:
         """Passes of a network that its processes have counted."""
         total = 0
-        for file in Path(self._folder.name).glob("*"):
+        for file in Path(self.counts.name).glob("*"):
             with contextlib.suppress(OSError, ValueError):  # it is just being written
                 total += int(file.read_text())
         self._counted = max(self._counted, total)
@@ -70,15 +117,61 @@ class Job:
 
     def stop(self) -> None:
         """End the kernel; the notebook then ends with KeyboardInterrupt, where it runs."""
-        with self._lock:
-            self.stopped = True
-            if self._client is not None:
-                self._client.log.disabled = True  # that its kernel died is no news
-            provisioner = getattr(getattr(self._client, "km", None), "provisioner", None)
-            if provisioner is not None and provisioner.pid:
-                with contextlib.suppress(OSError):
-                    os.kill(provisioner.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        self.stopped = True
+        if self._client is not None:
+            self._client.log.disabled = True  # that its kernel died is no news
+        provisioner = getattr(getattr(self._client, "km", None), "provisioner", None)
+        if provisioner is not None and provisioner.pid:
+            with contextlib.suppress(OSError):
+                os.kill(provisioner.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     def close(self) -> None:
+        """Take the last count of passes, and remove its files."""
         self.passes  # noqa: B018 - the last count, before its files go
-        self._folder.cleanup()
+        self.counts.cleanup()
+
+
+class _Engine(NBClientEngine):
+    """papermill's own engine, with a folder and an environment of the kernel's, which leave this process's alone."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, *, job: Job, folder: str, timeout: int, **options):
+        copied = {} if job.kernels is None else {"kernel_manager_class": job.kernels.manager()}
+        client = PapermillNotebookClient(
+            nb_man,
+            **copied,
+            kernel_name=kernel_name,
+            timeout=timeout,
+            startup_timeout=180,
+            log=logging.getLogger(f"papermill.{job.name}"),
+            log_output=options["log_output"],
+            store_widget_state=False,
+            extra_arguments=["--log-level=CRITICAL"],
+            resources={"metadata": {"path": folder}},
+        )
+        job.follow(nb_man, client)
+        return client.execute(env=job.environment())
+
+
+papermill_engines.register("workbench", _Engine)
+# What notebooks print is in the notebooks; without a handler, Python would write their warnings to the terminal too.
+logging.getLogger("papermill").addHandler(logging.NullHandler())
+
+
+@contextlib.contextmanager
+def logged(name: str, path: Path | None) -> Iterator[logging.Logger]:
+    """Where a job of that name says what its notebook prints; also written to a file, if one is given."""
+    logger = logging.getLogger(f"papermill.{name}")
+    if path is None:
+        yield logger
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield logger
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

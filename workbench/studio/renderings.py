@@ -20,8 +20,9 @@ from PIL import Image
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import load_image
 from workbench.diffusion.images import check_images
+from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Injection, Trajectory, invert, replay, sample
+from workbench.diffusion.sampling import Injection, Trajectory, replay, sample
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite

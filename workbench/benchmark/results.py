@@ -1,0 +1,243 @@
+"""What a benchmark measured, as tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from workbench import __version__, paths
+from workbench.analysis.image_metrics import (
+    diversity,
+    frechet_distance,
+    frechet_distance_interval,
+    kernel_distance,
+    kernel_distance_interval,
+)
+from workbench.analysis.intervals import mean_interval
+from workbench.benchmark.bench import Bench, Cell
+from workbench.benchmark.methods import METHODS
+from workbench.benchmark.protocol import Protocol
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """What was measured.
+
+    Attributes
+    ----------
+    protocol : Protocol
+    edits : DataFrame
+        One row a method, attribute, population (`repeat`), strength (`scale`) and held-out sample (`seed`): the judge's
+        probability of the attribute `before` and `after`, its `logit` after; how far the image moved (`rms`), `psnr`,
+        `psnr_outside` of the attribute's region, `psnr_backdrop`, `perceptual`, `perceptual_outside`, `identity`; and
+        `change NAME`, that of every attribute's probability.
+    transfer : DataFrame
+        One row a method, attribute, population and kind ("population", "other steps"): mean `effect` on samples without
+        the attribute with its 95% interval `low`, `high`, that on `held_out` ones at the same `scale` (of "other steps"
+        the same seeds), and the number of samples that the effect is of, `n`.
+    realism : DataFrame
+        One row a method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
+        distance of edited images from real ones, each sample with one attribute edited, with `..._low` and `..._high`;
+        `diversity` relative to the plain samples; `n`, the samples of a set. "real", as many real images against other
+        ones, and the plain samples are the floor.
+    costs : DataFrame
+        One row a method and attribute: `passes`, `scored`, `labels` to find it, `seconds` that took, and `edit_passes`
+        of one edit.
+    skipped : DataFrame
+        One row a method and attribute without a result, and the `reason`.
+    strips : dict of (method, attribute) -> ndarray of shape (shown, 1 + scales, C, H, W), float32
+        The plain sample and its edits, of the first population.
+    provenance : dict
+    """
+
+    protocol: Protocol
+    edits: pd.DataFrame = field(repr=False)
+    transfer: pd.DataFrame = field(repr=False)
+    realism: pd.DataFrame = field(repr=False)
+    costs: pd.DataFrame = field(repr=False)
+    skipped: pd.DataFrame = field(repr=False)
+    strips: dict[tuple[str, str], np.ndarray] = field(repr=False)
+    provenance: dict = field(repr=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the tables: `edits` as Parquet and CSV, the others as CSV, the provenance as JSON.
+
+        Parameters
+        ----------
+        folder : path
+
+        Returns
+        -------
+        Path
+        """
+        folder = paths.writable(folder, folder=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.edits.to_parquet(folder / "edits.parquet", index=False)
+        for name in ("edits", "transfer", "realism", "costs", "skipped"):
+            getattr(self, name).to_csv(folder / f"{name}.csv", index=False)
+        (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+    def __repr__(self) -> str:
+        p = self.protocol
+        return (
+            f"Benchmark({len(p.methods)} methods, {len(p.attributes)} attributes, {p.held_out} held-out samples, "
+            f"{p.repeats} population{'s' if p.repeats > 1 else ''} of {p.population}, {len(self.edits)} edits)"
+        )
+
+
+def gather(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> Benchmark:
+    """The tables of all cells."""
+    there = {key: cell for key, cell in cells.items() if cell.tensors}
+    gone = [
+        {"method": m, "attribute": a, "repeat": r, "reason": cell.about["skipped"]}
+        for (m, a, r), cell in cells.items()
+        if not cell.tensors
+    ]
+    costs = [{"method": m, "attribute": a, "repeat": r, **cell.about} for (m, a, r), cell in there.items()]
+    plain = bench.held_out.x0[bench.shown].clamp(-1, 1).numpy()[:, None]
+    strips = {
+        (m, a): np.concatenate([plain, cell.tensors["shown"].numpy() / np.float32(127.5) - 1], axis=1)
+        for (m, a, r), cell in there.items()
+        if r == 0
+    }
+    return Benchmark(
+        bench.protocol,
+        edits=_edits(bench, there),
+        transfer=_transfer(bench, there),
+        realism=_realism(bench, there),
+        costs=pd.DataFrame(costs),
+        skipped=pd.DataFrame(gone, columns=["method", "attribute", "repeat", "reason"]),
+        strips=strips,
+        provenance={
+            "workbench": __version__,
+            "code": bench.code,
+            "protocol": dict(vars(bench.protocol)),
+            "model": bench.model.provenance(),
+            "labeller": [bench.labeller.name, bench.labeller.hash],
+            "judge": [bench.judge.name, bench.judge.hash],
+            "images": bench.images.fingerprint,
+            "held_out": list(bench.held_out.seeds),
+            "shown": [bench.held_out.seeds[i] for i in bench.shown],
+            "scales": {name: [list(METHODS[name].scales), METHODS[name].unit] for name in bench.protocol.methods},
+            "family": {name: METHODS[name].family for name in bench.protocol.methods},
+        },
+    )
+
+
+def _edits(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
+    before, names = _probability(bench.plain["scores"]), list(bench.judge.attributes)
+    parts = []
+    for (method, attribute, repeat), cell in cells.items():
+        values = {name: tensor.numpy() for name, tensor in cell.tensors.items()}
+        n, k = values["rms"].shape
+        own, after = names.index(attribute), _probability(values["logits"])
+        columns = {
+            "method": method,
+            "attribute": attribute,
+            "repeat": repeat,
+            "scale": np.tile(METHODS[method].scales, n),
+            "seed": np.repeat(bench.held_out.seeds, k),
+            "before": np.repeat(before[:, own], k),
+            "after": after[:, :, own].ravel(),
+            "logit": values["logits"][:, :, own].ravel(),
+        }
+        columns |= {name: values[name].ravel() for name in MEASURES}
+        changes = after - before[:, None]
+        columns |= {f"change {name}": changes[:, :, i].ravel() for i, name in enumerate(names)}
+        parts.append(pd.DataFrame(columns))
+    if not parts:
+        raise ValueError("no method found anything; the reasons are in the cells: enlarge the population")
+    return pd.concat(parts, ignore_index=True)
+
+
+def _transfer(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
+    before, names, rows = bench.plain["scores"], list(bench.judge.attributes), []
+    for (method, attribute, repeat), cell in cells.items():
+        own, scales = names.index(attribute), METHODS[method].scales
+        middle = len(scales) // 2
+        held_out = np.stack([before[:, own], cell.tensors["logits"][:, middle, own].numpy()], axis=1)
+        for kind, compared in {"population": held_out, "other steps": held_out[: len(held_out) // 2]}.items():
+            if kind in cell.tensors:
+                changes, reference = _changes(cell.tensors[kind].numpy()), _changes(compared)
+                low, high = mean_interval(changes)
+                key = {"method": method, "attribute": attribute, "repeat": repeat, "kind": kind}
+                found = {"effect": _mean(changes), "low": low, "high": high, "held_out": _mean(reference)}
+                rows.append(key | {"scale": scales[middle], **found, "n": len(changes)})
+    return pd.DataFrame(rows)
+
+
+def _realism(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
+    """Distances to real images in the judge's features and in principal components of the pixels."""
+    plain, real = bench.held_out.x0.clamp(-1, 1), bench.real
+    spaces = {
+        "judge": (bench.judge.features(plain), bench.judge.features(real)),
+        "pixels": tuple(bench.pixels.transform(x.flatten(1).numpy()) for x in (plain, real)),
+    }
+    rows = []
+    for space, (own, target) in spaces.items():
+        # Every second one, so that both halves are alike; the first half is the reference of all.
+        reference, other = target[::2], target[1::2]
+        usual = diversity(own)
+        # As many at a time as there are samples, since few make the Frechet distance larger.
+        n = min(len(own), len(other))
+        other = other[: len(other) // n * n]
+        found = _distances(other, reference, usual, groups=len(other) // n)
+        rows.append({"method": "real", "position": -1, "space": space, **found})
+        rows.append({"method": "plain", "position": -1, "space": space, **_distances(own, reference, usual)})
+        key = "features" if space == "judge" else "pixels"
+        for method in bench.protocol.methods:
+            parts = [cell.tensors[key].numpy() for (m, _, _), cell in cells.items() if m == method]
+            for i in range(len(METHODS[method].scales) if parts else 0):
+                edited = np.concatenate([part[:, i] for part in parts])
+                spread = np.mean([diversity(part[:, i]) for part in parts]) / usual
+                found = _distances(edited, reference, usual, groups=len(parts))
+                rows.append({"method": method, "position": i, "space": space, **found, "diversity": spread})
+    return pd.DataFrame(rows)
+
+
+MEASURES = (
+    "rms",
+    "psnr",
+    "psnr_outside",
+    "psnr_backdrop",
+    "perceptual",
+    "perceptual_outside",
+    "identity",
+)
+"""Columns of `Benchmark.edits` about the image itself."""
+
+
+def _probability(logits: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-np.asarray(logits, dtype=float)))
+
+
+def _changes(logits: np.ndarray) -> np.ndarray:
+    """Change of the probability of each sample without the attribute; logits (n, 2), before and after."""
+    p = _probability(logits[logits[:, 0] <= 0])
+    return p[:, 1] - p[:, 0]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, groups: int = 1) -> dict:
+    """Distances of a set of features from the reference; of several versions of it, one after the other."""
+    low, high = kernel_distance_interval(features, reference, groups=groups)
+    frechet_low, frechet_high = frechet_distance_interval(features, reference, groups=groups)
+    return {
+        "frechet": frechet_distance(features, reference, groups=groups),
+        "frechet_low": frechet_low,
+        "frechet_high": frechet_high,
+        "kernel": kernel_distance(features, reference, groups=groups),
+        "kernel_low": low,
+        "kernel_high": high,
+        "diversity": diversity(features) / usual,
+        "n": len(features) // groups,
+    }

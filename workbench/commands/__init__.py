@@ -1,0 +1,1 @@
+"""The commands of `workbench`: thin shells around the functions of the package."""

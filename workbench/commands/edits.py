@@ -1,0 +1,426 @@
+"""Commands that find directions and boundaries, edit along them, and compare the methods."""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+import workbench as wb
+from workbench import paths
+from workbench.commands import options as opt
+from workbench.commands.options import check_attributes, command
+
+FIND = "workbench find pca avataaars32 --n 512 --k 5"
+FIT = "workbench boundary fit avataaars32 --t 500 --attributes Smiling Beard"
+find = opt.subcommands("find", "Find directions in h-space and save them.", example=FIND)
+boundary = opt.subcommands("boundary", "Fit boundaries at one timestep, and cross them.", example=FIT)
+
+
+def save(found: Iterable, model, folder: Path, ending: str = "") -> None:
+    """Save directions or boundaries by their names; `ending` keeps apart those that were found in another way."""
+    for each in found:
+        path = folder / f"{model.name.replace('/', '--')}-{paths.file_name(each.name)}{ending}.safetensors"
+        print(f"{each}\n{each.save(path)}")
+
+
+@dataclasses.dataclass
+class Place:
+    """Where in the network h is read, and where what is found in it is saved."""
+
+    tap: opt.Tap = "after"
+    out: opt.OutFound = None
+
+    @property
+    def ending(self) -> str:
+        return "" if self.tap == "after" else f"-{self.tap}"
+
+
+@dataclasses.dataclass
+class Samples(opt.Sampling):
+    """Samples whose h is recorded."""
+
+    n: opt.Count = 512
+    seed: opt.Seed = 0
+
+    def extract(self, model):
+        return wb.extract(model, self.n, seed=self.seed, **self.chain)
+
+
+@command("pca", app=find, example=FIND)
+def find_pca(
+    samples: Samples,
+    place: Place,
+    k: Annotated[int, Option(callback=opt.positive, help="number of components")] = 5,
+    joint: Annotated[bool, Option("--joint", help="one PCA over all timesteps")] = False,
+):
+    """Principal components of the samples' h (Haas et al.)."""
+    if not joint and k >= samples.n:
+        raise ValueError(f"--k is {k}; {samples.n} samples have up to {samples.n - 1} components")
+    model = samples.load(place.tap)
+    found = wb.find_pca(samples.extract(model), k=k, joint=joint)
+    save(found, model, place.out or paths.directions(), ("-joint" if joint else "") + place.ending)
+
+
+@command("jacobian", app=find, example="workbench find jacobian avataaars32 --t 600 --region mouth")
+def find_jacobian(
+    samples: Samples,
+    place: Place,
+    t: Annotated[int, Option(help="timestep")],
+    k: Annotated[int, Option(callback=opt.positive, help="number of directions")] = 3,
+    region: Annotated[str | None, Option(help="mouth, eyes, brows, hair, beard or glasses of an avatar")] = None,
+):
+    """What one sample reacts to most (Haas et al.).
+
+    It is the sample of --seed; n samples scale the directions.
+    """
+    from workbench.datasets.domain import find_region
+    from workbench.diffusion.schedule import index_of
+
+    model = samples.load(place.tap)
+    index_of(t, model.schedule.timesteps(samples.steps), trained=model.schedule.T)
+    mask = None if region is None else find_region(region, size=model.image_shape[1])
+    store = samples.extract(model)
+    run = wb.sample(model, [samples.seed], **samples.chain)
+    spectrum = wb.find_jacobian(model, run, t=t, k=k, mask=mask, population=store)
+    prefix = "" if region is None else f"{region} "
+    found = (dataclasses.replace(each, name=prefix + each.name) for each in spectrum)
+    save(found, model, place.out or paths.directions(), place.ending)
+
+
+@command("scores", app=find, example="workbench find scores avataaars32 --attributes Smiling Beard")
+def find_scores(
+    samples: Samples,
+    place: Place,
+    attributes: opt.Attributes,
+    k: Annotated[int, Option(callback=opt.positive, help="samples a side")] = 100,
+    classifier: opt.Labeller = "avataaars",
+):
+    """From samples of lowest to those of highest score."""
+    if not 2 <= k <= samples.n // 2:
+        raise ValueError(f"--k is {k}; {samples.n} samples have 2 to {samples.n // 2} on a side")
+    labeller = wb.load_classifier(classifier, device=samples.device)
+    check_attributes(attributes, labeller.attributes)
+    model = samples.load(place.tap)
+    store = samples.extract(model)
+    scores = labeller(store.images).set_axis(store.seeds)
+    found = (wb.find_from_scores(store, scores[name], k=k, name=name) for name in attributes)
+    save(found, model, place.out or paths.directions(), place.ending)
+
+
+@command("labels", app=find, example="workbench find labels avataaars32 --attributes Smiling")
+def find_labels(
+    network: opt.Network,
+    place: Place,
+    labels: opt.Labels,
+    attributes: opt.Attributes,
+    images: opt.LabelledSource = "avataaars",
+    n: opt.Count = 512,
+    steps: opt.Steps = 50,
+):
+    """From images without to those with an attribute.
+
+    The images are inverted.
+    """
+    labelled = labels.load(images)
+    check_attributes(attributes, labelled.names)
+    labelled = labelled.select(slice(n))
+    model = network.load(place.tap)
+    store = wb.extract(model, images=labelled, steps=steps, batch_size=network.batch_size)
+    found = wb.find_many(store, labelled.labels[attributes]).values()
+    save(found, model, place.out or paths.directions(), f"-labels{place.ending}")
+
+
+@command("fit", app=boundary, example=FIT)
+def boundary_fit(
+    network: opt.Network,
+    place: Place,
+    labels: opt.Labels,
+    t: Annotated[int, Option(help="timestep, one of those visited")],
+    steps: opt.Steps = 50,
+    n: Annotated[int, Option(callback=opt.positive, help="number of images or samples")] = 100,
+    seed: opt.Seed = 0,
+    images: opt.LabelledSource = "avataaars",
+    attributes: opt.Attributes = None,
+    classifier: Annotated[str | None, Option(help="fit on samples that this one labels, not on images")] = None,
+    positive: Annotated[str | None, Option(help="folder or zip of images with the attribute, not labels")] = None,
+    negative: Annotated[str | None, Option(help="folder or zip of images without it")] = None,
+    method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
+    balance: Annotated[bool, Option("--balance", help="give both classes the same weight")] = False,
+    wanted: Annotated[float | None, Option(help="warn if the held-out accuracy stays below this")] = None,
+):
+    """Fit and save boundaries in x and h.
+
+    By default each attribute of two classes has one.
+    """
+    from workbench.diffusion.schedule import index_of
+
+    if (positive is None) != (negative is None):
+        raise ValueError("give both --positive and --negative, the images with and without the attribute")
+    if classifier is not None and positive is not None:
+        raise ValueError("--classifier labels samples of the model; leave out --positive and --negative, or it")
+    if positive is not None and len(attributes or []) > 1:
+        raise ValueError("two folders have one attribute between them; give its name alone as --attributes")
+    model = network.load(place.tap)
+    visited = model.schedule.timesteps(steps)
+    first = index_of(t, visited, trained=model.schedule.T)
+    recording = {"record_x": True, "batch_size": network.batch_size}
+    if classifier is not None:
+        labeller = wb.load_classifier(classifier, device=network.device)
+        attributes = attributes or list(labeller.attributes)
+        check_attributes(attributes, labeller.attributes)
+        source = wb.extract(model, n, seed=seed, steps=visited, eta=0.0, **recording)
+        table = labeller(source.images).set_axis(source.seeds)[attributes].gt(0.5).astype(int)
+    else:
+        if positive is not None:
+            attributes = attributes or ["attribute"]
+            chosen = _pair(positive, negative, name=attributes[0], n=n, skip_broken=labels.skip_broken)
+        else:
+            chosen = labels.load(images).select(slice(n))
+            attributes = attributes or _with_two_classes(chosen)
+            check_attributes(attributes, chosen.names)
+        source = wb.extract(model, images=chosen, steps=visited[first:], **recording)
+        table = chosen.labels[attributes]
+    kind = "" if method == "svm" else f"-{method}"
+    for space, ending in {"x": kind, "h": kind + place.ending}.items():
+        found = wb.fit_boundaries(source, table, t=t, space=space, method=method, balance=balance, wanted=wanted)
+        save(found.values(), model, place.out or paths.boundaries(), f"-{space}-t{t}{ending}")
+
+
+def _pair(positive: str, negative: str, *, name: str, n: int, skip_broken: bool):
+    """Images of two folders, up to n / 2 of each."""
+    images = wb.load_pair(positive, negative, name=name, skip_broken=skip_broken)
+    half, positives = n // 2, int(images.label(name).sum())
+    return images.select([*range(min(half, positives)), *range(positives, min(positives + half, len(images)))])
+
+
+def _with_two_classes(images) -> list[str]:
+    """Attributes that have a boundary: an angle has none, nor what hardly any image has or lacks."""
+    names = []
+    for name in images.names:
+        label = images.label(name)
+        if label.isin([0, 1]).all() and 2 <= label.sum() <= len(label) - 2:
+            names.append(name)
+    if left_out := [name for name in images.names if name not in names]:
+        print(f"without a boundary, for lack of two classes or of labels: {', '.join(left_out)}")
+    return names
+
+
+@command("import", app=boundary, example="workbench boundary import smile_h.sav --model celeba_hq --t 500 --space h")
+def boundary_import(
+    file: Annotated[str, Argument(help=".sav file")],
+    model: Annotated[str, Option(help="the model that it was fitted with")],
+    t: Annotated[int, Option(help="timestep that it was fitted at")],
+    space: Annotated[Literal["h", "x"], Option(help="latent space of the boundary (BoundaryDiffusion's z is x here)")],
+    name: Annotated[str | None, Option(help="of the attribute (default: of the file)")] = None,
+    out: opt.OutFound = None,
+):
+    """Read a .sav file of BoundaryDiffusion, without executing it."""
+    from workbench.directions.legacy import convert_boundary
+
+    network = wb.load_model(model, device="cpu")
+    made = convert_boundary(file, network, t=t, space=space, name=name)
+    save([made], network, out or paths.boundaries(), f"-{space}-t{t}")
+
+
+@dataclasses.dataclass
+class Crossing:
+    """How `wb.cross_boundary` edits."""
+
+    distances: opt.Numbers = (-3.0, -1.5, 0.0, 1.5, 3.0)
+    unit: Annotated[Literal["sd", "distance"], Option(help="of the distances")] = "sd"
+    mode: Annotated[Literal["absolute", "shift", "mirror"], Option(help="what the distances are")] = "absolute"
+    eta: opt.Eta = 1.0
+    h_policy: Annotated[
+        Literal["first", "offset", "offset-asymmetric", "none", "stale"], Option(help="h of the steps after t")
+    ] = "first"
+    keep_norm: Annotated[bool, Option("--keep-norm", help="move on a great circle")] = False
+
+
+SMILE = "data/boundaries/avataaars32-Smiling-x-t500.safetensors"
+
+
+@command("edit", app=boundary, example=f"workbench boundary edit avataaars32 --images avataaars --boundaries {SMILE}")
+def boundary_edit(
+    network: opt.Network,
+    crossing: Crossing,
+    labels: opt.Labels,
+    boundaries: Annotated[list[str], Option(metavar="FILE...", help="files, in x, in h or in both")],
+    images: Annotated[str | None, Option(help="to edit: avataaars, or a folder or zip")] = None,
+    seeds: opt.Seeds = None,
+    n: Annotated[int, Option(callback=opt.positive, help="number of images")] = 4,
+    steps: opt.Steps = 50,
+    seed: Annotated[int, Option(help="of the noise of edited images")] = 0,
+    tap: opt.Tap = "after",
+    out: opt.OutPicture = "edits.png",
+):
+    """Edit images or samples by crossing boundaries.
+
+    --eta is that of the steps from the boundaries' timestep on.
+    """
+    from workbench.diffusion.schedule import index_of
+
+    if (images is None) == (seeds is None):
+        raise ValueError("give --images or --seeds, what is to be edited")
+    model = network.load(tap)
+    crossed = [wb.load_boundary(path, model=model) for path in boundaries]
+    visited = model.schedule.timesteps(steps)
+    first = index_of(crossed[0].t, visited, trained=model.schedule.T)
+    if seeds is not None:
+        run = wb.sample(model, seeds, steps=visited, eta=0.0, batch_size=network.batch_size)
+        noise = {}
+    else:
+        chosen = labels.load(images).select(slice(n))
+        run = wb.invert(model, chosen, steps=visited[first:], batch_size=network.batch_size)
+        noise = {"seed": seed}
+    in_h, in_x = ([each for each in crossed if each.space == space] or None for space in "hx")
+    grid = wb.cross_boundary(model, run, in_h, in_x, **vars(crossing), **noise, batch_size=network.batch_size)
+    opt.save_picture(wb.plots.edit_grid(dataclasses.replace(grid, images=grid.images.clamp(-1, 1))), out)
+    print(f"{grid}\n{out.resolve()}")
+
+
+@command("studio", example="workbench studio --model avataaars32 --directions data/directions --seeds 0-7")
+def studio(
+    model: Annotated[str, Option(help="bundled name, diffusers folder, hub id or file")] = "avataaars32",
+    directions: Annotated[list[str] | None, Option(metavar="PATH...", help="default: the model's own, or PCA")] = None,
+    seeds: opt.Seeds = "0-7",
+    steps: opt.Steps = 50,
+    eta: opt.Eta = 1.0,
+    classifier: Annotated[str, Option(help="scores images before and after, e.g. avataaars-judge")] = "",
+    device: opt.Device = None,
+    port: Annotated[int, Option(help="0 is a free one")] = 0,
+    theme: Annotated[Literal["light", "dark"], Option(help="of the page")] = "light",
+):
+    """Edit by sliders in the browser.
+
+    The page is for this machine alone. --directions are files or folders of directions and boundaries; by default
+    those that were saved for the model.
+    """
+    from workbench.studio.server import serve_studio
+
+    settings = {"model": model, "directions": directions, "seeds": seeds, "steps": steps, "eta": eta}
+    serve_studio(
+        settings | {"classifier": classifier, "device": device},
+        on_ready=lambda address: print(f"the studio is at\n  {address}\nuntil Ctrl-C", flush=True),
+        port=port,
+        theme=theme,
+    )
+
+
+@command("edit", example="workbench edit data/edits/edit.json -o edit.png")
+def edit(
+    recipe: Annotated[str, Argument(help=".json file, with its .parts folder beside it")],
+    model: Annotated[str | None, Option(help="the same model elsewhere (default: as the recipe names it)")] = None,
+    classifier: Annotated[str | None, Option(help="scores to draw beside the images, e.g. avataaars-judge")] = None,
+    device: Annotated[str, Option(help="cpu, cuda or mps; cpu is exact to the bit")] = "cpu",
+    out: opt.OutEdit = "edit.png",
+):
+    """Render a recipe that the studio saved."""
+    import torch
+
+    from workbench.studio.recipe import read_recipe, result_of
+    from workbench.studio.state import describe
+
+    own = read_recipe(recipe)
+    torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits
+    network = wb.load_model(model or own["model"]["name"], device=device).tapped(own["model"]["tap"])
+    scorer = wb.load_classifier(classifier, device=device) if classifier else None
+    session = wb.open_recipe(recipe, model=network, classifier=scorer)
+    rendering = session.render()
+    words = f"{session.label(rendering.state.sample)}: {describe(rendering.state)}"
+    if out.suffix == ".safetensors":
+        files = [rendering.save(out)]
+    else:
+        scores = session.read_out(rendering)
+        figure = wb.plots.before_after(rendering.before, rendering.after, scores=scores, caption=f"{words}.")
+        files = wb.plots.save_figure(figure, out)
+    here, recorded = result_of(rendering), own["result"]
+    made = "torch {torch}, {threads} threads"
+    print(words)
+    if here["sha256"] == recorded["sha256"]:
+        print("the same image as when it was saved, bit for bit")
+    else:
+        print(f"not the same bits as when it was saved ({made.format(**recorded)}; here {made.format(**here)})")
+    for path in files:
+        print(path.resolve())
+
+
+@dataclasses.dataclass
+class Size:
+    """Sizes of a benchmark; those that are not given are those of --quick or of the full one."""
+
+    population: Annotated[int | None, Option(help="samples that methods learn from, and labelled images")] = None
+    held_out: Annotated[int | None, Option(help="samples that are edited")] = None
+    repeats: Annotated[int | None, Option(help="populations, each of other seeds")] = None
+    steps: Annotated[int | None, Option(help="visited timesteps")] = None
+
+
+@command("benchmark", example="workbench benchmark --quick --methods PCA 'mean difference' -o benchmark")
+def benchmark(
+    size: Size,
+    labels: opt.Labels,
+    model: Annotated[str, Argument(help="bundled name, diffusers folder, hub id or checkpoint file")] = "avataaars32",
+    quick: Annotated[bool, Option("--quick", help="few samples and three attributes: minutes, not hours")] = False,
+    methods: Annotated[list[str] | None, Option(metavar="METHOD...", help="default: all that are registered")] = None,
+    attributes: opt.Attributes = None,
+    plugin: Annotated[str | None, Option(help="Python file that registers more methods")] = None,
+    seed: Annotated[int, Option(help="of populations and held-out samples")] = 0,
+    images: opt.LabelledSource = "avataaars",
+    labeller: opt.Labeller = "avataaars",
+    judge: opt.Judge = "avataaars-judge",
+    device: opt.Device = None,
+    workers: Annotated[int | None, Option(help="processes (default: one a core, or one where there is a GPU)")] = None,
+    scheduler: Annotated[str | None, Option(help="of dask, tcp://host:8786, for workers elsewhere")] = None,
+    no_report: Annotated[bool, Option("--no-report", help="leave out the HTML of 80_benchmark")] = False,
+    out: opt.OutFolder = "benchmark",
+):
+    """Compare methods on the same held-out samples.
+
+    Writes tables, curves, strips and, without --no-report, the report 80_benchmark.
+    """
+    import runpy
+
+    from workbench.benchmark import leaderboard
+    from workbench.benchmark.methods import METHODS
+    from workbench.benchmark.protocol import HELD_OUT, QUICK_ATTRIBUTES, SIZES
+
+    if plugin is not None:
+        runpy.run_path(str(paths.local(plugin)))
+    labels_by, judged_by = (wb.load_classifier(each, device=device) for each in (labeller, judge))
+    network = wb.load_model(model, device=device)
+    usual = [name for name in judged_by.attributes if not quick or name in QUICK_ATTRIBUTES]
+    attributes = attributes or usual or list(judged_by.attributes)
+    check_attributes(attributes, judged_by.attributes)
+    sizes = SIZES["quick" if quick else "full"] | {k: v for k, v in vars(size).items() if v is not None}
+    protocol = wb.Protocol(
+        tuple(methods or METHODS), tuple(attributes), **sizes, labelled=sizes["population"], seed=seed
+    )
+    pixels = network.image_shape[1]
+    result = wb.run_benchmark(
+        network,
+        protocol,
+        labeller=labels_by,
+        judge=judged_by,
+        images=labels.load(images, pixels),
+        masks=wb.domain_of(images).masks(attributes, size=pixels),
+        workers=(os.cpu_count() if network.device.type == "cpu" else 1) if workers is None else workers,
+        scheduler=scheduler,
+    )
+    folder = result.save(out)
+    table = leaderboard.leaderboard(result.edits)
+    table.to_csv(folder / "leaderboard.csv")
+    figure = wb.plots.pareto(leaderboard.pareto(result.edits), family=result.provenance["family"])
+    wb.plots.save_figure(figure, folder / "pareto")
+    seeds = [f"seed {seed % HELD_OUT}" for seed in result.provenance["shown"][:2]]
+    for attribute in sorted({of for _, of in result.strips}):
+        strips = wb.plots.edit_strips(result.strips, attribute, names=seeds)
+        wb.plots.save_figure(strips, folder / f"strips-{paths.file_name(attribute)}")
+    shown = "success success_low success_high leakage entanglement psnr_outside identity p_random".split()
+    print(f"{result}\n{table[[c for c in shown if c in table]].round(2).to_string()}\n{folder.resolve()}")
+    if not no_report and plugin is None:
+        parameters = sizes | {"seed": seed, "attributes": attributes, "methods": list(protocol.methods)}
+        parameters |= {"model_name": model, "classifier_name": labeller, "judge_name": judge, "images_name": images}
+        parameters |= {"labels_name": labels.labels or "", "skip_broken": labels.skip_broken}
+        print(wb.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)

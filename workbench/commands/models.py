@@ -1,0 +1,315 @@
+"""Commands that load, sample, train and measure models."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+import workbench as wb
+from workbench import paths
+from workbench.commands import options as opt
+from workbench.commands.options import command
+from workbench.io import written
+
+
+@command("models", example="workbench models")
+def models():
+    """List bundled and public models.
+
+    Bundled ones load without a network; of public ones it says what they need.
+    """
+    from workbench.diffusion.loading import known_models
+
+    for row in wb.list_models():
+        channels, height, width = row["images"]
+        print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
+    print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
+    for row in known_models():
+        channels, height, width = row["images"]
+        size = f"{channels} x {height} x {width}"
+        need, h = f"{row['memory'].total / 2**30:.1f} GiB", " x ".join(map(str, row["h"]))
+        weights = f"{row['parameters'] / 1e6:.0f} M"
+        files = f", {' or '.join(row['files'])}" if row["files"] else ""
+        print(f"{row['name']:32s} {size:13s} {weights:>5s} weights {need:>8s}  h {h:12s} {row['about']}{files}")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What a file of weights does not tell of its network."""
+
+    preset: Annotated[str | None, Option(help="which published checkpoint it is (default: by its name)")] = None
+    image_size: Annotated[int | None, Option(help="without a preset: side of the images in pixels")] = None
+    timesteps: Annotated[int | None, Option(help="of its training (default: the preset's, or 1000)")] = None
+    rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was told t * 1000 / T")] = False
+    head_channels: Annotated[int | None, Option(help="without a preset: channels of an attention head")] = None
+    attention_order: Annotated[Literal["legacy", "new"] | None, Option(help="default: legacy")] = None
+    schedule: Annotated[Literal["linear", "cosine"] | None, Option(help="default: the preset's, or linear")] = None
+
+
+@command("convert", example="workbench convert celeba_hq.ckpt data/models/celeba_hq")
+def convert(
+    file: Annotated[str, Argument(help=".ckpt, .pt, .pth or .safetensors file")],
+    out: Annotated[str, Argument(help="new folder")],
+    checkpoint: Checkpoint,
+):
+    """Make a model folder of a checkpoint.
+
+    It is a file of the original DDPM or of guided-diffusion; bundled presets know the published ones.
+    """
+    folder = wb.convert_checkpoint(file, out, **vars(checkpoint))
+    print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
+
+
+@command("verify", example="workbench verify google/ddpm-ema-celebahq-256")
+def verify(
+    model: Annotated[str, Argument(help="hub id, model folder or checkpoint file")],
+    against: Annotated[str | None, Option(help="hub id that it should equal (default: the model itself)")] = None,
+    device: opt.Device = None,
+):
+    """Compare a model with recorded values of a hub model."""
+    from workbench.diffusion.loading import verify
+    from workbench.formats import golden
+
+    reference = against or model
+    difference = verify(wb.load_model(model, device=device), reference)
+    same = difference <= golden.TOLERANCE
+    print(
+        f"{model} {'is' if same else 'is not'} the network of {reference}: {golden.COUNT} values of eps at "
+        f"t = {golden.T} differ by up to {difference:.1e} (allowed {golden.TOLERANCE:.0e})"
+    )
+    return 0 if same else 1
+
+
+@command("sample", example="workbench sample avataaars32 --seeds 0-15 -o samples.png")
+def sample(network: opt.Sampling, seeds: opt.Seeds = "0-15", out: opt.OutPicture = "samples.png"):
+    """Generate images."""
+    run = wb.sample(network.load(), seeds, **network.chain)
+    opt.save_picture(wb.plots.image_grid(run.x0.clamp(-1, 1), titles=[str(seed) for seed in run.seeds]), out)
+    print(f"{run}\n{out.resolve()}")
+
+
+@command("extract", example="workbench extract avataaars32 --n 512 --steps 50")
+def extract(
+    network: opt.Sampling,
+    labels: opt.Labels,
+    n: Annotated[int | None, Option(callback=opt.positive, help="number of samples (default 512) or of images")] = None,
+    seed: opt.Seed = 0,
+    images: Annotated[str | None, Option(help="invert these: avataaars, a folder or a zip file of images")] = None,
+    tap: opt.Tap = "after",
+    dtype: opt.Dtype = "float16",
+    record_x: opt.RecordX = False,
+    out: Annotated[str | None, Option("-o", "--out", help="folder or address (default: under data/cache)")] = None,
+):
+    """Record the h-space of samples or images on disk."""
+    if images is None:
+        source = {"n": 512 if n is None else n, "seed": seed, "eta": network.eta}
+    else:
+        source = {"images": labels.load(images).select(slice(n))}
+    form = {"steps": network.steps, "batch_size": network.batch_size, "dtype": dtype, "record_x": record_x}
+    store = wb.extract(network.load(tap), out=out, **source, **form)
+    print(f"{store}\n{store.path}")
+
+
+@command("plan", example="workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100")
+def plan(
+    model: Annotated[str, Option(help="as for extract, or a public one that is not here")] = "avataaars32",
+    n: opt.Count = 512,
+    steps: opt.Steps = 50,
+    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: assume a share of its peak")] = None,
+    utilisation: Annotated[float | None, Option(help="that share (default 0.25)")] = None,
+    rate: Annotated[float | None, Option(help="measured passes a second of one process")] = None,
+    precision: Annotated[Literal["float32", "bfloat16"], Option(help="of the network")] = "float32",
+    processes: Annotated[int, Option(help="processes, one a GPU")] = 1,
+    batch_size: opt.BatchSize = None,
+    dtype: opt.Dtype = "float16",
+    record_x: opt.RecordX = False,
+):
+    """Estimate the cost of an extraction.
+
+    Disk, memory, passes and hours; without --gpu and --rate the speed is measured on this machine.
+    """
+    from workbench.diffusion.loading import load_shapes
+    from workbench.diffusion.models import best_device
+    from workbench.diffusion.parallel import cpu_batch
+    from workbench.hspace import planning
+
+    network = load_shapes(model)
+    on_gpu = gpu is not None or best_device().type != "cpu"
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--rate is {rate:g}; give passes a second")
+    batch_size = batch_size or (64 if on_gpu else cpu_batch(planning.shapes_of(network)[0]))
+    if rate is not None:
+        # It is the rate of one process, wherever that runs, and not of all cores of this machine.
+        flop_rate, source = (1 if on_gpu else processes) * rate * planning.count_flops(network), "as given"
+    elif gpu is not None:
+        share = planning.UTILISATION if utilisation is None else utilisation
+        flop_rate = planning.peak_rate(gpu, dtype=precision, utilisation=share)
+        source = f"assumed: {share:.0%} of the peak of a {gpu.upper()} in {precision}"
+    else:
+        own = wb.load_model("avataaars32", dtype=precision)
+        passes = planning.measure_pass_rate(own, batch_size=min(batch_size, n, own.batch_size()))
+        flop_rate = passes * planning.count_flops(load_shapes(own.name))
+        source = f"measured with {own.name} on {own.device}: {flop_rate / 1e12:.2g} TFLOP/s"
+    size = {"n": n, "steps": steps, "processes": processes, "batch_size": batch_size}
+    size |= {"dtype": dtype, "record_x": record_x}
+    print(planning.plan_extraction(network, flop_rate=flop_rate, source=source, on_gpu=on_gpu, **size))
+
+
+@dataclasses.dataclass
+class Training:
+    """Options that are fields of `TrainingSettings`; those that are not given keep its defaults."""
+
+    start: Annotated[str | None, Option("--from", metavar="MODEL", help="begin with the weights of this model")] = None
+    grow: Annotated[bool, Option("--grow", help="with --from: to twice its size, by a resolution outside")] = False
+    size: Annotated[int | None, Option(help="side of the images in pixels (default 32)")] = None
+    widths: Annotated[list[int] | None, Option(metavar="N...", help="channels, finest first; default 48 96 144")] = None
+    layers: Annotated[int | None, Option(help="residual blocks a resolution (default 1)")] = None
+    attention: Annotated[list[int] | None, Option(metavar="N...", help="its resolutions; 0: none (default 8)")] = None
+    head_channels: Annotated[int | None, Option(help="channels of an attention head (default 48)")] = None
+    skips: Annotated[int | None, Option(help="skip connections kept, from the input on (default: all)")] = None
+    dropout: Annotated[float | None, Option(help="share of activations that are dropped (default 0)")] = None
+    steps: Annotated[int | None, Option(help="optimiser steps (default 10000)")] = None
+    batch_size: Annotated[int | None, Option(help="images a step, over all processes (default 32)")] = None
+    learning_rate: Annotated[float | None, Option(help="the largest one; a cosine follows (default 4e-4)")] = None
+    warmup: Annotated[int | None, Option(help="steps until it is reached (default 200)")] = None
+    weight_decay: Annotated[float | None, Option(help="of AdamW (default 1e-4)")] = None
+    clip: Annotated[float | None, Option(help="largest norm of the gradient (default 1)")] = None
+    ema: Annotated[float | None, Option(help="decay of the average of the weights (default 0.999)")] = None
+    gamma: Annotated[float | None, Option(help="of the min-SNR weights; inf for the plain loss (default 5)")] = None
+    flips: Annotated[bool, Option("--flips", help="mirror every second image")] = False
+    precision: Annotated[Literal["bfloat16", "float32"] | None, Option(help="of the arithmetic (default bfloat16)")] = (
+        None
+    )
+    compile: Annotated[bool, Option("--compile", help="compile the network")] = False
+    seed: Annotated[int | None, Option(help="of all that is random (default 0)")] = None
+
+    def given(self) -> dict[str, object]:
+        chosen = {name: value for name, value in vars(self).items() if value is not None and value is not False}
+        if self.attention == [0]:
+            chosen["attention"] = []
+        return chosen
+
+
+TRAIN = "workbench train FOLDER --out data/models/mine"
+
+
+@command("train", example=f"{TRAIN} --size 32 --steps 5000\n  {TRAIN} --resume")
+def train(
+    images: Annotated[list[str], Argument(help="folders or zips of images, or avataaars")],
+    out: opt.OutFolder,
+    training: Training,
+    resume: Annotated[bool, Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    minutes: Annotated[float, Option(help="time between checkpoints")] = 10.0,
+    previews: Annotated[int, Option(help="samples drawn at each of them")] = 16,
+    skip_broken: Annotated[bool, Option("--skip-broken", help="leave out images that cannot be decoded")] = False,
+):
+    """Train a diffusion model on images, or resume."""
+    from workbench.diffusion.training import TrainingSettings, read_log, read_settings
+
+    wb.keep_freed_memory()  # this process is the command's own
+    given = training.given()
+    if resume and given:
+        surplus = "from" if "start" in given else next(iter(given)).replace("_", "-")
+        raise ValueError(f"a resumed training has its own settings; leave out --{surplus}")
+    networks = ("size", "widths", "layers", "attention", "head_channels")
+    if training.start is not None and (surplus := [name for name in networks if name in given]):
+        raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")
+    settings = read_settings(out) if resume else TrainingSettings(**given)
+    size = settings.size
+    if training.start is not None:
+        size = wb.load_model(training.start, device="cpu").image_shape[1] * (2 if settings.grow else 1)
+    model = wb.train_model(
+        [wb.load_images(source, size=size, skip_broken=skip_broken) for source in images],
+        None if resume else settings,
+        out=out,
+        resume=resume,
+        minutes=minutes,
+        previews=previews,
+    )
+    caption = f"{model.name}: {model.parameters / 1e6:.2f} M parameters, batches of {settings.batch_size} images."
+    opt.save_picture(wb.plots.training_curve(read_log(out), caption=caption), out / "curve.png")
+    print(f"{model}\n{out.resolve()}")
+
+
+DOMAIN = ("avataaars", "avataaars-judge")
+
+
+@command(
+    "evaluate-model",
+    example="workbench evaluate-model avataaars32 --training part0 part1 --card data/models/avataaars32",
+)
+def evaluate_model(
+    network: opt.Sampling,
+    labels: opt.Labels,
+    images: Annotated[str, Option(help="held-out images: bundled name, folder or zip")] = "avataaars",
+    training: Annotated[list[str] | None, Option(metavar="IMAGES...", help="of its training, to find copies")] = None,
+    n: opt.Count = 2000,
+    seed: opt.Seed = 0,
+    classifiers: Annotated[list[str], Option(metavar="NAME...", help="feature spaces; the last one judges")] = DOMAIN,
+    inverted: Annotated[int, Option(help="images to invert and reconstruct")] = 32,
+    recipe: Annotated[bool, Option("--recipe", help="expect the bundled domain's probabilities")] = False,
+    card: Annotated[str | None, Option(help="model folder whose README.md takes the numbers")] = None,
+):
+    """Measure samples against held-out images.
+
+    With --card the numbers are written into the model card, with a contact sheet beside it.
+    """
+    from workbench.datasets.domain import AVATAAARS
+
+    folder = None if card is None else paths.local(card)
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}, whose card takes the numbers")
+    model = network.load()
+    size = model.image_shape[1]
+    evaluation = wb.evaluate_model(
+        model,
+        labels.load(images, size),
+        classifiers=[wb.load_classifier(each, device=network.device) for each in classifiers],
+        training=[wb.load_images(each, size=size, skip_broken=labels.skip_broken) for each in training or ()] or None,
+        n=n,
+        seed=seed,
+        n_inverted=inverted,
+        **network.chain,
+        frequencies=AVATAAARS.frequencies if recipe else None,
+        pairs=AVATAAARS.pairs if recipe else None,
+    )
+    print(evaluation.to_markdown())
+    if folder is None:
+        return
+    caption = f"{model.name}: the first {min(100, n)} samples, {network.steps} steps, eta {network.eta:g}."
+    sheets = {"samples": wb.plots.image_grid(evaluation.images[:100], columns=10, caption=caption)}
+    if evaluation.nearest is not None:
+        rows = ["samples", "nearest\ntraining images"]
+        sheets["nearest"] = wb.plots.image_grid(evaluation.nearest, row_labels=rows)
+    for name, sheet in sheets.items():
+        with written(folder / f"{name}.png") as partial:
+            sheet.savefig(partial, dpi=100, format="png", bbox_inches="tight")
+    print(evaluation.write(folder).resolve())
+
+
+@command("train-classifier", example="workbench train-classifier FOLDER --out DIR --seed 0")
+def train_classifier(
+    images: Annotated[str, Argument(help="folder or zip of labelled images, or avataaars")],
+    out: opt.OutFolder,
+    labels: opt.Labels,
+    seed: Annotated[int, Option(help="of weights and batches")] = 0,
+    steps: Annotated[int, Option(help="batches of 128 images")] = 2000,
+    design: Annotated[Literal["labeller", "judge"], Option(help="one labels, the other scores")] = "labeller",
+):
+    """Train an attribute classifier on labelled images."""
+    classifier = wb.train_classifier(labels.load(images), out=out, seed=seed, steps=steps, design=design)
+    print(f"{classifier}\n{out.resolve()}")
+
+
+@command("data", example="workbench data avataaars --n 2000 --part 10")
+def data(
+    name: Annotated[Literal["avataaars"], Argument(help="the bundled domain")],
+    n: opt.Count = 2000,
+    part: Annotated[int, Option(help="0 and 1 are for training, 10 and up held out")] = 10,
+    out: opt.OutImages = None,
+):
+    """Draw images of the bundled domain."""
+    from workbench.datasets import avataaars
+
+    print(avataaars.build(n, part=part, out=out or Path(f"avataaars-part{part}")).resolve())

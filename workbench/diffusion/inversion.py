@@ -1,0 +1,200 @@
+"""Inversion: the x_t, or the step noises, that lead a model to given images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from workbench.diffusion.images import check_images
+from workbench.diffusion.models import Model
+from workbench.diffusion.noise import FORWARD, check_seeds, normal
+from workbench.diffusion.sampling import StepRecord, Trajectory, batches, check_batch_size, progress_bar, replay
+from workbench.diffusion.schedule import CLEAN
+
+INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
+LEVELS = ("current", "next")
+
+
+def invert(
+    model: Model,
+    images: torch.Tensor | np.ndarray | Image.Image | Sequence,
+    *,
+    steps: int | Sequence[int] = 50,
+    method: str = "ddim",
+    iterations: int = 5,
+    eta: float | Sequence[float] = 1.0,
+    level: str = "current",
+    noise_repair: bool = False,
+    seed: int = 0,
+    residual: bool = False,
+    record_h: bool = False,
+    record_x: bool = False,
+    batch_size: int | None = None,
+    progress: bool | tqdm = True,
+) -> Trajectory:
+    """Find the x_T, and for eta > 0 the noise of every step, from which the reverse process gives these images.
+
+    "ddim" and "fixed-point" run the deterministic process (eta 0) backwards: the step from t_prev to t solves
+    x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" takes eps at (x_prev, t_prev) instead, one network pass a step and
+    first-order accurate; "fixed-point" starts there and then iterates x_t <- the solution with eps at the last
+    (x_t, t), `iterations` passes more a step.
+
+    "edit-friendly" (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140) draws every x_t of the forward process
+    with noise of its own, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t, and stores the step noises
+    z_t = (x_prev - mu_t(x_t)) / sigma_t that lead from one to the next. It goes from the noisiest step on, and each
+    x_prev is what the step gives with the stored z_t, so that a replay visits the same x_t to the bit. The last step
+    adds no noise: the reconstruction is P_t at the least noisy timestep, and the residual the rest.
+
+    Parameters
+    ----------
+    model : Model
+    images : Tensor of shape (n, C, H, W), LabelledImages, PIL.Image.Image, or a list of images
+        Tensors have values in [-1, 1] (if none is below 0, a warning asks whether they are in [0, 1]); those of a list
+        may have shape (C, H, W). LabelledImages and pictures are cropped and resized to the model's size.
+    steps : int or sequence of int, default 50
+        As in `sample`. Reconstruction gets better with more of them.
+    method : {"ddim", "fixed-point", "edit-friendly"}
+    iterations : int, default 5
+        For "fixed-point".
+    eta : float or sequence of float (one a step), values in (0, 1], default 1
+        For "edit-friendly"; the others have eta 0.
+    level : {"current", "next"}
+        Timestep of the eps that a DDIM step takes at x_prev: t_prev, as in DDIM eq. 13 and BoundaryDiffusion, or t, as
+        in diffusers' `DDIMInverseScheduler`. The latter is as far from the fixed point in x but not in t, and
+        reconstructs better with few steps. For "fixed-point" it is the first guess.
+    noise_repair : bool, default False
+        For "ddim" and "fixed-point": draw x at the least noisy timestep from the forward process, instead of taking a
+        step to it from the clean image. A clean image has no noise where the network expects a little of it, so that
+        its inversion ends inside of the shell on which sampled x_T lie, however many steps there are. The image itself
+        is then known up to that noise alone.
+    seed : int, default 0
+        The noise of the image at position p comes from seed + p: the n_t of "edit-friendly", or that of the repair.
+    residual : bool
+        Also reconstruct the images, and keep what is missing; "edit-friendly" always does, at no cost.
+    record_h, record_x : bool
+        Keep h_t, x_t at every visited timestep; both are exact, h_t is the network's at (x_t, t).
+    batch_size, progress
+        As in `sample`.
+
+    Returns
+    -------
+    Trajectory
+        With no seeds; x0 holds `images`, `replay` gives their reconstruction and `round_trip_error` its PSNR.
+
+    Raises
+    ------
+    ValueError
+        If the images are not of the model's shape and range, the method is not known, or eta is 0 where it can't be.
+    """
+    images = check_images(images, model)
+    if method not in INVERSIONS:
+        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(INVERSIONS)}")
+    if level not in LEVELS:
+        raise ValueError(f"level {level!r} is not known; it is one of {', '.join(LEVELS)}")
+    visited = model.schedule.timesteps(steps)
+    edit_friendly = method == "edit-friendly"
+    etas = model.schedule.etas(eta if edit_friendly else 0.0, len(visited))
+    if edit_friendly and min(etas) == 0.0:
+        raise ValueError('an edit-friendly inversion needs an eta in (0, 1], not 0; for eta 0 use method="ddim"')
+    if edit_friendly and noise_repair:
+        raise ValueError(
+            'noise_repair is for "ddim" and "fixed-point"; an edit-friendly inversion has noise at every step'
+        )
+    n, shape = len(images), (len(visited), len(images))
+    inverted = Trajectory(
+        model=model,
+        x_T=torch.empty_like(images),
+        x0=images,
+        timesteps=visited,
+        etas=etas,
+        h=StepRecord(torch.empty(*shape, *model.h_shape), visited) if record_h else None,
+        x=StepRecord(torch.empty(*shape, *model.image_shape), visited) if record_x else None,
+        stored_noise=torch.zeros(*shape, *model.image_shape) if edit_friendly else None,
+        residual=torch.empty_like(images) if edit_friendly else None,
+        batch_size=check_batch_size(batch_size, model, n),
+    )
+    seeds = check_seeds(range(seed, seed + n))
+    with progress_bar(n, len(visited), "inverting", show=progress) as bar, torch.inference_mode():
+        for batch in batches(n, inverted.batch_size):
+            if edit_friendly:
+                _fill_edit_friendly(inverted, batch, seeds[batch], bar)
+            else:
+                repair = seeds[batch] if noise_repair else None
+                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, level, repair, bar)
+    if residual and not edit_friendly:
+        inverted = replace(inverted, residual=images - replay(inverted, progress=progress).x0)
+    return inverted
+
+
+def _fill_ddim(
+    inverted: Trajectory, batch: slice, iterations: int, level: str, repair: Sequence[int] | None, bar: tqdm
+) -> None:
+    """Invert the images of a batch by DDIM backwards, from clean to noisy."""
+    model, h, x = inverted.model, inverted.h, inverted.x
+    pairs = model.schedule.pairs(inverted.timesteps)
+    x_t = inverted.x0[batch].to(model.device)
+    steps = list(enumerate(pairs))
+    if repair is not None:
+        i, (t, _) = steps.pop()
+        x_t = model.schedule.add_noise(x_t, _forward_noise(model, repair, t), t)
+        if x is not None:
+            x.values[i, batch] = x_t.cpu()
+        bar.update(batch.stop - batch.start)
+    for i, (t, t_prev) in reversed(steps):
+        if level == "current" or h is not None:
+            bottleneck = model.encode(x_t, max(t_prev, 0))
+        if h is not None and t_prev != CLEAN:
+            h.values[i + 1, batch] = bottleneck.h.cpu()
+        eps = model.decode(bottleneck) if level == "current" else model(x_t, t)
+        x_prev, x_t = x_t, _ddim_inverse(model, x_t, eps, (t, t_prev))
+        for _ in range(iterations):
+            x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
+        if x is not None:
+            x.values[i, batch] = x_t.cpu()
+        bar.update(batch.stop - batch.start)
+    if h is not None:
+        h.values[0, batch] = model.encode(x_t, pairs[0][0]).h.cpu()
+    inverted.x_T[batch] = x_t.cpu()
+
+
+def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int], bar: tqdm) -> None:
+    """Find the step noises of a batch, from noisy to clean."""
+    model, schedule, x0 = inverted.model, inverted.model.schedule, inverted.x0[batch]
+
+    def forward(t: int) -> torch.Tensor:
+        return schedule.add_noise(x0.to(model.device), _forward_noise(model, seeds, t), t)
+
+    x_t = forward(inverted.timesteps[0])
+    inverted.x_T[batch] = x_t.cpu()
+    for i, (t, t_prev) in enumerate(schedule.pairs(inverted.timesteps)):
+        bottleneck, eta = model.encode(x_t, t), inverted.etas[i]
+        eps, z = model.decode(bottleneck), None
+        if inverted.h is not None:
+            inverted.h.values[i, batch] = bottleneck.h.cpu()
+        if inverted.x is not None:
+            inverted.x.values[i, batch] = x_t.cpu()
+        sigma = schedule.sigma(t, t_prev, eta)
+        if sigma > 0.0:
+            mu = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=torch.zeros_like(x_t))
+            z = (forward(t_prev) - mu) / sigma
+            inverted.stored_noise[i, batch] = z.cpu()
+        x_t = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=z)
+        bar.update(batch.stop - batch.start)
+    inverted.residual[batch] = x0 - x_t.cpu()
+
+
+def _forward_noise(model: Model, seeds: Sequence[int], t: int) -> torch.Tensor:
+    return normal(seeds, model.image_shape, stream=FORWARD, t=t).to(model.device)
+
+
+def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
+    """x_t such that the eta-0 step with this eps leads to x_prev (DDIM eq. 13)."""
+    t, t_prev = pair
+    schedule = model.schedule
+    p_t = schedule.predict_x0(x_prev, eps, t_prev)
+    return schedule.add_noise(p_t, eps, t)

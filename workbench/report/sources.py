@@ -1,0 +1,145 @@
+"""Checks what parameters name before a kernel starts: models, images, classifiers, attributes and timesteps."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import nbformat
+
+from workbench import paths
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def from_here(parameters: Mapping[str, object], folder: Path | None = None) -> dict[str, object]:
+    """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
+
+    They are meant from `folder`, by default from here, and so is `figures`, the folder that figures are written to.
+    Names of bundled models and images stay names.
+    """
+    folder = Path() if folder is None else folder
+    if parameters.get("figures"):
+        figures = paths.writable(folder / paths.local(parameters["figures"]), folder=True)
+        parameters = {**parameters, "figures": str(figures.absolute())}
+    return {
+        key: str((folder / paths.local(value)).absolute()) if _is_path(key, value, folder) else value
+        for key, value in parameters.items()
+    }
+
+
+def _is_path(key: str, value: object, folder: Path) -> bool:
+    if not (isinstance(value, str) and value and key.endswith(("_name", "_path"))):
+        return False
+    return not paths.is_address(value) and (folder / paths.local(value)).exists() and not _is_bundled(key, value)
+
+
+def _is_bundled(key: str, value: str) -> bool:
+    from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
+    from workbench.diffusion.loading import has_unet
+
+    if key == "model_name":
+        return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
+    if key in ("classifier_name", "judge_name"):
+        return value in (*classifiers.BUNDLED, "clip")
+    return key == "images_name" and value in labelled.BUNDLED
+
+
+def new_reader() -> Callable[[str, str], object]:
+    """A function (function, name) that reads what the notebook's `function` would load; it reads every source once."""
+    return cache(_read)
+
+
+def _read(function: str, name: str) -> object:
+    """Schedule of a model, labelled images, an image, or attributes of a classifier; None if only the kernel can."""
+    from workbench.datasets import classifiers, labelled
+    from workbench.diffusion import loading
+
+    # It may be a repository of the hub, which is not asked: only the kernel fetches.
+    remote = _HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
+    if function == "load_model":
+        if remote or paths.local(name).is_file():
+            return None
+        loading.load_shapes(name)
+        return loading.load_schedule(name)
+    if function == "load_classifier":
+        return None if remote else classifiers.read_attributes(name)
+    return (labelled.load_images if function == "load_images" else labelled.load_image)(name)
+
+
+def check_sources(source: Path, values: Mapping[str, object], reader: Callable | None = None) -> None:
+    """Read what the notebook will load, and see whether attributes and timesteps fit it; ValueError if not."""
+    reader, (calls, optional), found = reader or new_reader(), _calls(source), {}
+    for function, arguments in calls:
+        key = arguments[0].id if arguments and isinstance(arguments[0], ast.Name) else None
+        loads = function in ("load_model", "load_images", "load_image", "load_classifier")
+        if not loads or not isinstance(values.get(key), str) or (values[key] == "" and key in optional):
+            continue
+        if values[key] == "":
+            raise ValueError(f"{key} of {source.stem} is empty; give what {function} takes")
+        try:
+            found[key] = reader(function, values[key])
+        except (ValueError, OSError, ImportError) as error:
+            raise ValueError(f"{key} of {source.stem} is {values[key]!r}: {error}") from error
+    if found.get("model_name") is not None:
+        _check_timesteps(source.stem, values, found["model_name"])
+    for function, arguments in calls:
+        if function == "check_attributes" and arguments:
+            _check_attributes(source.stem, values, arguments, found)
+
+
+def _calls(source: Path) -> tuple[list[tuple[str, list]], set[str]]:
+    """Calls in a notebook with their arguments, and the names that it takes for left out where they are empty."""
+    calls, optional = [], set()
+    for cell in nbformat.read(source, as_version=4).cells:
+        try:
+            tree = ast.parse(cell.source if cell.cell_type == "code" else "")
+        except SyntaxError:  # magics
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                calls.append((function, [*node.args, *node.keywords]))
+            elif isinstance(node, ast.If | ast.IfExp) and isinstance(node.test, ast.Name):
+                optional.add(node.test.id)
+    return calls, optional
+
+
+def _check_attributes(notebook: str, values: Mapping[str, object], arguments: list, found: Mapping) -> None:
+    """As the notebook's own call of `check_attributes`, whose arguments are names of its parameters."""
+    from workbench.datasets.classifiers import check_attributes
+
+    first, *keywords = arguments
+    named = [values[node.id] for node in ast.walk(first) if isinstance(node, ast.Name) and node.id in values]
+    wanted = [each for value in named for each in (value if isinstance(value, list) else [value])]
+    roles = [keyword.arg for keyword in keywords if isinstance(keyword, ast.keyword)]
+    with naming(notebook):
+        check_attributes(wanted, **{role: found.get(f"{role}_name") for role in roles})
+
+
+def _check_timesteps(notebook: str, values: Mapping[str, object], schedule) -> None:
+    for key, value in values.items():
+        if key == "steps" or (key.endswith("_steps") and isinstance(value, list)):
+            with naming(f"{key} of {notebook}"):
+                for count in value if isinstance(value, list) else [value]:
+                    schedule.timesteps(count)
+        if key in ("timestep", "timesteps"):
+            for t in value if isinstance(value, list) else [value]:
+                if not 0 <= t < schedule.T:
+                    raise ValueError(
+                        f"{key} of {notebook} is {value}; the model {values['model_name']} was trained on timesteps "
+                        f"0 to {schedule.T - 1}"
+                    )
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors say where what they are about stands."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
