@@ -5,6 +5,8 @@ The notebooks' own defaults run under nbval, so the reports are of another domai
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import another_domain
@@ -65,6 +67,7 @@ NOTEBOOKS = {
         "methods": ["random h", "mean difference"],
         "n_measured": 3,
         "strength": 2.0,
+        "k": 12,
     },
     "90_your_images": {"n_images": 2, "n_directions": 2},
     "95_train_your_own": {"training_steps": 20},
@@ -72,17 +75,33 @@ NOTEBOOKS = {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Reports of all notebooks on another domain."""
-    folder = tmp_path_factory.mktemp("reports")
+def made(tmp_path_factory):
+    """Reports of all notebooks on another domain, in a home with a cache of its own; and what was said of them."""
+    home = tmp_path_factory.mktemp("home")
+    for folder in ("data", "profiles"):
+        (home / folder).mkdir()
+    for source in paths.data().iterdir():
+        if source.name not in ("cache", "directions", "boundaries", "edits"):
+            (home / "data" / source.name).symlink_to(source)
+    (home / "notebooks").symlink_to(paths.notebooks())
     common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 5}
-    common["figures"] = str(folder / "figures")
-    (folder / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
+    common["figures"] = str(home / "reports" / "figures")
+    (home / "profiles" / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "profiles", lambda: folder)
-        patch.setattr(paths, "reports", lambda: folder)
-        assert cli.main(["report", "--profile", "smoke"]) == 0
-    return folder
+        patch.setenv("WORKBENCH_HOME", str(home))
+        yield home / "reports", report("--profile", "smoke")
+
+
+def report(*words: str) -> str:
+    """Run the command, and return what it says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert cli.main(["report", *words]) == 0
+    return said.getvalue()
+
+
+@pytest.fixture
+def reports(made):
+    return made[0]
 
 
 def test_the_index_links_every_report(reports):
@@ -122,16 +141,8 @@ def test_every_figure_of_the_notebook_is_on_the_page(reports, name):
     check_report(reports / f"{name}.html", images=flat, plotly=plotly, hover=hover, formulas=formulas)
 
 
-def test_a_second_report_reuses_the_extractions_and_says_so(tmp_path, monkeypatch, capsys):
-    # A cache of its own, since the count of new stores is that of the whole folder.
-    for folder in ("data", "profiles"):
-        (tmp_path / folder).mkdir()
-    for source in (paths.models(), paths.data() / "avataaars"):
-        (tmp_path / "data" / source.name).symlink_to(source)
-    (tmp_path / "notebooks").symlink_to(paths.notebooks())
-    (tmp_path / "profiles" / "smoke.yaml").write_text("common: {n: 8, steps: 4, n_images: 2}\n")
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
-    for said in ("extractions: 2 made", "extractions: all from"):
-        assert cli.main(["report", "--profile", "smoke", "--only", "10"]) == 0
-        assert said in capsys.readouterr().out
-    assert "from the cache" in (paths.reports() / "10_extract.html").read_text()
+def test_a_second_report_reuses_the_extractions_and_says_so(made):
+    reports, said = made
+    assert "made, and kept in" in said
+    assert "extractions: all from" in report("--profile", "smoke", "--only", "10", "--jobs", "1")
+    assert "from the cache" in (reports / "10_extract.html").read_text()

@@ -14,24 +14,22 @@ from scipy import integrate, stats
 
 import workbench as wb
 from workbench.analysis import mixing_criteria as mixing
-from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
 from workbench.analysis.mixing_criteria import (
     _largest,
     _tv_uniform,
     agreement,
     equal_log_snr,
     kl_to_limit,
-    largest_below,
     largest_near_best,
     log_snr,
-    mirrored,
     radius_gap,
     radius_total_variation,
     read_off,
     separability_step,
-    smallest_below,
+    stays,
     total_variation,
 )
+from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
 from workbench.editing import mixing_search as searches
 from workbench.editing.mixing_search import CRITERIA, decode_from, mixing_step
 
@@ -266,13 +264,13 @@ def test_the_interval_of_separability_allows_for_probes_that_learn_from_the_same
 @pytest.mark.parametrize(
     ("rule", "curve", "i", "reached"),
     [
-        (largest_below(0.5), [0.9, 0.6, 0.4, 0.2], 2, True),
-        (largest_below(0.5), [0.3, 0.6, 0.4, 0.2], 2, True),
-        (largest_below(0.5), [0.4, 0.3, 0.2, 0.7], 2, False),
-        (smallest_below(0.5), [0.1, 0.3, 0.6, 0.4], 1, True),
-        (smallest_below(0.5), [0.9, 0.8, 0.6, 0.7], 2, False),
-        (mirrored(largest_below, 0.5), [0.1, 0.4, 0.6, 0.9], 2, True),
-        (mirrored(smallest_below, 0.5), [0.9, 0.6, 0.4, 0.6], 1, True),
+        (stays(0.5), [0.9, 0.6, 0.4, 0.2], 2, True),
+        (stays(0.5), [0.3, 0.6, 0.4, 0.2], 2, True),
+        (stays(0.5), [0.4, 0.3, 0.2, 0.7], 2, False),
+        (stays(0.5, from_noise=True), [0.1, 0.3, 0.6, 0.4], 1, True),
+        (stays(0.5, from_noise=True), [0.9, 0.8, 0.6, 0.7], 2, False),
+        (stays(0.5, above=True), [0.1, 0.4, 0.6, 0.9], 2, True),
+        (stays(0.5, above=True, from_noise=True), [0.9, 0.6, 0.4, 0.6], 1, True),
         (largest_near_best(0.1), [0.2, 0.85, 0.9, 0.8], 1, True),
     ],
 )
@@ -290,9 +288,8 @@ def test_the_interval_of_t_covers_the_crossing_of_noisy_curves():
         values = timesteps[:, None] / 1000 + 0.3 * rng.standard_normal((1, 40)) + 0.1 * rng.standard_normal((20, 40))
         found = read_off(
             timesteps,
-            lambda rows, v=values: v[:, rows].mean(axis=1),
-            largest_below(0.5),
-            n=40,
+            values,
+            stays(0.5),
             alpha_bars=ALPHA_BARS,
             criterion="line",
             quantity="value",
@@ -364,17 +361,11 @@ def test_a_store_is_read_as_its_run(tiny, cache):
     store = wb.extract(tiny, 12, steps=4, dtype="float32", record_x=True, progress=False)
     bare = wb.extract(tiny, 12, steps=4, progress=False)
     run = wb.sample(tiny, range(12), steps=4, record_x=True, record_h=True, progress=False)
-    labels = np.arange(12) % 2
     curves = [find(source, model=tiny, resamples=5).curve for source in (store, bare, run)]
     for curve in curves[1:]:
         pd.testing.assert_frame_equal(curve, curves[0], atol=1e-3)
-    probes = [
-        find(source, labels, model=tiny, resamples=5, **{"space": space}).curve["value"]
-        for source in (store, run)
-        for space in ("x", "h")
-    ]
-    pd.testing.assert_series_equal(probes[0], probes[2])
-    pd.testing.assert_series_equal(probes[1], probes[3])
+    probes = [find(source, np.arange(12) % 2, model=tiny, resamples=5).curve["value"] for source in (store, run)]
+    pd.testing.assert_series_equal(*probes)
 
 
 def test_real_images_are_compared_with_deterministic_samples(tiny):
@@ -442,7 +433,6 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
         (dict(criterion="perceptual", distance=rms, grid=[333]), "timestep 333 was not visited.*nearest 350 or 325"),
         (dict(criterion="commit", classifier=classifier, copies=1), "agreement takes 2 decodings"),
         (dict(n=3), "3 samples are too few"),
-        (dict(space="h"), '\'h\' is "x", or "h" for the criterion'),
         (dict(against=run), "of one kind"),
     ]
     for options, words in refused:
@@ -459,8 +449,6 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
         find(run, [0, 1, 1])
     with pytest.raises(ValueError, match="strengths are"):
         find(run, labels, **edit, strengths=(1, 2))
-    with pytest.raises(ValueError, match="record_h=True"):
-        find(run, labels, space="h")
     unknown = wb.invert(tiny, torch.zeros(4, *tiny.image_shape), steps=2, progress=False)
     with pytest.raises(ValueError, match="record_x=True"):
         find(unknown)

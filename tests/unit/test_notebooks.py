@@ -21,6 +21,7 @@ from notebook_files import output_of, write_notebook
 from PIL import Image
 
 from workbench import cli
+from workbench.io import commit
 from workbench.report import notebooks, pages, parameters, running
 from workbench.report.plans import plan_sweep
 from workbench.report.sources import from_here
@@ -127,10 +128,12 @@ class TestSources:
                 "the classifier has no attribute Smilng; give classifier_name",
             ),
             ("30", {"attributes": ["3", "7"]}, "the images have no attribute 3, 7; give images_name"),
-            ("50", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
+            ("55", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
             ("50", {"judge_name": "clip"}, "the judge has no attribute Long_Hair"),
             ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
+            ("65", {"attribute": "Long"}, "the images have no attribute Long"),
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
+            ("85", {"other": "Long"}, "the images have no attribute Long"),
             ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
         ],
     )
@@ -176,50 +179,52 @@ class TestSources:
             parameters.check_parameters("10", {"image_path": "other.png"})
 
 
-class TestNames:
-    def test_are_in_order(self, home, notebook):
-        write_notebook(home / "notebooks" / "00_start.ipynb")
-        assert notebooks.list_notebooks() == ["00_start", "10_first"]
-
-    def test_unknown_or_ambiguous_ones_are_refused(self, home, notebook):
-        write_notebook(home / "notebooks" / "11_second.ipynb")
-        with pytest.raises(ValueError, match="is none of 10_first, 11_second.*did you mean 10_first"):
-            notebooks.notebook_parameters("10_frist")
-        with pytest.raises(ValueError, match="fits 10_first, 11_second"):
-            notebooks.notebook_parameters("1")
-        with pytest.raises(FileNotFoundError, match="there is no notebook"):
-            notebooks.notebook_parameters("elsewhere.ipynb")
+def test_names_are_in_order_and_unknown_or_ambiguous_ones_are_refused(home, notebook):
+    write_notebook(home / "notebooks" / "11_second.ipynb")
+    write_notebook(home / "notebooks" / "00_start.ipynb")
+    assert parameters.list_notebooks() == ["00_start", "10_first", "11_second"]
+    for name, error, message in (
+        ("10_frist", ValueError, "is none of 00_start, 10_first, 11_second.*did you mean 10_first"),
+        ("1", ValueError, "fits 10_first, 11_second"),
+        ("elsewhere.ipynb", FileNotFoundError, "elsewhere.ipynb"),
+    ):
+        with pytest.raises(error, match=message):
+            parameters.notebook_parameters(name)
 
 
 def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
     def git(*words):
         subprocess.run(["git", "-C", str(home), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
 
-    assert notebooks._commit() == "unknown"
+    assert commit() is None
     git("init", "--quiet")
     (home / "file").write_text("1")
     git("add", "file")
     git("commit", "--quiet", "--message", "one")
-    assert re.fullmatch(r"[0-9a-f]{12}", notebooks._commit())
+    assert re.fullmatch("[0-9a-f]{40}", commit())
     (home / "file").write_text("2")
-    assert re.fullmatch(r"[0-9a-f]{12} with uncommitted changes", notebooks._commit())
+    assert re.fullmatch("[0-9a-f]{40}-dirty", commit())
 
 
 class TestRun:
-    def test_pictures_in_the_text_are_in_the_report(self, home, tmp_path):
+    def test_any_place_will_do_and_pictures_in_the_text_are_in_the_report(self, home, tmp_path):
         """Pasted ones, which the cell holds, and files beside the notebook, wherever that lies."""
-        path = write_notebook(tmp_path / "mine.ipynb", "1 + 1")
+        source = write_notebook(tmp_path / "mine.ipynb", "print(steps)")
         data = io.BytesIO()
         Image.new("RGB", (2, 2), "red").save(data, format="PNG")
         (tmp_path / "beside.png").write_bytes(data.getvalue())
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.read(source, as_version=4)
         cell = new_markdown_cell("![pasted](attachment:image.png) ![file](beside.png)")
         cell["attachments"] = {"image.png": {"image/png": base64.b64encode(data.getvalue()).decode()}}
         notebook.cells.append(cell)
-        nbformat.write(notebook, path)
-        page = notebooks.run_notebook(path, progress=False).html.read_text(encoding="utf-8")
+        nbformat.write(notebook, source)
+        report = notebooks.run_notebook(source, out=tmp_path / "out" / "result.ipynb", progress=False)
+        assert report.html == tmp_path / "out" / "result.html" and list((home / "reports").iterdir()) == []
+        page = report.html.read_text(encoding="utf-8")
         body = page[page.index("pasted") - 9000 :]
         assert body.count("data:image/png;base64") == 2 and "attachment:" not in body and "beside.png" not in body
+        with pytest.raises(ValueError, match="must end in .ipynb"):
+            notebooks.run_notebook(source, out=tmp_path / "result.html", progress=False)
 
     def test_what_was_computed_stays_where_its_page_cannot_be_made(self, home, notebook, monkeypatch):
         def broken(*args, **options):
@@ -231,24 +236,19 @@ class TestRun:
         assert "sum" in output_of(home / "reports" / "failed" / "10_first.ipynb")
         assert "its page could not be made: no page" in (home / "reports" / "index.html").read_text(encoding="utf-8")
 
-    def test_a_home_that_is_named_from_here_is_found_by_the_kernel(self, home, notebook, monkeypatch):
-        code = "from workbench import paths; print(paths.home())"
-        write_notebook(home / "notebooks" / "10_first.ipynb", code)
-        monkeypatch.chdir(home.parent)
-        monkeypatch.setenv("WORKBENCH_HOME", home.name)
-        assert str(home) in output_of(notebooks.run_notebook("10", progress=False).notebook)
-
-    def test_a_file_here_is_meant_although_the_notebook_runs_elsewhere(self, home, tmp_path, monkeypatch):
+    def test_a_file_and_a_home_here_are_meant_although_the_notebook_runs_elsewhere(self, home, tmp_path, monkeypatch):
         parameters = 'image_path: str = ""\nimages_name: str = ""\nmodel_name: str = ""\ntarget: str = ""'
-        cell = "from pathlib import Path\nprint(Path(image_path).read_text(), images_name, target)"
+        cell = "from pathlib import Path\nfrom workbench import paths\n"
+        cell += "print(Path(image_path).read_text(), images_name, target, paths.home())"
         write_notebook(home / "notebooks" / "10_first.ipynb", cell, parameters=parameters)
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("WORKBENCH_HOME", home.name)
         (tmp_path / "photo.jpg").write_text("here")
         for folder in ("avataaars", "Smiling", "models", "avataaars-judge"):
             (tmp_path / folder).mkdir()
         given = {"image_path": "photo.jpg", "images_name": "avataaars", "model_name": "none", "target": "Smiling"}
         report = notebooks.run_notebook("10", given, progress=False)
-        assert "here avataaars Smiling" in output_of(report.notebook), "bundled names and attributes stay"
+        assert f"here avataaars Smiling {home}" in output_of(report.notebook), "bundled names and attributes stay"
         assert report.parameters["image_path"] == str(tmp_path / "photo.jpg")
         assert report.parameters["model_name"] == "none"
         others = from_here({"images_name": "models", "judge_name": "avataaars-judge", "model_name": "models"})
@@ -271,7 +271,7 @@ class TestRun:
         footer = page[page.index("report-footer") :]
         for expected in ("steps = 4", "eta = 1.0", "seed = 0", "torch 2.", "hspace-workbench", "UTC", "unknown"):
             assert expected in footer
-        assert re.search(r"\d+\.\d s<", footer)
+        assert re.search(r">\d+ s<", footer)
         assert not re.search(r'(src|href)="(https?:)?//', page)
         assert "A title" in (home / "reports" / "index.html").read_text(encoding="utf-8")
         assert sorted(path.name for path in (home / "reports").iterdir()) == [
@@ -309,7 +309,7 @@ class TestRun:
     def test_a_hung_cell_and_a_dead_kernel_are_failures(self, home, cell, ename):
         write_notebook(home / "notebooks" / "10_first.ipynb", "x = 1", cell)
         with pytest.raises(notebooks.NotebookFailed) as caught:
-            notebooks.run_notebook("10", progress=False, timeout=10)
+            notebooks.run_notebook("10", progress=False, timeout=5)
         assert (caught.value.ename, caught.value.cell) == (ename, 3)
         assert caught.value.path.exists()
 
@@ -340,14 +340,6 @@ class TestRun:
         monkeypatch.setattr(running.papermill, "execute_notebook", fail_once)
         assert notebooks.run_notebook("10", progress=False).notebook.exists()
         assert len(calls) == 2
-
-    def test_any_place_will_do(self, home, tmp_path):
-        source = write_notebook(tmp_path / "mine.ipynb", "print(steps)")
-        report = notebooks.run_notebook(source, out=tmp_path / "out" / "result.ipynb", progress=False)
-        assert report.html == tmp_path / "out" / "result.html" and report.html.exists()
-        assert list((home / "reports").iterdir()) == []
-        with pytest.raises(ValueError, match="must end in .ipynb"):
-            notebooks.run_notebook(source, out=tmp_path / "result.html", progress=False)
 
 
 class TestHtml:

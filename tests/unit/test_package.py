@@ -198,7 +198,7 @@ def test_the_structure_test_sees_imports_of_every_form(tmp_path, monkeypatch):
         "from workbench import cli": "cli",
         "from workbench import find_pca": "directions",
         "def f():\n    from workbench.datasets.labelled import load_images": "datasets",
-        "if TYPE_CHECKING:\n    import workbench.analysis.geometry as g": "analysis",
+        "if TYPE_CHECKING:\n    import workbench.analysis.samples as g": "analysis",
     }
     for source, room in forms.items():
         file.write_text(source)

@@ -46,7 +46,7 @@ class TestProfile:
             ("timeout: long", "number of seconds"),
             ("timeout: 1:00", "'1:00'"),
             ("passes: {10_first: many}", "it must map notebooks to numbers"),
-            ("notebooks: [10_first]", r"quick.yaml is \['10_first'\]; it must map names to parameters"),
+            ("notebooks: [10_first]", r"quick.yaml is \['10_first'\]; it must map names"),
             ("notebooks: 10", "quick.yaml is '10'"),
             ("notebooks: {10_first: [n]}", r"10_first of .*quick.yaml is \['n'\]"),
             ("notebooks: {10: {n: 2}, 10_first: {n: 3}}", "10_first twice, the second time as '10_first'"),

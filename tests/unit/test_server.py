@@ -73,7 +73,7 @@ def test_a_port_that_is_taken_is_a_sentence():
         taken.bind((server.LOOPBACK, 0))
         taken.listen()
         with pytest.raises(OSError, match="is taken .*; choose another with --port"):
-            server._check_free(taken.getsockname()[1])
+            server._free_port(taken.getsockname()[1])
 
 
 def test_no_configuration_of_the_users_opens_the_page_to_others(saved, tiny_folder, tmp_path, monkeypatch):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import nbformat
+import notebook_files
 import pandas as pd
 import pytest
 import yaml
-from nbformat.v4 import new_code_cell, new_notebook
+from distributed import LocalCluster
 
 from workbench import cli
 from workbench.report.facts import read_facts, record_facts
@@ -18,24 +18,19 @@ CELL = """import os
 from workbench.report.facts import record_facts
 assert seed != 3, "three is refused"
 print("seed", seed)
-record_facts({"twice": 2 * seed, "threads": os.environ["OMP_NUM_THREADS"]})"""
+record_facts({"twice": 2 * seed, "threads": os.environ.get("OMP_NUM_THREADS", "")})"""
 
 
 def write_notebook(path, parameters: str, cell: str = CELL) -> None:
-    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(cell)]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    notebook_files.write_notebook(path, cell, parameters=parameters)
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(home):
     """A project with two notebooks; by the environment, so that workers and kernels see it too."""
-    for folder in ("data", "notebooks", "reports"):
-        (tmp_path / folder).mkdir()
-    write_notebook(tmp_path / "notebooks" / "10_first.ipynb", "seed: int = 0  # a seed\nn: int = 4  # samples")
-    write_notebook(tmp_path / "notebooks" / "20_second.ipynb", "seed: int = 0  # a seed")
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
-    return tmp_path
+    write_notebook(home / "notebooks" / "10_first.ipynb", "seed: int = 0  # a seed\nn: int = 4  # samples")
+    write_notebook(home / "notebooks" / "20_second.ipynb", "seed: int = 0  # a seed")
+    return home
 
 
 def write_sweep(home, **content):
@@ -168,10 +163,9 @@ def test_a_missing_file_and_no_workers_are_sentences(home):
         sweep({}, workers=0)
 
 
-@pytest.mark.slow
 def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home, capsys):
     path = write_sweep(home, notebooks=["10"], matrix={"seed": [1, 3]})
-    table = sweep(path, workers=2, progress=False)
+    table = sweep(path, workers=1, progress=False)
     assert table["status"].tolist() == ["done", "failed"]
     assert "three is refused" in table["error"][1]
     assert table["twice"][0] == 2
@@ -180,12 +174,23 @@ def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home,
     assert "seed 1" in good.read_text() and "three is refused" in bad.read_text()
 
     write_sweep(home, notebooks=["10"], matrix={"seed": [1, 2]})
-    assert cli.main(["sweep", str(path), "--workers", "2"]) == 0
+    assert cli.main(["sweep", str(path), "--workers", "1"]) == 0
     again = pd.read_csv(folder / "facts.csv")
     assert again["status"].tolist() == ["cached", "done"] and again["twice"].tolist() == [2, 4]
     page = (folder / "index.html").read_text()
     assert all(f'href="{run}.html"' in page and f"logs/{run}.log" in page for run in again["run"])
-    assert "index.html" in capsys.readouterr().out
+    assert "refresh" not in page and "index.html" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_give_the_same_rows_and_logs(home):
+    path = write_sweep(home, notebooks=["10"], matrix={"seed": [1, 3]})
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, host="127.0.0.1") as cluster:
+        table = sweep(path, scheduler=cluster.scheduler_address, progress=False)
+    assert table["status"].tolist() == ["done", "failed"] and table["twice"][0] == 2
+    assert "three is refused" in table["error"][1]
+    logs = [(home / "reports" / "sweeps" / "seeds" / "logs" / f"{run}.log").read_text() for run in table["run"]]
+    assert "seed 1" in logs[0] and "three is refused" in logs[1]
 
 
 FACTS = """from workbench.analysis.intervals import Estimate

@@ -76,7 +76,10 @@ def test_a_slider_changes_the_image_to_what_the_session_renders(studio):
     assert "bright" in studio.read_out.shown.value
 
 
-def test_every_control_reaches_the_session(studio):
+def test_every_control_reaches_the_session_and_has_a_name_for_those_who_do_not_see_it(studio):
+    controls = [*studio.scales.values(), *studio.distances.values(), studio.window, studio.eta, *studio.leave.values()]
+    controls += [*studio.samples.children, *studio.against.values(), studio.predictions.timestep]
+    assert all(control.description for control in controls)
     studio.scales["hair"].value = -1.0
     studio.against["hair", "smile"].value = True
     studio.window.value = (studio.session.timesteps[1], studio.session.timesteps[4])
@@ -90,7 +93,7 @@ def test_every_control_reaches_the_session(studio):
     np.testing.assert_array_equal(shown(studio), expected(studio))
 
 
-def test_undo_redo_and_reset_bring_the_controls_along(studio):
+def test_the_controls_follow_undo_redo_reset_and_what_was_changed_in_python(studio):
     assert studio.undo.disabled and studio.redo.disabled
     studio.scales["smile"].value = 2.0
     assert studio.wait() and not studio.undo.disabled
@@ -100,6 +103,13 @@ def test_undo_redo_and_reset_bring_the_controls_along(studio):
     assert studio.scales["smile"].value == 2.0
     studio.reset.click()
     assert studio.scales["smile"].value == 0.0 and not studio.session.state.edits
+    studio.session.set_scale("smile", 6.0)
+    studio.session.set_window(700, 100)
+    studio.refresh()
+    assert studio.scales["smile"].value == 6.0
+    high, low = studio.window.value
+    assert high <= 700 and low >= 100
+    np.testing.assert_array_equal(shown(studio), expected(studio))
 
 
 def test_a_single_step_frees_the_boundaries_sliders_and_holds_the_others(studio):
@@ -171,6 +181,9 @@ def test_saving_and_loading(studio, tiny):
     studio.file_name.value = "../edit"
     studio.save_recipe.click()
     assert studio.wait() and "without folders" in studio.status.value
+    studio.folder, studio.file_name.value = studio.folder / "edit.json", "edit"
+    studio.save_recipe.click()
+    assert studio.wait() and "alert" in studio.status.value and "edit.json" in studio.status.value
 
 
 def test_what_is_saved_is_decided_at_the_click(studio):
@@ -225,14 +238,6 @@ def test_a_preview_of_a_sample_that_was_left_is_stopped(studio, monkeypatch):
     assert studio.wait() and not seen
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(studio):
-    studio.folder.parent.mkdir(exist_ok=True)
-    studio.folder.write_text("a file")
-    studio.scales["smile"].value = 1.0
-    studio.save_recipe.click()
-    assert studio.wait() and "alert" in studio.status.value and "edits" in studio.status.value
-
-
 def test_a_view_that_cannot_be_made_is_empty_and_its_sentence_goes_with_it(tiny, run, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(widgets, "REST", 0.0)
     twins = [parts[2], replace(parts[2], t=166)]
@@ -277,16 +282,6 @@ def test_a_recipe_brings_its_own_sliders(studio, tiny, run, parts, tmp_path):
     np.testing.assert_array_equal(shown(other), shown(studio))
 
 
-def test_a_session_that_was_changed_in_python_is_shown_by_refresh(studio):
-    studio.session.set_scale("smile", 6.0)
-    studio.session.set_window(700, 100)
-    studio.refresh()
-    assert studio.scales["smile"].value == 6.0
-    high, low = studio.window.value
-    assert high <= 700 and low >= 100
-    np.testing.assert_array_equal(shown(studio), expected(studio))
-
-
 def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio):
     studio.scales["smile"].value = 1.0
     bundle = studio._repr_mimebundle_()
@@ -305,19 +300,6 @@ def test_two_studios_are_independent(studio, tiny, run, parts):
     assert studio.wait() and other.wait()
     assert other.scales["smile"].value == 0.0 and other.after.value == untouched
     assert "Give a classifier" in other.read_out.shown.value
-
-
-def test_every_control_has_a_name_for_those_who_do_not_see_it(studio):
-    controls = [
-        *studio.scales.values(),
-        *studio.distances.values(),
-        studio.window,
-        studio.eta,
-        studio.predictions.timestep,
-    ]
-    controls += [*studio.leave.values(), *studio.samples.children, *studio.against.values()]
-    assert all(control.tooltip or control.description for control in controls)
-    assert all(control.description for control in controls)
 
 
 def test_a_newer_move_stops_an_older_one_and_nothing_queues():

@@ -35,7 +35,7 @@ def default_jobs() -> int:
 
 @contextlib.contextmanager
 def start_kernels(jobs: int | None) -> Iterator[KernelServer | None]:
-    """What kernels are copied from, which imports while this process checks; None where each starts anew."""
+    """Start to import what kernels are copied from, while this process checks; None where each kernel starts anew."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; give 1 or more")
     with contextlib.ExitStack() as stack:
@@ -57,8 +57,6 @@ class Board:
         Of the index page.
     notes : mapping of str to str
         A sentence for the cards of these runs.
-    logs : bool
-        Whether what notebooks print is kept in files.
     show : bool
         Say how far it is: in one line on a terminal, else in a line a notebook.
     """
@@ -72,7 +70,6 @@ class Board:
         kernels: KernelServer | None = None,
         title: str = "Reports",
         notes: Mapping[str, str] | None = None,
-        logs: bool = False,
         show: bool = True,
     ) -> None:
         self.plan, self.kept, self.title, self.notes = plan, kept, title, notes or {}
@@ -81,16 +78,16 @@ class Board:
         for name in kept:
             self.jobs[name].state = "kept"
         self.began, self._index_at = time.monotonic(), 0.0
-        self._side_by_side, self._logs = jobs, logs
+        self._side_by_side = jobs
         self._show, self._terminal = show, show and sys.stderr.isatty()
 
     def run(self, executor: Executor | None = None) -> dict[str, Report | Exception]:
         """Run what is not kept; reports and errors by names, in the order of the plan.
 
-        An executor is one of other machines, which have no part in what is shown of a notebook while it runs.
+        With an executor, such as dask's, notebooks run on its machines, and the line counts those that ended.
         """
         if self.kept:
-            self.say(f"goes on with an interrupted report; kept: {', '.join(self.kept)}")
+            self.say(f"kept from before: {', '.join(self.kept)}")
         todo = [run for run in self.plan.runs if run.name not in self.kept]
         # The longest first, so that none is left alone at the end.
         todo.sort(key=lambda run: -self.plan.passes.get(run.name, 0))
@@ -111,7 +108,7 @@ class Board:
     def _run(self, run: Run) -> Report:
         job = self.jobs[run.name]
         job.state = "running"
-        return run_job(job, run, timeout=self.plan.timeout, log=run.log if self._logs else None)
+        return run_job(job, run, timeout=self.plan.timeout)
 
     def _follow(self, running: dict[Future, Run]) -> Iterator[tuple[str, Report | Exception]]:
         left = set(running)
@@ -163,7 +160,7 @@ class Board:
         write_index(self.plan.folder, title=self.title, intro=intro, notes=self.notes, **options)
 
     def say(self, words: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         if self._show:
             self._write(f"\r\033[K{words}\n" if self._terminal else f"{words}\n")
 
@@ -185,9 +182,9 @@ class Board:
 
 
 def _run_elsewhere(run: Run, timeout: int) -> Report:
-    """On a worker of a cluster: a run, with its log."""
+    """On a worker of a cluster."""
     with contextlib.closing(Job(run.name)) as job:
-        return run_job(job, run, timeout=timeout, log=run.log)
+        return run_job(job, run, timeout=timeout)
 
 
 def _roughly(seconds: float) -> str:

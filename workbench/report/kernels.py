@@ -43,13 +43,7 @@ Threads that spin while they wait take the core of another notebook, or of whate
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """Variables of a kernel, or of the process that kernels are copied from.
-
-    Parameters
-    ----------
-    threads : int, optional
-        Threads of linear algebra; by default as many as the library chooses.
-    """
+    """Variables of a kernel, or of the process that kernels are copied from, with so many threads of linear algebra."""
     return {**LIBRARIES, **os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
 
 

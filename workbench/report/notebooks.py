@@ -141,23 +141,17 @@ def run_notebook(
                 write_index()
 
 
-def run_job(
-    job: Job,
-    run: Run,
-    *,
-    progress: bool = False,
-    timeout: int = 3600,
-    keep_code: bool = True,
-    log: Path | None = None,
-) -> Report:
+def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600, keep_code: bool = True) -> Report:
     """Run a notebook, in this thread, with parameters that are checked, and make its report."""
     source, out = find_notebook(run.notebook), run.out
     everything = notebook_defaults(source) | run.parameters
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as folder:
         executed, start = Path(folder) / out.name, time.perf_counter()
-        with logged(job, log):
+        with logged(job.name, run.log) as logger:
             failure = job.execute(source, executed, run.parameters, timeout=timeout, progress=progress)
+            if failure is not None:
+                logger.error(problem_of(failure))
         seconds = time.perf_counter() - start
         record = _provenance(source.stem, everything, seconds) | {"passes": job.passes, "key": run.key}
         record |= {} if failure is None else {"failure": failure}

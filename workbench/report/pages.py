@@ -45,22 +45,9 @@ def export_html(
     """Write an executed notebook as one HTML file that asks the network for nothing.
 
     Formulas become MathML, which browsers draw themselves. Plotly figures stay alive, with one copy of plotly.js for
-    all of them. Code is folded away. Progress bars are left out; a widget shows its picture, if it has one.
-
-    Parameters
-    ----------
-    notebook_path, html_path : str or Path
-    footer : mapping of str to str
-        Rows of the table "How this report was made".
-    keep_code : bool
-        Put the code in, folded away.
-    folder : str or Path, optional
-        Where pictures lie that its text names; by default with the staged notebooks.
-
-    Returns
-    -------
-    Path
-        html_path
+    all of them. Code is folded away, or left out. Progress bars are left out; a widget shows its picture, if it has
+    one. `footer` has the rows of the table "How this report was made"; pictures that the text names lie in `folder`,
+    by default with the staged notebooks.
     """
     notebook_path, html_path = paths.local(notebook_path), paths.local(html_path)
     notebook = nbformat.read(notebook_path, as_version=4)
@@ -94,23 +81,8 @@ def write_index(
 ) -> Path:
     """Write `index.html`, a page with a card for each report in a folder, failed ones in red.
 
-    Parameters
-    ----------
-    folder : str or Path, optional
-        Default: `reports/`.
-    title : str
-    intro : str
-        HTML to stand before the cards.
-    pending : mapping of str to str, optional
-        Notebooks that wait or run, and how far they are.
-    notes : mapping of str to str, optional
-        A sentence for the cards of these notebooks.
-    refresh : int, optional
-        Seconds after which the page loads itself again.
-
-    Returns
-    -------
-    Path
+    `intro` is HTML before the cards. `pending` says of notebooks that wait or run how far they are, `notes` has a
+    sentence for some cards, and after `refresh` seconds the page loads itself again.
     """
     folder = paths.reports() if folder is None else paths.local(folder)
     pending, notes = pending or {}, notes or {}
@@ -127,25 +99,7 @@ def write_index(
 def write_page(
     path: str | Path, *, title: str, body: str, words: str = "", cards=(), refresh: int | None = None
 ) -> Path:
-    """Write a page in the style of the reports, whole or not at all.
-
-    Parameters
-    ----------
-    path : str or Path
-    title : str
-    body : str
-        HTML below the title.
-    words : str
-        To stand in the header, before the date.
-    cards : sequence of dict
-        As of `write_index`.
-    refresh : int, optional
-        Seconds after which the page loads itself again.
-
-    Returns
-    -------
-    Path
-    """
+    """Write a page in the style of the reports: a title, `words` beside the date, a body of HTML, and cards."""
     words = " · ".join(filter(None, [words, now()]))
     page = {"title": title, "words": words, "body": body, "cards": cards, "refresh": refresh, "css": _css()}
     return write_text(paths.local(path), _TEMPLATES.get_template("page.html.j2").render(page))

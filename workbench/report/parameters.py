@@ -136,19 +136,19 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
 def check_parameters(
     name: str | Path, given: Mapping[str, object], *, reader: Callable | None = None
 ) -> dict[str, object]:
-    """As `read_parameters`, with what they name being there, and whole paths of files.
+    """Read parameters as `read_parameters`, make paths of files whole, and check that what they name is there.
 
-    What the notebook does with them says what is checked: a name that it gives to `load_model`, `load_images`,
-    `load_image` or `load_classifier` must be one that they take, as far as that is known without a network or weights;
-    `steps` and `timestep` must fit the model's schedule; and attributes that it gives to `check_attributes` must be
-    known to the images, classifier and judge. The defaults of what is not given are checked with it.
+    The notebook's own calls decide what is checked. It must be possible to load the names that it gives to
+    `load_model`, `load_images`, `load_image` and `load_classifier`, as far as that is known without a network or
+    weights. `steps` and `timestep` must fit the model's schedule. The images, classifier and judge must know the
+    attributes that it gives to `check_attributes`. Defaults are checked too.
 
     Parameters
     ----------
     name, given
         As for `read_parameters`.
     reader : callable, optional
-        From `sources.new_reader`, which reads every source once, where many notebooks are checked.
+        From `sources.new_reader`; shared where many notebooks are checked, so that every source is read once.
 
     Raises
     ------

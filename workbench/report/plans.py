@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -44,6 +44,8 @@ class Run:
         Name of its content, as of `content_key`.
     varied : dict
         Those of a sweep's matrix.
+    log : Path, optional
+        Where what it prints is kept as well.
     """
 
     notebook: str | Path
@@ -51,16 +53,12 @@ class Run:
     out: Path
     key: str = ""
     varied: dict = field(default_factory=dict)
+    log: Path | None = None
 
     @property
     def name(self) -> str:
         """Name of its report."""
         return self.out.stem
-
-    @property
-    def log(self) -> Path:
-        """What it prints, where that is kept."""
-        return self.out.parent / "logs" / f"{self.name}.log"
 
 
 @dataclass(frozen=True)
@@ -94,21 +92,10 @@ class Plan:
 
 
 def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool = True) -> Plan:
-    """A profile: one run of each notebook.
+    """A profile, by the name of its YAML file in `profiles/`: one run of each notebook, or of those in `only`.
 
-    Parameters
-    ----------
-    profile : str
-        Name of a YAML file in `profiles/`.
-    only : sequence of str, optional
-        These notebooks alone; names or their starts.
-    check : bool
-        Whether what parameters name must be there.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If the profile is unknown or of another form, or names an unknown notebook or parameter, or one of another type.
+    Without `check`, what parameters name need not be there. ValueError or FileNotFoundError if the profile is unknown
+    or of another form, or names an unknown notebook or parameter, or one of another type.
     """
     known = list_notebooks()
     if not known:
@@ -117,71 +104,42 @@ def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool
     if not path.is_file():
         profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
         raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
-    content = _read_sections(path, _PROFILE, path)
-    if not isinstance(content["notebooks"], dict):
-        raise ValueError(
-            f"notebooks of {path} is {content['notebooks']!r}; it must map names to parameters, such as {known[0]}: "
-            f"{{seed: 1}}; all notebooks are run, or those that --only names"
-        )
-    reader, own = new_reader(), {}
+    content = _sections(_load_yaml(path) or {}, _PROFILE, path)
     wanted = set(known) if only is None else {find_notebook(name).stem for name in only}
+    own: dict[str, dict] = {}
     with naming(f"profile {profile!r}"):
-        common = _common(content["common"], known)
-        for key, values in content["notebooks"].items():
+        for key, values in _mapping(content["notebooks"], f"notebooks of {path}").items():
             name = find_notebook(key).stem
-            if values and not isinstance(values, dict):
-                raise ValueError(
-                    f"{key} of {path} is {values!r}; it must map parameters to values, such as {{seed: 1}}"
-                )
             if name in own:
                 raise ValueError(f"it names {name} twice, the second time as {key!r}")
-            own[name] = values or {}
-        runs = []
-        for name in known:
-            given = common[name] | own.get(name, {})
-            if check and name in wanted:
-                given = check_parameters(name, given, reader=reader)
-            else:
-                given = read_parameters(name, given)
-            runs.append(Run(name, given, paths.reports() / f"{name}.ipynb"))
+            own[name] = _mapping(values or {}, f"{key} of {path}")
+        given = _combined({name: own.get(name, {}) for name in known}, content)
+        reader = new_reader()
+        values = {}
+        for name, each, _ in given:
+            checked = check and name in wanted
+            values[name] = check_parameters(name, each, reader=reader) if checked else read_parameters(name, each)
     try:
         passes = {find_notebook(name).stem: read_value(count, "int") for name, count in content["passes"].items()}
     except ValueError as error:
         raise ValueError(f"passes of {path} is {content['passes']!r}; it must map notebooks to numbers") from error
-    runs = tuple(run for run in runs if run.name in wanted)
+    runs = tuple(Run(name, values[name], paths.reports() / f"{name}.ipynb") for name in known if name in wanted)
     return Plan(runs, paths.reports(), content["timeout"], passes, content["in_short_for"] or None)
 
 
 def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan:
-    """The runs of a sweep.
+    """The runs of a sweep, a YAML file or a mapping as of `sweep`: one for each combination of a notebook's axes.
 
-    Parameters
-    ----------
-    source : path of a YAML file, or mapping
-        `notebooks`: names or their starts (default: all); `common`: parameters for every notebook that has them;
-        `matrix`: lists of values, of which every combination is run; `timeout`: seconds that a cell may take. Texts
-        are read by the types that the notebooks declare.
-    name : str, optional
-        Of the folder below `reports/sweeps/`; by default that of the file.
-
-    Returns
-    -------
-    Plan
-        A notebook is run once for each combination of those matrix parameters that it has.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If the file is missing or not a sweep, or a notebook or parameter is unknown or of the wrong type, or
-        names what is not there.
+    ValueError or FileNotFoundError if the file is missing or not a sweep, or a notebook or parameter is unknown or of
+    the wrong type, or names what is not there.
     """
     where = "the sweep"
     if not isinstance(source, Mapping):
-        source = paths.local(source)
-        if not source.is_file():
-            raise FileNotFoundError(f"there is no sweep at {source}; write one, for example the one in the README")
-        name, where = name or source.stem, source
-    content = _read_sections(source, _SWEEP, where)
+        where = paths.local(source)
+        if not where.is_file():
+            raise FileNotFoundError(f"there is no sweep at {where}; write one, for example the one in the README")
+        name, source = name or where.stem, _load_yaml(where)
+    content = _sections(source, _SWEEP, where)
     starts = content["notebooks"]
     try:
         starts = read_value(str(starts) if type(starts) is int else starts, "list") if starts else list_notebooks()
@@ -191,21 +149,16 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
             f"notebooks of {where} is {content['notebooks']!r}; it must be a list of names or their starts, such as "
             "[20_geometry, 50]"
         ) from error
-    notebooks, matrix = [find_notebook(start).stem for start in starts], content["matrix"]
-    for key, values in matrix.items():
+    for key, values in content["matrix"].items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"matrix {key!r} of {where} is {values!r}; it must be a list of values")
     reader, runs, folder = new_reader(), {}, paths.reports() / "sweeps" / (name or "sweep")
     with naming(where):
-        common, axes_of = _common(content["common"], notebooks), _common(matrix, notebooks)
-        for notebook in notebooks:
-            axes = axes_of[notebook]
-            for combination in product(*axes.values()):
-                varied = dict(zip(axes, combination, strict=True))
-                values = check_parameters(notebook, common[notebook] | varied, reader=reader)
-                key = content_key(notebook, values)
-                varied = read_parameters(notebook, varied)
-                runs[f"{notebook}-{key}"] = Run(notebook, values, folder / f"{notebook}-{key}.ipynb", key, varied)
+        for notebook, given, axes in _combined({find_notebook(start).stem: {} for start in starts}, content):
+            values = check_parameters(notebook, given, reader=reader)
+            key = content_key(notebook, values)
+            own, varied = f"{notebook}-{key}", {axis: values[axis] for axis in axes}
+            runs[own] = Run(notebook, values, folder / f"{own}.ipynb", key, varied, folder / "logs" / f"{own}.log")
     return Plan(tuple(runs.values()), folder, content["timeout"])
 
 
@@ -237,31 +190,33 @@ def content_key(notebook: str, parameters: Mapping) -> str:
 
 def _weights(parameters: Mapping) -> list[Path]:
     """Files of the models, classifiers and directions that parameters name, as far as they lie here."""
-    from workbench.datasets import classifiers  # torch, seconds
+    from workbench.datasets.classifiers import BUNDLED  # torch, seconds
 
     named = {key: value for key, value in parameters.items() if isinstance(value, str) and value}
     names = [value for key, value in named.items() if key.endswith(("_name", "_path"))]
     places = [folder / name for name in names for folder in (paths.models(), Path())]
-    if any(name in classifiers.BUNDLED for name in names):
-        places.append(paths.models() / "avataaars-attributes")
+    places += [paths.models() / BUNDLED[name] for name in names if name in BUNDLED]
     files = [file for place in places if place.is_dir() for file in sorted(place.rglob("*.safetensors"))]
     return [*files, *(place for place in places if place.is_file())]
 
 
-def _common(given: Mapping[str, object], notebooks: Iterable[str]) -> dict[str, dict]:
-    """What each notebook has of some parameters, each of which one must have."""
-    known = {name: notebook_defaults(name) for name in notebooks}
-    for key in given:
+def _combined(own: Mapping[str, dict], content: Mapping) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
+    """Each notebook with its own parameters, the common ones and those of the matrix that it has; and these axes."""
+    known = {name: notebook_defaults(name) for name in own}
+    common, matrix = content["common"], content.get("matrix", {})
+    for key in [*common, *matrix]:
         if not any(key in each for each in known.values()):
             every = sorted({parameter for each in known.values() for parameter in each})
             raise ValueError(f"none of {', '.join(known)} has the parameter {key!r}; there are {', '.join(every)}")
-    return {name: {key: value for key, value in given.items() if key in each} for name, each in known.items()}
+    for name, values in own.items():
+        shared = {key: value for key, value in common.items() if key in known[name]}
+        axes = {key: value for key, value in matrix.items() if key in known[name]}
+        for combination in product(*axes.values()):
+            yield name, shared | values | dict(zip(axes, combination, strict=True)), tuple(axes)
 
 
-def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str | Path) -> dict:
+def _sections(content: object, sections: Sequence[str], where: str | Path) -> dict:
     """The sections of a profile or a sweep, with empty ones for those that are missing; `timeout` is a number."""
-    content = source if isinstance(source, Mapping) else _load_yaml(source)
-    content = {} if content is None and sections is _PROFILE else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping of {', '.join(sections)}, not {content!r}")
     if unknown := [key for key in content if key not in sections]:
@@ -271,10 +226,7 @@ def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str |
         )
     found = {section: {} if content.get(section) in (None, "") else content[section] for section in sections}
     for section in ("common", "matrix", "passes"):
-        if not isinstance(found.get(section, {}), Mapping):
-            raise ValueError(
-                f"{section} of {where} is {found[section]!r}; it must map parameters to values, such as {{seed: 1}}"
-            )
+        _mapping(found.get(section, {}), f"{section} of {where}")
     try:
         timeout = read_value(content.get("timeout", 3600), "int")
     except ValueError:
@@ -282,6 +234,12 @@ def _read_sections(source: Path | Mapping, sections: Sequence[str], where: str |
     if timeout < 1:
         raise ValueError(f"timeout of {where} is {content['timeout']!r}; it must be a number of seconds")
     return found | {"timeout": timeout}
+
+
+def _mapping(value: object, what: str) -> Mapping:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is {value!r}; it must map names to values, such as {{seed: 1}}")
+    return value
 
 
 def _load_yaml(path: Path) -> object:

@@ -1,4 +1,4 @@
-"""Reports of all notebooks, which run side by side and are entered in a page that can be opened at once."""
+"""Reports of all notebooks side by side, with an index page that can be opened at once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def report(
 ) -> list[Report]:
     """Run the staged notebooks and write the index page, which shows how far they are.
 
-    A report that was interrupted is gone on with: notebooks that it finished, of the same parameters, code and models,
-    are kept.
+    After an interrupt the next call goes on: it keeps the notebooks that are finished, if their parameters, code and
+    models are the same.
 
     Parameters
     ----------

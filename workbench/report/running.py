@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -158,18 +159,19 @@ logging.getLogger("papermill").addHandler(logging.NullHandler())
 
 
 @contextlib.contextmanager
-def logged(job: Job, path: Path | None):
-    """What the notebook prints goes to a file as well."""
+def logged(name: str, path: Path | None) -> Iterator[logging.Logger]:
+    """Where a job of that name says what its notebook prints; also written to a file, if one is given."""
+    logger = logging.getLogger(f"papermill.{name}")
     if path is None:
-        yield
+        yield logger
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler, logger = logging.FileHandler(path, mode="w", encoding="utf-8"), logging.getLogger(f"papermill.{job.name}")
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        yield
+        yield logger
     finally:
         logger.removeHandler(handler)
         handler.close()

@@ -1,4 +1,4 @@
-"""What parameters name is looked at before a kernel starts: models, images, classifiers, attributes and timesteps."""
+"""Checks what parameters name before a kernel starts: models, images, classifiers, attributes and timesteps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def from_here(parameters: Mapping[str, object], folder: Path | None = None) -> dict[str, object]:
     """Parameters that name files, `..._name` and `..._path`, with whole paths: a kernel runs in the notebook's folder.
 
-    They are meant from `folder`, by default from here. So is `figures`, the folder that figures are written to. Names
-    of bundled models and images stay names.
+    They are meant from `folder`, by default from here, and so is `figures`, the folder that figures are written to.
+    Names of bundled models and images stay names.
     """
     folder = Path() if folder is None else folder
     if parameters.get("figures"):
@@ -46,11 +46,11 @@ def _is_bundled(key: str, value: str) -> bool:
         return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
     if key in ("classifier_name", "judge_name"):
         return value in (*classifiers.BUNDLED, "clip")
-    return key == "images_name" and value == labelled.BUNDLED
+    return key == "images_name" and value in labelled.BUNDLED
 
 
 def new_reader() -> Callable[[str, str], object]:
-    """Reads what a function of the package loads by a name, as far as it is asked for here; every source once."""
+    """A function (function, name) that reads what the notebook's `function` would load; it reads every source once."""
     return cache(_read)
 
 

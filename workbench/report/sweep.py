@@ -63,7 +63,7 @@ def sweep(
         plan = plan_sweep(source, name=name)
         kept = {run.name: found for run in plan.runs if (found := read_report(run.out)) is not None}
         jobs = max(1, min(workers or default_jobs(), len(plan.runs) - len(kept)))
-        options = {"jobs": jobs, "kernels": kernels, "title": f"Sweep {plan.folder.name}", "logs": True}
+        options = {"jobs": jobs, "kernels": kernels, "title": f"Sweep {plan.folder.name}"}
         with Board(plan, kept, show=progress, **options) as board:
             if scheduler is None:
                 results = board.run()

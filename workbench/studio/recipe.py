@@ -13,8 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.loading import load_model
@@ -29,6 +29,8 @@ from workbench.studio.session import EditSession
 from workbench.studio.state import EditState, Rendering
 
 FORMAT, VERSION = "hspace-edit", 1
+_KEYS = {*"model sample timesteps etas eta process t_range directions boundaries result".split()}
+_RESULT_KEYS = {"sha256", "torch", "threads"}
 
 
 def save_recipe(session: EditSession, path: str | Path, *, state: EditState | None = None) -> Path:
@@ -125,17 +127,8 @@ def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Cla
 def apply_recipe(session: EditSession, path: str | Path) -> None:
     """Bring a session to the edit of a recipe, as one change; what it lacks of sample and directions is added.
 
-    Parameters
-    ----------
-    session : EditSession
-    path : path
-
-    Raises
-    ------
-    FileNotFoundError
-        If the recipe or a part of it is not there.
-    ValueError
-        If it is not a recipe, or of another model or other timesteps than the session's.
+    FileNotFoundError if the recipe or a part of it is not there; ValueError if it is not a recipe, or of another model
+    or other timesteps than the session's.
     """
     path = local(path)
     recipe = read_recipe(path)
@@ -178,20 +171,7 @@ def read_recipe(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a recipe of an edit")
     if recipe.get("version") != VERSION:
         raise ValueError(f"{path} is a recipe of version {recipe.get('version')}; this workbench reads {VERSION}")
-    lacking = {
-        "model",
-        "sample",
-        "timesteps",
-        "etas",
-        "eta",
-        "process",
-        "t_range",
-        "directions",
-        "boundaries",
-        "result",
-    } - recipe.keys()
-    if not lacking:
-        lacking = {"sha256", "torch", "threads"}.difference(recipe["result"])
+    lacking = _KEYS - recipe.keys() or _RESULT_KEYS.difference(recipe["result"])
     if lacking:
         raise ValueError(f"{path} is not a whole recipe; it lacks {', '.join(sorted(lacking))}")
     return recipe
@@ -270,8 +250,7 @@ def _run_of(recipe: dict, path: Path, model: Model) -> Trajectory:
     if not file.is_file():
         raise FileNotFoundError(f"there is no inverted image {file}; the recipe's folder must come with it")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            kept = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        kept = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} can't be read as an inverted image ({type(error).__name__})") from error
     return Trajectory(model, kept["x_T"], kept["x0"], timesteps, etas, stored_noise=kept.get("stored_noise"))

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nbformat.v4 import new_code_cell, new_notebook
 from traitlets.config import Config
 
 from workbench import paths
@@ -38,22 +39,9 @@ def serve_studio(
 ) -> None:
     """Serve a studio until interrupted, to this machine alone and only with the token in the address.
 
-    Parameters
-    ----------
-    options : dict
-        Arguments of `open_studio`, as JSON can hold them. What they name is checked before anything is served.
-    on_ready : callable (str) -> None
-        Called with the address when the page can be opened.
-    port : int, default 0
-        0 takes a free one.
-    theme : {"light", "dark"}
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As of `open_studio`; or if there is no such port, or voila is not installed.
-    OSError
-        If the port is taken.
+    `options` are arguments of `open_studio`, as JSON can hold them; what they name is checked before anything is
+    served. `on_ready` is called with the address when the page can be opened. Port 0 takes a free one. Raises as
+    `open_studio`; ValueError if there is no such port or voila is not installed, OSError if the port is taken.
     """
     try:
         from voila.app import Voila  # slow to import, and needed by this command alone
@@ -62,8 +50,7 @@ def serve_studio(
 
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port} is none; give 1 to 65535, or 0 for a free one")
-    port = port or _free_port()
-    _check_free(port)
+    port = _free_port(port)
     model = load_model(options["model"], device=options.get("device"))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
     if options.get("classifier"):
@@ -99,28 +86,9 @@ def open_studio(
 ) -> EditStudio:
     """The studio of names and files, as `workbench studio` shows it.
 
-    Parameters
-    ----------
-    model : str
-        As in `load_model`.
-    directions : sequence of str, optional
-        Files of directions and boundaries, or folders of them. By default those saved for this model in
-        `data/directions` and `data/boundaries`, or, if there are none, principal components of 96 samples.
-    seeds : sequence of int
-    steps, eta
-        As in `sample`.
-    classifier : str, optional
-        As in `load_classifier`; empty for none.
-    device : str, optional
-
-    Returns
-    -------
-    EditStudio
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If something named is not there, or does not fit the model.
+    `directions` are files of directions and boundaries, or folders of them; by default those saved for this model in
+    `data/directions` and `data/boundaries`, or, without any direction, principal components of 96 samples. Raises
+    FileNotFoundError or ValueError if something named is not there, or does not fit the model.
     """
     loaded = load_model(model, device=device)
     runs = sample(loaded, seeds, steps=steps, eta=eta, progress=False)
@@ -135,21 +103,8 @@ def open_studio(
 def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequence[int]) -> list[Direction | Boundary]:
     """Directions and boundaries: those of the files and folders named, or all saved ones that fit.
 
-    Parameters
-    ----------
-    model : Model
-    named : sequence of str, optional
-    timesteps : sequence of int
-        Those that samples visit; a boundary needs its own among them.
-
-    Returns
-    -------
-    list of Direction and Boundary
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a file or folder that is named is not there, holds nothing, or does not fit.
+    A boundary needs its own timestep among those given. FileNotFoundError or ValueError if a file or folder that is
+    named is not there, holds nothing, or does not fit.
     """
 
     def load(path: Path) -> Direction | Boundary:
@@ -187,27 +142,17 @@ def _absolute(options: dict) -> dict:
 
 
 def _notebook(options: dict) -> dict:
-    source = f"from workbench.studio.server import open_studio\n\nopen_studio(**{options!r})"
+    cell = new_code_cell(f"from workbench.studio.server import open_studio\n\nopen_studio(**{options!r})")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cell = {"cell_type": "code", "id": "studio", "metadata": {}, "outputs": [], "execution_count": None}
-    return {
-        "cells": [cell | {"source": source}],
-        "metadata": {"kernelspec": kernel, "title": "h-space edit studio"},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    return new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "h-space edit studio"})
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
-
-
-def _check_free(port: int) -> None:
+def _free_port(port: int = 0) -> int:
+    """The port, or a free one for 0; OSError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
             raise OSError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
+        return probe.getsockname()[1]
