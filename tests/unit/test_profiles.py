@@ -23,17 +23,13 @@ def content(name: str) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_names_parameters_that_the_notebooks_have(name):
+def test_a_profile_names_parameters_that_the_notebooks_have_and_a_known_model(name):
     plan = plans.read_profile(name, check=False).parameters
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()
         assert plan[notebook]["model_name"] == values.get("model_name", given["common"]["model_name"])
-
-
-@pytest.mark.parametrize("name", PROFILES)
-def test_a_profiles_model_is_bundled_or_a_known_one(name):
-    model = content(name)[1]["common"]["model_name"]
+    model = given["common"]["model_name"]
     assert model in {*layouts.HUB, *layouts.PRESETS} or (paths.models() / model).is_dir()
 
 
@@ -61,13 +57,10 @@ def test_the_time_of_a_first_look_can_be_estimated_and_its_cards_say_what_was_cu
     assert plans.find_cuts(plan).keys() == plan.parameters.keys()
 
 
-def test_there_is_a_profile_for_the_papers_model():
+def test_every_notebook_takes_another_model_by_one_parameter_and_the_papers_has_a_profile():
+    for name in parameters.list_notebooks():
+        assert parameters.notebook_parameters(name)["model_name"].default == "avataaars32"
     assert "celebahq256" in GPU
-
-
-@pytest.mark.parametrize("name", [n for n in parameters.list_notebooks()])
-def test_every_notebook_takes_another_model_by_one_parameter(name):
-    assert parameters.notebook_parameters(name)["model_name"].default == "avataaars32"
 
 
 @pytest.mark.parametrize("name", PROFILES)
