@@ -19,7 +19,7 @@ from report_checks import CHROMIUM, check_report
 from workbench import cli, paths
 from workbench.report.claims import load_claims
 from workbench.report.figures import list_figures
-from workbench.report.notebooks import list_notebooks
+from workbench.report.parameters import list_notebooks
 
 # Small, since nothing is concluded from these reports.
 NOTEBOOKS = {

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from workbench import paths
-from workbench.report.notebooks import list_notebooks, notebook_parameters
+from workbench.report.parameters import list_notebooks, notebook_parameters
 
 MOST_LINES, MOST_PARAMETERS = 20, 16
 PLAIN = re.compile(r"(int|float|str|bool|list|list\[(int|float|str|bool)\])")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import norm
-from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 
 import workbench as wb
@@ -72,16 +71,6 @@ def test_the_normal_is_that_of_a_linear_svc(n, d, C):
     assert found.coordinate(w[None] / np.linalg.norm(w))[0] > 1 - 1e-6
     assert found.extras["weight_norm"] == pytest.approx(np.linalg.norm(w), rel=1e-3)
     np.testing.assert_allclose(found.distance(z), oracle.decision_function(z) / np.linalg.norm(w), atol=2e-2)
-
-
-def test_the_normal_of_mean_is_the_difference_of_means_and_of_logistic_that_of_sklearn():
-    z, y, _ = planted(80, 200, delta=3.0)
-    v = z[y == 1].mean(axis=0) - z[y == 0].mean(axis=0)
-    assert fit_boundary(z, y, t=0, method="mean").coordinate(v[None])[0] == pytest.approx(np.linalg.norm(v), rel=1e-5)
-    found = fit_boundary(z, y, t=0, method="logistic", C=0.5)
-    unit = np.linalg.svd(z - z.mean(axis=0))[1][0] / np.sqrt(len(z))
-    w = LogisticRegression(C=0.5, max_iter=1000).fit((z - z.mean(axis=0)) / unit, y).coef_[0]
-    assert found.coordinate(w[None])[0] == pytest.approx(np.linalg.norm(w), rel=1e-3)
 
 
 def test_the_interval_of_a_cross_validated_accuracy_holds_that_of_new_samples():

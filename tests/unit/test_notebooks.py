@@ -144,7 +144,7 @@ class TestSources:
     @pytest.mark.parametrize(
         ("name", "given"),
         [
-            *((name, {}) for name in notebooks.list_notebooks()),
+            *((name, {}) for name in parameters.list_notebooks()),
             ("40", {"judge_name": ""}),
             ("50", {"images_name": ""}),
             ("00", {"model_name": "google/ddpm-celebahq-256"}),

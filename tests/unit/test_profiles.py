@@ -11,7 +11,7 @@ import yaml
 
 from workbench import cli, paths
 from workbench.formats import layouts
-from workbench.report import notebooks, plans, reports
+from workbench.report import parameters, plans, reports
 
 PROFILES = sorted(path.stem for path in paths.profiles().glob("*.yaml"))
 GPU = [name for name in PROFILES if name not in ("quick", "standard", "full", "records", "smoke")]
@@ -23,17 +23,13 @@ def content(name: str) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_names_parameters_that_the_notebooks_have(name):
+def test_a_profile_names_parameters_that_the_notebooks_have_and_a_known_model(name):
     plan = plans.read_profile(name, check=False).parameters
     _, given = content(name)
     for notebook, values in (given.get("notebooks") or {}).items():
         assert values.items() <= plan[notebook].items()
         assert plan[notebook]["model_name"] == values.get("model_name", given["common"]["model_name"])
-
-
-@pytest.mark.parametrize("name", PROFILES)
-def test_a_profiles_model_is_bundled_or_a_known_one(name):
-    model = content(name)[1]["common"]["model_name"]
+    model = given["common"]["model_name"]
     assert model in {*layouts.HUB, *layouts.PRESETS} or (paths.models() / model).is_dir()
 
 
@@ -43,7 +39,7 @@ def test_a_gpu_profile_says_what_it_is_estimated_to_need_and_what_to_run(name):
     head = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     assert re.search(r"Estimated, not measured: \d+ GiB of GPU memory .* \d+ (hours?|minutes) at \d+ TFLOP/s", head)
     command = re.search(rf"workbench report --profile {name} --only ([\d ]+)", head)
-    assert {number for number in command[1].split()} <= {n[:2] for n in notebooks.list_notebooks()}
+    assert {number for number in command[1].split()} <= {n[:2] for n in parameters.list_notebooks()}
 
 
 def test_a_report_is_a_first_look_unless_asked_for_more():
@@ -61,13 +57,10 @@ def test_the_time_of_a_first_look_can_be_estimated_and_its_cards_say_what_was_cu
     assert plans.find_cuts(plan).keys() == plan.parameters.keys()
 
 
-def test_there_is_a_profile_for_the_papers_model():
+def test_every_notebook_takes_another_model_by_one_parameter_and_the_papers_has_a_profile():
+    for name in parameters.list_notebooks():
+        assert parameters.notebook_parameters(name)["model_name"].default == "avataaars32"
     assert "celebahq256" in GPU
-
-
-@pytest.mark.parametrize("name", [n for n in notebooks.list_notebooks()])
-def test_every_notebook_takes_another_model_by_one_parameter(name):
-    assert notebooks.notebook_parameters(name)["model_name"].default == "avataaars32"
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -78,7 +71,7 @@ def test_what_a_profile_says_to_run_is_found_before_a_kernel_starts(name):
     model = given["common"]["model_name"]
     if "/" in model or (paths.models() / model).is_dir():
         plan = plans.read_profile(name, only and only[1].split())
-        assert len(plan.parameters) == (len(only[1].split()) if only else len(notebooks.list_notebooks()))
+        assert len(plan.parameters) == (len(only[1].split()) if only else len(parameters.list_notebooks()))
         assert plan.timeout >= 3600
     else:
         with pytest.raises(ValueError, match=f"no model '{model}'"):

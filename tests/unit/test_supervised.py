@@ -329,16 +329,11 @@ def test_scores_take_the_highest_against_the_lowest(store, seeds):
     assert found.name == "Yaw"
 
 
-def test_shares_of_strata_add_up():
+def test_shares_of_strata_add_up_and_what_small_ones_have_no_room_for_the_large_ones_take():
     np.testing.assert_array_equal(supervised._shares(np.array([50, 30, 20]), 10), [5, 3, 2])
     np.testing.assert_array_equal(supervised._shares(np.array([3, 3, 4]), 4), [1, 1, 2])
-    with pytest.raises(ValueError, match="at most 3 on a side"):
-        supervised._shares(np.array([3, 3, 3, 1]), 5)
-
-
-def test_what_small_strata_have_no_room_for_the_large_ones_take():
     rng = np.random.default_rng(0)
-    for sizes in [np.array([1] * 10 + [90]), *(rng.integers(1, 30, 8) for _ in range(20))]:
+    for sizes in [np.array([3, 3, 3, 1]), np.array([1] * 10 + [90]), *(rng.integers(1, 30, 8) for _ in range(20))]:
         most = (sizes // 2).sum()
         for k in range(1, most + 1):
             shares = supervised._shares(sizes, k)

@@ -18,8 +18,7 @@ from workbench.analysis.samples import (
     over_timesteps,
 )
 
-FEWEST = 20
-"""Samples that a dimension takes."""
+FEWEST = 20  # samples that a dimension takes
 
 
 def dimensions(h: Any, *, neighbours: int = 10, resamples: int = 50, seed: int = 0) -> pd.DataFrame:

@@ -54,7 +54,7 @@ class Span:
     def axes(self) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates of the samples along their principal axes, (n, r), and the weights (n, r) that give the axes."""
         n = len(self.products)
-        kept = min(self.rank or n, n)
+        kept = min(self.rank or n, n, self.d)
         values, vectors = linalg.eigh(self.products, subset_by_index=[n - kept, n - 1])
         there = values > 1e-10 * max(values[-1], 0.0)
         if not there.any():

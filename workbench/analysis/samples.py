@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.intervals import QUANTILES
 
-CHUNK = 4096
-"""Coordinates that are multiplied at once."""
+CHUNK = 4096  # coordinates that are multiplied at once
 
 Labels = pd.Series | np.ndarray | Sequence
 

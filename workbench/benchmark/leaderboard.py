@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.analysis.effect_metrics import linearity, monotonicity
-from workbench.analysis.intervals import QUANTILES, bootstrap_counts, holm, mean_interval
+from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, holm, mean_interval
 
 CHANGE = 0.2  # root mean square change of an image, in [-1, 1], at which methods are compared by default
 SUCCESS = 0.5  # share of the samples without an attribute that have it after the edit, at which they are compared
@@ -211,7 +211,7 @@ def difference(
     change: float = CHANGE,
     resamples: int = 500,
     seed: int = 0,
-) -> dict[str, float]:
+) -> Estimate:
     """By how much one method exceeds another, over the attributes that both have, on the same samples.
 
     Parameters
@@ -226,8 +226,8 @@ def difference(
 
     Returns
     -------
-    dict
-        `value`, `low`, `high` (95%), and `n`, the number of attributes; NaN where there is none.
+    Estimate
+        Its n is the smallest number of samples without an attribute; NaN without an attribute in common.
 
     Raises
     ------
@@ -238,15 +238,15 @@ def difference(
     for name in (first, second):
         if name not in measured:
             raise ValueError(f"{name!r} was not measured; there are {', '.join(measured)}")
-    drawn = {name: {} for name in (first, second)}
+    drawn, n = {name: {} for name in (first, second)}, {}
     for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
         drawn[c.method][c.attribute] = _at(c.rms, getattr(c, value), change)
-    gaps = [curve - drawn[second][name] for name, curve in drawn[first].items() if name in drawn[second]]
-    if not gaps:
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
-    mean = _mean(gaps)
-    low, high = _interval(mean)
-    return {"value": float(mean[0]), "low": low, "high": high, "n": len(gaps)}
+        n[c.attribute] = c.n
+    shared = [name for name in drawn[first] if name in drawn[second]]
+    if not shared:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    mean = _mean(drawn[first][name] - drawn[second][name] for name in shared)
+    return Estimate(float(mean[0]), *_interval(mean), min(n[name] for name in shared))
 
 
 def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:

@@ -95,7 +95,7 @@ def fit_boundary(
     return _fit(source, {name: labels}, t=t, **options)[name]
 
 
-def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options) -> dict[str, Boundary]:
+def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options: object) -> dict[str, Boundary]:
     """The boundaries of many attributes, each as `fit_boundary` finds it, from one matrix of inner products.
 
     Parameters

@@ -22,11 +22,11 @@ from workbench.analysis.mixing_criteria import (
     stays,
     total_variation,
 )
-from workbench.analysis.samples import matched
+from workbench.analysis.samples import check_classes, matched
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.loading import load_model
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import (
     StepRecord,
     Trajectory,
@@ -341,16 +341,10 @@ def _at_loss(losses: np.ndarray, successes: np.ndarray, level: float) -> float:
 
 
 def _check_judged(table: pd.DataFrame, classifier: Classifier) -> None:
-    unknown = [name for name in table if name not in classifier.attributes]
-    if unknown:
-        raise ValueError(
-            f"{classifier.name} does not judge {unknown[0]!r}; it knows {', '.join(classifier.attributes)}"
-        )
     for name, values in table.items():
-        if not set(np.unique(values)) <= {0, 1}:
-            raise ValueError(
-                f"the labels {name!r} have values other than 0 and 1; an edit goes from one class to the other"
-            )
+        if name not in classifier.attributes:
+            raise ValueError(f"{classifier.name} does not judge {name!r}; it knows {', '.join(classifier.attributes)}")
+        check_classes(values, name)
 
 
 def distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> tuple[Distance, str]:
@@ -408,11 +402,7 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
             model = load_model(wanted["name"])
         except FileNotFoundError as error:
             raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
-    if model.hash != wanted["hash"]:
-        raise ValueError(
-            f"the store comes from weights {wanted['hash']} ({wanted['name']!r}), not from {model.name!r} "
-            f"(weights {model.hash}); give its own model with model="
-        )
+    refuse_other_model("the store", wanted, model.provenance(), tap=False, remedy="give its own model with model=")
     return model
 
 

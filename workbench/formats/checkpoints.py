@@ -65,11 +65,11 @@ def find_model_files(folder: str | Path) -> ModelFolder:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether no part of a model folder is missing."""
+    """Whether no part of a model folder is missing; what else is wrong with it shows when it is loaded."""
     try:
         find_model_files(folder)
-    except (OSError, ValueError):
-        return False
+    except (FileNotFoundError, ValueError) as error:
+        return isinstance(error, ValueError)
     return True
 
 

@@ -21,17 +21,9 @@ import nbformat
 from workbench import paths
 from workbench.io import commit, duration
 from workbench.report.pages import export_html, now, problem_of, write_index
-from workbench.report.parameters import (
-    check_parameters,
-    find_notebook,
-    list_notebooks,
-    notebook_defaults,
-    notebook_parameters,
-)
+from workbench.report.parameters import check_parameters, find_notebook, notebook_defaults
 from workbench.report.plans import Run
 from workbench.report.running import Job, logged
-
-__all__ = ["NotebookFailed", "Report", "list_notebooks", "notebook_parameters", "run_job", "run_notebook"]
 
 _PACKAGES = ("hspace-workbench", "torch", "diffusers", "numpy", "scikit-learn", "plotly")
 

@@ -30,7 +30,7 @@ class View(widgets.VBox):
     """A tab: `shown` is what `show` makes of the session on the studio's thread."""
 
     def __init__(self, studio: EditStudio, *controls: widgets.Widget) -> None:
-        self.studio, self.session, self.shown = studio, studio.state, widgets.HTML()
+        self.studio, self.session, self.shown = studio, studio.session, widgets.HTML()
         super().__init__([*([widgets.HBox(controls)] if controls else []), self.shown])
 
     def show(self, state: EditState, progress: Progress) -> None:
@@ -85,7 +85,7 @@ class Timesteps(View):
     """P_t along the chain, with and without the edit."""
 
     def __init__(self, studio: EditStudio) -> None:
-        self.timestep = timestep_slider(studio.state.timesteps, "timestep whose predicted image is shown")
+        self.timestep = timestep_slider(studio.session.timesteps, "timestep whose predicted image is shown")
         self.timestep.observe(lambda _: self._show_one(), "value")
         self.predicted = widgets.HTML().add_class("hspace-large")
         self._found: Predictions | None = None
@@ -114,7 +114,7 @@ class Map(View):
 
     def __init__(self, studio: EditStudio) -> None:
         self.method = widgets.ToggleButtons(options=[("PCA", "pca"), ("UMAP", "umap")], style={"button_width": "70px"})
-        self.timestep = timestep_slider(studio.state.timesteps, "timestep of the map", continuous_update=False)
+        self.timestep = timestep_slider(studio.session.timesteps, "timestep of the map", continuous_update=False)
         for control in (self.method, self.timestep):
             studio.follow(control)
         self.figure: go.FigureWidget | None = None
