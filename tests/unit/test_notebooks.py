@@ -128,7 +128,7 @@ class TestSources:
                 "the classifier has no attribute Smilng; give classifier_name",
             ),
             ("30", {"attributes": ["3", "7"]}, "the images have no attribute 3, 7; give images_name"),
-            ("50", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
+            ("55", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
             ("50", {"judge_name": "clip"}, "the judge has no attribute Long_Hair"),
             ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
