@@ -9,7 +9,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 
 .DEFAULT_GOAL := help
-.PHONY: help install report test test-all lab bench clean
+.PHONY: help install report lint test test-all lab bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(lastword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -21,6 +21,9 @@ report: $(VENV)/installed  ## run the notebooks, write reports/index.html (PROFI
 
 # Each test process computes with one thread, and has whole files: some make reports that all of their tests look at.
 PYTEST = cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+lint: $(VENV)/installed-test  ## check the style of the code
+	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, browser
 	$(PYTEST) -m "not slow" tests notebooks/00_quickstart.ipynb notebooks/90_your_images.ipynb \

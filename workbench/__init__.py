@@ -15,6 +15,7 @@ import importlib
 
 _WHERE = {
     "analysis.intervals": ("Estimate",),
+    "analysis.probes": ("expected_accuracy", "samples_needed"),
     "diffusion.loading": ("convert_checkpoint", "list_models", "load_model"),
     "diffusion.models": ("Model", "wrap"),
     "diffusion.schedule": ("NoiseSchedule",),
@@ -28,16 +29,9 @@ _WHERE = {
     "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
-    "directions.boundary": (
-        "Boundary",
-        "expected_accuracy",
-        "fit_boundaries",
-        "fit_boundary",
-        "load_boundary",
-        "move_jointly",
-        "samples_needed",
-    ),
+    "directions.boundary": ("Boundary", "load_boundary", "move_jointly"),
     "directions.boundary_accuracy": ("accuracy_over_samples", "accuracy_over_time"),
+    "directions.boundary_fit": ("fit_boundaries", "fit_boundary"),
     "directions.direction": ("Direction", "load_direction", "random_like"),
     "directions.asyrp": ("DeltaFunction", "load_asyrp"),
     "directions.jacobian": ("find_jacobian", "find_pullback"),

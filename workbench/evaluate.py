@@ -11,15 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.intervals import Estimate
-from workbench.analysis.metrics import frechet_distance, kernel_distance
-from workbench.analysis.quality import (
+from workbench.analysis.image_metrics import (
     attribute_frequencies,
+    frechet_distance,
     joint_frequencies,
+    kernel_distance,
     memorisation,
     nearest_neighbours,
     precision_recall,
 )
+from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.inversion import invert

@@ -9,7 +9,7 @@ import torch
 from sklearn.svm import SVC
 
 import workbench as wb
-from workbench.directions.boundary import fit_boundaries, fit_boundary
+from workbench.directions.boundary_fit import fit_boundaries, fit_boundary
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,21 @@
-"""The Jacobian's spectrum against the sequential power iteration of the released code, in one run, by ratios."""
+"""The Jacobian's spectrum against the sequential power iteration of the released code, and solver against solver.
+
+Why ARPACK's Lanczos method is the solver: products with J and J' on avataaars32, means over two samples at t of 600
+and 200, cold. "Own" is the block Davidson method that this project had before; LOBPCG is SciPy's, with as many vectors
+as are asked for, stopped at the same residual.
+
+| k | tol  | Lanczos | own | LOBPCG              | Algorithm 1 |
+|---|------|---------|-----|---------------------|-------------|
+| 1 | 1e-3 | 14      | 14  | 4, errors to 1e3 tol | 17         |
+| 1 | 1e-6 | 17      | 19  | 15                  | 30          |
+| 3 | 1e-3 | 27      | 25  | 25, errors to 1e3 tol | 68        |
+| 3 | 1e-6 | 32      | 33  | 45                  | 233         |
+| 8 | 1e-3 | 60      | 45  | 78, errors to 37 tol | 225        |
+| 8 | 1e-6 | 67      | 55  | 116                 | 643         |
+
+From the vectors of the timestep before, Lanczos takes 12, 24 and 60 products to 1e-3 (own: 10, 22, 43). Nowhere was
+the own method 1.5 times faster, so it went.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +118,7 @@ def test_faster_and_more_exact_than_the_power_iteration(model, plain, runs, reco
         def power(stop, x_t=x_t):
             return power_iteration(plain, x_t, stop=stop)
 
-        reference = find(oversample=5, tol=1e-9).singular_values
+        reference = find(tol=1e-9).singular_values
         neighbour = find(t=NEIGHBOUR)
 
         def near(i, sigmas, reference=reference):
@@ -132,6 +149,18 @@ def test_faster_and_more_exact_than_the_power_iteration(model, plain, runs, reco
     assert max(errors["ours to 1e-3"] + errors["ours to 1e-3, warm"]) <= 1e-3
 
 
+def test_lanczos_takes_fewer_products_than_the_papers_algorithms(model, runs, record):
+    """To the same residual, for one, three and eight vectors."""
+    for k in (1, 3, 8):
+        options = {"t": T, "k": k, "tol": 1e-5, "max_iterations": 1000, "progress": False}
+        lanczos, one_block, singly = (find_jacobian(model, runs[0], **options, block=b) for b in (None, k, 1))
+        for name, other in (("Algorithm 1", one_block), ("Algorithm 2, one vector at a time", singly)):
+            np.testing.assert_allclose(lanczos.singular_values, other.singular_values, rtol=1e-4)
+            ratio = other.products / lanczos.products
+            record(f"Jacobian, {k} vectors, {name} against Lanczos", ratio, "times the products", goal="at least 1")
+            assert ratio > 1
+
+
 def test_the_cost_in_k(model, runs, record):
     """Two to sixteen vectors, each to convergence."""
     costs = {}
@@ -139,7 +168,7 @@ def test_the_cost_in_k(model, runs, record):
         for k in (2, 4, 8, 16):
             start = time.perf_counter()
             found = find_jacobian(model, runs[0], t=T, k=k, progress=False)
-            assert found.convergence.converged
+            assert found.residuals.max() <= 1e-3
             costs.setdefault(k, []).append(time.perf_counter() - start)
     seconds = {k: median(values) for k, values in costs.items()}
     record("Jacobian, 16 vectors against 2", seconds[16] / seconds[2], "times as long", goal="below 8")

@@ -67,6 +67,7 @@ NOTEBOOKS = {
         "methods": ["random h", "mean difference"],
         "n_measured": 3,
         "strength": 2.0,
+        "k": 12,
     },
     "90_your_images": {"n_images": 2, "n_directions": 2},
     "95_train_your_own": {"training_steps": 20},

@@ -94,7 +94,7 @@ def test_the_mean_takes_the_samples_of_the_model_by_another_name(function, wide,
 
 def test_the_mean_refuses_samples_of_another_tap(function, wide, tmp_path):
     store = wb.extract(wide.tapped("before"), n=2, steps=2, out=tmp_path / "h.zarr", progress=False)
-    with pytest.raises(ValueError, match="extract from the model that the function was loaded for"):
+    with pytest.raises(ValueError, match="'before'"):
         function.mean(store, progress=False)
 
 
@@ -129,7 +129,7 @@ def test_scale_0_is_the_unedited_image_to_the_bit_and_signs_differ(function, wid
 def test_an_edit_refuses_another_model_and_other_timesteps(function, wide, run, make_unet):
     other = wb.wrap(make_unet(seed=3, block_out_channels=(8, CHANNELS)), DDPMScheduler(), name="other", device="cpu")
     foreign = wb.sample(other, [0], steps=5, eta=0.0, progress=False)
-    with pytest.raises(ValueError, match="smiling was loaded for 'wide' .* not for 'other'"):
+    with pytest.raises(ValueError, match="smiling belongs to the model 'wide' .* 'other'"):
         wb.edit(other, foreign, function)
     edited = wb.edit(wide, run, function, progress=False)
     longer = wb.sample(wide, [0], steps=6, eta=0.0, progress=False)
@@ -270,12 +270,12 @@ def test_missing_additional_and_misshapen_weights_are_named(wide, tmp_path, bloc
     state, path = block.state_dict(), tmp_path / "smile.pth"
     last = list(state)[-1]
     for change, message in (
-        ({last: None}, f"{last} is missing"),
-        ({last: torch.zeros(3)}, rf"{last} is \(3,\)"),
-        ({"more": torch.zeros(1)}, "more has no place in a DeltaBlock"),
+        ({last: None}, f"Missing .*{last}"),
+        ({last: torch.zeros(3)}, rf"{last}.*\[3\]"),
+        ({"more": torch.zeros(1)}, "Unexpected .*more"),
     ):
         torch.save({"0": {k: v for k, v in (state | change).items() if v is not None}}, path)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             load_asyrp(path, wide)
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import workbench as wb
-from workbench.analysis.metrics import cosine_similarity, perceptual_distance
+from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
 from workbench.benchmark import leaderboard, methods
 from workbench.benchmark.bench import Bench, backdrop
 from workbench.benchmark.methods import METHODS, register_method

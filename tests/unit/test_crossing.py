@@ -11,7 +11,7 @@ import torch
 import workbench as wb
 from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import Injection
-from workbench.directions.boundary import fit_boundary
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing.cross import Cross, cross_boundary
 from workbench.editing.render import EditGrid
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from workbench.analysis.metrics import directional_similarity, segmentation_consistency
+from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
 from workbench.datasets.classifiers import load_classifier, read_attributes
 from workbench.datasets.huggingface import load_clip, load_segmenter
 from workbench.datasets.labelled import load_images

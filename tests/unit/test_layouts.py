@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
-import subprocess
-import sys
 import warnings
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +16,7 @@ from safetensors.torch import save_file
 
 import workbench as wb
 from workbench.diffusion import loading
-from workbench.diffusion.loading import known_models, verify
+from workbench.diffusion.loading import verify
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats import golden, layouts
 from workbench.formats.checkpoints import read_checkpoint
@@ -218,20 +214,6 @@ def test_timesteps_that_a_network_was_trained_on_can_be_said_and_are_kept(guided
     assert wb.load_model(folder, device="cpu").schedule.provenance() == plain.provenance()
 
 
-@pytest.mark.parametrize(
-    "noise, words",
-    [
-        ({"timesteps": 1}, "timesteps is 1"),
-        ({"timesteps": 20}, "timesteps is 20; give 21"),
-        ({"timesteps": 1500, "rescale_timesteps": True}, "timesteps is 1500; give a multiple of 1000"),
-        ({"rescale_timesteps": True}, "rescale_timesteps needs the number of timesteps"),
-    ],
-)
-def test_timesteps_that_no_schedule_has_are_refused(noise, words, guided_file):
-    with pytest.raises(ValueError, match=words):
-        wb.load_model(guided_file, **SIZES, **noise)
-
-
 def test_a_file_that_does_not_tell_its_timesteps_is_assumed_to_have_1000_and_says_so(guided, guided_file, tmp_path):
     for schedule in (None, "cosine"):
         with pytest.warns(UserWarning, match="does not tell how many timesteps.*1000 are assumed.*timesteps="):
@@ -321,14 +303,10 @@ def test_a_preset_says_all_and_a_published_file_name_is_one(ddpm, ddpm_file, gui
     check_same(wb.load_model(renamed, preset="faces", device="cpu"), ddpm, 8)
 
 
-def test_a_wrong_preset_names_the_first_weight_that_does_not_fit(guided_file, ddpm_file, small_presets):
-    message = (
-        r"dogs.pt can't be loaded: input_blocks.3.0.in_layers.2.weight is \(32, 32, 3, 3\) in the file and "
-        r"\(64, 32, 3, 3\) in the preset 'other dogs'"
-    )
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_file, small_presets):
+    with pytest.raises(ValueError, match="dogs.pt does not fit the preset 'other dogs': .*conv_shortcut"):
         wb.load_model(guided_file, preset="other dogs")
-    with pytest.raises(ValueError, match="time_embed.0.weight is missing in the file; the preset 'dogs'"):
+    with pytest.raises(ValueError, match="temb.dense.0.weight .* of the file has no place"):
         wb.load_model(ddpm_file, preset="dogs")
     with pytest.raises(ValueError, match="preset 'cats' is not known; it is one of faces, dogs, other dogs"):
         wb.load_model(ddpm_file, preset="cats")
@@ -360,27 +338,24 @@ def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_f
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"image_size": 18, "head_channels": 16}, "image_size is 18; a network of 3 levels takes multiples of 4"),
-        ({"image_size": 16, "head_channels": 24}, "head_channels is 24; attention here is 32 and 64 channels wide"),
-        ({"image_size": 16, "head_channels": 16, "attention_order": "old"}, "attention_order 'old' is not known"),
+        ({"image_size": 18}, "image_size is 18; a network of 3 levels takes multiples of 4"),
+        ({"head_channels": 24}, "head_channels is 24; attention here is 32 and 64 channels wide"),
+        ({"attention_order": "old"}, "attention_order 'old' is not known"),
+        ({"timesteps": 1}, "timesteps is 1"),
+        ({"timesteps": 20}, "timesteps is 20; give 21"),
+        ({"timesteps": 1500, "rescale_timesteps": True}, "timesteps is 1500; give a multiple of 1000"),
+        ({"rescale_timesteps": True}, "rescale_timesteps needs the number of timesteps"),
     ],
 )
-def test_sizes_that_can_not_be_are_refused(wrong, message, guided_file):
+def test_settings_that_can_not_be_are_refused(wrong, message, guided_file):
     with pytest.raises(ValueError, match=message):
-        wb.load_model(guided_file, **wrong)
+        wb.load_model(guided_file, **{**SIZES, **wrong})
 
 
 def test_settings_of_a_file_are_refused_for_a_folder(tiny_folder):
-    for options in (
-        {"image_size": 8},
-        {"attention_order": "new"},
-        {"preset": "ffhq"},
-        {"schedule": "cosine"},
-        {"timesteps": 4000},
-        {"rescale_timesteps": True},
-    ):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} is for single files"):
-            wb.load_model(tiny_folder, **options)
+    for name, value in {**SIZES, "attention_order": "new", "preset": "ffhq", "timesteps": 4000}.items():
+        with pytest.raises(ValueError, match=f"{name} is for single files"):
+            wb.load_model(tiny_folder, **{name: value})
 
 
 # Files that don't load
@@ -394,11 +369,11 @@ def without(name: str):
     ("change", "words"),
     [
         (
-            without("down.1.block.0.conv1.weight"),
-            "changed.ckpt can't be loaded: down.1.block.0.conv1.weight is missing",
+            without("down.1.block.0.conv2.weight"),
+            "changed.ckpt does not fit the architecture: .*down_blocks.1.resnets.0.conv2.weight",
         ),
-        (without("up.0.block.1.norm2.bias"), "up.0.block.1.norm2.bias is missing"),
-        (without("mid.attn_1.q.weight"), "mid.attn_1.q.weight is missing"),
+        (without("up.0.block.1.norm2.bias"), "up_blocks.1.resnets.1.norm2.bias"),
+        (without("mid.attn_1.q.weight"), "mid_block.attentions.0.to_q.weight"),
         (
             lambda state: {**state, "mid.block_3.conv1.weight": torch.zeros(2, 2)},
             r"mid.block_3.conv1.weight \(2, 2\) of the file has no place",
@@ -418,12 +393,6 @@ def without(name: str):
 def test_a_file_that_is_not_the_network_of_its_shapes_is_refused(change, words, ddpm, tmp_path):
     with pytest.raises(ValueError, match=words):
         wb.load_model(save(change(ddpm.state_dict()), tmp_path / "changed.ckpt"), image_size=8)
-
-
-def test_a_truncated_file_is_refused(ddpm_file):
-    ddpm_file.write_bytes(ddpm_file.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="faces.ckpt can't be read as weights; it is truncated or of another kind"):
-        wb.load_model(ddpm_file, image_size=8)
 
 
 TIME = "model.diffusion_model.time_embed.0.weight"
@@ -557,46 +526,16 @@ def test_a_model_that_will_not_fit_is_announced_before_it_is_read(ddpm_file, tin
         wb.load_model(tiny_folder, device="cpu")
 
 
-MEASURE = """
-import json, re, sys, time, torch, workbench as wb
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
-imported = peak()
-model = wb.load_model(sys.argv[1], device="cpu")
-loaded = peak()
-x_t = torch.randn(1, *model.image_shape)
-with torch.inference_mode():
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        model(x_t, 10)
-        seconds.append(time.perf_counter() - start)
-print(json.dumps({"imported": imported, "loaded": loaded, "pass": peak(), "seconds": min(seconds)}))
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux tells it")
 def test_the_full_size_network_of_256_pixels_computes_the_same(tmp_path):
-    """113.7 M random weights, one pass of the original and one of the converted network; prints time and memory."""
+    """113.7 M random weights, one pass of the original and one of the converted network."""
     original = randomised(DDPM(size=256, ch=128, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=(16,)))
     path = save(original.state_dict(), tmp_path / "celeba_hq.ckpt")
     x_t, t = images(256, 1), torch.tensor([10])
     eps, h = original(x_t, t)
     del original
-    folder = wb.convert_checkpoint(path, tmp_path / "celeba_hq")
-    path.unlink()
-    model = wb.load_model(folder, device="cpu")
+    model = wb.load_model(wb.convert_checkpoint(path, tmp_path / "celeba_hq"), device="cpu")
     bottleneck = model.encode(x_t, t)
     assert tuple(h.shape[1:]) == model.h_shape == (512, 8, 8)
     torch.testing.assert_close(bottleneck.h, h, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.decode(bottleneck), eps, atol=1e-4, rtol=1e-4)
-    del model, bottleneck
-    command = [sys.executable, "-c", MEASURE, str(folder)]
-    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    need = next(row["memory"] for row in known_models() if row["name"] == "celeba_hq")
-    print(f"\none pass at 256 x 256: {measured['seconds']:.1f} s on {torch.get_num_threads()} threads; resident")
-    print(
-        f"{measured['imported']:.2f} GiB imported, {measured['loaded']:.2f} loaded, {measured['pass']:.2f} in a pass;"
-    )
-    print(f"estimated {need.weights / 2**30:.2f} of weights, {need.activations / 2**30:.2f} of activations")

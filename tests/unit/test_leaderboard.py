@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from workbench.analysis.intervals import Estimate
 from workbench.benchmark.leaderboard import _at, by_attribute, difference, leaderboard, pareto
 
 SCALES, N = (1.0, 2.0, 4.0), 40
@@ -136,10 +137,11 @@ def test_the_interval_covers_the_truth_and_populations_count():
 
 def test_a_difference_is_paired(table):
     found = difference(table, "good", "fair", resamples=200)
-    assert found["low"] > 0 and found["n"] == 2
-    assert found["value"] == pytest.approx(leaderboard(table).success["good"] - leaderboard(table).success["fair"])
-    assert difference(table, "good", "good", resamples=50) == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
-    assert difference(table, "good", "random h", at="success", point=0.9)["n"] == 0
+    assert found.low > 0 and found.n == 30
+    assert found.value == pytest.approx(leaderboard(table).success["good"] - leaderboard(table).success["fair"])
+    assert difference(table, "good", "good", resamples=50) == Estimate(0.0, 0.0, 0.0, 30)
+    apart = table[(table.method == "good") == (table.attribute == "A")]
+    assert difference(apart, "good", "fair").n == 0
     with pytest.raises(ValueError, match="'best' was not measured; there are good, fair, random h"):
         difference(table, "best", "good")
 

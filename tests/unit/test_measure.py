@@ -13,7 +13,7 @@ import torch
 import workbench as wb
 from workbench.diffusion.sampling import Injection
 from workbench.directions.direction import Direction
-from workbench.directions.supervised import find_few
+from workbench.directions.supervised import few_shot_directions
 from workbench.editing import measure as module
 from workbench.editing.disentangle import cancel_effects, disentangling_table, few_examples, matched_scale
 from workbench.editing.edits import Edit, MoveX, Shift
@@ -300,7 +300,7 @@ def test_the_effect_of_a_few_examples_is_that_of_edits_of_equal_length(tiny, det
     noise = torch.cat([wb.sample(tiny, [s], steps=STEPS, eta=0.0, progress=False).x_T for s in store.seeds])
     before = brightness(run.x0)["red"].mean()
     for space, x_T in (("h", None), ("x_T", noise)):
-        few = find_few(store, labels, x_T=x_T, **options)
+        few = few_shot_directions(store, labels, x_T=x_T, **options)
         effects = []
         for delta in few.deltas:
             if space == "h":
@@ -321,7 +321,9 @@ def test_an_inverted_store_knows_its_x_T(tiny, deterministic, tmp_path):
     options = {"counts": [4], "draws": 1, "scales": {"x_T": 3.0}, "progress": False}
     named = pd.Series(labels.to_numpy(), name="red")
     found = few_examples(tiny, run, inverted, labels=named, classifier=brightness, **options)
-    few = find_few(inverted, named, counts=[4], draws=1, x_T=torch.from_numpy(inverted.x_T[:]), progress=False)
+    few = few_shot_directions(
+        inverted, named, counts=[4], draws=1, x_T=torch.from_numpy(inverted.x_T[:]), progress=False
+    )
     np.testing.assert_allclose(found["cosine"], few.table["cosine"])
 
 

@@ -17,7 +17,7 @@ import pytest
 from diffusers import DDPMScheduler, UNet2DModel
 
 import workbench as wb
-from workbench.analysis import geometry
+from workbench.analysis import embedding
 from workbench.hspace.store import create_store, open_store, write_chunk
 
 PEAK = Path("/proc/self/clear_refs")
@@ -69,7 +69,7 @@ READERS = {
     "joint principal components": lambda store, y: wb.find_pca(store, 3, joint=True, progress=False),
     "differences of means": lambda store, y: wb.find_from_labels(store, y, name="class"),
     "a boundary": lambda store, y: wb.fit_boundary(store, y.to_numpy(), t=store.timesteps[0], space="h"),
-    "a UMAP": lambda store, y: geometry.embed(store.at(store.timesteps[0]), method="umap"),
+    "a UMAP": lambda store, y: embedding.embed(store.at(store.timesteps[0]), method="umap"),
 }
 
 

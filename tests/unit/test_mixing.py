@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 
 import numpy as np
 import pandas as pd
@@ -14,24 +15,22 @@ from scipy import integrate, stats
 
 import workbench as wb
 from workbench.analysis import mixing_criteria as mixing
-from workbench.analysis.dynamics import Spectrum, linear_gaussian_inversion
 from workbench.analysis.mixing_criteria import (
     _largest,
     _tv_uniform,
     agreement,
     equal_log_snr,
     kl_to_limit,
-    largest_below,
     largest_near_best,
     log_snr,
-    mirrored,
     radius_gap,
     radius_total_variation,
     read_off,
     separability_step,
-    smallest_below,
+    stays,
     total_variation,
 )
+from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
 from workbench.editing import mixing_search as searches
 from workbench.editing.mixing_search import CRITERIA, decode_from, mixing_step
 
@@ -266,13 +265,13 @@ def test_the_interval_of_separability_allows_for_probes_that_learn_from_the_same
 @pytest.mark.parametrize(
     ("rule", "curve", "i", "reached"),
     [
-        (largest_below(0.5), [0.9, 0.6, 0.4, 0.2], 2, True),
-        (largest_below(0.5), [0.3, 0.6, 0.4, 0.2], 2, True),
-        (largest_below(0.5), [0.4, 0.3, 0.2, 0.7], 2, False),
-        (smallest_below(0.5), [0.1, 0.3, 0.6, 0.4], 1, True),
-        (smallest_below(0.5), [0.9, 0.8, 0.6, 0.7], 2, False),
-        (mirrored(largest_below, 0.5), [0.1, 0.4, 0.6, 0.9], 2, True),
-        (mirrored(smallest_below, 0.5), [0.9, 0.6, 0.4, 0.6], 1, True),
+        (stays(0.5), [0.9, 0.6, 0.4, 0.2], 2, True),
+        (stays(0.5), [0.3, 0.6, 0.4, 0.2], 2, True),
+        (stays(0.5), [0.4, 0.3, 0.2, 0.7], 2, False),
+        (stays(0.5, from_noise=True), [0.1, 0.3, 0.6, 0.4], 1, True),
+        (stays(0.5, from_noise=True), [0.9, 0.8, 0.6, 0.7], 2, False),
+        (stays(0.5, above=True), [0.1, 0.4, 0.6, 0.9], 2, True),
+        (stays(0.5, above=True, from_noise=True), [0.9, 0.6, 0.4, 0.6], 1, True),
         (largest_near_best(0.1), [0.2, 0.85, 0.9, 0.8], 1, True),
     ],
 )
@@ -290,9 +289,8 @@ def test_the_interval_of_t_covers_the_crossing_of_noisy_curves():
         values = timesteps[:, None] / 1000 + 0.3 * rng.standard_normal((1, 40)) + 0.1 * rng.standard_normal((20, 40))
         found = read_off(
             timesteps,
-            lambda rows, v=values: v[:, rows].mean(axis=1),
-            largest_below(0.5),
-            n=40,
+            values,
+            stays(0.5),
             alpha_bars=ALPHA_BARS,
             criterion="line",
             quantity="value",
@@ -364,17 +362,11 @@ def test_a_store_is_read_as_its_run(tiny, cache):
     store = wb.extract(tiny, 12, steps=4, dtype="float32", record_x=True, progress=False)
     bare = wb.extract(tiny, 12, steps=4, progress=False)
     run = wb.sample(tiny, range(12), steps=4, record_x=True, record_h=True, progress=False)
-    labels = np.arange(12) % 2
     curves = [find(source, model=tiny, resamples=5).curve for source in (store, bare, run)]
     for curve in curves[1:]:
         pd.testing.assert_frame_equal(curve, curves[0], atol=1e-3)
-    probes = [
-        find(source, labels, model=tiny, resamples=5, **{"space": space}).curve["value"]
-        for source in (store, run)
-        for space in ("x", "h")
-    ]
-    pd.testing.assert_series_equal(probes[0], probes[2])
-    pd.testing.assert_series_equal(probes[1], probes[3])
+    probes = [find(source, np.arange(12) % 2, model=tiny, resamples=5).curve["value"] for source in (store, run)]
+    pd.testing.assert_series_equal(*probes)
 
 
 def test_real_images_are_compared_with_deterministic_samples(tiny):
@@ -442,40 +434,27 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
         (dict(criterion="perceptual", distance=rms, grid=[333]), "timestep 333 was not visited.*nearest 350 or 325"),
         (dict(criterion="commit", classifier=classifier, copies=1), "agreement takes 2 decodings"),
         (dict(n=3), "3 samples are too few"),
-        (dict(space="h"), '\'h\' is "x", or "h" for the criterion'),
         (dict(against=run), "of one kind"),
     ]
     for options, words in refused:
         with pytest.raises(ValueError, match=words):
             find(run, **options)
-    with pytest.raises(ValueError, match="all labels 'plus' are 1"):
-        find(run, labels.assign(plus=1))
     edit = dict(criterion="edit", classifier=classifier, distance=rms)
-    with pytest.raises(ValueError, match="does not judge 'minus'"):
-        find(run, labels.rename(columns={"plus": "minus"}), **edit)
-    with pytest.raises(ValueError, match="values other than 0 and 1"):
-        find(run, labels * 2, **edit)
-    with pytest.raises(ValueError, match="the labels do not match the 400 samples"):
-        find(run, [0, 1, 1])
-    with pytest.raises(ValueError, match="strengths are"):
-        find(run, labels, **edit, strengths=(1, 2))
-    with pytest.raises(ValueError, match="record_h=True"):
-        find(run, labels, space="h")
+    for table, options, words in (
+        (labels.assign(plus=1), {}, "all labels 'plus' are 1"),
+        (labels.rename(columns={"plus": "minus"}), edit, "does not judge 'minus'"),
+        (labels * 2, edit, "'plus' has 2"),
+        ([0, 1, 1], {}, "do not match the 400 samples"),
+        (labels, {**edit, "strengths": (1, 2)}, "strengths are"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find(run, table, **options)
     unknown = wb.invert(tiny, torch.zeros(4, *tiny.image_shape), steps=2, progress=False)
     with pytest.raises(ValueError, match="record_x=True"):
         find(unknown)
 
 
-def test_lpips_without_its_package_is_a_sentence(run, monkeypatch):
-    def absent(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ValueError, match='"lpips" needs the package lpips'):
-        find(run, criterion="perceptual", distance="lpips")
-
-
-def test_lpips_is_used_as_it_is_with_its_own_threshold(run, monkeypatch):
+def test_lpips_is_used_as_it_is_with_its_own_threshold_and_asked_for_where_it_is_missing(run, monkeypatch):
     class Module:
         @staticmethod
         def LPIPS(net, verbose):
@@ -487,6 +466,10 @@ def test_lpips_is_used_as_it_is_with_its_own_threshold(run, monkeypatch):
     scaled = find(run, criterion="perceptual", distance=rms, level=0.33 / unit)
     assert found.threshold == 0.33 and found.t == scaled.t
     np.testing.assert_allclose(found.curve["value"], scaled.curve["value"] * unit, rtol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match='"lpips" needs the package lpips'):
+        find(run, criterion="perceptual", distance="lpips")
 
 
 def test_a_curve_needs_two_timesteps_and_finite_values(mixture):
@@ -505,7 +488,7 @@ def test_a_curve_needs_two_timesteps_and_finite_values(mixture):
 def test_a_store_of_other_weights_is_refused(tiny, make_unet, cache):
     store = wb.extract(tiny, 4, steps=2, progress=False)
     other = wb.wrap(make_unet(seed=9), tiny.schedule, name="other", device="cpu")
-    with pytest.raises(ValueError, match="the store comes from weights"):
+    with pytest.raises(ValueError, match="the store belongs to the model .tiny.*.other."):
         find(store, model=other)
     with pytest.raises(ValueError, match="the store's model 'tiny' is not here; give it with model="):
         find(store)

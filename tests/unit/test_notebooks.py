@@ -131,7 +131,9 @@ class TestSources:
             ("55", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
             ("50", {"judge_name": "clip"}, "the judge has no attribute Long_Hair"),
             ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
+            ("65", {"attribute": "Long"}, "the images have no attribute Long"),
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
+            ("85", {"other": "Long"}, "the images have no attribute Long"),
             ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
         ],
     )

@@ -9,7 +9,7 @@ import torch
 
 from workbench.directions import supervised
 from workbench.directions.direction import load_direction
-from workbench.directions.supervised import METHODS, find_few, find_from_labels, find_from_scores, find_many
+from workbench.directions.supervised import METHODS, few_shot_directions, find_from_labels, find_from_scores, find_many
 from workbench.hspace.store import create_store, write_chunk
 
 TIMESTEPS = (600, 300, 0)
@@ -329,16 +329,11 @@ def test_scores_take_the_highest_against_the_lowest(store, seeds):
     assert found.name == "Yaw"
 
 
-def test_shares_of_strata_add_up():
+def test_shares_of_strata_add_up_and_what_small_ones_have_no_room_for_the_large_ones_take():
     np.testing.assert_array_equal(supervised._shares(np.array([50, 30, 20]), 10), [5, 3, 2])
     np.testing.assert_array_equal(supervised._shares(np.array([3, 3, 4]), 4), [1, 1, 2])
-    with pytest.raises(ValueError, match="at most 3 on a side"):
-        supervised._shares(np.array([3, 3, 3, 1]), 5)
-
-
-def test_what_small_strata_have_no_room_for_the_large_ones_take():
     rng = np.random.default_rng(0)
-    for sizes in [np.array([1] * 10 + [90]), *(rng.integers(1, 30, 8) for _ in range(20))]:
+    for sizes in [np.array([3, 3, 3, 1]), np.array([1] * 10 + [90]), *(rng.integers(1, 30, 8) for _ in range(20))]:
         most = (sizes // 2).sum()
         for k in range(1, most + 1):
             shares = supervised._shares(sizes, k)
@@ -351,7 +346,7 @@ def test_what_small_strata_have_no_room_for_the_large_ones_take():
 
 
 def few(store, labels, **options):
-    return find_few(store, labels, progress=False, **{"counts": [2, 30], "draws": 3, "seed": 5, **options})
+    return few_shot_directions(store, labels, progress=False, **{"counts": [2, 30], "draws": 3, "seed": 5, **options})
 
 
 def test_directions_of_few_examples_near_the_planted_one_as_they_become_more(store, table):
@@ -511,20 +506,22 @@ def test_scores_that_do_not_fit_are_refused(store, scores, options, message):
 
 
 def test_a_balance_that_is_impossible_is_refused(store, table):
-    with pytest.raises(ValueError, match="no sample with A=1 has A=0, but [0-9]+ with A=0 do"):
-        find(store, table["A"], balance=table[["A"]])
-    with pytest.raises(ValueError, match="1 samples lack a value"):
-        find(store, table["A"], balance=table["B"].astype(float).where(table.index != table.index[3]))
-    with pytest.raises(ValueError, match='"lda" takes no weights'):
-        find(store, table["A"], balance=table["B"], method="lda")
-    with pytest.raises(ValueError, match="pairs or balance, not both"):
-        find(store, table["A"], balance=table["B"], pairs=table["B"])
-    with pytest.raises(ValueError, match="pair 1 has no sample with A=1"):
-        find(store, table["A"], pairs=1 - table["A"])
+    missing = table["B"].astype(float).where(table.index != table.index[3])
+    for message, options in (
+        ("no sample with A=1 has A=0, but [0-9]+ with A=0 do", {"balance": table[["A"]]}),
+        ("1 samples lack a value", {"balance": missing}),
+        ('"lda" takes no weights', {"balance": table["B"], "method": "lda"}),
+        ("pairs or balance, not both", {"balance": table["B"], "pairs": table["B"]}),
+        ("no sample with A=1 has pair 1", {"pairs": 1 - table["A"]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find(store, table["A"], **options)
 
 
 def test_many_need_a_table(store, table):
-    with pytest.raises(ValueError, match="takes a DataFrame"):
-        find_many(store, table["A"], progress=False)
-    with pytest.raises(ValueError, match="all 240 labels 'C' are 0"):
-        find_many(store, table.assign(C=0), progress=False)
+    for message, call in (
+        ("takes a DataFrame", lambda: find_many(store, table["A"], progress=False)),
+        ("all 240 labels 'C' are 0", lambda: find_many(store, table.assign(C=0), progress=False)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -10,16 +10,13 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-QUANTILES = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
-"""Quantiles between which an interval lies."""
+QUANTILES = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)  # between which an interval lies
 
+# How much wider the interval of a cross-validated share is than that of as many independent trials. The folds share
+# most of their training samples, so their errors are correlated. Measured as the deviation of the accuracy from that of
+# the machine fitted to all samples, for two planted Gaussian classes of 30 to 100 samples each: 1.1 to 1.4 times that
+# of independent trials, least for differences of means and most for support vectors.
 CROSS_VALIDATED = 1.3
-"""How much wider the interval of a cross-validated share is than that of as many independent trials.
-
-The folds share most of their training samples, so their errors are correlated. Measured as the deviation of the
-accuracy from that of the machine fitted to all samples, for two planted Gaussian classes of 30 to 100 samples each: 1.1
-to 1.4 times that of independent trials, least for differences of means and most for support vectors.
-"""
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from workbench.analysis.dynamics import separabilities
-from workbench.analysis.geometry import check_labels, check_samples, half_samples, over_timesteps
 from workbench.analysis.intervals import CROSS_VALIDATED, QUANTILES
+from workbench.analysis.probes import separabilities
+from workbench.analysis.samples import check_labels, check_samples, half_samples, over_timesteps
 
+# From a curve (noisiest timestep first) to the position of the mixing step, the threshold, and whether it was met.
 Rule = Callable[[np.ndarray], tuple[int, float, bool]]
-"""From a curve (noisiest timestep first) to the position of the mixing step, the threshold, and whether it was met."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,17 +72,8 @@ class MixingStep:
     def row(self) -> dict[str, object]:
         """For a table with one row a criterion."""
         low, high = self.interval
-        return {
-            "criterion": self.criterion,
-            "t": self.t,
-            "low": low,
-            "high": high,
-            "log_snr": self.log_snr,
-            "reached": self.reached,
-            "threshold": self.threshold,
-            "quantity": self.quantity,
-            "n": self.n,
-        }
+        row = {"criterion": self.criterion, "t": self.t, "low": low, "high": high, "log_snr": self.log_snr}
+        return row | {name: getattr(self, name) for name in ("reached", "threshold", "quantity", "n")}
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -104,22 +95,6 @@ def equal_log_snr(t: int, alpha_bars: Sequence[float], other: Sequence[float]) -
 
     What x_t shows of an image depends on the signal-to-noise ratio alone, so a mixing step is carried from one schedule
     to another at equal log-SNR, not at equal t.
-
-    Parameters
-    ----------
-    t : int
-    alpha_bars : array of shape (T,)
-        Of the schedule that t belongs to.
-    other : array of shape (T',)
-
-    Returns
-    -------
-    int in 0..T'-1
-
-    Raises
-    ------
-    ValueError
-        If t is outside of its schedule.
     """
     if not 0 <= t < len(alpha_bars):
         raise ValueError(f"timestep {t} is outside of its schedule, 0..{len(alpha_bars) - 1}")
@@ -139,47 +114,27 @@ def agreement(steps: Iterable[MixingStep]) -> pd.DataFrame:
     DataFrame
         One row a criterion, as `MixingStep.row`, and `agrees_with`: the other criteria whose 95% intervals overlap.
     """
-    steps = list(steps)
-    table = pd.DataFrame([step.row() for step in steps]).set_index("criterion")
-    overlapping = [
-        ", ".join(
-            b.criterion
-            for b in steps
-            if b is not a and a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
-        )
-        for a in steps
-    ]
-    return table.assign(agrees_with=overlapping)
+    steps, agreeing = list(steps), []
+    for a in steps:
+        others = [b for b in steps if b is not a and a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]]
+        agreeing.append(", ".join(b.criterion for b in others))
+    return pd.DataFrame([step.row() for step in steps]).set_index("criterion").assign(agrees_with=agreeing)
 
 
-def largest_below(threshold: float | np.ndarray) -> Rule:
-    """The largest timestep from which on, down to the image, the curve stays at or below the threshold."""
+def stays(threshold: float | np.ndarray, *, above: bool = False, from_noise: bool = False) -> Rule:
+    """The largest timestep from which on, down to the image, the curve stays at or below the threshold.
+
+    With `above` at or above it; with `from_noise` the smallest timestep from which on, up to the noise, it does so.
+    """
 
     def rule(values: np.ndarray) -> tuple[int, float, bool]:
-        excess = values - threshold
-        stays = np.logical_and.accumulate((excess <= 0)[::-1])[::-1]
-        i = int(stays.argmax() if stays.any() else excess.argmin())
-        return i, float(np.broadcast_to(threshold, values.shape)[i]), bool(stays.any())
-
-    return rule
-
-
-def smallest_below(threshold: float) -> Rule:
-    """The smallest timestep from which on, up to the noise, the curve stays at or below the threshold."""
-
-    def rule(values: np.ndarray) -> tuple[int, float, bool]:
-        i, level, reached = largest_below(threshold)(values[::-1])
-        return len(values) - 1 - i, level, reached
-
-    return rule
-
-
-def mirrored(rule_of: Callable[[float], Rule], threshold: float) -> Rule:
-    """The same rule for a curve that stays at or above the threshold."""
-
-    def rule(values: np.ndarray) -> tuple[int, float, bool]:
-        i, level, reached = rule_of(-threshold)(-values)
-        return i, -level, reached
+        excess = threshold - values if above else values - threshold
+        if from_noise:
+            excess = excess[::-1]
+        met = np.logical_and.accumulate((excess <= 0)[::-1])[::-1]
+        i = int(met.argmax() if met.any() else excess.argmin())
+        i = len(values) - 1 - i if from_noise else i
+        return i, float(np.broadcast_to(threshold, values.shape)[i]), bool(met.any())
 
     return rule
 
@@ -196,52 +151,33 @@ def largest_near_best(tolerance: float) -> Rule:
 
 def read_off(
     timesteps: Sequence[int],
-    curve: Callable[[np.ndarray], np.ndarray],
+    curve: np.ndarray | Callable[[np.ndarray], np.ndarray],
     rule: Rule,
     *,
-    n: int,
     alpha_bars: Sequence[float],
     criterion: str,
     quantity: str,
+    n: int | None = None,
     more: Mapping[str, np.ndarray] | None = None,
     resamples: int = 200,
     seed: int = 0,
     widened: float = 1.0,
 ) -> MixingStep:
-    """The mixing step of a curve, with the intervals of both.
+    """The mixing step of a curve over timesteps (noisiest first), with the intervals of both from half-samples.
 
-    Parameters
-    ----------
-    timesteps : sequence of int
-        Visited, noisiest first; at least 2.
-    curve : callable (rows) -> ndarray of shape (len(timesteps),)
-        The curve of some of the n samples.
-    rule : Rule
-    n : int
-    alpha_bars : array of shape (T,)
-    criterion, quantity : str
-    more : mapping of str -> ndarray of shape (len(timesteps),), optional
-        Further columns of the curve.
-    resamples : int, default 200
-        Half-samples.
-    seed : int, default 0
-    widened : float, default 1
-        Factor of the deviations of the half-samples, where the curve varies by more than these show.
-
-    Returns
-    -------
-    MixingStep
-
-    Raises
-    ------
-    ValueError
-        If there is one timestep alone.
+    `curve` are values (timesteps, n), whose mean over samples is the curve, or a function of the positions of some of n
+    samples. `more` are further columns. The deviations of the half-samples are multiplied by `widened`, where the curve
+    varies by more than these show.
     """
+    if isinstance(curve, np.ndarray):
+        values_of, n = (lambda rows: curve[:, rows].mean(axis=1)), curve.shape[1]
+    else:
+        values_of = curve
     timesteps = np.asarray(timesteps)
     if len(timesteps) < 2:
         raise ValueError(f"{len(timesteps)} timestep given where a curve needs at least 2")
-    values = curve(np.arange(n))
-    halves = np.stack([curve(rows) for rows in half_samples(n, resamples, np.random.default_rng(seed))])
+    values = values_of(np.arange(n))
+    halves = np.stack([values_of(rows) for rows in half_samples(n, resamples, np.random.default_rng(seed))])
     drawn = values + widened * (halves - halves.mean(axis=0))
     low, high = np.quantile(drawn, QUANTILES, axis=0)
     found = timesteps[[rule(each)[0] for each in drawn]]
@@ -305,7 +241,7 @@ def radius_gap(
     return read_off(
         timesteps,
         lambda rows: np.abs(a[:, rows].mean(axis=1) - b[:, rows].mean(axis=1)),
-        largest_below(tolerance + 2 * paired),
+        stays(tolerance + 2 * paired),
         n=n,
         alpha_bars=alpha_bars,
         criterion="radius_gap",
@@ -382,7 +318,7 @@ def total_variation(
     return read_off(
         timesteps,
         lambda rows: np.array([_tv_uniform(u[rows]).mean() for u in a]),
-        smallest_below(level),
+        stays(level, from_noise=True),
         n=a.shape[1],
         alpha_bars=alpha_bars,
         criterion="tv",
@@ -409,7 +345,7 @@ def separability_step(
 ) -> MixingStep:
     """The largest timestep at which a linear probe still finds the attributes as well as anywhere.
 
-    The curve is the held-out balanced accuracy of `dynamics.separability`, mean over attributes; "as well" is `errors`
+    The curve is the held-out balanced accuracy of `probes.separabilities`, mean over attributes; "as well" is `errors`
     standard errors of the best. Up to there the semantics are decided, and the decoder has most freedom left. It tells
     something for x_t of stochastic runs and of forward diffusion, where noise hides the attribute. A deterministic run
     (eta 0, DDIM inversion) is a smooth map of the image, whose attributes can stay separable up to T.
@@ -478,18 +414,8 @@ def separability_step(
 def kl_to_limit(alpha_bar: float, *, mean_square: float, d: int) -> float:
     """KL(q(x_t | x_0) || N(0, I)) in nats: 1/2 [alpha_bar (|x_0|^2 - d) - d ln(1 - alpha_bar)].
 
-    Parameters
-    ----------
-    alpha_bar : float in (0, 1)
-    mean_square : float
-        m2, mean of the squared values of x_0, |x_0|^2 / d.
-    d : int
-        Number of values of an image.
-
-    Returns
-    -------
-    float
-        Pinsker's inequality sqrt(KL / 2) bounds the total variation, and says nothing where it exceeds 1.
+    `mean_square` is |x_0|^2 / d for an image of d values. Pinsker's inequality sqrt(KL / 2) bounds the total variation,
+    and says nothing where it exceeds 1.
     """
     return 0.5 * d * (alpha_bar * (mean_square - 1.0) - np.log1p(-alpha_bar))
 
@@ -498,18 +424,8 @@ def radius_total_variation(alpha_bar: float, *, d: int, mean_square: float = 0.3
     """Total variation between the law of |x_t| and that of |N(0, I)|, for images of varying mean square.
 
     A lower bound of the total variation of x_t itself. |x_t|^2 / (1 - alpha_bar) of an image is non-central chi-squared
-    with d degrees of freedom; its root is taken as normal, which it is up to 1/d.
-
-    Parameters
-    ----------
-    alpha_bar : float in (0, 1)
-    d : int
-    mean_square, spread : float
-        Mean and standard deviation of m2 over images, taken as normal and cut at 0.
-
-    Returns
-    -------
-    float in [0, 1]
+    with d degrees of freedom; its root is taken as normal, which it is up to 1/d. `mean_square` and `spread` are mean
+    and standard deviation of |x_0|^2 / d over images, taken as normal and cut at 0.
     """
     quantiles = (np.arange(400) + 0.5) / 400
     m2 = np.maximum(stats.norm.ppf(quantiles, mean_square, spread), 0.0)

@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from workbench import paths
-from workbench.analysis.metrics import (
+from workbench.analysis.image_metrics import (
     cosine_similarity,
     outside,
     peak_signal_to_noise,

@@ -8,23 +8,18 @@ and over populations if there are several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from workbench.analysis.intervals import QUANTILES, bootstrap_counts, holm, mean_interval
-from workbench.analysis.metrics import linearity, monotonicity
+from workbench.analysis.effect_metrics import linearity, monotonicity
+from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, holm, mean_interval
 
-CHANGE = 0.2
-"""Root mean square change of an image, in [-1, 1], at which methods are compared by default."""
-
-SUCCESS = 0.5
-"""Share of the samples without an attribute that have it after the edit, at which they are compared by default."""
-
-FEWEST = 3
-"""Held-out samples without an attribute, at least, for it to count."""
+CHANGE = 0.2  # root mean square change of an image, in [-1, 1], at which methods are compared by default
+SUCCESS = 0.5  # share of the samples without an attribute that have it after the edit, at which they are compared
+FEWEST = 3  # held-out samples without an attribute, at least, for it to count
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,20 +89,16 @@ def leaderboard(
         own = [c for c in curves if c.method == method]
         draws[method] = {c.attribute: _at(c.rms, c.success, change) for c in own}
         values = {
-            "success": _mean(list(draws[method].values())),
-            "change": _mean([_at(c.rms, c.rms, change) for c in own]),
-            "effect": _mean([_at(c.rms, c.effect, change) for c in own]),
-            "leakage": _mean([_at(c.rms, c.leak, change) for c in own]),
-            "reached": _mean([(c.success.max(axis=1) >= success).astype(float) for c in own]),
-            "entanglement": _mean([_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own]),
-            "psnr_outside": _decibel(_mean([_succeeding(c, c.error_outside, success) for c in own])),
-            "identity": _mean([_succeeding(c, c.identity, success) for c in own]),
+            "success": _mean(draws[method].values()),
+            "change": _mean(_at(c.rms, c.rms, change) for c in own),
+            "effect": _mean(_at(c.rms, c.effect, change) for c in own),
+            "leakage": _mean(_at(c.rms, c.leak, change) for c in own),
+            "reached": _mean((c.success.max(axis=1) >= success).astype(float) for c in own),
+            "entanglement": _mean(_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own),
+            "psnr_outside": _decibel(_mean(_succeeding(c, c.error_outside, success) for c in own)),
+            "identity": _mean(_succeeding(c, c.identity, success) for c in own),
         }
-        row = {}
-        for name, drawn in values.items():
-            low, high = _interval(drawn)
-            row |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
-        rows[method] = row | {"attributes": len(own), "n": np.mean([c.n for c in own])}
+        rows[method] = _with_intervals(values) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
     against = [name for name in controls if name in draws]
     if against:
@@ -143,19 +134,15 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     for method in dict.fromkeys(c.method for c in curves):
         own = [c for c in curves if c.method == method]
         for i in range(1, len(own[0].scales)):
-            row = {"method": method, "scale": own[0].scales[i]}
             values = {
-                "success": _mean([c.success[:, i] for c in own]),
-                "psnr_outside": _decibel(_mean([c.error_outside[:, i] for c in own])),
-                "identity": _mean([c.identity[:, i] for c in own]),
-                "perceptual": _mean([c.perceptual[:, i] for c in own]),
-                "leakage": _mean([c.leak[:, i] for c in own]),
-                "rms": _mean([c.rms[:, i] for c in own]),
+                "success": _mean(c.success[:, i] for c in own),
+                "psnr_outside": _decibel(_mean(c.error_outside[:, i] for c in own)),
+                "identity": _mean(c.identity[:, i] for c in own),
+                "perceptual": _mean(c.perceptual[:, i] for c in own),
+                "leakage": _mean(c.leak[:, i] for c in own),
+                "rms": _mean(c.rms[:, i] for c in own),
             }
-            for name, drawn in values.items():
-                low, high = _interval(drawn)
-                row |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
-            rows.append(row)
+            rows.append({"method": method, "scale": own[0].scales[i]} | _with_intervals(values))
     return pd.DataFrame(rows)
 
 
@@ -221,11 +208,10 @@ def difference(
     second: str,
     *,
     value: str = "success",
-    at: str = "change",
-    point: float = CHANGE,
+    change: float = CHANGE,
     resamples: int = 500,
     seed: int = 0,
-) -> dict[str, float]:
+) -> Estimate:
     """By how much one method exceeds another, over the attributes that both have, on the same samples.
 
     Parameters
@@ -234,16 +220,14 @@ def difference(
     first, second : str
         Methods.
     value : {"success", "effect", "leak", "identity"}
-    at : {"change", "success"}
-        Where both are read: at the same change of the image, or at the same success, over the attributes for which
-        both reach it.
-    point : float
+    change : float
+        Root mean square change of the image at which both are read.
     resamples, seed : int
 
     Returns
     -------
-    dict
-        `value`, `low`, `high` (95%), and `n`, the number of attributes; NaN where there is none.
+    Estimate
+        Its n is the smallest number of samples without an attribute; NaN without an attribute in common.
 
     Raises
     ------
@@ -254,28 +238,19 @@ def difference(
     for name in (first, second):
         if name not in measured:
             raise ValueError(f"{name!r} was not measured; there are {', '.join(measured)}")
-    curves = {name: {} for name in (first, second)}
+    drawn, n = {name: {} for name in (first, second)}, {}
     for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
-        curves[c.method][c.attribute] = c
-    gaps = []
-    for attribute in [a for a in curves[first] if a in curves[second]]:
-        pair = [curves[name][attribute] for name in (first, second)]
-        if at == "success" and any(c.success[0].max() < point for c in pair):
-            continue
-        if at == "success":
-            drawn = [_succeeding(c, getattr(c, value), point) for c in pair]
-        else:
-            drawn = [_at(c.rms, getattr(c, value), point) for c in pair]
-        gaps.append(drawn[0] - drawn[1])
-    if not gaps:
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
-    mean = _mean(gaps)
-    low, high = _interval(mean)
-    return {"value": float(mean[0]), "low": low, "high": high, "n": len(gaps)}
+        drawn[c.method][c.attribute] = _at(c.rms, getattr(c, value), change)
+        n[c.attribute] = c.n
+    shared = [name for name in drawn[first] if name in drawn[second]]
+    if not shared:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    mean = _mean(drawn[first][name] - drawn[second][name] for name in shared)
+    return Estimate(float(mean[0]), *_interval(mean), min(n[name] for name in shared))
 
 
 def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
-    others = [name for name in edits if name.startswith("change ")]
+    changes = [name for name in edits if name.startswith("change ")]
     samples = np.sort(edits["seed"].unique())
     counts = np.vstack([np.ones(len(samples), int), bootstrap_counts(len(samples), resamples=resamples, seed=seed)])
     populations = max(edits["repeat"]) + 1
@@ -302,21 +277,23 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 means = drawn / seen
             return np.hstack([np.zeros((len(means), 1)), means])
 
-        values = {name: part[name].to_numpy(dtype=float) for name in ("rms", "before", "after", "identity")}
-        changes = {name: mean(part[name].to_numpy(dtype=float)) for name in others}
+        def of(name: str, part=part) -> np.ndarray:
+            return part[name].to_numpy(dtype=float)
+
+        others = [name for name in changes if name != f"change {attribute}"]
         curves.append(
             _Curves(
                 str(method),
                 str(attribute),
                 int(without.sum()),
                 np.concatenate([[0.0], scales]),
-                rms=mean(values["rms"]),
-                effect=mean(values["after"] - values["before"]),
-                success=mean((values["after"] > 0.5).astype(float)),
-                leak=sum(np.abs(m) for name, m in changes.items() if name != f"change {attribute}"),
-                error_outside=mean(4.0 * 10.0 ** (-part["psnr_outside"].to_numpy(dtype=float) / 10.0)),
-                identity=1.0 + mean(values["identity"] - 1.0),
-                perceptual=mean(part["perceptual"].to_numpy(dtype=float)),
+                rms=mean(of("rms")),
+                effect=mean(of("after") - of("before")),
+                success=mean((of("after") > 0.5).astype(float)),
+                leak=sum(np.abs(mean(of(name))) for name in others),
+                error_outside=mean(4.0 * 10.0 ** (-of("psnr_outside") / 10.0)),
+                identity=1.0 + mean(of("identity") - 1.0),
+                perceptual=mean(of("perceptual")),
             )
         )
     if not curves:
@@ -348,9 +325,9 @@ def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarr
     return np.where(reached, _at(curves.success, values, success), np.nan)
 
 
-def _mean(drawn: Sequence[np.ndarray]) -> np.ndarray:
+def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:
     """Mean over attributes, of those that are known; NaN where none is."""
-    values = np.array(drawn)
+    values = np.array(list(drawn))
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
@@ -373,6 +350,15 @@ def _interval(drawn: np.ndarray) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.quantile(known, QUANTILES)
     return float(low), float(high)
+
+
+def _with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Each value with its 95% interval, `..._low` and `..._high`."""
+    row = {}
+    for name, drawn in values.items():
+        row[name] = drawn[0]
+        row[f"{name}_low"], row[f"{name}_high"] = _interval(drawn)
+    return row
 
 
 def _decibel(error: np.ndarray) -> np.ndarray:

@@ -26,9 +26,10 @@ from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise, step_noise
 from workbench.diffusion.sampling import Trajectory, sample
-from workbench.directions.boundary import Boundary, fit_boundaries, random_boundary
+from workbench.directions.boundary import Boundary, random_boundary
+from workbench.directions.boundary_fit import fit_boundaries
 from workbench.directions.direction import Direction, finite, random_like
-from workbench.directions.jacobian import Convergence, JacobianSpectrum, XSpectrum, find_jacobian, find_pullback
+from workbench.directions.jacobian import JacobianSpectrum, Spectrum, find_jacobian, find_pullback
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_scores, find_many
 from workbench.editing.cross import Cross
@@ -220,9 +221,9 @@ class Study:
             self._kept[name] = find()
         return self._kept[name]
 
-    def spent_on(self, convergence: Convergence) -> None:
+    def spent_on(self, spectrum: Spectrum) -> None:
         """Charge the products of a Jacobian's spectrum."""
-        self.cost["spectrum"] = Counter(passes=convergence.products)
+        self.cost["spectrum"] = Counter(passes=spectrum.products)
 
     def pick(self, name: str, candidates: Sequence[Direction | Edit], attribute: str, *, scale: float) -> Edit:
         """The candidate, either way round, that raises an attribute's mean score the most, as the labeller sees it.
@@ -363,7 +364,7 @@ def _spectrum(study: Study, mask: np.ndarray | None) -> JacobianSpectrum:
     options = {"t": study.t, "k": CANDIDATES, "mask": mask, "tol": TOLERANCE, "population": study.store}
     name = f"spectrum {'' if mask is None else digest_of_mask(mask)}"
     found = study.learned(name, lambda: find_jacobian(study.model, study.run[0], progress=False, **options))
-    study.spent_on(found.convergence)
+    study.spent_on(found)
     return found
 
 
@@ -482,7 +483,7 @@ def noise_difference(study: Study, attribute: str) -> Edit:
 def pullback(study: Study, attribute: str) -> Edit:
     """The singular vector of d h / d x_t of one sample that changes the attribute most (Park et al.)."""
     found = study.learned("pullback", lambda: _vectors(study, map="x->h"))
-    study.spent_on(found.convergence)
+    study.spent_on(found)
     return study.pick("pullback", _moves(found), attribute, scale=8.0)
 
 
@@ -492,14 +493,14 @@ def loco(study: Study, attribute: str) -> Edit:
     mask = study.mask(attribute)
     name = f"loco {digest_of_mask(mask)}"
     found = study.learned(name, lambda: _vectors(study, map="x->x0", mask=mask, nullspace=CANDIDATES))
-    study.spent_on(found.convergence)
+    study.spent_on(found)
     return study.pick(name, _moves(found), attribute, scale=8.0)
 
 
-def _vectors(study: Study, **options) -> XSpectrum:
+def _vectors(study: Study, **options) -> Spectrum:
     settings = {"t": study.t, "k": CANDIDATES, "tol": TOLERANCE, "progress": False, **options}
     return find_pullback(study.model, study.run[0], **settings)
 
 
-def _moves(found: XSpectrum) -> list[Edit]:
-    return [MoveX(vector, found.t, f"vector {i + 1}") for i, vector in enumerate(found.vectors)]
+def _moves(found: Spectrum) -> list[Edit]:
+    return [MoveX(vector, found.t, f"vector {i + 1}") for i, vector in enumerate(found.right)]

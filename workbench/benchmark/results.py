@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from workbench import __version__, paths
-from workbench.analysis.intervals import mean_interval
-from workbench.analysis.metrics import (
+from workbench.analysis.image_metrics import (
     diversity,
     frechet_distance,
     frechet_distance_interval,
     kernel_distance,
     kernel_distance_interval,
 )
+from workbench.analysis.intervals import mean_interval
 from workbench.benchmark.bench import Bench, Cell
 from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import Protocol

@@ -97,32 +97,24 @@ def load_classifier(
     if attributes is not None:
         raise ValueError(f"attributes= names the columns of a function; {str(source)!r} has names of its own")
     device = best_device() if device is None else torch.device(device)
-    folder, name = _locate(source)
-    config = read_json(folder / "config.json")
-    # A bundled network of another kind, such as a U-Net, says so in its config.
-    if config.get("format") == FORMAT or "model_type" not in config:
-        if prompts is not None:
-            raise ValueError(f"prompts= is for CLIP; {name} has attributes of its own")
-        return _from_folder(folder, name, config, device)
-    if config["model_type"] == "clip":
+    folder, name, config = _find(source)
+    kind = config.get("model_type")
+    if kind == "clip":
         return huggingface.prompted_classifier(folder, prompts or TABLE_I_PROMPTS, name=name, device=device)
     if prompts is not None:
-        raise ValueError(f"prompts= is for CLIP; {name} is a model of type {config['model_type']!r}")
+        raise ValueError(f"prompts= is for CLIP; {name} is {f'a model of type {kind!r}' if kind else 'none'}")
+    if kind is None:
+        return _from_folder(folder, name, config, device)
     return huggingface.image_classifier(folder, name=name, device=device)
 
 
 def read_attributes(source: str | Path) -> tuple[str, ...] | None:
     """Attributes of a classifier (a name or path as of `load_classifier`), or None if its config does not name them."""
-    if source == "clip":
+    config = {"model_type": "clip"} if source == "clip" else _find(source)[2]
+    if config.get("model_type") == "clip":
         return tuple(TABLE_I_PROMPTS)
-    path = _locate(source)[0] / "config.json"
-    config = read_json(path)
-    if config.get("format") == FORMAT or "model_type" not in config:
-        _refuse_unknown(config, path)
-        return tuple(config.get("attributes", ()))
-    if config["model_type"] == "clip":
-        return tuple(TABLE_I_PROMPTS)
-    return tuple(config["id2label"].values()) if isinstance(config.get("id2label"), dict) else None
+    known = config.get("attributes", config.get("id2label"))
+    return None if known is None else tuple(known.values() if isinstance(known, dict) else known)
 
 
 def check_attributes(
@@ -256,16 +248,20 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     )
 
 
-def _refuse_unknown(config: dict, path: Path) -> None:
-    if config.get("format") != FORMAT or config.get("version") != VERSION:
+def _find(source: str | Path) -> tuple[Path, str, dict]:
+    """Folder, name and config of a classifier."""
+    folder, name = _locate(source)
+    config = read_json(folder / "config.json")
+    own = (config.get("format"), config.get("version")) == (FORMAT, VERSION)
+    if not own and "model_type" not in config:
         raise ValueError(
-            f"{path} describes no classifier that is known here (format {FORMAT!r}, version {VERSION}, or a "
-            "transformers image classifier or CLIP)"
+            f"{folder / 'config.json'} describes no classifier that is known here (format {FORMAT!r}, version "
+            f"{VERSION}, or a transformers image classifier or CLIP)"
         )
+    return folder, name, config
 
 
 def _from_folder(folder: Path, name: str, config: dict, device: torch.device) -> Classifier:
-    _refuse_unknown(config, folder / "config.json")
     network = read_network(folder, config).to(device)
     return Classifier(
         name,

@@ -20,10 +20,7 @@ from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats import checkpoints, golden, layouts
 from workbench.formats.hub import fetch
-from workbench.io import one_of, written
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-"""Those of diffusers."""
+from workbench.io import written
 
 
 def load_model(
@@ -140,18 +137,7 @@ def load_schedule(source: str | Path) -> NoiseSchedule:
     return _read_schedule(checkpoints.find_model_files(_locate(source)[0]).scheduler_config)
 
 
-def convert_checkpoint(
-    file: str | Path,
-    out: str | Path,
-    *,
-    preset: str | None = None,
-    image_size: int | None = None,
-    head_channels: int | None = None,
-    attention_order: str | None = None,
-    schedule: str | None = None,
-    timesteps: int | None = None,
-    rescale_timesteps: bool = False,
-) -> Path:
+def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int | None) -> Path:
     """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
 
     Parameters
@@ -160,8 +146,9 @@ def convert_checkpoint(
         In the layout of the original DDPM or of guided-diffusion.
     out : path
         New folder; written whole or not at all.
-    preset, image_size, head_channels, attention_order, schedule, timesteps, rescale_timesteps
-        As in `load_model`.
+    **options
+        `preset`, `image_size`, `head_channels`, `attention_order`, `schedule`, `timesteps` and `rescale_timesteps`, as
+        of `load_model`.
 
     Returns
     -------
@@ -178,22 +165,14 @@ def convert_checkpoint(
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(f"{file} is a folder, and convert takes a file; in it are: {', '.join(inside) or 'none'}")
+        raise ValueError(
+            f"{file} is a folder, and convert takes a file; there is {' and '.join(inside) or 'none'} in it"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
         raise FileExistsError(f"{out} exists already; give a new folder")
-    unet, scheduler = _read_file(
-        file,
-        torch.device("cpu"),
-        preset=preset,
-        image_size=image_size,
-        head_channels=head_channels,
-        attention_order=attention_order,
-        schedule=schedule,
-        timesteps=timesteps,
-        rescale_timesteps=rescale_timesteps,
-    )
+    unet, scheduler = _read_file(file, torch.device("cpu"), **options)
     SplitUNet(unet)  # refuses what could not be loaded again
     with written(out, folder=True) as partial:
         DDPMPipeline(unet, scheduler).save_pretrained(partial)
@@ -316,8 +295,7 @@ def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, Noise
 def _read_schedule(path: Path) -> NoiseSchedule:
     """The noise schedule that a scheduler_config.json describes, by its keys of today or of old versions."""
     config = checkpoints.read_json(path)
-    trained = config.get("trained_betas") is not None
-    if not trained and "beta_schedule" not in config:
+    if config.get("trained_betas") is None and "beta_schedule" not in config:
         kind = config.get("_class_name", "an unnamed scheduler")
         raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
     if isinstance(config.get("timesteps"), int):
@@ -325,8 +303,6 @@ def _read_schedule(path: Path) -> NoiseSchedule:
     if config.get("predict_epsilon") is False:
         config["prediction_type"] = "sample"
     try:
-        if not trained:
-            one_of("beta_schedule", config["beta_schedule"], BETA_SCHEDULES)
         return schedule_of(DDPMScheduler.from_config(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error
@@ -336,11 +312,13 @@ def _read_file(
     path: Path,
     device: torch.device,
     *,
-    preset: str | None,
-    schedule: str | None,
-    timesteps: int | None,
-    rescale_timesteps: bool | None,
-    **sizes: int | str | None,
+    preset: str | None = None,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    schedule: str | None = None,
+    timesteps: int | None = None,
+    rescale_timesteps: bool | None = False,
 ) -> tuple[UNet2DModel, DDPMScheduler]:
     """The network and scheduler of a single file; the options are those of `load_model`."""
     if rescale_timesteps and timesteps is None:
@@ -349,6 +327,7 @@ def _read_file(
     if schedule is not None or timesteps is not None:
         T = 1000 if timesteps is None else timesteps
         asked = layouts.noise_schedule(schedule or "linear", T, rescaled=bool(rescale_timesteps))
+    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     sizes = {name: value for name, value in sizes.items() if value is not None}
     if preset is not None and sizes:
         raise ValueError(f"a preset says {next(iter(sizes))}; give the one or the other")
@@ -367,10 +346,10 @@ def _read_file(
                 layouts.refuse_unknown_schedule(architecture)
         unet = _build(architecture.config(), path=path)
         _warn_if_short_of_memory(_need_of(unet), path, device)
-        state = layouts.convert(checkpoint.state, architecture, expected=unet.state_dict(), whose=whose)
-    except ValueError as error:
+        state = layouts.convert(checkpoint.state, architecture)
+    except (ValueError, RuntimeError) as error:  # torch's, of heads that do not fit
         raise ValueError(f"{path} can't be loaded: {error}") from error
-    unet.load_state_dict(state, assign=True)
+    checkpoints.load_strictly(unet, state, path=path, whose=whose, assign=True)
     if known is None and timesteps is None and (schedule is not None or checkpoint.betas is None):
         warnings.warn(
             f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed. Give "

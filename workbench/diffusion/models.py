@@ -95,32 +95,24 @@ class Model:
         Tensor of shape (n, C, H, W), float32
         """
         count_passes(len(x_t))
-        if not self._splits(x_t):
-            return self.unet(x_t, t)
-        return torch.cat(self._in_threads(lambda rows: self.unet(x_t[rows], _rows_of(t, rows)), len(x_t)))
+        return _joined(self._in_pieces(lambda rows: self.unet(x_t[rows], _rows_of(t, rows)), x_t))
 
     def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
         """Run the network up to the tap; see `SplitUNet.encode`. On a CPU, the samples are split over its cores."""
-        if not self._splits(x_t):
-            return self.unet.encode(x_t, t)
-        parts = self._in_threads(lambda rows: self.unet.encode(x_t[rows], _rows_of(t, rows)), len(x_t))
-        return Bottleneck.joined(parts)
+        return Bottleneck.joined(self._in_pieces(lambda rows: self.unet.encode(x_t[rows], _rows_of(t, rows)), x_t))
 
     def decode(self, bottleneck: Bottleneck, delta_h: torch.Tensor | None = None) -> torch.Tensor:
         """Run the rest of the network with `delta_h` added to h; see `SplitUNet.decode`."""
         if delta_h is not None:
             bottleneck = bottleneck.with_h(bottleneck.h + delta_h)
         count_passes(len(bottleneck.h))
-        if not self._splits(bottleneck.h):
-            return self.unet.decode(bottleneck)
-        return torch.cat(self._in_threads(lambda rows: self.unet.decode(bottleneck[rows]), len(bottleneck.h)))
+        return _joined(self._in_pieces(lambda rows: self.unet.decode(bottleneck[rows]), bottleneck.h))
 
-    def _splits(self, x: torch.Tensor) -> bool:
-        """Whether threads share the samples: an accelerator needs none, compiled code and derivatives have others."""
-        return self.device.type == "cpu" and not self.compiled and not x.requires_grad
-
-    def _in_threads(self, function: Callable[[slice], T], n: int) -> list[T]:
-        pieces = split(n, self.image_shape)
+    def _in_pieces(self, function: Callable[[slice], T], x: torch.Tensor) -> list[T]:
+        """`function` of pieces of the samples, on threads of a CPU; compiled code and derivatives have their own."""
+        if self.device.type != "cpu" or self.compiled or x.requires_grad:
+            return [function(slice(None))]
+        pieces = split(len(x), self.image_shape)
         return in_threads(function, pieces, each=threads_each(pieces, self.image_shape))
 
     def tapped(self, tap: str) -> Model:
@@ -163,6 +155,10 @@ class Model:
             f"h {self.h_shape} {self.tap!r} the mid block, T={self.schedule.T}, {self.device} {precision}, "
             f"weights {self.hash}, clip_sample off)"
         )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _rows_of(t: int | torch.Tensor, rows: slice) -> int | torch.Tensor:

@@ -307,9 +307,7 @@ class _Run:
 
     def save(self, out: Path, *, previews: int) -> None:
         """Write a checkpoint, the model and some of its samples."""
-        names = [name for name, _ in self.unet.named_parameters()]
-        tensors = {f"weights.{name}": value for name, value in self.unet.named_parameters()}
-        tensors |= {f"average.{name}": v for name, v in zip(names, self.average.shadow_params, strict=True)}
+        tensors = self._tensors()
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{key}": value for key, value in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -337,17 +335,22 @@ class _Run:
         write_text(out / CONFIG, json.dumps(self.description | standing, indent=2) + "\n")
         return unet
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The weights and their average, not copied."""
+        named = dict(self.unet.named_parameters())
+        averages = zip(named, self.average.shadow_params, strict=True)
+        weights = {f"weights.{name}": weight for name, weight in named.items()}
+        return weights | {f"average.{name}": average for name, average in averages}
+
     def load(self, path: Path) -> None:
         """Go back to a checkpoint."""
         try:
             with safe_open(path, framework="pt") as file:
                 standing = json.loads(file.metadata()["training"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            named = zip(self.unet.named_parameters(), self.average.shadow_params, strict=True)
             with torch.no_grad():
-                for (name, weight), average in named:
-                    weight.copy_(tensors[f"weights.{name}"])
-                    average.copy_(tensors[f"average.{name}"])
+                for name, tensor in self._tensors().items():
+                    tensor.copy_(tensors[name])
             state: dict[int, dict] = {}
             for name in filter(lambda name: name.startswith("optimiser."), tensors):
                 _, i, key = name.split(".")
@@ -366,11 +369,8 @@ def _take_step(
     settings, device = run.settings, accelerator.device
     b = settings.batch_size // accelerator.num_processes
     own = slice(accelerator.process_index * b, (accelerator.process_index + 1) * b)
-    rows, flipped, t, noise = (
-        torch.from_numpy(values[own]) for values in (batch.rows, batch.flipped, batch.t, batch.noise)
-    )
-    x0 = pixels[rows].to(device).float() / 127.5 - 1
-    flipped, t, noise = flipped.to(device), t.to(device), noise.to(device)
+    flipped, t, noise = (torch.from_numpy(each[own]).to(device) for each in (batch.flipped, batch.t, batch.noise))
+    x0 = pixels[torch.from_numpy(batch.rows[own])].to(device).float() / 127.5 - 1
     x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
     alpha_bar = run.alpha_bar[t][:, None, None, None]
     x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise

@@ -13,108 +13,64 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm.auto import tqdm
 
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.directions.direction import Direction, origin_of
 from workbench.formats.checkpoints import read_tensors
 from workbench.hspace.store import HStore
 from workbench.paths import local
 
-# Names of the layers: norm and convolution in, projection of the timestep, norm and convolution out.
-_LAYOUTS = {
-    "ddpm": (None, "conv1", "temb_proj", "norm2", "conv2"),
-    "guided": ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"),
-}
-_EPS = {"ddpm": 1e-6, "guided": 1e-5}
-_GROUPS = 32
+_KINDS = {"ddpm": ("conv1", "temb_proj"), "guided": ("in_layers.2", "emb_layers.1")}
+"""The first convolution, and the projection of the timestep, in each kind of file."""
 
 
-@dataclass(frozen=True, eq=False)
-class DeltaBlock:
-    """f_t of one attribute.
+class DeltaBlock(nn.Module):
+    """f_t of one attribute: Delta h of h, (n, C, h, w), and the network's embedding of the timestep, (n, E).
 
-    Attributes
-    ----------
-    layout : {"ddpm", "guided"}
-        The kind of network that it was trained with.
-    weights : dict of str -> Tensor, float32
-        By their names in the file.
+    Its layers have their names in the file; "ddpm" and "guided" are the networks that blocks were trained with.
     """
 
-    layout: str
-    weights: dict[str, torch.Tensor] = field(repr=False)
+    def __init__(self, kind: str, channels: int, emb_channels: int) -> None:
+        super().__init__()
+        self.kind = kind
+        project, convolve = nn.Linear(emb_channels, channels), partial(nn.Conv2d, channels, channels, 1)
+        if kind == "ddpm":
+            self.conv1, self.temb_proj = convolve(), project
+            self.norm2, self.conv2 = nn.GroupNorm(32, channels, eps=1e-6), convolve()
+        else:
+            norm = partial(nn.GroupNorm, 32, channels)
+            self.in_layers = nn.Sequential(norm(), nn.SiLU(), convolve())
+            self.emb_layers = nn.Sequential(nn.SiLU(), project)
+            self.out_layers = nn.Sequential(norm(), nn.SiLU(), nn.Identity(), convolve())
 
-    def __post_init__(self) -> None:
-        # The first layer's own width is what all the others must have.
-        channels = self.weights[f"{_LAYOUTS[self.layout][1]}.weight"].shape[0]
-        emb = self.weights[f"{_LAYOUTS[self.layout][2]}.weight"].shape[-1]
-        for name, shape in self._shapes(channels, emb).items():
-            if name not in self.weights:
-                raise ValueError(f"{name} is missing; a DeltaBlock has it as {shape}")
-            if tuple(self.weights[name].shape) != shape:
-                raise ValueError(f"{name} is {tuple(self.weights[name].shape)}; this DeltaBlock has it as {shape}")
-        extra = sorted(set(self.weights) - set(self._shapes(channels, emb)))
-        if extra:
-            raise ValueError(f"{extra[0]} has no place in a DeltaBlock")
+    def forward(self, h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        if self.kind == "ddpm":
+            y = self.conv1(h) + self.temb_proj(F.silu(emb))[:, :, None, None]
+            return self.conv2(F.silu(self.norm2(y)))
+        return self.out_layers(self.in_layers(h) + self.emb_layers(emb)[:, :, None, None])
 
-    @property
-    def channels(self) -> int:
-        """Of the h that it takes."""
-        return self.weights[f"{_LAYOUTS[self.layout][1]}.weight"].shape[0]
-
-    @property
-    def emb_channels(self) -> int:
-        """Of the embedding of the timestep that it takes."""
-        return self.weights[f"{_LAYOUTS[self.layout][2]}.weight"].shape[1]
-
-    def __call__(self, h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Delta h.
-
-        Parameters
-        ----------
-        h : Tensor of shape (n, C, h, w)
-        emb : Tensor of shape (n, E)
-            The network's own embedding of the timestep.
-
-        Returns
-        -------
-        Tensor of shape (n, C, h, w)
-        """
-        norm_in, conv_in, project, norm_out, conv_out = _LAYOUTS[self.layout]
-        y = h if norm_in is None else F.silu(self._norm(norm_in, h))
-        y = self._conv(conv_in, y)
-        y = y + F.linear(F.silu(emb), *self._pair(project))[:, :, None, None]
-        return self._conv(conv_out, F.silu(self._norm(norm_out, y)))
-
-    def to(self, device: torch.device) -> DeltaBlock:
-        """The same block on another device."""
-        return replace(self, weights={name: weight.to(device) for name, weight in self.weights.items()})
-
-    def _shapes(self, channels: int, emb: int) -> dict[str, tuple[int, ...]]:
-        norm_in, conv_in, project, norm_out, conv_out = _LAYOUTS[self.layout]
-        conv, norm = (channels, channels, 1, 1), (channels,)
-        of = {norm_in: norm, conv_in: conv, project: (channels, emb), norm_out: norm, conv_out: conv}
-        return {
-            f"{layer}.{part}": shape if part == "weight" else (channels,)
-            for layer, shape in of.items()
-            if layer is not None
-            for part in ("weight", "bias")
-        }
-
-    def _pair(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
-
-    def _conv(self, layer: str, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, *self._pair(layer))
-
-    def _norm(self, layer: str, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, _GROUPS, *self._pair(layer), eps=_EPS[self.layout])
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, torch.Tensor]) -> DeltaBlock:
+        """The block of a file's weights; ValueError if they are another network's."""
+        kind = next((kind for kind, (first, _) in _KINDS.items() if f"{first}.weight" in weights), None)
+        if kind is None:
+            some = ", ".join(map(str, list(weights)[:3])) or "nothing"
+            raise ValueError(f"it has neither conv1 nor in_layers.2, but {some}")
+        first, project = (weights.get(f"{layer}.weight", torch.empty(0, 0)) for layer in _KINDS[kind])
+        block = cls(kind, first.shape[0], project.shape[-1])
+        try:
+            block.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        return block.requires_grad_(False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +155,7 @@ class DeltaFunction:
             If the store is of another model or tap.
         """
         self.check_fits(self.model)
-        own, other = self.model.provenance(), store.provenance["model"]
-        if own | {"name": None} != other | {"name": None}:
-            raise ValueError(
-                f"{store.path} is not of {self.model.name!r} tapped {self.model.tap!r} the mid block; extract from the "
-                "model that the function was loaded for"
-            )
+        refuse_other_model(str(store.path), store.provenance["model"], self.model.provenance())
         means, device = [], self.model.device
         with torch.inference_mode():
             for t in tqdm(store.timesteps, desc="averaging", disable=not progress, delay=2, leave=False):
@@ -230,11 +181,8 @@ class DeltaFunction:
         ValueError
             Naming what differs.
         """
-        if model.hash != self.model.hash:
-            raise ValueError(
-                f"{self.name} was loaded for {self.model.name!r} (weights {self.model.hash}), not for {model.name!r} "
-                f"(weights {model.hash}); load it for this model"
-            )
+        own = self.model.provenance()
+        refuse_other_model(self.name, own, model.provenance(), tap=False, remedy="load it for this model")
         if model.tap != "after":
             raise ValueError(f'{self.name} edits h "after" the mid block; use model.tapped("after")')
 
@@ -275,25 +223,19 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
             f"{path} has no DeltaBlock {str(index)!r}"
             + ("; it holds a plain Delta h, which is no function of h" if plain else " as Asyrp saves them")
         )
-    layout = next((kind for kind, layers in _LAYOUTS.items() if f"{layers[1]}.weight" in weights), None)
-    if layout is None:
-        raise ValueError(f"{path} holds no DeltaBlock; it has neither conv1 nor in_layers.2, but {_some(weights)}")
     try:
-        block = DeltaBlock(layout, {key: weight.float() for key, weight in weights.items()})
-    except (ValueError, KeyError) as error:
+        block = DeltaBlock.of_weights(weights)
+    except ValueError as error:
         raise ValueError(f"{path} holds no DeltaBlock of Asyrp: {error}") from error
-    emb = model.unet.unet.time_embedding.linear_2.out_features
-    if (block.channels, block.emb_channels) != (model.h_shape[0], emb):
+    taken = tuple(block.get_submodule(_KINDS[block.kind][1]).weight.shape)
+    given = model.h_shape[0], model.unet.unet.time_embedding.linear_2.out_features
+    if taken != given:
         raise ValueError(
-            f"{path} takes h of {block.channels} channels and an embedding of {block.emb_channels}; {model.name} has "
-            f"{model.h_shape[0]} and {emb}"
+            f"{path} takes h of {taken[0]} channels and an embedding of {taken[1]}; {model.name} has {given[0]} and "
+            f"{given[1]}"
         )
     name = re.split(r"_LC_|\.", path.name)[0] if name is None else name
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,))
     function.check_fits(model)
     return function
-
-
-def _some(weights: Mapping) -> str:
-    return ", ".join(map(str, list(weights)[:3])) or "nothing"

@@ -1,40 +1,29 @@
 """Boundaries between samples with and without an attribute, in x_t or h_t at one timestep (Zhu et al. 2023).
 
 A boundary is a hyperplane n.z + b = 0 with a unit normal n that points to the samples with the attribute; z is x_t or
-h_t, flattened. There are far fewer samples than dimensions, so everything is fitted through the n x n matrix of their
-inner products, which is computed once for all folds of the cross-validation and all attributes.
+h_t, flattened. `boundary_fit` fits it.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy.stats import norm
-from sklearn.covariance import LedoitWolf
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
-from sklearn.svm import SVC
 
-from workbench.analysis.geometry import check_samples, gram
 from workbench.analysis.intervals import Estimate, share_of
+from workbench.analysis.samples import Labels, check_classes, check_samples, matched
 from workbench.diffusion.images import fingerprint
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory
-from workbench.diffusion.schedule import index_of
-from workbench.directions.direction import NEGLIGIBLE, Direction, bracketed, origin_of
-from workbench.directions.supervised import Labels, check_classes, digest_of, matched, name_of
+from workbench.directions.direction import NEGLIGIBLE, bracketed, origin_of
 from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
-METHODS = ("svm", "mean", "lda", "logistic")
 MODES = ("absolute", "shift", "mirror")
 SPACES = ("h", "x")
 
@@ -86,7 +75,7 @@ class Boundary:
         normal = torch.as_tensor(self.normal, dtype=torch.float32).detach().cpu()
         if not abs(normal.norm().item() - 1.0) <= 1e-3 or not math.isfinite(self.intercept):
             raise ValueError("the normal of a boundary has length 1, and its intercept is finite")
-        _check_space(self.space)
+        one_of("space", self.space, SPACES)
         object.__setattr__(self, "normal", normal)
 
     @property
@@ -214,42 +203,10 @@ class Boundary:
         ValueError
             If the samples are of another model or shape, or the labels don't fit them or have fewer than 2 of a class.
         """
-        source = _source_of(samples, self.t, self.space)
+        source = samples_at(samples, self.t, self.space)
         self._refuse_other_model(source.origin["model"], "these samples")
         y = check_classes(matched(source, labels, f"the labels {self.name!r}"), self.name)
-        return replace(self, **_held_out(self.distance(source.values), y))
-
-    def as_direction(self, store: HStore, *, every_step: bool = False) -> Direction:
-        """The normal as a `Direction`, in units of one standard deviation of a population.
-
-        Parameters
-        ----------
-        store : HStore
-            The population, of other samples than the boundary was fitted to (`Direction.calibrated` warns), and the
-            timesteps.
-        every_step : bool, default False
-            Act at every timestep, along the same normal; by default at the boundary's alone.
-
-        Returns
-        -------
-        Direction
-
-        Raises
-        ------
-        ValueError
-            If the boundary is not in h, or the store is of another model or tap or did not visit its timestep.
-        """
-        if self.space != "h":
-            raise ValueError(f"{self.name} is a boundary in x_t; a direction edits h")
-        self._refuse_other_model(store.provenance["model"], str(store.path))
-        index_of(self.t, store.timesteps)
-        acts = torch.tensor([every_step or t == self.t for t in store.timesteps])
-        unit = acts.view(-1, 1, 1, 1) * self.normal
-        source = {"name": self.name, **{k: v for k, v in self.provenance.items() if k != "model"}}
-        parameters = {"every_step": every_step, "of": [source]}
-        provenance = {**origin_of(store), "method": "boundary", "parameters": parameters}
-        plain = Direction(unit, acts.float(), store.timesteps, self.name, provenance)
-        return plain.calibrated(store, progress=False)
+        return replace(self, **held_out(self.distance(source.values), y))
 
     def check_fits(self, model: Model, *, t: int | None = None, space: str | None = None) -> None:
         """Refuse a model, timestep or space that the boundary was not made for.
@@ -297,7 +254,9 @@ class Boundary:
     def __repr__(self) -> str:
         model = self.provenance["model"]
         where = "arrays" if model is None else repr(model["name"])
-        held_out = "" if self.accuracy is None else f", held-out accuracy {self.accuracy}, 1 sd is {self.sigma:.3g}"
+        held_out = ""
+        if self.accuracy is not None:
+            held_out = f", held-out accuracy {self.accuracy.value:.1%} of {self.accuracy.n}, 1 sd is {self.sigma:.3g}"
         return f"Boundary({self.name!r} in {self.space} at t={self.t}, {self.provenance['method']}, {where}{held_out})"
 
     def _wide(self) -> np.ndarray:
@@ -388,21 +347,8 @@ def move_jointly(
 
 
 def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str) -> np.ndarray:
-    """By how much a move changes distances.
-
-    Parameters
-    ----------
-    distances : ndarray of shape (n, m)
-    to : array of shape (m,) or (n, m)
-    mode : {"absolute", "shift", "mirror"}
-        As in `move_jointly`.
-
-    Returns
-    -------
-    ndarray of shape (n, m)
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not known; it is one of {', '.join(MODES)}")
+    """Change of the distances (n, m) that a move to `to`, (m,) or (n, m), makes in a mode of `move_jointly`."""
+    one_of("mode", mode, MODES)
     wanted = np.asarray(to, dtype=np.float64)
     n, m = distances.shape
     if wanted.shape not in ((m,), (n, m)) or not np.isfinite(wanted).all():
@@ -425,135 +371,6 @@ def _rows(z: Points, boundary: Boundary) -> np.ndarray:
             f"(n, {shape})"
         )
     return values.reshape(len(values), -1).astype(np.float64)
-
-
-# Fitting
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Samples at a timestep, what they are known by, and where they come from."""
-
-    values: np.ndarray
-    shape: tuple[int, ...]
-    origin: dict
-    seeds: tuple[int, ...] | None = None
-    names: tuple[str, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-def fit_boundary(
-    source: Samples,
-    labels: Labels,
-    *,
-    t: int,
-    space: str = "h",
-    method: str = "svm",
-    C: float = 1.0,
-    balance: bool = False,
-    cv: int = 5,
-    seed: int = 0,
-    wanted: float | None = None,
-    name: str | None = None,
-) -> Boundary:
-    """The hyperplane between the samples with and without an attribute (Zhu et al. 2023, boundary search).
-
-    "svm" is their linear support vector machine: `SVC(kernel="linear", C=C)`, fitted through the inner products. With
-    fewer samples than dimensions the classes can be separated, the margin is hard and a larger C changes nothing.
-    "mean" has the difference of the classes' means as its normal and the point halfway between them on the boundary;
-    the squared lengths of the means are taken without each sample's product with itself, which would put the boundary
-    too near to the larger class. "lda" is Fisher's discriminant with Ledoit-Wolf shrinkage, "logistic" is logistic
-    regression; both work in the samples' principal components, "logistic" with the first scaled to variance 1.
-    Of many samples "svm", "lda" and "logistic" tell classes apart best, by whatever is least noisy; "mean" points to
-    what differs most, which is the better way to move when editing.
-
-    Means, deviations and accuracies come from cross-validation: each sample is measured against a boundary that was
-    fitted without it. For those of a set of its own see `Boundary.measured`.
-
-    Parameters
-    ----------
-    source : HStore, Trajectory with records, or array of shape (n, ...)
-        The samples. Of an array neither model nor timestep can be checked.
-    labels : Series, or array of shape (n,), values 0 or 1
-        A Series is matched by its index: the seeds of the samples, or the file names of inverted images where a store
-        knows them. An array, or a Series numbered 0..n-1 where these are not the seeds, is in the order of the samples.
-    t : int
-        Timestep; the paper's mixing step.
-    space : {"h", "x"}
-    method : {"svm", "mean", "lda", "logistic"}
-    C : float, default 1
-        For "svm" and "logistic": inverse strength of the regularisation.
-    balance : bool, default False
-        Give both classes the same total weight in the fit, and put the boundary halfway between the means of their
-        held-out samples. Where the margin is hard the weights change nothing, and of a rare class almost all new
-        samples fall on the other side.
-    cv : int, default 5
-        Folds, at most as many as the smaller class has samples.
-    seed : int, default 0
-        Of the folds.
-    wanted : float in (0.5, 1), optional
-        Warn if the held-out accuracy stays below, with the number of samples that `expected_accuracy` asks for.
-    name : str, optional
-        By default that of the Series.
-
-    Returns
-    -------
-    Boundary
-
-    Raises
-    ------
-    ValueError
-        If the timestep was not visited (the nearest two are named) or not recorded, the method or space is not known,
-        or labels are of another length or index than the samples, missing, not 0 or 1, or have fewer than 3 samples of
-        a class.
-    """
-    name = name or name_of(labels, "label")
-    found = _fit_all(source, {name: labels}, t=t, space=space, method=method, C=C, balance=balance, cv=cv, seed=seed)
-    _warn_if_below(found[name], wanted)
-    return found[name]
-
-
-def fit_boundaries(
-    source: Samples,
-    labels: pd.DataFrame,
-    *,
-    t: int,
-    space: str = "h",
-    method: str = "svm",
-    C: float = 1.0,
-    balance: bool = False,
-    cv: int = 5,
-    seed: int = 0,
-    wanted: float | None = None,
-) -> dict[str, Boundary]:
-    """The boundaries of many attributes, each as `fit_boundary` finds it, from one matrix of inner products.
-
-    Parameters
-    ----------
-    source : HStore, Trajectory with records, or array of shape (n, ...)
-    labels : DataFrame of shape (n, attributes), values 0 or 1
-        Matched by its index, as there.
-    t, space, method, C, balance, cv, seed, wanted
-        As there.
-
-    Returns
-    -------
-    dict of attribute -> Boundary
-
-    Raises
-    ------
-    ValueError
-        As `fit_boundary`, naming the attribute.
-    """
-    if not isinstance(labels, pd.DataFrame) or labels.columns.empty or not labels.columns.is_unique:
-        raise ValueError("fit_boundaries takes a DataFrame with one column an attribute, each of its own name")
-    columns = {str(attribute): labels[attribute] for attribute in labels.columns}
-    found = _fit_all(source, columns, t=t, space=space, method=method, C=C, balance=balance, cv=cv, seed=seed)
-    for boundary in found.values():
-        _warn_if_below(boundary, wanted)
-    return found
 
 
 def load_boundary(
@@ -583,9 +400,9 @@ def load_boundary(
         If the file is corrupt, is not a boundary, or is one of another model, tap, timestep or space.
     """
     tensors, about = load_tensors(path, kind="boundary")
-    rates = {key: None if about[key] is None else Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
-    pairs = {key: None if about[key] is None else tuple(about[key]) for key in ("means", "deviations")}
-    found = Boundary(**{**tensors, **about, **rates, **pairs})
+    about |= {key: about[key] and Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
+    about |= {key: about[key] and tuple(about[key]) for key in ("means", "deviations")}
+    found = Boundary(**tensors, **about)
     if model is not None:
         found.check_fits(model)
     for what, own, asked in (("timestep", found.t, t), ("space", found.space, space)):
@@ -595,19 +412,7 @@ def load_boundary(
 
 
 def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
-    """A boundary with a random normal and all else the same: the control of any found boundary.
-
-    Moves along it are compared at the same length (mode "shift"); its distances mean nothing.
-
-    Parameters
-    ----------
-    boundary : Boundary
-    seed : int
-
-    Returns
-    -------
-    Boundary
-    """
+    """A boundary with a random normal and all else the same: a control, for moves of the same length (mode "shift")."""
     values = torch.from_numpy(np.random.default_rng(seed).standard_normal(boundary.normal.shape))
     return replace(
         boundary,
@@ -620,165 +425,43 @@ def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
     )
 
 
-def _fit_all(
-    source: Samples,
-    labels: dict[str, Labels],
-    *,
-    t: int,
-    space: str,
-    method: str,
-    C: float,
-    balance: bool,
-    cv: int,
-    seed: int,
-) -> dict[str, Boundary]:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(METHODS)}")
-    if cv < 2 or not C > 0:
-        raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
-    samples = _source_of(source, t, space)
-    classes = {
-        name: check_classes(matched(samples, values, f"the labels {name!r}"), name) for name, values in labels.items()
-    }
-    for name, y in classes.items():
-        if min(y.sum(), (~y).sum()) < 3:
-            raise ValueError(
-                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, "
-                "so that 2 are left when one is held out"
-            )
-    products = gram(samples.values)
-    mean = samples.values.mean(axis=0, dtype=np.float64)
-    found = {}
-    for name, y in classes.items():
-        duals, offset = _duals(products, y, method, C, balance)
-        weights = sum(duals[i] * row.astype(np.float64) for i, row in enumerate(samples.values) if duals[i])
-        length = float(np.linalg.norm(weights))
-        if not length > 0.0:
-            raise ValueError(f"the classes of {name!r} have the same mean; there is no boundary between them")
-        separation, d = class_separation(products, y)
-        distances, middle = _cross_validated(products, y, method, C, balance, cv, seed)
-        parameters = {
-            "C": C,
-            "balance": balance,
-            "cv": cv,
-            "seed": seed,
-            "positives": int(y.sum()),
-            "negatives": int((~y).sum()),
-            "labels": digest_of(y),
-        }
-        found[name] = Boundary(
-            normal=torch.from_numpy(weights / length).view(samples.shape),
-            intercept=(offset - float(weights @ mean)) / length - middle,
-            t=int(t),
-            space=space,
-            name=name,
-            provenance={**samples.origin, "method": method, "parameters": parameters},
-            **_held_out(distances, y, cross_validated=True),
-            extras={
-                "weight_norm": length,
-                "training_accuracy": float(((products @ duals + offset > middle * length) == y).mean()),
-                "class_distance": separation,
-                "dimensions": d,
-            },
-        )
-    return found
+@dataclass(frozen=True, eq=False)
+class SamplesAt:
+    """Samples at a timestep, what they are known by, and where they come from."""
+
+    values: np.ndarray
+    shape: tuple[int, ...]
+    origin: dict
+    seeds: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
-def _source_of(source: Samples, t: int, space: str) -> _Source:
-    _check_space(space)
+def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
+    """The h_t or x_t of a store, a run with records, or an array, of which neither model nor timestep is known."""
+    one_of("space", space, SPACES)
     if isinstance(source, HStore):
-        values, shape, seeds, names = source.at(t, space=space), source.shape_of(space), source.seeds, source.names
         origin = {**origin_of(source), "timesteps": list(source.timesteps)}
-    elif isinstance(source, Trajectory):
+        values = check_samples(source.at(t, space=space), t=t)
+        return SamplesAt(values, source.shape_of(space), origin, source.seeds, source.names)
+    if isinstance(source, Trajectory):
+        model, seeds = source.model, source.seeds
         if space == "h" and source.h is None:
             raise ValueError("this run has no h; sample or invert with record_h=True")
         values = source.h.at(t) if space == "h" else source.x_at(t).numpy()
-        shape = source.model.h_shape if space == "h" else source.model.image_shape
-        seeds, names = source.seeds, None
-        inverted = None if seeds is not None else {"fingerprint": fingerprint(source.x0), "n": len(source)}
-        origin = {
-            "model": source.model.provenance(),
-            "etas": list(source.etas),
-            "seeds": None if seeds is None else list(seeds),
-            **({"images": inverted} if inverted else {}),
-            "timesteps": list(source.timesteps),
-        }
-    else:
-        array = source.detach().cpu().numpy() if torch.is_tensor(source) else np.asarray(source)
-        values, shape, seeds, names = array, array.shape[1:], None, None
-        origin = {"model": None, "etas": None, "seeds": None}
-    return _Source(check_samples(values, t=t), shape, origin, seeds, names)
+        origin = {"model": model.provenance(), "etas": list(source.etas), "seeds": seeds and list(seeds)}
+        if seeds is None:
+            origin["images"] = {"fingerprint": fingerprint(source.x0), "n": len(source)}
+        origin["timesteps"] = list(source.timesteps)
+        shape = model.h_shape if space == "h" else model.image_shape
+        return SamplesAt(check_samples(values, t=t), shape, origin, seeds)
+    array = source.detach().cpu().numpy() if torch.is_tensor(source) else np.asarray(source)
+    return SamplesAt(check_samples(array, t=t), array.shape[1:], {"model": None, "etas": None, "seeds": None})
 
 
-def _check_space(space: str) -> None:
-    if space not in SPACES:
-        raise ValueError(f'space {space!r} is not known; it is "h" or "x"')
-
-
-def _duals(products: np.ndarray, y: np.ndarray, method: str, C: float, balance: bool) -> tuple[np.ndarray, float]:
-    """Weights a of the samples and offset b of a linear classifier, f(z) = sum a_i z_i.z + b, from products z_i.z_j.
-
-    The weights sum to 0, so that the same hold for samples that are all moved by the same.
-    """
-    a = np.zeros(len(y))
-    if method == "svm":
-        machine = SVC(kernel="precomputed", C=C, class_weight="balanced" if balance else None).fit(products, y)
-        a[machine.support_] = machine.dual_coef_[0]
-        return a, float(machine.intercept_[0])
-    if method == "mean":
-        a = y / y.sum() - ~y / (~y).sum()
-        squares = [_mean_square(products, side) for side in (~y, y)]
-        return a, (squares[0] - squares[1]) / 2
-    row = products.mean(axis=0)
-    values, vectors = np.linalg.eigh(products - row - row[:, None] + row.mean())
-    kept = values > 1e-10 * values[-1]
-    scale = np.sqrt(values[kept])
-    unit = 1.0
-    if method == "lda":
-        priors = [0.5, 0.5] if balance else None
-        estimator = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=LedoitWolf(), priors=priors)
-    else:
-        unit = scale[-1] / np.sqrt(len(y))
-        estimator = LogisticRegression(C=C, max_iter=1000, class_weight="balanced" if balance else None)
-    estimator.fit(vectors[:, kept] * (scale / unit), y)
-    a = vectors[:, kept] @ (estimator.coef_[0] / unit / scale)
-    a -= a.mean()
-    return a, float(estimator.intercept_[0] - row @ a)
-
-
-def _mean_square(products: np.ndarray, side: np.ndarray) -> float:
-    """Squared length of a class' mean, without bias: from the products of different samples alone."""
-    m = side.sum()
-    inner = products[np.ix_(side, side)]
-    return float((inner.sum() - np.trace(inner)) / (m * (m - 1)))
-
-
-def _cross_validated(
-    products: np.ndarray, y: np.ndarray, method: str, C: float, balance: bool, cv: int, seed: int
-) -> tuple[np.ndarray, float]:
-    """Signed distances from the boundaries that are fitted to the other folds, (n,), and what was taken off.
-
-    Balanced, the middle of the classes' means is taken off: in the distances of a fold, that of the other folds.
-    """
-    folds = StratifiedKFold(min(cv, int(y.sum()), int((~y).sum())), shuffle=True, random_state=seed)
-    splits, distances = list(folds.split(products, y)), np.empty(len(y))
-    for train, test in splits:
-        inner = products[np.ix_(train, train)]
-        a, b = _duals(inner, y[train], method, C, balance)
-        distances[test] = (products[np.ix_(test, train)] @ a + b) / np.sqrt(a @ inner @ a)
-    if not balance:
-        return distances, 0.0
-    middles = np.empty(len(y))
-    for train, test in splits:
-        middles[test] = _middle(distances[train], y[train])
-    return distances - middles, _middle(distances, y)
-
-
-def _middle(distances: np.ndarray, y: np.ndarray) -> float:
-    return float(distances[y].mean() + distances[~y].mean()) / 2
-
-
-def _held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:
+def held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:
     """What a boundary says of samples that it was not fitted on."""
     sides = [distances[~y], distances[y]]
     right = (distances > 0) == y
@@ -790,110 +473,3 @@ def _held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = F
         "accuracy": share_of(float(right.mean()), len(y), cross_validated=cross_validated),
         "balanced_accuracy": share_of(float(np.mean(recalls)), effective, cross_validated=cross_validated),
     }
-
-
-# How many samples
-
-
-def expected_accuracy(delta: float, d: int, n: int) -> float:
-    """Accuracy that a linear boundary reaches from n samples in d dimensions.
-
-    Two classes of n/2 samples each have isotropic noise of deviation 1, and means at a distance delta. The difference
-    of the sample means has the cosine delta / sqrt(delta^2 + 4 d / n) to the true one, which gives
-
-    accuracy = Phi(delta^2 / (2 sqrt(delta^2 + 4 d / n))),
-
-    and Phi(delta / 2) for n -> infinity. It holds for "mean", and for "svm" nearly, where the noise is isotropic; where
-    it is not, machines that learn its covariance ("svm", "lda") pass it with many samples.
-
-    Parameters
-    ----------
-    delta : float
-        Distance of the means over the noise's deviation along one axis.
-    d : int
-        Number of dimensions.
-    n : int
-        Number of samples, both classes together.
-
-    Returns
-    -------
-    float in [0.5, 1]
-    """
-    return float(norm.cdf(delta**2 / (2 * math.sqrt(delta**2 + 4 * d / n)))) if delta > 0 else 0.5
-
-
-def samples_needed(accuracy: float, *, delta: float, d: int) -> float:
-    """The n at which `expected_accuracy` reaches an accuracy.
-
-    Parameters
-    ----------
-    accuracy : float in (0.5, 1)
-    delta : float
-    d : int
-
-    Returns
-    -------
-    float
-        inf if no number of samples does.
-    """
-    q = float(norm.ppf(accuracy))
-    rest = delta**4 / (4 * q**2) - delta**2
-    return 4 * d / rest if rest > 0 else math.inf
-
-
-def class_separation(products: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """delta and d of `expected_accuracy` for samples whose noise is not isotropic, from their inner products.
-
-    With D the difference of the true means and S the covariance within the classes, the difference v of the sample
-    means separates new samples by |D|^2 with the variance v'Sv = D'SD + (1/n+ + 1/n-) tr S^2, on average. That is the
-    law for delta = |D| / s and d = tr S^2 / s^4, where s^2 = D'SD / |D|^2 is the noise along D; isotropic noise has
-    d dimensions. |D|^2, D'SD and tr S^2 are estimated without bias, as for Gaussian noise; s^2 is taken as at least a
-    tenth of tr S^2 / tr S, below which few samples can't tell it from 0.
-
-    Parameters
-    ----------
-    products : ndarray of shape (n, n)
-        Of at least 4 samples.
-    y : ndarray of shape (n,), bool
-        At least 2 of each class.
-
-    Returns
-    -------
-    delta, d : float
-        delta is 0 where the means are not farther apart than noise puts them.
-    """
-    n, share = len(y), 1 / y.sum() + 1 / (~y).sum()
-    a = y / y.sum() - ~y / (~y).sum()
-    average = np.where(y[:, None] == y, 1.0, 0.0)
-    average /= average.sum(axis=1, keepdims=True)
-    centre = np.eye(n) - average
-    within, dof = centre @ products @ centre, n - 2
-    trace, square = np.trace(within) / dof, (within**2).sum() / dof**2
-    # tr S^2 of a sample covariance is too large by what its noise adds (Gaussian, `dof` degrees of freedom).
-    square = dof**2 / ((dof - 1) * (dof + 2)) * (square - trace**2 / dof)
-    square = max(square, trace**2 * 1e-12)
-    distance = a @ products @ a - share * trace
-    if distance <= 0.0:
-        return 0.0, trace**2 / square
-    along = ((centre @ products @ a) ** 2).sum() / dof - share * square
-    s2 = max(along / distance, 0.1 * square / trace)
-    return float(np.sqrt(distance / s2)), float(square / s2**2)
-
-
-def _warn_if_below(boundary: Boundary, wanted: float | None) -> None:
-    if wanted is None:
-        return
-    if not 0.5 < wanted < 1.0:
-        raise ValueError(f"wanted is {wanted}; an accuracy to ask for lies between 0.5 and 1")
-    if boundary.accuracy.value >= wanted:
-        return
-    delta, d = boundary.extras["class_distance"], boundary.extras["dimensions"]
-    needed = samples_needed(wanted, delta=delta, d=d)
-    law = f"the sample-size law asks for about {needed:.0f}" if needed < math.inf else "the law says no number does"
-    if needed <= boundary.accuracy.n:
-        law = f"the sample-size law expects {expected_accuracy(delta, d, boundary.accuracy.n):.0%} from that many"
-    warnings.warn(
-        f"{boundary.name} in {boundary.space} at t={boundary.t} has a held-out accuracy of {boundary.accuracy}, below "
-        f"the {wanted:.0%} asked for; {law}",
-        stacklevel=3,
-    )

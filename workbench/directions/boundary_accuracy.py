@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.analysis.probes import expected_accuracy
+from workbench.analysis.samples import Labels, matched, name_of
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, normal
-from workbench.directions.boundary import Boundary, expected_accuracy, fit_boundaries, fit_boundary
-from workbench.directions.supervised import Labels, matched, name_of
+from workbench.directions.boundary import Boundary
+from workbench.directions.boundary_fit import fit_boundaries, fit_boundary
 from workbench.hspace.store import HStore
 
 

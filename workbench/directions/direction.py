@@ -318,17 +318,7 @@ class Direction:
         if len(store) < 2:
             raise ValueError("a store of one sample has no standard deviation; calibrate with at least two")
         units = torch.stack([each.unit.flatten(1) for each in (self, like) if each is not None], dim=1).numpy()
-        sigma = [
-            projections(store.batches(t), unit).std(axis=0, ddof=1)
-            for t, unit in tqdm(
-                list(zip(self.timesteps, units, strict=True)),
-                desc="calibrating",
-                disable=not progress,
-                delay=2,
-                leave=False,
-            )
-        ]
-        sigma = torch.from_numpy(np.stack(sigma, axis=1))
+        sigma = deviations(store, dict(zip(self.timesteps, units, strict=True)), progress=progress)
         if like is not None:
             sigma[0] *= torch.where(sigma[1] > 0, like.sigma / sigma[1], 1.0)
         population = {"n": len(store), **{k: v for k, v in origin_of(store).items() if k != "model"}}
@@ -481,19 +471,19 @@ def found_from(store: HStore, provenance: dict) -> bool:
 
 
 def projections(batches: Iterable[np.ndarray], units: np.ndarray) -> np.ndarray:
-    """How far samples lie along unit vectors.
+    """How far samples, in batches of shape (b, d), lie along unit vectors (m, d); (n, m).
 
-    Parameters
-    ----------
-    batches : iterable of ndarray of shape (some of n, d), float32
-    units : ndarray of shape (m, d)
-
-    Returns
-    -------
-    ndarray of shape (n, m), float64
-        Of products in float32; their mean may be long against their spread, whose sums of squares float32 would lose.
+    The products are in float32, the result in float64: the mean of a projection may be long against its spread, whose
+    sums of squares float32 would lose.
     """
     return np.concatenate([batch @ units.T.astype(np.float32) for batch in batches]).astype(np.float64)
+
+
+def deviations(store: HStore, units: dict[int, np.ndarray], *, progress: bool = True) -> torch.Tensor:
+    """Standard deviations of a population's projections on unit vectors, (m, d) at each timestep; (m, T), float64."""
+    bar = tqdm(units.items(), desc="measuring sigma", disable=not progress, delay=2, leave=False)
+    sigma = [projections(store.batches(t), at_t).std(axis=0, ddof=1) for t, at_t in bar]
+    return torch.from_numpy(np.stack(sigma, axis=1))
 
 
 def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

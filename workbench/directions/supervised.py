@@ -6,37 +6,24 @@ W'H with one column of W an attribute.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression, RidgeCV
 from tqdm.auto import tqdm
 
+from workbench.analysis.probes import PENALTIES, Span, balanced_weight, fit_probe, folds_of
+from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
 from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
 METHODS = ("mean", "logistic", "ridge", "lda")
-
-PROBE_RANK = 512
-"""Principal components that a probe is fitted in, at most."""
-
-PENALTIES = tuple(np.logspace(-2, 4, 13))
-"""Of a ridge probe, to choose from."""
-
-FOLDS = 10
-"""Parts that a probe's sigma is cross-fitted in, at most; each class has at least as many samples."""
-
-IN_MEMORY_BYTES = 2**30
-"""The h of one timestep up to this size is read once, a larger one twice."""
-
-Labels = pd.Series | np.ndarray | Sequence
+PROBE_RANK = 512  # principal components that a probe is fitted in, at most
+FOLDS = 10  # parts that a probe's sigma is cross-fitted in, at most; each class has at least as many samples
+IN_MEMORY_BYTES = 2**30  # the h of one timestep up to this size is read once, a larger one twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +50,9 @@ def find_from_labels(
 
     "mean": v_t = mean of h_t over the positives - mean over the negatives (Haas et al. eq. 11; for one positive and
     one negative a pair, the mean of the pairs' differences is the same). The others take the normal of a linear probe
-    by scikit-learn instead, fitted at each timestep to both classes with equal weight, in the leading principal
-    components of h_t (512, or all there are): "logistic" (`LogisticRegression`), "ridge" (`RidgeCV`, its penalty
-    chosen by leave-one-out error) and "lda" (`LinearDiscriminantAnalysis` with Ledoit-Wolf shrinkage).
+    instead, fitted at each timestep to both classes with equal weight, in the leading principal components of h_t (512,
+    or all there are): "logistic" regression, "ridge" regression, its penalty chosen by leave-one-out error, and "lda",
+    Fisher's discriminant with Ledoit-Wolf shrinkage (see `analysis.probes`).
 
     Each timestep has length 1, and sigma is the standard deviation of all samples' projections, so that scale is in
     standard deviations. Each sample is projected on what is found without it, since along a direction that it helped
@@ -90,7 +77,7 @@ def find_from_labels(
     name : str, optional
         By default that of the Series.
     seed : int
-        Of the randomized principal components of a probe.
+        Of the folds of a probe.
     progress : bool
 
     Returns
@@ -142,8 +129,7 @@ def find_many(
     ValueError
         As `find_from_labels`, naming the attribute.
     """
-    if not isinstance(labels, pd.DataFrame) or labels.columns.empty or not labels.columns.is_unique:
-        raise ValueError("find_many takes a DataFrame with one column an attribute, each of its own name")
+    check_table(labels, "find_many")
     table, others = matched(store, labels, "the labels"), _balance_of(store, balance)
     contrasts = []
     for attribute in table.columns:
@@ -222,7 +208,7 @@ class FewExamples:
     deltas: torch.Tensor = field(repr=False)
 
 
-def find_few(
+def few_shot_directions(
     store: HStore,
     labels: Labels,
     *,
@@ -303,55 +289,6 @@ def _examples(positive: np.ndarray, counts: Sequence[int], rng: np.random.Genera
     return weights
 
 
-def matched(store: HStore, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
-    """Values in the order of the samples of a store, or of what has its length, seeds and names; numbered 0..n-1."""
-    n, ids = len(store), _ids(store)
-    indexed = isinstance(values, (pd.Series, pd.DataFrame))
-    table = values if indexed else pd.Series(np.asarray(values))
-    if indexed and ids is not None and isinstance(table.index, pd.RangeIndex) and table.index.equals(pd.RangeIndex(n)):
-        if set(ids) == set(range(n)) and list(ids) != list(range(n)):
-            raise ValueError(
-                f"{what} are numbered 0 to {n - 1}, which may be positions or seeds, and the seeds come in another "
-                f"order ({_some(ids)}); index them by seed, .set_axis(list(run.seeds)), or pass .to_numpy() for the "
-                "order of the samples"
-            )
-    if len(table) == n and (not indexed or ids is None or set(table.index) != set(ids)):
-        if table.index.equals(pd.RangeIndex(n)):
-            return table
-    if indexed and not table.index.is_unique:
-        raise ValueError(f"{what} name sample {table.index[table.index.duplicated()][0]} more than once")
-    if indexed and ids is not None:
-        matched = table.reindex(ids) if set(table.index) == set(ids) else None
-        if matched is not None:
-            return matched.reset_index(drop=True)
-        unknown, missing = len(set(table.index) - set(ids)), len(set(ids) - set(table.index))
-        raise ValueError(
-            f"{what} do not match the {n} samples: {missing} of them have none and {unknown} of "
-            f"{len(table)} belong to no sample; index them by seed or file name ({_some(ids)})"
-        )
-    if len(table) != n:
-        raise ValueError(f"{what} are {len(table)} for {n} samples; give one a sample")
-    raise ValueError(
-        f"{what} are indexed ({_some(table.index)}), but the samples are not known by name; "
-        "put them in the order of the images and pass .to_numpy()"
-    )
-
-
-def _ids(store: HStore) -> Sequence | None:
-    """What the samples are known by: seeds, or file names where the store keeps them."""
-    return store.seeds if store.seeds is not None else getattr(store, "names", None)
-
-
-def _some(ids: Iterable) -> str:
-    ids = list(ids)
-    return ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
-
-
-def name_of(values: Labels, default: str) -> str:
-    """Name of a Series, or the default."""
-    return str(getattr(values, "name", None) or default)
-
-
 def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.DataFrame | None:
     if balance is None:
         return None
@@ -371,52 +308,36 @@ def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
     return groups.ngroup().to_numpy(), names
 
 
-def check_classes(y: pd.Series, name: str) -> np.ndarray:
-    """Labels as booleans."""
-    if y.isna().any():
-        raise ValueError(f"{int(y.isna().sum())} of {len(y)} labels {name!r} are missing; label every sample")
-    if not y.isin([0, 1]).all():
-        other = y[~y.isin([0, 1])].iloc[0]
-        raise ValueError(f"labels are 0 or 1, but {name!r} has {other!s}; for real values use find_from_scores")
-    positive = y.to_numpy().astype(bool)
-    n, m = int(positive.sum()), int((~positive).sum())
-    if min(n, m) == 0:
-        raise ValueError(f"all {len(y)} labels {name!r} are {int(positive[0])}; a direction needs both classes")
-    if min(n, m) < 2:
-        raise ValueError(f"{name!r} has {n} positives and {m} negatives; a direction needs at least 2 of each")
-    return positive
-
-
 def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contrast:
-    positive = check_classes(y, name)
     stratum, names = _strata(others, len(y))
+    balanced = [] if others is None else [str(c) for c in others.columns]
+    weights = _stratified(y, name, stratum, names, lambda counts: counts.prod(axis=0) / counts.sum(axis=0))
+    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
+
+
+def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
+    known, weights = pairs.notna().to_numpy(), np.zeros(len(y))
+    group, found = pd.factorize(pairs[known])
+    names = [f"pair {each}" for each in found]
+    weights[known] = _stratified(y[known], name, group, names, lambda counts: np.ones(len(found)))
+    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
+
+
+def _stratified(
+    y: pd.Series, name: str, stratum: np.ndarray, names: Sequence[str], share_of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Weights of the samples that give a stratum the same share of both classes, in proportion to `share_of` counts."""
+    positive = check_classes(y, name)
     counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
     if (counts == 0).any():
         side, s = np.argwhere(counts == 0)[0]
         raise ValueError(
             f"no sample with {name}={1 - side} has {names[s]}, but {counts[1 - side, s]} with {name}={side} do; "
-            "balance other attributes, with few values each, or more samples"
+            "balance other attributes, with few values each, take more samples, or give these a missing pair"
         )
-    share = counts.prod(axis=0) / counts.sum(axis=0)
+    share = share_of(counts)
     weight = share / share.sum() / counts
-    weights = np.where(positive, weight[0, stratum], -weight[1, stratum])
-    balanced = [] if others is None else [str(c) for c in others.columns]
-    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
-
-
-def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
-    known = pairs.notna().to_numpy()
-    positive = check_classes(y[known], name)
-    group, found = pd.factorize(pairs[known])
-    counts = np.stack([np.bincount(group[side], minlength=len(found)) for side in (positive, ~positive)])
-    if (counts == 0).any():
-        side, g = np.argwhere(counts == 0)[0]
-        raise ValueError(
-            f"pair {found[g]!s} has no sample with {name}={1 - side}; leave it out by giving its samples a missing pair"
-        )
-    weights = np.zeros(len(y))
-    weights[known] = np.where(positive, 1.0 / counts[0, group], -1.0 / counts[1, group]) / len(found)
-    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
+    return np.where(positive, weight[0, stratum], -weight[1, stratum])
 
 
 def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | None) -> _Contrast:
@@ -455,23 +376,17 @@ def _counts(weights: np.ndarray) -> dict[str, int]:
     return {"positives": int((weights > 0).sum()), "negatives": int((weights < 0).sum())}
 
 
-def digest_of(values: pd.Series | np.ndarray) -> str:
-    """What identifies labels or scores in the provenance."""
-    return hashlib.sha256(np.ascontiguousarray(np.asarray(values, dtype=np.float64)).data).hexdigest()[:16]
-
-
 def _find(
     store: HStore, contrasts: list[_Contrast], *, method: str, source: str, seed: int, progress: bool
 ) -> list[Direction]:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     weights = np.stack([contrast.weights for contrast in contrasts], axis=1)
-    if method == "lda" and any(len(np.unique(np.abs(side[side != 0]))) > 1 for side in _sides(weights)):
+    if method == "lda" and any(len(np.unique(column[column != 0])) > 2 for column in weights.T):
         raise ValueError('"lda" takes no weights, so no balance or uneven pairs; use "mean", "logistic" or "ridge"')
     units, sigmas, gaps = [], [], []
     for t in tqdm(store.timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
         batches = _reader(store, t)
-        found, along = _differences(batches, weights) if method == "mean" else _probe(batches(), weights, method, seed)
+        found, along = _differences(batches, weights) if method == "mean" else _probe(batches, weights, method, seed)
         if not np.isfinite(found).all():
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
         length = np.linalg.norm(found, axis=1, keepdims=True)
@@ -492,10 +407,6 @@ def _find(
         )
         for j, contrast in enumerate(contrasts)
     ]
-
-
-def _sides(weights: np.ndarray) -> Iterable[np.ndarray]:
-    return (np.where(sign * column > 0, column, 0.0) for column in weights.T for sign in (1, -1))
 
 
 def _reader(store: HStore, t: int) -> Callable[[], Iterable[np.ndarray]]:
@@ -550,55 +461,32 @@ def _spread(along: np.ndarray) -> np.ndarray:
     return np.sqrt((along**2).sum(axis=0) / (len(along) - 1))
 
 
-def _probe(batches: Iterable[np.ndarray], weights: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normals of linear classifiers, one a column of weights: (m, d), pointing to the positives.
+def _probe(reader: Callable[[], Iterable[np.ndarray]], weights: np.ndarray, method: str, seed: int):
+    """Normals of linear probes, one a column of weights, (m, d), pointing to the positives; and projections (n, m).
 
-    They lie in the span of the leading principal components, whose scores are scaled so that the first has variance 1.
-    With them the projections of every sample, (n, m): on the unit normal that the folds without it give.
+    A sample is projected on the unit normal that the folds without it give; one of weight 0, which no fit sees, on that
+    of all folds.
     """
-    h = np.concatenate(list(batches))
+    h = np.concatenate(list(reader()))
     if not np.isfinite(h).all():
         return np.full((weights.shape[1], h.shape[1]), np.nan), np.zeros(weights.shape)
-    # h is this function's own: at this size another copy is most of the memory.
-    pca = PCA(min(len(h) - 1, h.shape[1], PROBE_RANK), copy=False, random_state=seed)
-    scores = pca.fit_transform(h)
-    del h
-    unit = pca.singular_values_[0] / np.sqrt(len(scores) - 1)
-    scores /= unit
-    normals, along = [], np.empty(weights.shape)
+    h -= h.mean(axis=0)  # float32 holds the small normals better beside a small h
+    span = Span.of(h, rank=PROBE_RANK)
+    n, products = len(h), span.products
+    duals, along = np.empty(weights.shape), np.empty(weights.shape)
     for j, column in enumerate(weights.T):
-        whole = _fitted(scores, column, method)
-        normals.append(whole.coef_.ravel() @ pca.components_)
+        used, y = np.flatnonzero(column), column > 0
+        weight = balanced_weight(np.abs(column), y)
+        whole = fit_probe(span, y, method, rows=used, weight=weight)
+        duals[:, j] = whole.a
+        along[:, j] = products @ whole.a / whole.length(products)
         # The folds take the same penalty: one of their own may be many times larger or smaller.
-        penalties = [whole.alpha_] if method == "ridge" else PENALTIES
-        for fold in _folds(np.sign(column), min(FOLDS, *_counts(column).values()), seed):
-            rest = scores[~fold]
-            normal = _fitted(rest, column[~fold], method, penalties).coef_.ravel()
+        penalties = PENALTIES if whole.penalty is None else [whole.penalty]
+        for train, test in folds_of(y[used], min(FOLDS, *_counts(column).values()), seed):
+            probe = fit_probe(span, y, method, rows=used[train], weight=weight, penalties=penalties)
+            rest = np.delete(np.arange(n), used[test])
+            projected = products @ probe.a / probe.length(products)
             # A sample is farther from the mean of others than from that of all by as much as theirs is uncertain.
-            step = unit / max(np.linalg.norm(normal), 1e-30) / np.sqrt(1 + 1 / len(rest))
-            along[fold, j] = step * ((scores[fold] - rest.mean(axis=0)) @ normal)
-    return np.stack(normals), along * np.sqrt(1 - 1 / len(along))
-
-
-def _folds(side: np.ndarray, count: int, seed: int) -> Iterable[np.ndarray]:
-    """Parts of the samples, drawn at random, that share each side evenly; one mask a part."""
-    order = np.random.default_rng(seed).permutation(len(side))
-    number = np.empty(len(side), dtype=int)
-    number[order[np.argsort(side[order], kind="stable")]] = np.arange(len(side)) % count
-    return (number == part for part in range(count))
-
-
-def _fitted(
-    scores: np.ndarray, weights: np.ndarray, method: str, penalties: Sequence[float] = PENALTIES
-) -> LinearDiscriminantAnalysis | RidgeCV | LogisticRegression:
-    """A linear classifier of the samples whose weight is not 0; each side counts as half of them."""
-    used = weights != 0
-    x, y, weight = scores[used], np.sign(weights[used]), np.abs(weights[used])
-    for sign in (-1, 1):
-        weight[y == sign] *= used.sum() / 2 / weight[y == sign].sum()
-    if method == "lda":
-        # Not shrinkage="auto", which scales each component to variance 1 first and then finds nothing to shrink.
-        estimator = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=LedoitWolf(), priors=[0.5, 0.5])
-        return estimator.fit(x, y)
-    estimator = RidgeCV(penalties) if method == "ridge" else LogisticRegression(max_iter=1000)
-    return estimator.fit(x, y, sample_weight=weight)
+            step = np.sqrt((1 - 1 / n) / (1 + 1 / len(rest)))
+            along[used[test], j] = step * (projected[used[test]] - projected[rest].mean())
+    return duals.T.astype(np.float32) @ h, along

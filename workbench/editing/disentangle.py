@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.metrics import EffectMatrix, entanglement_index
+from workbench.analysis.effect_metrics import EffectMatrix, entanglement_index
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
-from workbench.diffusion.sampling import Injection, Trajectory, progress_bar, replay
+from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import Direction, bracketed, derived, finite
-from workbench.directions.supervised import find_few
-from workbench.editing.edits import check_run
-from workbench.editing.measure import Classifier, Effects, measure_effects
+from workbench.directions.supervised import few_shot_directions
+from workbench.editing.edits import MoveX, check_run
+from workbench.editing.measure import Classifier, Effects, measure, measure_effects
 from workbench.hspace.store import HStore
 
 NOTHING = 1e-6
@@ -300,7 +300,7 @@ def few_examples(
     classifier
         As in `measure_effects`.
     counts, draws
-        As in `find_few`.
+        As in `few_shot_directions`.
     scales : mapping of "h" or "x_T" -> float, optional
         Length of the edits in each space, or in one of both; in standard deviations along the direction from all
         samples that were not drawn, of which x_T itself has the square root of its dimensions. By default 2 and 10.
@@ -318,7 +318,7 @@ def few_examples(
     ------
     ValueError
         If the store or the runs have an eta above 0 or differ in timesteps or model, the attribute is not the
-        classifier's, or `find_few` refuses labels or counts.
+        classifier's, or `few_shot_directions` refuses labels or counts.
     """
     check_run(model, runs)
     scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
@@ -333,19 +333,21 @@ def few_examples(
         raise ValueError(
             f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
         )
-    before = classifier(runs.x0 if runs.seeds is not None else replay(runs, progress=False).x0)
-    if labels.name not in before:
+    if labels.name not in classifier(runs.x0[:1]):
         raise ValueError(f"the classifier has no attribute {labels.name!r}, which the labels are named for")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.image_shape)
     tables = []
     for space, scale in scales.items():
         noise = None if space == "h" else x_T
-        few = find_few(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
-        effects = []
-        with progress_bar(len(few.table) * len(runs), runs.steps, f"editing {space}", show=progress) as bar:
-            for delta in scale * few.deltas:
-                change = {"edit": Injection.adding(delta[:, None])} if space == "h" else {"x_T": runs.x_T + delta}
-                after = classifier(replay(replace(runs, **change), progress=bar).x0)
-                effects.append(float((after[labels.name] - before[labels.name]).mean()))
+        few = few_shot_directions(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
+        edits = {}
+        for i, delta in enumerate(few.deltas):
+            if space == "x_T":
+                edits[str(i)] = MoveX(delta[0], runs.timesteps[0], space)
+            else:
+                about = {"model": origin}
+                edits[str(i)] = Direction.from_delta(delta, timesteps=runs.timesteps, name=space, provenance=about)
+        measured = measure(runs, edits, [scale], classifier=classifier, progress=progress)
+        effects = [float(measured.change(name, scale)[labels.name].mean()) for name in edits]
         tables.append(few.table.assign(space=space, effect=effects))
     return pd.concat(tables, ignore_index=True)[["space", "draw", "count", "cosine", "effect"]]

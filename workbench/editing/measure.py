@@ -9,15 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.analysis.effect_metrics import EffectMatrix, effect_matrix, monotonicity, success_rate
+from workbench.analysis.image_metrics import kernel_distance, peak_signal_to_noise
 from workbench.analysis.intervals import Estimate, mean_interval
-from workbench.analysis.metrics import (
-    EffectMatrix,
-    effect_matrix,
-    kernel_distance,
-    monotonicity,
-    peak_signal_to_noise,
-    success_rate,
-)
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches, progress_bar, replay
 from workbench.directions.direction import Direction

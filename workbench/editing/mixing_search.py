@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,49 +15,40 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.mixing_criteria import (
     MixingStep,
-    largest_below,
     largest_near_best,
-    mirrored,
     radius_gap,
     read_off,
     separability_step,
-    smallest_below,
+    stays,
     total_variation,
 )
+from workbench.analysis.samples import check_classes, matched
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.loading import load_model
-from workbench.diffusion.models import Model
-from workbench.diffusion.noise import step_noise
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import (
     StepRecord,
     Trajectory,
     batches,
     check_batch_size,
-    denoise,
     progress_bar,
     replay,
     sample,
 )
 from workbench.diffusion.schedule import index_of
-from workbench.directions.boundary import fit_boundary
-from workbench.directions.supervised import matched
+from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing.cross import cross_boundary
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
 CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
 
+# Default thresholds, in the units that `mixing_step` names; and samples that are looked at, at most.
 LEVELS = {"radius_gap": 0.005, "tv": 0.25, "separability": 1.0, "commit": 0.5, "perceptual": 0.5, "edit": 0.75}
-"""Default thresholds; their units are in `mixing_step`."""
-
-LPIPS_LEVEL = 0.33
-"""Threshold of Asyrp for LPIPS(P_t, x_0)."""
-
 SAMPLES = {"radius_gap": 200, "tv": 200, "separability": 2000, "commit": 24, "perceptual": 64, "edit": 200}
-"""At most so many samples are looked at by default."""
-
-FRESH = 2**62
-"""Seeds of decodings count from here, so that none shares its noise with a sample."""
+LPIPS_LEVEL = 0.33  # threshold of Asyrp for LPIPS(P_t, x_0)
+FRESH = 2**62  # seeds of decodings count from here, so that none shares its noise with a sample
 
 Distance = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
 
@@ -70,7 +62,6 @@ def mixing_step(
     model: Model | None = None,
     against: HStore | Trajectory | None = None,
     classifier: Classifier | None = None,
-    space: str = "x",
     grid: Sequence[int] | None = None,
     n: int | None = None,
     copies: int = 8,
@@ -130,8 +121,6 @@ def mixing_step(
         drawn with eta 0.
     classifier : Classifier, optional
         For "edit" another one than gave the labels: whoever labels does not judge.
-    space : {"x", "h"}
-        What the probe of "separability" sees.
     grid : sequence of int, optional
         Visited timesteps to look at, for the criteria that run the model ("commit", "perceptual", "edit"). By default
         about ten, evenly over all but the noisiest.
@@ -166,8 +155,7 @@ def mixing_step(
         the grid was not visited, or there is one timestep alone.
     """
     criterion = criterion or ("radius_gap" if labels is None else "separability")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r} is not known; it is one of {', '.join(CRITERIA)}")
+    one_of("criterion", criterion, CRITERIA)
     if labels is None and criterion in ("separability", "edit"):
         raise ValueError(f'criterion "{criterion}" needs labels of the images, such as (classifier(images) > 0.5)')
     if classifier is None and (
@@ -185,10 +173,6 @@ def mixing_step(
     if level is None:
         level = LPIPS_LEVEL if distance == "lpips" and criterion == "perceptual" else LEVELS[criterion]
 
-    if criterion == "separability" and space == "h":
-        return separability_step(_h_of(source, n), table, alpha_bars, errors=level, **resampling)
-    if space != "x":
-        raise ValueError(f'space {space!r} is "x", or "h" for the criterion "separability"')
     run = _run_of(source, model, n, **running)
     if criterion == "separability":
         return separability_step(run.x, table, alpha_bars, errors=level, **resampling)
@@ -203,14 +187,16 @@ def mixing_step(
         return radius_gap(sampled.x, inverted.x, alpha_bars, tolerance=level, **resampling)
 
     visited = _grid_of(run, grid)
+    about = {"alpha_bars": alpha_bars, "criterion": criterion, **resampling}
     if criterion == "commit":
-        values, rule = _commitment(run, visited, classifier, copies, seed, running), mirrored(largest_below, level)
-        return _read_off(run, visited, values, rule, criterion, "agreement of decodings (0: chance)", resampling)
+        values = _commitment(run, visited, classifier, copies, seed, running)
+        rule = stays(level, above=True)
+        return read_off(visited, values, rule, quantity="agreement of decodings (0: chance)", **about)
     measure, unit = distance_of(distance, classifier, run.x0)
     if criterion == "perceptual":
-        values, rule = prediction_errors(run, visited, measure, running), mirrored(smallest_below, level)
-        return _read_off(run, visited, values, rule, criterion, f"distance of P_t from the image{unit}", resampling)
-    return _best_edit(run, visited, table, classifier, measure, level, strengths, resampling, running)
+        values, rule = prediction_errors(run, visited, measure, running), stays(level, above=True, from_noise=True)
+        return read_off(visited, values, rule, quantity=f"distance of P_t from the image{unit}", **about)
+    return _best_edit(run, visited, table, classifier, measure, level, strengths, about, running)
 
 
 def decode_from(
@@ -223,39 +209,15 @@ def decode_from(
     batch_size: int | None = None,
     progress: bool | tqdm = True,
 ) -> torch.Tensor:
-    """Run the reverse process from x_t at a visited timestep to the image.
+    """Run the reverse process from x_t (n, C, H, W) at a visited timestep to the images, with the noise of n seeds.
 
-    Parameters
-    ----------
-    run : Trajectory
-        Gives the model and the visited timesteps.
-    x_t : Tensor of shape (n, C, H, W), on the CPU
-    t : int
-    seeds : sequence of n int
-        Of the step noise. Equal seeds get equal noise, so that what differs is x_t alone.
-    eta : float in [0, 1], default 1
-    batch_size, progress
-        As in `sample`.
-
-    Returns
-    -------
-    Tensor of shape (n, C, H, W), float32, on the CPU
+    Equal seeds get equal noise, so that what differs is x_t alone.
     """
-    model, shape = run.model, run.model.image_shape
-    pairs = model.schedule.pairs(run.timesteps)[index_of(t, run.timesteps) :]
-    images = torch.empty_like(x_t)
-    with progress_bar(len(x_t), len(pairs), "decoding", show=progress) as bar, torch.inference_mode():
-        for batch in batches(len(x_t), check_batch_size(batch_size, model, len(x_t))):
-            noise_seeds = seeds[batch]
-            images[batch] = denoise(
-                model,
-                x_t[batch].to(model.device),
-                pairs=pairs,
-                etas=[eta] * len(pairs),
-                noise=lambda i, s=noise_seeds: step_noise(s, shape, t=pairs[i][0]).to(model.device),
-                on_step=lambda *_, s=noise_seeds: bar.update(len(s)),
-            ).cpu()
-    return images
+    rest = run.tail(index_of(t, run.timesteps), x_t)
+    etas = run.model.schedule.etas(eta, len(rest.timesteps))
+    size = check_batch_size(batch_size, run.model, len(x_t))
+    rest = replace(rest, etas=etas, seeds=tuple(seeds), stored_noise=None, edit=None, batch_size=size)
+    return replay(rest, progress=progress).x0
 
 
 def _commitment(
@@ -270,7 +232,8 @@ def _commitment(
         raise ValueError(f"copies is {copies}; agreement takes 2 decodings at least")
     seeds = [FRESH + seed * 2**32 + i for i in range(len(run) * copies)]
     shares = []
-    with progress_bar(len(seeds), _steps_from(run, visited), "decoding", show=running["progress"]) as bar:
+    steps = sum(run.steps - run.timesteps.index(t) for t in visited)
+    with progress_bar(len(seeds), steps, "decoding", show=running["progress"]) as bar:
         for t in visited:
             x_t = run.x_at(t).repeat_interleave(copies, dim=0)
             images = decode_from(run, x_t, t, seeds=seeds, **running | {"progress": bar})
@@ -310,7 +273,7 @@ def _best_edit(
     measure: Distance,
     level: float,
     strengths: Sequence[float],
-    resampling: dict,
+    about: dict,
     running: dict,
 ) -> MixingStep:
     """Success of one move of x_t at every timestep, among strengths that keep the identity loss at most `level`.
@@ -328,16 +291,15 @@ def _best_edit(
     loss = np.empty_like(success)
     for (i, t), (a, name) in itertools.product(enumerate(visited), enumerate(table)):
         has = table[name].to_numpy() == 1
-        options = {"t": t, "space": "x", "method": "mean", "seed": resampling["seed"]}
+        options = {"t": t, "space": "x", "method": "mean", "seed": about["seed"]}
         boundary = fit_boundary(run[:train], has[:train].astype(int), **options)
         gap = boundary.means[1] - boundary.means[0]
         away = np.where(has[train:], -1.0, 1.0)[:, None, None]  # from the class that the sample is in
         moves = {"distances": away * gap * np.array(strengths)[:, None], "unit": "distance", "mode": "shift"}
-        noise = FRESH + resampling["seed"] * 2**32
+        noise = FRESH + about["seed"] * 2**32
         images = cross_boundary(run.model, tested, None, boundary, **moves, seed=noise, **running).images.flatten(0, 1)
-        crossed = (classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5).reshape(m, k).T != has[
-            train:
-        ]
+        found = classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5
+        crossed = found.reshape(m, k).T != has[train:]
         # New step noise alone moves some to the other class.
         success[i, :, :, a] = crossed.astype(float) - crossed[0]
         loss[i, :, :, a] = measure(images, tested.x0.repeat_interleave(k, dim=0)).reshape(m, k).T
@@ -356,21 +318,14 @@ def _best_edit(
         best,
         largest_near_best(tolerance),
         n=m,
-        alpha_bars=run.model.schedule.alpha_bars,
-        criterion="edit",
         quantity=f"success at identity loss {level:g}",
         more={
             f"{kind} at strength {s:g}": values[:, k].mean(axis=(1, 2))
             for kind, values in (("success", success), ("loss", loss))
             for k, s in enumerate(strengths)
         },
-        **resampling,
+        **about,
     )
-
-
-def _steps_from(run: Trajectory, visited: Sequence[int]) -> int:
-    """Number of steps from each of the timesteps to the image, in all."""
-    return sum(run.steps - run.timesteps.index(t) for t in visited)
 
 
 def _at_loss(losses: np.ndarray, successes: np.ndarray, level: float) -> float:
@@ -386,16 +341,10 @@ def _at_loss(losses: np.ndarray, successes: np.ndarray, level: float) -> float:
 
 
 def _check_judged(table: pd.DataFrame, classifier: Classifier) -> None:
-    unknown = [name for name in table if name not in classifier.attributes]
-    if unknown:
-        raise ValueError(
-            f"{classifier.name} does not judge {unknown[0]!r}; it knows {', '.join(classifier.attributes)}"
-        )
     for name, values in table.items():
-        if not set(np.unique(values)) <= {0, 1}:
-            raise ValueError(
-                f"the labels {name!r} have values other than 0 and 1; an edit goes from one class to the other"
-            )
+        if name not in classifier.attributes:
+            raise ValueError(f"{classifier.name} does not judge {name!r}; it knows {', '.join(classifier.attributes)}")
+        check_classes(values, name)
 
 
 def distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> tuple[Distance, str]:
@@ -434,28 +383,6 @@ def _lpips() -> Distance:
     return measure
 
 
-def _read_off(
-    run: Trajectory,
-    visited: Sequence[int],
-    values: np.ndarray,
-    rule: Callable,
-    criterion: str,
-    quantity: str,
-    resampling: dict,
-) -> MixingStep:
-    """The step of a curve that is a mean over samples; values of shape (len(visited), n)."""
-    return read_off(
-        visited,
-        lambda rows: values[:, rows].mean(axis=1),
-        rule,
-        n=values.shape[1],
-        alpha_bars=run.model.schedule.alpha_bars,
-        criterion=criterion,
-        quantity=quantity,
-        **resampling,
-    )
-
-
 def _grid_of(run: Trajectory, grid: Sequence[int] | None) -> list[int]:
     """Visited timesteps to look at, noisiest first."""
     if grid is None:
@@ -475,11 +402,7 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
             model = load_model(wanted["name"])
         except FileNotFoundError as error:
             raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
-    if model.hash != wanted["hash"]:
-        raise ValueError(
-            f"the store comes from weights {wanted['hash']} ({wanted['name']!r}), not from {model.name!r} "
-            f"(weights {model.hash}); give its own model with model="
-        )
+    refuse_other_model("the store", wanted, model.provenance(), tap=False, remedy="give its own model with model=")
     return model
 
 
@@ -514,14 +437,6 @@ def _other(run: Trajectory, **running) -> Trajectory:
     if run.seeds is None:
         return sample(run.model, range(len(run)), steps=run.timesteps, eta=0.0, record_x=True, **running)
     return invert(run.model, run.x0.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)
-
-
-def _h_of(source: HStore | Trajectory, n: int):
-    """(t, h_t) of the first n samples."""
-    if isinstance(source, Trajectory) and source.h is None:
-        raise ValueError("this run has no h; sample or invert with record_h=True")
-    record = source if isinstance(source, HStore) else source.h
-    return ((t, record.at(t)[:n]) for t in record.timesteps)
 
 
 def _labels_of(source: HStore | Trajectory, labels, n: int) -> pd.DataFrame:

@@ -44,7 +44,6 @@ LATENT = (
 class ModelFolder:
     """A diffusers model folder: where its U-Net's config and weights (one file, or shards) and its scheduler are."""
 
-    path: Path
     unet_config: Path
     weights: tuple[Path, ...]
     scheduler_config: Path
@@ -61,18 +60,16 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     _refuse_latent_models(folder)
     config = find_unet_config(folder)
     if config is None:
-        raise FileNotFoundError(
-            f"{folder} has no unet/config.json and no config.json, so it is no diffusers model folder"
-        )
-    return ModelFolder(folder, config, _find_weights(config.parent), _find_scheduler(folder))
+        raise FileNotFoundError(f"{folder} has no unet/config.json and no config.json; it is no diffusers model folder")
+    return ModelFolder(config, _find_weights(config.parent), _find_scheduler(folder))
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether no part of a model folder is missing."""
+    """Whether no part of a model folder is missing; what else is wrong with it shows when it is loaded."""
     try:
         find_model_files(folder)
-    except (OSError, ValueError):
-        return False
+    except (FileNotFoundError, ValueError) as error:
+        return isinstance(error, ValueError)
     return True
 
 
@@ -205,25 +202,13 @@ def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a single file.
+    """Weights of a single file, in the layout "ddpm" or "guided", by their names in it without prefixes.
 
-    Attributes
-    ----------
-    path : Path
-    layout : {"ddpm", "guided"}
-        See `layouts`.
-    state : dict of str -> Tensor
-        By their names in the file, without prefixes.
-    where : str
-        What was taken off: wrapper and prefix, such as "state_dict.ema.".
-    betas : Tensor of shape (T,), optional
-        Noise schedule, where the file has it, as Lightning's do.
+    `betas` are the noise schedule, where the file has it, as Lightning's do.
     """
 
-    path: Path
     layout: str
     state: dict[str, torch.Tensor] = field(repr=False)
-    where: str
     betas: torch.Tensor | None = field(default=None, repr=False)
 
 
@@ -237,7 +222,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content = read_tensors(path)
     states = list(_state_dicts(content))
     names = [name for _, state in states for name in state]
-    _refuse_latent_weights(names, path)
+    parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
+    if latent := [name for name in names if name.startswith(parts) or ".transformer_blocks." in name]:
+        raise ValueError(LATENT.format(path=path, parts=latent[0]))
     found = [
         (where, name.removesuffix(anchor), layout, state)
         for where, state in states
@@ -261,7 +248,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     _check_finite(inside, path)
     betas = [tensor for _, state in states for name, tensor in state.items() if re.fullmatch(r"(.*\.)?betas", name)]
     sound = [each for each in betas if each.ndim == 1 and len(each) > 1 and ((each > 0) & (each < 1)).all()]
-    return Checkpoint(path, layout, inside, where + prefix, sound[0] if sound else None)
+    return Checkpoint(layout, inside, sound[0] if sound else None)
 
 
 def _state_dicts(content: object, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -300,15 +287,15 @@ def _is_training(content: object) -> bool:
     return isinstance(content, Mapping) and not parts.isdisjoint(content)
 
 
-def _refuse_latent_weights(names: list[str], path: Path) -> None:
-    parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
-    latent = next((name for name in names if name.startswith(parts) or ".transformer_blocks." in name), None)
-    if latent is not None:
-        raise ValueError(LATENT.format(path=path, parts=latent))
-
-
-def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], *, path: Path, assign: bool = False) -> None:
-    """Load weights into a module; a ValueError names the weights that do not fit.
+def load_strictly(
+    module: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    *,
+    path: Path,
+    whose: str = "its config.json",
+    assign: bool = False,
+) -> None:
+    """Load weights into a module; a ValueError names the weights that do not fit, and who asks for their shapes.
 
     With `assign` the module takes the tensors themselves and no second copy of them is made; it may then be one without
     values, on the device "meta".
@@ -317,7 +304,7 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], *, pa
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         reasons = str(error).partition("\n")[2]
-        raise ValueError(f"{path} does not fit its config.json: {textwrap.shorten(reasons, 300)}") from error
+        raise ValueError(f"{path} does not fit {whose}: {textwrap.shorten(reasons, 300)}") from error
 
 
 def hash_weights(module: torch.nn.Module) -> str:

@@ -366,46 +366,24 @@ def _rows(state: Mapping[str, torch.Tensor], name: str) -> int:
     return _shape(state, name)[0]
 
 
-def convert(
-    state: Mapping[str, torch.Tensor],
-    architecture: Architecture,
-    *,
-    expected: Mapping[str, torch.Tensor],
-    whose: str,
-) -> dict[str, torch.Tensor]:
-    """Weights by their names in `UNet2DModel`.
+def convert(state: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Weights by their names in `UNet2DModel`, of those by their names in the file, without prefixes.
 
-    Parameters
-    ----------
-    state : mapping of str -> Tensor
-        By their names in the file, without prefixes. A ValueError names the first that is missing, has another shape,
-        or has no place.
-    architecture : Architecture
-    expected : mapping of str -> Tensor
-        State dict of the `UNet2DModel` that the architecture describes; only the shapes count.
-    whose : str
-        What asks for these shapes, for the messages: "the preset 'ffhq'".
+    A ValueError names the first weight of the file that has no place.
     """
     converted, used = {}, set()
     for source, targets in _layers(architecture):
         for part in ("weight", "bias"):
-            names = [f"{target}.{part}" for target in targets]
-            if names[0] not in expected:  # a residual block that keeps its width has no shortcut
-                continue
-            name, shape = f"{source}.{part}", expected[names[0]].shape
-            wanted = (len(names) * shape[0], *shape[1:])
-            if name not in state:
-                raise ValueError(f"{name} is missing in the file; {whose} has it as {wanted}")
-            given = state[name]
-            # Their attention is made of convolutions of size 1, ours of linear maps.
-            squeezed = given.flatten(len(wanted) - 1) if ".attention" in names[0] and given.ndim > 1 else given
-            if squeezed.shape != wanted:
-                raise ValueError(f"{name} is {tuple(given.shape)} in the file and {wanted} in {whose}")
-            used.add(name)
-            converted |= zip(names, _split(squeezed, len(names), architecture), strict=True)
+            if (name := f"{source}.{part}") in state:  # what is missing shows when the network is loaded
+                used.add(name)
+                rows = state[name]
+                if ".attention" in targets[0] and rows.ndim > 1:
+                    rows = rows.flatten(1)  # their attention is made of convolutions of size 1, ours of linear maps
+                names = [f"{target}.{part}" for target in targets]
+                converted |= zip(names, _split(rows, len(names), architecture), strict=True)
     extra = next((name for name in state if name not in used), None)
     if extra is not None:
-        raise ValueError(f"{extra} {tuple(state[extra].shape)} of the file has no place in {whose}")
+        raise ValueError(f"{extra} {tuple(state[extra].shape)} of the file has no place in the network")
     return converted
 
 

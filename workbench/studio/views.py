@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from plotly import graph_objects as go
 
-from workbench.analysis.geometry import Embedding, embed
+from workbench.analysis.embedding import Embedding, embed
 from workbench.diffusion.sampling import replay
 from workbench.editing.render import EditGrid
 from workbench.studio.markup import AFTER, BEFORE, bars, cells, picture

@@ -1,0 +1,162 @@
+"""Metrics of edits in scores, against loops, closed forms and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from workbench.analysis.effect_metrics import (
+    EffectMatrix,
+    effect_matrix,
+    entanglement_index,
+    leakage,
+    linearity,
+    monotonicity,
+    success_rate,
+)
+
+ATTRIBUTES = ["A", "B", "C"]
+
+
+def scores(n=40, *, seed=0):
+    return pd.DataFrame(np.random.default_rng(seed).random((n, 3)), columns=ATTRIBUTES)
+
+
+@pytest.fixture
+def before():
+    return scores()
+
+
+@pytest.fixture
+def after():
+    return {"A": scores(seed=1), "B": scores(seed=2)}
+
+
+def test_the_effect_matrix_is_the_mean_change(before, after):
+    found = effect_matrix(before, after)
+    assert list(found.mean.index) == ["A", "B"]
+    for a in after:
+        for b in ATTRIBUTES:
+            change = [after[a][b][i] - before[b][i] for i in range(len(before))]
+            assert found.mean.loc[a, b] == pytest.approx(sum(change) / len(change))
+    assert ((found.low <= found.mean) & (found.mean <= found.high)).all(axis=None)
+
+
+def test_its_interval_is_that_of_a_mean(before, after):
+    found = effect_matrix(before, after, resamples=4000)
+    change = after["A"] - before
+    half = 1.96 * change.std() / np.sqrt(len(change))
+    np.testing.assert_allclose((found.high - found.low).loc["A"] / 2, half, rtol=0.1)
+    assert found.draws.shape == (4000, 2, 3)
+
+
+def test_a_direction_may_have_samples_of_its_own(before, after):
+    own = {"A": before, "B": before + 0.1}
+    assert effect_matrix(own, after).mean.loc["B", "A"] == pytest.approx(
+        effect_matrix(before, after).mean.loc["B", "A"] - 0.1
+    )
+
+
+def test_a_part_of_the_matrix_is_the_matrix_of_a_part(before, after):
+    whole = effect_matrix(before, after)
+    part = effect_matrix(before[["C", "A"]], {name: table[["C", "A"]] for name, table in after.items()})
+    pd.testing.assert_frame_equal(whole.of(["C", "A"]).low, part.low)
+    np.testing.assert_allclose(whole.of(["C", "A"]).draws, part.draws)
+    with pytest.raises(ValueError, match="no attribute 'Hat'; the scores have A, B, C"):
+        whole.of(["A", "Hat"])
+
+
+def matrix_of(rows):
+    mean = pd.DataFrame(rows, index=ATTRIBUTES[: len(rows)], columns=ATTRIBUTES)
+    return EffectMatrix(mean, mean, mean, np.stack([mean.to_numpy()] * 2), n=10)
+
+
+def test_the_entanglement_index_by_hand_and_infinite_without_an_effect_of_its_own():
+    found = entanglement_index(matrix_of([[0.5, -0.25, 0.25], [0.0, -2.0, 0.0], [1.0, 0.0, 0.0]]))
+    np.testing.assert_allclose(found["index"], [1.0, 0.0, np.inf])
+
+
+def test_the_entanglement_index_has_the_interval_of_its_draws(before, after):
+    effects = effect_matrix(before, after, resamples=300)
+    found = entanglement_index(effects)
+    draws = [
+        sum(abs(draw[i, j]) for j in range(3) if j != i) / abs(draw[i, i]) for draw in effects.draws for i in range(2)
+    ]
+    low = np.quantile(np.reshape(draws, (-1, 2)), 0.025, axis=0, method="lower")
+    np.testing.assert_allclose(found["low"], low)
+    assert (found["low"] <= found["index"]).all() and (found["index"] <= found["high"]).all()
+
+
+def test_the_entanglement_index_needs_to_know_whose_attribute_is_whose(before, after):
+    with pytest.raises(ValueError, match="'smile' .* there are A, B, C"):
+        entanglement_index(effect_matrix(before, {"smile": after["A"]}))
+
+
+def test_leakage_and_its_reduction_by_hand():
+    """Two directions, of which the second leaks a quarter; the draws are the means doubled for the first alone."""
+    mean = pd.DataFrame([[0.9, 0.5, -0.3], [0.8, -0.1, 0.1]], index=["A", "A projected"], columns=ATTRIBUTES)
+    draws = np.stack([mean.to_numpy(), mean.to_numpy() * [[2.0], [1.0]]] * 50)
+    found = leakage(EffectMatrix(mean, mean, mean, draws, n=10), ["B", "C"])
+    np.testing.assert_allclose(found["leak"], [0.8, 0.2])
+    np.testing.assert_allclose(found["reduction"], [0.0, 0.75])
+    np.testing.assert_allclose(found.loc["A", ["leak_low", "leak_high"]], [0.8, 1.6])
+    np.testing.assert_allclose(found.loc["A projected", ["reduction_low", "reduction_high"]], [0.75, 0.875])
+    np.testing.assert_allclose(found.loc["A", ["reduction_low", "reduction_high"]], 0.0)
+
+
+def test_the_interval_of_the_reduction_knows_that_the_samples_are_the_same(before, after):
+    """Half of each sample's change leaves half of the leak, whatever samples are drawn."""
+    halved = before + 0.5 * (after["A"] - before)
+    found = leakage(effect_matrix(before, {"A": after["A"], "half": halved}), ["A", "B"])
+    assert found.loc["half", ["reduction", "reduction_low", "reduction_high"]].tolist() == pytest.approx([0.5] * 3)
+    assert found.loc["A", "leak_low"] < found.loc["A", "leak"] < found.loc["A", "leak_high"]
+    with pytest.raises(ValueError, match="no attribute 'hat'"):
+        leakage(effect_matrix(before, after), ["hat"])
+
+
+def test_the_success_rate_counts_samples_without_the_attribute():
+    before = pd.DataFrame({"A": [0.1, 0.2, 0.9, 0.5, 0.3]})
+    after = pd.DataFrame({"A": [0.8, 0.4, 0.1, 0.51, 0.9]})
+    rate = success_rate(before, after, "A")
+    assert (rate.value, rate.n) == (0.75, 4)
+    assert success_rate(before, after, "A", threshold=0.85).value == 0.25
+
+
+def test_monotonicity_is_spearmans_correlation():
+    rng = np.random.default_rng(0)
+    values, scales = rng.random((5, 7)).round(1), [-3, -2, -1, 0, 1, 2, 3]
+    expected = [stats.spearmanr(row, scales).statistic for row in values]
+    np.testing.assert_allclose(monotonicity(values, scales), expected)
+    np.testing.assert_allclose(monotonicity([[1, 2, 30], [3, 2, 1]], [-1, 0, 5]), [1, -1])
+    assert np.isnan(monotonicity([[1, 1, 1]], [-1, 0, 1])).all()
+
+
+def test_linearity_is_the_squared_correlation():
+    rng, scales = np.random.default_rng(0), [-2, 0, 1, 3]
+    values = rng.random((5, 4))
+    expected = [stats.pearsonr(row, scales).statistic ** 2 for row in values]
+    np.testing.assert_allclose(linearity(values, scales), expected)
+    assert linearity([[1, 3, 4, 6]], scales)[0] == pytest.approx(1.0)
+    assert np.isnan(linearity(np.ones((1, 4)), scales)).all()
+    assert np.isnan(linearity(np.full((1, 7), 0.1), range(7))).all(), "also where their mean is rounded"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: effect_matrix(b, {}), "at least one direction"),
+        (lambda b: effect_matrix(b, {"A": b[:5]}), "other samples or attributes"),
+        (lambda b: effect_matrix(b, {"A": b.rename(columns={"B": "D"})}), "other samples or attributes"),
+        (lambda b: effect_matrix(b, {"A": b.replace(b.iloc[0, 0], np.nan)}), "not finite"),
+        (lambda b: success_rate(b, b, "Hat"), "no attribute 'Hat'; the scores have A, B, C"),
+        (lambda b: success_rate(b + 1, b, "A"), "all 40 samples have A already"),
+        (lambda b: monotonicity(b, [1, 2]), r"shape \(n, 2\), not \(40, 3\)"),
+        (lambda b: monotonicity(b[["A"]], [1]), r"\(n, 1\)"),
+        (lambda b: linearity(b[["A", "B"]], [1, 2]), "3 or more"),
+    ],
+)
+def test_bad_input_is_a_sentence(before, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(before)

@@ -1,0 +1,151 @@
+"""Spectra: waves and noise have the known ones, and inversion shrinks Gaussian data by the ratios of the notes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from workbench.analysis.spectra import Spectrum, data_spectrum, linear_gaussian_inversion, marginal_radius
+
+ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))  # the linear schedule of both papers' models
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(11)
+
+
+def power_law(size, gamma, *, mean_square=0.3):
+    """Spectrum of size^2 pixels that falls as frequency^-gamma: a model of photographs for gamma 2 to 3."""
+    along = np.fft.fftfreq(size) * size
+    frequency, weight = np.unique(np.hypot(along[:, None], along[None, :]).ravel(), return_counts=True)
+    power = np.maximum(frequency, 1.0) ** -gamma
+    return Spectrum(frequency, power * mean_square * weight.sum() / (weight @ power), weight.astype(float))
+
+
+def inversion_grid(t, steps):
+    """Timesteps of BoundaryDiffusion's inversion to t."""
+    return tuple(int(v) for v in np.linspace(0, 1, steps) * t)
+
+
+@pytest.mark.parametrize(
+    ("t", "radius"),
+    [(999, 443.4), (800, 443.2), (700, 442.3), (600, 439.4), (550, 436.3), (500, 431.2), (450, 423.4), (400, 412.3)]
+    + [(300, 377.3), (200, 326.0)],
+)
+def test_marginal_radius_is_that_of_the_notes(t, radius):
+    assert marginal_radius(ALPHA_BARS[t], mean_square=0.3, d=3 * 256**2) == pytest.approx(radius, abs=0.06)
+
+
+def test_the_power_spectrum_of_noise_is_flat_and_of_a_wave_a_single_line(rng):
+    white = data_spectrum(rng.standard_normal((200, 3, 32, 32)))
+    np.testing.assert_allclose(white.power, 1, atol=5 / np.sqrt(600 * white.weight.min()))
+    wave = np.tile(np.cos(2 * np.pi * 5 * np.arange(32) / 32), (2, 1, 32, 1))
+    found = data_spectrum(wave)
+    assert found.frequency[np.argmax(found.power)] == 5
+    assert found.power @ found.weight == pytest.approx(32 * 32 / 2)
+    assert found.power[found.frequency != 5].max() < 1e-20
+
+
+def test_a_spectrum_holds_the_mean_square_of_the_images(rng):
+    images = rng.uniform(-1, 1, (7, 3, 8, 6)) + 0.2
+    found = data_spectrum(images)
+    assert found.mean_square == pytest.approx((images**2).mean())
+    assert found.weight.sum() == 48 and list(found.frame()) == ["frequency", "power", "weight"]
+
+
+# Inverted over marginal radius at 256 x 256 pixels, m2 0.3, for 10, 20, 40, 100, 200, 500 and all steps.
+RATIOS = [
+    (500, 2, (0.756, 0.875, 0.937, 0.974, 0.986, 0.994, 0.994)),
+    (999, 2, (0.571, 0.762, 0.876, 0.948, 0.973, 0.989, 0.993)),
+    (500, 3, (0.509, 0.642, 0.770, 0.875, 0.921, 0.950, 0.950)),
+    (999, 3, (0.381, 0.501, 0.637, 0.793, 0.872, 0.928, 0.947)),
+]
+
+
+@pytest.mark.parametrize(("t", "gamma", "expected"), RATIOS)
+def test_the_linear_gaussian_model_gives_the_table_of_radius_ratios(t, gamma, expected):
+    """To half a unit of its last digit; "all steps" is `inversion_grid(t, t + 1)`, as the paper's code makes it."""
+    spectrum = power_law(256, gamma)
+    grids = [inversion_grid(t, steps) for steps in (10, 20, 40, 100, 200, 500, t + 1)]
+    found = [linear_gaussian_inversion(spectrum, ALPHA_BARS, grid).ratio for grid in grids]
+    np.testing.assert_allclose(found, expected, atol=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("t", "gamma", "plain", "repaired"), [(500, 3, 0.950, 0.978), (999, 3, 0.947, 0.977), (500, 4, 0.578, 0.984)]
+)
+def test_noise_repair_mends_what_more_steps_do_not(t, gamma, plain, repaired):
+    spectrum, grid = power_law(256, gamma), inversion_grid(t, t + 1)
+    assert linear_gaussian_inversion(spectrum, ALPHA_BARS, grid).ratio == pytest.approx(plain, abs=1e-3)
+    found = linear_gaussian_inversion(spectrum, ALPHA_BARS, grid, noise_repair=True)
+    assert found.ratio == pytest.approx(repaired, abs=1e-3)
+
+
+@pytest.mark.parametrize("start", ["first", "clean"])
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_the_recursion_is_ddim_inversion_of_samples_with_the_exact_network(start, iterations, rng):
+    """The oracle inverts samples of an uncorrelated Gaussian, step by step as `invert` does."""
+    s2 = np.array([2.0, 0.3, 0.01, 0.0])
+    timesteps = (20, 300, 700)
+
+    def eps(x, t):
+        return np.sqrt(1 - ALPHA_BARS[t]) / (ALPHA_BARS[t] * s2 + 1 - ALPHA_BARS[t]) * x
+
+    x0 = rng.standard_normal((50, 4)) * np.sqrt(s2)
+    moments = (x0**2).mean(axis=0)
+    levels = {t: ALPHA_BARS[t] for t in timesteps} | {-1: 1.0}
+    pairs = list(zip((-1, *timesteps[:-1]), timesteps, strict=True))
+    x, after = x0, []
+    for t_prev, t in pairs if start == "clean" else pairs[1:]:
+        before, e = x, eps(x, max(t_prev, 0))
+        for i in range(iterations + 1):
+            if i > 0:
+                e = eps(x, t)
+            p = (before - np.sqrt(1 - levels[t_prev]) * e) / np.sqrt(levels[t_prev])
+            x = np.sqrt(levels[t]) * p + np.sqrt(1 - levels[t]) * e
+        after.append((x**2).mean(axis=0))
+    spectrum = Spectrum(np.arange(4), s2, np.ones(4))
+    found = linear_gaussian_inversion(spectrum, ALPHA_BARS, timesteps[::-1], start=start, iterations=iterations)
+    gains = found.variance[-len(after) :] / np.where(s2 > 0, s2, 1)
+    np.testing.assert_allclose(gains * moments, after, rtol=1e-10)
+    marginal = ALPHA_BARS[700] * s2.mean() + 1 - ALPHA_BARS[700]
+    assert found.ratio == pytest.approx(np.sqrt(found.variance[-1].mean() / marginal))
+    assert found.timesteps == timesteps
+    if start == "clean":
+        with pytest.raises(ValueError, match='start "clean" has no noise to repair'):
+            linear_gaussian_inversion(spectrum, ALPHA_BARS, timesteps, start=start, noise_repair=True)
+        return
+    noisy = ALPHA_BARS[20]
+    repaired = linear_gaussian_inversion(spectrum, ALPHA_BARS, timesteps, iterations=iterations, noise_repair=True)
+    np.testing.assert_allclose(repaired.variance[:, :3] / found.variance[:, :3], [noisy + (1 - noisy) / s2[:3]] * 3)
+
+
+def test_white_data_of_unit_variance_stays_on_the_shell():
+    """Its marginal is N(0, I) at every timestep and eps moves nothing along it but by Euler's error."""
+    white = power_law(8, 0, mean_square=1.0)
+    assert linear_gaussian_inversion(white, ALPHA_BARS, range(1000)).ratio == pytest.approx(1, abs=5e-3)
+
+
+def test_eulers_error_is_to_one_side_and_a_fixed_points_to_the_other_and_both_go():
+    """Eps of the step's beginning leaves the radius too small, eps of its end too large."""
+    spectrum = power_law(32, 2)
+    for steps, gap in ((40, 0.05), (1000, 0.02)):
+        grid = np.linspace(0, 999, steps).astype(int)
+        euler, fixed = (
+            linear_gaussian_inversion(spectrum, ALPHA_BARS, grid, noise_repair=True, iterations=i).ratio
+            for i in (0, 20)
+        )
+        assert euler < 1 < fixed
+        assert (fixed - euler > gap) == (steps == 40)
+
+
+def test_bad_input_is_refused(rng):
+    spectrum = power_law(4, 2)
+    for call, message in (
+        (lambda: data_spectrum(rng.standard_normal((10, 6))), r"\(10, 6\)"),
+        (lambda: linear_gaussian_inversion(spectrum, ALPHA_BARS, [0, 1000]), r"0..999, not \[0, 1000\]"),
+        (lambda: linear_gaussian_inversion(spectrum, ALPHA_BARS, [0, 9], start="last"), "'last'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,207 @@
+"""What an edit does to the scores of attributes: mean changes, entanglement, leakage, success, shape of the response.
+
+Scores are DataFrames of shape (n, attributes), probabilities in [0, 1]; rows are samples, in the same order before and
+after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, share_of
+
+
+@dataclass(frozen=True, eq=False)
+class EffectMatrix:
+    """Mean change of every attribute's score under every direction.
+
+    Attributes
+    ----------
+    mean, low, high : DataFrame of shape (directions, attributes)
+        Mean change over the samples and its 95% bootstrap interval.
+    draws : ndarray of shape (resamples, directions, attributes)
+        Means of the samples drawn again, for the interval of anything that follows from the matrix.
+    n : int
+        Number of samples.
+    """
+
+    mean: pd.DataFrame
+    low: pd.DataFrame = field(repr=False)
+    high: pd.DataFrame = field(repr=False)
+    draws: np.ndarray = field(repr=False)
+    n: int
+
+    def of(self, attributes: Sequence[str]) -> EffectMatrix:
+        """The matrix of some attributes alone, in this order; ValueError if one is missing."""
+        columns = self.mean.columns.get_indexer(list(attributes))
+        if (columns < 0).any():
+            missing = list(attributes)[int(np.argmin(columns))]
+            raise ValueError(f"there is no attribute {missing!r}; the scores have {_listed(self.mean)}")
+        mean, low, high = (frame.iloc[:, columns] for frame in (self.mean, self.low, self.high))
+        return replace(self, mean=mean, low=low, high=high, draws=self.draws[:, :, columns])
+
+    def __repr__(self) -> str:
+        return f"EffectMatrix({len(self.mean)} directions x {self.mean.shape[1]} attributes, {self.n} samples)"
+
+
+def effect_matrix(
+    before: pd.DataFrame | Mapping[str, pd.DataFrame],
+    after: Mapping[str, pd.DataFrame],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> EffectMatrix:
+    """Mean change of the scores, E_ab = mean over samples of score_b(edited along a) - score_b(plain).
+
+    `before` are the scores of the plain samples, or one table a direction where they are not the same for all. The
+    bootstrap draws the same samples for every direction, so that differences between directions have intervals too.
+    """
+    if not after:
+        raise ValueError("an effect matrix needs the scores after an edit along at least one direction")
+    plain = before if isinstance(before, Mapping) else dict.fromkeys(after, before)
+    changes = np.stack([_change(plain[name], scores, name) for name, scores in after.items()], axis=1)
+    n = len(changes)
+    counts = bootstrap_counts(n, resamples=resamples, seed=seed)
+    draws = np.tensordot(counts, changes, axes=1) / n
+    low, high = np.quantile(draws, QUANTILES, axis=0)
+
+    def frame(values: np.ndarray) -> pd.DataFrame:
+        columns = next(iter(after.values())).columns
+        return pd.DataFrame(values, index=pd.Index(list(after), name="direction"), columns=columns)
+
+    return EffectMatrix(frame(changes.mean(axis=0)), frame(low), frame(high), draws, n)
+
+
+def entanglement_index(effects: EffectMatrix) -> pd.DataFrame:
+    """How much a direction changes besides the attribute of its name: sum over b != a of |E_ab| / |E_aa|.
+
+    One row a direction: `index`, 0 if nothing else changes and inf if its own attribute does not, with its 95%
+    bootstrap interval `low`, `high`. The absolute values of noise don't cancel: with few samples it is too large.
+    """
+    names = effects.mean.index
+    own = effects.mean.columns.get_indexer(names)
+    if (own < 0).any():
+        known = _listed(effects.mean)
+        raise ValueError(f"direction {names[int(np.argmin(own))]!r} has the name of no attribute; there are {known}")
+
+    def index(matrices: np.ndarray) -> np.ndarray:
+        sizes = np.abs(matrices)
+        aimed = sizes[..., np.arange(len(own)), own]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(aimed > 0, (sizes.sum(axis=-1) - aimed) / aimed, np.inf)
+
+    # "lower": neighbouring draws of inf have no mean.
+    low, high = np.quantile(index(effects.draws), QUANTILES, axis=0, method="lower")
+    return pd.DataFrame({"index": index(effects.mean.to_numpy()), "low": low, "high": high}, index=names)
+
+
+def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
+    """How much the directions change attributes that they should leave: the sum of |E_ab| over these b.
+
+    Parameters
+    ----------
+    effects : EffectMatrix
+        The other directions are compared with its first.
+    attributes : sequence of str
+
+    Returns
+    -------
+    DataFrame, one row a direction
+        `leak`, and `reduction`, the share of the first direction's leak that is gone, in (-inf, 1]; each with its 95%
+        bootstrap interval (`leak_low`, `leak_high`, `reduction_low`, `reduction_high`). The absolute values of noise
+        don't cancel: with few samples a small leak is too large and its reduction too small.
+
+    Raises
+    ------
+    ValueError
+        If an attribute is not in the matrix.
+    """
+    part = effects.of(attributes)
+    leak, drawn = (np.abs(values).sum(axis=-1) for values in (part.mean.to_numpy(), part.draws))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        measures = {"leak": (leak, drawn), "reduction": (1 - leak / leak[0], 1 - drawn / drawn[:, :1])}
+    columns = {}
+    for name, (value, draws) in measures.items():
+        low, high = np.quantile(draws, QUANTILES, axis=0)
+        columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return pd.DataFrame(columns, index=part.mean.index)
+
+
+def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Estimate:
+    """Share of the samples without an attribute that have it afterwards, with its Wilson interval.
+
+    Parameters
+    ----------
+    before, after : DataFrame of shape (n, attributes)
+    attribute : str
+    threshold : float, default 0.5
+        A sample has the attribute if its score is above.
+
+    Returns
+    -------
+    Estimate
+
+    Raises
+    ------
+    ValueError
+        If the attribute is not there, or every sample has it already.
+    """
+    _change(before, after, "this edit")
+    if attribute not in before.columns:
+        raise ValueError(f"there is no attribute {attribute!r}; the scores have {_listed(before)}")
+    without = before[attribute].to_numpy() <= threshold
+    n = int(without.sum())
+    if n == 0:
+        raise ValueError(f"all {len(before)} samples have {attribute} already; edit some that don't")
+    share = float((after[attribute].to_numpy()[without] > threshold).mean())
+    return share_of(share, n)
+
+
+def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:
+    """Spearman's rank correlation of score and scale, sample by sample, of scores (n, scales) of one attribute.
+
+    1 where the score rises from scale to scale; NaN where all are the same.
+    """
+    values = np.asarray(scores, dtype=float)
+    if values.ndim != 2 or values.shape[1] != len(scales) or len(scales) < 2:
+        raise ValueError(f"scores of {len(scales)} scales have shape (n, {len(scales)}), not {values.shape}")
+    ranks = pd.DataFrame(values).rank(axis=1).to_numpy()
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
+    steps = pd.Series(list(scales)).rank().to_numpy()
+    steps = steps - steps.mean()
+    with np.errstate(invalid="ignore"):
+        return ranks @ steps / (np.linalg.norm(ranks, axis=1) * np.linalg.norm(steps))
+
+
+def linearity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:
+    """Share of the variance of a sample's scores over 3 or more scales that a straight line explains (R squared).
+
+    Take logits: probabilities bend where they come near 0 or 1. NaN where the score is the same at all scales.
+    """
+    values, x = np.asarray(scores, dtype=float), np.asarray(scales, dtype=float)
+    if values.ndim != 2 or values.shape[1] != len(x) or len(x) < 3:
+        raise ValueError(f"scores of {len(x)} scales (3 or more) have shape (n, {len(x)}), not {values.shape}")
+    same = np.ptp(values, axis=1) == 0  # whatever rounding leaves of them
+    values, x = values - values.mean(axis=1, keepdims=True), x - x.mean()
+    with np.errstate(invalid="ignore"):
+        return np.where(same, np.nan, (values @ x) ** 2 / ((values**2).sum(axis=1) * (x @ x)))
+
+
+def _listed(scores: pd.DataFrame) -> str:
+    return ", ".join(map(str, scores.columns))
+
+
+def _change(before: pd.DataFrame, after: pd.DataFrame, name: str) -> np.ndarray:
+    if before.shape != after.shape or list(before.columns) != list(after.columns) or not len(before):
+        raise ValueError(
+            f"the scores before and after {name} are of other samples or attributes: {before.shape} with columns "
+            f"{list(before.columns)[:4]}, and {after.shape} with {list(after.columns)[:4]}"
+        )
+    change = after.to_numpy(dtype=float) - before.to_numpy(dtype=float)
+    if not np.isfinite(change).all():
+        raise ValueError(f"a score before or after {name} is not finite; check the classifier's output")
+    return change

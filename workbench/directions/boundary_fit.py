@@ -1,0 +1,224 @@
+"""Fitting boundaries between samples with and without an attribute (Zhu et al. 2023, boundary search)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.analysis.probes import (
+    Span,
+    balanced_weight,
+    class_separation,
+    expected_accuracy,
+    fit_probe,
+    folds_of,
+    samples_needed,
+)
+from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
+from workbench.directions.boundary import Boundary, Samples, held_out, samples_at
+from workbench.io import one_of
+
+METHODS = ("svm", "mean", "lda", "logistic")
+
+
+def fit_boundary(
+    source: Samples,
+    labels: Labels,
+    *,
+    t: int,
+    space: str = "h",
+    method: str = "svm",
+    C: float = 1.0,
+    balance: bool = False,
+    cv: int = 5,
+    seed: int = 0,
+    wanted: float | None = None,
+    name: str | None = None,
+) -> Boundary:
+    """The hyperplane between the samples with and without an attribute (Zhu et al. 2023, boundary search).
+
+    "svm" is their linear support vector machine: `SVC(kernel="linear", C=C)`, fitted through the inner products. With
+    fewer samples than dimensions the classes can be separated, the margin is hard and a larger C changes nothing.
+    "mean" has the difference of the classes' means as its normal and the point halfway between them on the boundary;
+    the squared lengths of the means are taken without each sample's product with itself, which would put the boundary
+    too near to the larger class. "lda" is Fisher's discriminant with Ledoit-Wolf shrinkage, "logistic" is logistic
+    regression; both work in the samples' principal components, "logistic" with the first scaled to variance 1.
+    Of many samples "svm", "lda" and "logistic" tell classes apart best, by whatever is least noisy; "mean" points to
+    what differs most, which is the better way to move when editing.
+
+    Means, deviations and accuracies come from cross-validation: each sample is measured against a boundary that was
+    fitted without it. For those of a set of its own see `Boundary.measured`.
+
+    Parameters
+    ----------
+    source : HStore, Trajectory with records, or array of shape (n, ...)
+        The samples. Of an array neither model nor timestep can be checked.
+    labels : Series, or array of shape (n,), values 0 or 1
+        A Series is matched by its index: the seeds of the samples, or the file names of inverted images where a store
+        knows them. An array, or a Series numbered 0..n-1 where these are not the seeds, is in the order of the samples.
+    t : int
+        Timestep; the paper's mixing step.
+    space : {"h", "x"}
+    method : {"svm", "mean", "lda", "logistic"}
+    C : float, default 1
+        For "svm" and "logistic": inverse strength of the regularisation.
+    balance : bool, default False
+        Give both classes the same total weight in the fit, and put the boundary halfway between the means of their
+        held-out samples. Where the margin is hard the weights change nothing, and of a rare class almost all new
+        samples fall on the other side.
+    cv : int, default 5
+        Folds, at most as many as the smaller class has samples.
+    seed : int, default 0
+        Of the folds.
+    wanted : float in (0.5, 1), optional
+        Warn if the held-out accuracy stays below, with the number of samples that `expected_accuracy` asks for.
+    name : str, optional
+        By default that of the Series.
+
+    Returns
+    -------
+    Boundary
+
+    Raises
+    ------
+    ValueError
+        If the timestep was not visited (the nearest two are named) or not recorded, the method or space is not known,
+        or labels are of another length or index than the samples, missing, not 0 or 1, or have fewer than 3 samples of
+        a class.
+    """
+    name = name or name_of(labels, "label")
+    options = {"space": space, "method": method, "C": C, "balance": balance, "cv": cv, "seed": seed, "wanted": wanted}
+    return _fit(source, {name: labels}, t=t, **options)[name]
+
+
+def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options: object) -> dict[str, Boundary]:
+    """The boundaries of many attributes, each as `fit_boundary` finds it, from one matrix of inner products.
+
+    Parameters
+    ----------
+    source : HStore, Trajectory with records, or array of shape (n, ...)
+    labels : DataFrame of shape (n, attributes), values 0 or 1
+        Matched by its index, as there.
+    t : int
+    **options
+        Of `fit_boundary`, all but `name`.
+
+    Returns
+    -------
+    dict of attribute -> Boundary
+
+    Raises
+    ------
+    ValueError
+        As `fit_boundary`, naming the attribute.
+    """
+    check_table(labels, "fit_boundaries")
+    return _fit(source, {str(attribute): labels[attribute] for attribute in labels.columns}, t=t, **options)
+
+
+def _fit(
+    source: Samples,
+    labels: dict[str, Labels],
+    *,
+    t: int,
+    space: str = "h",
+    method: str = "svm",
+    C: float = 1.0,
+    balance: bool = False,
+    cv: int = 5,
+    seed: int = 0,
+    wanted: float | None = None,
+) -> dict[str, Boundary]:
+    one_of("method", method, METHODS)
+    if cv < 2 or not C > 0:
+        raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
+    if wanted is not None and not 0.5 < wanted < 1.0:
+        raise ValueError(f"wanted is {wanted}; an accuracy to ask for lies between 0.5 and 1")
+    samples = samples_at(source, t, space)
+    classes = {
+        name: check_classes(matched(samples, values, f"the labels {name!r}"), name) for name, values in labels.items()
+    }
+    for name, y in classes.items():
+        if min(y.sum(), (~y).sum()) < 3:
+            raise ValueError(
+                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, "
+                "so that 2 are left when one is held out"
+            )
+    span, mean = Span.of(samples.values), samples.values.mean(axis=0, dtype=np.float64)
+    settings = {"C": C, "balance": balance, "cv": cv, "seed": seed}
+    found = {}
+    for name, y in classes.items():
+        probe = _probe(span, y, np.arange(len(y)), method, C, balance)
+        normal = sum(a * row.astype(np.float64) for a, row in zip(probe.a, samples.values, strict=True) if a)
+        length = float(np.linalg.norm(normal))
+        if not length > 0.0:
+            raise ValueError(f"the classes of {name!r} have the same mean; there is no boundary between them")
+        distances, middle = _cross_validated(span, y, method, C, balance, cv, seed)
+        separation, d = class_separation(span.products, y)
+        counts = {"positives": int(y.sum()), "negatives": int((~y).sum()), "labels": digest_of(y)}
+        found[name] = Boundary(
+            normal=torch.from_numpy(normal / length).view(samples.shape),
+            intercept=(probe.b - float(normal @ mean)) / length - middle,
+            t=int(t),
+            space=space,
+            name=name,
+            provenance={**samples.origin, "method": method, "parameters": settings | counts},
+            **held_out(distances, y, cross_validated=True),
+            extras={
+                "weight_norm": length,
+                "training_accuracy": float(((span.products @ probe.a + probe.b > middle * length) == y).mean()),
+                "class_distance": separation,
+                "dimensions": d,
+            },
+        )
+        if wanted is not None and found[name].accuracy.value < wanted:
+            _warn(found[name], wanted)
+    return found
+
+
+def _probe(span: Span, y: np.ndarray, rows: np.ndarray, method: str, C: float, balance: bool):
+    """The probe of some of the samples; balanced, both classes have the same total weight."""
+    weight = None
+    if balance:
+        weight = np.zeros(len(y))
+        weight[rows] = balanced_weight(np.ones(len(rows)), y[rows])
+    return fit_probe(span, y, method, rows=rows, weight=weight, C=C)
+
+
+def _cross_validated(
+    span: Span, y: np.ndarray, method: str, C: float, balance: bool, cv: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """Signed distances from the boundaries that are fitted to the other folds, (n,), and what was taken off.
+
+    Balanced, the middle of the classes' means is taken off: in the distances of a fold, that of the other folds.
+    """
+    splits = folds_of(y, min(cv, int(y.sum()), int((~y).sum())), seed)
+    distances = np.empty(len(y))
+    for train, test in splits:
+        probe = _probe(span, y, train, method, C, balance)
+        distances[test] = (span.products[test] @ probe.a + probe.b) / probe.length(span.products)
+    if not balance:
+        return distances, 0.0
+    middles = np.empty(len(y))
+    for train, test in splits:
+        middles[test] = _middle(distances[train], y[train])
+    return distances - middles, _middle(distances, y)
+
+
+def _middle(distances: np.ndarray, y: np.ndarray) -> float:
+    return float(distances[y].mean() + distances[~y].mean()) / 2
+
+
+def _warn(boundary: Boundary, wanted: float) -> None:
+    """Say how many samples the wanted accuracy takes by the sample-size law."""
+    delta, d = boundary.extras["class_distance"], boundary.extras["dimensions"]
+    needed = samples_needed(wanted, delta=delta, d=d)
+    law = f"the sample-size law asks for about {needed:.0f}" if needed < math.inf else "the law says no number does"
+    if needed <= boundary.accuracy.n:
+        law = f"the sample-size law expects {expected_accuracy(delta, d, boundary.accuracy.n):.0%} from that many"
+    accuracy = f"has a held-out accuracy of {boundary.accuracy.value:.1%}, below the {wanted:.0%} asked for"
+    warnings.warn(f"{boundary.name} in {boundary.space} at t={boundary.t} {accuracy}; {law}", stacklevel=4)
