@@ -65,9 +65,10 @@ class DeltaBlock(nn.Module):
             some = ", ".join(map(str, list(weights)[:3])) or "nothing"
             raise ValueError(f"it has neither conv1 nor in_layers.2, but {some}")
         first, project = (weights.get(f"{layer}.weight", torch.empty(0, 0)) for layer in _KINDS[kind])
-        block = cls(kind, first.shape[0], project.shape[-1])
+        with torch.device("meta"):  # initial weights would be drawn from the global generator
+            block = cls(kind, first.shape[0], project.shape[-1])
         try:
-            block.load_state_dict(weights)
+            block.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         return block.requires_grad_(False)
