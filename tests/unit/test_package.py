@@ -142,14 +142,13 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in sys.modules})]
     assert seconds < 1.0
 
 
-@pytest.mark.parametrize("name", wb.__all__)
-def test_every_public_name_resolves_and_stays_what_it_is(name):
+def test_every_public_name_resolves_and_stays_what_it_is():
     """A function of a room's name would turn into the room once that is imported."""
-    first = getattr(wb, name)
+    first = {name: getattr(wb, name) for name in wb.__all__}
     for module in {**wb._NAMES, **wb._MODULES}.values():
         importlib.import_module(f"workbench.{module}")
-    assert getattr(wb, name) is first
-    assert inspect.ismodule(first) == (name in wb._MODULES)
+    assert [name for name in first if getattr(wb, name) is not first[name]] == []
+    assert {name for name, found in first.items() if inspect.ismodule(found)} == set(wb._MODULES)
 
 
 def test_no_public_name_is_a_rooms_name():
@@ -166,20 +165,27 @@ def test_an_unknown_name_is_an_attribute_error():
 # Structure
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_room_imports_only_rooms_to_its_left(path):
-    room = room_of(path)
-    assert room in MAY_IMPORT, f"{name_of(path)} belongs to no room of the design"
-    assert rooms_imported_by(path) <= MAY_IMPORT[room]
+def test_a_room_imports_only_rooms_to_its_left():
+    beyond = {name_of(path): rooms_imported_by(path) - MAY_IMPORT[room_of(path)] for path in SOURCES}
+    assert {name: rooms for name, rooms in beyond.items() if rooms} == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_heavy_packages_have_one_place(path):
-    packages = {name.split(".")[0] for name in imports_of(path)}
-    for package, places in ONLY_IN.items():
-        assert package not in packages or name_of(path) in places
-    if room_of(path) == "analysis":
-        assert "torch" not in packages
+def test_heavy_packages_have_one_place():
+    for path in SOURCES:
+        packages = {name.split(".")[0] for name in imports_of(path)}
+        misplaced = [package for package in packages if name_of(path) not in ONLY_IN.get(package, {name_of(path)})]
+        assert misplaced == [], name_of(path)
+        assert room_of(path) != "analysis" or "torch" not in packages, name_of(path)
+
+
+def test_one_place_runs_edits_and_one_runs_trajectories():
+    """Sample, replay and render are the only loops over the reverse process; inversion goes the other way."""
+    calling = {name_of(path) for path in SOURCES if "denoise" in calls_in(path)}
+    assert calling == {"diffusion/sampling.py", "editing/render.py"}
+
+
+def test_no_file_is_too_long_to_read():
+    assert {name_of(path) for path in SOURCES if len(path.read_text().splitlines()) > 600} == set()
 
 
 def test_a_domain_is_data_that_others_ask_for():
@@ -205,11 +211,16 @@ def test_the_structure_test_sees_imports_of_every_form(tmp_path, monkeypatch):
         assert rooms_imported_by(file) == {room}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_prints_but_the_command_line_and_nothing_seeds_the_global_generators(path):
-    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-    assert room_of(path) in ("cli", "commands") or "print" not in calls
-    assert not calls & {"torch.manual_seed", "torch.cuda.manual_seed", "np.random.seed", "random.seed"}
+def calls_in(path: Path) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+
+
+def test_nothing_prints_but_the_command_line_and_nothing_seeds_the_global_generators():
+    for path in SOURCES:
+        calls = calls_in(path)
+        assert room_of(path) in ("cli", "commands") or "print" not in calls, name_of(path)
+        seeding = {"torch.manual_seed", "torch.cuda.manual_seed", "np.random.seed", "random.seed"}
+        assert not calls & seeding, name_of(path)
 
 
 # Signatures
@@ -227,35 +238,24 @@ def parameters_in(docstring: str) -> list[str]:
 POSITIONAL = {"cross_boundary": 4}  # model, runs, and a boundary in each of the two spaces
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_public_functions_take_at_most_three_positional_parameters(name):
-    parameters = inspect.signature(getattr(wb, name)).parameters.values()
-    assert len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) <= POSITIONAL.get(
-        name, 3
-    )
-    assert not [p for p in parameters if p.kind == p.VAR_POSITIONAL]
+def test_public_functions_have_few_positional_parameters_all_hinted_and_documented():
+    for name in FUNCTIONS:
+        function = getattr(wb, name)
+        signature = inspect.signature(function)
+        parameters = signature.parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        assert len(positional) <= POSITIONAL.get(name, 3), name
+        assert not [p for p in parameters if p.kind == p.VAR_POSITIONAL], name
+        assert signature.return_annotation is not inspect.Signature.empty, name
+        assert [p.name for p in parameters if p.annotation is inspect.Parameter.empty] == [], name
+        assert parameters_in(inspect.getdoc(function)) == list(signature.parameters), name
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_public_functions_document_the_parameters_that_they_have(name):
-    function = getattr(wb, name)
-    signature = inspect.signature(function)
-    assert parameters_in(inspect.getdoc(function)) == list(signature.parameters)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_public_functions_have_type_hints(name):
-    signature = inspect.signature(getattr(wb, name))
-    assert signature.return_annotation is not inspect.Signature.empty
-    assert [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty] == []
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_public_records_are_frozen_and_documented(name):
-    record = getattr(wb, name)
-    assert dataclasses.is_dataclass(record)
-    assert record.__dataclass_params__.frozen
-    assert inspect.getdoc(record)
+def test_public_records_are_frozen_and_documented():
+    for name in RECORDS:
+        record = getattr(wb, name)
+        assert dataclasses.is_dataclass(record) and record.__dataclass_params__.frozen, name
+        assert inspect.getdoc(record), name
 
 
 def test_the_parameters_of_a_docstring_are_found():
