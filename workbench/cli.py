@@ -101,7 +101,7 @@ def report(
 @command("sweep", example="workbench sweep seeds.yaml --workers 2")
 def sweep(
     file: Annotated[str, Argument(help="YAML file with notebooks, common, matrix and timeout")],
-    workers: Annotated[int | None, Option(help="runs at once on this machine (default: one a core)")] = None,
+    workers: Annotated[int | None, Option(help="runs at once here (default: by cores and memory)")] = None,
     scheduler: Annotated[str | None, Option(help="of dask, such as tcp://host:8786, for workers elsewhere")] = None,
 ):
     """Run notebooks over a matrix of parameters, in parallel."""

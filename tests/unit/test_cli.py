@@ -112,7 +112,9 @@ def arrived(monkeypatch, target: str, words) -> dict[str, object]:
     signature = inspect.signature(getattr(importlib.import_module(module), name))
 
     def stop(*args, **options):
-        raise Arrived(signature.bind(*args, **options).arguments)
+        given = signature.bind(*args, **options).arguments
+        others = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+        raise Arrived(given | {key: value for name in others for key, value in given.get(name, {}).items()})
 
     monkeypatch.setattr(target, stop)
     with pytest.raises(Arrived) as caught:
@@ -346,7 +348,7 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     given = arrived(monkeypatch, "workbench.cross_boundary", [*edit, "--seeds", "3,5", *options])
     assert given["runs"].seeds == (3, 5) and [given[f"boundary_{s}"][0].space for s in "hx"] == ["h", "x"]
     crossing = {"distances": [-1.0, 0.0, 1.0], "unit": "distance", "mode": "shift", "eta": 0.3, "h_policy": "offset"}
-    assert {**given, **given["options"]}.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
+    assert given.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
 
 
 def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
@@ -478,7 +480,7 @@ MISTAKES = [
     ("evaluate-model avataaars32 --inverted -1", "n_inverted is -1"),
     ("verify google/ddpm-ema-none-256", "google/ddpm-ema-none-256"),
     ("convert MODELS made", "is a folder, and convert takes a file"),
-    ("convert MODELS/avataaars32/unet made", "in it are: diffusion_pytorch_model.safetensors"),
+    ("convert MODELS/avataaars32/unet made", "diffusion_pytorch_model.safetensors"),
     ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),

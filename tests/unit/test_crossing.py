@@ -395,7 +395,7 @@ def test_bad_input_is_a_sentence(tiny, three, b, change, message):
 def test_another_models_boundary_is_refused(tiny, three, b, make_unet):
     other = wb.wrap(make_unet(seed=1), tiny.schedule, name="other", device="cpu")
     run = wb.invert(other, three.x0, steps=VISITED[1:], progress=False)
-    with pytest.raises(ValueError, match="belongs to the model 'tiny'.*boundaries don't carry over"):
+    with pytest.raises(ValueError, match="belongs to the model 'tiny'"):
         cross(other, run, None, b["x"][0])
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from stores import MODEL, make_store
 
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.direction import Direction, load_direction, random_like
-from workbench.hspace.store import HStore, create_store, open_store, write_chunk
 
 TIMESTEPS = (750, 500, 250, 0)
 SHAPE = (3, 2, 2)
-MODEL = {"name": "tiny", "hash": "0123456789abcdef", "tap": "after", "schedule": NoiseSchedule.linear().provenance()}
 PROVENANCE = {"model": MODEL, "etas": [1.0] * 4, "method": "planted", "parameters": {"k": 3}, "seeds": {"first": 0}}
 
 
@@ -29,25 +27,6 @@ def make_direction(seed: int, *, model: dict = MODEL, timesteps=TIMESTEPS) -> Di
 
 def make_model(**changes) -> SimpleNamespace:
     return SimpleNamespace(provenance=lambda: {**MODEL, **changes})
-
-
-def make_store(path: Path, h: np.ndarray, *, chunk: int = 4, model: dict = MODEL) -> HStore:
-    """A store of h with shape (n, T, C, h, w)."""
-    n = len(h)
-    provenance = {
-        "model": model,
-        "n": n,
-        "seeds": {"first": 0, "n": n},
-        "timesteps": list(TIMESTEPS),
-        "etas": [1.0] * 4,
-        "dtype": "float32",
-        "chunk": chunk,
-    }
-    store = create_store(path, provenance, {"h": (h.shape, "float32"), "seeds": ((n,), "uint64")})
-    for i, start in enumerate(range(0, n, chunk)):
-        rows = slice(start, min(start + chunk, n))
-        write_chunk(store, i, {"h": h[rows], "seeds": np.arange(n, dtype=np.uint64)[rows]})
-    return open_store(path)
 
 
 def dot(a: Direction, b: Direction) -> float:
@@ -238,22 +217,24 @@ def test_cosine_of_known_angles():
 def test_calibrated_makes_one_unit_of_scale_one_sigma_of_the_population(tmp_path):
     h = np.random.default_rng(0).standard_normal((30, 4, *SHAPE)).astype(np.float32) * 5 + 100
     d = (make_direction(0) + 4 * make_direction(1)).restricted_to((500, 0))
-    done = d.calibrated(make_store(tmp_path / "a.zarr", h, chunk=7), progress=False)
+    done = d.calibrated(make_store(tmp_path / "a.zarr", h, timesteps=TIMESTEPS, chunk=7), progress=False)
     for i, t in enumerate(TIMESTEPS[1:], start=1):
         projection = h[:, i].reshape(30, -1).astype(np.float64) @ done.unit[i].flatten().double().numpy()
         assert float(done.sigma[done.timesteps.index(t)]) == pytest.approx(projection.std(ddof=1), rel=1e-4)
     assert done.sigma[0] == 0
     assert torch.equal(done.unit, d.unit)
-    other = d.calibrated(make_store(tmp_path / "b.zarr", h, chunk=30), progress=False)
+    other = d.calibrated(make_store(tmp_path / "b.zarr", h, timesteps=TIMESTEPS, chunk=30), progress=False)
     torch.testing.assert_close(other.sigma, done.sigma)
 
 
 def test_calibrated_refuses_a_store_of_another_model(tmp_path):
     h = np.ones((2, 4, *SHAPE), dtype=np.float32)
     with pytest.raises(ValueError, match="weights ffff"):
-        make_direction(0).calibrated(make_store(tmp_path / "a.zarr", h, model={**MODEL, "hash": "ffff"}))
+        make_direction(0).calibrated(
+            make_store(tmp_path / "a.zarr", h, timesteps=TIMESTEPS, model={**MODEL, "hash": "ffff"})
+        )
     with pytest.raises(ValueError, match="at least two"):
-        make_direction(0).calibrated(make_store(tmp_path / "b.zarr", h[:1]))
+        make_direction(0).calibrated(make_store(tmp_path / "b.zarr", h[:1], timesteps=TIMESTEPS))
 
 
 def test_a_direction_of_another_model_is_refused_by_what_differs(tmp_path):
@@ -302,7 +283,7 @@ def test_foreign_and_corrupt_files_are_refused(tmp_path):
         load_direction(path)
     whole = make_direction(0).save(path).read_bytes()
     for content, message in (
-        (save({"unit": torch.zeros(1)}), "not a direction of the workbench"),
+        (save({"unit": torch.zeros(1)}), "no direction of the workbench"),
         (b"not safetensors at all", "truncated or of another kind"),
         (whole[:-5], "truncated or of another kind"),
         (whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], "checksum"),

@@ -116,8 +116,6 @@ def test_each_notebook_runs_once_with_the_parameters_that_it_has(home, tmp_path,
     write_notebook(home / "notebooks" / "20_second.ipynb", CELL.replace("haas-fig4", "zhu-e3"), parameters=second)
     (home / "profiles" / "small.yaml").write_text("common: {steps: 4}\nnotebooks: {20_second: {seed: 9}}\n")
     ran = {}
-    monkeypatch.setattr(notebooks, "check_parameters", lambda name, values, **_: values)
-    monkeypatch.setattr("workbench.report.parameters.check_parameters", lambda name, values, **_: values)
     monkeypatch.setattr(notebooks, "run_notebook", lambda name, values, out: ran.update({name: values}))
     options = {"out": tmp_path, "profile": "small"}
     assert figures.draw_figure("all", parameters={"n": "12", "seed": 1}, **options) == []

@@ -6,37 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stores
 import torch
 from sklearn.decomposition import PCA
 
-from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions import pca
 from workbench.directions.direction import Direction
 from workbench.directions.pca import find_pca
-from workbench.hspace.store import HStore, create_store, open_store, write_chunk
+from workbench.hspace.store import HStore
 
 SHAPE = (5, 2, 2)
 D = 20
-MODEL = {"name": "tiny", "hash": "0123456789abcdef", "tap": "after", "schedule": NoiseSchedule.linear().provenance()}
 
 
-def make_store(path: Path, h: np.ndarray, *, chunk: int = 16) -> HStore:
+def make_store(path: Path, h: np.ndarray, **options) -> HStore:
     """A store of h with shape (n, T, C*h*w)."""
-    n, steps, d = h.shape
-    h = h.reshape(n, steps, d // 4, 2, 2)
-    provenance = {
-        "model": MODEL,
-        "seeds": {"first": 0, "n": n},
-        "timesteps": [100 * i for i in reversed(range(steps))],
-        "etas": [1.0] * steps,
-        "dtype": "float32",
-        "chunk": chunk,
-    }
-    store = create_store(path, provenance, {"h": (h.shape, "float32"), "seeds": ((n,), "uint64")})
-    for i, start in enumerate(range(0, n, chunk)):
-        rows = slice(start, min(start + chunk, n))
-        write_chunk(store, i, {"h": h[rows].astype(np.float32), "seeds": np.arange(n, dtype=np.uint64)[rows]})
-    return open_store(path)
+    return stores.make_store(path, h.reshape(*h.shape[:2], -1, 2, 2), **options)
 
 
 def planted(n: int = 300, d: int = D, *, steps: int = 3, noise: float = 0.1, seed: int = 0):
@@ -291,7 +276,7 @@ def test_result_is_a_sequence_of_directions_with_provenance(tmp_path):
     assert all(isinstance(pc, Direction) for pc in pcs)
     assert pcs[1].h_shape == SHAPE and pcs[1].timesteps == store.timesteps
     provenance = pcs[1].provenance
-    assert provenance["model"] == MODEL and provenance["seeds"] == {"first": 0, "n": 300}
+    assert provenance["model"] == stores.MODEL and provenance["seeds"] == {"first": 0, "n": 300}
     assert provenance["method"] == "pca"
     assert provenance["parameters"] == {"component": 2, "k": 4, "joint": False, "n": 200, "align": True, "seed": 0}
     assert pcs.scores.shape == (200, 3, 4) and pcs.explained_variance_interval.shape == (3, 4, 2)

@@ -38,6 +38,7 @@ from workbench.editing.measure import Classifier
 from workbench.editing.render import run_plans
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore
+from workbench.io import one_of
 
 FAMILIES = ("control", "unsupervised, h", "supervised, h", "boundary", "x and noise")
 
@@ -117,8 +118,7 @@ def register_method(
     """
     if name in METHODS:
         raise ValueError(f"there is a method {name!r} already; choose another name")
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r} is not known; it is one of {', '.join(FAMILIES)}")
+    one_of("family", family, FAMILIES)
     strengths = tuple(sorted({finite(s, "a scale") for s in scales}))
     if not strengths or strengths[0] <= 0:
         raise ValueError(f"scales are {list(scales)}; give at least one, all above 0")

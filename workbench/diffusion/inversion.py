@@ -15,6 +15,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, check_seeds, normal
 from workbench.diffusion.sampling import StepRecord, Trajectory, batches, check_batch_size, progress_bar, replay
 from workbench.diffusion.schedule import CLEAN
+from workbench.io import one_of
 
 INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
 LEVELS = ("current", "next")
@@ -92,10 +93,8 @@ def invert(
         If the images are not of the model's shape and range, the method is not known, or eta is 0 where it can't be.
     """
     images = check_images(images, model)
-    if method not in INVERSIONS:
-        raise ValueError(f"method {method!r} is not known; it is one of {', '.join(INVERSIONS)}")
-    if level not in LEVELS:
-        raise ValueError(f"level {level!r} is not known; it is one of {', '.join(LEVELS)}")
+    one_of("method", method, INVERSIONS)
+    one_of("level", level, LEVELS)
     visited = model.schedule.timesteps(steps)
     edit_friendly = method == "edit-friendly"
     etas = model.schedule.etas(eta if edit_friendly else 0.0, len(visited))

@@ -86,7 +86,7 @@ def find_jacobian(
     output: str = "eps",
     population: HStore | None = None,
     tol: float = 1e-6,
-    max_iterations: int = 300,
+    max_iterations: int = 1000,
     block: int | None = None,
     warm_start: Spectrum | torch.Tensor | None = None,
     seed: int = 0,
@@ -117,7 +117,7 @@ def find_jacobian(
     tol : float, default 1e-6
         Relative error of the singular values. The search stops when the residuals r are below sqrt(tol) / 3: the error
         is r^2 / (2 gap), by the gap to the next value, and that of the vectors about r / gap radians.
-    max_iterations : int, default 300
+    max_iterations : int, default 1000
         Restarts of Lanczos' method, or iterations of each block.
     block : int, optional
         By default the vectors are found by Lanczos' method (ARPACK), which takes the fewest products. With a number,
@@ -210,7 +210,7 @@ def find_pullback(
     mask: np.ndarray | torch.Tensor | None = None,
     nullspace: int = 0,
     tol: float = 1e-6,
-    max_iterations: int = 300,
+    max_iterations: int = 1000,
     block: int | None = None,
     warm_start: Spectrum | torch.Tensor | None = None,
     seed: int = 0,

@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA, IncrementalPCA
 from tqdm.auto import tqdm
 
+from workbench.analysis.intervals import bootstrap_counts
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
 
@@ -236,10 +237,10 @@ def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray,
         chained = [fit.scores.var(axis=0)[o] / fit.energy.sum() for fit, o in zip(fits, order, strict=True)]
         first = np.argsort(-np.mean(chained, axis=0), kind="stable")
         order, signs = order[:, first], signs[:, first]
-    picked = list(zip(fits, order[:, :k], signs[:, :k], strict=True))
-    units = np.stack([fit.components[o] * s[:, None] for fit, o, s in picked])
-    scores = np.stack([fit.scores[:, o] * s for fit, o, s in picked], axis=1)
-    return units, scores, np.stack([_spread(fit)[o] for fit, o, _ in picked])
+    leading = list(zip(fits, order[:, :k], signs[:, :k], strict=True))
+    units = np.stack([fit.components[o] * s[:, None] for fit, o, s in leading])
+    scores = np.stack([fit.scores[:, o] * s for fit, o, s in leading], axis=1)
+    return units, scores, np.stack([_spread(fit)[o] for fit, o, _ in leading])
 
 
 def _spread(fit: _Fit) -> np.ndarray:
@@ -355,6 +356,5 @@ def _explained(
         total = weighted(counts, energy) - np.stack(moved, axis=1)
         return np.divide(explained, total[:, :, None], out=np.zeros_like(explained), where=total[:, :, None] > 0)
 
-    rng = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]).astype(np.float64)
+    drawn = bootstrap_counts(n, resamples=RESAMPLES, seed=seed).astype(np.float64)
     return share(np.ones((1, n)))[0], np.moveaxis(np.quantile(share(drawn), (0.025, 0.975), axis=0), 0, -1)

@@ -44,7 +44,7 @@ def top_singular_vectors(
     start: torch.Tensor,
     block: int | None = None,
     tol: float = 1e-6,
-    max_iterations: int = 300,
+    max_iterations: int = 1000,
     seed: int = 0,
     progress: bool = False,
 ) -> Triplets:

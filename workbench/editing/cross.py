@@ -17,6 +17,7 @@ from workbench.directions.boundary import Boundary, change_of, move_jointly, ran
 from workbench.directions.direction import finite
 from workbench.editing.edits import Edit, check_run
 from workbench.editing.render import EditGrid, render, sample_labels
+from workbench.io import one_of
 
 OPTIONS = {
     "unit": ("sd", "distance"),
@@ -100,8 +101,7 @@ class Cross(Edit):
 
     def __post_init__(self) -> None:
         for option, known in OPTIONS.items():
-            if getattr(self, option) not in known:
-                raise ValueError(f"{option} {getattr(self, option)!r} is not known; it is one of {', '.join(known)}")
+            one_of(option, getattr(self, option), known)
         found = self._boundaries
         if not found["h"] and not found["x"]:
             raise ValueError('there is no boundary to cross; give one in h (h_policy "none" ignores it) or one in x')

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Injection, Trajectory, at_step
 from workbench.diffusion.schedule import NoiseSchedule, index_of
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
-from workbench.io import provenance_mismatch
+from workbench.io import one_of
 
 
 class NotApplicable(ValueError):
@@ -142,8 +142,7 @@ class Shift(Edit):
 
     def _weights(self, run: Trajectory) -> torch.Tensor:
         """Factor of the edit at every step: 0 outside of t_range, else `match_gain` if asked for, else 1."""
-        if self.gain not in (None, "match"):
-            raise ValueError(f'gain {self.gain!r} is not known; it is None or "match"')
+        one_of("gain", self.gain, (None, "match"))
         weights = torch.tensor(active_steps(run, self.t_range)).float()
         if self.gain is None or not self.asymmetric:
             return weights
@@ -192,8 +191,7 @@ class Swap(Edit):
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
         """What happens to h at every step of the run."""
-        if self.mode not in ("replace", "slerp"):
-            raise ValueError(f"mode {self.mode!r} is not known; it is one of add, replace, slerp")
+        one_of("mode", self.mode, ("replace", "slerp"))
         values, active = self._donor_h(run), active_steps(run, self.t_range)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
             raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
@@ -213,7 +211,7 @@ class Swap(Edit):
             raise ValueError(
                 'modes "replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)'
             )
-        refuse_other_model(run.model, donor.model, "the donor")
+        refuse_other_model("the donor", donor.model.provenance(), run.model.provenance())
         if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
             raise ValueError(
                 f"the donor has {len(donor)} samples at {donor.steps} timesteps; it needs 1 or {len(run)} samples "
@@ -288,20 +286,9 @@ def as_edit(found: Edit | Direction | DeltaFunction, **options) -> Edit:
 
 def check_run(model: Model, run: Trajectory) -> None:
     """Refuse a run of another model, or one that is edited already."""
-    refuse_other_model(model, run.model, "the run")
+    refuse_other_model("the run", run.model.provenance(), model.provenance())
     if run.edit is not None:
         raise ValueError("this run is edited already; edit the plain run, with the sum of both directions")
-
-
-def refuse_other_model(model: Model, other: Model, whose: str) -> None:
-    """ValueError if something comes from other weights, another tap or another noise schedule."""
-    if other.hash != model.hash or other.tap != model.tap:
-        raise ValueError(
-            f"{whose} comes from {other.name!r} tapped {other.tap!r} the mid block (weights {other.hash}), "
-            f"not from {model.name!r} tapped {model.tap!r} (weights {model.hash}); sample it again with this model"
-        )
-    if different := provenance_mismatch(other.provenance(), model.provenance()):
-        raise ValueError(f"{whose} comes from {other.name!r} with another {different}; sample it again with this model")
 
 
 def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool, ...]:

@@ -165,7 +165,7 @@ def draw_figure(
     """
     # A notebook's kernel, which imports this module, does not need papermill.
     from workbench.report.notebooks import NotebookFailed, run_notebook
-    from workbench.report.parameters import notebook_parameters
+    from workbench.report.parameters import notebook_parameters, read_parameters
     from workbench.report.plans import read_profile
 
     out = paths.writable(out, folder=True).absolute()
@@ -182,7 +182,8 @@ def draw_figure(
         if not any(key in keys for keys in taken.values()):
             raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench run NAME --list`")
     for notebook, keys in taken.items():
-        plan[notebook] |= {key: parameters[key] for key in sorted(keys)} | {"figures": str(out)}
+        plan[notebook] |= read_parameters(notebook, {key: parameters[key] for key in sorted(keys)})
+        plan[notebook]["figures"] = str(out)
     failures = []
     for notebook in notebooks:
         try:

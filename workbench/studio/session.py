@@ -10,6 +10,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, finite
+from workbench.io import one_of
 from workbench.studio.renderings import PREVIEW_STEPS, Renderings, known
 from workbench.studio.state import PROCESSES, EditState, describe
 
@@ -129,8 +130,7 @@ class EditSession(Renderings):
 
     def set_process(self, process: str) -> None:
         """How to edit: "symmetric", "asymmetric" or "single-step"; see `EditState`."""
-        if process not in PROCESSES:
-            raise ValueError(f"process {process!r} is not known; it is one of {', '.join(PROCESSES)}")
+        one_of("process", process, PROCESSES)
         if process == "single-step" and not self.boundaries:
             raise ValueError("a single step crosses boundaries, and there is none; fit one with wb.fit_boundary")
         if process != "single-step" and not self.directions:
