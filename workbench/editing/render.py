@@ -22,7 +22,7 @@ from workbench.diffusion.sampling import (
 )
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
-from workbench.editing.edits import Edit, Swap, as_edit, check_run
+from workbench.editing.edits import Edit, Shift, Swap, as_edit, check_run
 from workbench.formats.tensors import load_tensors, save_tensors
 
 
@@ -230,7 +230,7 @@ def _as_json(scales: Sequence[float] | Mapping[str, Sequence[float]]) -> list | 
 def edit(
     model: Model,
     run: Trajectory,
-    direction: Direction | DeltaFunction | Trajectory,
+    direction: Direction | DeltaFunction | Edit | Trajectory,
     *,
     scale: float = 1.0,
     mode: str = "add",
@@ -251,8 +251,9 @@ def edit(
         The model that the run comes from, at the tap of the direction.
     run : Trajectory
         Not edited yet.
-    direction : Direction, DeltaFunction, or Trajectory with recorded h
-        For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`.
+    direction : Direction, DeltaFunction, Edit, or Trajectory with recorded h
+        For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`. An Edit has its own
+        options; one that begins at a later timestep (`Cross`, `MoveX`) gives the trajectory from there on.
     scale : float, default 1
         In standard deviations of the population's projection; of a DeltaFunction, a factor of its Delta h. For "slerp"
         the weight of the donor, in [0, 1]. Not used by "replace".
@@ -286,7 +287,11 @@ def edit(
         change = as_edit(direction, asymmetric=asymmetric, t_range=t_range, gain=gain)
     else:
         change = Swap(direction, mode, asymmetric=asymmetric, t_range=t_range)
-    injection = change.injection(run, finite(scale, "scale"))
+    scale = finite(scale, "scale")
+    if not isinstance(change, Shift | Swap):
+        (plan,) = change.plan(run, [scale])
+        return replay(plan, residual=residual, record_h=record_h, progress=progress)
+    injection = change.injection(run, scale)
     return replay(run, edit=injection, residual=residual, record_h=record_h, progress=progress)
 
 
