@@ -145,7 +145,7 @@ def boundary_fit(
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
     classifier: Annotated[str | None, Option(help="fit on samples labelled by this classifier, not on images")] = None,
-    positive: Annotated[str | None, Option(help="folder or zip of images with the attribute (no labels)")] = None,
+    positive: Annotated[str | None, Option(help="folder or zip with the attribute, instead of labels")] = None,
     negative: Annotated[str | None, Option(help="folder or zip of images without it")] = None,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     balance: Annotated[bool, Option("--balance", help="give both classes the same weight")] = False,
