@@ -1,4 +1,4 @@
-"""A denoiser that is split at its bottleneck, with its noise schedule."""
+"""A denoiser split at its bottleneck, with its noise schedule."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the network's arithmetic. Images, eps and h are float32 whatever it is."""
+        """Precision of the network's arithmetic. Images, eps and h are always float32."""
         return self.unet.dtype
 
     @property
@@ -120,9 +120,9 @@ class Model:
         return Model(self.name, SplitUNet(self.unet.unet, tap=tap, dtype=self.dtype), self.schedule, self.hash)
 
     def batch_size(self) -> int:
-        """Number of samples that run at once when nothing else is asked for.
+        """Default number of samples per pass.
 
-        On a CPU, that of `cpu_batch` (32 at 32 x 32 pixels, fewer for larger images); on an accelerator, what fits 70%
+        On a CPU, `cpu_batch` (32 at 32 x 32 pixels, fewer for larger images); on an accelerator, as many as fit in 70%
         of its free memory by the measured need of one sample, up to 256.
         """
         if self.device.type != "cuda":
@@ -136,7 +136,7 @@ class Model:
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
-        """What identifies this model in a file: name, weights, network, tap and schedule."""
+        """Identity of this model in files: name, weights, network, tap and schedule."""
         # The same weights in a network of other settings, such as the order of the time embedding, are another model.
         settings = {key: value for key, value in self.unet.unet.config.items() if not key.startswith("_")}
         network = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -217,16 +217,16 @@ def wrap(
     device: str | torch.device | None = None,
     dtype: str | None = None,
 ) -> Model:
-    """Make a `Model` of a U-Net that is already in memory.
+    """Make a `Model` from a U-Net in memory.
 
     Parameters
     ----------
     unet : diffusers.UNet2DModel
-        Copied, so that yours stays as it is.
+        Copied; the original is not changed.
     scheduler : diffusers scheduler or NoiseSchedule
         Gives alpha_bar, the spacing of timesteps and the kind of prediction.
     name : str
-        For messages and provenance.
+        Name for messages and provenance.
     device, dtype
         As in `load_model`.
 
@@ -237,7 +237,7 @@ def wrap(
     Raises
     ------
     ValueError
-        If the U-Net has no bottleneck, or predicts something else than the noise.
+        If the U-Net has no bottleneck, or does not predict the noise.
     """
     schedule = scheduler if isinstance(scheduler, NoiseSchedule) else schedule_of(scheduler)
     return make_model(copy.deepcopy(unet), schedule, name=name, device=find_device(device), dtype=dtype)

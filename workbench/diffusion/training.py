@@ -1,9 +1,9 @@
-"""Training a pixel-space DDPM on images, so that it can be stopped and killed at any time and continues as it was.
+"""Train a pixel-space DDPM on images; a training stopped or killed at any time resumes exactly.
 
-All that is random in a step (which images, their flips, timesteps and noise) is a function of the seed and the number
-of the step; weights, their average and the optimiser's state are kept in checkpoints. A resumed run is therefore the
-same run. accelerate places the network on the device, and on several with `accelerate launch`, or with `torchrun` on a
-CPU; each process then takes its rows of the same batch.
+The random numbers of a step (choice of images, flips, timesteps and noise) are a function of the seed and the step
+number; checkpoints hold weights, their average and the optimiser's state. A resumed run therefore equals an
+uninterrupted one. accelerate places the network on the device, or on several with `accelerate launch` (`torchrun` on a
+CPU); each process then takes its rows of the same batch.
 """
 
 from __future__ import annotations
@@ -107,48 +107,48 @@ def train_model(
 ) -> Model:
     """Train a DDPM: eps-prediction, 1000 timesteps, linear beta (Ho et al. 2020), min-SNR weights (Hang et al. 2023).
 
-    `out` becomes a model folder that `load_model` and diffusers' `DDPMPipeline` read, with the averaged weights; from
-    the first checkpoint on it can be used while the training goes on. Beside the model it holds `training.json`
-    (settings, images, versions, git commit, hours), `checkpoint.safetensors` (to resume from; delete it when you are
-    done), `log.csv` and `samples/`. All are written beside and renamed.
+    `out` becomes a model folder with the averaged weights that `load_model` and diffusers' `DDPMPipeline` read; it is
+    usable from the first checkpoint on, during training. Beside the model it holds `training.json` (settings, images,
+    versions, git commit, hours), `checkpoint.safetensors` (to resume from; delete it when you are done), `log.csv` and
+    `samples/`. All files are written atomically.
 
     Parameters
     ----------
     images : LabelledImages or Tensor of shape (n, C, H, W) with values in [-1, 1], or a list of these
-        Of the size of the settings: `load_images(source, size=...)`. Kept in memory as bytes; labels are not used.
+        At the size of the settings: `load_images(source, size=...)`. Kept in memory as bytes; labels are not used.
     settings : TrainingSettings, optional
-        Left out when a training is resumed: it goes on with its own.
+        Not given when resuming: a training keeps its settings.
     out : str or Path
         Folder of the model.
     resume : bool, default False
-        Go on with the training in `out` from its last checkpoint: with the same images it becomes the same model, bit
-        for bit on the same machine and number of threads. One that was killed before its first checkpoint begins anew,
-        one that is finished is left as it is.
+        Continue the training in `out` from its last checkpoint: with the same images it becomes the same model, bit for
+        bit on the same machine and number of threads. A training killed before its first checkpoint starts again, a
+        finished one is left unchanged.
     minutes : float, default 10
-        Time between checkpoints, which is what a kill costs at most.
+        Time between checkpoints, the most that a kill costs.
     log_every : int, default 50
-        Steps a row of the log; checkpoints come after such a row.
+        Steps per row of the log; checkpoints follow such rows.
     previews : int, default 16
-        Samples drawn at every checkpoint, of the same seeds each time; 0 for none.
+        Samples drawn at every checkpoint, with the same seeds each time; 0 for none.
     progress : bool
-        Show a bar with the images a second.
+        Show a bar with images per second.
 
     Returns
     -------
     Model
-        The one in `out`.
+        The model in `out`.
 
     Raises
     ------
     FileExistsError
-        If `out` holds a training or a model already and is not to be resumed.
+        If `out` already holds a training or a model, without `resume`.
     FileNotFoundError
-        If it is to be resumed and there is no training, or none of its checkpoints.
+        If there is no training or checkpoint to resume.
     ValueError
-        If the images are of another size, or others than the resumed training had, settings are given to a training
-        that is resumed, the model to begin with can't be trained here, or the checkpoint is damaged.
+        If the images have another size, or differ from those of the resumed training, `settings` are given with
+        `resume`, the initial model can't be trained here, or the checkpoint is damaged.
     RuntimeError
-        If the loss is no longer finite, or another process trains in `out`.
+        If the loss becomes infinite or NaN, or another process trains in `out`.
     """
     out = paths.writable(out, folder=True)
     for name, value, least in (("minutes", minutes, 0), ("log_every", log_every, 1), ("previews", previews, 0)):

@@ -283,8 +283,8 @@ class Direction:
         ----------
         store : HStore
             The population: sigma becomes the standard deviation (n - 1 in the denominator) of the projection of its
-            h_t on the unit vector. Read chunk by chunk. Use other samples than those the direction was found from, which
-            spread too widely along it.
+            h_t on the unit vector. Read chunk by chunk. Use other samples than those the direction was found from:
+            these spread too widely along it.
         like : Direction, optional
             If there are no other samples: a direction found from the samples of this store, such as the one this
             direction was made from. Its own sigma tells by what factor the samples spread too widely along it, and
