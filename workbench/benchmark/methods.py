@@ -1,7 +1,7 @@
-"""Ways to find an edit for an attribute, on one footing: each is a function of a study and an attribute.
+"""Methods to find an edit for an attribute: each is a function of a study and an attribute.
 
-A method sees a `Study`: samples of the model with a labeller's scores, labelled images to invert, and nothing that the
-benchmark judges with. It returns a `Direction`, or an `editing.edits.Edit` where it moves something else than h.
+A method sees a `Study`: samples of the model with a labeller's scores, and labelled images to invert, but neither the
+judge nor the held-out samples. It returns a `Direction`, or an `editing.edits.Edit` to move something other than h.
 `register_method` adds one:
 
     @register_method("my method", scales=(0.5, 1.0, 2.0))
@@ -93,18 +93,18 @@ def register_method(
     family: str = "supervised, h",
     unit: str = "sigma",
 ) -> Callable[[Callable], Callable]:
-    """Decorator that adds a method to the benchmark.
+    """Add a method to the benchmark (a decorator).
 
     Parameters
     ----------
     name : str
     scales : sequence of float, above 0
-        Strengths to measure, in the method's own unit; let them reach from a change that can hardly be seen to one
-        that is too much, since methods are compared where they change the image alike.
+        Strengths to measure, in the method's own unit, from a barely visible change to an excessive one: methods are
+        compared at equal change of the image.
     family : str
         One of `FAMILIES`; methods of a family share a panel of the Pareto plot.
     unit : str
-        Of the scales.
+        Unit of the scales.
 
     Returns
     -------
