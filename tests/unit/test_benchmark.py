@@ -359,7 +359,7 @@ def test_bad_input_is_a_sentence(setting):
     ):
         with pytest.raises(ValueError, match=message):
             run(setting, plan)
-    with pytest.raises(ValueError, match="whoever labels does not judge"):
+    with pytest.raises(ValueError, match="the judge is the labeller"):
         run(setting | {"judge": setting["labeller"]}, protocol())
     with pytest.raises(ValueError, match="not a str"):
         methods.found_edit("smile")

@@ -485,7 +485,7 @@ MISTAKES = [
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),
     ("benchmark --attributes Hat -o none", "attribute 'Hat' is not known"),
-    ("studio --port 99999", "port 99999 is none"),
+    ("studio --port 99999", "port 99999 is invalid"),
     ("studio --model nope", "no model 'nope'"),
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
     ("studio --directions .", "there is no direction in ."),

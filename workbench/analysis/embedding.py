@@ -59,7 +59,7 @@ class Embedding:
         """Where other samples (m, ...) of the same timestep lie in this map, (m, k); of PCA and UMAP alone."""
         if self._transform is None:
             name = METHODS[self.method]
-            raise ValueError(f"{name} has no place for samples that it was not fitted on; take PCA or UMAP")
+            raise ValueError(f"{name} can't map new samples; use PCA or UMAP")
         return np.asarray(self._transform(check_samples(h, fewest=1)), dtype=np.float64)
 
     @property

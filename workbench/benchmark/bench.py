@@ -60,7 +60,7 @@ class Bench:
     def __post_init__(self) -> None:
         p = self.protocol
         if self.judge is self.labeller or (self.judge.hash is not None and self.judge.hash == self.labeller.hash):
-            raise ValueError("the judge is the labeller; whoever labels does not judge, so give another classifier")
+            raise ValueError("the judge is the labeller; give another classifier as judge")
         for what, given, known in (
             ("method", p.methods, METHODS),
             ("attribute", p.attributes, [a for a in self.judge.attributes if a in self.labeller.attributes]),
@@ -74,7 +74,7 @@ class Bench:
                 "samples or more, 1 population or more, and show no more than are held out"
             )
         if p.labelled > len(self.images) // 2:
-            raise ValueError(f"labelled is {p.labelled}; half of {len(self.images)} images must stay to compare with")
+            raise ValueError(f"labelled is {p.labelled}; keep half of {len(self.images)} images as real images")
 
     def cells(self) -> Iterator[tuple[str, str, int]]:
         """Every method, attribute and population; those of one population follow each other, as they share it."""

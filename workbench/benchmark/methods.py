@@ -398,7 +398,7 @@ def projected(study: Study, attribute: str) -> Direction:
     study.labels(attribute)
     others = [name for name in _learnable(study, study.labels) if name != attribute]
     if not others:
-        raise NotApplicable("there is no other attribute that can be learned, to project out")
+        raise NotApplicable("no other attribute has enough samples to project out")
     found = {name: mean_difference(study, name) for name in [attribute, *others]}
     store = study.store
     rest = found[attribute].orthogonal_to(*(found[name] for name in others))

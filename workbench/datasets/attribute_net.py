@@ -126,7 +126,7 @@ def read_network(folder: Path, config: Mapping) -> AttributeNet:
         raise FileNotFoundError(f"there is no {weights}; copy the classifier's folder again or train it again")
     load_strictly(network, read_state_dict(weights), path=weights)
     if hash_weights(network) != config.get("hash"):
-        raise ValueError(f"{weights} is not the file that {path} was written for; copy both again or train again")
+        raise ValueError(f"{weights} does not belong to {path}; copy both again or train again")
     return network.eval().requires_grad_(False)
 
 

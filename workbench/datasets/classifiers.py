@@ -255,7 +255,7 @@ def _find(source: str | Path) -> tuple[Path, str, dict]:
     own = (config.get("format"), config.get("version")) == (FORMAT, VERSION)
     if not own and "model_type" not in config:
         raise ValueError(
-            f"{folder / 'config.json'} describes no classifier that is known here (format {FORMAT!r}, version "
+            f"{folder / 'config.json'} describes no known classifier (format {FORMAT!r}, version "
             f"{VERSION}, or a transformers image classifier or CLIP)"
         )
     return folder, name, config
@@ -299,8 +299,8 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device)
         values = given.detach().cpu() if isinstance(given, torch.Tensor) else torch.from_numpy(np.array(given))
         if tuple(values.shape) != (len(batch), len(names)):
             raise ValueError(
-                f"{name} gave shape {tuple(values.shape)} for {len(batch)} images; {(len(batch), len(names))} was due, "
-                f"a column each for {', '.join(names)}"
+                f"{name} gave shape {tuple(values.shape)} for {len(batch)} images; expected "
+                f"{(len(batch), len(names))}, one column for each of {', '.join(names)}"
             )
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"{name} gave values outside of [0, 1]; it must give probabilities")

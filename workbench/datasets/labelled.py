@@ -191,7 +191,7 @@ class LabelledImages:
         if image.shape[-1] != self.size:
             raise ValueError(
                 f"{self._where(name)} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
-                "give the size that all should have, such as size=64"
+                "give one size for all, such as size=64"
             )
         return image
 

@@ -125,8 +125,8 @@ def load_shapes(source: str | Path) -> SplitUNet:
         return SplitUNet(_build(known[source].config(), path=Path("the preset")))
     if paths.local(source).is_file():
         raise ValueError(
-            f"{source} is a file, whose network is not known before it is read; give what `workbench convert` makes of "
-            f"it, or its preset, one of {', '.join(layouts.PRESETS)}"
+            f"{source} is a file, and its network is unknown until it is read; convert it with `workbench convert`, or "
+            f"give its preset, one of {', '.join(layouts.PRESETS)}"
         )
     files = checkpoints.find_model_files(_locate(source)[0])
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
@@ -265,7 +265,7 @@ def verify(model: Model, reference: str) -> float:
         raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
     architecture = layouts.HUB[reference]
     if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
-        raise ValueError(f"{model.name} has images of shape {model.image_shape}, which {reference} has not")
+        raise ValueError(f"{model.name} has images of shape {model.image_shape}, unlike {reference}")
     noise = golden.noise(model.image_shape).to(model.device)
     with torch.inference_mode():
         eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
@@ -330,7 +330,7 @@ def _read_file(
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     sizes = {name: value for name, value in sizes.items() if value is not None}
     if preset is not None and sizes:
-        raise ValueError(f"a preset says {next(iter(sizes))}; give the one or the other")
+        raise ValueError(f"a preset sets {next(iter(sizes))}; give one of the two")
     name = layouts.find_preset(preset, "" if sizes else path.name)
     known = layouts.PRESETS.get(name)
     if known is not None and schedule is None and timesteps is not None and known.schedule != layouts.LINEAR:

@@ -297,4 +297,4 @@ def find_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device {str(device)!r} is not there; the best one here is {best_device()}") from error
+        raise ValueError(f"device {str(device)!r} is not available; the best one here is {best_device()}") from error

@@ -79,8 +79,8 @@ class NoiseSchedule:
         a = np.asarray(self.alpha_bars, dtype=np.float64)
         if a.ndim == 1 and a.size > 1 and a[-1] == 0:
             raise ValueError(
-                f"alpha_bar is 0 at timestep {a.size - 1} (zero terminal SNR), where the predicted noise does not tell "
-                "the image; the workbench takes schedules that keep some of it, such as those of DDPM and DDIM"
+                f"alpha_bar is 0 at timestep {a.size - 1} (zero terminal SNR), where the predicted noise does not "
+                "determine the image; use a schedule that ends above 0, such as those of DDPM and DDIM"
             )
         if a.ndim != 1 or a.size < 2 or not (a > 0).all() or a[0] > 1 or (np.diff(a) > 0).any():
             raise ValueError("alpha_bar must be a decreasing list of at least 2 values in (0, 1]")
@@ -247,7 +247,9 @@ class NoiseSchedule:
         """
         values = tuple(map(float, eta)) if isinstance(eta, (Sequence, np.ndarray)) else (float(eta),) * steps
         if len(values) != steps:
-            raise ValueError(f"eta is a list of {len(values)} values for {steps} steps; give one number, or one a step")
+            raise ValueError(
+                f"eta is a list of {len(values)} values for {steps} steps; give one number, or one per step"
+            )
         if not all(0.0 <= v <= 1.0 for v in values):
             raise ValueError(f"eta must lie in [0, 1] (0 is DDIM, 1 is DDPM), not {min(values)}..{max(values)}")
         return values

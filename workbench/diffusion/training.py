@@ -162,7 +162,7 @@ def train_model(
             if step == settings.steps:
                 return load_model(out)
             raise FileNotFoundError(
-                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; train on "
+                f"the training in {out} is at step {step} of {settings.steps} and its checkpoint is missing; continue "
                 "from its model in another folder, with start="
             )
     elif (out / CONFIG).exists():
@@ -186,7 +186,7 @@ def train_model(
         cut_skips(unet, kept=settings.skips)
     description = _describe(settings, unet, pixels)
     if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
-        raise ValueError(f"the training in {out} is of {then['n']} images, and these {len(pixels)} are not the same")
+        raise ValueError(f"the training in {out} used {then['n']} images, and these {len(pixels)} differ from them")
     run = _Run(unet, description, settings=settings, device=accelerator.device)
     if begun:
         run.load(out / STATE)

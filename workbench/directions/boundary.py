@@ -322,7 +322,7 @@ def move_jointly(
     products = normals @ normals.T
     if np.linalg.cond(products) > 1e8:
         names = ", ".join(boundary.name for boundary in boundaries)
-        raise ValueError(f"the normals of {names} lie in each other's span; no move reaches distances that differ")
+        raise ValueError(f"the normals of {names} are linearly dependent; no move reaches different distances")
     distances = np.stack([boundary.distance(z) for boundary in boundaries], axis=1)
     change = change_of(distances, to, mode)
     shift = np.linalg.solve(products, change.T).T @ normals
@@ -334,8 +334,8 @@ def move_jointly(
         if (room < 0).any():
             length = np.linalg.norm(rows[room.argmin()])
             raise ValueError(
-                f"a sample has length {length:.4g}, and where it is to go there is no "
-                "point of that length; ask for smaller distances, or keep_norm=False"
+                f"a sample has length {length:.4g}, and its distances are reached by no "
+                "point of that length; give smaller distances, or keep_norm=False"
             )
         with np.errstate(invalid="ignore", divide="ignore"):
             factor = np.sqrt(room / (outside**2).sum(axis=1))
@@ -353,7 +353,7 @@ def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str
     n, m = distances.shape
     if wanted.shape not in ((m,), (n, m)) or not np.isfinite(wanted).all():
         raise ValueError(
-            f"distances to move {n} samples to from {m} boundaries are finite and of shape ({m},) or ({n}, {m}), not "
+            f"distances of {n} samples to {m} boundaries must be finite, of shape ({m},) or ({n}, {m}), not "
             f"{wanted.shape}"
         )
     if mode == "absolute":
@@ -407,7 +407,7 @@ def load_boundary(
         found.check_fits(model)
     for what, own, asked in (("timestep", found.t, t), ("space", found.space, space)):
         if asked is not None and own != asked:
-            raise ValueError(f"{path} holds a boundary of {what} {own}, asked for is {asked}; fit one there")
+            raise ValueError(f"{path} holds a boundary of {what} {own}, not {asked}; fit one there")
     return found
 
 

@@ -137,7 +137,7 @@ def _fit(
     if cv < 2 or not C > 0:
         raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
     if wanted is not None and not 0.5 < wanted < 1.0:
-        raise ValueError(f"wanted is {wanted}; an accuracy to ask for lies between 0.5 and 1")
+        raise ValueError(f"wanted is {wanted}; give an accuracy between 0.5 and 1")
     samples = samples_at(source, t, space)
     classes = {
         name: check_classes(matched(samples, values, f"the labels {name!r}"), name) for name, values in labels.items()

@@ -395,7 +395,7 @@ class Direction:
         if other.timesteps != self.timesteps:
             raise ValueError(
                 f"{self.name} has {_visits(self.timesteps)}, {other.name} has {_visits(other.timesteps)}; "
-                "bring one to the other's with resampled"
+                "resample one to the other's, with resampled"
             )
 
 

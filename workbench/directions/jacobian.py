@@ -306,7 +306,9 @@ def _check_run(model: Model, run: Trajectory) -> None:
     remedy = "sample or invert with the same model"
     refuse_other_model("the run", run.model.provenance(), model.provenance(), tap=False, remedy=remedy)
     if model.dtype != torch.float32:
-        raise ValueError(f"a Jacobian's spectrum needs float32, and {model.name} computes in {model.dtype}; load it so")
+        raise ValueError(
+            f"a Jacobian's spectrum needs float32, and {model.name} computes in {model.dtype}; load it in float32"
+        )
     if model.compiled:
         raise ValueError(f"{model.name} is compiled, which keeps no derivatives; load it with compile=False")
 

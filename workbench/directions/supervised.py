@@ -181,7 +181,7 @@ def find_from_scores(
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
     if np.ptp(values) == 0:
-        raise ValueError(f"all scores {name!r} are {values[0]:g}; there is nothing to tell samples apart by")
+        raise ValueError(f"all scores {name!r} are {values[0]:g}; they can't order the samples")
     if not 2 <= k <= len(values) // 2:
         raise ValueError(f"k is {k}; {len(values)} samples have 2 to {len(values) // 2} on a side")
     contrast = _from_scores(values, name, k, _balance_of(store, balance))
@@ -248,13 +248,11 @@ def few_shot_directions(
     positive = check_classes(matched(store, labels, f"the labels {name!r}"), name)
     counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
     if not counts or counts[0] < 1 or counts[-1] > most:
-        raise ValueError(
-            f"counts are {counts}; of {name!r} 1 to {most} examples of each class can be drawn, so that 2 are left"
-        )
+        raise ValueError(f"counts are {counts}; draw 1 to {most} examples of each class of {name!r}, to leave 2")
     if draws < 1:
         raise ValueError(f"draws is {draws}; give 1 or more")
     if x_T is not None and len(x_T) != len(store):
-        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one a sample")
+        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one per sample")
     rng = np.random.default_rng(seed)
     weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
     shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])

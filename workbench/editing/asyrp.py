@@ -176,7 +176,7 @@ def boosted(run: Trajectory, t_boost: int, *, seed: int = 0) -> Trajectory:
         If the run has noise of its own.
     """
     if any(run.etas):
-        raise ValueError("this run adds noise already; boosting is for deterministic ones (eta 0)")
+        raise ValueError("this run adds noise already; boosting is for deterministic runs (eta 0)")
     etas = tuple(float(t < t_boost) for t in run.timesteps)
     if run.seeds is not None:
         return replace(run, etas=etas, h=None, x=None)
@@ -243,7 +243,7 @@ def _read_off(curves: pd.DataFrame, levels: tuple[float, float], cosine: float) 
         reached = curves.index[curves[name] >= level]
         if not len(reached):
             most = curves[name].max()
-            raise ValueError(f"{name} comes to a distance of {most:.3g} from the image, never to {level:.3g}")
+            raise ValueError(f"{name} reaches a distance of {most:.3g} from the image, never {level:.3g}")
         found.append(int(reached.min()))
     return EditingInterval(found[0], found[1], curves, levels)
 

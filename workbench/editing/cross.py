@@ -189,9 +189,7 @@ class Cross(Edit):
         if not found["x"]:
             i -= 1
         if not 0 <= i < len(visited) - 1:
-            raise ValueError(
-                "a lagged h comes from one visited timestep and moves at the one before; the run has no such"
-            )
+            raise ValueError("a lagged h needs a next cleaner timestep; the run did not visit one")
         return visited[i], visited[i + 1]
 
     def _visited(self, model: Model, t: int, own: tuple[int, ...]) -> tuple[int, ...]:
@@ -204,7 +202,7 @@ class Cross(Edit):
             return tuple(np.linspace(t, 0, self.steps).round().astype(int).tolist())
         visited = model.schedule.timesteps(self.steps)
         if visited[0] != t:
-            raise ValueError(f"the steps to decode begin at {visited[0]}; the move is at t = {t}, begin there")
+            raise ValueError(f"the decoding steps begin at {visited[0]}; begin at the move, t = {t}")
         return visited
 
     def _targets(self, distances: Distances | Mapping[str, Distances], space: str, n: int) -> np.ndarray:
@@ -221,8 +219,8 @@ class Cross(Edit):
             values = np.broadcast_to(values, (n, len(values), m))
         if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0:
             raise ValueError(
-                f"distances have shape {given.shape}; numbers of shape (k,), (k, {m}) or ({n}, k, {m}) are "
-                f"distances of k columns for {m} boundaries and {n} samples"
+                f"distances have shape {given.shape}; give (k,), (k, {m}) or ({n}, k, {m}) for k columns, "
+                f"{m} boundaries and {n} samples"
             )
         if self.unit == "sd" and self.mode != "mirror":
             values = values * [boundary.sigma for boundary in boundaries]

@@ -86,11 +86,11 @@ def cancel_effects(
         if low <= NOTHING and high >= -NOTHING:
             raise ValueError(
                 f"the direction of {name} changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to "
-                f"{high:.2g}), too small to be told from nothing; take a larger scale or more samples, or leave it out"
+                f"{high:.2g}), not distinguishable from 0; take a larger scale or more samples, or leave it out"
             )
     if np.linalg.cond(of_others) > 100.0:
         raise ValueError(
-            f"the effects of {', '.join(names)} at scale {scale:g} are too much alike, or too small, to be told apart; "
+            f"the effects of {', '.join(names)} at scale {scale:g} are too similar, or too small, to separate; "
             "take a larger scale, more samples or fewer directions"
         )
     c, edited = np.zeros(len(names)), direction
@@ -235,14 +235,14 @@ def disentangling_table(
         edit does not reach `success` at any scale.
     """
     if len(directions) < 2:
-        raise ValueError(f"{len(directions)} direction given; there are others to be orthogonal to from two on")
+        raise ValueError(f"{len(directions)} direction given; give at least two")
     if repeats < 2 or len(runs) % repeats:
         raise ValueError(
             f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
         )
     unknown = set(directions) - set(classifier(runs.x0[:1]).columns)
     if unknown:
-        raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, which a direction is named for")
+        raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, the name of a direction")
     apart = {
         name: direction.orthogonal_to(*(d for other, d in directions.items() if other != name), per_step=per_step)
         for name, direction in directions.items()
@@ -333,7 +333,7 @@ def few_examples(
             f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
         )
     if labels.name not in classifier(runs.x0[:1]):
-        raise ValueError(f"the classifier has no attribute {labels.name!r}, which the labels are named for")
+        raise ValueError(f"the classifier has no attribute {labels.name!r}, the name of the labels")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.image_shape)
     tables = []
     for space, scale in scales.items():

@@ -264,7 +264,7 @@ class MoveNoise(Edit):
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
         if run.timesteps != self.timesteps:
             raise NotApplicable(
-                "the noise of other timesteps is other noise; find the move with the run's own timesteps"
+                "this move was found at other timesteps than the run's; find it at the run's own timesteps"
             )
         noise = run.noise
         stochastic = noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)

@@ -216,7 +216,7 @@ def measure(
     check_run(run.model, run)
     named, scales = name_edits(edits), [float(s) for s in dict.fromkeys(scales)]
     if not named or not scales:
-        raise ValueError("effects are measured of at least one edit at at least one scale")
+        raise ValueError("measuring effects needs at least one edit and one scale")
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

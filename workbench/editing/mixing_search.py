@@ -229,7 +229,7 @@ def _commitment(
     is that of decodings of different samples: with `copies` draws the larger share exceeds 1/2 by luck alone.
     """
     if copies < 2:
-        raise ValueError(f"copies is {copies}; agreement takes 2 decodings at least")
+        raise ValueError(f"copies is {copies}; agreement needs at least 2 decodings")
     seeds = [FRESH + seed * 2**32 + i for i in range(len(run) * copies)]
     shares = []
     steps = sum(run.steps - run.timesteps.index(t) for t in visited)

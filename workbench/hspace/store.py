@@ -211,7 +211,7 @@ def open_store(path: str | Path) -> HStore:
         done = int(store.group["done"][:].sum()) * store.provenance["chunk"]
         raise ValueError(
             f"{path} is not finished (about {min(done, len(store))} of {len(store)} samples); "
-            "make the same call to extract again and it resumes"
+            "repeat the call to extract to resume it"
         )
     return store
 

@@ -211,7 +211,7 @@ def pictures_of(images, name: str, n: int | None = None) -> np.ndarray:
             f"{name} has shape {images.shape}; it must be (n, C, H, W) with 1 or 3 channels C, at least one image"
         )
     if n is not None and len(images) != n:
-        raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image a point")
+        raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image per point")
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name} is of type {images.dtype}; it must be floats in [-1, 1] (8 bits: x / 127.5 - 1)")
     finite(images, name)
