@@ -352,7 +352,7 @@ def test_a_few_examples_refuse_what_does_not_fit(tiny, deterministic, change, me
     ("call", "message"),
     [
         (lambda m, r, d: measure_effects(m, r, [], classifier=brightness), "at least one edit"),
-        (lambda m, r, d: measure_effects(m, r, d, classifier=brightness, scales=[]), "at least one scale"),
+        (lambda m, r, d: measure_effects(m, r, d, classifier=brightness, scales=[]), "one edit and one scale"),
         (
             lambda m, r, d: measure_effects(m, r, [d["red"], d["red"]], classifier=brightness),
             "two edits are named 'red'",
