@@ -199,7 +199,7 @@ class Separability:
     shuffled: bool = False
 
     def row(self) -> dict[str, Any]:
-        """For a table with one row a probe."""
+        """For a table with one row per probe."""
         found = self.balanced_accuracy
         row = {"balanced_accuracy": found.value, "low": found.low, "high": found.high, "chance": self.chance}
         counts = {"n": len(self.correct), "n_effective": found.n}
@@ -282,7 +282,7 @@ def separability_over_time(
     Returns
     -------
     DataFrame
-        One row a timestep, attribute and kind of labels: `t`, `attribute`, `balanced_accuracy`, `low`, `high`,
+        One row per timestep, attribute and kind of labels: `t`, `attribute`, `balanced_accuracy`, `low`, `high`,
         `chance`, `accuracy`, `n`, `n_effective`, `shuffled`.
 
     Raises

@@ -212,5 +212,5 @@ def name_of(values: Labels, default: str) -> str:
 
 
 def digest_of(values: pd.Series | np.ndarray) -> str:
-    """What identifies labels or scores in the provenance."""
+    """Digest of labels or scores for the provenance."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(values, dtype=np.float64)).data).hexdigest()[:16]

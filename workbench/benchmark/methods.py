@@ -66,7 +66,7 @@ class Method:
     scales : tuple of float, ascending, above 0
         Strengths that the benchmark measures, in the method's own unit.
     family : str
-        What it is drawn with: one of `FAMILIES`.
+        Panel of the plots: one of `FAMILIES`.
     unit : str
         Of the scales.
     code : str
@@ -133,7 +133,7 @@ def register_method(
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What a method may learn from. What it uses is charged to `cost`, whatever the cache holds.
+    """Samples, scores and labels for a method to learn from; their use is charged to `cost`, cached or not.
 
     Attributes
     ----------
@@ -177,7 +177,7 @@ class Study:
 
     @property
     def scores(self) -> pd.DataFrame:
-        """The labeller's probabilities, one row a sample of the population, by seed."""
+        """The labeller's probabilities, one row per sample of the population, by seed."""
         self.cost["scores"] = Counter(scored=self.n)
         return self._scores
 
@@ -216,7 +216,7 @@ class Study:
         return self.masks[attribute]
 
     def learned(self, name: str, find: Callable[[], object]) -> object:
-        """What `find` gives, computed once for all attributes."""
+        """Result of `find`, computed once for all attributes."""
         if name not in self._kept:
             self._kept[name] = find()
         return self._kept[name]
@@ -297,7 +297,7 @@ class Resampled(Shift):
 
 
 def found_edit(found: Direction | Edit) -> Edit:
-    """What a method found, as an edit of runs of any timesteps; ValueError if it is neither."""
+    """Result of a method as an edit of runs of any timesteps; ValueError if it is neither."""
     return Resampled(found) if isinstance(found, Direction) else as_edit(found)
 
 
@@ -369,7 +369,7 @@ def _spectrum(study: Study, mask: np.ndarray | None) -> JacobianSpectrum:
 
 
 def digest_of_mask(mask: np.ndarray) -> str:
-    """What a mask is known by."""
+    """Digest of a mask."""
     return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:8]
 
 

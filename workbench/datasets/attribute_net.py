@@ -208,7 +208,7 @@ def _shuffled(n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
 
 
 def _degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What a small diffusion model does to images: other places, colours and sizes, blur, noise."""
+    """Imitate a small diffusion model's defects: shifts, colours, sizes, blur, noise."""
     n, side = len(images), images.shape[-1]
     shift = torch.eye(2, 3).repeat(n, 1, 1)
     shift[:, :, 2] = _uniform((n, 2), -0.08, 0.08, generator)

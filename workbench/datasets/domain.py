@@ -45,7 +45,7 @@ class Domain:
     _mask: Callable[..., np.ndarray | None] | None = field(default=None, repr=False)
 
     def masks(self, attributes: Iterable[str], size: int) -> dict[str, np.ndarray]:
-        """Where attributes show in pictures of a side in pixels, bool (size, size); only those that have a place."""
+        """Masks of attributes in images of a side in pixels, bool (size, size); only attributes with a region."""
         masks = {name: self._mask(name, size=size) for name in attributes} if self._mask else {}
         return {name: mask for name, mask in masks.items() if mask is not None}
 

@@ -62,7 +62,7 @@ def invert(
     method : {"ddim", "fixed-point", "edit-friendly"}
     iterations : int, default 5
         For "fixed-point".
-    eta : float or sequence of float (one a step), values in (0, 1], default 1
+    eta : float or sequence of float (one per step), values in (0, 1], default 1
         For "edit-friendly"; the others have eta 0.
     level : {"current", "next"}
         Timestep of eps in a DDIM step at x_prev: t_prev ("current"), as in DDIM eq. 13 and BoundaryDiffusion, or t

@@ -203,7 +203,7 @@ def list_models() -> list[dict]:
 
 
 def known_models() -> list[dict]:
-    """Public models that load, with what they need.
+    """List public models with their requirements.
 
     Returns
     -------

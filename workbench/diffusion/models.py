@@ -174,12 +174,12 @@ def refuse_other_model(
     tap: bool = True,
     remedy: str = "what belongs to one model does not carry over to another",
 ) -> None:
-    """Refuse what was made with another model: other weights, tap, network or noise schedule.
+    """Raise if the provenances of two models differ in weights, tap, network or noise schedule.
 
     Parameters
     ----------
     what : str
-        What was made, for the messages: "the run", the name of a direction, the path of a store.
+        Subject of the messages: "the run", the name of a direction, the path of a store.
     own, model : dict or None
         Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
     whose : str

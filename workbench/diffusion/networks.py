@@ -1,4 +1,4 @@
-"""What decides a training, and the network that it begins with: new, grown, or with fewer skip connections."""
+"""Settings of a training and its initial network: new, grown, or with fewer skip connections."""
 
 from __future__ import annotations
 

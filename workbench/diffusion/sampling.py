@@ -293,7 +293,7 @@ def sample(
         One per sample. A seed gives the same sample for any batch size, order or device, up to rounding.
     steps : int or sequence of int, default 50
         Number of visited timesteps, or these timesteps, decreasing.
-    eta : float or sequence of float (one a step), values in [0, 1]
+    eta : float or sequence of float (one per step), values in [0, 1]
         0 is deterministic DDIM; 1 (default, as in Haas et al.) has the variance of DDPM.
     record_h, record_x : bool
         Keep h_t, x_t of every step; takes n * steps * (their size) * 4 bytes of memory.
@@ -401,7 +401,7 @@ def denoise(
         At the first pair's timestep.
     pairs : sequence of (t, t_prev)
     etas : sequence of float
-        One a pair.
+        One per pair.
     noise : callable (i) -> Tensor of shape (n, C, H, W)
         z_t of the i-th pair; asked only where the step adds noise.
     edit_h : callable (i, h) -> Tensor of shape (n, C, h, w) or None, optional
@@ -501,13 +501,13 @@ def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> Injection
 
 
 def check_residual(run: Trajectory) -> None:
-    """Refuse a run that does not know what its reconstruction lacks."""
+    """Raise if a run has no residual."""
     if run.residual is None:
         raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
 
 
 def check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
-    """Samples a pass: as asked for, or what suits the model, and at most n."""
+    """Samples per pass: as asked for, or what suits the model, and at most n."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     return min(n, batch_size or model.batch_size())

@@ -69,7 +69,7 @@ _ORDER, _DROPOUT = 1, 3
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What is random in one step: rows of the images, which are mirrored, timesteps and noise (b, C, H, W)."""
+    """Random choices of one step: rows of the images, mirrored rows, timesteps and noise (b, C, H, W)."""
 
     rows: np.ndarray
     flipped: np.ndarray
@@ -427,7 +427,7 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
 
 
 def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
-    """What `training.json` says."""
+    """Content of `training.json`."""
     packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
         "settings": asdict(settings),

@@ -123,7 +123,7 @@ class DeltaFunction:
         return replace(self * -1.0, name=f"-{self.name}")
 
     def __add__(self, other: DeltaFunction) -> DeltaFunction:
-        """The function that adds what both add."""
+        """Sum of two functions."""
         if not isinstance(other, DeltaFunction):
             return NotImplemented
         other.check_fits(self.model)

@@ -44,7 +44,7 @@ class Boundary:
     t : int
         Timestep.
     space : {"h", "x"}
-        What z is: h_t or x_t.
+        Space of z: h_t or x_t.
     name : str
     provenance : dict
         As of a `Direction`; "model" is None for a boundary in plain arrays.
@@ -462,7 +462,7 @@ def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
 
 
 def held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:
-    """What a boundary says of samples that it was not fitted on."""
+    """Means, deviations and accuracies of a boundary on held-out samples."""
     sides = [distances[~y], distances[y]]
     right = (distances > 0) == y
     recalls = [right[~y].mean(), right[y].mean()]

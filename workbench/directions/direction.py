@@ -151,7 +151,7 @@ class Direction:
     __rmul__ = __mul__
 
     def __add__(self, other: Direction) -> Direction:
-        """The direction that adds what both add, unit for unit of scale."""
+        """Sum of two directions, unit for unit of scale."""
         return self._combined(other, "sum", "+", torch.add)
 
     def __sub__(self, other: Direction) -> Direction:
@@ -310,7 +310,7 @@ class Direction:
             self._check_same_space(like)
         elif found_from(store, self.provenance):
             warnings.warn(
-                f"{self.name} was found from the samples of this store, which lie too far out along it: sigma is too "
+                f"{self.name} was found from the samples of this store, which spread too widely along it: sigma is too "
                 "large; calibrate with other samples, or with like=, a direction that was found from these",
                 stacklevel=2,
             )
@@ -449,7 +449,7 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
 
 
 def origin_of(store: HStore) -> dict:
-    """What the provenance of a direction says about the samples that it was found in.
+    """Provenance of the samples that a direction was found from.
 
     Returns
     -------

@@ -28,7 +28,7 @@ class Spectrum:
     right : Tensor of shape (k, ...), float32
         Right singular vectors, of length 1, in the space that the map starts from; of LOCO-Edit, projected.
     left : Tensor of shape (k, ...), float32
-        Left singular vectors, of length 1: what each does to the output. Zero outside of a mask.
+        Left singular vectors, of length 1: the change of the output along each. Zero outside of a mask.
     inside_mask : ndarray of shape (k,), values in [0, 1]
         Share ||M J v||^2 / ||J v||^2 of each vector's effect that lies inside the mask; 1 without one.
     residuals : ndarray of shape (k,)
@@ -341,7 +341,7 @@ def _check_mask(mask: np.ndarray | torch.Tensor | None, image_shape: tuple[int, 
 
 
 def _mask_record(rows: torch.Tensor) -> dict:
-    """What a provenance says of a mask: how many outputs it keeps, and which."""
+    """Record of a mask for the provenance: the number of outputs it keeps, and a digest."""
     return {"outputs": int(rows.sum()), "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}
 
 
@@ -355,7 +355,7 @@ def _check_warm_start(start: Spectrum | torch.Tensor | None, shape: torch.Size) 
 
 
 def _rms_of_h(model: Model, run: Trajectory, progress: bool) -> torch.Tensor:
-    """Root mean square of the entries of the sample's h_t, one a timestep."""
+    """Root mean square of the entries of the sample's h_t, one per timestep."""
     if run.h is None or run.model.tap != model.tap:
         run = replay(replace(run, model=model), record_h=True, progress=progress)
     return run.h.values[:, 0].flatten(1).square().mean(dim=1).sqrt()

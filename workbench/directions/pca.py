@@ -46,7 +46,7 @@ class PrincipalComponents(Sequence):
     scores : ndarray of shape (n, T, k), float32
         Projections of the centred h_t; divided by sigma they are in units of scale, if a little too far out.
     shared_scores : ndarray of shape (n, k), float32, or None
-        Of a joint PCA: one score a sample, in standard deviations.
+        Of a joint PCA: one score per sample, in standard deviations.
     """
 
     directions: tuple[Direction, ...]

@@ -194,7 +194,7 @@ class FewExamples:
 
     Attributes
     ----------
-    table : DataFrame, one row a direction
+    table : DataFrame, one row per direction
         `draw`; `count`, the examples of each class, where 0 is a random direction and inf the draw's reference; and
         `cosine` of the angle to the reference, over all timesteps.
     deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
@@ -459,7 +459,7 @@ def _spread(along: np.ndarray) -> np.ndarray:
 
 
 def _probe(reader: Callable[[], Iterable[np.ndarray]], weights: np.ndarray, method: str, seed: int):
-    """Normals of linear probes, one a column of weights, (m, d), pointing to the positives; and projections (n, m).
+    """Normals of linear probes, one per column of weights, (m, d), pointing to the positives; and projections (n, m).
 
     A sample is projected on the unit normal that the folds without it give; one of weight 0, which no fit sees, on that
     of all folds.

@@ -48,7 +48,7 @@ class Cross(Edit):
     mode : {"absolute", "shift", "mirror"}
         Meaning of the distances: signed distances from the boundary after the move, lengths of the move, or multiples
         of the sample's own distance; see `move_jointly`.
-    eta : float, or one a step, values in [0, 1]; default 1
+    eta : float, or one per step, values in [0, 1]; default 1
         eta from t on; the paper uses 1. None keeps the run's own etas and noise; the noise of an edit-friendly
         inversion preserves the image.
     h_policy : {"first", "offset", "offset-asymmetric", "none", "stale"}

@@ -163,9 +163,9 @@ class DisentanglingTable:
     Attributes
     ----------
     table : DataFrame
-        One row a variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
+        One row per variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
         samples of a repeat, `effect` as its mean and `std` as its standard deviation over repeats, and the `scale`.
-    entanglement : DataFrame, one row a direction
+    entanglement : DataFrame, one row per direction
         Over all samples: `entanglement_index` of both variants (`original`, `disentangled`) with its interval
         (`original_low`, ...), and the share by which it falls, `reduction`.
     effects : dict of variant -> Effects

@@ -33,7 +33,7 @@ class NotApplicable(ValueError):
 
 
 class Edit:
-    """An edit of the runs of a model; subclasses say what it changes.
+    """Base class of edits of runs; a subclass defines the change.
 
     Attributes
     ----------

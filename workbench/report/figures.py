@@ -51,7 +51,7 @@ class PaperFigure:
         Such as "haas-fig4".
     notebook : str
     title : str
-        What it shows, and its number in the paper.
+        Subject and number in the paper.
     """
 
     name: str
@@ -280,7 +280,7 @@ def _scale(figure: Figure, across: float, up: float) -> None:
 
 
 def _provenance(name: str, sources: Mapping[str, object]) -> dict:
-    """What the numbers of a figure depend on; parameters as the running notebook has them."""
+    """Inputs of a figure's numbers, with the parameters of the running notebook."""
     about = {"workbench": __version__, "sources": {role: _identity(source) for role, source in sources.items()}}
     made, shell = list_figures().get(name), get_ipython()
     if made is None or shell is None:

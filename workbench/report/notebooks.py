@@ -56,7 +56,7 @@ class Report:
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook stopped at an error; what it did until then is kept.
+    """A notebook stopped at an error; its output until then is kept.
 
     Attributes
     ----------

@@ -116,7 +116,7 @@ def edit_grid(grid: EditGrid, *, caption: str | None = None) -> Figure:
 def edit_strips(
     strips: Mapping[tuple[str, str], np.ndarray], attribute: str, *, names: Sequence[str], caption: str | None = None
 ) -> Figure:
-    """Samples and their edits from weak to strong, one row a method.
+    """Samples and their edits from weak to strong, one row per method.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def edit_strips(
 
 
 def before_after(before, after, *, scores: pd.DataFrame | None = None, caption: str | None = None) -> Figure:
-    """One edit: the image before, after, the difference, and what a classifier says of both.
+    """One edit: the image before, after, the difference, and a classifier's scores of both.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a report or a sweep runs, read from a YAML file and checked: notebooks with their parameters."""
+"""Plans of reports and sweeps: notebooks with their parameters, read from a YAML file and checked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report or a sweep runs.
+    """The runs of a report or a sweep.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Checks what parameters name before a kernel starts: models, images, classifiers, attributes and timesteps."""
+"""Check the models, images, classifiers, attributes and timesteps named by parameters, before a kernel starts."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _check_timesteps(notebook: str, values: Mapping[str, object], schedule) -> N
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Errors say where what they are about stands."""
+    """Prefix errors with the parameter they concern."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What every figure shares: its style, caption and labels, the checks of its data, and how it is saved."""
+"""Shared parts of figures: style, caption, labels, checks of data, and saving."""
 
 from __future__ import annotations
 

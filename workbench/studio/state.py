@@ -1,4 +1,4 @@
-"""What decides an edited image, what comes of it, and how far the work on it is."""
+"""State of an edit, its rendering, and its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tabs of an edit studio show; each is computed when it is looked at."""
+"""Tabs of an edit studio; each is computed when it is opened."""
 
 from __future__ import annotations
 
