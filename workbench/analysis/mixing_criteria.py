@@ -37,7 +37,7 @@ class MixingStep:
         95% interval of t, of visited timesteps.
     criterion : str
     curve : DataFrame
-        Indexed by `t`, noisiest first: `value`, `low` and `high` (95% interval), and what else the criterion measures.
+        Indexed by `t`, noisiest first: `value`, `low` and `high` (95% interval), and further measurements.
     threshold : float
         Value that the curve is compared with; of the criterion "edit" its maximum less a standard error.
     reached : bool

@@ -141,7 +141,7 @@ class Study:
     labeller : Classifier
         Labels samples; another one judges.
     attributes : tuple of str
-        All that the labeller knows, not those that are measured alone: what a method finds must not depend on these.
+        All attributes of the labeller, not only the measured ones: a method's result must not depend on these.
     n, seed : int
         The population: samples of the seeds `seed`, `seed` + 1, ...
     steps : int
@@ -489,7 +489,7 @@ def pullback(study: Study, attribute: str) -> Edit:
 
 @register_method("LOCO", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
 def loco(study: Study, attribute: str) -> Edit:
-    """The same for the predicted image within the region, without what acts outside of it (LOCO-Edit)."""
+    """The same for the predicted image within the region, less the directions that act outside of it (LOCO-Edit)."""
     mask = study.mask(attribute)
     name = f"loco {digest_of_mask(mask)}"
     found = study.learned(name, lambda: _vectors(study, map="x->x0", mask=mask, nullspace=CANDIDATES))

@@ -61,7 +61,7 @@ class AttributeNet(nn.Module):
         return images.to(self.head.weight.device).contiguous(memory_format=torch.channels_last)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last layer sees, (n, widths[-1]), of prepared images."""
+        """Inputs of the last layer, (n, widths[-1]), for prepared images."""
         return self.stages(images).mean(dim=(2, 3))
 
     def maps(self, images: torch.Tensor) -> list[torch.Tensor]:

@@ -73,7 +73,7 @@ class Classifier:
         Returns
         -------
         pandas.DataFrame of shape (n, attributes), float64
-            Log odds; for a network of exclusive classes, what enters its softmax.
+            Log odds; for a network of exclusive classes, the inputs of its softmax.
         """
         return self._table(self._collect(self._score, images, batch_size=batch_size, progress=progress), images)
 

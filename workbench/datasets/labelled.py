@@ -78,7 +78,7 @@ class LabelledImages:
         IndexError
             If there is no such image.
         ValueError
-            If an image cannot be decoded, or differs in size while no size was asked for.
+            If an image cannot be decoded, or images differ in size and no size was given.
         """
         positions = self._positions(index)
         if positions.ndim == 0:

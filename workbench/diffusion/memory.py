@@ -75,7 +75,7 @@ class _LiveBytes(TorchDispatchMode):
 def estimate_memory(network: SplitUNet) -> MemoryNeed:
     """Memory of the weights of a network on the device "meta" and of one pass over one image.
 
-    The pass is run on tensors without values, and what would be alive is added up.
+    The pass runs on tensors without values, and the sizes of all live tensors are added up.
     """
     live = _LiveBytes()
     with torch.no_grad(), live:

@@ -183,11 +183,11 @@ def refuse_other_model(
     own, model : dict or None
         Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
     whose : str
-        What the second provenance is of, for the messages.
+        Owner of the second provenance, for the messages.
     tap : bool
         Compare where h is read, too.
     remedy : str
-        What to do where the weights are others.
+        Remedy if the weights differ.
 
     Raises
     ------
@@ -254,7 +254,7 @@ def make_model(
 
 
 def compile_blocks(model: Model) -> None:
-    """Compile the blocks and run a first pass, so that what can't be compiled shows now."""
+    """Compile the blocks and run a first pass, to raise compilation errors now."""
     unet = model.unet.unet
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         block.compile()
@@ -291,7 +291,7 @@ def best_device() -> torch.device:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device that was asked for, which must be there; by default the best one."""
+    """The requested device, if available; by default the best one."""
     if device is None:
         return best_device()
     try:

@@ -507,7 +507,7 @@ def check_residual(run: Trajectory) -> None:
 
 
 def check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
-    """Samples per pass: as asked for, or what suits the model, and at most n."""
+    """Samples per pass: as given, or chosen by the model, and at most n."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     return min(n, batch_size or model.batch_size())

@@ -78,7 +78,7 @@ class Batch:
 
 
 def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[int, int, int]) -> Batch:
-    """Draw what a step, counted from 0, is trained on; it depends on the seed and the step alone.
+    """Draw the batch of a step, counted from 0; it depends on the seed and the step alone.
 
     Each of the n images comes once before any comes again. Timesteps are spread evenly over 0..T-1 from a random start
     (Kingma et al. 2021, section I.1): each is uniform, and a batch has few and many steps of noise in equal shares.
@@ -322,7 +322,7 @@ class _Run:
                 _contact_sheet(images).save(partial, "PNG")
 
     def save_model(self, out: Path) -> UNet2DModel:
-        """Write the network with the averaged weights, and what training it is of."""
+        """Write the network with the averaged weights, and a record of its training."""
         unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.average.copy_to(unet.parameters())
         with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:

@@ -427,7 +427,7 @@ def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
 
 @dataclass(frozen=True, eq=False)
 class SamplesAt:
-    """Samples at a timestep, what they are known by, and where they come from."""
+    """Samples at a timestep, with seeds or names, and origin."""
 
     values: np.ndarray
     shape: tuple[int, ...]

@@ -372,7 +372,7 @@ class Direction:
         return self.sigma.double().view(-1, 1, 1, 1) * self.unit.double()
 
     def _derived(self, method: str, name: str, parameters: dict, *others: Direction, **changes) -> Direction:
-        """This direction with changes, its provenance in that of the result; what was measured along it goes."""
+        """This direction with changes, its provenance in that of the result, without its measurements (extras)."""
         provenance = derived(method, parameters, self, *others)
         return replace(self, name=name, provenance=provenance, extras={}, **changes)
 
@@ -502,7 +502,7 @@ def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def derived(method: str, parameters: dict, *operands: Direction) -> dict:
-    """Provenance of what was made from other directions; theirs is inside."""
+    """Provenance of a direction made from others, with theirs inside."""
     sources = [{"name": d.name, **{k: v for k, v in d.provenance.items() if k != "model"}} for d in operands]
     first = operands[0].provenance
     shared = {

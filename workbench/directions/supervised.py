@@ -297,7 +297,7 @@ def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.D
 
 
 def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
-    """Number of each sample's stratum, and what the strata are."""
+    """Number of each sample's stratum, and the names of the strata."""
     if table is None or table.shape[1] == 0:
         return np.zeros(n, dtype=int), ["all"]
     groups = table.groupby(list(table.columns), sort=True, observed=True)

@@ -263,7 +263,7 @@ class Cross(Edit):
         return z
 
     def _injection(self, moved: torch.Tensor, own: torch.Tensor) -> Injection:
-        """What is decoded from, given the moved and the plain h_t of the samples."""
+        """Injection to decode with, given the moved and the plain h_t of the samples."""
         if self.h_policy == "first":
             return Injection(lambda i, h, samples: moved[samples].to(h) if i == 0 else None)
         if self.h_policy != "stale":

@@ -122,7 +122,7 @@ class Shift(Edit):
         return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        """What happens to h at every step of the run."""
+        """Injection into h at every step of the run."""
         scale, weights = finite(scale, "scale"), self._weights(run)
         if isinstance(self.direction, DeltaFunction):
             self.direction.check_fits(run.model)
@@ -190,7 +190,7 @@ class Swap(Edit):
         return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        """What happens to h at every step of the run."""
+        """Injection into h at every step of the run."""
         one_of("mode", self.mode, ("replace", "slerp"))
         values, active = self._donor_h(run), active_steps(run, self.t_range)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:

@@ -433,7 +433,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
 
 
 def _other(run: Trajectory, **running) -> Trajectory:
-    """What a run is compared with: its own images inverted; of an inversion, as many deterministic samples."""
+    """Ensemble to compare a run with: its own images inverted; for an inversion, as many deterministic samples."""
     if run.seeds is None:
         return sample(run.model, range(len(run)), steps=run.timesteps, eta=0.0, record_x=True, **running)
     return invert(run.model, run.x0.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)

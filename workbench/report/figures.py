@@ -154,7 +154,7 @@ def draw_figure(
     Returns
     -------
     list of Path
-        The files of the figures asked for.
+        The files of the given figures.
 
     Raises
     ------

@@ -72,7 +72,7 @@ def _read(function: str, name: str) -> object:
 
 
 def check_sources(source: Path, values: Mapping[str, object], reader: Callable | None = None) -> None:
-    """Read what the notebook will load, and see whether attributes and timesteps fit it; ValueError if not."""
+    """Open the notebook's sources, and check that attributes and timesteps fit; ValueError if not."""
     reader, (calls, optional), found = reader or new_reader(), _calls(source), {}
     for function, arguments in calls:
         key = arguments[0].id if arguments and isinstance(arguments[0], ast.Name) else None

@@ -178,7 +178,7 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def result_of(rendering: Rendering) -> dict:
-    """The checksum of an edited image, and what may change its last bits."""
+    """Checksum of an edited image, with the torch version and threads that affect its last bits."""
     return {
         "sha256": hashlib.sha256(rendering.after.contiguous().numpy().tobytes()).hexdigest(),
         "torch": torch.__version__,
