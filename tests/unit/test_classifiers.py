@@ -290,7 +290,7 @@ def test_damaged_folders_are_refused(tmp_path):
     save_file({k: v for k, v in state.items() if k != "head.bias"}, weights)
     refuses(ValueError, "head.bias")
     save_file(state | {"head.bias": state["head.bias"] + 0.01}, weights)
-    refuses(ValueError, "not the file that")
+    refuses(ValueError, "does not belong to")
     weights.unlink()
     refuses(FileNotFoundError, "model.safetensors")
     weights.write_bytes(sound)
