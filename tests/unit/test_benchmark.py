@@ -355,11 +355,11 @@ def test_bad_input_is_a_sentence(setting):
         (protocol("magic"), "there is no method 'magic'; there are random h, "),
         (replace(protocol(), attributes=("Hat",)), "there is no attribute 'Hat'; there are Bright, Red"),
         (protocol(held_out=4), "population is 40, held_out 4"),
-        (protocol(labelled=50), "labelled is 50; half of 60 images"),
+        (protocol(labelled=50), "labelled is 50; keep half of 60 images"),
     ):
         with pytest.raises(ValueError, match=message):
             run(setting, plan)
-    with pytest.raises(ValueError, match="whoever labels does not judge"):
+    with pytest.raises(ValueError, match="the judge is the labeller"):
         run(setting | {"judge": setting["labeller"]}, protocol())
     with pytest.raises(ValueError, match="not a str"):
         methods.found_edit("smile")

@@ -712,5 +712,5 @@ def test_two_folders_that_do_not_fit_are_refused(folder, tmp_path):
         load_pair(folder, folder, name="Smiling")
     (tmp_path / "larger").mkdir()
     picture(9, 20, 20).save(tmp_path / "larger" / "a.png")
-    with pytest.raises(ValueError, match="larger/a.png is 20 pixels wide.*give the size"):
+    with pytest.raises(ValueError, match="larger/a.png is 20 pixels wide.*give one size"):
         load_pair(folder, tmp_path / "larger", name="Smiling")[:]

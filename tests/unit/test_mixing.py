@@ -432,7 +432,7 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
         (dict(criterion="perceptual"), "needs classifier="),
         (dict(criterion="perceptual", distance="miles"), "'miles' is not known"),
         (dict(criterion="perceptual", distance=rms, grid=[333]), "timestep 333 was not visited.*nearest 350 or 325"),
-        (dict(criterion="commit", classifier=classifier, copies=1), "agreement takes 2 decodings"),
+        (dict(criterion="commit", classifier=classifier, copies=1), "agreement needs at least 2 decodings"),
         (dict(n=3), "3 samples are too few"),
         (dict(against=run), "of one kind"),
     ]

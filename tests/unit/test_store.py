@@ -121,7 +121,7 @@ def test_what_was_not_kept_is_named_with_the_remedy(tmp_path):
 
 def test_an_unfinished_store_is_not_opened_but_says_how_far_it_is(tmp_path):
     write(tmp_path / "a.zarr", chunks=2)
-    with pytest.raises(ValueError, match=r"not finished \(about 4 of 5 samples\); make the same call"):
+    with pytest.raises(ValueError, match=r"not finished \(about 4 of 5 samples\); repeat the call"):
         wb.open_store(tmp_path / "a.zarr")
     assert not read_store(tmp_path / "a.zarr").complete
     assert "INCOMPLETE" in repr(read_store(tmp_path / "a.zarr"))

@@ -367,7 +367,7 @@ def test_a_model_whose_checkpoint_was_deleted_is_not_trained_over(images, traine
     about = json.loads((out / "training.json").read_text())
     assert all(path.read_bytes() == content for path, content in before.items())
     (out / "training.json").write_text(json.dumps(about | {"step": 10}))
-    with pytest.raises(FileNotFoundError, match="stands at step 10 of 20 and its checkpoint is gone"):
+    with pytest.raises(FileNotFoundError, match="is at step 10 of 20 and its checkpoint is missing"):
         train_model(images, out=out, resume=True, **QUIET)
     assert wb.load_model(out, device="cpu").hash == about["hash"]
 
@@ -389,7 +389,7 @@ def test_nothing_is_resumed_that_is_not_there_or_not_the_same(images, trained, t
         train_model(images, out=tmp_path / "none", resume=True)
     with pytest.raises(ValueError, match="resumed with its own settings"):
         train_model(images, tiny(), out=trained, resume=True)
-    with pytest.raises(ValueError, match="is of 18 images, and these 18 are not the same"):
+    with pytest.raises(ValueError, match="used 18 images, and these 18 differ"):
         train_model(images.flip(0), out=trained, resume=True, **QUIET)
 
 
@@ -468,6 +468,6 @@ def test_the_command_trains_resumes_and_draws_the_curve(tmp_path, capsys, images
     assert cli.main(["train", str(folder), "--out", str(out), "--resume", "--steps", "9"]) == 2
     assert "leave out --steps" in capsys.readouterr().err
     assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--from", str(out), "--size", "8"]) == 2
-    assert "--from takes the network of the model; leave out --size" in capsys.readouterr().err
+    assert "leave out --size" in capsys.readouterr().err
     assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--size", "16", "--widths", "16", "32"]) == 2
     assert "head_channels is 48" in capsys.readouterr().err and not (tmp_path / "b").exists()

@@ -58,7 +58,7 @@ def report(
     NotebookFailed
         At the end, if a notebook failed. The others have run, and the index page shows both.
     KeyboardInterrupt
-        If it is interrupted. What is finished stays, and the next call goes on from there.
+        If it is interrupted. Finished reports stay, and the next call resumes there.
     """
     since = time.monotonic() if since is None else since
     with start_kernels(jobs) as kernels:
