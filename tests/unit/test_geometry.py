@@ -98,7 +98,7 @@ def test_other_samples_find_their_place_in_a_finished_map(blobs, method):
     if method == "pca":
         np.testing.assert_allclose(found.place(h), found.points, atol=1e-3)
     assert np.array_equal(found.points, before)
-    with pytest.raises(ValueError, match="t-SNE has no place"):
+    with pytest.raises(ValueError, match="t-SNE can't map new samples"):
         embed(h, method="tsne").place(h[:2])
 
 
