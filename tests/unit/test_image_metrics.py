@@ -53,8 +53,7 @@ def test_psnr_within_a_mask_sees_nothing_else():
     mask = np.zeros((4, 4), bool)
     mask[:2] = True
     assert np.allclose(
-        peak_signal_to_noise(images, others, mask=mask),
-        peak_signal_to_noise(images[:, :, :2], others[:, :, :2]),
+        peak_signal_to_noise(images, others, mask=mask), peak_signal_to_noise(images[:, :, :2], others[:, :, :2])
     )
     assert np.isnan(peak_signal_to_noise(images, others, mask=np.zeros((4, 4), bool))).all()
     own = np.zeros((3, 1, 4, 4), bool)

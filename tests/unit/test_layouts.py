@@ -378,10 +378,7 @@ def without(name: str):
             lambda state: {**state, "mid.block_3.conv1.weight": torch.zeros(2, 2)},
             r"mid.block_3.conv1.weight \(2, 2\) of the file has no place",
         ),
-        (
-            lambda state: {k: v for k, v in state.items() if "sample.conv" not in k},
-            "resamples without convolutions",
-        ),
+        (lambda state: {k: v for k, v in state.items() if "sample.conv" not in k}, "resamples without convolutions"),
         (lambda state: {**state, "label_emb.weight": torch.zeros(10, 128)}, "conditioned on a class"),
         (lambda state: {**state, "conv_out.bias": torch.full((3,), float("nan"))}, "3 of 3 values of conv_out.bias"),
         (

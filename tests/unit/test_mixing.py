@@ -288,13 +288,7 @@ def test_the_interval_of_t_covers_the_crossing_of_noisy_curves():
     for _ in range(60):
         values = timesteps[:, None] / 1000 + 0.3 * rng.standard_normal((1, 40)) + 0.1 * rng.standard_normal((20, 40))
         found = read_off(
-            timesteps,
-            values,
-            stays(0.5),
-            alpha_bars=ALPHA_BARS,
-            criterion="line",
-            quantity="value",
-            resamples=100,
+            timesteps, values, stays(0.5), alpha_bars=ALPHA_BARS, criterion="line", quantity="value", resamples=100
         )
         covered.append(found.interval[0] - 25 <= 500 <= found.interval[1] + 25)
         assert found.interval[0] <= found.t <= found.interval[1]

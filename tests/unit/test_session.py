@@ -115,13 +115,7 @@ def test_a_single_step_is_cross_boundary(session, tiny, run, boundaries):
     for name, distance in zip(names, (4.0, 2.0), strict=True):
         session.set_distance(name, distance)
     grid = wb.cross_boundary(
-        tiny,
-        run[:1],
-        *boundaries,
-        distances={"h": [4.0], "x": [2.0]},
-        unit="distance",
-        eta=None,
-        progress=False,
+        tiny, run[:1], *boundaries, distances={"h": [4.0], "x": [2.0]}, unit="distance", eta=None, progress=False
     )
     rendering = session.render()
     torch.testing.assert_close(rendering.after, grid.images[0, 0], atol=1e-4, rtol=1e-4)
@@ -429,9 +423,7 @@ def test_a_direction_of_another_model_is_refused(tiny, run, smile):
 def test_a_direction_of_other_steps_is_resampled_and_the_notes_say_so(tiny, run, smile):
     session = EditSession(tiny, run, smile.resampled(5))
     assert session.directions["smile"].timesteps == run.timesteps
-    assert session.notes == [
-        f"smile was found with 5 steps and is resampled to the samples' {STEPS}",
-    ]
+    assert session.notes == [f"smile was found with 5 steps and is resampled to the samples' {STEPS}"]
 
 
 def test_what_is_neither_direction_nor_boundary_is_refused(tiny, run, boundaries):
