@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_unet
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,14 +24,19 @@ T_FOUND = 600
 STEPS = [800, T_FOUND, 500, 200, 0]
 
 
-def small_model(*, seed: int = 0, **config) -> wb.Model:
-    """A random U-Net with attention at both levels and in the mid block; h has 256 entries, an image 192."""
+@pytest.fixture(scope="module")
+def small_model(make_unet):
+    """Random U-Nets with attention at both levels and in the mid block; h has 256 entries, an image 192."""
     kinds = {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2}
-    unet = random_unet(**{"attention_head_dim": 4, **kinds, **config}, seed=seed).requires_grad_(True)
-    for parameter in unet.parameters():
-        if parameter.ndim > 1:
-            parameter.data *= 1.5  # a stronger network, whose Jacobian changes with x_t
-    return wb.wrap(unet, DDPMScheduler(), name="small", device="cpu")
+
+    def make(**config) -> wb.Model:
+        unet = make_unet(**{"attention_head_dim": 4, **kinds, **config})
+        for parameter in unet.parameters():
+            if parameter.ndim > 1:
+                parameter.data *= 1.5  # a stronger network, whose Jacobian changes with x_t
+        return wb.wrap(unet, DDPMScheduler(), name="small", device="cpu")
+
+    return make
 
 
 def half_mask(*columns: slice, shape=(8, 8)) -> tuple[np.ndarray, torch.Tensor]:
@@ -44,7 +49,7 @@ def half_mask(*columns: slice, shape=(8, 8)) -> tuple[np.ndarray, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model() -> wb.Model:
+def model(small_model) -> wb.Model:
     return small_model()
 
 
@@ -86,7 +91,7 @@ def assert_matches(found: JacobianSpectrum, J: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("time", ["default", "scale_shift"])
 @pytest.mark.parametrize("tap", ["after", "middle", "before"])
-def test_the_spectrum_is_the_dense_ones(tap, time):
+def test_the_spectrum_is_the_dense_ones(tap, time, small_model):
     """sigma to 1e-4 and the space of vectors to 1e-3 rad, with attention everywhere, at every tap."""
     model = small_model(resnet_time_scale_shift=time).tapped(tap)
     run = wb.sample(model, [5], steps=STEPS, progress=False)
@@ -154,18 +159,17 @@ def test_lean_operations_have_the_derivatives_of_torchs(f, width):
 
 
 @pytest.mark.parametrize("block", [None, 9])
-def test_the_network_runs_once(model, run, block, monkeypatch):
+def test_the_network_runs_once(model, run, block):
     """The encoder once, and the decoder once for each vector of a block, whatever the number of products."""
-    seen = {"encode": [], "decode": []}
-    for name, calls in seen.items():
-        def counted(self, x, *args, call=getattr(type(model), name), calls=calls):
-            calls.append(len(x.h if hasattr(x, "h") else x))
-            return call(self, x, *args)
-
-        monkeypatch.setattr(type(model), name, counted)
-    found = find_jacobian(model, run, t=T_FOUND, k=3, block=block, progress=False)
+    seen = {"conv_in": [], "conv_out": []}
+    with contextlib.ExitStack() as hooks:
+        for name, passed in seen.items():
+            layer = getattr(model.unet.unet, name)
+            hook = layer.register_forward_hook(lambda _, x, y, passed=passed: passed.append(len(y)))
+            hooks.callback(hook.remove)
+        found = find_jacobian(model, run, t=T_FOUND, k=3, block=block, progress=False)
     assert found.iterations > 2
-    assert seen["encode"] == [1] and sum(seen["decode"]) == (block or 1)
+    assert seen["conv_in"] == [1] and sum(seen["conv_out"]) == (block or 1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_the_network_runs_once(model, run, block, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("fused", [True, False])
-def test_every_layer_of_the_unet_has_its_products(config, fused):
+def test_every_layer_of_the_unet_has_its_products(config, fused, small_model):
     """Kinds of blocks, attention (fused and written out), resampling and activations, against the dense Jacobian."""
     model = small_model(seed=3, **config)
     for layer in model.unet.unet.modules():
@@ -218,8 +222,6 @@ def test_a_mask_only_removes_rows_and_a_full_one_none(model, run, shape):
     np.testing.assert_allclose(full.singular_values, free.singular_values, rtol=1e-6)
     record, whole = (spectrum[0].provenance["parameters"]["mask"] for spectrum in (found, full))
     assert record["outputs"] == int(rows.sum()) and record["sha256"] != whole["sha256"]
-
-
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
@@ -302,8 +304,6 @@ def test_each_is_a_direction_for_all_of_the_runs_timesteps(model, run, tmp_path)
     assert loaded.provenance == first.provenance
     edited = wb.sample(model, [5], steps=STEPS, delta_h=first.delta(3.0), progress=False)
     assert (edited.x0 - run.x0).abs().max() > 1e-3
-
-
 
 
 def test_one_unit_is_one_sigma_of_a_population(model, run, tmp_path):
@@ -416,7 +416,7 @@ def refused(model, run, match, *, find=find_jacobian, **arguments):
         find(model, run, **{"t": T_FOUND, "progress": False, **arguments})
 
 
-def test_errors_say_what_to_do(model, run):
+def test_errors_say_what_to_do(model, run, small_model):
     refused(model, wb.sample(model, range(2), steps=2, progress=False), r"has 2; give run\[0\]")
     refused(small_model(seed=1), run, model.hash)
     half = wb.wrap(model.unet.unet, model.schedule, name="small", device="cpu", dtype="bfloat16")
