@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from originals import DDPMDelta, GuidedDelta, randomised
-from test_session import planted
+from planted import planted
 
 import workbench as wb
 from workbench.directions.asyrp import DeltaFunction, load_asyrp

@@ -24,7 +24,7 @@ from originals import Guided, randomised
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.svm import SVC
-from test_session import planted
+from planted import planted
 
 import workbench as wb
 from workbench import cli, paths

@@ -103,7 +103,7 @@ def test_random_labels_are_separable_by_chance_alone(run):
 
 def test_commitment_is_that_of_the_exact_posterior(run, classifier):
     copies = 8
-    found = find(run, criterion="commit", classifier=classifier, n=150, copies=copies, grid=run.timesteps[::2])
+    found = find(run, criterion="commit", classifier=classifier, n=75, copies=copies, grid=run.timesteps[::2])
     larger = np.maximum(np.arange(copies + 1), copies - np.arange(copies + 1)) / copies
 
     def committed(t: int) -> float:
@@ -120,7 +120,7 @@ def test_commitment_is_that_of_the_exact_posterior(run, classifier):
     expected = np.array([committed(t) for t in found.curve.index])
     assert np.abs(found.curve["value"] - expected).max() < 0.12
     assert abs(found.t - crossing(committed, 0.5, found.curve.index)) <= 2 * STEP
-    assert found.reached and found.threshold == 0.5 and found.n == 150
+    assert found.reached and found.threshold == 0.5 and found.n == 75
 
 
 def test_the_prediction_error_is_that_of_the_exact_posterior():

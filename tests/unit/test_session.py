@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from planted import planted, planted_boundary
 
 import workbench as wb
-from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, load_direction, random_like
 from workbench.editing.edits import Shift
 from workbench.studio.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
@@ -38,20 +38,6 @@ def run(tiny):
     return wb.sample(tiny, range(3), steps=STEPS, record_h=True, progress=False)
 
 
-def planted(model, run, seed, name):
-    provenance = {
-        "model": model.provenance(),
-        "etas": list(run.etas),
-        "method": "planted",
-        "parameters": {},
-        "seeds": [],
-    }
-    delta = torch.randn(run.steps, *model.h_shape, generator=torch.Generator().manual_seed(seed))
-    sigma = run.h.values.flatten(2).norm(dim=2).mean(dim=1) / delta.flatten(1).norm(dim=1)
-    delta = delta * sigma.view(-1, 1, 1, 1)
-    return Direction.from_delta(delta, timesteps=run.timesteps, name=name, provenance=provenance)
-
-
 @pytest.fixture(scope="module")
 def smile(tiny, run):
     return planted(tiny, run, 1, "smile")
@@ -63,13 +49,8 @@ def hair(tiny, run):
 
 
 @pytest.fixture(scope="module")
-def boundaries(tiny, run):
-    found = []
-    for seed, (space, shape) in enumerate((("h", tiny.h_shape), ("x", tiny.image_shape))):
-        normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        about = {"model": tiny.provenance(), "method": "planted", "parameters": {}}
-        found.append(Boundary(normal / normal.norm(), 0.5, T, space, "beard", about))
-    return found
+def boundaries(tiny):
+    return [planted_boundary(tiny, space, T, seed=seed, intercept=0.5) for seed, space in enumerate("hx")]
 
 
 def classify(images):
@@ -361,12 +342,8 @@ def test_a_dropped_image_is_inverted_and_scale_zero_gives_it_back(session, tmp_p
         session.set_eta(0.5)
     samples = len(session.samples)
     (tmp_path / "text.png").write_text("not a picture")
-    for source, kind in (
-        (tmp_path / "text.png", ValueError),
-        (b"nor this", ValueError),
-        ("none.png", FileNotFoundError),
-    ):
-        with pytest.raises(kind, match="image"):
+    for source in (tmp_path / "text.png", b"nor this", "none.png"):
+        with pytest.raises(FileNotFoundError if source == "none.png" else ValueError, match="image"):
             session.add_image(source)
     assert len(session.samples) == samples
 
