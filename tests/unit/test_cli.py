@@ -22,9 +22,9 @@ import typer
 from notebook_files import write_notebook
 from originals import Guided, randomised
 from PIL import Image
+from planted import planted
 from safetensors.torch import load_file
 from sklearn.svm import SVC
-from planted import planted
 
 import workbench as wb
 from workbench import cli, paths
