@@ -1,6 +1,6 @@
 """The `workbench` command: thin shells around the functions of the package.
 
-Errors of the user's making are one sentence on stderr and exit status 2; a notebook that fails is status 1.
+A usage error is one sentence on stderr and exit status 2; a failing notebook is exit status 1.
 """
 
 import os
@@ -18,11 +18,11 @@ from workbench.commands.options import OutFolder, Parameters, app, assignments, 
 
 EXAMPLES = """\b
 examples:
-  workbench models                                what can be loaded, and what it needs
+  workbench models                                models to load, and their requirements
   workbench sample avataaars32 -o samples.png     images
   workbench extract avataaars32 --n 512           their h-space, on disk
   workbench find pca avataaars32 --k 5            directions in it, saved under data/directions
-  workbench studio --model avataaars32            edits by sliders, in the browser
+  workbench studio --model avataaars32            edit with sliders in the browser
   workbench run 20_geometry -p n 512              a notebook as a report; --list shows its parameters
   workbench report                                all notebooks, and reports/index.html
 """
@@ -35,9 +35,9 @@ def _start(debug: Annotated[bool, Option("--debug", help="show the traceback of 
 
 @command("run", example="workbench run 10_extract -p n 512 -p steps 20\n  workbench run 10_extract --list")
 def run(
-    notebook: Annotated[str | None, Argument(help="name or its number, e.g. 10_extract or 10")] = None,
+    notebook: Annotated[str | None, Argument(help="name or number, e.g. 10_extract or 10")] = None,
     parameter: Parameters = None,
-    show: Annotated[bool, Option("--list", help="list its parameters, or without one the notebooks")] = False,
+    show: Annotated[bool, Option("--list", help="list its parameters; without a notebook, list all")] = False,
     out: Annotated[str | None, Option("-o", "--out", help="executed notebook (default: reports/NAME.ipynb)")] = None,
 ):
     """Run one notebook as a report, or list its parameters."""
@@ -57,15 +57,15 @@ def run(
 
 @command("figure", example="workbench figure haas-fig4 -p n 128 --out figures\n  workbench figure --list")
 def figure(
-    names: Annotated[list[str] | None, Argument(help="of `workbench figure --list`, or all")] = None,
-    show: Annotated[bool, Option("--list", help="what there is, what it shows and in which notebook")] = False,
+    names: Annotated[list[str] | None, Argument(help="names from `workbench figure --list`, or all")] = None,
+    show: Annotated[bool, Option("--list", help="list the figures with their notebooks and titles")] = False,
     profile: Annotated[str | None, Option(help="parameters of the notebooks, from profiles/PROFILE.yaml")] = None,
     parameter: Parameters = None,
     out: OutFolder = "figures",
 ):
     """Draw a figure of the papers, with its numbers.
 
-    The notebook that has it runs; the figure is written as PDF, SVG and PNG, its numbers as JSON.
+    Runs the notebook of the figure; writes the figure as PDF, SVG and PNG, and its numbers as JSON.
     """
     from workbench.report import figures
 
@@ -81,15 +81,13 @@ def figure(
 
 @command("report", example="workbench report --profile full --only 00 10")
 def report(
-    profile: Annotated[str, Option(help="a file of profiles/: quick is a first look, standard and full are more")] = (
-        "quick"
-    ),
-    jobs: Annotated[int | None, Option(help="notebooks side by side (default: as cores and memory allow)")] = None,
-    only: Annotated[list[str] | None, Option(metavar="NOTEBOOK...", help="these notebooks only")] = None,
+    profile: Annotated[str, Option(help="a file of profiles/: quick (minutes), standard, full (hours), ...")] = "quick",
+    jobs: Annotated[int | None, Option(help="notebooks run in parallel (default: as cores and memory allow)")] = None,
+    only: Annotated[list[str] | None, Option(metavar="NOTEBOOK...", help="run only these notebooks")] = None,
 ):
     """Run the notebooks, and write reports/index.html."""
     start = time.monotonic()
-    from workbench.report import reports  # seconds, which count
+    from workbench.report import reports  # takes seconds, part of the reported time
 
     before = set(paths.cache().glob("*.zarr"))
     reports.report(profile, only=only, jobs=jobs, since=start)
@@ -101,8 +99,8 @@ def report(
 @command("sweep", example="workbench sweep seeds.yaml --workers 2")
 def sweep(
     file: Annotated[str, Argument(help="YAML file with notebooks, common, matrix and timeout")],
-    workers: Annotated[int | None, Option(help="runs at once here (default: by cores and memory)")] = None,
-    scheduler: Annotated[str | None, Option(help="of dask, such as tcp://host:8786, for workers elsewhere")] = None,
+    workers: Annotated[int | None, Option(help="parallel runs here (default: as cores and memory allow)")] = None,
+    scheduler: Annotated[str | None, Option(help="address of a dask scheduler, such as tcp://host:8786")] = None,
 ):
     """Run notebooks over a matrix of parameters, in parallel."""
     from workbench.report.sweep import sweep
@@ -120,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
     formatted = warnings.formatwarning
-    # A warning is one sentence here, as an error is.
+    # Warnings print as one sentence, like errors.
     warnings.formatwarning = lambda message, *_, **__: f"workbench: {message}\n"
     group = typer.main.get_command(app)
     try:
@@ -148,12 +146,12 @@ def main(argv: list[str] | None = None) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         text = " ".join(error.format_message().split()).removesuffix(".")
-        # Of a value that is no number, typer says what it should be, but not what it is.
+        # For a value that is not a number, typer names the expected type but not the value.
         details = error.__cause__.errors()[0] if hasattr(error.__cause__, "errors") else {}
         given = f" (given: {details['input']!r})" if details.get("type", "value_error") != "value_error" else ""
         name = error.ctx.command_path if getattr(error, "ctx", None) else "workbench"
         return f"{text.replace('Value error, ', '')}{given}; see `{name} --help`"
-    # An OSError's own text leads with its number; the sentence is in strerror where there is one.
+    # The text of an OSError begins with its number; strerror, if set, is the sentence alone.
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
         return f"{error.filename}: {text}"

@@ -1,4 +1,4 @@
-"""How good a model's samples are, measured against held-out images, and written down in its model card."""
+"""Evaluate a model's samples against held-out images, for its model card."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ HALVINGS = 5
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The quality of a model's samples; made by `evaluate_model`.
+    """Quality of a model's samples; made by `evaluate_model`.
 
     Attributes
     ----------
     distances : DataFrame
-        One row a feature space and measure ("frechet", "kernel"): `generated`, the distance of samples to one half of
-        the held-out images, and `real`, that of the other half to it, of as many each; means over halvings, with their
-        ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real, for "frechet"
-        (the kernel distance of real images is 0 on average).
+        One row per feature space and measure ("frechet", "kernel"): `generated`, the distance of samples to one half of
+        the held-out images, and `real`, the distance of the other half to it, with as many each; means over halvings,
+        with their ranges `generated_low`, `generated_high`, `real_low`, `real_high`; and `ratio`, generated / real, for
+        "frechet" (the kernel distance of real images is 0 on average).
     coverage : DataFrame
-        One row a feature space: precision and recall of samples, and of the other half, each an `Estimate`.
+        One row per feature space: precision and recall of samples, and of the other half, each an `Estimate`.
     frequencies : DataFrame
-        See `attribute_frequencies`; `drawn` is what the judge finds among the held-out images.
+        See `attribute_frequencies`; `drawn` is the judge's frequency among the held-out images.
     pairs : DataFrame
         See `joint_frequencies`.
     copies : Estimate or None
         Share of samples nearer to a training image than to a held-out one, in pixels; None without training images.
     copies_real : Estimate or None
-        The same of held-out images that were not compared with.
+        The same share for held-out images not used in the comparison.
     inversion : ndarray of shape (k,), dB
-        Peak signal-to-noise ratio of held-out images and what DDIM inversion reconstructs of them.
+        Peak signal-to-noise ratio of DDIM inversion's reconstruction of held-out images.
     images : Tensor of shape (n, C, H, W)
         The samples.
     about : dict
         Model, settings and numbers of images.
     nearest : Tensor of shape (2, 10, C, H, W) or None
-        The ten samples that are nearest to a training image, above that image.
+        The ten samples nearest to a training image, above that image.
     """
 
     distances: pd.DataFrame
@@ -79,7 +79,7 @@ class Evaluation:
     nearest: torch.Tensor | None = field(repr=False)
 
     def to_markdown(self) -> str:
-        """Section of a model card."""
+        """Format as a section of a model card."""
         a = self.about
         recipe = a["expected"] == "recipe"
         expected = "the recipe's probability" if recipe else "the frequency among the held-out images"
@@ -144,7 +144,7 @@ class Evaluation:
         )
 
     def numbers(self) -> dict:
-        """All numbers, for a file."""
+        """All numbers, as JSON values."""
         copies = {"generated": self.copies, "real": self.copies_real}
         return {
             "about": self.about,
@@ -161,9 +161,9 @@ class Evaluation:
         }
 
     def write(self, folder: str | Path) -> Path:
-        """Put the numbers into the folder's `evaluation.json` and into its model card, in place of earlier ones.
+        """Write the numbers to the folder's `evaluation.json` and model card, replacing earlier ones.
 
-        A card that has no such section gets it at its end; a folder without a card gets one. Returns the card.
+        A card without this section gets it at the end; a folder without a card gets one. Returns the card.
         """
         folder = writable(folder, folder=True)
         card = folder / CARD
@@ -200,25 +200,26 @@ def evaluate_model(
     ----------
     model : Model
     images : LabelledImages
-        Held out, of the model's size, 8 or more.
+        Held-out images, 8 or more, at the model's size.
     classifiers : sequence of Classifier
-        Their features are the spaces that distances are measured in; the last one is the judge of attributes.
+        Distances are measured in the space of their features; the last one judges attributes.
     training : LabelledImages or Tensor of shape (k, C, H, W) with values in [-1, 1], or a list of these, optional
-        What the model was trained on, for the memorisation check.
+        Training images of the model, for the memorisation check.
     frequencies : mapping of attribute to probability, optional
-        What to expect of samples. Default: the frequencies of the held-out images' labels, where the judge knows them.
+        Expected frequencies in samples. Default: the frequencies of the held-out images' labels, for attributes of the
+        judge.
     pairs : mapping of (attribute, attribute) to 4 probabilities, optional
         See `joint_frequencies`. `domain_of("avataaars")` has both for the bundled images.
     n : int, default 2000
-        Samples, of the seeds from `seed` on. Distances take as many of them as half of the held-out images.
+        Number of samples, with seeds from `seed` on. Distances use as many as half of the held-out images.
     steps, eta
-        Of the samples; see `sample`. Fewer steps give a larger distance.
+        Steps and eta of the samples; see `sample`. Fewer steps give a larger distance.
     seed : int
-        Of the samples, and of what is drawn here.
+        First seed of the samples, and seed of random choices here.
     n_inverted, inversion_steps : int
-        Held-out images that are inverted, or 0 for none, and the steps.
+        Number of held-out images to invert (0 for none), and the steps.
     samples : Tensor of shape (n, C, H, W), optional
-        These samples, if they were drawn before with these seeds, steps and eta.
+        Samples drawn before with these seeds, steps and eta.
     batch_size : int, optional
     progress : bool
 
@@ -229,7 +230,7 @@ def evaluate_model(
     Raises
     ------
     ValueError
-        If the images are of another size, there are too few of them or of samples, the samples are not `n`, or
+        If the images have another size, there are too few images or samples, the number of samples is not `n`, or
         `n_inverted` is negative.
     """
     if n_inverted < 0:

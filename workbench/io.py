@@ -1,4 +1,4 @@
-"""What every room needs: files that appear whole, provenance, and messages that are worded once."""
+"""Shared helpers: atomic files, provenance, and common error messages."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def commit() -> str | None:
 
 
 def provenance_mismatch(own: dict, other: dict) -> str:
-    """What differs between the provenances of two models, besides name, weights and tap; empty if nothing does.
+    """Difference between the provenances of two models, besides name, weights and tap; empty if there is none.
 
     What one of them does not record (older files, arrays) is no difference.
     """

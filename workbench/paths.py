@@ -23,7 +23,7 @@ def is_address(path: str | os.PathLike) -> bool:
 
 
 def place(path: str | os.PathLike) -> Path | str:
-    """What is named by a path that a user gives.
+    """Resolve a path given by a user.
 
     Parameters
     ----------

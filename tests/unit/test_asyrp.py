@@ -230,7 +230,7 @@ def test_the_interval_of_a_model_is_that_of_its_distances(wide, run):
         assert p[t] == pytest.approx(distance(p_t, inverted.x0).mean() / unit, rel=1e-4)
     level = (p.iloc[1] + p.iloc[2]) / 2
     assert find_interval(inverted, distance=distance, levels=(level, 1e-6), progress=False).t_edit == p.index[2]
-    with pytest.raises(ValueError, match="P_t comes to .* from the image, never to 1e"):
+    with pytest.raises(ValueError, match="P_t reaches .* from the image, never 1e"):
         find_interval(inverted, distance=distance, levels=(1e6, 1.0), progress=False)
     with pytest.raises(ValueError, match="needs levels="):
         find_interval(inverted, distance=distance)

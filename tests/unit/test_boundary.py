@@ -368,8 +368,8 @@ def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, 
         ({"model": other}, "belongs to the model 'tiny'.*'other'"),
         ({"model": run.model.tapped("before")}, "h 'after' the mid block, this model has it 'before'"),
         ({"model": rescheduled}, "another noise schedule than this model"),
-        ({"t": 250}, "timestep 500, asked for is 250"),
-        ({"space": "x"}, "space h, asked for is x"),
+        ({"t": 250}, "timestep 500, not 250"),
+        ({"space": "x"}, "space h, not x"),
     ):
         with pytest.raises(ValueError, match=message):
             load_boundary(path, **options)
@@ -420,7 +420,7 @@ def test_samples_that_do_not_fit_are_refused(run, labels, store, boundary, tmp_p
         (r"\(3, 7\) don't fit Bright, .*\(n, 16", lambda: boundary.distance(np.zeros((3, 7)))),
         ("finite and of shape", lambda: boundary.move(run.h.at(500), to=np.nan)),
         ("mode 'jump' is not known", lambda: boundary.move(run.h.at(500), to=1.0, mode="jump")),
-        ("lie in each other's span", lambda: move_jointly(pair[0], [pair[1], pair[1]], to=[0.0, 1.0])),
+        ("linearly dependent", lambda: move_jointly(pair[0], [pair[1], pair[1]], to=[0.0, 1.0])),
         ("within one space and timestep", lambda: boundary.orthogonal_to(fit_boundary(run, labels, t=250))),
         ("at least one other", lambda: boundary.orthogonal_to()),
         ("takes a DataFrame", lambda: fit_boundaries(run, labels, t=500)),

@@ -206,6 +206,17 @@ def test_a_grid_of_different_edits_is_each_of_them(tiny, run, direction):
         torch.testing.assert_close(images, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_any_edit_runs_by_itself(tiny, run):
+    """As a trajectory from its timestep on; scale 0 is the sample."""
+    t, vector = run.timesteps[2], torch.ones(tiny.image_shape)
+    move = MoveX(vector, t, "x")
+    edited = edit(tiny, run, move, scale=0.5, progress=False)
+    assert edited.timesteps == run.timesteps[2:] and torch.equal(edited.x_T, run.x_at(t) + 0.5 * vector)
+    grid = render(run, move, [0.5], progress=False).images[:, 0]
+    torch.testing.assert_close(edited.x0, grid, atol=1e-4, rtol=1e-4)
+    assert torch.equal(edit(tiny, run, move, scale=0.0, progress=False).x0, run.x0)
+
+
 def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
     a = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     b = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(1)) * 7

@@ -191,9 +191,9 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
         ([], 2, "at least one other direction"),
         (["green"], 0, "at least one round"),
         (["green", "blue"], 1, "there is no attribute 'blue'; the scores have red, green, none"),
-        (["none"], 1, "direction of none changes none at scale 2 by .*too small to be told from nothing"),
+        (["none"], 1, "direction of none changes none at scale 2 by .*not distinguishable from 0"),
         (["green", "none"], 1, "direction of none changes none"),
-        (["green", "again"], 1, "too much alike"),
+        (["green", "again"], 1, "too similar"),
     ],
 )
 def test_effects_that_can_not_be_cancelled_are_refused(tiny, run, directions, names, rounds, message):

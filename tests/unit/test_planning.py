@@ -131,7 +131,7 @@ def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(cap
         (["--gpu", "h100", "--n", "0"], "n is 0; give 1 or more"),
         (["--model", "nowhere"], "nowhere"),
         (["--rate", "0"], "--rate is 0; give passes a second"),
-        (["--model", __file__], "is a file, whose network is not known before it is read"),
+        (["--model", __file__], "is a file, and its network is unknown"),
     ],
 )
 def test_bad_plans_are_sentences(words, sentence, capsys):

@@ -217,7 +217,7 @@ class TestScatter:
             (np.zeros((0, 2)), {}, "at least one point"),
             (np.full((12, 2), np.inf), {}, "NaN or infinite"),
             (np.zeros((11, 2)), {}, "12 images for 11 points"),
-            (np.zeros((12, 2)), {"color": np.zeros(3)}, "one value a point"),
+            (np.zeros((12, 2)), {"color": np.zeros(3)}, "one value per point"),
             (np.zeros((12, 2)), {"color": [str(i) for i in range(12)]}, "12 categories"),
         ],
     )

@@ -379,7 +379,7 @@ def test_a_planted_direction_is_found_in_x_T_too(store, table, axes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"counts": []}, r"counts are \[\]; of 'A' 1 to [0-9]+ examples of each class can be drawn"),
+        ({"counts": []}, r"counts are \[\]; draw 1 to [0-9]+ examples of each class of 'A'"),
         ({"counts": [0, 4]}, r"counts are \[0, 4\]"),
         ({"counts": [4, 200]}, r"counts are \[4, 200\]"),
         ({"draws": 0}, "draws is 0"),

@@ -342,7 +342,7 @@ def test_a_model_whose_checkpoint_was_deleted_is_not_trained_over(images, traine
     about = json.loads((out / "training.json").read_text())
     assert all(path.read_bytes() == content for path, content in before.items())
     (out / "training.json").write_text(json.dumps(about | {"step": 10}))
-    with pytest.raises(FileNotFoundError, match="stands at step 10 of 20 and its checkpoint is gone"):
+    with pytest.raises(FileNotFoundError, match="is at step 10 of 20 and its checkpoint is missing"):
         train_model(images, out=out, resume=True, **QUIET)
     assert wb.load_model(out, device="cpu").hash == about["hash"]
 

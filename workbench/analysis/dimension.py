@@ -76,7 +76,7 @@ def dimensions_over_time(h_by_t: Any, **options) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row a timestep and estimator: `t`, `estimator`, `value`, `low`, `high`, `n`.
+        One row per timestep and estimator: `t`, `estimator`, `value`, `low`, `high`, `n`.
     """
     by_t = over_timesteps(h_by_t, samples=FEWEST, progress="dimension")
     tables = {t: dimensions(h, **options) for t, h in by_t}

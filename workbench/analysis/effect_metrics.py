@@ -1,4 +1,4 @@
-"""What an edit does to the scores of attributes: mean changes, entanglement, leakage, success, shape of the response.
+"""Effects of an edit on the scores of attributes: mean changes, entanglement, leakage, success, shape of the response.
 
 Scores are DataFrames of shape (n, attributes), probabilities in [0, 1]; rows are samples, in the same order before and
 after.
@@ -79,7 +79,7 @@ def effect_matrix(
 def entanglement_index(effects: EffectMatrix) -> pd.DataFrame:
     """How much a direction changes besides the attribute of its name: sum over b != a of |E_ab| / |E_aa|.
 
-    One row a direction: `index`, 0 if nothing else changes and inf if its own attribute does not, with its 95%
+    One row per direction: `index`, 0 if nothing else changes and inf if its own attribute does not, with its 95%
     bootstrap interval `low`, `high`. The absolute values of noise don't cancel: with few samples it is too large.
     """
     names = effects.mean.index
@@ -110,7 +110,7 @@ def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row a direction
+    DataFrame, one row per direction
         `leak`, and `reduction`, the share of the first direction's leak that is gone, in (-inf, 1]; each with its 95%
         bootstrap interval (`leak_low`, `leak_high`, `reduction_low`, `reduction_high`). The absolute values of noise
         don't cancel: with few samples a small leak is too large and its reduction too small.

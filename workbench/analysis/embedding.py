@@ -59,7 +59,7 @@ class Embedding:
         """Where other samples (m, ...) of the same timestep lie in this map, (m, k); of PCA and UMAP alone."""
         if self._transform is None:
             name = METHODS[self.method]
-            raise ValueError(f"{name} has no place for samples that it was not fitted on; take PCA or UMAP")
+            raise ValueError(f"{name} can't map new samples; use PCA or UMAP")
         return np.asarray(self._transform(check_samples(h, fewest=1)), dtype=np.float64)
 
     @property
@@ -68,7 +68,7 @@ class Embedding:
         return [f"{METHODS[self.method]} {i + 1}" for i in range(self.points.shape[1])]
 
     def frame(self, **columns) -> pd.DataFrame:
-        """One row a sample: `sample`, the axes, and `columns` (arrays of length n, to colour by)."""
+        """One row per sample: `sample`, the axes, and `columns` (arrays of length n, to colour by)."""
         points = pd.DataFrame(self.points, columns=self.axes)
         points.insert(0, "sample", np.arange(len(points)))
         return points.assign(**{name: np.asarray(values) for name, values in columns.items()})
@@ -102,7 +102,7 @@ class JointEmbedding:
         return np.stack(list(self.points.values()), axis=1)
 
     def frame(self, **columns) -> pd.DataFrame:
-        """One row a sample and timestep: `sample`, `t`, the axes, and `columns` (arrays of length n)."""
+        """One row per sample and timestep: `sample`, `t`, the axes, and `columns` (arrays of length n)."""
         columns = {name: np.asarray(values) for name, values in columns.items()}
         tables = {t: pd.DataFrame(xy, columns=self.fit.axes).assign(**columns) for t, xy in self.points.items()}
         return pd.concat(tables, names=["t", "sample"]).swaplevel().reset_index()
@@ -241,7 +241,7 @@ def map_quality(
     Returns
     -------
     DataFrame
-        One row a measure: `measure`, `attribute`, `space` ("map" or "h"), `value`, `low` and `high` (95% interval),
+        One row per measure: `measure`, `attribute`, `space` ("map" or "h"), `value`, `low` and `high` (95% interval),
         `chance` (its exact expectation for a map without any relation to h) and `n`.
 
     Raises

@@ -33,7 +33,7 @@ def peak_signal_to_noise(images: np.ndarray, others: np.ndarray, *, mask: np.nda
 
 
 def perceptual_distance(maps: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
-    """Distance of a network's feature maps (n, C_l, H_l, W_l), one a layer, pair by pair (Zhang et al. 2018, eq. 1).
+    """Distance of a network's feature maps (n, C_l, H_l, W_l), one per layer, pair by pair (Zhang et al. 2018, eq. 1).
 
     At every pixel of every layer both feature vectors are scaled to length 1; their squared difference is averaged
     over the pixels, and summed over the layers. All channel weights are 1: LPIPS has weights that were fitted to human
@@ -276,7 +276,7 @@ def attribute_frequencies(labels: pd.DataFrame, expected: Mapping[str, float]) -
 def joint_frequencies(labels: pd.DataFrame, expected: Mapping[tuple[str, str], Sequence[float]]) -> pd.DataFrame:
     """The same for pairs of attributes (a, b): the joint frequencies of neither, b alone, a alone, and both.
 
-    One row a pair: `expected` and `found`, each four times (second level of columns: `00`, `01`, `10`, `11`), and
+    One row per pair: `expected` and `found`, each four times (second level of columns: `00`, `01`, `10`, `11`), and
     `distance`, the total variation, half the sum of the absolute differences.
     """
     rows = []

@@ -26,9 +26,9 @@ class Estimate:
     Attributes
     ----------
     value, low, high : float
-        NaN as ends where too few samples give no interval.
+        The ends are NaN if there are too few samples for an interval.
     n : int
-        Number of samples behind it.
+        Number of samples.
     """
 
     value: float

@@ -22,7 +22,7 @@ RADIUS_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def gaussian_reference(n: int, d: int) -> dict[str, float]:
-    """What `latent_statistics` gives on average for n samples of N(0, I_d), d > 10 or so.
+    """Expected `latent_statistics` of n samples of N(0, I_d), d > 10 or so.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class LatentStatistics:
     ks_projections: pd.DataFrame = field(repr=False)
 
     def table(self) -> pd.DataFrame:
-        """The numbers beside those of N(0, I_d): columns `value` and `gaussian`, one row a number."""
+        """The numbers beside those of N(0, I_d): columns `value` and `gaussian`, one row per number."""
         reference = pd.Series(gaussian_reference(int(self.values.n), int(self.values.d)))
         values = self.values.reindex(reference.index).dropna()
         return pd.DataFrame({"value": values, "gaussian": reference[values.index]})

@@ -37,13 +37,13 @@ class MixingStep:
         95% interval of t, of visited timesteps.
     criterion : str
     curve : DataFrame
-        Indexed by `t`, noisiest first: `value`, `low` and `high` (95% interval), and what else the criterion measures.
+        Indexed by `t`, noisiest first: `value`, `low` and `high` (95% interval), and further measurements.
     threshold : float
         Value that the curve is compared with; of the criterion "edit" its maximum less a standard error.
     reached : bool
         Whether the curve meets the threshold at all. If not, t is where it comes closest.
     quantity : str
-        What `value` is, with its unit.
+        Meaning of `value`, with its unit.
     n : int
         Number of samples.
     alpha_bars : ndarray of shape (T,)
@@ -70,7 +70,7 @@ class MixingStep:
         return equal_log_snr(self.t, self.alpha_bars, alpha_bars)
 
     def row(self) -> dict[str, object]:
-        """For a table with one row a criterion."""
+        """For a table with one row per criterion."""
         low, high = self.interval
         row = {"criterion": self.criterion, "t": self.t, "low": low, "high": high, "log_snr": self.log_snr}
         return row | {name: getattr(self, name) for name in ("reached", "threshold", "quantity", "n")}
@@ -102,7 +102,7 @@ def equal_log_snr(t: int, alpha_bars: Sequence[float], other: Sequence[float]) -
 
 
 def agreement(steps: Iterable[MixingStep]) -> pd.DataFrame:
-    """What the criteria say, side by side.
+    """Compare the results of the criteria.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def agreement(steps: Iterable[MixingStep]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row a criterion, as `MixingStep.row`, and `agrees_with`: the other criteria whose 95% intervals overlap.
+        One row per criterion, as `MixingStep.row`, and `agrees_with`: the other criteria whose 95% intervals overlap.
     """
     steps, agreeing = list(steps), []
     for a in steps:

@@ -1,7 +1,7 @@
-"""Linear probes: the one place for discriminants, support vector machines and regressions, and for what they need.
+"""Linear probes: discriminants, support vector machines, regressions, and the number of samples they need.
 
 There are far fewer samples than dimensions, and a probe is the same in every orthonormal basis of the samples' span. So
-everything is fitted through the matrix of inner products, which is computed once for all attributes and folds.
+all probes are fitted through the matrix of inner products, computed once for all attributes and folds.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Separability:
     shuffled: bool = False
 
     def row(self) -> dict[str, Any]:
-        """For a table with one row a probe."""
+        """For a table with one row per probe."""
         found = self.balanced_accuracy
         row = {"balanced_accuracy": found.value, "low": found.low, "high": found.high, "chance": self.chance}
         counts = {"n": len(self.correct), "n_effective": found.n}
@@ -282,7 +282,7 @@ def separability_over_time(
     Returns
     -------
     DataFrame
-        One row a timestep, attribute and kind of labels: `t`, `attribute`, `balanced_accuracy`, `low`, `high`,
+        One row per timestep, attribute and kind of labels: `t`, `attribute`, `balanced_accuracy`, `low`, `high`,
         `chance`, `accuracy`, `n`, `n_effective`, `shuffled`.
 
     Raises
@@ -302,20 +302,20 @@ def separability_over_time(
 
 
 def expected_accuracy(delta: float, d: int, n: int) -> float:
-    """Accuracy that a linear boundary reaches from n samples in d dimensions.
+    """Expected accuracy of a linear boundary from n samples in d dimensions.
 
     Two classes of n/2 samples each have isotropic noise of deviation 1, and means at a distance delta. The difference
     of the sample means has the cosine delta / sqrt(delta^2 + 4 d / n) to the true one, which gives
 
     accuracy = Phi(delta^2 / (2 sqrt(delta^2 + 4 d / n))),
 
-    and Phi(delta / 2) for n -> infinity. It holds for "mean", and for "svm" nearly, where the noise is isotropic; where
-    it is not, machines that learn its covariance ("svm", "lda") pass it with many samples.
+    and Phi(delta / 2) for n -> infinity. With isotropic noise it holds for "mean", and nearly for "svm"; otherwise
+    probes that learn the noise's covariance ("svm", "lda") exceed it with many samples.
 
     Parameters
     ----------
     delta : float
-        Distance of the means over the noise's deviation along one axis.
+        Distance of the means, divided by the noise's deviation along one axis.
     d : int
         Number of dimensions.
     n : int
@@ -329,7 +329,7 @@ def expected_accuracy(delta: float, d: int, n: int) -> float:
 
 
 def samples_needed(accuracy: float, *, delta: float, d: int) -> float:
-    """The n at which `expected_accuracy` reaches an accuracy.
+    """Number of samples at which `expected_accuracy` reaches an accuracy.
 
     Parameters
     ----------
@@ -340,7 +340,7 @@ def samples_needed(accuracy: float, *, delta: float, d: int) -> float:
     Returns
     -------
     float
-        inf if no number of samples does.
+        inf if no number of samples is enough.
     """
     q = float(norm.ppf(accuracy))
     rest = delta**4 / (4 * q**2) - delta**2

@@ -27,7 +27,7 @@ def check_samples(h: Any, *, t: int | None = None, fewest: int = 2) -> np.ndarra
     h = np.asarray(h)
     at = "" if t is None else f" at timestep {t}"
     if h.ndim < 2 or len(h) < fewest:
-        raise ValueError(f"the samples{at} have shape {h.shape}; give at least {fewest} of them, one a row")
+        raise ValueError(f"the samples{at} have shape {h.shape}; give at least {fewest}, one per row")
     h = h.reshape(len(h), -1)
     if h.dtype not in (np.float32, np.float64):
         h = h.astype(np.float32 if h.dtype == np.float16 else np.float64)
@@ -160,7 +160,7 @@ def check_classes(y: pd.Series, name: str) -> np.ndarray:
 def check_table(labels: pd.DataFrame, function: str) -> None:
     """ValueError if labels of many attributes are not a DataFrame with a column for each."""
     if not isinstance(labels, pd.DataFrame) or labels.columns.empty or not labels.columns.is_unique:
-        raise ValueError(f"{function} takes a DataFrame with one column an attribute, each of its own name")
+        raise ValueError(f"{function} takes a DataFrame with one uniquely named column per attribute")
 
 
 def matched(store: Any, values: Labels | pd.DataFrame, what: str) -> pd.Series | pd.DataFrame:
@@ -175,7 +175,7 @@ def matched(store: Any, values: Labels | pd.DataFrame, what: str) -> pd.Series |
     numbered = table.index.equals(pd.RangeIndex(n))
     if not indexed or ids is None:
         if len(table) != n:
-            raise ValueError(f"{what} are {len(table)} for {n} samples; give one a sample")
+            raise ValueError(f"{what} are {len(table)} for {n} samples; give one per sample")
         if numbered:
             return table
         raise ValueError(
@@ -212,5 +212,5 @@ def name_of(values: Labels, default: str) -> str:
 
 
 def digest_of(values: pd.Series | np.ndarray) -> str:
-    """What identifies labels or scores in the provenance."""
+    """Digest of labels or scores for the provenance."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(values, dtype=np.float64)).data).hexdigest()[:16]

@@ -109,7 +109,7 @@ def attribute_angles(h: Any, labels: Any, *, seed: int = 0) -> Angles:
     h = check_samples(h, fewest=4)
     by_name = check_labels(labels, len(h))
     if len(by_name) < 2:
-        raise ValueError(f"angles between attributes need two of them at least, not only {next(iter(by_name))!r}")
+        raise ValueError(f"angles need at least two attributes, not only {next(iter(by_name))!r}")
     axes = difference_directions(h, by_name)
     within = []
     for name, values in by_name.items():

@@ -57,7 +57,7 @@ class Spectrum:
         return float(self.weight @ self.power / self.weight.sum())
 
     def frame(self) -> pd.DataFrame:
-        """One row a frequency: `frequency`, `power`, `weight`."""
+        """One row per frequency: `frequency`, `power`, `weight`."""
         return pd.DataFrame({"frequency": self.frequency, "power": self.power, "weight": self.weight})
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ def data_spectrum(images: Any) -> Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class LinearGaussianInversion:
-    """What DDIM inversion would give if the images were Gaussian and the network exact.
+    """Result of DDIM inversion for Gaussian images and an exact network.
 
     Attributes
     ----------

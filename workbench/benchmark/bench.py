@@ -60,7 +60,7 @@ class Bench:
     def __post_init__(self) -> None:
         p = self.protocol
         if self.judge is self.labeller or (self.judge.hash is not None and self.judge.hash == self.labeller.hash):
-            raise ValueError("the judge is the labeller; whoever labels does not judge, so give another classifier")
+            raise ValueError("the judge is the labeller; give another classifier as judge")
         for what, given, known in (
             ("method", p.methods, METHODS),
             ("attribute", p.attributes, [a for a in self.judge.attributes if a in self.labeller.attributes]),
@@ -74,7 +74,7 @@ class Bench:
                 "samples or more, 1 population or more, and show no more than are held out"
             )
         if p.labelled > len(self.images) // 2:
-            raise ValueError(f"labelled is {p.labelled}; half of {len(self.images)} images must stay to compare with")
+            raise ValueError(f"labelled is {p.labelled}; keep half of {len(self.images)} images as real images")
 
     def cells(self) -> Iterator[tuple[str, str, int]]:
         """Every method, attribute and population; those of one population follow each other, as they share it."""
@@ -101,7 +101,7 @@ class Bench:
         return None not in (self.labeller.hash, self.judge.hash)
 
     def study(self, repeat: int) -> Study:
-        """What methods may learn from in one population."""
+        """Study of one population, for methods to learn from."""
         if repeat not in self._studies:
             p = self.protocol
             self._studies.clear()
@@ -157,7 +157,7 @@ class Bench:
 
     @cached_property
     def plain(self) -> dict[str, np.ndarray]:
-        """What the judge sees of the held-out samples."""
+        """Judge's readings of the held-out samples."""
         images = self.held_out.x0
         return {
             "scores": self._logits(images),
@@ -236,7 +236,7 @@ class Bench:
         return run_plans(run, [edit.plan(run, list(scales))], progress=False)[0]
 
     def _scored(self, edited: torch.Tensor, attribute: str) -> dict[str, np.ndarray]:
-        """What an edit did to the held-out samples, (n, scales) or (n, scales, ...)."""
+        """Measure the effect of an edit on the held-out samples, (n, scales) or (n, scales, ...)."""
         plain, n = self.held_out.x0.clamp(-1, 1).numpy(), len(edited)
         measured: dict[str, list] = {}
         maps = self.plain["maps"]
@@ -282,14 +282,14 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One method, attribute and population: what was measured, and how it was found.
+    """One method, attribute and population: the measurements, and the provenance of the edit.
 
     Attributes
     ----------
     tensors : dict of str -> Tensor
         Empty if the method had nothing to offer.
     about : dict
-        Name of the edit and what it cost, or why there is none (`skipped`).
+        Name and cost of the edit, or the reason why there is none (`skipped`).
     """
 
     tensors: dict[str, torch.Tensor] = field(repr=False)

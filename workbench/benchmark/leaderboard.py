@@ -51,7 +51,7 @@ def leaderboard(
     resamples: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Methods by what they achieve at the same change of the image, means over attributes.
+    """Rank methods by their success at equal change of the image, means over attributes.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def leaderboard(
 
     Returns
     -------
-    DataFrame, one row a method, best first
+    DataFrame, one row per method, best first
         `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
         `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
         changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
@@ -121,7 +121,7 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
 
     Returns
     -------
-    DataFrame, one row a method and strength
+    DataFrame, one row per method and strength
         `method`, `scale`, and `success`, `psnr_outside` (dB, of the mean squared error outside of the attribute's
         region), `identity`, `perceptual`, `leakage`, `rms`, each with `..._low` and `..._high`.
 
@@ -149,7 +149,7 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
 def by_attribute(
     edits: pd.DataFrame, *, change: float = CHANGE, value: str = "success", resamples: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """What each method achieves for each attribute at equal change.
+    """Success of each method for each attribute at equal change.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def by_attribute(
     Returns
     -------
     DataFrame
-        One row a method and attribute: `value`, `low`, `high` (95%), `n`.
+        One row per method and attribute: `value`, `low`, `high` (95%), `n`.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def by_attribute(
 
 
 def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
-    """What each method costs, means over attributes and populations.
+    """Cost of each method, means over attributes and populations.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row a method
+    DataFrame, one row per method
         `passes`, `scored`, `labels` and `seconds` to find an edit, and `edit_passes` of one, each with its 95% interval
         over attributes and populations, `..._low` and `..._high`. Of what is learned once for all attributes, the
         passes are charged to each, the seconds to the first.

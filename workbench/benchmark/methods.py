@@ -1,7 +1,7 @@
-"""Ways to find an edit for an attribute, on one footing: each is a function of a study and an attribute.
+"""Methods to find an edit for an attribute: each is a function of a study and an attribute.
 
-A method sees a `Study`: samples of the model with a labeller's scores, labelled images to invert, and nothing that the
-benchmark judges with. It returns a `Direction`, or an `editing.edits.Edit` where it moves something else than h.
+A method sees a `Study`: samples of the model with a labeller's scores, and labelled images to invert, but neither the
+judge nor the held-out samples. It returns a `Direction`, or an `editing.edits.Edit` to move something other than h.
 `register_method` adds one:
 
     @register_method("my method", scales=(0.5, 1.0, 2.0))
@@ -66,7 +66,7 @@ class Method:
     scales : tuple of float, ascending, above 0
         Strengths that the benchmark measures, in the method's own unit.
     family : str
-        What it is drawn with: one of `FAMILIES`.
+        Panel of the plots: one of `FAMILIES`.
     unit : str
         Of the scales.
     code : str
@@ -93,18 +93,18 @@ def register_method(
     family: str = "supervised, h",
     unit: str = "sigma",
 ) -> Callable[[Callable], Callable]:
-    """Decorator that adds a method to the benchmark.
+    """Add a method to the benchmark (a decorator).
 
     Parameters
     ----------
     name : str
     scales : sequence of float, above 0
-        Strengths to measure, in the method's own unit; let them reach from a change that can hardly be seen to one
-        that is too much, since methods are compared where they change the image alike.
+        Strengths to measure, in the method's own unit, from a barely visible change to an excessive one: methods are
+        compared at equal change of the image.
     family : str
         One of `FAMILIES`; methods of a family share a panel of the Pareto plot.
     unit : str
-        Of the scales.
+        Unit of the scales.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def register_method(
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What a method may learn from. What it uses is charged to `cost`, whatever the cache holds.
+    """Samples, scores and labels for a method to learn from; their use is charged to `cost`, cached or not.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ class Study:
     labeller : Classifier
         Labels samples; another one judges.
     attributes : tuple of str
-        All that the labeller knows, not those that are measured alone: what a method finds must not depend on these.
+        All attributes of the labeller, not only the measured ones: a method's result must not depend on these.
     n, seed : int
         The population: samples of the seeds `seed`, `seed` + 1, ...
     steps : int
@@ -177,7 +177,7 @@ class Study:
 
     @property
     def scores(self) -> pd.DataFrame:
-        """The labeller's probabilities, one row a sample of the population, by seed."""
+        """The labeller's probabilities, one row per sample of the population, by seed."""
         self.cost["scores"] = Counter(scored=self.n)
         return self._scores
 
@@ -216,7 +216,7 @@ class Study:
         return self.masks[attribute]
 
     def learned(self, name: str, find: Callable[[], object]) -> object:
-        """What `find` gives, computed once for all attributes."""
+        """Result of `find`, computed once for all attributes."""
         if name not in self._kept:
             self._kept[name] = find()
         return self._kept[name]
@@ -297,7 +297,7 @@ class Resampled(Shift):
 
 
 def found_edit(found: Direction | Edit) -> Edit:
-    """What a method found, as an edit of runs of any timesteps; ValueError if it is neither."""
+    """Result of a method as an edit of runs of any timesteps; ValueError if it is neither."""
     return Resampled(found) if isinstance(found, Direction) else as_edit(found)
 
 
@@ -369,7 +369,7 @@ def _spectrum(study: Study, mask: np.ndarray | None) -> JacobianSpectrum:
 
 
 def digest_of_mask(mask: np.ndarray) -> str:
-    """What a mask is known by."""
+    """Digest of a mask."""
     return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:8]
 
 
@@ -398,7 +398,7 @@ def projected(study: Study, attribute: str) -> Direction:
     study.labels(attribute)
     others = [name for name in _learnable(study, study.labels) if name != attribute]
     if not others:
-        raise NotApplicable("there is no other attribute that can be learned, to project out")
+        raise NotApplicable("no other attribute has enough samples to project out")
     found = {name: mean_difference(study, name) for name in [attribute, *others]}
     store = study.store
     rest = found[attribute].orthogonal_to(*(found[name] for name in others))
@@ -489,7 +489,7 @@ def pullback(study: Study, attribute: str) -> Edit:
 
 @register_method("LOCO", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
 def loco(study: Study, attribute: str) -> Edit:
-    """The same for the predicted image within the region, without what acts outside of it (LOCO-Edit)."""
+    """The same for the predicted image within the region, less the directions that act outside of it (LOCO-Edit)."""
     mask = study.mask(attribute)
     name = f"loco {digest_of_mask(mask)}"
     found = study.learned(name, lambda: _vectors(study, map="x->x0", mask=mask, nullspace=CANDIDATES))

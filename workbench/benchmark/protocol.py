@@ -1,4 +1,4 @@
-"""What a benchmark measures, and on how many samples."""
+"""Protocols: the methods, attributes and sample sizes of a benchmark."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ HELD_OUT = 10**9
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is measured, and on how many.
+    """Methods, attributes and sample sizes of a benchmark.
 
     Attributes
     ----------
     methods, attributes : tuple of str
     population : int
-        Samples that a method learns from.
+        Number of samples that a method learns from.
     labelled : int
-        Labelled images that a method learns from; the last ones of the set, at most half of it, stand for real images.
+        Number of labelled images that a method learns from; the last images of the set, at most half, serve as real
+        images.
     held_out : int
-        Samples that are edited. No method sees them.
+        Number of samples to edit. No method sees them.
     repeats : int
-        Populations, each of other seeds.
+        Number of populations, each with its own seeds.
     steps : int
-        Visited timesteps.
+        Number of visited timesteps.
     eta : float
     t : int
-        Timestep of methods that act at one; the nearest visited is taken.
+        Timestep of methods that act at one timestep; the nearest visited timestep is used.
     shown : int
-        Held-out samples whose edited images are kept, drawn by the seed.
+        Number of held-out samples whose edited images are kept, chosen by the seed.
     seed : int
     transfer : bool
-        Also edit samples of the population, and held-out ones with a step between each two.
+        Also edit samples of the population, and held-out samples with one step inserted between each two.
     """
 
     methods: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a benchmark measured, as tables."""
+"""Results of a benchmark, as tables."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from workbench.benchmark.protocol import Protocol
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """What was measured.
+    """Measurements of a benchmark.
 
     Attributes
     ----------
     protocol : Protocol
     edits : DataFrame
-        One row a method, attribute, population (`repeat`), strength (`scale`) and held-out sample (`seed`): the judge's
-        probability of the attribute `before` and `after`, its `logit` after; how far the image moved (`rms`), `psnr`,
-        `psnr_outside` of the attribute's region, `psnr_backdrop`, `perceptual`, `perceptual_outside`, `identity`; and
-        `change NAME`, that of every attribute's probability.
+        One row per method, attribute, population (`repeat`), strength (`scale`) and held-out sample (`seed`): the
+        judge's probability of the attribute `before` and `after`, its `logit` after; the change of the image (`rms`),
+        `psnr`, `psnr_outside` of the attribute's region, `psnr_backdrop`, `perceptual`, `perceptual_outside`,
+        `identity`; and `change NAME`, the change of every attribute's probability.
     transfer : DataFrame
-        One row a method, attribute, population and kind ("population", "other steps"): mean `effect` on samples without
-        the attribute with its 95% interval `low`, `high`, that on `held_out` ones at the same `scale` (of "other steps"
-        the same seeds), and the number of samples that the effect is of, `n`.
+        One row per method, attribute, population and kind ("population", "other steps"): mean `effect` on samples
+        without the attribute with its 95% interval `low`, `high`; the effect on `held_out` samples at the same `scale`
+        (for "other steps" with the same seeds); and the number of samples of the effect, `n`.
     realism : DataFrame
-        One row a method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
+        One row per method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
         distance of edited images from real ones, each sample with one attribute edited, with `..._low` and `..._high`;
-        `diversity` relative to the plain samples; `n`, the samples of a set. "real", as many real images against other
-        ones, and the plain samples are the floor.
+        `diversity` relative to the plain samples; `n`, the samples of a set. "real" compares as many real images with
+        other real images; it and the plain samples are the floor.
     costs : DataFrame
-        One row a method and attribute: `passes`, `scored`, `labels` to find it, `seconds` that took, and `edit_passes`
+        One row per method and attribute: `passes`, `scored`, `labels` and `seconds` to find the edit, and `edit_passes`
         of one edit.
     skipped : DataFrame
-        One row a method and attribute without a result, and the `reason`.
+        One row per method and attribute without a result, and the `reason`.
     strips : dict of (method, attribute) -> ndarray of shape (shown, 1 + scales, C, H, W), float32
-        The plain sample and its edits, of the first population.
+        The plain sample and its edits, from the first population.
     provenance : dict
     """
 

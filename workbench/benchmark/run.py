@@ -32,10 +32,10 @@ def run_benchmark(
     scheduler: str | None = None,
     progress: bool = True,
 ) -> Benchmark:
-    """Measure the methods of a protocol, or read what is measured already.
+    """Measure the methods of a protocol, or read cached measurements.
 
-    What was measured is read as long as nothing that it depends on has changed: weights, methods' code, images, labels.
-    With a classifier that is a function, which has no hash, all is measured anew, and in this process.
+    A measurement is reused as long as its inputs are unchanged: weights, methods' code, images, labels. A classifier
+    that is a function has no hash; with one, everything is measured again, in this process.
 
     Parameters
     ----------
@@ -44,13 +44,13 @@ def run_benchmark(
     labeller : Classifier
         Labels the populations.
     judge : Classifier
-        Scores the edits; not the labeller, and of the same attributes.
+        Scores the edits; not the labeller, but with the same attributes.
     images : LabelledImages
-        The first ones are learned from, the last ones stand for real images.
+        Methods learn from the first images; the last ones serve as real images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
-        Where an attribute can be.
+        Region of each attribute.
     workers : int
-        Processes that measure at the same time, each with its share of the cores; a method and population is a task.
+        Number of parallel processes, each with its share of the cores; each pair of method and population is a task.
         On a GPU, one is enough.
     scheduler : str, optional
         Address of a dask scheduler whose workers measure instead; they must see the same cache.
@@ -59,12 +59,12 @@ def run_benchmark(
     Returns
     -------
     Benchmark
-        The same for any number of workers, but for the last bits that the number of threads decides.
+        The same for any number of workers, except for the last bits, which depend on the number of threads.
 
     Raises
     ------
     ValueError
-        If the judge is the labeller, a method or attribute is not known, there are too few images or samples, or
+        If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
     bench = Bench(model, protocol, labeller=labeller, judge=judge, images=images, masks=dict(masks or {}))

@@ -20,7 +20,7 @@ boundary = opt.subcommands("boundary", "Fit boundaries at one timestep, and cros
 
 
 def save(found: Iterable, model, folder: Path, ending: str = "") -> None:
-    """Save directions or boundaries by their names; `ending` keeps apart those that were found in another way."""
+    """Save directions or boundaries under their names; `ending` tells apart those found in different ways."""
     for each in found:
         path = folder / f"{model.name.replace('/', '--')}-{paths.file_name(each.name)}{ending}.safetensors"
         print(f"{each}\n{each.save(path)}")
@@ -28,7 +28,7 @@ def save(found: Iterable, model, folder: Path, ending: str = "") -> None:
 
 @dataclasses.dataclass
 class Place:
-    """Where in the network h is read, and where what is found in it is saved."""
+    """Where the network's h is read, and where directions and boundaries are saved."""
 
     tap: opt.Tap = "after"
     out: opt.OutFound = None
@@ -72,9 +72,9 @@ def find_jacobian(
     k: Annotated[int, Option(callback=opt.positive, help="number of directions")] = 3,
     region: Annotated[str | None, Option(help="mouth, eyes, brows, hair, beard or glasses of an avatar")] = None,
 ):
-    """What one sample reacts to most (Haas et al.).
+    """Directions that change one sample most (Haas et al.).
 
-    It is the sample of --seed; n samples scale the directions.
+    --seed chooses the sample; n samples scale the directions.
     """
     from workbench.datasets.domain import find_region
     from workbench.diffusion.schedule import index_of
@@ -95,10 +95,10 @@ def find_scores(
     samples: Samples,
     place: Place,
     attributes: opt.Attributes,
-    k: Annotated[int, Option(callback=opt.positive, help="samples a side")] = 100,
+    k: Annotated[int, Option(callback=opt.positive, help="samples on each side")] = 100,
     classifier: opt.Labeller = "avataaars",
 ):
-    """From samples of lowest to those of highest score."""
+    """From the samples of lowest score to those of highest."""
     if not 2 <= k <= samples.n // 2:
         raise ValueError(f"--k is {k}; {samples.n} samples have 2 to {samples.n // 2} on a side")
     labeller = wb.load_classifier(classifier, device=samples.device)
@@ -120,9 +120,9 @@ def find_labels(
     n: opt.Count = 512,
     steps: opt.Steps = 50,
 ):
-    """From images without to those with an attribute.
+    """From images without an attribute to images with it.
 
-    The images are inverted.
+    Inverts the images first.
     """
     labelled = labels.load(images)
     check_attributes(attributes, labelled.names)
@@ -138,14 +138,14 @@ def boundary_fit(
     network: opt.Network,
     place: Place,
     labels: opt.Labels,
-    t: Annotated[int, Option(help="timestep, one of those visited")],
+    t: Annotated[int, Option(help="timestep, one of the visited ones")],
     steps: opt.Steps = 50,
     n: Annotated[int, Option(callback=opt.positive, help="number of images or samples")] = 100,
     seed: opt.Seed = 0,
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
-    classifier: Annotated[str | None, Option(help="fit on samples that this one labels, not on images")] = None,
-    positive: Annotated[str | None, Option(help="folder or zip of images with the attribute, not labels")] = None,
+    classifier: Annotated[str | None, Option(help="fit on samples labelled by this classifier, not on images")] = None,
+    positive: Annotated[str | None, Option(help="folder or zip with the attribute, instead of labels")] = None,
     negative: Annotated[str | None, Option(help="folder or zip of images without it")] = None,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     balance: Annotated[bool, Option("--balance", help="give both classes the same weight")] = False,
@@ -153,16 +153,16 @@ def boundary_fit(
 ):
     """Fit and save boundaries in x and h.
 
-    By default each attribute of two classes has one.
+    By default, fits one for each attribute with two classes.
     """
     from workbench.diffusion.schedule import index_of
 
     if (positive is None) != (negative is None):
         raise ValueError("give both --positive and --negative, the images with and without the attribute")
     if classifier is not None and positive is not None:
-        raise ValueError("--classifier labels samples of the model; leave out --positive and --negative, or it")
+        raise ValueError("--classifier labels samples; give either --classifier, or --positive and --negative")
     if positive is not None and len(attributes or []) > 1:
-        raise ValueError("two folders have one attribute between them; give its name alone as --attributes")
+        raise ValueError("--positive and --negative tell one attribute apart; give one name as --attributes")
     model = network.load(place.tap)
     visited = model.schedule.timesteps(steps)
     first = index_of(t, visited, trained=model.schedule.T)
@@ -197,24 +197,24 @@ def _pair(positive: str, negative: str, *, name: str, n: int, skip_broken: bool)
 
 
 def _with_two_classes(images) -> list[str]:
-    """Attributes that have a boundary: an angle has none, nor what hardly any image has or lacks."""
+    """Attributes with two classes of at least two images; angles and constant attributes have no boundary."""
     names = []
     for name in images.names:
         label = images.label(name)
         if label.isin([0, 1]).all() and 2 <= label.sum() <= len(label) - 2:
             names.append(name)
     if left_out := [name for name in images.names if name not in names]:
-        print(f"without a boundary, for lack of two classes or of labels: {', '.join(left_out)}")
+        print(f"no boundary, for lack of two classes or of labels: {', '.join(left_out)}")
     return names
 
 
 @command("import", app=boundary, example="workbench boundary import smile_h.sav --model celeba_hq --t 500 --space h")
 def boundary_import(
     file: Annotated[str, Argument(help=".sav file")],
-    model: Annotated[str, Option(help="the model that it was fitted with")],
-    t: Annotated[int, Option(help="timestep that it was fitted at")],
+    model: Annotated[str, Option(help="model that the boundary was fitted on")],
+    t: Annotated[int, Option(help="timestep that the boundary was fitted at")],
     space: Annotated[Literal["h", "x"], Option(help="latent space of the boundary (BoundaryDiffusion's z is x here)")],
-    name: Annotated[str | None, Option(help="of the attribute (default: of the file)")] = None,
+    name: Annotated[str | None, Option(help="name of the attribute (default: the file's)")] = None,
     out: opt.OutFound = None,
 ):
     """Read a .sav file of BoundaryDiffusion, without executing it."""
@@ -227,16 +227,16 @@ def boundary_import(
 
 @dataclasses.dataclass
 class Crossing:
-    """How `wb.cross_boundary` edits."""
+    """Options of `wb.cross_boundary`."""
 
     distances: opt.Numbers = (-3.0, -1.5, 0.0, 1.5, 3.0)
-    unit: Annotated[Literal["sd", "distance"], Option(help="of the distances")] = "sd"
-    mode: Annotated[Literal["absolute", "shift", "mirror"], Option(help="what the distances are")] = "absolute"
+    unit: Annotated[Literal["sd", "distance"], Option(help="unit of the distances")] = "sd"
+    mode: Annotated[Literal["absolute", "shift", "mirror"], Option(help="meaning of the distances")] = "absolute"
     eta: opt.Eta = 1.0
     h_policy: Annotated[
-        Literal["first", "offset", "offset-asymmetric", "none", "stale"], Option(help="h of the steps after t")
+        Literal["first", "offset", "offset-asymmetric", "none", "stale"], Option(help="h in the steps after t")
     ] = "first"
-    keep_norm: Annotated[bool, Option("--keep-norm", help="move on a great circle")] = False
+    keep_norm: Annotated[bool, Option("--keep-norm", help="keep the norm, moving on a great circle")] = False
 
 
 SMILE = "data/boundaries/avataaars32-Smiling-x-t500.safetensors"
@@ -247,23 +247,23 @@ def boundary_edit(
     network: opt.Network,
     crossing: Crossing,
     labels: opt.Labels,
-    boundaries: Annotated[list[str], Option(metavar="FILE...", help="files, in x, in h or in both")],
-    images: Annotated[str | None, Option(help="to edit: avataaars, or a folder or zip")] = None,
+    boundaries: Annotated[list[str], Option(metavar="FILE...", help="boundary files in x, in h or in both")],
+    images: Annotated[str | None, Option(help="images to edit: avataaars, a folder or a zip")] = None,
     seeds: opt.Seeds = None,
     n: Annotated[int, Option(callback=opt.positive, help="number of images")] = 4,
     steps: opt.Steps = 50,
-    seed: Annotated[int, Option(help="of the noise of edited images")] = 0,
+    seed: Annotated[int, Option(help="seed of the noise for edited images")] = 0,
     tap: opt.Tap = "after",
     out: opt.OutPicture = "edits.png",
 ):
     """Edit images or samples by crossing boundaries.
 
-    --eta is that of the steps from the boundaries' timestep on.
+    --eta applies to the steps from the boundaries' timestep on.
     """
     from workbench.diffusion.schedule import index_of
 
     if (images is None) == (seeds is None):
-        raise ValueError("give --images or --seeds, what is to be edited")
+        raise ValueError("give either --images or --seeds to edit")
     model = network.load(tap)
     crossed = [wb.load_boundary(path, model=model) for path in boundaries]
     visited = model.schedule.timesteps(steps)
@@ -288,15 +288,15 @@ def studio(
     seeds: opt.Seeds = "0-7",
     steps: opt.Steps = 50,
     eta: opt.Eta = 1.0,
-    classifier: Annotated[str, Option(help="scores images before and after, e.g. avataaars-judge")] = "",
+    classifier: Annotated[str, Option(help="scores images before and after the edit, e.g. avataaars-judge")] = "",
     device: opt.Device = None,
-    port: Annotated[int, Option(help="0 is a free one")] = 0,
-    theme: Annotated[Literal["light", "dark"], Option(help="of the page")] = "light",
+    port: Annotated[int, Option(help="port of the page; 0 picks a free one")] = 0,
+    theme: Annotated[Literal["light", "dark"], Option(help="theme of the page")] = "light",
 ):
-    """Edit by sliders in the browser.
+    """Edit with sliders in the browser.
 
-    The page is for this machine alone. --directions are files or folders of directions and boundaries; by default
-    those that were saved for the model.
+    The page is reachable from this machine alone. --directions takes files or folders of directions and boundaries;
+    the default is those saved for the model.
     """
     from workbench.studio.server import serve_studio
 
@@ -312,19 +312,19 @@ def studio(
 @command("edit", example="workbench edit data/edits/edit.json -o edit.png")
 def edit(
     recipe: Annotated[str, Argument(help=".json file, with its .parts folder beside it")],
-    model: Annotated[str | None, Option(help="the same model elsewhere (default: as the recipe names it)")] = None,
-    classifier: Annotated[str | None, Option(help="scores to draw beside the images, e.g. avataaars-judge")] = None,
-    device: Annotated[str, Option(help="cpu, cuda or mps; cpu is exact to the bit")] = "cpu",
+    model: Annotated[str | None, Option(help="another path of the same model (default: the recipe's)")] = None,
+    classifier: Annotated[str | None, Option(help="draw its scores beside the images, e.g. avataaars-judge")] = None,
+    device: Annotated[str, Option(help="cpu, cuda or mps; only cpu is exact to the bit")] = "cpu",
     out: opt.OutEdit = "edit.png",
 ):
-    """Render a recipe that the studio saved."""
+    """Render a recipe saved in the studio."""
     import torch
 
     from workbench.studio.recipe import read_recipe, result_of
     from workbench.studio.state import describe
 
     own = read_recipe(recipe)
-    torch.set_num_threads(own["result"]["threads"])  # their number decides the last bits
+    torch.set_num_threads(own["result"]["threads"])  # the number of threads affects the last bits
     network = wb.load_model(model or own["model"]["name"], device=device).tapped(own["model"]["tap"])
     scorer = wb.load_classifier(classifier, device=device) if classifier else None
     session = wb.open_recipe(recipe, model=network, classifier=scorer)
@@ -349,11 +349,11 @@ def edit(
 
 @dataclasses.dataclass
 class Size:
-    """Sizes of a benchmark; those that are not given are those of --quick or of the full one."""
+    """Sizes of a benchmark; the defaults are those of --quick or of the full benchmark."""
 
-    population: Annotated[int | None, Option(help="samples that methods learn from, and labelled images")] = None
-    held_out: Annotated[int | None, Option(help="samples that are edited")] = None
-    repeats: Annotated[int | None, Option(help="populations, each of other seeds")] = None
+    population: Annotated[int | None, Option(help="samples, and labelled images, to find directions in")] = None
+    held_out: Annotated[int | None, Option(help="samples to edit")] = None
+    repeats: Annotated[int | None, Option(help="number of populations, each with its own seeds")] = None
     steps: Annotated[int | None, Option(help="visited timesteps")] = None
 
 
@@ -363,16 +363,16 @@ def benchmark(
     labels: opt.Labels,
     model: Annotated[str, Argument(help="bundled name, diffusers folder, hub id or checkpoint file")] = "avataaars32",
     quick: Annotated[bool, Option("--quick", help="few samples and three attributes: minutes, not hours")] = False,
-    methods: Annotated[list[str] | None, Option(metavar="METHOD...", help="default: all that are registered")] = None,
+    methods: Annotated[list[str] | None, Option(metavar="METHOD...", help="default: all registered methods")] = None,
     attributes: opt.Attributes = None,
     plugin: Annotated[str | None, Option(help="Python file that registers more methods")] = None,
-    seed: Annotated[int, Option(help="of populations and held-out samples")] = 0,
+    seed: Annotated[int, Option(help="seed of populations and held-out samples")] = 0,
     images: opt.LabelledSource = "avataaars",
     labeller: opt.Labeller = "avataaars",
     judge: opt.Judge = "avataaars-judge",
     device: opt.Device = None,
-    workers: Annotated[int | None, Option(help="processes (default: one a core, or one where there is a GPU)")] = None,
-    scheduler: Annotated[str | None, Option(help="of dask, tcp://host:8786, for workers elsewhere")] = None,
+    workers: Annotated[int | None, Option(help="processes (default: one per core, or one on a GPU)")] = None,
+    scheduler: Annotated[str | None, Option(help="address of a dask scheduler, such as tcp://host:8786")] = None,
     no_report: Annotated[bool, Option("--no-report", help="leave out the HTML of 80_benchmark")] = False,
     out: opt.OutFolder = "benchmark",
 ):

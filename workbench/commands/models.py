@@ -17,7 +17,7 @@ from workbench.io import written
 def models():
     """List bundled and public models.
 
-    Bundled ones load without a network; of public ones it says what they need.
+    Bundled models load offline; public ones are listed with their requirements.
     """
     from workbench.diffusion.loading import known_models
 
@@ -36,12 +36,12 @@ def models():
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a file of weights does not tell of its network."""
+    """Settings of a network that its file of weights does not record."""
 
     preset: Annotated[str | None, Option(help="which published checkpoint it is (default: by its name)")] = None
     image_size: Annotated[int | None, Option(help="without a preset: side of the images in pixels")] = None
-    timesteps: Annotated[int | None, Option(help="of its training (default: the preset's, or 1000)")] = None
-    rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was told t * 1000 / T")] = False
+    timesteps: Annotated[int | None, Option(help="timesteps in training (default: the preset's, or 1000)")] = None
+    rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was given t * 1000 / T")] = False
     head_channels: Annotated[int | None, Option(help="without a preset: channels of an attention head")] = None
     attention_order: Annotated[Literal["legacy", "new"] | None, Option(help="default: legacy")] = None
     schedule: Annotated[Literal["linear", "cosine"] | None, Option(help="default: the preset's, or linear")] = None
@@ -53,9 +53,9 @@ def convert(
     out: Annotated[str, Argument(help="new folder")],
     checkpoint: Checkpoint,
 ):
-    """Make a model folder of a checkpoint.
+    """Convert a checkpoint to a model folder.
 
-    It is a file of the original DDPM or of guided-diffusion; bundled presets know the published ones.
+    Reads files of the original DDPM and of guided-diffusion; presets describe the published ones.
     """
     folder = wb.convert_checkpoint(file, out, **vars(checkpoint))
     print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
@@ -64,10 +64,10 @@ def convert(
 @command("verify", example="workbench verify google/ddpm-ema-celebahq-256")
 def verify(
     model: Annotated[str, Argument(help="hub id, model folder or checkpoint file")],
-    against: Annotated[str | None, Option(help="hub id that it should equal (default: the model itself)")] = None,
+    against: Annotated[str | None, Option(help="hub id of the expected network (default: the model itself)")] = None,
     device: opt.Device = None,
 ):
-    """Compare a model with recorded values of a hub model."""
+    """Compare a model with the recorded values of a hub model."""
     from workbench.diffusion.loading import verify
     from workbench.formats import golden
 
@@ -93,9 +93,9 @@ def sample(network: opt.Sampling, seeds: opt.Seeds = "0-15", out: opt.OutPicture
 def extract(
     network: opt.Sampling,
     labels: opt.Labels,
-    n: Annotated[int | None, Option(callback=opt.positive, help="number of samples (default 512) or of images")] = None,
+    n: Annotated[int | None, Option(callback=opt.positive, help="number of samples (default 512) or images")] = None,
     seed: opt.Seed = 0,
-    images: Annotated[str | None, Option(help="invert these: avataaars, a folder or a zip file of images")] = None,
+    images: Annotated[str | None, Option(help="images to invert: avataaars, a folder or a zip")] = None,
     tap: opt.Tap = "after",
     dtype: opt.Dtype = "float16",
     record_x: opt.RecordX = False,
@@ -113,14 +113,14 @@ def extract(
 
 @command("plan", example="workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100")
 def plan(
-    model: Annotated[str, Option(help="as for extract, or a public one that is not here")] = "avataaars32",
+    model: Annotated[str, Option(help="as for extract, or a public model not downloaded")] = "avataaars32",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
-    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: assume a share of its peak")] = None,
-    utilisation: Annotated[float | None, Option(help="that share (default 0.25)")] = None,
-    rate: Annotated[float | None, Option(help="measured passes a second of one process")] = None,
-    precision: Annotated[Literal["float32", "bfloat16"], Option(help="of the network")] = "float32",
-    processes: Annotated[int, Option(help="processes, one a GPU")] = 1,
+    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: assume a share of its peak rate")] = None,
+    utilisation: Annotated[float | None, Option(help="share of the GPU's peak rate (default 0.25)")] = None,
+    rate: Annotated[float | None, Option(help="measured passes per second of one process")] = None,
+    precision: Annotated[Literal["float32", "bfloat16"], Option(help="precision of the network")] = "float32",
+    processes: Annotated[int, Option(help="number of processes, one per GPU")] = 1,
     batch_size: opt.BatchSize = None,
     dtype: opt.Dtype = "float16",
     record_x: opt.RecordX = False,
@@ -140,7 +140,7 @@ def plan(
         raise ValueError(f"--rate is {rate:g}; give passes a second")
     batch_size = batch_size or (64 if on_gpu else cpu_batch(planning.shapes_of(network)[0]))
     if rate is not None:
-        # It is the rate of one process, wherever that runs, and not of all cores of this machine.
+        # The rate is that of one process, not of all cores of this machine.
         flop_rate, source = (1 if on_gpu else processes) * rate * planning.count_flops(network), "as given"
     elif gpu is not None:
         share = planning.UTILISATION if utilisation is None else utilisation
@@ -158,31 +158,29 @@ def plan(
 
 @dataclasses.dataclass
 class Training:
-    """Options that are fields of `TrainingSettings`; those that are not given keep its defaults."""
+    """Options for the fields of `TrainingSettings`, with its defaults."""
 
     start: Annotated[str | None, Option("--from", metavar="MODEL", help="begin with the weights of this model")] = None
-    grow: Annotated[bool, Option("--grow", help="with --from: to twice its size, by a resolution outside")] = False
+    grow: Annotated[bool, Option("--grow", help="with --from: double its resolution by adding outer blocks")] = False
     size: Annotated[int | None, Option(help="side of the images in pixels (default 32)")] = None
     widths: Annotated[list[int] | None, Option(metavar="N...", help="channels, finest first; default 48 96 144")] = None
-    layers: Annotated[int | None, Option(help="residual blocks a resolution (default 1)")] = None
-    attention: Annotated[list[int] | None, Option(metavar="N...", help="its resolutions; 0: none (default 8)")] = None
+    layers: Annotated[int | None, Option(help="residual blocks per resolution (default 1)")] = None
+    attention: Annotated[list[int] | None, Option(metavar="N...", help="at resolutions; 0: none (default 8)")] = None
     head_channels: Annotated[int | None, Option(help="channels of an attention head (default 48)")] = None
-    skips: Annotated[int | None, Option(help="skip connections kept, from the input on (default: all)")] = None
-    dropout: Annotated[float | None, Option(help="share of activations that are dropped (default 0)")] = None
+    skips: Annotated[int | None, Option(help="number of outermost skip connections kept (default: all)")] = None
+    dropout: Annotated[float | None, Option(help="share of dropped activations (default 0)")] = None
     steps: Annotated[int | None, Option(help="optimiser steps (default 10000)")] = None
-    batch_size: Annotated[int | None, Option(help="images a step, over all processes (default 32)")] = None
-    learning_rate: Annotated[float | None, Option(help="the largest one; a cosine follows (default 4e-4)")] = None
-    warmup: Annotated[int | None, Option(help="steps until it is reached (default 200)")] = None
-    weight_decay: Annotated[float | None, Option(help="of AdamW (default 1e-4)")] = None
-    clip: Annotated[float | None, Option(help="largest norm of the gradient (default 1)")] = None
-    ema: Annotated[float | None, Option(help="decay of the average of the weights (default 0.999)")] = None
+    batch_size: Annotated[int | None, Option(help="images per step, over all processes (default 32)")] = None
+    learning_rate: Annotated[float | None, Option(help="peak rate, before cosine decay (default 4e-4)")] = None
+    warmup: Annotated[int | None, Option(help="steps until the peak rate (default 200)")] = None
+    weight_decay: Annotated[float | None, Option(help="weight decay of AdamW (default 1e-4)")] = None
+    clip: Annotated[float | None, Option(help="maximum norm of the gradient (default 1)")] = None
+    ema: Annotated[float | None, Option(help="decay of the moving average of the weights (default 0.999)")] = None
     gamma: Annotated[float | None, Option(help="of the min-SNR weights; inf for the plain loss (default 5)")] = None
-    flips: Annotated[bool, Option("--flips", help="mirror every second image")] = False
-    precision: Annotated[Literal["bfloat16", "float32"] | None, Option(help="of the arithmetic (default bfloat16)")] = (
-        None
-    )
+    flips: Annotated[bool, Option("--flips", help="mirror images with probability 0.5")] = False
+    precision: Annotated[Literal["bfloat16", "float32"] | None, Option(help="of the passes (default bfloat16)")] = None
     compile: Annotated[bool, Option("--compile", help="compile the network")] = False
-    seed: Annotated[int | None, Option(help="of all that is random (default 0)")] = None
+    seed: Annotated[int | None, Option(help="seed of all random numbers (default 0)")] = None
 
     def given(self) -> dict[str, object]:
         chosen = {name: value for name, value in vars(self).items() if value is not None and value is not False}
@@ -199,22 +197,22 @@ def train(
     images: Annotated[list[str], Argument(help="folders or zips of images, or avataaars")],
     out: opt.OutFolder,
     training: Training,
-    resume: Annotated[bool, Option("--resume", help="go on from the last checkpoint in --out")] = False,
-    minutes: Annotated[float, Option(help="time between checkpoints")] = 10.0,
-    previews: Annotated[int, Option(help="samples drawn at each of them")] = 16,
+    resume: Annotated[bool, Option("--resume", help="continue from the last checkpoint in --out")] = False,
+    minutes: Annotated[float, Option(help="minutes between checkpoints")] = 10.0,
+    previews: Annotated[int, Option(help="samples drawn at each checkpoint")] = 16,
     skip_broken: Annotated[bool, Option("--skip-broken", help="leave out images that cannot be decoded")] = False,
 ):
-    """Train a diffusion model on images, or resume."""
+    """Train a diffusion model on images, or resume a training."""
     from workbench.diffusion.training import TrainingSettings, read_log, read_settings
 
     wb.keep_freed_memory()  # this process is the command's own
     given = training.given()
     if resume and given:
         surplus = "from" if "start" in given else next(iter(given)).replace("_", "-")
-        raise ValueError(f"a resumed training has its own settings; leave out --{surplus}")
+        raise ValueError(f"a resumed training keeps its own settings; leave out --{surplus}")
     networks = ("size", "widths", "layers", "attention", "head_channels")
     if training.start is not None and (surplus := [name for name in networks if name in given]):
-        raise ValueError(f"--from takes the network of the model; leave out --{surplus[0].replace('_', '-')}")
+        raise ValueError(f"--from keeps the network of the model; leave out --{surplus[0].replace('_', '-')}")
     settings = read_settings(out) if resume else TrainingSettings(**given)
     size = settings.size
     if training.start is not None:
@@ -243,23 +241,23 @@ def evaluate_model(
     network: opt.Sampling,
     labels: opt.Labels,
     images: Annotated[str, Option(help="held-out images: bundled name, folder or zip")] = "avataaars",
-    training: Annotated[list[str] | None, Option(metavar="IMAGES...", help="of its training, to find copies")] = None,
+    training: Annotated[list[str] | None, Option(metavar="IMAGES...", help="training images, to find copies")] = None,
     n: opt.Count = 2000,
     seed: opt.Seed = 0,
     classifiers: Annotated[list[str], Option(metavar="NAME...", help="feature spaces; the last one judges")] = DOMAIN,
     inverted: Annotated[int, Option(help="images to invert and reconstruct")] = 32,
     recipe: Annotated[bool, Option("--recipe", help="expect the bundled domain's probabilities")] = False,
-    card: Annotated[str | None, Option(help="model folder whose README.md takes the numbers")] = None,
+    card: Annotated[str | None, Option(help="model folder; writes the numbers to its README.md")] = None,
 ):
     """Measure samples against held-out images.
 
-    With --card the numbers are written into the model card, with a contact sheet beside it.
+    --card writes the numbers into the model card, and a contact sheet beside it.
     """
     from workbench.datasets.domain import AVATAAARS
 
     folder = None if card is None else paths.local(card)
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {folder}, whose card takes the numbers")
+        raise FileNotFoundError(f"there is no model folder {folder} to write the card in")
     model = network.load()
     size = model.image_shape[1]
     evaluation = wb.evaluate_model(
@@ -293,9 +291,9 @@ def train_classifier(
     images: Annotated[str, Argument(help="folder or zip of labelled images, or avataaars")],
     out: opt.OutFolder,
     labels: opt.Labels,
-    seed: Annotated[int, Option(help="of weights and batches")] = 0,
-    steps: Annotated[int, Option(help="batches of 128 images")] = 2000,
-    design: Annotated[Literal["labeller", "judge"], Option(help="one labels, the other scores")] = "labeller",
+    seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
+    steps: Annotated[int, Option(help="number of batches of 128 images")] = 2000,
+    design: Annotated[Literal["labeller", "judge"], Option(help="it labels samples, or judges edits")] = "labeller",
 ):
     """Train an attribute classifier on labelled images."""
     classifier = wb.train_classifier(labels.load(images), out=out, seed=seed, steps=steps, design=design)
@@ -306,7 +304,7 @@ def train_classifier(
 def data(
     name: Annotated[Literal["avataaars"], Argument(help="the bundled domain")],
     n: opt.Count = 2000,
-    part: Annotated[int, Option(help="0 and 1 are for training, 10 and up held out")] = 10,
+    part: Annotated[int, Option(help="0 and 1 are for training, 10 and above are held out")] = 10,
     out: opt.OutImages = None,
 ):
     """Draw images of the bundled domain."""

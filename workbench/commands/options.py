@@ -1,6 +1,6 @@
-"""What commands share: options and groups of them, each with its help in one place, and how a command is made.
+"""Shared options and groups of options, each with its help in one place, and the decorator that makes commands.
 
-A group is a dataclass; `command` gives a function that takes one the options that are its fields.
+A group is a dataclass; `command` turns its fields into options of any function with a parameter of that type.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
 
 
 class Command(TyperCommand):
-    """A command that takes several values after one option, as in `--attributes Smiling Beard`."""
+    """A command that accepts several values after one option, as in `--attributes Smiling Beard`."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        """Repeat the name of such an option before each of its values, as typer wants it."""
+        """Repeat the option's name before each of its values, as typer expects."""
         lists = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
         words, option = [], None
         for word in args:
@@ -39,7 +39,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A set of commands, which its help lists by name."""
+    """A set of commands, listed in alphabetical order."""
 
     def list_commands(self, ctx: Context) -> list[str]:
         return sorted(self.commands)
@@ -49,7 +49,7 @@ app = Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_sett
 
 
 def subcommands(name: str, help: str, *, example: str) -> Typer:
-    """A command that is a set of commands, such as `workbench find`."""
+    """Add a command with subcommands, such as `workbench find`."""
     made = Typer(cls=Group, rich_markup_mode=None)
     app.add_typer(made, name=name, help=help, epilog=_as_epilog(example))
     return made
@@ -60,7 +60,7 @@ def _as_epilog(example: str) -> str:
 
 
 def command(name: str, *, example: str, app: Typer = app) -> Callable:
-    """Make a function a command: its docstring is the help, its parameters are the options."""
+    """Register a function as a command: its docstring is the help, its parameters are the options."""
 
     def register(function: Callable) -> Callable:
         groups, options = {}, []
@@ -115,7 +115,7 @@ def positive(context: Context, parameter: CallbackParam, value: int | None) -> i
 
 
 def _out(check: Callable[[str], Path], help: str):
-    """`--out`, which is checked before the command does anything."""
+    """`--out`, checked before the command does anything."""
     return Option("-o", "--out", callback=lambda path: None if path is None else check(path), help=help, metavar="PATH")
 
 
@@ -150,20 +150,20 @@ def check_attributes(wanted: list[str], known) -> None:
 
 
 Tap = Annotated[Literal["before", "middle", "after"], Option(help="where h is read")]
-Dtype = Annotated[Literal["float16", "float32"], Option(help="of h on disk")]
-RecordX = Annotated[bool, Option("--record-x", help="keep x_t too")]
+Dtype = Annotated[Literal["float16", "float32"], Option(help="precision of h on disk")]
+RecordX = Annotated[bool, Option("--record-x", help="record x_t too")]
 ModelName = Annotated[str, Argument(help="bundled name, diffusers folder, hub id or checkpoint file", metavar="MODEL")]
-Device = Annotated[str | None, Option(help="cpu, cuda or mps (default: the best there is)")]
-BatchSize = Annotated[int | None, Option(help="samples a pass (default: by the model)")]
-Steps = Annotated[int, Option(help="visited timesteps")]
+Device = Annotated[str | None, Option(help="cpu, cuda or mps (default: the best available)")]
+BatchSize = Annotated[int | None, Option(help="samples per pass (default: by the model)")]
+Steps = Annotated[int, Option(help="number of visited timesteps")]
 Eta = Annotated[float, Option(parser=_finite, metavar="NUMBER", help="0 is DDIM, 1 is DDPM")]
 Seed = Annotated[int, Option(help="seed of the first sample")]
 Seeds = Annotated[str, Option(parser=_seeds, metavar="SEEDS", help="samples, e.g. 0-15 or 3,7,11")]
 Count = Annotated[int, Option(callback=positive, help="number of samples or images")]
 Attributes = Annotated[list[str] | None, Option(metavar="NAME...", help="such as Smiling Beard")]
-Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...", help="from the boundary")]
+Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...", help="distances from the boundary")]
 Parameters = Annotated[
-    list[str] | None, Option("-p", "--parameter", metavar="NAME VALUE", help="or NAME=VALUE; once for each")
+    list[str] | None, Option("-p", "--parameter", metavar="NAME VALUE", help="or NAME=VALUE; repeat for each parameter")
 ]
 LabelledSource = Annotated[str, Option(help="labelled images: bundled name, folder or zip")]
 Labeller = Annotated[str, Option(help="classifier that labels samples")]
@@ -177,14 +177,14 @@ OutPicture = Annotated[str, _out(_picture, "PNG, JPEG, WebP, TIFF, PDF or SVG")]
 
 @dataclasses.dataclass
 class Labels:
-    """How labels are found, and what is done with images that cannot be read."""
+    """Where labels come from, and whether broken images are left out."""
 
     labels: Annotated[
         str | None,
         Option(
             metavar="FILE",
-            help="table of the images' labels, or `folders` for a class each (default: attributes.csv, metadata.csv or "
-            "CelebA's list, in the folder or beside it)",
+            help="table of the images' labels, or `folders`: each subfolder is a class (default: attributes.csv, "
+            "metadata.csv or CelebA's list, in the folder or beside it)",
         ),
     ] = None
     skip_broken: Annotated[bool, Option("--skip-broken", help="leave out images that cannot be decoded")] = False
@@ -195,11 +195,13 @@ class Labels:
 
 @dataclasses.dataclass
 class Network:
-    """A model, and how its network computes."""
+    """A model, and the device and precision of its network."""
 
     model: ModelName
     device: Device = None
-    precision: Annotated[Literal["float32", "bfloat16", "float16"] | None, Option(help="of the arithmetic")] = None
+    precision: Annotated[Literal["float32", "bfloat16", "float16"] | None, Option(help="precision of the passes")] = (
+        None
+    )
     compile: Annotated[bool, Option("--compile", help="compile the network (faster after a minute)")] = False
     batch_size: BatchSize = None
 
@@ -211,12 +213,12 @@ class Network:
 
 @dataclasses.dataclass
 class Sampling(Network):
-    """A model, and the chain that it samples by."""
+    """A model, and the timesteps and eta of its sampling."""
 
     steps: Steps = 50
     eta: Eta = 1.0
 
     @property
     def chain(self) -> dict[str, object]:
-        """The options of `wb.sample` and its like."""
+        """The sampling options of `wb.sample` and `wb.extract`."""
         return {"steps": self.steps, "eta": self.eta, "batch_size": self.batch_size}

@@ -61,7 +61,7 @@ class AttributeNet(nn.Module):
         return images.to(self.head.weight.device).contiguous(memory_format=torch.channels_last)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last layer sees, (n, widths[-1]), of prepared images."""
+        """Inputs of the last layer, (n, widths[-1]), for prepared images."""
         return self.stages(images).mean(dim=(2, 3))
 
     def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ def read_network(folder: Path, config: Mapping) -> AttributeNet:
         raise FileNotFoundError(f"there is no {weights}; copy the classifier's folder again or train it again")
     load_strictly(network, read_state_dict(weights), path=weights)
     if hash_weights(network) != config.get("hash"):
-        raise ValueError(f"{weights} is not the file that {path} was written for; copy both again or train again")
+        raise ValueError(f"{weights} does not belong to {path}; copy both again or train again")
     return network.eval().requires_grad_(False)
 
 
@@ -208,7 +208,7 @@ def _shuffled(n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
 
 
 def _degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What a small diffusion model does to images: other places, colours and sizes, blur, noise."""
+    """Imitate a small diffusion model's defects: shifts, colours, sizes, blur, noise."""
     n, side = len(images), images.shape[-1]
     shift = torch.eye(2, 3).repeat(n, 1, 1)
     shift[:, :, 2] = _uniform((n, 2), -0.08, 0.08, generator)

@@ -290,7 +290,7 @@ def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray
 def attribute_mask(attribute: str, *, size: int = SIZE) -> np.ndarray | None:
     """Where an attribute can be, for a head of unknown tilt: its regions, united over tilts from -10 to 10 degrees.
 
-    None for what is no region of the face, such as the colour of the skin.
+    None for attributes without a region of the face, such as the colour of the skin.
     """
     names = ATTRIBUTES[attribute].regions if attribute in ATTRIBUTES else ()
     masks = [region_mask(name, size=size, tilt=tilt) for name in names for tilt in _TILTS]

@@ -68,7 +68,7 @@ def calibration(
         raise ValueError(f"there are no labels for {', '.join(unlabelled)}; select columns that both tables have")
     if not labels.index.is_unique or not labels.index.sort_values().equals(probabilities.index.sort_values()):
         raise ValueError(
-            f"the {len(labels)} labels and {len(probabilities)} probabilities are of other images: their indexes "
+            f"the {len(labels)} labels and {len(probabilities)} probabilities are of different images: their indexes "
             "differ; give both with file names, or both numbered"
         )
     labels = labels.loc[probabilities.index, list(probabilities)].astype(float)

@@ -50,7 +50,7 @@ class Classifier:
         images : Tensor, ndarray or zarr array of shape (n, 3, H, W), values in [-1, 1], or LabelledImages
             Of any size. Overshoot (generated images go somewhat beyond the range) is clamped.
         batch_size : int
-            Images a pass.
+            Images per pass.
         progress : bool
             Show a bar if it takes more than two seconds.
 
@@ -73,12 +73,12 @@ class Classifier:
         Returns
         -------
         pandas.DataFrame of shape (n, attributes), float64
-            Log odds; for a network of exclusive classes, what enters its softmax.
+            Log odds; for a network of exclusive classes, the inputs of its softmax.
         """
         return self._table(self._collect(self._score, images, batch_size=batch_size, progress=progress), images)
 
     def features(self, images, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
-        """What the network's last layer sees, for distances between images or sets of them; arguments as of a call.
+        """Inputs of the network's last layer, for distances between images or sets of them; arguments as in a call.
 
         Returns
         -------
@@ -94,12 +94,12 @@ class Classifier:
         return self._collect(self._features, images, batch_size=batch_size, progress=progress).float().numpy()
 
     def maps(self, images, *, batch_size: int = 64) -> list[np.ndarray]:
-        """What every stage of the network sees, for perceptual distances; arguments as of a call.
+        """Feature maps of every stage of the network, for perceptual distances; arguments as in a call.
 
         Returns
         -------
         list of ndarray of shape (n, C_l, H_l, W_l), float32
-            One a stage, finest first.
+            One per stage, finest first.
 
         Raises
         ------

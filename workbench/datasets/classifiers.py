@@ -1,7 +1,7 @@
-"""Attribute classifiers: from a bundled name, a hub id, a folder or a function to a `Classifier`.
+"""Attribute classifiers: load a `Classifier` by bundled name, hub id, folder or function.
 
-Whoever labels never scores: find directions with `load_classifier("avataaars")` and judge edits with
-`load_classifier("avataaars-judge")`, a network of another design that was trained from another seed on other images.
+The labeller never judges: find directions with `load_classifier("avataaars")` and judge edits with
+`load_classifier("avataaars-judge")`, a network of another design trained from another seed on other images.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ def load_classifier(
     Parameters
     ----------
     source : str, path or callable
-        - "avataaars" (labels) or "avataaars-judge" (scores), which are bundled;
-        - a folder that `train_classifier` wrote;
-        - a hub id or folder of a transformers image classifier: an attribute a class;
-        - "clip", or a hub id or folder of another CLIP: zero-shot, an attribute a pair of prompts;
+        - "avataaars" (labels) or "avataaars-judge" (judges), both bundled;
+        - a folder written by `train_classifier`;
+        - a hub id or folder of a transformers image classifier: one attribute per class;
+        - "clip", or a hub id or folder of another CLIP: zero-shot, one attribute per pair of prompts;
         - a function or module from a Tensor of shape (n, 3, H, W), values in [-1, 1], to probabilities: a DataFrame
           with these columns, or an array of shape (n, len(attributes)).
     device : str or torch.device, optional
-        By default the best there is; for a callable, that of its weights, or the CPU.
+        By default the best available; for a callable, that of its weights, or the CPU.
     prompts : mapping of str to (str, str), optional
         For CLIP: each attribute's prompts with and without it; the probability is the softmax over the pair. Default:
         the five pairs of Haas et al. 2024, Table I.
     attributes : sequence of str
-        For a callable: what its columns mean.
+        For a callable: names of its columns.
 
     Returns
     -------
@@ -84,11 +84,11 @@ def load_classifier(
     Raises
     ------
     FileNotFoundError
-        If there is no such classifier here and it can't be fetched.
+        If the classifier is neither local nor downloadable.
     ImportError
-        If a transformers model is asked for without the extra `[hf]`.
+        If the source is a transformers model and the extra `[hf]` is missing.
     ValueError
-        If the files are damaged or of another kind, or an argument is missing or does not belong to the source.
+        If the files are damaged or of another kind, or an argument is missing or does not apply to the source.
     """
     if isinstance(source, Classifier):
         return source
@@ -124,23 +124,23 @@ def check_attributes(
     classifier: Classifier | Sequence[str] | None = None,
     judge: Classifier | Sequence[str] | None = None,
 ) -> None:
-    """Refuse attributes that images or classifiers lack, in a notebook before it computes anything.
+    """Raise if images or classifiers lack an attribute, before a notebook computes anything.
 
-    `workbench run`, `report` and `sweep` find this call in a notebook and make it before they start a kernel.
+    `workbench run`, `report` and `sweep` find this call in a notebook and execute it before they start a kernel.
 
     Parameters
     ----------
     wanted : iterable of str
         Names of attributes.
     images : LabelledImages, optional
-        Whose labels must have them.
+        Images whose labels must include the attributes.
     classifier, judge : Classifier or sequence of str, optional
-        The one that labels and the one that scores, or the names of their attributes.
+        The labeller and the judge, or the names of their attributes.
 
     Raises
     ------
     ValueError
-        If one lacks an attribute; the message names the notebook's parameter for it.
+        If an attribute is missing; the message names the notebook's parameter.
     """
     wanted = list(dict.fromkeys(wanted))
     for role, source in (("images", images), ("classifier", classifier), ("judge", judge)):
@@ -165,40 +165,40 @@ def train_classifier(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Classifier:
-    """Train a small convolutional network on every attribute of 0 or 1 that the images are labelled with.
+    """Train a small convolutional network on all 0/1 attributes of the images.
 
-    Images are shifted by up to 4% of their side and 5% in colour, shrunk to a random size from half of the network's to
-    its own, blurred and made noisy, so that the network holds at other sizes and on generated images. AdamW, cosine
+    Images are shifted by up to 4% of their side and 5% in colour, shrunk to a random size between half of the network's
+    and its own, blurred and made noisy, so that the network works at other sizes and on generated images. AdamW, cosine
     decay after a warmup. The same seed gives the same weights on one machine with the same number of threads.
 
     Parameters
     ----------
     images : LabelledImages, str or Path
-        Or what `load_images` takes. A missing label (NaN) is left out of the loss; columns with other numbers than 0
-        and 1, such as an angle, are left out altogether, with a warning.
+        Images, or a source for `load_images`. Missing labels (NaN) are left out of the loss; columns with numbers
+        other than 0 and 1, such as angles, are ignored with a warning.
     out : str or Path
         Folder for `config.json` and `model.safetensors`; `load_classifier` reads it. Files of these names are replaced.
     seed : int
-        Of the first weights, the order of the images and what is done to them.
+        Seed of the initial weights, the order of the images and their augmentation.
     steps : int, default 2000
-        Batches of 128 images.
+        Number of batches of 128 images.
     design : {"labeller", "judge"}
-        Which of two networks; let one label and the other score.
+        Which of two networks; use one to label and the other to judge.
     device : str or torch.device, optional
-        By default the best there is.
+        By default the best available.
     progress : bool
         Show a bar.
 
     Returns
     -------
     Classifier
-        The one that was written.
+        The trained classifier.
 
     Raises
     ------
     ValueError
-        If there are no attributes of 0 and 1, an attribute is the same in all images, `steps` is below 1, or the design
-        is unknown.
+        If there are no 0/1 attributes, an attribute is the same in all images, `steps` is below 1, or the design is
+        unknown.
     """
     network_config = DESIGNS[one_of("design", design, DESIGNS)]
     if steps < 1:
@@ -255,7 +255,7 @@ def _find(source: str | Path) -> tuple[Path, str, dict]:
     own = (config.get("format"), config.get("version")) == (FORMAT, VERSION)
     if not own and "model_type" not in config:
         raise ValueError(
-            f"{folder / 'config.json'} describes no classifier that is known here (format {FORMAT!r}, version "
+            f"{folder / 'config.json'} describes no known classifier (format {FORMAT!r}, version "
             f"{VERSION}, or a transformers image classifier or CLIP)"
         )
     return folder, name, config
@@ -299,8 +299,8 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device)
         values = given.detach().cpu() if isinstance(given, torch.Tensor) else torch.from_numpy(np.array(given))
         if tuple(values.shape) != (len(batch), len(names)):
             raise ValueError(
-                f"{name} gave shape {tuple(values.shape)} for {len(batch)} images; {(len(batch), len(names))} was due, "
-                f"a column each for {', '.join(names)}"
+                f"{name} gave shape {tuple(values.shape)} for {len(batch)} images; expected "
+                f"{(len(batch), len(names))}, one column for each of {', '.join(names)}"
             )
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"{name} gave values outside of [0, 1]; it must give probabilities")

@@ -1,4 +1,4 @@
-"""Kinds of images of which more is known than their pixels: their classifiers, regions and frequencies."""
+"""Domains: kinds of images with known classifiers, regions and attribute frequencies."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from workbench.io import one_of
 
 @dataclass(frozen=True)
 class Domain:
-    """What is known of a kind of images; of one that `DOMAINS` lacks, nothing but its name.
+    """Classifiers, regions and frequencies of one kind of images; empty but for the name if not in `DOMAINS`.
 
     Attributes
     ----------
     name : str
-        Of the images, for `load_images`.
+        Name of the images, for `load_images`.
     labeller, judge : str or None
-        Names of two classifiers, for `load_classifier`: one labels, the other scores.
+        Names of two classifiers, for `load_classifier`: one labels, the other judges.
     classifiers : mapping of str to str
         Folders of the classifiers, below data/models.
     frequencies : mapping of str to float
-        Probability of every attribute of 0 or 1.
+        Probability of every 0/1 attribute.
     pairs : mapping of (str, str) to 4 floats
         Probabilities of neither, of the second alone, of the first alone and of both, for pairs of attributes whose
         correlation is known.
     regions : tuple of str
-        Names of the parts of a picture that masks are known of.
+        Names of the image regions with a mask.
     region : callable (name, *, size) -> bool array of shape (size, size), or None
-        The mask of a part.
+        Returns the mask of a region.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Domain:
     _mask: Callable[..., np.ndarray | None] | None = field(default=None, repr=False)
 
     def masks(self, attributes: Iterable[str], size: int) -> dict[str, np.ndarray]:
-        """Where attributes show in pictures of a side in pixels, bool (size, size); only those that have a place."""
+        """Masks of attributes in images of a side in pixels, bool (size, size); only attributes with a region."""
         masks = {name: self._mask(name, size=size) for name in attributes} if self._mask else {}
         return {name: mask for name, mask in masks.items() if mask is not None}
 
@@ -67,17 +67,17 @@ DOMAINS = (AVATAAARS,)
 
 
 def domain_of(images: str) -> Domain:
-    """What is known of images.
+    """Find the domain of images.
 
     Parameters
     ----------
     images : str
-        Their name, as for `load_images`.
+        Name of the images, as for `load_images`.
 
     Returns
     -------
     Domain
-        Of any that is not bundled, one that knows nothing.
+        An empty domain if the images are not bundled.
     """
     return next((domain for domain in DOMAINS if domain.name == images), Domain(str(images)))
 

@@ -155,7 +155,7 @@ def _clip(folder: Path, name: str, device: torch.device) -> tuple[nn.Module, Cal
 
 
 def _processor(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the model's image processor makes of images in [-1, 1]."""
+    """The model's image processor for images in [-1, 1]."""
     with _unreadable(f"{folder} has no image processor (preprocessor_config.json) that can be read"):
         processor = _transformers().AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False

@@ -1,7 +1,7 @@
-"""Labelled images from a folder or a zip, decoded only when they are asked for.
+"""Labelled images from a folder or a zip, decoded on access.
 
-Every picture becomes RGB the same way: EXIF rotation applied, transparency composited on white, 16 bits scaled to 8,
-the centre square (or another one, by name) cropped, resized by antialiased bicubic, values 0..255 mapped to [-1, 1].
+Every image is converted to RGB the same way: EXIF rotation applied, transparency composited on white, 16 bits scaled to
+8, the centre square (or another, by name) cropped, resized by antialiased bicubic, values 0..255 mapped to [-1, 1].
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Indices = slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | torc
 class LabelledImages:
     """Images of one source with a table of labels; made by `load_images`.
 
-    `images[3]` is one image, `images[:8]` or `images[[5, 2]]` a stack. Nothing is kept in memory but the names and the
-    labels, so that the record can be pickled, sent to other processes and used as a torch dataset.
+    `images[3]` is one image, `images[:8]` or `images[[5, 2]]` a stack. Only the names and labels are kept in memory, so
+    the record can be pickled, sent to other processes and used as a torch dataset.
 
     Attributes
     ----------
     labels : pandas.DataFrame
-        One row an image in the order of the images, index: file name. Columns that came as -1/1 hold 0/1; NaN stays.
-        No columns if there is no label file.
+        One row per image in order, index: file name. Columns of -1/1 are converted to 0/1; NaN stays. No columns
+        without a label file.
     """
 
     labels: pd.DataFrame
@@ -78,7 +78,7 @@ class LabelledImages:
         IndexError
             If there is no such image.
         ValueError
-            If an image cannot be decoded, or differs in size while no size was asked for.
+            If an image cannot be decoded, or images differ in size and no size was given.
         """
         positions = self._positions(index)
         if positions.ndim == 0:
@@ -95,7 +95,7 @@ class LabelledImages:
 
     @cached_property
     def size(self) -> int:
-        """Side of the images in pixels: the one asked for, or else that of the first image."""
+        """Side of the images in pixels: as requested, or else that of the first image."""
         if self._size is not None or not len(self):
             return self._size or 0
         return self._open(self.labels.index[0]).shape[-1]
@@ -104,7 +104,7 @@ class LabelledImages:
     def fingerprint(self) -> str:
         """SHA-256, in hex, over the size and crop and over each image's name, length and CRC-32, in order.
 
-        The same for a folder and for a zip of it. Labels do not enter.
+        A folder and a zip of it have the same fingerprint. Labels are not included.
         """
         crop = "" if self._crop is None else f" {self._crop}"
         digest = hashlib.sha256(f"{self.size}{crop}\n".encode())
@@ -156,7 +156,7 @@ class LabelledImages:
         return replace(self, _size=_checked(size))
 
     def select(self, indices: Indices) -> LabelledImages:
-        """Some of the images with their labels.
+        """A subset of the images with their labels.
 
         Parameters
         ----------
@@ -170,7 +170,7 @@ class LabelledImages:
         Raises
         ------
         IndexError
-            If there is no such image or the mask has another length.
+            If there is no such image or the mask has the wrong length.
         """
         return replace(self, labels=self.labels.iloc[np.atleast_1d(self._positions(indices))])
 
@@ -191,7 +191,7 @@ class LabelledImages:
         if image.shape[-1] != self.size:
             raise ValueError(
                 f"{self._where(name)} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
-                "give the size that all should have, such as size=64"
+                "give one size for all, such as size=64"
             )
         return image
 
@@ -231,18 +231,19 @@ def load_images(
     crop: str | None = None,
     skip_broken: bool = False,
 ) -> LabelledImages:
-    """Open a set of images with its labels; images are decoded later, when they are asked for.
+    """Open a set of images with its labels; images are decoded on access.
 
-    Images are all files of the kinds that Pillow reads (of several frames, the first). Names are paths relative to the
-    source, without a folder that is common to all of them.
+    Images are all files that Pillow reads (of several frames, the first). Names are paths relative to the source,
+    without a folder common to all of them.
 
-    Labels are looked for inside of the folder or zip and beside the zip; CelebA's and CelebAMask-HQ's lists also up to
-    two folders above and in their `Anno` folders, so that what is unpacked as it is distributed loads as it is. Tables
-    may be separated by commas, semicolons, tabs or spaces, in UTF-8, UTF-16 or Latin-1. File names are in the column
-    `file_name`, as in the `metadata.csv` of Hugging Face, or the first one. A warning names what is left out.
+    Labels are searched inside the folder or zip and beside the zip; CelebA's and CelebAMask-HQ's lists also up to two
+    folders above and in their `Anno` folders, so that the unpacked distributions load unchanged. Tables may be
+    separated by commas, semicolons, tabs or spaces, in UTF-8, UTF-16 or Latin-1. File names are in the column
+    `file_name`, as in the `metadata.csv` of Hugging Face, or in the first column. A warning names ignored columns and
+    rows.
 
-    CelebA's aligned images (178 x 218), CelebAMask-HQ, AFHQ and LSUN as folders of images load as they are. Their
-    centre squares are what models of 128 and 256 pixels are trained on; for the 64-pixel models of DDIM see `crop`.
+    CelebA's aligned images (178 x 218), CelebAMask-HQ, AFHQ and LSUN as folders of images load unchanged. Models of 128
+    and 256 pixels are trained on their centre squares; for the 64-pixel models of DDIM see `crop`.
 
     Parameters
     ----------
@@ -250,16 +251,16 @@ def load_images(
         "avataaars" for the bundled set, a folder of images (or with an `images.zip`), or a zip. `./avataaars` is a
         folder.
     size : int, optional
-        Side in pixels that the images are resized to. Default: the native size, which must then be one for all.
+        Side in pixels to resize to. Default: the native size, which must then be the same for all.
     labels : str or Path, optional
         Table of labels, with a row for each image. Default: `attributes.csv` (or .tsv), else `metadata.csv`, else
         `list_attr_celeba.txt` or .csv, else `CelebAMask-HQ-attribute-anno.txt`, else none. "folders" makes an attribute
-        of each class's folder, as AFHQ (`train/cat/...`) and exported LSUN (`bedroom_train/...`) have them.
+        of each class's folder, as in AFHQ (`train/cat/...`) and exported LSUN (`bedroom_train/...`).
     crop : {"celeba64"}, optional
-        Another square than the centre one, see `CROPS`.
+        A square other than the centre, see `CROPS`.
     skip_broken : bool, default False
-        Decode all images now and leave out those that cannot be, with a warning that names them. By default the first
-        of them is refused when it is asked for.
+        Decode all images now and leave out broken ones, with a warning that names them. By default a broken image is
+        an error on access.
 
     Returns
     -------
@@ -271,14 +272,14 @@ def load_images(
     FileNotFoundError
         If the source or the label file does not exist.
     ValueError
-        If there are no images; if images have no row, or rows are repeated or hold something that is not a number; if
-        the size is below 1; if the crop is not known, or all images are of one class.
+        If there are no images; if images have no row, or rows are repeated or hold values that are not numbers; if
+        the size is below 1; if the crop is unknown, or all images are of one class.
 
     Warns
     -----
     UserWarning
-        Of files that are no images, of rows without image, columns of text and zeros beside -1 and 1, which are left
-        out, and of tables that are there and not read.
+        About ignored files that are not images, rows without image, columns of text, zeros beside -1 and 1, and tables
+        that are not read.
     """
     size = _checked(size)
     if crop is not None:
@@ -299,29 +300,29 @@ def load_pair(
 ) -> LabelledImages:
     """Open two folders or zips as one labelled set: images with an attribute and images without it.
 
-    The way to a boundary for what no label file names, such as pictures that a text-to-image model made for two
-    prompts. Names are `positive/...` and `negative/...`.
+    For boundaries of attributes without a label file, such as images that a text-to-image model made for two prompts.
+    Names are `positive/...` and `negative/...`.
 
     Parameters
     ----------
     positive, negative : str or Path
         Folders or zips of images; label files in them are not read.
     name : str
-        Of the attribute.
+        Name of the attribute.
     size, skip_broken
         As in `load_images`.
 
     Returns
     -------
     LabelledImages
-        The images of `positive`, label 1, and then those of `negative`, label 0.
+        The images of `positive` (label 1), then those of `negative` (label 0).
 
     Raises
     ------
     FileNotFoundError
-        If one does not exist.
+        If a source does not exist.
     ValueError
-        If one has no images, or both are the same place.
+        If a source has no images, or both are the same.
     """
     positive, negative = paths.local(positive), paths.local(negative)
     if positive.resolve() == negative.resolve():
@@ -342,7 +343,7 @@ def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tenso
     Parameters
     ----------
     path : str, Path or bytes
-        A file, or the content of one.
+        A file, or its content.
     size : int, optional
         Side in pixels. Default: the native size, cropped to a square.
 
@@ -355,7 +356,7 @@ def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tenso
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it cannot be decoded, or the size is below 1.
+        If the image cannot be decoded, or the size is below 1.
     """
     _checked(size)
     if isinstance(path, bytes):

@@ -15,7 +15,7 @@ from workbench.diffusion.models import Model
 
 
 class Unsuitable(ValueError):
-    """A sound image that is not what was asked for."""
+    """A valid image that does not meet the request."""
 
 
 def picture_to_tensor(image: Image.Image, size: int | None = None) -> torch.Tensor:
@@ -82,7 +82,7 @@ def check_images(images: torch.Tensor | np.ndarray | Image.Image | Sequence, mod
 
 
 def check_values(images: torch.Tensor) -> None:
-    """Refuse what is no image in [-1, 1]."""
+    """Raise unless the values are an image in [-1, 1]."""
     if not images.is_floating_point() or not torch.isfinite(images).all() or images.abs().max() > 1.001:
         raise ValueError("images must be finite floats in [-1, 1]; for 8-bit images use x / 127.5 - 1")
 

@@ -1,4 +1,4 @@
-"""Inversion: the x_t, or the step noises, that lead a model to given images."""
+"""Inversion: find the x_t, or the step noises, from which a model generates given images."""
 
 from __future__ import annotations
 
@@ -41,56 +41,56 @@ def invert(
     """Find the x_T, and for eta > 0 the noise of every step, from which the reverse process gives these images.
 
     "ddim" and "fixed-point" run the deterministic process (eta 0) backwards: the step from t_prev to t solves
-    x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" takes eps at (x_prev, t_prev) instead, one network pass a step and
-    first-order accurate; "fixed-point" starts there and then iterates x_t <- the solution with eps at the last
-    (x_t, t), `iterations` passes more a step.
+    x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" approximates with eps at (x_prev, t_prev), with one network pass per
+    step and first-order accuracy; "fixed-point" starts there and iterates x_t <- the solution with eps at the last
+    (x_t, t), with `iterations` more passes per step.
 
     "edit-friendly" (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140) draws every x_t of the forward process
-    with noise of its own, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t, and stores the step noises
-    z_t = (x_prev - mu_t(x_t)) / sigma_t that lead from one to the next. It goes from the noisiest step on, and each
-    x_prev is what the step gives with the stored z_t, so that a replay visits the same x_t to the bit. The last step
-    adds no noise: the reconstruction is P_t at the least noisy timestep, and the residual the rest.
+    with independent noise, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t, and stores the step noises
+    z_t = (x_prev - mu_t(x_t)) / sigma_t that lead from one to the next. It proceeds from the noisiest step, and each
+    x_prev is the result of the step with the stored z_t, so that a replay visits the same x_t, bit for bit. The last
+    step adds no noise: the reconstruction is P_t at the least noisy timestep, and the residual is the rest.
 
     Parameters
     ----------
     model : Model
     images : Tensor of shape (n, C, H, W), LabelledImages, PIL.Image.Image, or a list of images
-        Tensors have values in [-1, 1] (if none is below 0, a warning asks whether they are in [0, 1]); those of a list
-        may have shape (C, H, W). LabelledImages and pictures are cropped and resized to the model's size.
+        Tensors have values in [-1, 1] (if none is below 0, a warning asks whether they are in [0, 1]); in a list they
+        may have shape (C, H, W). LabelledImages and PIL images are cropped and resized to the model's size.
     steps : int or sequence of int, default 50
-        As in `sample`. Reconstruction gets better with more of them.
+        As in `sample`. More steps improve the reconstruction.
     method : {"ddim", "fixed-point", "edit-friendly"}
     iterations : int, default 5
         For "fixed-point".
-    eta : float or sequence of float (one a step), values in (0, 1], default 1
+    eta : float or sequence of float (one per step), values in (0, 1], default 1
         For "edit-friendly"; the others have eta 0.
     level : {"current", "next"}
-        Timestep of the eps that a DDIM step takes at x_prev: t_prev, as in DDIM eq. 13 and BoundaryDiffusion, or t, as
-        in diffusers' `DDIMInverseScheduler`. The latter is as far from the fixed point in x but not in t, and
-        reconstructs better with few steps. For "fixed-point" it is the first guess.
+        Timestep of eps in a DDIM step at x_prev: t_prev ("current"), as in DDIM eq. 13 and BoundaryDiffusion, or t
+        ("next"), as in diffusers' `DDIMInverseScheduler`. "next" evaluates eps at the correct t but at the previous x,
+        and reconstructs better with few steps. For "fixed-point" it gives the first guess.
     noise_repair : bool, default False
-        For "ddim" and "fixed-point": draw x at the least noisy timestep from the forward process, instead of taking a
-        step to it from the clean image. A clean image has no noise where the network expects a little of it, so that
-        its inversion ends inside of the shell on which sampled x_T lie, however many steps there are. The image itself
-        is then known up to that noise alone.
+        For "ddim" and "fixed-point": draw x at the least noisy timestep from the forward process, instead of inverting
+        a step from the clean image. The network expects a little noise there and a clean image has none, so its
+        inversion ends inside the shell of sampled x_T, for any number of steps. With repair, the image is known only up
+        to that noise.
     seed : int, default 0
-        The noise of the image at position p comes from seed + p: the n_t of "edit-friendly", or that of the repair.
+        The image at position p takes its noise from seed + p: n_t of "edit-friendly", or the noise of the repair.
     residual : bool
-        Also reconstruct the images, and keep what is missing; "edit-friendly" always does, at no cost.
+        Also reconstruct the images and keep the residual; "edit-friendly" always does, at no cost.
     record_h, record_x : bool
-        Keep h_t, x_t at every visited timestep; both are exact, h_t is the network's at (x_t, t).
+        Keep h_t, x_t at every visited timestep; both are exact: h_t is the network's at (x_t, t).
     batch_size, progress
         As in `sample`.
 
     Returns
     -------
     Trajectory
-        With no seeds; x0 holds `images`, `replay` gives their reconstruction and `round_trip_error` its PSNR.
+        Without seeds; x0 holds `images`, `replay` gives their reconstruction and `round_trip_error` its PSNR.
 
     Raises
     ------
     ValueError
-        If the images are not of the model's shape and range, the method is not known, or eta is 0 where it can't be.
+        If the images don't have the model's shape and range, the method is unknown, or eta is 0 for "edit-friendly".
     """
     images = check_images(images, model)
     one_of("method", method, INVERSIONS)

@@ -1,4 +1,4 @@
-"""Models from a name, a hub id, a folder or a file."""
+"""Load models by name, hub id, folder or file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_model(
 ) -> Model:
     """Load a pixel-space DDPM.
 
-    `clip_sample`, which the public DDPMs have on, is off here: clipping the predicted image bends the effect of an
+    The public DDPMs set `clip_sample`; it is off here, because clipping the predicted image distorts the effect of an
     edit and makes inversion fail.
 
     Parameters
@@ -47,33 +47,33 @@ def load_model(
     source : str or path
         A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), the id of a hub
         repository ("google/ddpm-ema-celebahq-256"), or a single file in the layout of the original DDPM or of
-        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` makes a folder of such a file, once. Of a folder with
-        `unet_ema/` beside `unet/` the average is loaded; give the path of `unet/` for the weights themselves.
+        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` converts such a file to a folder, once. In a folder
+        with `unet_ema/` beside `unet/` the average is loaded; give the path of `unet/` for the last weights.
     device : str or torch.device, optional
-        By default the best there is: CUDA, then MPS, then CPU.
+        By default the best available: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
     compile : bool, default False
-        Compile the network's blocks (`torch.compile`), which takes a minute or so for every new size of batch and needs
-        a C++ compiler on a CPU. For sampling, inversion and edits; Jacobians need a model that is not compiled.
+        Compile the network's blocks (`torch.compile`); takes a minute or so for every new batch size and needs a C++
+        compiler on a CPU. For sampling, inversion and edits; Jacobians need an uncompiled model.
     preset : str, optional
-        Of a single file: which published checkpoint it is. Not needed where the file has its published name, or
-        where all else is given.
+        For a single file: which published checkpoint it is. Not needed under the published file name, or if all other
+        settings are given.
     image_size, head_channels : int, optional
-        Of a single file without a preset: side of the images in pixels, and channels of an attention head (only
+        For a single file without a preset: side of the images in pixels, and channels of an attention head (only
         guided-diffusion's layout has several heads). The rest of the architecture follows from the shapes.
     attention_order : {"legacy", "new"}, optional
-        Of a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
-        have the legacy order, which is the default.
+        For a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
+        have the legacy order, the default.
     schedule : {"linear", "cosine"}, optional
-        Of a single file: the noise schedule; by default the preset's or the file's own, or else linear. To be given
-        where a preset that was not asked for has the same shapes and another schedule.
+        For a single file: the noise schedule; by default the preset's or the file's own, or else linear. Required if
+        the shapes match a preset with another schedule and no preset is given.
     timesteps : int, optional
-        Of a single file: T, the number of timesteps that the network was trained on (`diffusion_steps` of
-        guided-diffusion); by default the preset's or the file's own, or else 1000.
+        For a single file: T, the number of timesteps in training (`diffusion_steps` of guided-diffusion); by default
+        the preset's or the file's own, or else 1000.
     rescale_timesteps : bool, default False
-        Of a single file whose `timesteps` are given: the network was told t * 1000 / T (`rescale_timesteps`, which
-        improved-diffusion has on and guided-diffusion off). The model then has 1000 timesteps at the same noise levels.
+        For a single file with `timesteps`: the network was given t * 1000 / T (`rescale_timesteps`, on in
+        improved-diffusion, off in guided-diffusion). The model then has 1000 timesteps at the same noise levels.
 
     Returns
     -------
@@ -82,13 +82,13 @@ def load_model(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no such model, or it is not one that the workbench can split at a bottleneck.
+        If there is no such model, or the workbench can't split it at a bottleneck.
 
     Warns
     -----
     UserWarning
-        If the model is estimated to need more memory than is free, is an average beside other weights, or is a single
-        file for which T is assumed.
+        If the estimated memory exceeds the free memory, an average is loaded in place of other weights, or T is assumed
+        for a single file.
     """
     target, path = find_device(device), paths.local(source)
     options = {
@@ -125,8 +125,8 @@ def load_shapes(source: str | Path) -> SplitUNet:
         return SplitUNet(_build(known[source].config(), path=Path("the preset")))
     if paths.local(source).is_file():
         raise ValueError(
-            f"{source} is a file, whose network is not known before it is read; give what `workbench convert` makes of "
-            f"it, or its preset, one of {', '.join(layouts.PRESETS)}"
+            f"{source} is a file, and its network is unknown until it is read; convert it with `workbench convert`, or "
+            f"give its preset, one of {', '.join(layouts.PRESETS)}"
         )
     files = checkpoints.find_model_files(_locate(source)[0])
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
@@ -138,29 +138,29 @@ def load_schedule(source: str | Path) -> NoiseSchedule:
 
 
 def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int | None) -> Path:
-    """Write the network of a single file as a diffusers folder (safetensors), which loads fast and is safe to share.
+    """Convert a single file to a diffusers folder in safetensors, which loads fast and is safe to share.
 
     Parameters
     ----------
     file : path
         In the layout of the original DDPM or of guided-diffusion.
     out : path
-        New folder; written whole or not at all.
+        New folder, written atomically.
     **options
         `preset`, `image_size`, `head_channels`, `attention_order`, `schedule`, `timesteps` and `rescale_timesteps`, as
-        of `load_model`.
+        in `load_model`.
 
     Returns
     -------
     Path
-        The folder; `load_model` takes it.
+        The folder, for `load_model`.
 
     Raises
     ------
     FileExistsError
         If `out` exists already.
     FileNotFoundError, ValueError
-        If there is no such file, or it is none that can be converted.
+        If there is no such file, or it can't be converted.
     """
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
@@ -180,7 +180,7 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
 
 
 def list_models() -> list[dict]:
-    """Models that load without a network: bundled ones and those in the local hub cache.
+    """List the models that load offline: bundled ones and those in the local hub cache.
 
     Returns
     -------
@@ -203,7 +203,7 @@ def list_models() -> list[dict]:
 
 
 def known_models() -> list[dict]:
-    """Public models that load, with what they need.
+    """List public models with their requirements.
 
     Returns
     -------
@@ -265,7 +265,7 @@ def verify(model: Model, reference: str) -> float:
         raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
     architecture = layouts.HUB[reference]
     if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
-        raise ValueError(f"{model.name} has images of shape {model.image_shape}, which {reference} has not")
+        raise ValueError(f"{model.name} has images of shape {model.image_shape}, unlike {reference}")
     noise = golden.noise(model.image_shape).to(model.device)
     with torch.inference_mode():
         eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
@@ -330,7 +330,7 @@ def _read_file(
     sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
     sizes = {name: value for name, value in sizes.items() if value is not None}
     if preset is not None and sizes:
-        raise ValueError(f"a preset says {next(iter(sizes))}; give the one or the other")
+        raise ValueError(f"a preset sets {next(iter(sizes))}; give one of the two")
     name = layouts.find_preset(preset, "" if sizes else path.name)
     known = layouts.PRESETS.get(name)
     if known is not None and schedule is None and timesteps is not None and known.schedule != layouts.LINEAR:

@@ -1,4 +1,4 @@
-"""How much memory a network needs, estimated from its shapes alone; and keeping what is freed between its passes."""
+"""Estimate the memory of a network from its shapes, and keep freed memory between its passes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _LiveBytes(TorchDispatchMode):
 def estimate_memory(network: SplitUNet) -> MemoryNeed:
     """Memory of the weights of a network on the device "meta" and of one pass over one image.
 
-    The pass is run on tensors without values, and what would be alive is added up.
+    The pass runs on tensors without values, and the sizes of all live tensors are added up.
     """
     live = _LiveBytes()
     with torch.no_grad(), live:
@@ -91,17 +91,17 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Have this whole process keep up to a GiB of what it freed, where its memory is glibc's (most Linux machines).
+    """Let this process keep up to a GiB of freed memory, if it uses glibc (most Linux machines).
 
-    For a process of one's own that samples on a CPU; the command line and the kernels of reports do so. A pass of a
-    network frees its activations, and the next one takes as much again. glibc gives large buffers back to the system in
-    between, which then has to clear them page by page: a sixth of the time of a pass on a CPU. Settings of glibc in the
-    environment stand.
+    For scripts that sample on a CPU; the command line and the kernels of reports call it. A pass of a network frees its
+    activations, and the next pass allocates as much again. In between, glibc returns large buffers to the system, which
+    clears them page by page: a sixth of the time of a pass on a CPU. Settings of glibc in the environment take
+    precedence.
 
     Returns
     -------
     bool
-        Whether that is so now.
+        Whether freed memory is kept now.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _OWN_SETTINGS):
         return False

@@ -1,4 +1,4 @@
-"""A denoiser that is split at its bottleneck, with its noise schedule."""
+"""A denoiser split at its bottleneck, with its noise schedule."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the network's arithmetic. Images, eps and h are float32 whatever it is."""
+        """Precision of the network's arithmetic. Images, eps and h are always float32."""
         return self.unet.dtype
 
     @property
@@ -120,9 +120,9 @@ class Model:
         return Model(self.name, SplitUNet(self.unet.unet, tap=tap, dtype=self.dtype), self.schedule, self.hash)
 
     def batch_size(self) -> int:
-        """Number of samples that run at once when nothing else is asked for.
+        """Default number of samples per pass.
 
-        On a CPU, that of `cpu_batch` (32 at 32 x 32 pixels, fewer for larger images); on an accelerator, what fits 70%
+        On a CPU, `cpu_batch` (32 at 32 x 32 pixels, fewer for larger images); on an accelerator, as many as fit in 70%
         of its free memory by the measured need of one sample, up to 256.
         """
         if self.device.type != "cuda":
@@ -136,7 +136,7 @@ class Model:
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
-        """What identifies this model in a file: name, weights, network, tap and schedule."""
+        """Identity of this model in files: name, weights, network, tap and schedule."""
         # The same weights in a network of other settings, such as the order of the time embedding, are another model.
         settings = {key: value for key, value in self.unet.unet.config.items() if not key.startswith("_")}
         network = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -174,20 +174,20 @@ def refuse_other_model(
     tap: bool = True,
     remedy: str = "what belongs to one model does not carry over to another",
 ) -> None:
-    """Refuse what was made with another model: other weights, tap, network or noise schedule.
+    """Raise if the provenances of two models differ in weights, tap, network or noise schedule.
 
     Parameters
     ----------
     what : str
-        What was made, for the messages: "the run", the name of a direction, the path of a store.
+        Subject of the messages: "the run", the name of a direction, the path of a store.
     own, model : dict or None
         Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
     whose : str
-        What the second provenance is of, for the messages.
+        Owner of the second provenance, for the messages.
     tap : bool
         Compare where h is read, too.
     remedy : str
-        What to do where the weights are others.
+        Remedy if the weights differ.
 
     Raises
     ------
@@ -217,16 +217,16 @@ def wrap(
     device: str | torch.device | None = None,
     dtype: str | None = None,
 ) -> Model:
-    """Make a `Model` of a U-Net that is already in memory.
+    """Make a `Model` from a U-Net in memory.
 
     Parameters
     ----------
     unet : diffusers.UNet2DModel
-        Copied, so that yours stays as it is.
+        Copied; the original is not changed.
     scheduler : diffusers scheduler or NoiseSchedule
         Gives alpha_bar, the spacing of timesteps and the kind of prediction.
     name : str
-        For messages and provenance.
+        Name for messages and provenance.
     device, dtype
         As in `load_model`.
 
@@ -237,7 +237,7 @@ def wrap(
     Raises
     ------
     ValueError
-        If the U-Net has no bottleneck, or predicts something else than the noise.
+        If the U-Net has no bottleneck, or does not predict the noise.
     """
     schedule = scheduler if isinstance(scheduler, NoiseSchedule) else schedule_of(scheduler)
     return make_model(copy.deepcopy(unet), schedule, name=name, device=find_device(device), dtype=dtype)
@@ -254,7 +254,7 @@ def make_model(
 
 
 def compile_blocks(model: Model) -> None:
-    """Compile the blocks and run a first pass, so that what can't be compiled shows now."""
+    """Compile the blocks and run a first pass, to raise compilation errors now."""
     unet = model.unet.unet
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         block.compile()
@@ -291,10 +291,10 @@ def best_device() -> torch.device:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device that was asked for, which must be there; by default the best one."""
+    """The requested device, if available; by default the best one."""
     if device is None:
         return best_device()
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device {str(device)!r} is not there; the best one here is {best_device()}") from error
+        raise ValueError(f"device {str(device)!r} is not available; the best one here is {best_device()}") from error

@@ -1,4 +1,4 @@
-"""What decides a training, and the network that it begins with: new, grown, or with fewer skip connections."""
+"""Settings of a training and its initial network: new, grown, or with fewer skip connections."""
 
 from __future__ import annotations
 
@@ -35,53 +35,53 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """All that decides a training besides its images; `start` apart, the defaults are those of `avataaars32`.
+    """Settings of a training; except for `start`, the defaults are those of `avataaars32`.
 
     Attributes
     ----------
     size : int
-        Side of the images in pixels. With `start` it is that model's, and so are the four that follow.
+        Side of the images in pixels. With `start`, this and the next four are those of that model.
     widths : tuple of int
-        Channels at every resolution, finest first, each half of the one before: multiples of 16. The last one is that
-        of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
+        Channels at every resolution, multiples of 16, finest resolution first; each resolution halves the previous one.
+        The last width is that of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
     layers : int
-        Residual blocks a resolution.
+        Residual blocks per resolution.
     attention : tuple of int
-        Resolutions with self-attention, in pixels, each one that the network has. The mid block always has it.
+        Resolutions of the network with self-attention, in pixels. The mid block always has it.
     head_channels : int
         Channels of an attention head, no more than the widths with attention.
     start : str or None
-        Name or folder of the model whose weights it begins with; by default it begins with random ones.
+        Name or folder of a model with the initial weights; random weights by default.
     grow : bool
         Put a resolution twice as fine around the network of `start`, as wide as its finest one, and train on images of
-        twice its size; only what is new begins with random weights (progressive growing, Karras et al. 2018).
+        twice its size; only the new blocks start from random weights (progressive growing, Karras et al. 2018).
     skips : int or None
-        Skip connections that are kept, counted from the input; the others have weights of 0 on the way up, so that what
-        is coarser reaches the image through h alone (but for its share in the mean and variance of a group of channels
-        that the two ways have in common). By default all.
+        Number of skip connections to keep, counted from the input; the others have weights of 0 in the decoder, so that
+        coarser features reach the image through h alone (except through the mean and variance of channel groups shared
+        by both paths). By default all.
     dropout : float in [0, 1)
     steps, batch_size : int
-        Optimiser steps, and images a step over all processes.
+        Optimiser steps, and images per step over all processes.
     learning_rate : float
-        The largest one, which is reached after `warmup` steps; a cosine then falls to 0.
+        Peak rate, reached after `warmup` steps; a cosine then decays to 0.
     warmup : int
-        A tenth of the steps if that is less.
+        Number of steps; a tenth of all steps if that is less.
     weight_decay : float
-        Of AdamW, whose betas are (0.9, 0.99).
+        Weight decay of AdamW, with betas (0.9, 0.99).
     clip : float
-        Largest norm of the gradient.
+        Maximum norm of the gradient.
     ema : float in [0, 1)
-        Decay of the average of the weights, which is what is kept; less in the first steps.
+        Decay of the moving average of the weights, which the model keeps; less in the first steps.
     gamma : float or inf
-        Of the min-SNR weights (Hang et al. 2023); inf gives the plain loss of DDPM.
+        gamma of the min-SNR weights (Hang et al. 2023); inf gives the plain loss of DDPM.
     flips : bool
-        Mirror every second image, drawn anew each time.
+        Mirror images with probability 0.5, drawn again every time.
     precision : {"bfloat16", "float32"}
-        Of the arithmetic; weights and their average are float32.
+        Precision of the passes; weights and their average are float32.
     compile : bool
         Compile the network (a minute at the start).
     seed : int
-        Of the first weights, the order of the images, flips, timesteps, noise and dropout.
+        Seed of the initial weights, the order of the images, flips, timesteps, noise and dropout.
     """
 
     size: int = 32

@@ -60,7 +60,7 @@ def thread_count() -> int:
     if given is None:
         return max(1, min(torch.get_num_threads(), joblib.cpu_count()))
     if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"{THREADS} is {given!r}; it is the number of threads that compute, 1 or more")
+        raise ValueError(f"{THREADS} is {given!r}; give a number of threads, 1 or more")
     return int(given)
 
 

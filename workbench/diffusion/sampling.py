@@ -1,7 +1,7 @@
-"""Sampling, replay and inversion, with every noise kept or known.
+"""Sampling and replay, with all noise stored or reproducible.
 
-A seed is a sample: x_T and the step noises of sample i come from seed i alone (see `noise`), so a run can be replayed,
-edited, sliced or resumed and is still about the same images.
+A seed is a sample: x_T and the step noises of sample i come from seed i alone (see `noise`), so replaying, editing,
+slicing or resuming a run keeps the same images.
 """
 
 from __future__ import annotations
@@ -103,31 +103,31 @@ def at_step(values: torch.Tensor, i: int, samples: slice | torch.Tensor) -> torc
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A batch of samples and all that is needed to make them again.
+    """A batch of samples and everything needed to reproduce them.
 
     Attributes
     ----------
     model : Model
     x_T : Tensor of shape (n, C, H, W), float32, on the CPU
-        Noise that the run starts from.
+        Starting noise of the run.
     x0 : Tensor of shape (n, C, H, W), float32, on the CPU, nominally in [-1, 1]
-        The images. Of an inversion: the images that were inverted; `replay` gives their reconstruction.
+        The images. For an inversion, the inverted images; `replay` gives their reconstruction.
     timesteps : tuple of int
-        Visited, noisiest first.
+        Visited timesteps, noisiest first.
     etas : tuple of float
-        One a step.
+        One per step.
     seeds : tuple of int, optional
         None if the run comes from inversion.
     h, x : StepRecord, optional
         The network's own h_t (before any edit) and x_t, if they were recorded.
     edit : Injection, optional
-        What is done to h.
+        The edit of h.
     stored_noise : Tensor of shape (steps, n, C, H, W), float32, on the CPU, optional
-        z_t that no seed gives: those of an edit-friendly inversion.
+        z_t of an edit-friendly inversion, which no seed reproduces.
     residual : Tensor of shape (n, C, H, W), float32, on the CPU, optional
         Inverted images less their reconstruction.
     batch_size : int
-        Samples a pass; replay in the same batches is exact to the bit.
+        Samples per pass; replay in the same batches is exact to the bit.
     """
 
     model: Model = field(repr=False)
@@ -175,11 +175,11 @@ class Trajectory:
 
     @property
     def noise(self) -> torch.Tensor:
-        """z_t of every step, made again from the seeds; shape (steps, n, C, H, W), zero where a step adds none."""
+        """z_t of every step, regenerated from the seeds; shape (steps, n, C, H, W), zero where a step adds none."""
         return torch.stack([self.noise_at(i) for i in range(self.steps)])
 
     def noise_at(self, i: int, samples: slice | Sequence[int] | torch.Tensor = slice(None)) -> torch.Tensor:
-        """z_t of step `i` for the samples at these positions: kept by an inversion, or made again from the seeds.
+        """z_t of step `i` for the samples at these positions: stored by an inversion, or regenerated from the seeds.
 
         Returns
         -------
@@ -195,7 +195,7 @@ class Trajectory:
         return step_noise(seeds, self.x_T.shape[1:], t=self.timesteps[i])
 
     def x_at(self, t: int) -> torch.Tensor:
-        """x_t of every sample: kept if the run recorded it, else computed again.
+        """x_t of every sample: recorded by the run, or recomputed.
 
         Returns
         -------
@@ -214,7 +214,7 @@ class Trajectory:
         return self.reached(i)
 
     def reached(self, i: int) -> torch.Tensor:
-        """x_t at step `i` of the run's own reverse process, computed once; of an inversion, of its reconstruction.
+        """x_t at step `i` of the run's own reverse process (of the reconstruction, for an inversion), computed once.
 
         Returns
         -------
@@ -229,7 +229,7 @@ class Trajectory:
         return self._reached[i]
 
     def tail(self, first: int, x_t: torch.Tensor | None = None) -> Trajectory:
-        """The steps from `first` on, not run yet: from the x_t that the run reaches there, or from another."""
+        """The steps from `first` on, not run yet: from the run's own x_t there, or from another."""
         if first == 0 and x_t is None:
             return self
         return replace(
@@ -244,7 +244,7 @@ class Trajectory:
         )
 
     def round_trip_error(self) -> np.ndarray:
-        """How well an inversion reconstructs its images.
+        """PSNR of an inversion's reconstruction.
 
         Returns
         -------
@@ -284,25 +284,25 @@ def sample(
     batch_size: int | None = None,
     progress: bool | tqdm = True,
 ) -> Trajectory:
-    """Generate images, and keep what can be known about how they came to be.
+    """Generate images, and keep everything needed to reproduce and edit them.
 
     Parameters
     ----------
     model : Model
     seeds : iterable of int
-        One sample each. The same seed is the same sample whatever the batch size, order or device, up to rounding.
+        One per sample. A seed gives the same sample for any batch size, order or device, up to rounding.
     steps : int or sequence of int, default 50
         Number of visited timesteps, or these timesteps, decreasing.
-    eta : float or sequence of float (one a step), values in [0, 1]
+    eta : float or sequence of float (one per step), values in [0, 1]
         0 is deterministic DDIM; 1 (default, as in Haas et al.) has the variance of DDPM.
     record_h, record_x : bool
-        Keep h_t, x_t of every step: n * steps * (their size) * 4 bytes of memory.
+        Keep h_t, x_t of every step; takes n * steps * (their size) * 4 bytes of memory.
     delta_h : Tensor of shape (steps, C, h, w) or (steps, n, C, h, w), optional
         Added to h_t (symmetric injection, Haas et al. eq. 6).
     batch_size : int, optional
-        Samples a pass; chosen by the model if not given.
+        Samples per pass; chosen by the model if not given.
     progress : bool or tqdm
-        Show a bar, or update this one by image-steps.
+        Show a bar, or update the given one by image-steps.
 
     Returns
     -------
@@ -316,7 +316,7 @@ def sample(
     Warns
     -----
     UserWarning
-        If samples reach far outside of [-1, 1], as those of a model that was trained for too short.
+        If samples reach far outside of [-1, 1], as from an undertrained model.
     """
     seeds = check_seeds(seeds)
     visited = model.schedule.timesteps(steps)
@@ -355,12 +355,11 @@ def replay(
     Parameters
     ----------
     run : Trajectory
-        Of an inversion, the replay's x0 is the reconstruction.
+        For an inversion, the replay's x0 is the reconstruction.
     edit : Injection, optional
-        In place of the run's own edit.
+        Replaces the run's own edit.
     residual : bool
-        Add what an inversion's reconstruction lacks: without an edit x0 is then the inverted image itself, up to one
-        rounding.
+        Add the inversion's residual: without an edit x0 is then the inverted image itself, up to one rounding.
     record_h, record_x, progress
         As in `sample`.
 
@@ -371,7 +370,7 @@ def replay(
     Raises
     ------
     ValueError
-        If the edit is for other timesteps, or a residual is asked for that the run does not have.
+        If the edit is for other timesteps, or the run lacks the requested residual.
     """
     if residual:
         check_residual(run)
@@ -402,7 +401,7 @@ def denoise(
         At the first pair's timestep.
     pairs : sequence of (t, t_prev)
     etas : sequence of float
-        One a pair.
+        One per pair.
     noise : callable (i) -> Tensor of shape (n, C, H, W)
         z_t of the i-th pair; asked only where the step adds noise.
     edit_h : callable (i, h) -> Tensor of shape (n, C, h, w) or None, optional
@@ -502,13 +501,13 @@ def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> Injection
 
 
 def check_residual(run: Trajectory) -> None:
-    """Refuse a run that does not know what its reconstruction lacks."""
+    """Raise if a run has no residual."""
     if run.residual is None:
         raise ValueError("this run has no residual; invert(..., residual=True) keeps it")
 
 
 def check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
-    """Samples a pass: as asked for, or what suits the model, and at most n."""
+    """Samples per pass: as given, or chosen by the model, and at most n."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     return min(n, batch_size or model.batch_size())

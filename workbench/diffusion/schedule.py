@@ -52,7 +52,7 @@ def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) ->
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """How much noise there is at every timestep, and what follows from it.
+    """Noise level at every timestep, and the quantities derived from it.
 
     | here | DDPM (Ho et al.) | DDIM, Asyrp, Haas et al. |
     |---|---|---|
@@ -79,8 +79,8 @@ class NoiseSchedule:
         a = np.asarray(self.alpha_bars, dtype=np.float64)
         if a.ndim == 1 and a.size > 1 and a[-1] == 0:
             raise ValueError(
-                f"alpha_bar is 0 at timestep {a.size - 1} (zero terminal SNR), where the predicted noise does not tell "
-                "the image; the workbench takes schedules that keep some of it, such as those of DDPM and DDIM"
+                f"alpha_bar is 0 at timestep {a.size - 1} (zero terminal SNR), where the predicted noise does not "
+                "determine the image; use a schedule that ends above 0, such as those of DDPM and DDIM"
             )
         if a.ndim != 1 or a.size < 2 or not (a > 0).all() or a[0] > 1 or (np.diff(a) > 0).any():
             raise ValueError("alpha_bar must be a decreasing list of at least 2 values in (0, 1]")
@@ -90,12 +90,12 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, *, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """The linear schedule of DDPM (Ho et al. 2020, section 4), which both papers' models use."""
+        """Linear schedule of DDPM (Ho et al. 2020, section 4), used by the models of both papers."""
         return cls(np.cumprod(1.0 - np.linspace(beta_start, beta_end, T)))
 
     @property
     def T(self) -> int:
-        """Number of timesteps that the network was trained on."""
+        """Number of timesteps in training."""
         return self.alpha_bars.size
 
     def alpha_bar(self, t: int) -> float:
@@ -103,12 +103,12 @@ class NoiseSchedule:
         return 1.0 if t == CLEAN else float(self.alpha_bars[t])
 
     def timesteps(self, steps: int | Sequence[int]) -> tuple[int, ...]:
-        """Timesteps that a run visits, noisiest first.
+        """Visited timesteps of a run, noisiest first.
 
         Parameters
         ----------
         steps : int or sequence of int
-            Their number, placed by `spacing`; or the timesteps themselves, strictly decreasing.
+            Number of timesteps, placed by `spacing`; or the timesteps themselves, strictly decreasing.
 
         Returns
         -------
@@ -118,7 +118,7 @@ class NoiseSchedule:
         Raises
         ------
         ValueError
-            If there are more steps than timesteps, none, or a list that is not strictly decreasing within 0..T-1.
+            If there are no steps, more steps than timesteps, or a list that is not strictly decreasing within 0..T-1.
         """
         if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
             if not 1 <= steps <= self.T:
@@ -179,7 +179,7 @@ class NoiseSchedule:
         Returns
         -------
         Tensor of shape (n, C, H, W)
-            Nominally in [-1, 1]. It is not clipped: clipping bends the edit and breaks inversion.
+            Nominally in [-1, 1]. Not clipped: clipping distorts the edit and breaks inversion.
         """
         a = self.alpha_bar(t)
         return (x_t - (1.0 - a) ** 0.5 * eps) / a**0.5
@@ -211,16 +211,16 @@ class NoiseSchedule:
         ----------
         x_t : Tensor of shape (n, C, H, W)
         eps : Tensor of shape (n, C, H, W)
-            Predicted noise; with an edit, the edited one.
+            Predicted noise; of an edit, the edited prediction.
         pair : (int, int)
             (t, t_prev); t_prev = -1 is the clean image.
         eta : float in [0, 1]
             0 is deterministic DDIM, 1 has the variance of DDPM.
         noise : Tensor of shape (n, C, H, W), optional
-            z_t, standard normal. Needed where sigma_t > 0.
+            z_t, standard normal. Required if sigma_t > 0.
         eps_direction : Tensor of shape (n, C, H, W), optional
-            Predicted noise for D_t. The plain one gives the asymmetric reverse process (Asyrp eq. 5); by default
-            `eps` serves both (symmetric, Haas et al.).
+            Predicted noise for D_t. The unedited prediction gives the asymmetric reverse process (Asyrp eq. 5); by
+            default both use `eps` (symmetric, Haas et al.).
 
         Returns
         -------
@@ -238,22 +238,24 @@ class NoiseSchedule:
         return x_prev
 
     def etas(self, eta: float | Sequence[float], steps: int) -> tuple[float, ...]:
-        """One eta a step, from a number or a list.
+        """One eta per step, from a number or a list.
 
         Raises
         ------
         ValueError
-            If the list has another length than `steps`, or a value is outside [0, 1].
+            If the list and `steps` differ in length, or a value is outside [0, 1].
         """
         values = tuple(map(float, eta)) if isinstance(eta, (Sequence, np.ndarray)) else (float(eta),) * steps
         if len(values) != steps:
-            raise ValueError(f"eta is a list of {len(values)} values for {steps} steps; give one number, or one a step")
+            raise ValueError(
+                f"eta is a list of {len(values)} values for {steps} steps; give one number, or one per step"
+            )
         if not all(0.0 <= v <= 1.0 for v in values):
             raise ValueError(f"eta must lie in [0, 1] (0 is DDIM, 1 is DDPM), not {min(values)}..{max(values)}")
         return values
 
     def provenance(self) -> dict:
-        """What identifies this schedule in a file: T, spacing, offset and alpha_bar."""
+        """Identity of this schedule in files: T, spacing, offset and alpha_bar."""
         return {
             "T": self.T,
             "spacing": self.spacing,

@@ -1,9 +1,9 @@
-"""Training a pixel-space DDPM on images, so that it can be stopped and killed at any time and continues as it was.
+"""Train a pixel-space DDPM on images; a training stopped or killed at any time resumes exactly.
 
-All that is random in a step (which images, their flips, timesteps and noise) is a function of the seed and the number
-of the step; weights, their average and the optimiser's state are kept in checkpoints. A resumed run is therefore the
-same run. accelerate places the network on the device, and on several with `accelerate launch`, or with `torchrun` on a
-CPU; each process then takes its rows of the same batch.
+The random numbers of a step (choice of images, flips, timesteps and noise) are a function of the seed and the step
+number; checkpoints hold weights, their average and the optimiser's state. A resumed run therefore equals an
+uninterrupted one. accelerate places the network on the device, or on several with `accelerate launch` (`torchrun` on a
+CPU); each process then takes its rows of the same batch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _ORDER, _DROPOUT = 1, 3
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What is random in one step: rows of the images, which are mirrored, timesteps and noise (b, C, H, W)."""
+    """Random choices of one step: rows of the images, mirrored rows, timesteps and noise (b, C, H, W)."""
 
     rows: np.ndarray
     flipped: np.ndarray
@@ -78,7 +78,7 @@ class Batch:
 
 
 def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[int, int, int]) -> Batch:
-    """Draw what a step, counted from 0, is trained on; it depends on the seed and the step alone.
+    """Draw the batch of a step, counted from 0; it depends on the seed and the step alone.
 
     Each of the n images comes once before any comes again. Timesteps are spread evenly over 0..T-1 from a random start
     (Kingma et al. 2021, section I.1): each is uniform, and a batch has few and many steps of noise in equal shares.
@@ -107,48 +107,48 @@ def train_model(
 ) -> Model:
     """Train a DDPM: eps-prediction, 1000 timesteps, linear beta (Ho et al. 2020), min-SNR weights (Hang et al. 2023).
 
-    `out` becomes a model folder that `load_model` and diffusers' `DDPMPipeline` read, with the averaged weights; from
-    the first checkpoint on it can be used while the training goes on. Beside the model it holds `training.json`
-    (settings, images, versions, git commit, hours), `checkpoint.safetensors` (to resume from; delete it when you are
-    done), `log.csv` and `samples/`. All are written beside and renamed.
+    `out` becomes a model folder with the averaged weights that `load_model` and diffusers' `DDPMPipeline` read; it is
+    usable from the first checkpoint on, during training. Beside the model it holds `training.json` (settings, images,
+    versions, git commit, hours), `checkpoint.safetensors` (to resume from; delete it when you are done), `log.csv` and
+    `samples/`. All files are written atomically.
 
     Parameters
     ----------
     images : LabelledImages or Tensor of shape (n, C, H, W) with values in [-1, 1], or a list of these
-        Of the size of the settings: `load_images(source, size=...)`. Kept in memory as bytes; labels are not used.
+        At the size of the settings: `load_images(source, size=...)`. Kept in memory as bytes; labels are not used.
     settings : TrainingSettings, optional
-        Left out when a training is resumed: it goes on with its own.
+        Not given when resuming: a training keeps its settings.
     out : str or Path
         Folder of the model.
     resume : bool, default False
-        Go on with the training in `out` from its last checkpoint: with the same images it becomes the same model, bit
-        for bit on the same machine and number of threads. One that was killed before its first checkpoint begins anew,
-        one that is finished is left as it is.
+        Continue the training in `out` from its last checkpoint: with the same images it becomes the same model, bit for
+        bit on the same machine and number of threads. A training killed before its first checkpoint starts again, a
+        finished one is left unchanged.
     minutes : float, default 10
-        Time between checkpoints, which is what a kill costs at most.
+        Time between checkpoints, the most that a kill costs.
     log_every : int, default 50
-        Steps a row of the log; checkpoints come after such a row.
+        Steps per row of the log; checkpoints follow such rows.
     previews : int, default 16
-        Samples drawn at every checkpoint, of the same seeds each time; 0 for none.
+        Samples drawn at every checkpoint, with the same seeds each time; 0 for none.
     progress : bool
-        Show a bar with the images a second.
+        Show a bar with images per second.
 
     Returns
     -------
     Model
-        The one in `out`.
+        The model in `out`.
 
     Raises
     ------
     FileExistsError
-        If `out` holds a training or a model already and is not to be resumed.
+        If `out` already holds a training or a model, without `resume`.
     FileNotFoundError
-        If it is to be resumed and there is no training, or none of its checkpoints.
+        If there is no training or checkpoint to resume.
     ValueError
-        If the images are of another size, or others than the resumed training had, settings are given to a training
-        that is resumed, the model to begin with can't be trained here, or the checkpoint is damaged.
+        If the images have another size, or differ from those of the resumed training, `settings` are given with
+        `resume`, the initial model can't be trained here, or the checkpoint is damaged.
     RuntimeError
-        If the loss is no longer finite, or another process trains in `out`.
+        If the loss becomes infinite or NaN, or another process trains in `out`.
     """
     out = paths.writable(out, folder=True)
     for name, value, least in (("minutes", minutes, 0), ("log_every", log_every, 1), ("previews", previews, 0)):
@@ -162,7 +162,7 @@ def train_model(
             if step == settings.steps:
                 return load_model(out)
             raise FileNotFoundError(
-                f"the training in {out} stands at step {step} of {settings.steps} and its checkpoint is gone; train on "
+                f"the training in {out} is at step {step} of {settings.steps} and its checkpoint is missing; continue "
                 "from its model in another folder, with start="
             )
     elif (out / CONFIG).exists():
@@ -186,7 +186,7 @@ def train_model(
         cut_skips(unet, kept=settings.skips)
     description = _describe(settings, unet, pixels)
     if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
-        raise ValueError(f"the training in {out} is of {then['n']} images, and these {len(pixels)} are not the same")
+        raise ValueError(f"the training in {out} used {then['n']} images, and these {len(pixels)} differ from them")
     run = _Run(unet, description, settings=settings, device=accelerator.device)
     if begun:
         run.load(out / STATE)
@@ -322,7 +322,7 @@ class _Run:
                 _contact_sheet(images).save(partial, "PNG")
 
     def save_model(self, out: Path) -> UNet2DModel:
-        """Write the network with the averaged weights, and what training it is of."""
+        """Write the network with the averaged weights, and a record of its training."""
         unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.average.copy_to(unet.parameters())
         with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
@@ -427,7 +427,7 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
 
 
 def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
-    """What `training.json` says."""
+    """Content of `training.json`."""
     packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
         "settings": asdict(settings),

@@ -20,19 +20,19 @@ TAPS = ("before", "middle", "after")
 
 @dataclass(frozen=True, eq=False)
 class Bottleneck:
-    """The network's state at the tap: h, and all else that the decoder needs.
+    """The network's state at the tap: h and the decoder's other inputs.
 
     Attributes
     ----------
     h : Tensor of shape (n, C, h, w), float32
         The bottleneck activation h_t.
     skips : tuple of Tensor
-        Outputs of the encoder's blocks, untouched by any edit of h.
+        Outputs of the encoder's blocks, unchanged by edits of h.
     emb : Tensor of shape (n, E)
         Embedding of the timestep.
     tap : {"before", "middle", "after"}
     residual : Tensor of shape (n, C, h, w), optional
-        For the tap "middle": the input of the residual block that the tap lies in.
+        For the tap "middle": the input of the residual block that contains the tap.
     """
 
     h: torch.Tensor
@@ -46,7 +46,7 @@ class Bottleneck:
 
     @classmethod
     def joined(cls, parts: Sequence[Bottleneck]) -> Bottleneck:
-        """The state of all samples of several states, in order."""
+        """Concatenate the samples of several states, in order."""
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -60,7 +60,7 @@ class Bottleneck:
         return replace(self, h=h)
 
     def repeat(self, k: int) -> Bottleneck:
-        """Each sample `k` times in a row, so that k edits of it run as one batch."""
+        """Repeat each sample `k` times in a row, so that k edits of it run as one batch."""
         return self._map(lambda x: _repeated(x, k))
 
     def __getitem__(self, index) -> Bottleneck:

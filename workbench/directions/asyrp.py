@@ -3,8 +3,8 @@
     Delta h_t = f_t(h_t, t)
 
 Its checkpoints hold a network of two 1 x 1 convolutions, one kind for the original DDPM and one for guided-diffusion.
-They were trained on one set of weights each, which the file does not name: a function fits every model of its widths,
-and means something for its own model alone.
+Each was trained for one model, and its file does not name the model: a function runs with every model of its widths,
+but is meaningful only for its own.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DeltaBlock(nn.Module):
 class DeltaFunction:
     """Delta h as a function of h and t: a weighted sum of DeltaBlocks; made by `load_asyrp`, used by `edit`.
 
-    `2 * smiling + glasses` is one too. Asyrp divides the sum over m attributes by sqrt(m).
+    `2 * smiling + glasses` is a DeltaFunction too. Asyrp divides the sum over m attributes by sqrt(m).
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ class DeltaFunction:
         return replace(self * -1.0, name=f"-{self.name}")
 
     def __add__(self, other: DeltaFunction) -> DeltaFunction:
-        """The function that adds what both add."""
+        """Sum of two functions."""
         if not isinstance(other, DeltaFunction):
             return NotImplemented
         other.check_fits(self.model)
@@ -135,7 +135,7 @@ class DeltaFunction:
         )
 
     def mean(self, store: HStore, *, calibrate: bool = True, progress: bool = True) -> Direction:
-        """The mean of Delta h_t over samples, as an ordinary direction.
+        """Mean of Delta h_t over samples, as an ordinary direction.
 
         Parameters
         ----------
@@ -143,7 +143,7 @@ class DeltaFunction:
             Samples of the model, with the timesteps of the direction.
         calibrate : bool, default True
             Make one unit of scale one standard deviation of the samples, as for every other method. Otherwise one unit
-            adds the mean of Delta h itself, the strength that it was trained at.
+            adds the mean of Delta h itself, at its trained strength.
         progress : bool
 
         Returns
@@ -153,7 +153,7 @@ class DeltaFunction:
         Raises
         ------
         ValueError
-            If the store is of another model or tap.
+            If the store has another model or tap.
         """
         self.check_fits(self.model)
         refuse_other_model(str(store.path), store.provenance["model"], self.model.provenance())
@@ -175,12 +175,12 @@ class DeltaFunction:
         return direction.calibrated(store, progress=progress) if calibrate else direction
 
     def check_fits(self, model: Model) -> None:
-        """Refuse a model of other weights, widths or tap than the function was loaded for.
+        """Raise unless the model has the weights, widths and tap that the function was loaded for.
 
         Raises
         ------
         ValueError
-            Naming what differs.
+            Names the difference.
         """
         own = self.model.provenance()
         refuse_other_model(self.name, own, model.provenance(), tap=False, remedy="load it for this model")
@@ -195,12 +195,12 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     ----------
     path : path
     model : Model
-        The model that it was trained with. The file does not name it; of a model of the same widths that it was not
-        trained with, the edits mean nothing.
+        The model that it was trained with, which the file does not name. With another model of the same widths, its
+        edits are meaningless.
     index : int, default 0
-        Which block, of a file with several.
+        Index of the block in a file with several.
     name : str, optional
-        By default the attribute that the file's name begins with ("smiling_LC_CelebA_HQ_t999...").
+        By default the attribute at the start of the file name ("smiling_LC_CelebA_HQ_t999...").
 
     Returns
     -------
@@ -211,7 +211,7 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is none of Asyrp's, or its widths are not the model's.
+        If it is not a file of Asyrp, or its widths are not the model's.
     """
     path = local(path)
     if not path.is_file():

@@ -44,19 +44,19 @@ class Boundary:
     t : int
         Timestep.
     space : {"h", "x"}
-        What z is: h_t or x_t.
+        Space of z: h_t or x_t.
     name : str
     provenance : dict
         As of a `Direction`; "model" is None for a boundary in plain arrays.
     means, deviations : (float, float), optional
-        Of the signed distances of held-out samples, (without, with) the attribute. Not of the samples that it was
-        fitted on: with fewer samples than dimensions these lie at the margin, all at the same distance.
+        Of the signed distances of held-out samples, (without, with) the attribute. The fitted samples would mislead:
+        with fewer samples than dimensions they all lie at the margin, at the same distance.
     accuracy, balanced_accuracy : Estimate, optional
         Share of held-out samples on their side of the boundary, and the mean of both classes' shares, with 95% Wilson
-        intervals; of a fit by cross-validation, and then the intervals are wider (`intervals.CROSS_VALIDATED`).
+        intervals; those of a fit by cross-validation are wider (`intervals.CROSS_VALIDATED`).
     extras : dict of str -> float
-        Of a fit: `weight_norm`, the length of the normal before it was scaled; `training_accuracy`; `class_distance`
-        and `dimensions`, the law's delta and d (see `expected_accuracy`).
+        From the fit: `weight_norm`, the length of the normal before scaling; `training_accuracy`; `class_distance` and
+        `dimensions`, delta and d of `expected_accuracy`.
     """
 
     normal: torch.Tensor = field(repr=False)
@@ -80,7 +80,7 @@ class Boundary:
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the held-out samples' distance within their class, pooled over both: the unit "sd".
+        """Within-class standard deviation of the held-out samples' distance, pooled over both classes: the unit "sd".
 
         Raises
         ------
@@ -107,7 +107,7 @@ class Boundary:
         Raises
         ------
         ValueError
-            If the samples have another number of values than the boundary.
+            If the samples and the boundary differ in size.
         """
         normal = self._wide()
         # Row by row: the same bits for a sample whatever the batch it is in.
@@ -121,14 +121,14 @@ class Boundary:
         return self.coordinate(z) + self.intercept
 
     def move(self, z: Points, *, to: float | np.ndarray, mode: str = "absolute", keep_norm: bool = False) -> Points:
-        """Move samples along the normal; see `move_jointly`, of which this is the case of one boundary.
+        """Move samples along the normal: `move_jointly` for one boundary.
 
         Parameters
         ----------
         z : array or Tensor of shape (n, C, h, w) or (n, C*h*w)
         to : float, or array of shape (n,)
         mode, keep_norm
-            As there.
+            As in `move_jointly`.
 
         Returns
         -------
@@ -140,9 +140,9 @@ class Boundary:
     def orthogonal_to(self, *others: Boundary) -> Boundary:
         """The conditional boundary: moving along its normal leaves all the others' distances as they are.
 
-        n' is the part of n outside of the span of the other normals, n - sum c_j n_j, scaled to length 1 by 1/s. The
-        distance is combined alike, (distance - sum c_j distance_j) / s, so that where the others are 0 the boundary
-        stays the same. What it measures of held-out samples is not known until `measured` is called.
+        n' is the part of n orthogonal to the other normals, n - sum c_j n_j, scaled to length 1 by 1/s. The distance
+        combines in the same way, (distance - sum c_j distance_j) / s, so the boundary stays the same where the other
+        distances are 0. Its means, deviations and accuracies are unknown until `measured` is called.
 
         Parameters
         ----------
@@ -155,7 +155,7 @@ class Boundary:
         Raises
         ------
         ValueError
-            If a boundary is of another model, space or timestep, or nothing is left.
+            If a boundary belongs to another model, space or timestep, or n lies in the span of the others.
         """
         if not others:
             raise ValueError("orthogonal_to needs at least one other boundary")
@@ -185,12 +185,12 @@ class Boundary:
         return float(np.clip(self._wide() @ other._wide(), -1.0, 1.0))
 
     def measured(self, samples: Samples, labels: Labels) -> Boundary:
-        """The same boundary with means, deviations and accuracies of these samples.
+        """The same boundary with means, deviations and accuracies measured on these samples.
 
         Parameters
         ----------
         samples : HStore, Trajectory with records, or array of shape (n, ...)
-            Others than it was fitted on.
+            Not those that it was fitted on.
         labels : Series, or array of shape (n,), values 0 or 1
             Matched as in `fit_boundary`.
 
@@ -201,7 +201,7 @@ class Boundary:
         Raises
         ------
         ValueError
-            If the samples are of another model or shape, or the labels don't fit them or have fewer than 2 of a class.
+            If the samples have another model or shape, or the labels don't fit them or have fewer than 2 of a class.
         """
         source = samples_at(samples, self.t, self.space)
         self._refuse_other_model(source.origin["model"], "these samples")
@@ -209,7 +209,7 @@ class Boundary:
         return replace(self, **held_out(self.distance(source.values), y))
 
     def check_fits(self, model: Model, *, t: int | None = None, space: str | None = None) -> None:
-        """Refuse a model, timestep or space that the boundary was not made for.
+        """Raise unless the boundary was made for this model, timestep and space.
 
         Parameters
         ----------
@@ -220,8 +220,8 @@ class Boundary:
         Raises
         ------
         ValueError
-            Naming what differs: weights, tap, shape, space or timestep. A boundary in plain arrays knows no model, and
-            only its shape is compared.
+            Names the difference: weights, tap, shape, space or timestep. A boundary in plain arrays is checked by shape
+            alone.
         """
         self._refuse_other_model(model.provenance(), "this model")
         if space is not None and space != self.space:
@@ -236,7 +236,7 @@ class Boundary:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the boundary to a safetensors file with all else in the header; whole or not at all.
+        """Write the boundary atomically to a safetensors file, with all other attributes in the header.
 
         Parameters
         ----------
@@ -284,10 +284,10 @@ def move_jointly(
     mode: str = "absolute",
     keep_norm: bool = False,
 ) -> Points:
-    """Move samples to wanted distances from several boundaries at once, by the shortest way.
+    """Move samples to given distances from several boundaries at once, by the shortest move.
 
-    With the normals as the rows of N and the wanted changes of the distances as l, the shift of minimal norm is
-    N' (N N')^-1 l. A sample that has nothing to change stays the same to the bit.
+    With the normals as the rows of N and the changes of the distances as l, the shift of minimal norm is
+    N' (N N')^-1 l. A sample without a change stays the same, bit for bit.
 
     Parameters
     ----------
@@ -295,12 +295,12 @@ def move_jointly(
     boundaries : sequence of m Boundary
         Of one space and timestep.
     to : array of shape (m,) or (n, m)
-        "absolute": signed distance afterwards. "shift": change of the distance. "mirror": change as a multiple of
-        the distance itself, so that -1 leads onto the boundary and -2 to its other side, as far away.
+        "absolute": signed distance after the move. "shift": change of the distance. "mirror": change as a multiple of
+        the distance itself: -1 moves onto the boundary, -2 to the same distance on the other side.
     mode : {"absolute", "shift", "mirror"}
     keep_norm : bool, default False
-        Shorten what is orthogonal to the normals, so that each sample keeps its length: a move on a great circle. The
-        wanted distances are still reached.
+        Shorten the part orthogonal to the normals, so that each sample keeps its length: a move on a great circle. The
+        given distances are still reached.
 
     Returns
     -------
@@ -309,8 +309,8 @@ def move_jointly(
     Raises
     ------
     ValueError
-        If shapes don't match, normals lie in each other's span, or a sample is shorter than a move that keeps its norm
-        would make it.
+        If shapes don't match, the normals are linearly dependent, or a sample is too short to reach its distance with
+        its norm kept.
     """
     boundaries = list(boundaries)
     if not boundaries:
@@ -322,7 +322,7 @@ def move_jointly(
     products = normals @ normals.T
     if np.linalg.cond(products) > 1e8:
         names = ", ".join(boundary.name for boundary in boundaries)
-        raise ValueError(f"the normals of {names} lie in each other's span; no move reaches distances that differ")
+        raise ValueError(f"the normals of {names} are linearly dependent; no move reaches different distances")
     distances = np.stack([boundary.distance(z) for boundary in boundaries], axis=1)
     change = change_of(distances, to, mode)
     shift = np.linalg.solve(products, change.T).T @ normals
@@ -334,8 +334,8 @@ def move_jointly(
         if (room < 0).any():
             length = np.linalg.norm(rows[room.argmin()])
             raise ValueError(
-                f"a sample has length {length:.4g}, and where it is to go there is no "
-                "point of that length; ask for smaller distances, or keep_norm=False"
+                f"a sample has length {length:.4g}, and its distances are reached by no "
+                "point of that length; give smaller distances, or keep_norm=False"
             )
         with np.errstate(invalid="ignore", divide="ignore"):
             factor = np.sqrt(room / (outside**2).sum(axis=1))
@@ -353,7 +353,7 @@ def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str
     n, m = distances.shape
     if wanted.shape not in ((m,), (n, m)) or not np.isfinite(wanted).all():
         raise ValueError(
-            f"distances to move {n} samples to from {m} boundaries are finite and of shape ({m},) or ({n}, {m}), not "
+            f"distances of {n} samples to {m} boundaries must be finite, of shape ({m},) or ({n}, {m}), not "
             f"{wanted.shape}"
         )
     if mode == "absolute":
@@ -376,17 +376,17 @@ def _rows(z: Points, boundary: Boundary) -> np.ndarray:
 def load_boundary(
     path: str | Path, *, model: Model | None = None, t: int | None = None, space: str | None = None
 ) -> Boundary:
-    """Read a boundary that `Boundary.save` wrote.
+    """Read a boundary written by `Boundary.save`.
 
     Parameters
     ----------
     path : path
     model : Model, optional
-        Refuse a boundary of other weights or another tap.
+        Refuse a boundary with other weights or another tap.
     t : int, optional
-        Refuse one of another timestep.
+        Refuse another timestep.
     space : {"h", "x"}, optional
-        Refuse one of another space.
+        Refuse another space.
 
     Returns
     -------
@@ -397,7 +397,7 @@ def load_boundary(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is corrupt, is not a boundary, or is one of another model, tap, timestep or space.
+        If the file is corrupt, is not a boundary, or belongs to another model, tap, timestep or space.
     """
     tensors, about = load_tensors(path, kind="boundary")
     about |= {key: about[key] and Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
@@ -407,7 +407,7 @@ def load_boundary(
         found.check_fits(model)
     for what, own, asked in (("timestep", found.t, t), ("space", found.space, space)):
         if asked is not None and own != asked:
-            raise ValueError(f"{path} holds a boundary of {what} {own}, asked for is {asked}; fit one there")
+            raise ValueError(f"{path} holds a boundary of {what} {own}, not {asked}; fit one there")
     return found
 
 
@@ -427,7 +427,7 @@ def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
 
 @dataclass(frozen=True, eq=False)
 class SamplesAt:
-    """Samples at a timestep, what they are known by, and where they come from."""
+    """Samples at a timestep, with seeds or names, and origin."""
 
     values: np.ndarray
     shape: tuple[int, ...]
@@ -462,7 +462,7 @@ def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
 
 
 def held_out(distances: np.ndarray, y: np.ndarray, *, cross_validated: bool = False) -> dict:
-    """What a boundary says of samples that it was not fitted on."""
+    """Means, deviations and accuracies of a boundary on held-out samples."""
     sides = [distances[~y], distances[y]]
     right = (distances > 0) == y
     recalls = [right[~y].mean(), right[y].mean()]

@@ -1,4 +1,4 @@
-"""Held-out accuracy of boundaries over timesteps and over numbers of labelled samples, beside their controls."""
+"""Held-out accuracy of boundaries by timestep and by number of labelled samples, with controls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def accuracy_over_time(
     cv: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How well boundaries tell attributes apart in x_t and h_t, beside what they are to be compared with (E5).
+    """Accuracy of boundaries in x_t and h_t at every timestep, with controls (E5).
 
     Parameters
     ----------
@@ -39,18 +39,18 @@ def accuracy_over_time(
     labels : DataFrame or Series, values 0 or 1
         Matched as in `fit_boundary`.
     timesteps : sequence of int, optional
-        By default all of the store.
+        By default all timesteps of the store.
     method, balance, cv, seed
         As in `fit_boundary`.
 
     Returns
     -------
     DataFrame
-        One row a timestep, attribute and `samples`: "x", "h"; "forward-diffused" images, whose noise is independent of
-        them; "random labels" of x, which must be at chance; and "pixels", the clean images at t = -1. With `accuracy`,
-        its 95% interval `low`, `high`, `balanced_accuracy`, `n`, and `law`: what `expected_accuracy` gives a difference
-        of means of all folds but one, from the distance of the classes and their noise. A machine that learns the
-        noise's covariance can do better.
+        One row per timestep, attribute and `samples`: "x", "h"; "forward-diffused" images, with noise independent of
+        them; "random labels" of x, which must be at chance; and "pixels", the clean images at t = -1. Columns are
+        `accuracy`, its 95% interval `low`, `high`, `balanced_accuracy`, `n`, and `law`: the `expected_accuracy` of a
+        difference of means fitted on all folds but one, from the distance of the classes and their noise. A probe that
+        learns the noise's covariance can do better.
     """
     table = matched(store, labels, "the labels")
     table = table.to_frame() if isinstance(table, pd.Series) else table
@@ -101,7 +101,7 @@ def accuracy_over_samples(
     held_out: float = 0.5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How many labelled images a boundary needs (E6).
+    """Accuracy of boundaries against the number of labelled images (E6).
 
     Parameters
     ----------
@@ -110,20 +110,20 @@ def accuracy_over_samples(
     t, space
         As in `fit_boundary`.
     counts : sequence of int
-        Numbers of samples to fit from, with both classes in their shares and at least 3 of each; what the held-out part
-        leaves is added.
+        Numbers of samples to fit, stratified by class with at least 3 of each; the number of all samples not held out
+        is added.
     methods : sequence of str
     draws : int, default 3
-        Draws of every number of samples.
+        Draws for every number of samples.
     held_out : float in (0, 1), default 0.5
-        Share of the samples that accuracies are measured on, the same for all.
+        Share of the samples to measure accuracies on, the same samples for all.
     seed : int
 
     Returns
     -------
     DataFrame
-        One row a number of samples, method and draw: `count`, `method`, `draw`, `accuracy` with `low`, `high` and `n`,
-        `cosine` of the normal to that from all samples by the same method, and `law`.
+        One row per number of samples, method and draw: `count`, `method`, `draw`, `accuracy` with `low`, `high` and
+        `n`, `cosine` to the normal that the same method finds from all samples, and `law`.
     """
     y = matched(store, labels, "the labels").to_numpy()
     values, name = store.at(t, space=space), name_of(labels, "label")

@@ -39,27 +39,27 @@ def fit_boundary(
     wanted: float | None = None,
     name: str | None = None,
 ) -> Boundary:
-    """The hyperplane between the samples with and without an attribute (Zhu et al. 2023, boundary search).
+    """Fit the hyperplane between the samples with and without an attribute (Zhu et al. 2023, boundary search).
 
     "svm" is their linear support vector machine: `SVC(kernel="linear", C=C)`, fitted through the inner products. With
-    fewer samples than dimensions the classes can be separated, the margin is hard and a larger C changes nothing.
-    "mean" has the difference of the classes' means as its normal and the point halfway between them on the boundary;
-    the squared lengths of the means are taken without each sample's product with itself, which would put the boundary
-    too near to the larger class. "lda" is Fisher's discriminant with Ledoit-Wolf shrinkage, "logistic" is logistic
-    regression; both work in the samples' principal components, "logistic" with the first scaled to variance 1.
-    Of many samples "svm", "lda" and "logistic" tell classes apart best, by whatever is least noisy; "mean" points to
-    what differs most, which is the better way to move when editing.
+    fewer samples than dimensions the classes are separable, the margin is hard and a larger C changes nothing.
+    "mean" takes the difference of the class means as its normal and puts the boundary halfway between them; the squared
+    lengths of the means omit each sample's product with itself, which would move the boundary towards the larger class.
+    "lda" is Fisher's discriminant with Ledoit-Wolf shrinkage, "logistic" is logistic regression; both work in the
+    samples' principal components, "logistic" with the first scaled to variance 1. With many samples "svm", "lda" and
+    "logistic" separate classes best, along the least noisy axes; "mean" points along the largest difference, which is
+    the better direction for editing.
 
-    Means, deviations and accuracies come from cross-validation: each sample is measured against a boundary that was
-    fitted without it. For those of a set of its own see `Boundary.measured`.
+    Means, deviations and accuracies come from cross-validation: each sample is measured against a boundary fitted
+    without it. For a separate test set see `Boundary.measured`.
 
     Parameters
     ----------
     source : HStore, Trajectory with records, or array of shape (n, ...)
-        The samples. Of an array neither model nor timestep can be checked.
+        The samples. With an array, neither model nor timestep can be checked.
     labels : Series, or array of shape (n,), values 0 or 1
-        A Series is matched by its index: the seeds of the samples, or the file names of inverted images where a store
-        knows them. An array, or a Series numbered 0..n-1 where these are not the seeds, is in the order of the samples.
+        A Series is matched by its index: the seeds of the samples, or the file names of inverted images in a store. An
+        array, or a Series with index 0..n-1 that are not the seeds, follows the order of the samples.
     t : int
         Timestep; the paper's mixing step.
     space : {"h", "x"}
@@ -68,16 +68,16 @@ def fit_boundary(
         For "svm" and "logistic": inverse strength of the regularisation.
     balance : bool, default False
         Give both classes the same total weight in the fit, and put the boundary halfway between the means of their
-        held-out samples. Where the margin is hard the weights change nothing, and of a rare class almost all new
-        samples fall on the other side.
+        held-out samples. With a hard margin the weights change nothing, and almost all new samples of a rare class fall
+        on the wrong side.
     cv : int, default 5
-        Folds, at most as many as the smaller class has samples.
+        Number of folds, at most the number of samples in the smaller class.
     seed : int, default 0
-        Of the folds.
+        Seed of the folds.
     wanted : float in (0.5, 1), optional
-        Warn if the held-out accuracy stays below, with the number of samples that `expected_accuracy` asks for.
+        Warn if the held-out accuracy stays below, with the number of samples needed by `expected_accuracy`.
     name : str, optional
-        By default that of the Series.
+        By default the name of the Series.
 
     Returns
     -------
@@ -86,9 +86,9 @@ def fit_boundary(
     Raises
     ------
     ValueError
-        If the timestep was not visited (the nearest two are named) or not recorded, the method or space is not known,
-        or labels are of another length or index than the samples, missing, not 0 or 1, or have fewer than 3 samples of
-        a class.
+        If the timestep was not visited (the message names the nearest two) or not recorded, the method or space is
+        unknown, or labels differ from the samples in length or index, are missing, not 0 or 1, or have fewer than 3
+        samples of a class.
     """
     name = name or name_of(labels, "label")
     options = {"space": space, "method": method, "C": C, "balance": balance, "cv": cv, "seed": seed, "wanted": wanted}
@@ -96,16 +96,16 @@ def fit_boundary(
 
 
 def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options: object) -> dict[str, Boundary]:
-    """The boundaries of many attributes, each as `fit_boundary` finds it, from one matrix of inner products.
+    """Fit boundaries of many attributes as `fit_boundary` does, from one matrix of inner products.
 
     Parameters
     ----------
     source : HStore, Trajectory with records, or array of shape (n, ...)
     labels : DataFrame of shape (n, attributes), values 0 or 1
-        Matched by its index, as there.
+        Matched by its index, as in `fit_boundary`.
     t : int
     **options
-        Of `fit_boundary`, all but `name`.
+        Options of `fit_boundary`, except `name`.
 
     Returns
     -------
@@ -137,7 +137,7 @@ def _fit(
     if cv < 2 or not C > 0:
         raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
     if wanted is not None and not 0.5 < wanted < 1.0:
-        raise ValueError(f"wanted is {wanted}; an accuracy to ask for lies between 0.5 and 1")
+        raise ValueError(f"wanted is {wanted}; give an accuracy between 0.5 and 1")
     samples = samples_at(source, t, space)
     classes = {
         name: check_classes(matched(samples, values, f"the labels {name!r}"), name) for name, values in labels.items()

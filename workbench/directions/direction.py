@@ -1,4 +1,4 @@
-"""Directions in h-space: what is added to h_t at every timestep, and what one unit of it means."""
+"""Directions in h-space: a vector to add to h_t at every timestep, and the length of one unit."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def finite(value: float, what: str) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """An edit of h: one direction a timestep and the length of its step.
+    """An edit of h: one unit vector per timestep and the length of its step.
 
-    One unit of scale moves h_t by one standard deviation of the population's projection on the direction, for every
-    method, so that methods compare. Sums and projections change lengths; `calibrated` measures them again.
+    For every method, one unit of scale moves h_t by one standard deviation of the population's projection on the
+    direction, so methods are comparable. Sums and projections change lengths; `calibrated` measures them again.
 
     Attributes
     ----------
@@ -49,10 +49,9 @@ class Direction:
         Visited timesteps, noisiest first.
     name : str
     provenance : dict
-        What it was made from, as JSON can hold it: "model" (`Model.provenance()`), "etas", "method", "parameters" and
-        "seeds".
+        JSON values of its origin: "model" (`Model.provenance()`), "etas", "method", "parameters" and "seeds".
     extras : dict of str -> float
-        What its method measured, such as a singular value.
+        Measurements of its method, such as a singular value.
     """
 
     unit: torch.Tensor = field(repr=False)
@@ -93,7 +92,7 @@ class Direction:
         provenance: dict,
         extras: dict[str, float] | None = None,
     ) -> Direction:
-        """The direction whose unit of scale adds `delta` to h.
+        """Direction whose unit of scale adds `delta` to h.
 
         Parameters
         ----------
@@ -111,7 +110,7 @@ class Direction:
         return cls(unit, length, tuple(timesteps), name, provenance, extras or {})
 
     def delta(self, scale: float = 1.0) -> torch.Tensor:
-        """What `scale` units add to h at every timestep, ready for `sample(delta_h=...)`.
+        """The change of h at every timestep for `scale` units, for `sample(delta_h=...)`.
 
         Returns
         -------
@@ -120,7 +119,7 @@ class Direction:
         return (finite(scale, "scale") * self.sigma).view(-1, 1, 1, 1) * self.unit
 
     def at(self, t: int) -> torch.Tensor:
-        """What one unit of scale adds to h_t.
+        """The change of h_t for one unit of scale.
 
         Returns
         -------
@@ -136,7 +135,7 @@ class Direction:
 
     @property
     def h_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the h_t that it edits."""
+        """(C, h, w) of the edited h_t."""
         return tuple(self.unit.shape[1:])
 
     def __neg__(self) -> Direction:
@@ -152,37 +151,37 @@ class Direction:
     __rmul__ = __mul__
 
     def __add__(self, other: Direction) -> Direction:
-        """The direction that adds what both add, unit for unit of scale."""
+        """Sum of two directions, unit for unit of scale."""
         return self._combined(other, "sum", "+", torch.add)
 
     def __sub__(self, other: Direction) -> Direction:
         return self._combined(other, "difference", "-", torch.sub)
 
     def orthogonal_to(self, *others: Direction, per_step: bool = False) -> Direction:
-        """What is left of this direction outside of the span of all the others (Haas et al. eq. 12).
+        """Project out the span of all the others (Haas et al. eq. 12).
 
-        v_perp = (I - V (V'V)^-1 V') v, with the others as the columns of V. All are removed at once: removing one
-        after the other leaves a part of the first wherever the others are not orthogonal to each other.
-        An inner product is not an effect, though; `cancel_effects` goes by what edits change.
+        v_perp = (I - V (V'V)^-1 V') v, with the others as the columns of V. All are removed at once: removing them one
+        by one leaves a part of the first if the others are not orthogonal to each other.
+        Inner products are not effects, though; `cancel_effects` uses the measured effects of edits.
 
         Parameters
         ----------
         *others : Direction
         per_step : bool, default False
-            Project each timestep by itself. By default inner products run over all timesteps, as in the paper. What
-            is projected is one unit of each, sigma_t along v_t / |v_t|, where the paper takes eq. 11's difference of
-            means v_t: |v_t| over sigma_t varies along t (2.7 to 2.1 for long hair of the bundled model), so the
-            timesteps weigh a little otherwise. With `per_step` the result's direction is the same for both.
+            Project each timestep separately. By default inner products run over all timesteps, as in the paper. Here
+            one unit of each direction is projected, sigma_t along v_t / |v_t|; the paper projects eq. 11's difference
+            of means v_t. |v_t| over sigma_t varies along t (2.7 to 2.1 for long hair of the bundled model), so the
+            weights of the timesteps differ slightly. With `per_step` both give the same direction.
 
         Returns
         -------
         Direction
-            One unit of it is what is left of one unit; `calibrated` makes that one sigma again.
+            One unit is the projection of one unit of v; `calibrated` makes it one sigma again.
 
         Raises
         ------
         ValueError
-            If a direction is of another model, tap or timesteps, or nothing is left.
+            If a direction belongs to another model, tap or timesteps, or nothing is left.
         """
         if not others:
             raise ValueError("orthogonal_to needs at least one other direction")
@@ -198,12 +197,12 @@ class Direction:
         return self._moved(rest.reshape(self.unit.shape), "orthogonal", name, {"per_step": per_step}, *others)
 
     def restricted_to(self, t_range: tuple[int, int]) -> Direction:
-        """The direction within a range of timesteps, and nothing outside of it.
+        """The direction within a range of timesteps, and 0 outside of it.
 
         Parameters
         ----------
         t_range : (t_high, t_low)
-            Both included; the noisier one first.
+            Both included, the noisier first.
 
         Raises
         ------
@@ -228,10 +227,10 @@ class Direction:
     def resampled(self, steps: int | Sequence[int]) -> Direction:
         """The direction for another number of steps.
 
-        Each new timestep takes the unit vector of the nearest old one (of two, the noisier) and a sigma that is
-        interpolated linearly between the old ones, constant beyond both ends. Where the direction acts on a part of the
-        timesteps, it acts on the new ones within that part, from its first to its last, or on the nearest one if there
-        is none: what acts at one timestep does so after as before.
+        Each new timestep takes the unit vector of the nearest old one (of two, the noisier) and a linearly
+        interpolated sigma, constant beyond both ends. A direction that acts on part of the timesteps acts on the new
+        ones within that part, from its first to its last, or on the nearest one if there is none: a direction that
+        acts at one timestep still does.
 
         Parameters
         ----------
@@ -264,12 +263,12 @@ class Direction:
         ----------
         other : Direction
         per_step : bool, default False
-            One value a timestep. By default one, over all timesteps, in which longer steps weigh more.
+            One value per timestep. By default one value over all timesteps, in which longer steps weigh more.
 
         Returns
         -------
         float, or Tensor of shape (T,), values in [-1, 1]
-            NaN where one of both is zero.
+            NaN where either is zero.
         """
         self._check_same_space(other)
         layout = (len(self.timesteps), -1) if per_step else (1, -1)
@@ -284,12 +283,12 @@ class Direction:
         ----------
         store : HStore
             The population: sigma becomes the standard deviation (n - 1 in the denominator) of the projection of its
-            h_t on the unit vector. Read chunk by chunk. Take other samples than the direction was found from: along it
-            these lie too far out.
+            h_t on the unit vector. Read chunk by chunk. Use other samples than those the direction was found from:
+            these spread too widely along it.
         like : Direction, optional
-            Where there are no others: a direction that was found from the samples of this store, such as the one that
-            this was made from. By what factor they spread too widely along it, its own sigma tells, and sigma is
-            divided by the same factor.
+            If there are no other samples: a direction found from the samples of this store, such as the one this
+            direction was made from. Its own sigma tells by what factor the samples spread too widely along it, and
+            sigma is divided by the same factor.
         progress : bool
 
         Returns
@@ -299,7 +298,7 @@ class Direction:
         Raises
         ------
         ValueError
-            If the store is of another model or tap, lacks a timestep, or has fewer than two samples.
+            If the store has another model or tap, lacks a timestep, or has fewer than two samples.
 
         Warns
         -----
@@ -311,7 +310,7 @@ class Direction:
             self._check_same_space(like)
         elif found_from(store, self.provenance):
             warnings.warn(
-                f"{self.name} was found from the samples of this store, which lie too far out along it: sigma is too "
+                f"{self.name} was found from the samples of this store, which spread too widely along it: sigma is too "
                 "large; calibrate with other samples, or with like=, a direction that was found from these",
                 stacklevel=2,
             )
@@ -326,18 +325,18 @@ class Direction:
         return self._derived("calibrated", self.name, parameters, sigma=sigma[0])
 
     def check_fits(self, model: Model, timesteps: Sequence[int] | None = None) -> None:
-        """Refuse a model, or the timesteps of a run, that the direction was not made for.
+        """Raise unless the direction was made for this model and these timesteps.
 
         Parameters
         ----------
         model : Model
         timesteps : sequence of int, optional
-            Those of the run that is to be edited.
+            Timesteps of the run to edit.
 
         Raises
         ------
         ValueError
-            Naming what differs: weights, tap or timesteps.
+            Names the difference: weights, tap or timesteps.
         """
         self._refuse_other_model(model.provenance(), "this model")
         if timesteps is not None and tuple(timesteps) != self.timesteps:
@@ -347,7 +346,7 @@ class Direction:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the direction to a safetensors file with its provenance in the header; whole or not at all.
+        """Write the direction atomically to a safetensors file, with its provenance in the header.
 
         Parameters
         ----------
@@ -373,7 +372,7 @@ class Direction:
         return self.sigma.double().view(-1, 1, 1, 1) * self.unit.double()
 
     def _derived(self, method: str, name: str, parameters: dict, *others: Direction, **changes) -> Direction:
-        """This direction with changes, its provenance in that of the result; what was measured along it goes."""
+        """This direction with changes, its provenance in that of the result, without its measurements (extras)."""
         provenance = derived(method, parameters, self, *others)
         return replace(self, name=name, provenance=provenance, extras={}, **changes)
 
@@ -396,18 +395,18 @@ class Direction:
         if other.timesteps != self.timesteps:
             raise ValueError(
                 f"{self.name} has {_visits(self.timesteps)}, {other.name} has {_visits(other.timesteps)}; "
-                "bring one to the other's with resampled"
+                "resample one to the other's, with resampled"
             )
 
 
 def load_direction(path: str | Path, *, model: Model | None = None) -> Direction:
-    """Read a direction that `Direction.save` wrote.
+    """Read a direction written by `Direction.save`.
 
     Parameters
     ----------
     path : path
     model : Model, optional
-        Refuse a direction of other weights or another tap.
+        Refuse a direction with other weights or another tap.
 
     Returns
     -------
@@ -418,7 +417,7 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is corrupt, is not a direction, or is one of another model or tap.
+        If the file is corrupt, is not a direction, or belongs to another model or tap.
     """
     tensors, about = load_tensors(path, kind="direction")
     found = Direction(**tensors, **about)
@@ -428,7 +427,7 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
 
 
 def random_like(direction: Direction, *, seed: int) -> Direction:
-    """A random direction with the same length of a step at every timestep: the control of any found direction.
+    """A random direction with the same step length at every timestep, as a control.
 
     Parameters
     ----------
@@ -438,7 +437,7 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
     Returns
     -------
     Direction
-        Of independent Gaussian vectors, normalised, one a timestep; zero where `direction` is.
+        Independent normalised Gaussian vectors, one per timestep; zero where `direction` is.
     """
     values = np.random.default_rng(seed).standard_normal(direction.unit.shape)
     acts = direction.unit.flatten(1).any(dim=1)
@@ -450,7 +449,7 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
 
 
 def origin_of(store: HStore) -> dict:
-    """What the provenance of a direction says about the samples that it was found in.
+    """Provenance of the samples that a direction was found from.
 
     Returns
     -------
@@ -503,7 +502,7 @@ def _outside(v: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def derived(method: str, parameters: dict, *operands: Direction) -> dict:
-    """Provenance of what was made from other directions; theirs is inside."""
+    """Provenance of a direction made from others, with theirs inside."""
     sources = [{"name": d.name, **{k: v for k, v in d.provenance.items() if k != "model"}} for d in operands]
     first = operands[0].provenance
     shared = {

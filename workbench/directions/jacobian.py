@@ -28,7 +28,7 @@ class Spectrum:
     right : Tensor of shape (k, ...), float32
         Right singular vectors, of length 1, in the space that the map starts from; of LOCO-Edit, projected.
     left : Tensor of shape (k, ...), float32
-        Left singular vectors, of length 1: what each does to the output. Zero outside of a mask.
+        Left singular vectors, of length 1: the change of the output along each. Zero outside of a mask.
     inside_mask : ndarray of shape (k,), values in [0, 1]
         Share ||M J v||^2 / ||J v||^2 of each vector's effect that lies inside the mask; 1 without one.
     residuals : ndarray of shape (k,)
@@ -92,7 +92,7 @@ def find_jacobian(
     seed: int = 0,
     progress: bool = True,
 ) -> JacobianSpectrum:
-    """The directions of h that change one sample's denoised image the most (Haas et al., Algorithms 1 and 2).
+    """Find the directions of h that change one sample's denoised image most (Haas et al., Algorithms 1 and 2).
 
     These are the top right singular vectors of J = d eps / d h at the sample's own x_t, with the skip connections held
     fixed (Haas et al. eq. 7). The encoder runs once; all products run through the decoder alone.
@@ -110,24 +110,23 @@ def find_jacobian(
     output : {"eps", "x0"}
         The predicted noise or the predicted image. Both have the same right singular vectors (Haas et al., SM C).
     population : HStore, optional
-        With it, one unit of scale of each direction is one sigma of the population's projection, timestep by timestep,
-        as for every other method. Without it, there is no population to measure: one unit is the root mean square of
-        the entries of the sample's own h_t, an order-of-magnitude stand-in. `provenance["parameters"]["sigma"]` says
-        which.
+        With a population, one unit of scale of each direction is one sigma of its projection, timestep by timestep, as
+        for every other method. Without one, a unit is the root mean square of the entries of the sample's own h_t, an
+        order-of-magnitude stand-in. `provenance["parameters"]["sigma"]` says which.
     tol : float, default 1e-6
-        Relative error of the singular values. The search stops when the residuals r are below sqrt(tol) / 3: the error
-        is r^2 / (2 gap), by the gap to the next value, and that of the vectors about r / gap radians.
+        Relative error of the singular values. The search stops when the residuals r are below sqrt(tol) / 3: with a gap
+        to the next value, the error of a value is r^2 / (2 gap), and that of a vector about r / gap radians.
     max_iterations : int, default 1000
-        Restarts of Lanczos' method, or iterations of each block.
+        Restarts of the Lanczos method, or iterations of each block.
     block : int, optional
-        By default the vectors are found by Lanczos' method (ARPACK), which takes the fewest products. With a number,
-        they are found by the subspace iteration of the paper: in one block of at least k vectors by Algorithm 1, or in
-        smaller blocks, each orthogonal to those before, by Algorithm 2. A block is multiplied in one batch. Beyond k it
-        speeds up the convergence, and it finds values that are repeated, which Lanczos' method can miss.
+        By default the Lanczos method (ARPACK) finds the vectors with the fewest products. With a number, the subspace
+        iteration of the paper does: in one block of at least k vectors by Algorithm 1, or in smaller blocks, each
+        orthogonal to the previous ones, by Algorithm 2. A block is multiplied in one batch. Blocks beyond k converge
+        faster, and blocks find repeated values, which the Lanczos method can miss.
     warm_start : Spectrum or Tensor of shape (m, C, h, w), optional
-        Start from the vectors of e.g. a neighbouring timestep, given as what was found there, or as vectors of h.
+        Start from these vectors of h, or from the spectrum of e.g. a neighbouring timestep.
     seed : int
-        Of the random start.
+        Seed of the random start.
     progress : bool
 
     Returns
@@ -216,7 +215,7 @@ def find_pullback(
     seed: int = 0,
     progress: bool = True,
 ) -> Spectrum:
-    """Directions of x_t instead of h, for comparison: the pullback of Park et al., or LOCO-Edit.
+    """Find directions of x_t instead of h, for comparison: the pullback of Park et al., or LOCO-Edit.
 
     Edit along one with `wb.MoveX(found.right[0], t, "name")`.
 
@@ -229,7 +228,7 @@ def find_pullback(
     mask : bool array, optional
         As in `find_jacobian`; only for "x->x0".
     nullspace : int, default 0
-        Take out of each vector what lies in the top `nullspace` right singular vectors of the rows outside of the mask
+        Project the top `nullspace` right singular vectors of the rows outside of the mask out of each vector
         (LOCO-Edit: v_p = (I - V V') v, normalised).
     tol, max_iterations, block, warm_start, seed, progress
         As in `find_jacobian`; `warm_start` has shape (m, C, H, W).
@@ -241,7 +240,7 @@ def find_pullback(
     Raises
     ------
     ValueError, RuntimeError
-        As `find_jacobian`; also for a mask of "x->h", and for `nullspace` without a mask.
+        As `find_jacobian`; also for a mask with "x->h", and for `nullspace` without a mask.
     """
     _check_run(model, run)
     one_of("map", map, ("x->h", "x->x0"))
@@ -307,7 +306,9 @@ def _check_run(model: Model, run: Trajectory) -> None:
     remedy = "sample or invert with the same model"
     refuse_other_model("the run", run.model.provenance(), model.provenance(), tap=False, remedy=remedy)
     if model.dtype != torch.float32:
-        raise ValueError(f"a Jacobian's spectrum needs float32, and {model.name} computes in {model.dtype}; load it so")
+        raise ValueError(
+            f"a Jacobian's spectrum needs float32, and {model.name} computes in {model.dtype}; load it in float32"
+        )
     if model.compiled:
         raise ValueError(f"{model.name} is compiled, which keeps no derivatives; load it with compile=False")
 
@@ -340,7 +341,7 @@ def _check_mask(mask: np.ndarray | torch.Tensor | None, image_shape: tuple[int, 
 
 
 def _mask_record(rows: torch.Tensor) -> dict:
-    """What a provenance says of a mask: how many outputs it keeps, and which."""
+    """Record of a mask for the provenance: the number of outputs it keeps, and a digest."""
     return {"outputs": int(rows.sum()), "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}
 
 
@@ -354,7 +355,7 @@ def _check_warm_start(start: Spectrum | torch.Tensor | None, shape: torch.Size) 
 
 
 def _rms_of_h(model: Model, run: Trajectory, progress: bool) -> torch.Tensor:
-    """Root mean square of the entries of the sample's h_t, one a timestep."""
+    """Root mean square of the entries of the sample's h_t, one per timestep."""
     if run.h is None or run.model.tap != model.tap:
         run = replay(replace(run, model=model), record_h=True, progress=progress)
     return run.h.values[:, 0].flatten(1).square().mean(dim=1).sqrt()

@@ -103,7 +103,7 @@ def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name
     t : int
         Timestep that it was fitted at; 500 for BoundaryDiffusion's own on CelebA-HQ and church.
     space : {"h", "x"}
-        What it was fitted in; BoundaryDiffusion calls x_t "z".
+        Latent space of the boundary; BoundaryDiffusion calls x_t "z".
     name : str, optional
         By default that of the file.
 

@@ -46,7 +46,7 @@ class PrincipalComponents(Sequence):
     scores : ndarray of shape (n, T, k), float32
         Projections of the centred h_t; divided by sigma they are in units of scale, if a little too far out.
     shared_scores : ndarray of shape (n, k), float32, or None
-        Of a joint PCA: one score a sample, in standard deviations.
+        Of a joint PCA: one score per sample, in standard deviations.
     """
 
     directions: tuple[Direction, ...]
@@ -95,22 +95,22 @@ def find_pca(
     seed: int = 0,
     progress: bool = True,
 ) -> PrincipalComponents:
-    """Principal components of h_t, one direction a component (Haas et al., section on unsupervised directions).
+    """Find principal components of h_t, one direction per component (Haas et al., section on unsupervised directions).
 
-    By default every timestep has a PCA of its own, as in the paper. Their order and signs are then made to agree:
-    from the noisiest timestep on, components are matched with those of the timestep before by |cos| (Hungarian
-    method) and turned to point the same way, and the chains that explain most, on average over timesteps, come first.
+    By default every timestep has its own PCA, as in the paper. Order and signs are then aligned: from the noisiest
+    timestep on, components are matched with those of the previous timestep by |cos| (Hungarian method) and signs
+    flipped to agree; the chains that explain most variance, on average over timesteps, come first.
 
     With `joint`, one PCA over all timesteps together, each scaled to a total variance of 1, gives one set of scores;
     the direction at t is the regression of h_t on them. To find the scores, each timestep is represented by its leading
     components (64, or 2k if that is more), which is exact if there are no others.
 
     The direction has length 1 and sigma is the standard deviation of the population's projections, so that scale is in
-    standard deviations. It is less than that of the scores, since an axis leans towards the samples that it was found
-    in: of each score the part is taken off that its own sample has in the axis, to first order. What is left over is
-    a few per cent where the variances fall off; where hundreds of components share them evenly, half of the excess.
+    standard deviations. Sigma is smaller than the deviation of the scores, because an axis leans towards the samples it
+    was found from: each score is reduced by its own sample's share in the axis, to first order. The remaining excess is
+    a few per cent where the variances fall off, and half of it where hundreds of components share the variance evenly.
     The decomposition is scikit-learn's `PCA` (exact for small matrices, randomized with power iterations
-    for large ones), or its `IncrementalPCA` where the h_t of all samples exceeds 2 GiB.
+    for large ones), or its `IncrementalPCA` if the h_t of all samples exceeds 2 GiB.
 
     Parameters
     ----------
@@ -121,10 +121,10 @@ def find_pca(
     n : int, optional
         Use the first n samples; by default all.
     align : bool, default True
-        Match components between timesteps. Without, component j is the j-th by variance at each timestep and its
-        largest coefficient is positive.
+        Match components between timesteps. Otherwise component j is the j-th by variance at each timestep, with a
+        positive largest coefficient.
     seed : int, default 0
-        Of the randomized decomposition and the bootstrap.
+        Seed of the randomized decomposition and the bootstrap.
     progress : bool
 
     Returns

@@ -1,7 +1,7 @@
 """Directions from labels and scores (Haas et al., supervised directions), and linear probes on the same footing.
 
-A difference of means is a weighted sum of samples, so that the directions of many attributes are one matrix product
-W'H with one column of W an attribute.
+A difference of means is a weighted sum of samples, so the directions of many attributes are one matrix product
+W'H with one column of W per attribute.
 """
 
 from __future__ import annotations
@@ -46,38 +46,37 @@ def find_from_labels(
     seed: int = 0,
     progress: bool = True,
 ) -> Direction:
-    """The direction from the samples without an attribute to those with it.
+    """Find the direction from the samples without an attribute to those with it.
 
-    "mean": v_t = mean of h_t over the positives - mean over the negatives (Haas et al. eq. 11; for one positive and
-    one negative a pair, the mean of the pairs' differences is the same). The others take the normal of a linear probe
-    instead, fitted at each timestep to both classes with equal weight, in the leading principal components of h_t (512,
-    or all there are): "logistic" regression, "ridge" regression, its penalty chosen by leave-one-out error, and "lda",
+    "mean": v_t = mean of h_t over the positives - mean over the negatives (Haas et al. eq. 11; with one positive and
+    one negative per pair, this equals the mean of the pairs' differences). The other methods take the normal of a
+    linear probe, fitted at each timestep to both classes with equal weight, in the leading principal components of h_t
+    (at most 512): "logistic" regression, "ridge" regression, its penalty chosen by leave-one-out error, and "lda",
     Fisher's discriminant with Ledoit-Wolf shrinkage (see `analysis.probes`).
 
     Each timestep has length 1, and sigma is the standard deviation of all samples' projections, so that scale is in
-    standard deviations. Each sample is projected on what is found without it, since along a direction that it helped
-    to find it lies too far out: the difference of means without this sample, or the probe of the other nine tenths
-    (with fewer than 10 samples of a class, of as many parts). `extras["class_gap"]` is the distance of the two means
-    along the direction, measured alike and in these units, averaged over timesteps.
+    standard deviations. Samples spread too widely along a direction found from them, so each is projected on a
+    direction found without it: the difference of means without this sample, or the probe of the other nine tenths (with
+    fewer than 10 samples of a class, as many parts as samples). `extras["class_gap"]` is the distance of the two means
+    along the direction, measured in the same way and unit, averaged over timesteps.
 
     Parameters
     ----------
     store : HStore
     labels : Series, or array of shape (n,), values 0 or 1
-        A Series is matched by its index: the seeds of the samples, or the file names of inverted images where the
-        store knows them. An array, or a Series numbered 0..n-1 where these are not the seeds, is in the order of the
-        store.
+        A Series is matched by its index: the seeds of the samples, or the file names of inverted images. An array, or
+        a Series with index 0..n-1 that are not the seeds, follows the order of the store.
     method : {"mean", "logistic", "ridge", "lda"}
     balance : DataFrame or Series, matched as labels, optional
-        Other attributes, of few values each. Both classes are reweighted to have the same joint distribution of them:
+        Other attributes, with few values each. Both classes are reweighted to have the same joint distribution of them:
         stratum s gets a share proportional to n_s+ n_s- / (n_s+ + n_s-), which costs least precision. Not for "lda".
     pairs : Series or array, matched as labels, optional
-        What samples have in common that are to be compared with each other alone, such as a person's name. Every
-        value counts the same; samples of a missing value are left out.
+        Group of each sample, such as a person's name; samples are compared only within their group. Every group has
+        equal weight; samples with a missing group are left out.
     name : str, optional
-        By default that of the Series.
+        By default the name of the Series.
     seed : int
-        Of the folds of a probe.
+        Seed of the folds of a probe.
     progress : bool
 
     Returns
@@ -87,8 +86,8 @@ def find_from_labels(
     Raises
     ------
     ValueError
-        If labels are of another length or index than the store, missing, not 0 or 1, of one class only or with fewer
-        than 2 samples of a class; or a stratum or pair has samples of one class only.
+        If labels differ from the store in length or index, are missing, not 0 or 1, or have fewer than 2 samples of a
+        class; or a stratum or pair has samples of one class only.
     """
     name = name or name_of(labels, "label")
     y = matched(store, labels, f"the labels {name!r}")
@@ -110,15 +109,15 @@ def find_many(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Direction]:
-    """The directions of many attributes, each as `find_from_labels` finds it, in one pass over the store.
+    """Find directions of many attributes as `find_from_labels` does, in one pass over the store.
 
     Parameters
     ----------
     store : HStore
     labels : DataFrame of shape (n, attributes), values 0 or 1
-        Matched by its index, as there.
+        Matched by its index, as in `find_from_labels`.
     method, balance, seed, progress
-        As there. An attribute is not balanced for itself.
+        As in `find_from_labels`. An attribute is not balanced for itself.
 
     Returns
     -------
@@ -150,7 +149,7 @@ def find_from_scores(
     seed: int = 0,
     progress: bool = True,
 ) -> Direction:
-    """The direction from the k samples with the lowest scores to the k with the highest (Haas et al., section 3.3).
+    """Find the direction from the k samples of lowest score to the k of highest score (Haas et al., section 3.3).
 
     Parameters
     ----------
@@ -158,11 +157,11 @@ def find_from_scores(
     scores : Series, or array of shape (n,)
         Real values, such as probabilities; matched as labels.
     k : int, default 100
-        Samples a side, at least 2 and at most half of all.
+        Samples on each side, at least 2 and at most half of all.
     method
         As in `find_from_labels`.
     balance : DataFrame or Series, matched as scores, optional
-        Other attributes, of few values each. The k highest and the k lowest are taken within every stratum, in
+        Other attributes, with few values each. The k highest and the k lowest are drawn from every stratum in
         proportion to its size.
     name, seed, progress
         As in `find_from_labels`.
@@ -174,15 +173,15 @@ def find_from_scores(
     Raises
     ------
     ValueError
-        If scores are of another length or index than the store, not finite or constant, or k is too large: the two
-        sides would share a sample or a score.
+        If scores differ from the store in length or index, are not finite or constant, or k is so large that the two
+        sides share a sample or a score.
     """
     name = name or name_of(scores, "score")
     values = matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
     if np.ptp(values) == 0:
-        raise ValueError(f"all scores {name!r} are {values[0]:g}; there is nothing to tell samples apart by")
+        raise ValueError(f"all scores {name!r} are {values[0]:g}; they can't order the samples")
     if not 2 <= k <= len(values) // 2:
         raise ValueError(f"k is {k}; {len(values)} samples have 2 to {len(values) // 2} on a side")
     contrast = _from_scores(values, name, k, _balance_of(store, balance))
@@ -195,7 +194,7 @@ class FewExamples:
 
     Attributes
     ----------
-    table : DataFrame, one row a direction
+    table : DataFrame, one row per direction
         `draw`; `count`, the examples of each class, where 0 is a random direction and inf the draw's reference; and
         `cosine` of the angle to the reference, over all timesteps.
     deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
@@ -249,13 +248,11 @@ def few_shot_directions(
     positive = check_classes(matched(store, labels, f"the labels {name!r}"), name)
     counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
     if not counts or counts[0] < 1 or counts[-1] > most:
-        raise ValueError(
-            f"counts are {counts}; of {name!r} 1 to {most} examples of each class can be drawn, so that 2 are left"
-        )
+        raise ValueError(f"counts are {counts}; draw 1 to {most} examples of each class of {name!r}, to leave 2")
     if draws < 1:
         raise ValueError(f"draws is {draws}; give 1 or more")
     if x_T is not None and len(x_T) != len(store):
-        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one a sample")
+        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one per sample")
     rng = np.random.default_rng(seed)
     weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
     shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])
@@ -300,7 +297,7 @@ def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.D
 
 
 def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
-    """Number of each sample's stratum, and what the strata are."""
+    """Number of each sample's stratum, and the names of the strata."""
     if table is None or table.shape[1] == 0:
         return np.zeros(n, dtype=int), ["all"]
     groups = table.groupby(list(table.columns), sort=True, observed=True)
@@ -462,7 +459,7 @@ def _spread(along: np.ndarray) -> np.ndarray:
 
 
 def _probe(reader: Callable[[], Iterable[np.ndarray]], weights: np.ndarray, method: str, seed: int):
-    """Normals of linear probes, one a column of weights, (m, d), pointing to the positives; and projections (n, m).
+    """Normals of linear probes, one per column of weights, (m, d), pointing to the positives; and projections (n, m).
 
     A sample is projected on the unit normal that the folds without it give; one of weight 0, which no fit sees, on that
     of all folds.

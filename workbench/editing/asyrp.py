@@ -4,9 +4,9 @@
     t_edit .. t_boost plain DDIM
     below t_boost     plain, with noise (eta 1): "quality boosting"
 
-t_edit is the smallest timestep whose P_t is, in a perceptual distance, as far from the image as a threshold times the
-cosine between the texts of source and target; t_boost the smallest whose x_t is as far from it as another threshold.
-Asyrp's are 0.33 and 1.2 of LPIPS, averaged over 100 images.
+t_edit is the smallest timestep at which the perceptual distance of P_t from the image reaches a threshold times the
+cosine between the texts of source and target; t_boost the smallest at which that of x_t reaches a second threshold.
+Asyrp's thresholds are 0.33 and 1.2 of LPIPS, averaged over 100 images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class EditingInterval:
     curves : pandas.DataFrame, optional
         Mean distance from the image of "P_t" and of "x_t"; index: t.
     levels : (float, float)
-        Thresholds of the two.
+        Thresholds of both curves.
     """
 
     t_edit: int
@@ -56,7 +56,7 @@ class EditingInterval:
     levels: tuple[float, float] = LEVELS["lpips"]
 
     def for_cosine(self, cosine: float) -> EditingInterval:
-        """The interval of an edit between texts of this cosine: the more they differ, the longer it acts.
+        """Interval of an edit between texts of this cosine: the more they differ, the longer the edit acts.
 
         Parameters
         ----------
@@ -119,7 +119,7 @@ def find_interval(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> EditingInterval:
-    """The interval of a model, from images that were inverted with it.
+    """Find the editing interval of a model from inverted images.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def find_interval(
     classifier, distance
         As in `mixing_step`: "features" of a classifier work offline, "lpips" is the distance of the paper.
     levels : (float, float), optional
-        Thresholds of P_t and of x_t; by default `LEVELS`. A distance of your own needs its own.
+        Thresholds of P_t and of x_t; by default `LEVELS`. Required for a distance of your own.
     cosine : float in (0, 1], default 1
     batch_size, progress
         As in `sample`.
@@ -140,7 +140,7 @@ def find_interval(
     Raises
     ------
     ValueError
-        If a distance never reaches its level, or levels or a classifier are needed.
+        If a distance never reaches its level, or levels or a classifier are missing.
     """
     if levels is None and not (isinstance(distance, str) and distance in LEVELS):
         raise ValueError("a distance of your own needs levels=, the thresholds of P_t and of x_t")
@@ -176,7 +176,7 @@ def boosted(run: Trajectory, t_boost: int, *, seed: int = 0) -> Trajectory:
         If the run has noise of its own.
     """
     if any(run.etas):
-        raise ValueError("this run adds noise already; boosting is for deterministic ones (eta 0)")
+        raise ValueError("this run adds noise already; boosting is for deterministic runs (eta 0)")
     etas = tuple(float(t < t_boost) for t in run.timesteps)
     if run.seeds is not None:
         return replace(run, etas=etas, h=None, x=None)
@@ -208,10 +208,10 @@ def edit_asyrp(
     direction : DeltaFunction or Direction
     interval : EditingInterval
     scale : float, default 1
-        1 is what a DeltaBlock was trained to do: the effect of a step is rescaled by `TRAINED_STEPS` over the number
-        of steps. 0 gives the images that the boosting alone gives. Of a Direction as in `edit`, and not rescaled.
+        1 is the strength that a DeltaBlock was trained at: each step is rescaled by `TRAINED_STEPS` over the number
+        of steps. 0 gives quality boosting without an edit. A Direction takes the scale of `edit`, not rescaled.
     seed : int, default 0
-        Of the noise, see `boosted`.
+        Seed of the noise, see `boosted`.
     progress : bool
 
     Returns
@@ -243,7 +243,7 @@ def _read_off(curves: pd.DataFrame, levels: tuple[float, float], cosine: float) 
         reached = curves.index[curves[name] >= level]
         if not len(reached):
             most = curves[name].max()
-            raise ValueError(f"{name} comes to a distance of {most:.3g} from the image, never to {level:.3g}")
+            raise ValueError(f"{name} reaches a distance of {most:.3g} from the image, never {level:.3g}")
         found.append(int(reached.min()))
     return EditingInterval(found[0], found[1], curves, levels)
 

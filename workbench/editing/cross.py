@@ -1,4 +1,4 @@
-"""Edits that cross a boundary once, at one timestep, and then let the reverse process go on (Zhu et al. 2023)."""
+"""Edits that cross a boundary once, at one timestep, and then continue the reverse process (Zhu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -34,54 +34,54 @@ Distances = Sequence[float] | np.ndarray
 class Cross(Edit):
     """One move across a boundary at its timestep t, in x_t, h_t or both (Zhu et al. 2023, Algorithm 1 and Fig. 3).
 
-    x_t of every sample is taken from its run; h_t is the network's at exactly (x_t, t). Both are moved to a distance
-    from their boundaries, and x_0 is decoded from there with the step noise of eta. Its scales are distances.
+    Each run gives its x_t; the network gives h_t at exactly (x_t, t). Both are moved to a distance from their
+    boundaries, and x_0 is decoded from there with the step noise of eta. The scales of this edit are distances.
 
     Attributes
     ----------
     h, x : Boundary or sequence of Boundary, optional
-        In h_t and in x_t; without one, nothing is moved in that space. Several are several attributes, in the same
-        order in both spaces.
+        Boundaries in h_t and in x_t; without one, that space is not moved. A sequence has one boundary per
+        attribute, in the same order in both spaces.
     unit : {"sd", "distance"}
-        "sd": standard deviations of held-out samples within their class (`Boundary.sigma`), of each boundary its own.
+        "sd": each boundary's standard deviation of held-out samples within their class (`Boundary.sigma`).
         "distance": Euclidean distance, the same number for h and x.
     mode : {"absolute", "shift", "mirror"}
-        What the distances are: signed distances from the boundary after the move, lengths of the move, or multiples of
-        the sample's own distance; see `move_jointly`.
-    eta : float, or one a step, values in [0, 1]; default 1
-        From t on; the paper has 1. None keeps the run's own etas and noise: that of an edit-friendly inversion holds
-        on to the image.
+        Meaning of the distances: signed distances from the boundary after the move, lengths of the move, or multiples
+        of the sample's own distance; see `move_jointly`.
+    eta : float, or one per step, values in [0, 1]; default 1
+        eta from t on; the paper uses 1. None keeps the run's own etas and noise; the noise of an edit-friendly
+        inversion preserves the image.
     h_policy : {"first", "offset", "offset-asymmetric", "none", "stale"}
-        "first" decodes the first step from the moved h and leaves the others free (the paper's single step). "offset"
-        adds the difference of the moved and the plain h at every step (as Haas et al. do), "offset-asymmetric" to P_t
-        alone (Asyrp). "none" moves x alone. "stale" is the released code: the first step takes the moved h, each later
-        one the network's own h of the step before.
+        "first" decodes the first step from the moved h and later steps from the network's h (the paper's single step).
+        "offset" adds the difference of the moved and the plain h at every step (as Haas et al. do),
+        "offset-asymmetric" to P_t alone (Asyrp). "none" moves x alone. "stale" reproduces the released code: the first
+        step takes the moved h, each later step the network's own h of the previous step.
     h_align : {"exact", "lagged"}
-        "lagged" is the released code too: h_t comes from the next cleaner timestep of the inversion, as does its
-        boundary.
+        "lagged" also reproduces the released code: h_t and its boundary come from the next cleaner timestep of the
+        inversion.
     legacy_origin : bool, default False
-        Drop the intercepts, as the released code does: distances from the parallel hyperplane through 0.
+        Drop the intercepts, as the released code does, and measure distances from the parallel hyperplane through 0.
     keep_norm : bool, default False
-        Moved x_t and h_t keep their lengths (a great circle).
+        Keep the lengths of x_t and h_t, moving them on a great circle.
     multi : {"sequential", "joint", "conditional"}
-        Several attributes: one move after the other, of which the last reaches its distance; the shortest move that
-        reaches all distances; or each attribute's move along the part of its normal that is orthogonal to all others
-        (`Boundary.orthogonal_to`), as long as the plain one.
+        How to combine attributes: one move after the other (only the last reaches its distance exactly); the shortest
+        move that reaches all distances; or a move along the part of each normal orthogonal to all others
+        (`Boundary.orthogonal_to`), with the length of the plain move.
     steps : int or sequence of int, optional
-        Number of timesteps to decode from t to 0, evenly spaced, or these, beginning with t. By default the run's.
+        Number of evenly spaced timesteps from t to 0, or the timesteps, beginning with t. By default the run's.
     seed : int, optional
-        Sample i has the step noise of seed + i. By default generated samples have that of their own seeds, and seed is
-        0 for others.
+        Sample i has the step noise of seed + i. By default generated samples use their own seeds, and inverted images
+        use seed 0.
     control : int, optional
-        Seed of random normals: the moves are as long as those across the boundaries, but along these.
+        Seed of random normals for a control: moves of the same lengths along these normals.
     name : str, optional
-        By default that of the first boundary.
+        By default the name of the first boundary.
 
     Raises
     ------
     ValueError
-        If there is no boundary or an option is not known; and, with a run, if a boundary is of another model, tap,
-        space or timestep, the run did not visit t or does not know its x_t, or distances have another shape.
+        If there is no boundary or an option is unknown; with a run, if a boundary belongs to another model, tap,
+        space or timestep, the run did not visit t or does not know its x_t, or distances have the wrong shape.
     """
 
     h: Boundaries | None = field(default=None, repr=False)
@@ -112,7 +112,7 @@ class Cross(Edit):
         object.__setattr__(self, "name", self.name or (found["x"] or found["h"])[0].name)
 
     def plan(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> list[Trajectory]:
-        """One plan a column of distances: (k,), (k, m) for m attributes, (n, k, m) for n samples too; or by space."""
+        """One plan per column of distances: (k,), (k, m) for m attributes, (n, k, m) for n samples; or by space."""
         targets = self.targets(run, distances)
         rest, own = self.plain(run), {"x": run.x_at(self._timesteps(run)[0]), "h": self._own_h(run)}
         plans = []
@@ -126,7 +126,7 @@ class Cross(Edit):
         return plans
 
     def plain(self, run: Trajectory) -> Trajectory:
-        """The same decoding from t on without a move; with h_policy "stale", from the same stale h."""
+        """Decode from t on without a move; with h_policy "stale", from the same stale h."""
         t, _ = self._timesteps(run)
         rest = run.tail(index_of(t, run.timesteps), run.x_at(t))
         if self.eta is None and (self.steps is not None or self.seed is not None):
@@ -189,9 +189,7 @@ class Cross(Edit):
         if not found["x"]:
             i -= 1
         if not 0 <= i < len(visited) - 1:
-            raise ValueError(
-                "a lagged h comes from one visited timestep and moves at the one before; the run has no such"
-            )
+            raise ValueError("a lagged h needs a next cleaner timestep; the run did not visit one")
         return visited[i], visited[i + 1]
 
     def _visited(self, model: Model, t: int, own: tuple[int, ...]) -> tuple[int, ...]:
@@ -204,7 +202,7 @@ class Cross(Edit):
             return tuple(np.linspace(t, 0, self.steps).round().astype(int).tolist())
         visited = model.schedule.timesteps(self.steps)
         if visited[0] != t:
-            raise ValueError(f"the steps to decode begin at {visited[0]}; the move is at t = {t}, begin there")
+            raise ValueError(f"the decoding steps begin at {visited[0]}; begin at the move, t = {t}")
         return visited
 
     def _targets(self, distances: Distances | Mapping[str, Distances], space: str, n: int) -> np.ndarray:
@@ -221,8 +219,8 @@ class Cross(Edit):
             values = np.broadcast_to(values, (n, len(values), m))
         if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0:
             raise ValueError(
-                f"distances have shape {given.shape}; numbers of shape (k,), (k, {m}) or ({n}, k, {m}) are "
-                f"distances of k columns for {m} boundaries and {n} samples"
+                f"distances have shape {given.shape}; give (k,), (k, {m}) or ({n}, k, {m}) for k columns, "
+                f"{m} boundaries and {n} samples"
             )
         if self.unit == "sd" and self.mode != "mirror":
             values = values * [boundary.sigma for boundary in boundaries]
@@ -265,7 +263,7 @@ class Cross(Edit):
         return z
 
     def _injection(self, moved: torch.Tensor, own: torch.Tensor) -> Injection:
-        """What is decoded from, given the moved and the plain h_t of the samples."""
+        """Injection to decode with, given the moved and the plain h_t of the samples."""
         if self.h_policy == "first":
             return Injection(lambda i, h, samples: moved[samples].to(h) if i == 0 else None)
         if self.h_policy != "stale":
@@ -321,29 +319,29 @@ def cross_boundary(
 
     - A real image: `runs = invert(model, images, steps=..., record_x=True)`, or an inversion that ends at t
       (`steps=[t, ..., 0]`), which costs less and records nothing.
-    - A generated sample: `runs = sample(model, seeds, eta=0)`. The process up to t is the run's own; the paper's is
+    - A generated sample: `runs = sample(model, seeds, eta=0)`. The run's own process leads to t; the paper's is
       deterministic there.
 
     Parameters
     ----------
     model : Model
-        The model that the runs come from, at the tap of boundary_h.
+        Model of the runs, at the tap of boundary_h.
     runs : Trajectory
         The samples, not edited yet.
     boundary_h, boundary_x : Boundary or sequence of Boundary, optional
         `Cross.h` and `Cross.x`.
     distances : array of shape (k,), (k, m) or (n, k, m)
-        One column each: for all m attributes alike, for each attribute, or for each of n samples too. A mapping with
-        "h" and "x" has its own for each space.
+        One per column: shared by all m attributes, one per attribute, or one per sample and attribute. A mapping with
+        "h" and "x" gives each space its own.
     batch_size, progress
         As in `render`.
     **options
-        Those of `Cross`.
+        Options of `Cross`.
 
     Returns
     -------
     EditGrid
-        One row a sample, one column a distance.
+        One row per sample, one column per distance.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Side effects of directions: measured, projected out, cancelled; and how few examples a direction needs."""
+"""Measure, project out or cancel the side effects of directions; count the examples that a direction needs."""
 
 from __future__ import annotations
 
@@ -38,22 +38,21 @@ def cancel_effects(
     """Correct a direction so that it no longer changes the other attributes.
 
     With E_va the mean change of attribute a when editing along v, v' = v + sum_b c_b v_b, where c solves
-    E_va + sum_b c_b E_ba = 0 for all a. Effects add up roughly, so v' is measured and corrected again. Unlike the
-    projection (`Direction.orthogonal_to`, Haas et al. eq. 12) this goes by effects and not by inner products: two
-    directions that are not at right angles need not drag each other along, and then taking one out of the other does
-    harm.
+    E_va + sum_b c_b E_ba = 0 for all a. Effects add up only roughly, so v' is measured and corrected again. Unlike the
+    projection (`Direction.orthogonal_to`, Haas et al. eq. 12) this uses measured effects, not inner products: two
+    directions that are not orthogonal need not change each other's attributes, and projecting one out then does harm.
 
     Parameters
     ----------
     model : Model
     runs : Trajectory
-        Samples to measure effects on, not edited yet. Judge the result on others.
+        Samples to measure effects on, not edited yet. Judge the result on other samples.
     direction : Direction
         v.
     others : mapping of attribute -> Direction
-        v_b by the attribute b that each is the direction of; columns of the classifier's table.
+        v_b of each attribute b; the attributes are columns of the classifier's table.
     classifier
-        As in `measure_effects`. Let another one judge the result.
+        As in `measure_effects`. Judge the result with another classifier.
     scale : float, default 2
         Scale of all edits, in standard deviations.
     rounds : int, default 3
@@ -64,13 +63,13 @@ def cancel_effects(
     Returns
     -------
     Direction
-        One unit of it is one unit of v and what was added; `calibrated` makes that one sigma again.
+        v', not rescaled: one unit of v plus the corrections. `calibrated` makes a unit one sigma again.
 
     Raises
     ------
     ValueError
-        If there is no other direction or round, the classifier lacks an attribute, another direction's effect on its
-        own attribute can't be told from 0, or the effects of the others are too much alike.
+        If there is no other direction or round, the classifier lacks an attribute, another direction has no significant
+        effect on its own attribute, or the effects of the others are too similar.
     """
     names = list(others)
     if not names or rounds < 1:
@@ -87,11 +86,11 @@ def cancel_effects(
         if low <= NOTHING and high >= -NOTHING:
             raise ValueError(
                 f"the direction of {name} changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to "
-                f"{high:.2g}), too small to be told from nothing; take a larger scale or more samples, or leave it out"
+                f"{high:.2g}), not distinguishable from 0; take a larger scale or more samples, or leave it out"
             )
     if np.linalg.cond(of_others) > 100.0:
         raise ValueError(
-            f"the effects of {', '.join(names)} at scale {scale:g} are too much alike, or too small, to be told apart; "
+            f"the effects of {', '.join(names)} at scale {scale:g} are too similar, or too small, to separate; "
             "take a larger scale, more samples or fewer directions"
         )
     c, edited = np.zeros(len(names)), direction
@@ -121,18 +120,18 @@ def matched_scale(
     edit: str | None = None,
     threshold: float = 0.5,
 ) -> float:
-    """The smallest measured scale at which an edit succeeds, so that directions compare at the same effect.
+    """Find the smallest measured scale at which an edit succeeds, to compare directions at the same effect.
 
     Parameters
     ----------
     effects : Effects
     attribute : str
     success : float in [0, 1], default 0.8
-        Share of the samples without the attribute that must have it afterwards.
+        Share of the samples without the attribute that must have it after the edit.
     edit : str, optional
-        By default the one with the attribute's name.
+        By default the edit named like the attribute.
     threshold : float, default 0.5
-        A sample has the attribute if its score is above.
+        A sample has the attribute if its score is above the threshold.
 
     Returns
     -------
@@ -142,7 +141,7 @@ def matched_scale(
     Raises
     ------
     ValueError
-        If no measured scale reaches it; the message has the best.
+        If no measured scale reaches `success`; the message names the best.
     """
     rates = {s: r for s, r in effects.success(attribute, edit=edit, threshold=threshold).items() if s >= 0}
     for scale, rate in rates.items():
@@ -164,9 +163,9 @@ class DisentanglingTable:
     Attributes
     ----------
     table : DataFrame
-        One row a variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
+        One row per variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
         samples of a repeat, `effect` as its mean and `std` as its standard deviation over repeats, and the `scale`.
-    entanglement : DataFrame, one row a direction
+    entanglement : DataFrame, one row per direction
         Over all samples: `entanglement_index` of both variants (`original`, `disentangled`) with its interval
         (`original_low`, ...), and the share by which it falls, `reduction`.
     effects : dict of variant -> Effects
@@ -203,7 +202,7 @@ def disentangling_table(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> DisentanglingTable:
-    """Edit along each direction, and along what is left of it outside of all the others (Haas et al. Table I).
+    """Edit along each direction, and along its part orthogonal to all the others (Haas et al. Table I).
 
     Parameters
     ----------
@@ -216,12 +215,12 @@ def disentangling_table(
         As in `measure_effects`.
     scales : sequence of float
     success : float in [0, 1], default 0.8
-        Each edit is judged at the smallest scale that reaches this `success_rate` of its own attribute over all
-        samples. With one scale and success 0, all are judged at that scale.
+        Each edit is judged at the smallest scale with this `success_rate` for its own attribute over all samples.
+        With one scale and success 0, all edits are judged at that scale.
     repeats : int, default 5
         At least 2, dividing the number of samples.
     per_step : bool
-        Project each timestep by itself, as in `Direction.orthogonal_to`.
+        Project each timestep separately, as in `Direction.orthogonal_to`.
     batch_size, progress
         As in `measure_effects`.
 
@@ -236,14 +235,14 @@ def disentangling_table(
         edit does not reach `success` at any scale.
     """
     if len(directions) < 2:
-        raise ValueError(f"{len(directions)} direction given; there are others to be orthogonal to from two on")
+        raise ValueError(f"{len(directions)} direction given; give at least two")
     if repeats < 2 or len(runs) % repeats:
         raise ValueError(
             f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
         )
     unknown = set(directions) - set(classifier(runs.x0[:1]).columns)
     if unknown:
-        raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, which a direction is named for")
+        raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, the name of a direction")
     apart = {
         name: direction.orthogonal_to(*(d for other, d in directions.items() if other != name), per_step=per_step)
         for name, direction in directions.items()
@@ -283,16 +282,16 @@ def few_examples(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """How many examples a direction needs, in h and in x_T (Haas et al. Fig. 8a).
+    """Measure how many examples a direction needs, in h and in x_T (Haas et al. Fig. 8a).
 
-    Directions are differences of the means of a few examples. An edit adds the one in h at every timestep, and the one
-    in x_T once, to the noise that the sample starts from; x_T decides the image at eta 0 alone.
+    Directions are differences of the means of a few examples. An edit in h adds the direction at every timestep; one in
+    x_T adds it once, to the starting noise, which determines the image only at eta 0.
 
     Parameters
     ----------
     model : Model
     runs : Trajectory
-        Samples to edit, at eta 0, not edited yet. Take others than are in the store.
+        Samples to edit, at eta 0, not edited yet, and not in the store.
     store : HStore
         Samples to draw examples from, at eta 0 and the timesteps of the runs; generated or inverted.
     labels : Series, values 0 or 1
@@ -302,15 +301,15 @@ def few_examples(
     counts, draws
         As in `few_shot_directions`.
     scales : mapping of "h" or "x_T" -> float, optional
-        Length of the edits in each space, or in one of both; in standard deviations along the direction from all
-        samples that were not drawn, of which x_T itself has the square root of its dimensions. By default 2 and 10.
+        Length of the edits in each space, or in one of them, in standard deviations along the direction from all
+        samples not drawn; the length of x_T is the square root of its dimensions in this unit. By default 2 and 10.
     seed : int
-        Of the draws.
+        Seed of the draws.
     progress : bool
 
     Returns
     -------
-    DataFrame, one row a space and direction
+    DataFrame, one row per space and direction
         `space` ("h" or "x_T"), `draw`, `count` and `cosine` as in `FewExamples`, and `effect`, the mean change of the
         attribute's score over the runs.
 
@@ -334,7 +333,7 @@ def few_examples(
             f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
         )
     if labels.name not in classifier(runs.x0[:1]):
-        raise ValueError(f"the classifier has no attribute {labels.name!r}, which the labels are named for")
+        raise ValueError(f"the classifier has no attribute {labels.name!r}, the name of the labels")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.image_shape)
     tables = []
     for space, scale in scales.items():

@@ -1,7 +1,7 @@
-"""What an edit is: a rule that turns a run into the plans of its edited runs, one a scale.
+"""Edits: an edit turns a run into one plan per scale.
 
-A plan is a `Trajectory` that has not been run: it begins at the step where the edit does, from the x_t that the edit
-leaves there, with the noise and the injection that it asks for. `render` runs plans; nothing else needs to know edits.
+A plan is a `Trajectory` that has not been run: it starts at the first edited step, from the edited x_t, with the
+edit's noise and injection. `render` runs plans without knowing the kinds of edits.
 
 | edit | changes |
 |---|---|
@@ -33,20 +33,20 @@ class NotApplicable(ValueError):
 
 
 class Edit:
-    """An edit of the runs of a model; subclasses say what it changes.
+    """Base class of edits of runs; a subclass defines the change.
 
     Attributes
     ----------
     name : str
     unit : str
-        Of the scale: "sigma" is one standard deviation of the population's projection on the direction.
+        Unit of the scale: "sigma" is one standard deviation of the population's projection on the direction.
     """
 
     name: str
     unit: str = "sigma"
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
-        """The edited runs, not run yet, one a scale; the run itself where a scale changes nothing.
+        """Edited runs, not run yet, one per scale; the run itself where a scale changes nothing.
 
         Raises
         ------
@@ -56,15 +56,15 @@ class Edit:
         raise NotImplementedError
 
     def plain(self, run: Trajectory) -> Trajectory:
-        """The run that edited images are compared with: the same process without the change."""
+        """Reference run for comparisons: the same process without the change."""
         return run
 
     def labels(self, scales: Sequence[float]) -> tuple[str, ...]:
-        """A caption for each scale."""
+        """Caption of each scale."""
         return tuple(f"{scale:+g} {self.unit}" if scale else "0" for scale in scales)
 
     def about(self) -> dict:
-        """What the edit is, as JSON can hold it."""
+        """Describe the edit by JSON values."""
         return {"name": self.name, "unit": self.unit}
 
     def __neg__(self) -> Edit:
@@ -122,7 +122,7 @@ class Shift(Edit):
         return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        """What happens to h at every step of the run."""
+        """Injection into h at every step of the run."""
         scale, weights = finite(scale, "scale"), self._weights(run)
         if isinstance(self.direction, DeltaFunction):
             self.direction.check_fits(run.model)
@@ -161,17 +161,17 @@ class Shift(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Swap(Edit):
-    """Another run's h in place of the run's own (Haas et al. Fig. 2a), or blended with it (InjectFusion).
+    """Replace a run's h with another run's (Haas et al. Fig. 2a), or blend them (InjectFusion).
 
     Attributes
     ----------
     donor : Trajectory with recorded h
-        One sample, or as many as the run has.
+        One sample, or as many as in the run.
     mode : {"replace", "slerp"}
-        "replace": any scale but 0 puts the donor's h in place. "slerp": the scale is the donor's weight in [0, 1] on
-        the sphere, at the norm of the run's own h.
+        "replace": any scale but 0 uses the donor's h. "slerp": the scale is the donor's weight in [0, 1] on the sphere,
+        at the norm of the run's own h.
     asymmetric, t_range
-        As of `Shift`.
+        As in `Shift`.
     """
 
     donor: Trajectory
@@ -190,7 +190,7 @@ class Swap(Edit):
         return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        """What happens to h at every step of the run."""
+        """Injection into h at every step of the run."""
         one_of("mode", self.mode, ("replace", "slerp"))
         values, active = self._donor_h(run), active_steps(run, self.t_range)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
@@ -222,7 +222,7 @@ class Swap(Edit):
 
 @dataclass(frozen=True, eq=False)
 class MoveX(Edit):
-    """x_t <- x_t + scale * vector at one timestep, then the run's own process (LOCO-Edit; Park et al.).
+    """x_t <- x_t + scale * vector at one timestep, then continue the run's own process (LOCO-Edit; Park et al.).
 
     Attributes
     ----------
@@ -245,14 +245,14 @@ class MoveX(Edit):
 
 @dataclass(frozen=True, eq=False)
 class MoveNoise(Edit):
-    """x_T and every z_t moved along directions of their own; z_t of a step that adds no noise stays 0.
+    """Move x_T and every z_t along its own direction; z_t of a step that adds no noise stays 0.
 
     Attributes
     ----------
     units : Tensor of shape (1 + steps, C, H, W)
-        For x_T, then for every step.
+        One for x_T, then one per step.
     timesteps : tuple of int
-        Of the runs that it edits.
+        Timesteps of the runs to edit.
     name, unit : str
     """
 
@@ -264,7 +264,7 @@ class MoveNoise(Edit):
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
         if run.timesteps != self.timesteps:
             raise NotApplicable(
-                "the noise of other timesteps is other noise; find the move with the run's own timesteps"
+                "this move was found at other timesteps than the run's; find it at the run's own timesteps"
             )
         noise = run.noise
         stochastic = noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)

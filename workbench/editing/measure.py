@@ -1,4 +1,4 @@
-"""What edits do, measured by making them: a judge's scores and the change of the images, as one tidy table."""
+"""Measure the effects of edits: a judge's scores and the change of the images, in one tidy table."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ IMAGE_BYTES = 2**28
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Scores before and after edits, and how far the images moved.
+    """Scores before and after edits, and the change of the images.
 
     Attributes
     ----------
     table : DataFrame
-        One row an edit, scale, sample and attribute: `edit`, `scale` (in the edit's unit), `seed` (of inverted images
-        their position), `attribute`, the score `before` (of the same process without the change) and `after`; and of
+        One row per edit, scale, sample and attribute: `edit`, `scale` (in the edit's unit), `seed` (the position of an
+        inverted image), `attribute`, the score `before` (of the same process without the change) and `after`; and of
         the image `rms` (root mean square change), `psnr` against that process and `psnr_image` against the sample's
         own image (dB), and `psnr_outside` of the attribute's region where that is known.
     realism : DataFrame
-        One row an edit and scale: `kid`, the `kernel_distance` of the judge's features from those of real images. Empty
-        if none were given.
+        One row per edit and scale: `kid`, the `kernel_distance` of the judge's features from those of real images;
+        empty without real images.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -50,7 +50,7 @@ class Effects:
 
     @property
     def scales(self) -> list[float]:
-        """Scales that were measured, ascending."""
+        """Measured scales, ascending."""
         return sorted(float(s) for s in self.table["scale"].unique())
 
     def scores(self, edit: str, scale: float) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -63,7 +63,7 @@ class Effects:
         Raises
         ------
         ValueError
-            If that edit was not measured.
+            If the edit was not measured.
         """
         rows = self.table[(self.table["edit"] == edit) & (self.table["scale"] == scale)]
         if rows.empty:
@@ -82,7 +82,7 @@ class Effects:
         return after - before
 
     def success(self, attribute: str, *, edit: str | None = None, threshold: float = 0.5) -> dict[float, Estimate]:
-        """`success_rate` of an attribute at every scale, ascending, of the edit of that name or another."""
+        """`success_rate` of an attribute at every scale, ascending, for `edit` (default: the attribute's own)."""
         name = attribute if edit is None else edit
         return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}
 
@@ -100,7 +100,7 @@ class Effects:
         ----------
         attribute : str
         lacking : bool
-            Only over samples whose score was at most 0.5.
+            Average only over samples whose score before the edit was at most 0.5.
 
         Returns
         -------
@@ -120,14 +120,14 @@ class Effects:
         return pd.DataFrame(rows)
 
     def summary(self, attribute: str) -> pd.DataFrame:
-        """What the edits do to one attribute, to all others, and to the image.
+        """Effects of the edits on one attribute, on all others, and on the image.
 
         Returns
         -------
         DataFrame, one row an edit and scale
             `edit`, `scale`; `change` of the attribute's score with its 95% interval `low`, `high` over the samples;
-            `gained`, the share of the samples without the attribute that have it afterwards, and `lost`, the share of
-            those with it that have not, with their numbers (`without`, `with`); `others`, the mean size of the change
+            `gained`, the share of samples without the attribute that gain it, and `lost`, the share of those with it
+            that lose it, with their numbers (`without`, `with`); `others`, the mean size of the change
             of all other attributes; median `psnr` and `psnr_image`; `kid` if known; `n`.
         """
         rows = []
@@ -157,7 +157,7 @@ class Effects:
         return table if self.realism.empty else table.merge(self.realism, on=["edit", "scale"])
 
     def monotonicity(self, attribute: str) -> pd.Series:
-        """Mean rank correlation of an attribute's score with the scale over the samples, one value an edit."""
+        """Rank correlation of an attribute's score with the scale, averaged over the samples; one value per edit."""
         table = self.table[self.table["attribute"] == attribute]
         found = {}
         for edit, part in table.groupby("edit", sort=False):
@@ -183,24 +183,24 @@ def measure(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
-    """Edit samples and score the images; only the measurements are kept.
+    """Edit samples and score the images; keep only the measurements.
 
     Parameters
     ----------
     run : Trajectory
-        The samples, not edited yet. Take others than the edits were found with.
+        Samples to edit, not edited yet; not those that the edits were found with.
     edits : Edit or Direction, a sequence or a mapping of them
         A Direction is a `Shift`; a mapping gives names.
     scales : sequence of float
         In the unit of the edits.
     classifier : callable (images of shape (n, C, H, W)) -> DataFrame of shape (n, attributes), values in [0, 1]
-        Another one than the edits were found with: whoever labels does not judge.
+        The judge; never the classifier that labelled the samples the edits were found with.
     masks : mapping of attribute -> bool array of shape (H, W), optional
-        Where an attribute can be; `psnr_outside` is measured outside of it.
+        Region of each attribute; `psnr_outside` is measured outside of it.
     real : Tensor of shape (n, C, H, W), optional
-        Real images; then the classifier has `features` too, and `kid` is measured.
+        Real images to measure `kid` against; the classifier then needs `features`.
     batch_size : int, optional
-        Cells a pass; chosen by the model if not given.
+        Cells per pass; chosen by the model if not given.
     progress : bool
 
     Returns
@@ -216,7 +216,7 @@ def measure(
     check_run(run.model, run)
     named, scales = name_edits(edits), [float(s) for s in dict.fromkeys(scales)]
     if not named or not scales:
-        raise ValueError("effects are measured of at least one edit at at least one scale")
+        raise ValueError("measuring effects needs at least one edit and one scale")
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -344,13 +344,13 @@ def measure_effects(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
-    """Edit samples along directions and score the images; `measure` of a `Shift` each.
+    """Edit samples along directions and score the images: `measure` with one `Shift` per direction.
 
     Parameters
     ----------
     model : Model
     runs : Trajectory
-        The samples, not edited yet. Take others than the directions were found with.
+        Samples to edit, not edited yet; not those that the directions were found with.
     directions : Direction, sequence of Direction, or mapping of name -> Direction
     classifier
         As in `measure`.

@@ -72,76 +72,76 @@ def mixing_step(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> MixingStep:
-    """Find the timestep at which x_t has mixed: early enough to decide what the image shows, late enough to keep it.
+    """Find the mixing step: the timestep at which a move of x_t still changes attributes but keeps the image.
 
-    Zhu et al. 2023 edit once, at this step. Their automatic search is not in the released code, so six criteria stand
-    here; which of them agree is a finding about the model, see `analysis.mixing_criteria.agreement`.
+    Zhu et al. 2023 edit once, at this step. Their automatic search is not in the released code, so this function offers
+    six criteria; which of them agree is a finding about the model, see `analysis.mixing_criteria.agreement`.
 
     "radius_gap"
-        The mean radii of sampled and inverted x_t. t is the largest timestep from which on, down to the image, they
-        differ by at most `level` (0.005) sqrt(d) and two standard errors.
+        The mean radii of sampled and inverted x_t. t is the largest timestep such that at all t' <= t they differ by at
+        most `level` (0.005) sqrt(d) and two standard errors.
     "tv"
-        Total variation to N(0, I), mean of 64 one-dimensional statistics. t is the smallest timestep from which on, up
-        to the noise, it is at most `level` (0.25).
+        Total variation to N(0, I), mean of 64 one-dimensional statistics. t is the smallest timestep such that at all
+        t' >= t it is at most `level` (0.25).
     "separability"
         Held-out accuracy of a linear probe; needs labels. t is the largest timestep within `level` (1) standard errors
         of the best.
     "commit"
-        Agreement of `copies` stochastic decodings of one x_t, 0 as of different samples and 1 if always; needs a
-        classifier. t is the largest timestep from which on, down to the image, it is at least `level` (0.5).
+        Agreement of `copies` stochastic decodings of one x_t, from 0 (as between different samples) to 1; needs a
+        classifier. t is the largest timestep such that at all t' <= t it is at least `level` (0.5).
     "perceptual"
-        Distance of P_t, the predicted image, from the image, 1 as of two images; needs a classifier, or another
-        `distance`. t is the smallest timestep from which on, up to the noise, it is at least `level` (0.5).
+        Distance of P_t, the predicted image, from the image, in units of the distance of two images; needs a classifier
+        or another `distance`. t is the smallest timestep such that at all t' >= t it is at least `level` (0.5).
     "edit"
-        Success of one move of x_t across the boundary between classes, less what new noise does without a move, among
-        strengths with an identity loss (distance from the image) of at most `level` (0.75); needs labels and a
+        Success of one move of x_t across the boundary between classes, less the success of new noise without a move,
+        among strengths with an identity loss (distance from the image) of at most `level` (0.75); needs labels and a
         classifier. t is the largest timestep within a standard error of the best.
 
-    "separability" and "commit" look at x_t with what comes of it, so take a stochastic run (eta 1) for them: in a
-    deterministic one x_t determines the image at every t. "edit" is about the images to be edited: inverted ones, if
+    "separability" and "commit" relate x_t to the final image, so use a stochastic run (eta 1) for them: in a
+    deterministic run x_t determines the image at every t. For "edit" use the images to be edited: inverted ones, if
     these are real.
 
     Parameters
     ----------
     source : HStore or Trajectory
-        Generated samples or inverted images. x_t is taken from the record (`record_x=True`), or of generated samples
-        made again from their seeds.
+        Generated samples or inverted images. x_t is read from the record (`record_x=True`), or recomputed from the
+        seeds of generated samples.
     labels : array of shape (n,), or mapping or DataFrame of attribute -> such arrays, optional
-        Of the images, 0 or 1. A Series or DataFrame is matched by its index: the seeds of the samples, or the file
-        names of inverted images; numbered 0..n-1 it is in the order of the samples, as an array.
+        Labels of the images, 0 or 1. A Series or DataFrame is matched by its index: the seeds of the samples, or the
+        file names of inverted images; an index 0..n-1 or an array follows the order of the samples.
     criterion : str, optional
         By default "separability" if there are labels, else "radius_gap".
     level : float, optional
         Threshold, in the criterion's units above.
     model : Model, optional
-        Of a store whose model is not known by name. Its weights must be those that the store was made with.
+        Model of a store, if its name does not load. The weights must be those that made the store.
     against : HStore or Trajectory, optional
-        For "radius_gap" and "tv": the other ensemble, inverted images where `source` is generated and the other way
-        round, at the same timesteps. By default the images of `source` themselves are inverted, or as many samples
+        For "radius_gap" and "tv": the other ensemble at the same timesteps, inverted images if `source` is generated,
+        generated samples if it is inverted. By default the images of `source` are inverted, or as many samples are
         drawn with eta 0.
     classifier : Classifier, optional
-        For "edit" another one than gave the labels: whoever labels does not judge.
+        For "edit", a judge: not the classifier that gave the labels.
     grid : sequence of int, optional
-        Visited timesteps to look at, for the criteria that run the model ("commit", "perceptual", "edit"). By default
+        Visited timesteps to test, for the criteria that run the model ("commit", "perceptual", "edit"). By default
         about ten, evenly over all but the noisiest.
     n : int, optional
-        Look at the first n samples; by default as many as `SAMPLES` says, at most. "edit" fits the boundary on two
-        thirds of them and edits the others.
+        Use the first n samples; by default at most `SAMPLES`. "edit" fits the boundary on two thirds of them and edits
+        the others.
     copies : int, default 8
         For "commit": decodings of every x_t.
     strengths : sequence of float, default (0, 1, 2, 4)
         For "edit": lengths of the move along the difference of the class means, in gaps between the means of held-out
         samples; ascending.
     distance : "features", "lpips" or callable (a, b) -> ndarray of shape (n,)
-        For "perceptual" and "edit": between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean, of the
-        classifier's last layer. "lpips": the package of that name, not scaled by the distance of two images;
-        `level` is 0.33 by default then, as in Asyrp.
+        For "perceptual" and "edit": distance between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean
+        distance in the classifier's last layer. "lpips": the package of that name, not scaled by the distance of two
+        images; `level` is then 0.33 by default, as in Asyrp.
     resamples : int, optional
-        Half-samples for the intervals: 200 by default, and 50 for "tv", whose curve takes longest.
+        Half-samples for the intervals: 200 by default, and 50 for "tv", the slowest curve.
     seed : int, default 0
-        Of folds, half-samples, and the noise of decodings.
+        Seed of folds, half-samples, and the noise of decodings.
     batch_size : int, optional
-        Samples a pass; chosen by the model if not given.
+        Samples per pass; chosen by the model if not given.
     progress : bool
 
     Returns
@@ -151,8 +151,8 @@ def mixing_step(
     Raises
     ------
     ValueError
-        If the criterion needs labels, a classifier or a record that is not there, labels are constant, a timestep of
-        the grid was not visited, or there is one timestep alone.
+        If the criterion lacks labels, a classifier or a record, labels are constant, a timestep of the grid was not
+        visited, or there is only one timestep.
     """
     criterion = criterion or ("radius_gap" if labels is None else "separability")
     one_of("criterion", criterion, CRITERIA)
@@ -229,7 +229,7 @@ def _commitment(
     is that of decodings of different samples: with `copies` draws the larger share exceeds 1/2 by luck alone.
     """
     if copies < 2:
-        raise ValueError(f"copies is {copies}; agreement takes 2 decodings at least")
+        raise ValueError(f"copies is {copies}; agreement needs at least 2 decodings")
     seeds = [FRESH + seed * 2**32 + i for i in range(len(run) * copies)]
     shares = []
     steps = sum(run.steps - run.timesteps.index(t) for t in visited)
@@ -433,7 +433,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
 
 
 def _other(run: Trajectory, **running) -> Trajectory:
-    """What a run is compared with: its own images inverted; of an inversion, as many deterministic samples."""
+    """Ensemble to compare a run with: its own images inverted; for an inversion, as many deterministic samples."""
     if run.seeds is None:
         return sample(run.model, range(len(run)), steps=run.timesteps, eta=0.0, record_x=True, **running)
     return invert(run.model, run.x0.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)

@@ -44,7 +44,7 @@ def abridged(plain: Trajectory, first: int, k: int) -> Trajectory:
 
 
 def same_effect(plain: Trajectory, delta: torch.Tensor, rest: Trajectory, *, asymmetric: bool) -> torch.Tensor:
-    """What an abridged run adds to h, so that x moves as far, to first order, as in all steps of the plain run.
+    """Delta h of an abridged run that moves x as far, to first order, as all steps of the plain run.
 
     A change of eps at a step moves x_prev by c (`eps_effects`), and x at a later timestep by sqrt of the ratio of both
     alpha_bar times that. Each delta of the result is the sum of the plain run's within its step, weighted by these.

@@ -22,21 +22,21 @@ from workbench.diffusion.sampling import (
 )
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
-from workbench.editing.edits import Edit, Swap, as_edit, check_run
+from workbench.editing.edits import Edit, Shift, Swap, as_edit, check_run
 from workbench.formats.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class EditGrid:
-    """Images of edits and what they are.
+    """Images of edits, with labels and provenance.
 
     Attributes
     ----------
     images : Tensor of shape (rows, columns, C, H, W), float32, nominally in [-1, 1]
     row_labels : tuple of str
-        Sample, or edit and sample.
+        Sample, or edit and sample, of each row.
     column_labels : tuple of str
-        Scale in the edits' unit.
+        Scale of each column, in the edits' unit.
     provenance : dict
         Model, seeds, timesteps, etas, edits, scales.
     """
@@ -73,7 +73,7 @@ def render(
 ) -> EditGrid:
     """Edit several samples in one or several ways at several scales.
 
-    All cells run in shared batches; the steps before an edit begins are computed once a sample. Where a scale changes
+    All cells run in shared batches; the steps before the edit are computed once per sample. Where a scale changes
     nothing, the cell is the sample itself.
 
     Parameters
@@ -81,25 +81,26 @@ def render(
     run : Trajectory
         The samples, not edited yet.
     edits : Edit or Direction, a sequence or a mapping of them
-        A Direction is a `Shift`. The names of a mapping stand in the rows' labels.
+        A Direction is a `Shift`. The names of a mapping label the rows.
     scales : sequence of float
-        One column each, in the unit of the edit.
+        One per column, in the unit of the edit.
     residual : bool
-        Of inverted images: add to every cell what the reconstruction lacks. An unedited cell is then the image itself.
+        Add the residual of inverted images (image less reconstruction) to every cell. An unedited cell is then the
+        image itself.
     batch_size : int, optional
-        Cells a pass; chosen by the model if not given.
+        Cells per pass; chosen by the model if not given.
     progress : bool or tqdm
 
     Returns
     -------
     EditGrid
-        One row an edit and sample, the samples of an edit together.
+        One row per edit and sample, grouped by edit.
 
     Raises
     ------
     ValueError
-        If there is no edit or scale, one does not fit the run, the run is edited already, or a residual is asked for
-        that it does not have.
+        If there is no edit or scale, an edit does not fit the run, the run is already edited, or it lacks the requested
+        residual.
     """
     named = name_edits(edits)
     check_run(run.model, run)
@@ -230,7 +231,7 @@ def _as_json(scales: Sequence[float] | Mapping[str, Sequence[float]]) -> list | 
 def edit(
     model: Model,
     run: Trajectory,
-    direction: Direction | DeltaFunction | Trajectory,
+    direction: Direction | DeltaFunction | Edit | Trajectory,
     *,
     scale: float = 1.0,
     mode: str = "add",
@@ -248,13 +249,14 @@ def edit(
     Parameters
     ----------
     model : Model
-        The model that the run comes from, at the tap of the direction.
+        Model of the run, at the tap of the direction.
     run : Trajectory
         Not edited yet.
-    direction : Direction, DeltaFunction, or Trajectory with recorded h
-        For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`.
+    direction : Direction, DeltaFunction, Edit, or Trajectory with recorded h
+        For "replace" and "slerp" the donor of h: a run of one sample, or of as many as `run`. An Edit has its own
+        options; one that begins at a later timestep (`Cross`, `MoveX`) gives the trajectory from there on.
     scale : float, default 1
-        In standard deviations of the population's projection; of a DeltaFunction, a factor of its Delta h. For "slerp"
+        In standard deviations of the population's projection; a factor of Delta h for a DeltaFunction; for "slerp"
         the weight of the donor, in [0, 1]. Not used by "replace".
     mode : {"add", "replace", "slerp"}
         "replace" is the swap of Haas et al. Fig. 2a, "slerp" the normalised interpolation of InjectFusion.
@@ -265,7 +267,7 @@ def edit(
     gain : {None, "match"}
         "match" scales an asymmetric edit, step by step, to the first-order effect of the symmetric one.
     residual : bool
-        Of an inverted image: add what its reconstruction lacks, as `replay` does.
+        Add the residual of an inverted image, as `replay` does.
     record_h : bool
         Keep the network's own h_t of the edited run.
     progress : bool
@@ -273,20 +275,24 @@ def edit(
     Returns
     -------
     Trajectory
-        Its x0 are the edited images. Scale 0 gives the unedited ones, bit for bit.
+        x0 holds the edited images. Scale 0 gives the unedited images, bit for bit.
 
     Raises
     ------
     ValueError
-        If the direction belongs to another model, tap or number of steps, the run is edited already, or a residual is
-        asked for that it does not have.
+        If the direction belongs to another model, tap or number of steps, the run is already edited, or it lacks the
+        requested residual.
     """
     check_run(model, run)
     if mode == "add":
         change = as_edit(direction, asymmetric=asymmetric, t_range=t_range, gain=gain)
     else:
         change = Swap(direction, mode, asymmetric=asymmetric, t_range=t_range)
-    injection = change.injection(run, finite(scale, "scale"))
+    scale = finite(scale, "scale")
+    if not isinstance(change, Shift | Swap):
+        (plan,) = change.plan(run, [scale])
+        return replay(plan, residual=residual, record_h=record_h, progress=progress)
+    injection = change.injection(run, scale)
     return replay(run, edit=injection, residual=residual, record_h=record_h, progress=progress)
 
 
@@ -303,7 +309,7 @@ def edit_grid(
     batch_size: int | None = None,
     progress: bool | tqdm = True,
 ) -> EditGrid:
-    """Edit several samples along one or several directions at several scales; `render` of a `Shift` each.
+    """Edit several samples along one or several directions at several scales: `render` with one `Shift` per direction.
 
     Parameters
     ----------
@@ -312,7 +318,7 @@ def edit_grid(
         The samples, not edited yet.
     directions : Direction or DeltaFunction, or a sequence of them
     scales : sequence of float
-        In standard deviations of the population's projection; one column each.
+        In standard deviations of the population's projection, one per column.
     asymmetric, gain, t_range
         As in `edit`.
     residual, batch_size, progress
@@ -321,7 +327,7 @@ def edit_grid(
     Returns
     -------
     EditGrid
-        One row a direction and sample, the samples of a direction together.
+        One row per direction and sample, grouped by direction.
 
     Raises
     ------

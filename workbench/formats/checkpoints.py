@@ -1,4 +1,4 @@
-"""Reading models from disk, folders and single files: what they hold, and whether it is sound.
+"""Read models from disk, as folders or single files, and check them.
 
 Nothing here executes a pickle: weights are safetensors, or a `.bin` file read with `weights_only=True`.
 """

@@ -1,4 +1,4 @@
-"""What diffusers' authors got from the hub's DDPMs, to tell whether a model is loaded right.
+"""Reference values of the hub's DDPMs from diffusers' authors, to check that a model is loaded correctly.
 
 The numbers are those of the script `scripts/generate_logits.py` of huggingface/diffusers (Apache-2.0): the first values
 of the first row of eps, for one image of noise of torch's CPU generator with seed 0, at t = 10.

@@ -123,7 +123,7 @@ _OUTSIDE = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `UNet2DModel` needs to know to be one of these networks.
+    """Settings of `UNet2DModel` for one of these networks.
 
     Attributes
     ----------
@@ -259,7 +259,7 @@ PRESETS, HUB = _published()
 
 
 def find_preset(name: str | None, file: str) -> str | None:
-    """The preset that was asked for, else the one that publishes a file of this name, else None."""
+    """The given preset, else the preset of a published file of this name, else None."""
     if name is not None:
         return one_of("preset", name, PRESETS)
     return next((name for name, preset in PRESETS.items() if file in preset.files), None)

@@ -59,25 +59,24 @@ def extract(
 ) -> HStore:
     """Record h_t of many samples at every visited timestep, on disk.
 
-    Asking again with the same inputs returns the finished store at once; a call that was cut short, even by a kill,
+    A repeated call with the same inputs returns the finished store at once; an interrupted call, even a killed one,
     resumes and repeats at most two chunks of samples. Memory does not grow with n: a chunk is written while the next is
-    computed, so there are at most two of them.
+    computed, so memory holds at most two.
 
-    In a script that several processes were launched with (`accelerate launch`, `torchrun`), they share the work: each
-    writes chunks of its own, and all return the finished store, which is the one that a single process writes. Another
-    number of processes may resume it.
+    Processes launched together (`accelerate launch`, `torchrun`) share the work: each writes its own chunks, and all
+    return the finished store, identical to that of a single process. A different number of processes may resume it.
 
     Parameters
     ----------
     model : Model
-        Its tap says where h is read: `extract(model.tapped("middle"), ...)`.
+        Its tap decides where h is read: `extract(model.tapped("middle"), ...)`.
     n : int, optional
         Number of samples; their seeds are `seed`, `seed` + 1, ...
     seeds : iterable of int, optional
-        Instead of n: the seeds themselves.
+        The seeds, instead of n.
     images : bool, or images as `invert` takes them; default True
-        True keeps the generated images beside h, False leaves them out. Images are inverted (DDIM, eta 0) instead of
-        sampling new ones, and kept; those of LabelledImages are read a chunk at a time.
+        True keeps the generated images beside h, False leaves them out. Given images are inverted (DDIM, eta 0) in
+        place of sampling, and kept; LabelledImages are read chunk by chunk.
     steps : int or sequence of int, default 50
         Number of visited timesteps, or the timesteps, decreasing.
     eta : float or sequence of float, default 1
@@ -85,14 +84,14 @@ def extract(
     seed : int, default 0
         First seed.
     out : path or address, optional
-        Where to put the store; by default under `data/cache/`, named by all inputs. An address that fsspec knows, such
-        as `s3://bucket/name.zarr` (install s3fs), keeps it there; nothing then stops two extractions to one address.
+        Path of the store; by default under `data/cache/`, named by all inputs. It may be an fsspec address such as
+        `s3://bucket/name.zarr` (install s3fs), without a lock against two extractions to one address.
     dtype : {"float16", "float32"}
-        Of h on disk. A value that float16 can't hold is an error, not an infinity.
+        Precision of h on disk. A value beyond the range of float16 is an error, not an infinity.
     record_x : bool
-        Keep x_t of every timestep too.
+        Also keep x_t of every timestep.
     batch_size : int, optional
-        Samples a pass; chosen by the model if not given.
+        Samples per pass; chosen by the model if not given.
     progress : bool
 
     Returns
@@ -102,7 +101,7 @@ def extract(
     Raises
     ------
     ValueError
-        If the inputs don't fit the model or each other, or `out` holds a store of other inputs.
+        If the inputs don't fit the model or each other, or `out` holds a store from other inputs.
     RuntimeError
         If another process is extracting to `out`. For a store in the cache, the call waits for it, and warns
         after a minute.
@@ -274,6 +273,6 @@ def _refuse_other_inputs(store: HStore, provenance: dict) -> None:
         if found != wanted and not (name == "model" and {**found, "name": ""} == {**wanted, "name": ""}):
             found, wanted = (textwrap.shorten(str(value), 80, placeholder="...") for value in (found, wanted))
             raise ValueError(
-                f"{store.path} holds an extraction of other inputs: its {name} is {found}, asked for is {wanted}; "
+                f"{store.path} holds an extraction of other inputs: its {name} is {found}, not {wanted}; "
                 "choose another path, or delete it"
             )

@@ -12,8 +12,8 @@ inside it each timestep is a chunk of its own, so reading one timestep of all sa
 | seeds | (n,) | of generated samples |
 | done | (chunks,) | 1 where a chunk of samples is complete |
 
-The group's attributes hold all inputs that determine the content. A store lies in a folder, or at an address that
-fsspec knows, such as s3://bucket/name.zarr.
+The group's attributes hold all inputs that determine the content. A store is a folder, or an fsspec address such as
+s3://bucket/name.zarr.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, eq=False)
 class HStore:
-    """An extracted h-space: h_t of n samples at every visited timestep, their images, and where they came from.
+    """An extracted h-space: h_t of n samples at every visited timestep, their images and provenance.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class HStore:
     provenance : dict
         All inputs of the extraction: model, seeds or images, timesteps, etas, dtype.
     cached : bool
-        True if `extract` found it finished and computed nothing.
+        True if `extract` found the store finished and computed nothing.
     """
 
     path: Path | str
@@ -89,12 +89,12 @@ class HStore:
 
     @property
     def images(self) -> zarr.Array:
-        """The images: array of shape (n, C, H, W), values in [-1, 1], read from disk where it is sliced.
+        """Images: array of shape (n, C, H, W), values in [-1, 1]; slicing reads from disk.
 
         Raises
         ------
         ValueError
-            If the store was made without images.
+            If the store has no images.
         """
         return self._array("x0", "extract with images=True to keep them")
 
@@ -105,7 +105,7 @@ class HStore:
 
     @property
     def complete(self) -> bool:
-        """Whether every sample is there."""
+        """Whether every sample is extracted."""
         return bool(self.group["done"][:].all())
 
     def at(self, t: int, *, space: str = "h") -> np.ndarray:
@@ -132,7 +132,7 @@ class HStore:
         return values
 
     def batches(self, t: int, *, space: str = "h") -> Iterator[np.ndarray]:
-        """The samples at timestep `t` in the order of the store, a chunk at a time.
+        """Iterate over the samples at timestep `t`, chunk by chunk, in the order of the store.
 
         Yields
         ------
@@ -164,7 +164,7 @@ class HStore:
         return self.group[name]
 
     def summary(self) -> pd.DataFrame:
-        """What is in the store: one row an array, with its shape, axes, dtype and size on disk."""
+        """List the arrays of the store, one per row, with shape, axes, dtype and size on disk."""
         axes = {"h": "sample, timestep, C, h, w", "x": "sample, timestep, C, H, W", "x0": "sample, C, H, W"}
         axes |= {"x_T": "sample, C, H, W", "seeds": "sample", "done": "chunk"}
         rows = {
@@ -204,14 +204,14 @@ def open_store(path: str | Path) -> HStore:
     FileNotFoundError
         If there is nothing at `path`.
     ValueError
-        If it is not a store, is corrupt, of another format version, or not finished.
+        If it is not a store, is corrupt, has another format version, or is not finished.
     """
     store = read_store(path)
     if not store.complete:
         done = int(store.group["done"][:].sum()) * store.provenance["chunk"]
         raise ValueError(
             f"{path} is not finished (about {min(done, len(store))} of {len(store)} samples); "
-            "make the same call to extract again and it resumes"
+            "repeat the call to extract to resume it"
         )
     return store
 

@@ -82,7 +82,7 @@ class Board:
         self._show, self._terminal = show, show and sys.stderr.isatty()
 
     def run(self, executor: Executor | None = None) -> dict[str, Report | Exception]:
-        """Run what is not kept; reports and errors by names, in the order of the plan.
+        """Execute the runs that are not cached; reports and errors by names, in the order of the plan.
 
         With an executor, such as dask's, notebooks run on its machines, and the line counts those that ended.
         """
@@ -126,7 +126,7 @@ class Board:
                 yield name, error or future.result()
 
     def line(self) -> str:
-        """What runs, and how long it will take, in one line."""
+        """One line with the current runs and the remaining time."""
         now = [f"{job.name} {job.cell}/{job.cells}" for job in self.jobs.values() if job.state == "running"]
         return f"{self._counted()}: {', '.join(now)}"
 

@@ -1,4 +1,4 @@
-"""What the two papers claim, and what the recorded numbers of a model say about it.
+"""Claims of the two papers, and their verdicts by the recorded numbers of a model.
 
 A claim names a figure, a number that it records and the side of a threshold that the number must lie on. The verdict
 follows from the number's interval: it holds if the whole interval is on that side, fails if none of it is, and is
@@ -25,7 +25,7 @@ class Claim:
     ----------
     paper, text : str
     measured : str
-        What the number is.
+        Meaning of the number.
     figure, number : str
         Recipe that records it, and its name there.
     threshold : float
@@ -67,7 +67,7 @@ def verdicts(records: Mapping[str, Mapping]) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row a claim
+    DataFrame, one row per claim
         `paper`, `claim`, `verdict`: "holds", "fails", "undecided", or "not measured" where there is no record;
         `measured`, `value`, `low`, `high` (95%), `n`, the `side` of the threshold that the claim needs, `figure`, and
         `current`: whether the code that measured it is still the same.

@@ -1,4 +1,4 @@
-"""Numbers that a notebook records: shown in its report, and read back out of it to compare runs."""
+"""Facts: numbers that a notebook records, shown in its report and read back to compare runs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def record_facts(facts: Mapping[str, object]) -> None:
     Parameters
     ----------
     facts : mapping of str to value
-        Numbers, texts and truth values; or what has a `value` with its interval `low` and `high` and its `n`, such as
-        an `Estimate`. Of the same name, the last one counts.
+        Numbers, texts and booleans; or objects with a `value`, its interval `low` and `high` and its `n`, such as an
+        `Estimate`. A repeated name overwrites the earlier fact.
 
     Raises
     ------
     ValueError
-        If a value is of another kind, such as an array.
+        If a value has another type, such as an array.
     """
     kept = {str(name): _plain(name, value) for name, value in facts.items()}
     width = max(map(len, kept), default=0)
@@ -36,7 +36,7 @@ def record_facts(facts: Mapping[str, object]) -> None:
 
 
 def read_facts(notebook: str | Path) -> dict[str, object]:
-    """Facts that an executed notebook recorded, in their order.
+    """Read the facts of an executed notebook, in order.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def read_facts(notebook: str | Path) -> dict[str, object]:
     Returns
     -------
     dict of str to value
-        Numbers, texts, truth values, or a dict with "value" and, where known, "low", "high" and "n".
+        Numbers, texts, booleans, or a dict with "value" and, if known, "low", "high" and "n".
     """
     found = {}
     for cell in nbformat.read(local(notebook), as_version=4).cells:

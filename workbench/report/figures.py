@@ -1,7 +1,7 @@
-"""The papers' figures: a cell of a notebook draws each, saves it, and records the numbers that claims are judged by.
+"""The papers' figures: a notebook cell draws each figure, saves it, and records the numbers behind the claims.
 
 A figure is found by the name in its `save_figure` call. Its record, NAME.json, has the numbers with their intervals,
-the table behind the drawing, and the provenance: models and images, the notebook's parameters, a digest of its code.
+the plotted table, and the provenance: models and images, the notebook's parameters, a digest of its code.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PaperFigure:
         Such as "haas-fig4".
     notebook : str
     title : str
-        What it shows, and its number in the paper.
+        Subject and number in the paper.
     """
 
     name: str
@@ -85,26 +85,26 @@ def save_figure(
     sources: Mapping[str, object],
     folder: str | Path = "",
 ) -> Figure:
-    """Record a paper figure's numbers as facts of the notebook, and write it to files where a folder is named.
+    """Record a paper figure's numbers as facts of the notebook, and write the figure if a folder is given.
 
     Parameters
     ----------
     name : str
-        Such as "haas-fig4"; a text in the cell itself, by which `workbench figure` finds the notebook.
+        Such as "haas-fig4"; a string literal, by which `workbench figure` finds the notebook.
     figure : matplotlib Figure
-        Without a caption, which a paper sets itself.
+        Without a caption, which a paper typesets itself.
     title : str
-        What it shows, and its number in the paper; a text in the cell itself.
+        Subject and number in the paper; a string literal.
     caption : str
-        Stands below the figure in the notebook, and in the record.
+        Shown below the figure in the notebook, and kept in the record.
     table : DataFrame
         The numbers drawn.
     numbers : mapping of str to Estimate
-        The numbers that claims are judged by. Each becomes the fact `NAME.NUMBER`; the verdicts are displayed below.
+        The numbers behind the claims. Each becomes the fact `NAME.NUMBER`; the verdicts are displayed below.
     sources : mapping of str to Model, Classifier or LabelledImages
-        What the numbers depend on, by role: "model", "labeller", "judge", "images".
+        Inputs of the numbers, by role: "model", "labeller", "judge", "images".
     folder : path, optional
-        Where to write `NAME.json`, and the figure for a column (`NAME-single`) and for a page (`NAME-double`) as PDF,
+        Folder for `NAME.json`, and the figure at column width (`NAME-single`) and page width (`NAME-double`) as PDF,
         SVG and PNG; empty writes nothing.
 
     Returns
@@ -154,7 +154,7 @@ def draw_figure(
     Returns
     -------
     list of Path
-        The files of the figures asked for.
+        The files of the given figures.
 
     Raises
     ------
@@ -280,7 +280,7 @@ def _scale(figure: Figure, across: float, up: float) -> None:
 
 
 def _provenance(name: str, sources: Mapping[str, object]) -> dict:
-    """What the numbers of a figure depend on; parameters as the running notebook has them."""
+    """Inputs of a figure's numbers, with the parameters of the running notebook."""
     about = {"workbench": __version__, "sources": {role: _identity(source) for role, source in sources.items()}}
     made, shell = list_figures().get(name), get_ipython()
     if made is None or shell is None:

@@ -1,4 +1,4 @@
-"""Kernels that start at once: copies of a process that has imported what every notebook does.
+"""Kernels that start at once: copies of a process that has done the notebooks' imports.
 
 Starting Python and importing torch, diffusers and matplotlib takes 5 to 15 seconds of a core, eleven times in a report.
 A copy (fork) takes none, and is as fresh: nothing but imports has happened in it. Where the system has no fork that can

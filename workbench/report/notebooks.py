@@ -1,6 +1,6 @@
-"""Notebooks as reports: run with papermill, with HTML beside them that opens without network.
+"""Notebooks as reports: run with papermill, with offline HTML beside them.
 
-A report replaces the last one only when it is complete; a failed one goes to `failed/` beside it.
+A report replaces the last one only when complete; a failed one goes to `failed/` beside it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Report:
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook stopped at an error; what it did until then is kept.
+    """A notebook stopped at an error; its output until then is kept.
 
     Attributes
     ----------
@@ -83,25 +83,25 @@ def run_notebook(
     timeout: int = 3600,
     keep_code: bool = True,
 ) -> Report:
-    """Run a notebook in a fresh kernel and write it, executed, with its HTML beside it.
+    """Run a notebook in a fresh kernel and write the executed notebook with its HTML.
 
     Parameters
     ----------
     name : str or Path
-        Name ("10_extract"), the start of one name alone ("10"), or a path.
+        Name ("10_extract"), an unambiguous prefix ("10"), or a path.
     parameters : mapping, optional
-        Values in place of the notebook's defaults, of the same types (an int will do for a float; texts are read as on
-        the command line; numpy scalars, arrays, tuples and paths are converted). A parameter that ends in `_name` or
-        `_path` and names a file or folder here is that one, although the notebook runs in its own folder; a bundled
-        name stays one.
+        Values in place of the notebook's defaults, of the same types (an int may stand for a float; texts are read as
+        on the command line; numpy scalars, arrays, tuples and paths are converted). A parameter ending in `_name` or
+        `_path` is resolved from the current folder if it names a file or folder there, although the notebook runs in
+        its own folder; bundled names are kept.
     out : str or Path, optional
-        The executed notebook, `.ipynb`; default: `reports/` under the notebook's name, entered in the index page.
+        The executed notebook, `.ipynb`; default: `reports/` under the notebook's name, listed in the index page.
     progress : bool
         Show a progress bar over the cells.
     timeout : int
-        Seconds that one cell may take.
+        Time limit of one cell in seconds.
     keep_code : bool
-        Put the code in the HTML, folded away.
+        Include the code in the HTML, folded.
 
     Returns
     -------
@@ -110,9 +110,9 @@ def run_notebook(
     Raises
     ------
     ValueError
-        If the notebook or a parameter is unknown, or a value is not of the parameter's type. Nothing has run then.
+        Before the run, if the notebook or a parameter is unknown, or a value is not of the parameter's type.
     NotebookFailed
-        If a cell fails. The executed notebook and its HTML lie in `failed/` beside `out`; the last good report stays.
+        If a cell fails. The executed notebook and its HTML go to `failed/` beside `out`; the last good report stays.
     """
     source = find_notebook(name)
     checked = check_parameters(source, parameters or {})

@@ -184,7 +184,7 @@ def _html_of(output: NotebookNode) -> str:
 
 
 def _card(name: str, good: Path | None, bad: Path | None, state: str, note: str) -> dict:
-    """What the index page shows of a report, and how far it is while it waits or runs."""
+    """Card of a report on the index page, with its progress while it waits or runs."""
     found = [_content(path, path.stat().st_mtime_ns) for path in (good, bad) if path is not None]
     card = {"name": name, "title": name, "facts": [name], "good": good is not None, "state": state, "note": note}
     if found:

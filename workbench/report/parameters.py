@@ -1,4 +1,4 @@
-"""Parameters of notebooks: what a notebook declares, and values as its types, wherever they come from.
+"""Parameters of notebooks: read their declarations, and convert values to their types.
 
 A notebook declares them in the cell tagged `parameters`. Text of a command line, a YAML file or a call is read by the
 declared type alone: YAML's own guesses (`yes` a truth value, `010` the number 8, `1:30` the number 90) are not made.

@@ -116,7 +116,7 @@ def edit_grid(grid: EditGrid, *, caption: str | None = None) -> Figure:
 def edit_strips(
     strips: Mapping[tuple[str, str], np.ndarray], attribute: str, *, names: Sequence[str], caption: str | None = None
 ) -> Figure:
-    """Samples and their edits from weak to strong, one row a method.
+    """Samples and their edits from weak to strong, one row per method.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def edit_strips(
 
 
 def before_after(before, after, *, scores: pd.DataFrame | None = None, caption: str | None = None) -> Figure:
-    """One edit: the image before, after, the difference, and what a classifier says of both.
+    """One edit: the image before, after, the difference, and a classifier's scores of both.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def pictures_of(images, name: str, n: int | None = None) -> np.ndarray:
             f"{name} has shape {images.shape}; it must be (n, C, H, W) with 1 or 3 channels C, at least one image"
         )
     if n is not None and len(images) != n:
-        raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image a point")
+        raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image per point")
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name} is of type {images.dtype}; it must be floats in [-1, 1] (8 bits: x / 127.5 - 1)")
     finite(images, name)

@@ -1,4 +1,4 @@
-"""What a report or a sweep runs, read from a YAML file and checked: notebooks with their parameters."""
+"""Plans of reports and sweeps: notebooks with their parameters, read from a YAML file and checked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report or a sweep runs.
+    """The runs of a report or a sweep.
 
     Attributes
     ----------
@@ -131,7 +131,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
     """The runs of a sweep, a YAML file or a mapping as of `sweep`: one for each combination of a notebook's axes.
 
     ValueError or FileNotFoundError if the file is missing or not a sweep, or a notebook or parameter is unknown or of
-    the wrong type, or names what is not there.
+    the wrong type, or names a missing file.
     """
     where = "the sweep"
     if not isinstance(source, Mapping):

@@ -84,19 +84,19 @@ def curves(
     Parameters
     ----------
     table : DataFrame
-        One row a point of a line.
+        One row per point of a line.
     x, y : str
         Columns of the points.
     by : str, optional
-        Column of the lines' names; without it there is one line. Names come in the order of the table.
+        Column of the lines' names, drawn in the order of the table; without it there is one line.
     low, high : str, optional
-        Columns of the lower and upper end of the band; give both or none. NaN where an end is not known.
+        Columns of the lower and upper end of the band; give both or none. NaN for an unknown end.
     xlabel, ylabel : str
-        What the axes show, with the unit.
+        Labels of the axes, with units.
     caption : str, optional
         Drawn below in small type.
     reverse_x : bool
-        Largest x at the left, as the reverse process visits timesteps.
+        Put the largest x at the left, in the order of the reverse process.
 
     Returns
     -------
@@ -148,7 +148,7 @@ def line(
     caption: str | None = None,
     reverse_x: bool = False,
 ) -> Figure:
-    """As `curves`, of arrays.
+    """Draw `curves` from arrays.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def line(
     low, high : same form as y, optional; NaN where an end is not known
         Lower and upper end of the band; give both or none. A mapping may leave lines out.
     xlabel, ylabel, caption, reverse_x
-        As of `curves`.
+        As in `curves`.
 
     Returns
     -------
@@ -197,7 +197,7 @@ def bars(
     high: Mapping[str, pd.Series] | pd.DataFrame | None = None,
     caption: str | None = None,
 ) -> Figure:
-    """Bars side by side: one group a name, one colour a series.
+    """Draw bars side by side: one group per name, one colour per series.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def bars(
     Raises
     ------
     ValueError
-        If there is nothing to draw, the series have other names, or values are not finite.
+        If there is nothing to draw, the series differ in names, or values are not finite.
     """
     series = dict(groups)
     if not series:
@@ -244,14 +244,14 @@ def bars(
 
 
 def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | None = None) -> Figure:
-    """A table of signed numbers as colours, with the numbers written in; 0 is white.
+    """Draw a table of signed numbers as colours, with the numbers; 0 is white.
 
     Parameters
     ----------
     table : DataFrame of shape (rows, columns)
     caption : str, optional
     limit : float, optional
-        Value of the strongest colours, by default the largest size in the table.
+        Value of the strongest colours, by default the largest absolute value in the table.
 
     Returns
     -------
@@ -282,7 +282,7 @@ def matrix(table: pd.DataFrame, *, caption: str | None = None, limit: float | No
 
 
 def training_curve(log: pd.DataFrame, *, caption: str | None = None) -> Figure:
-    """Draw the losses of a training by noise level, and all of them together.
+    """Draw the losses of a training by noise level, and their mean.
 
     Parameters
     ----------
@@ -315,7 +315,7 @@ def training_curve(log: pd.DataFrame, *, caption: str | None = None) -> Figure:
 
 
 def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> Figure:
-    """Draw the curves of several criteria above one axis of timesteps, and the timestep that each of them picks.
+    """Draw the curves of several criteria over one axis of timesteps, and the timestep that each picks.
 
     Parameters
     ----------
@@ -327,7 +327,7 @@ def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> 
     Returns
     -------
     Figure
-        One panel a criterion: the curve with its 95% interval, the threshold (dashed), t (line) and its 95% interval
+        One panel per criterion: the curve with its 95% interval, the threshold (dashed), t (line) and its 95% interval
         (shaded).
 
     Raises
@@ -366,14 +366,14 @@ def pareto(
     ylabel: str = "share that gains the attribute",
     caption: str | None = None,
 ) -> Figure:
-    """Draw what methods achieve against what they preserve, one curve a method over its strengths.
+    """Draw the success of methods against preservation, one curve per method over its strengths.
 
     Parameters
     ----------
     table : DataFrame
-        From `leaderboard.pareto`: one row a method and strength, with `x` and `y` and their ends `..._low`, `..._high`.
+        From `leaderboard.pareto`: one row per method and strength, with `x`, `y` and their ends `..._low`, `..._high`.
     family : mapping of method -> family
-        A panel each; those of the family "control" are drawn in grey in all of them.
+        One panel per family; methods of the family "control" are drawn in grey in all panels.
     x, y : str
     xlabel, ylabel : str
     caption : str, optional
@@ -430,7 +430,7 @@ def scatter(
     caption: str | None = None,
     n_thumbnails: int = 40,
 ) -> Figure:
-    """Draw points in the plane, with thumbnails on a subset that is spread over the cloud.
+    """Draw points in the plane, with thumbnails spread over the cloud.
 
     Parameters
     ----------
@@ -438,13 +438,13 @@ def scatter(
     color : array of shape (n,), optional
         Real numbers get a colour bar; words, booleans and at most 8 different integers get a legend.
     images : array or Tensor of shape (n, C, H, W), values in [-1, 1], optional
-        The picture of each point.
+        The image of each point.
     xlabel, ylabel, color_label : str
     caption : str, optional
         Drawn below in small type.
     n_thumbnails : int
-        At most so many thumbnails. Each next one is the point farthest from those chosen (greedy), until none is left
-        that overlaps no other, so the cloud's outliers and its middle are both shown.
+        Maximum number of thumbnails. Each next one is the point farthest from those chosen (greedy), until every other
+        point would overlap one, so that both outliers and the middle of the cloud are shown.
 
     Returns
     -------

@@ -12,6 +12,8 @@ from workbench.report.board import Board, default_jobs, start_kernels
 from workbench.report.notebooks import NotebookFailed, Report, read_report
 from workbench.report.plans import Plan, content_key, find_cuts, read_profile
 
+UNIT_MODEL = "avataaars32"
+
 UNFINISHED = ".unfinished"
 """File in `reports/` that stands there while a report runs, and is as old as the report."""
 
@@ -56,7 +58,7 @@ def report(
     NotebookFailed
         At the end, if a notebook failed. The others have run, and the index page shows both.
     KeyboardInterrupt
-        If it is interrupted. What is finished stays, and the next call goes on from there.
+        If it is interrupted. Finished reports stay, and the next call resumes there.
     """
     since = time.monotonic() if since is None else since
     with start_kernels(jobs) as kernels:
@@ -70,12 +72,43 @@ def report(
             results = board.run()
         marker.unlink(missing_ok=True)
         if only is None and not kept:
-            words = f"The profile {profile} took {duration(time.monotonic() - since)}, {jobs} notebooks side by side."
-            board.write_index(intro=f"<p>{words}</p>")
-            board.say(words)
+            seconds = time.monotonic() - since
+            words = f"The profile {profile} took {duration(seconds)}, {jobs} notebooks side by side"
+            if (paths.models() / UNIT_MODEL).is_dir():
+                unit = unit_seconds()
+                words += f": {seconds / unit:.1f} times as long as one thread of this machine takes for 1,000 passes "
+                words += f"of {UNIT_MODEL} ({unit:.1f} s)"
+            board.write_index(intro=f"<p>{words}.</p>")
+            board.say(f"{words}.")
             if plan.in_short_for:
                 board.say(f"Cut short for speed; for pictures worth printing: --profile {plan.in_short_for}")
     return _outcome(results)
+
+
+def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
+    """Seconds of 1,000 passes of the smallest bundled model in one thread, from the fastest of a few batches.
+
+    A report's time is given in this unit too, so that machines can be compared.
+    """
+    import torch
+
+    from workbench.diffusion.loading import load_model
+    from workbench.diffusion.parallel import in_threads
+
+    model = load_model(UNIT_MODEL, device="cpu")
+    x_t = torch.zeros(batch, *model.image_shape)
+
+    def fastest(_: slice) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model.unet(x_t, 500)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.inference_mode():
+        (seconds,) = in_threads(fastest, [slice(0, 1)])
+    return 1000 / batch * seconds
 
 
 def _finished(plan: Plan) -> dict[str, Report]:

@@ -1,4 +1,4 @@
-"""Checks what parameters name before a kernel starts: models, images, classifiers, attributes and timesteps."""
+"""Check the models, images, classifiers, attributes and timesteps named by parameters, before a kernel starts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _read(function: str, name: str) -> object:
 
 
 def check_sources(source: Path, values: Mapping[str, object], reader: Callable | None = None) -> None:
-    """Read what the notebook will load, and see whether attributes and timesteps fit it; ValueError if not."""
+    """Open the notebook's sources, and check that attributes and timesteps fit; ValueError if not."""
     reader, (calls, optional), found = reader or new_reader(), _calls(source), {}
     for function, arguments in calls:
         key = arguments[0].id if arguments and isinstance(arguments[0], ast.Name) else None
@@ -138,7 +138,7 @@ def _check_timesteps(notebook: str, values: Mapping[str, object], schedule) -> N
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Errors say where what they are about stands."""
+    """Prefix errors with the parameter they concern."""
     try:
         yield
     except ValueError as error:

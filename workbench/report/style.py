@@ -1,4 +1,4 @@
-"""What every figure shares: its style, caption and labels, the checks of its data, and how it is saved."""
+"""Shared parts of figures: style, caption, labels, checks of data, and saving."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def colors_of(color, n: int) -> tuple[np.ndarray | None, list[str] | None]:
         return None, None
     color = as_array(color)
     if color.shape != (n,):
-        raise ValueError(f"color has shape {color.shape} for {n} points; it must be ({n},), one value a point")
+        raise ValueError(f"color has shape {color.shape} for {n} points; it must be ({n},), one value per point")
     if np.issubdtype(color.dtype, np.floating):
         return finite(color, "color"), None
     names, indices = np.unique(color.astype(str) if color.dtype == object else color, return_inverse=True)

@@ -1,7 +1,7 @@
-"""Sweeps: the notebooks over a matrix of parameters, in parallel, as reports that can be compared.
+"""Sweeps: notebooks over a matrix of parameters, in parallel, as comparable reports.
 
-A run is known by its content: its parameters, the code of the notebook and of the package, and its models' weights. A
-sweep that is started again runs what is not there yet.
+A run is identified by its parameters, the code of the notebook and of the package, and its models' weights. A repeated
+sweep runs only the missing runs.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ def sweep(
     workers: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Run notebooks over a matrix of parameters, and gather what they found.
+    """Run notebooks over a matrix of parameters, and gather their facts.
 
     Parameters
     ----------
     source : path of a YAML file, or mapping
-        `notebooks`: names or their starts (default: all); `common`: parameters for every notebook that has them;
-        `matrix`: lists of values, of which every combination is run; `timeout`: seconds that a cell may take. Texts
-        are read by the types that the notebooks declare.
+        `notebooks`: names or prefixes (default: all); `common`: parameters for every notebook that has them; `matrix`:
+        lists of values, run in every combination; `timeout`: seconds per cell. Texts are converted to the types that
+        the notebooks declare.
     name : str, optional
-        Of the folder below `reports/sweeps/`; by default that of the file.
+        Name of the folder below `reports/sweeps/`; by default the file's.
     scheduler : str, optional
         Address of a dask scheduler, "tcp://host:8786". Its workers must see the same folders and have the workbench
         installed. By default, notebooks run on this machine.
     workers : int, optional
-        Notebooks that run side by side here; by default as many as cores and memory allow, and one on an accelerator.
+        Parallel runs on this machine; by default as many as cores and memory allow, and one on an accelerator.
     progress : bool
-        Say how far it is: in one line on a terminal, else in a line a run.
+        Show progress: in one line on a terminal, else in one line per run.
 
     Returns
     -------
     pandas.DataFrame
-        One row a run: notebook, status ("done", "cached" or "failed"), seconds, the matrix parameters and the facts
-        that the notebook recorded. Also written as `facts.csv` beside the page `index.html` in `reports/sweeps/NAME/`.
+        One row per run: notebook, status ("done", "cached" or "failed"), seconds, the matrix parameters and the facts.
+        Also written as `facts.csv` beside the page `index.html` in `reports/sweeps/NAME/`.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        If the file is missing or not a sweep, a notebook or parameter is unknown or of the wrong type, or names what
-        is not there; or if `workers` is below 1. A notebook that fails is no error here: it has its row.
+        If the file is missing or not a sweep, a notebook or parameter is unknown, of the wrong type or names a missing
+        file; or if `workers` is below 1. A failing notebook raises nothing; its row says "failed".
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; give 1 or more")

@@ -1,4 +1,4 @@
-"""What the studio shows as HTML: pictures, tables of them, bars, and lines of text."""
+"""HTML of the studio: images, tables of images, bars, and lines of text."""
 
 from __future__ import annotations
 

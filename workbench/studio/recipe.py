@@ -1,8 +1,8 @@
-"""An edit as a file: a page of JSON, and beside it the tensors that no seed gives.
+"""Recipes: an edit as a JSON file with a folder of tensors that no seed reproduces.
 
 `edit.json` names the model by its hash, the sample by its seed, and each direction and boundary by the checksum of its
-file in `edit.parts/`. An image that was dropped in is kept there too, as its inversion. The recipe also says which
-image came of it, so that whoever renders it again knows whether it is the same to the bit.
+file in `edit.parts/`. The inversion of a dropped image is kept there too. The recipe also records a checksum of the
+edited image, so that a later rendering can tell whether it is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _RESULT_KEYS = {"sha256", "torch", "threads"}
 
 
 def save_recipe(session: EditSession, path: str | Path, *, state: EditState | None = None) -> Path:
-    """Write an edit of a session; it is rendered for that.
+    """Render an edit of a session and write it as a recipe.
 
     Parameters
     ----------
     session : EditSession
     path : path
-        Ends in `.json`; the tensors go to a folder of the same name, ending in `.parts`.
+        Path of the `.json`; the tensors go to a folder of the same name ending in `.parts`.
     state : EditState, optional
         By default the session's.
 
@@ -51,7 +51,7 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
     Raises
     ------
     ValueError
-        If the path ends otherwise, or nothing is edited.
+        If the path has another suffix, or nothing is edited.
     """
     path = writable(path)
     if path.suffix != ".json":
@@ -92,13 +92,13 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
 
 
 def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Classifier | None = None) -> EditSession:
-    """A session with the sample, directions and edit of a recipe, ready to render.
+    """Open a session with the sample, directions and edit of a recipe, ready to render.
 
     Parameters
     ----------
     path : path
     model : Model, optional
-        By default the bundled model or hub model that the recipe names.
+        By default the bundled or hub model named in the recipe.
     classifier : Classifier, optional
 
     Returns
@@ -108,9 +108,9 @@ def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Cla
     Raises
     ------
     FileNotFoundError
-        If the recipe, a part of it or its model is not there.
+        If the recipe, one of its parts or its model is missing.
     ValueError
-        If it is not a recipe, or the model has other weights or another tap than its own.
+        If it is not a recipe, or the model's weights or tap differ from the recorded ones.
     """
     path = local(path)
     recipe = read_recipe(path)
@@ -178,7 +178,7 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def result_of(rendering: Rendering) -> dict:
-    """The checksum of an edited image, and what may change its last bits."""
+    """Checksum of an edited image, with the torch version and threads that affect its last bits."""
     return {
         "sha256": hashlib.sha256(rendering.after.contiguous().numpy().tobytes()).hexdigest(),
         "torch": torch.__version__,

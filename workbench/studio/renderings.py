@@ -1,4 +1,4 @@
-"""What comes of edits of single samples: images, previews, predictions, grids and paths.
+"""Render edits of single samples: images, previews, predictions, grids and paths.
 
 A sample is always rendered by itself, from the same x_T and the same noise, so that its image is the same to the bit in
 every session. Its plain x_t are kept: an edit is computed from the step on at which it begins. While a slider moves, a
@@ -40,7 +40,7 @@ _PATH = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Renderings:
-    """What comes of the edits of some samples: images, previews, predictions, grids, paths through h-space.
+    """Render edits of some samples: images, previews, predictions, grids, paths through h-space.
 
     Parameters as of `EditSession`, which adds controls. A method without a state takes the current one, `self.state`.
     """
@@ -152,7 +152,7 @@ class Renderings:
         image : path, bytes, PIL.Image.Image, or Tensor of shape (C, H, W), values in [-1, 1]
             A file, its content or a picture is cropped to its central square and resized.
         method : {"fixed-point", "ddim", "edit-friendly"}
-            As in `invert`. What the reconstruction lacks is added to every edit.
+            As in `invert`. The residual is added to every edit.
         progress : Progress, optional
 
         Returns
@@ -327,7 +327,7 @@ class Renderings:
         Returns
         -------
         EditGrid
-            One row a value of `down`, one column a value of `across`.
+            One row per value of `down`, one column a value of `across`.
 
         Raises
         ------
@@ -360,7 +360,7 @@ class Renderings:
         Returns
         -------
         ndarray of shape (len(parts), C*h*w), float32
-            What the decoder is given: the network's own h and what the edit adds to it.
+            Inputs of the decoder: the network's own h plus the edit's change.
         """
         state = state or self.state
         own = self.distances(state) if state.distances else {}
@@ -491,7 +491,7 @@ class Renderings:
         )
 
     def _deltas(self, states: Sequence[EditState]) -> torch.Tensor:
-        """What directions add to h: (steps, n, C, h, w)."""
+        """Change of h by directions: (steps, n, C, h, w)."""
         nothing = torch.zeros(len(self.timesteps), *self.model.h_shape)
         return torch.stack([self.direction(s).delta() if s.scales else nothing for s in states], dim=1)
 

@@ -49,7 +49,7 @@ def serve_studio(
         raise ValueError("the studio's own page needs voila: pip install -c constraints.txt -e '.[lab]'") from error
 
     if not 0 <= port <= 65535:
-        raise ValueError(f"port {port} is none; give 1 to 65535, or 0 for a free one")
+        raise ValueError(f"port {port} is invalid; give 1 to 65535, or 0 for a free one")
     port = _free_port(port)
     model = load_model(options["model"], device=options.get("device"))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))

@@ -1,4 +1,4 @@
-"""An edit studio without its widgets: controls with a history, and the renderings of their state."""
+"""The edit studio without widgets: controls with a history, and renderings of their state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class EditSession(Renderings):
     runs : Trajectory
         The samples, not edited yet.
     directions : Direction, Boundary, or sequence of them
-        One of another number of steps is resampled, which `notes` say.
+        Directions with another number of steps are resampled; `notes` say so.
     classifier : Classifier, optional
-        Scores images before and after.
+        Scores images before and after the edit.
     preview_steps : int, default 8
         Network passes of a preview.
 
@@ -34,16 +34,16 @@ class EditSession(Renderings):
     ----------
     state : EditState
     samples : list of Trajectory
-        One sample each.
+        One trajectory per sample.
     directions : dict of str to Direction
     boundaries : dict of str to Boundary
     notes : list of str
-        What was done to fit a direction in.
+        How directions were adapted to the run.
 
     Raises
     ------
     ValueError
-        If there is neither a direction nor a boundary, or one belongs to another model, tap or timestep.
+        If there is no direction or boundary, or one belongs to another model, tap or timestep.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class EditSession(Renderings):
         self._change("sample", sample=k, distances={})
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Pull a direction to a scale in sigma; 0 leaves it out."""
+        """Set the scale of a direction in sigma; 0 leaves it out."""
         known(name, self.directions, "direction")
         scales = {**self.state.scales, name: finite(scale, name)}
         self._change(f"scale {name}", scales={k: v for k, v in scales.items() if v})
@@ -84,7 +84,7 @@ class EditSession(Renderings):
         Raises
         ------
         ValueError
-            If the boundary is not known, or another one is moved to at another timestep.
+            If the boundary is unknown, or another boundary is set at another timestep.
         """
         t = known(name, self.boundaries, "boundary").t
         distances = {k: v for k, v in self.state.distances.items() if k != name}
@@ -96,12 +96,12 @@ class EditSession(Renderings):
         self._change(f"distance {name}", distances=distances)
 
     def set_against(self, name: str, others: Iterable[str]) -> None:
-        """Project a direction: take what it shares with the others out of it (Haas et al. eq. 12).
+        """Project the span of the others out of a direction (Haas et al. eq. 12).
 
         Raises
         ------
         ValueError
-            If one is not known or is the direction itself, or nothing would be left.
+            If a direction is unknown or the direction itself, or the projection is 0.
         """
         known(name, self.directions, "direction")
         others = tuple(dict.fromkeys(others))
@@ -119,7 +119,7 @@ class EditSession(Renderings):
         Raises
         ------
         ValueError
-            If no visited timestep lies there.
+            If the range has no visited timestep.
         """
         if not any(low <= t <= high for t in self.timesteps):
             raise ValueError(
@@ -129,7 +129,7 @@ class EditSession(Renderings):
         self._change("window", t_range=(int(high), int(low)))
 
     def set_process(self, process: str) -> None:
-        """How to edit: "symmetric", "asymmetric" or "single-step"; see `EditState`."""
+        """Set the process of the edit: "symmetric", "asymmetric" or "single-step"; see `EditState`."""
         one_of("process", process, PROCESSES)
         if process == "single-step" and not self.boundaries:
             raise ValueError("a single step crosses boundaries, and there is none; fit one with wb.fit_boundary")
@@ -140,12 +140,12 @@ class EditSession(Renderings):
         self._change("process", process=process)
 
     def set_eta(self, eta: float | None) -> None:
-        """Sample with another eta: 0 is deterministic, 1 has the noise of DDPM; None is the samples' own.
+        """Set eta: 0 is deterministic, 1 has the noise of DDPM; None keeps the samples' own.
 
         Raises
         ------
         ValueError
-            If it lies outside of [0, 1], or the sample is an inverted image.
+            If eta is outside [0, 1], or the sample is an inverted image.
         """
         if eta is not None and self.samples[self.state.sample].seeds is None:
             raise ValueError("an inverted image keeps the eta of its inversion; pick a sample that has a seed")
@@ -154,13 +154,13 @@ class EditSession(Renderings):
         self._change("eta", eta=eta, distances={})
 
     def reset(self) -> None:
-        """Undo all edits of the sample, as a change that can be undone itself."""
+        """Remove all edits of the sample, as one undoable change."""
         first = self._history[0]
         self._change("reset", **{**vars(first), "sample": self.state.sample})
         self.rest()
 
     def rest(self) -> None:
-        """The controls have come to rest: the next change is an entry of its own."""
+        """Mark the controls as released: the next change is a new entry of the history."""
         self._control = None
 
     @property
@@ -172,17 +172,17 @@ class EditSession(Renderings):
         return self._position < len(self._history) - 1
 
     def undo(self) -> None:
-        """Go back by one change; nothing happens if there is none."""
+        """Undo one change, if there is one."""
         self._position = max(self._position - 1, 0)
         self.rest()
 
     def redo(self) -> None:
-        """Make an undone change again; nothing happens if there is none."""
+        """Redo an undone change, if there is one."""
         self._position = min(self._position + 1, len(self._history) - 1)
         self.rest()
 
     def restore(self, state: EditState) -> None:
-        """Take over a whole state, as one change."""
+        """Set the whole state as one change."""
         self._change("restore", **vars(state))
         self.rest()
 

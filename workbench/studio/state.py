@@ -1,4 +1,4 @@
-"""What decides an edited image, what comes of it, and how far the work on it is."""
+"""State of an edit, its rendering, and its progress."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class EditState:
     distances : dict of str to float
         Signed Euclidean distance from each boundary after the move; one that is not named is not moved to.
     against : dict of str to tuple of str
-        Directions that are projected, and what out of them.
+        Projected directions, and the directions projected out of each.
     process : {"symmetric", "asymmetric", "single-step"}
         Directions change P_t and D_t (Haas et al.), or P_t alone (Asyrp); or x_t and h_t are moved across boundaries,
         once (BoundaryDiffusion).

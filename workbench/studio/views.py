@@ -1,4 +1,4 @@
-"""What the tabs of an edit studio show; each is computed when it is looked at."""
+"""Tabs of an edit studio; each is computed when it is opened."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Map(View):
             self.figure.update_layout(xaxis_title=found.axes[0], yaxis_title=found.axes[1])
 
     def _points(self, t: int, progress: Progress) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """h_t, images and names of what the map shows."""
+        """h_t, images and names of the points of the map."""
         store, session = self.studio.store, self.session
         if store is not None:
             seeds = store.seeds

@@ -1,8 +1,8 @@
 """The edit studio in a notebook: a thin view over an `EditSession`.
 
-Each control calls one method of the session. Images are made by one thread beside the kernel's loop: a preview first,
-the whole image when the controls rest; a newer change stops an older one. Callbacks assign traits, so that everything
-that shows can be read in Python and tested without a browser.
+Each control calls one method of the session. One thread beside the kernel's loop renders images: a preview first, the
+full rendering when the controls rest; a new change cancels an old one. Callbacks assign traits, so that everything
+visible can be read in Python and tested without a browser.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DropZone(anywidget.AnyWidget):
 
 
 class EditStudio(widgets.VBox):
-    """Edit samples by sliders, and see what comes of it at once.
+    """Edit samples with sliders and see the result at once.
 
     Parameters
     ----------
@@ -64,21 +64,21 @@ class EditStudio(widgets.VBox):
     directions : Direction, Boundary, or sequence of them
         One slider each: in sigma, or in signed distance.
     classifier : Classifier, optional
-        Its probabilities before and after are shown as bars.
+        Bars show its probabilities before and after the edit.
     store : HStore, optional
-        What the map shows; by default the samples themselves.
+        Samples of the map; by default those of `runs`.
     folder : path, optional
-        Where things are saved, by default `data/edits`.
+        Folder for saved files, by default `data/edits`.
 
     Attributes
     ----------
     session : EditSession
-        All state; also without widgets.
+        All state; usable without widgets.
 
     Raises
     ------
     ValueError
-        As of `EditSession`; if the store is of another model, or of other timesteps or another eta than the samples.
+        As `EditSession`; also if the store and the samples differ in model, timesteps or eta.
     """
 
     def __init__(
@@ -106,16 +106,16 @@ class EditStudio(widgets.VBox):
             self.say("; ".join(self.session.notes))
 
     def wait(self, timeout: float = 60.0) -> bool:
-        """Wait until nothing is being computed; False if that takes longer than `timeout` seconds."""
+        """Wait until all computations finish; False after `timeout` seconds."""
         return self._worker.wait(timeout)
 
     def refresh(self) -> None:
-        """Show the session's state, after it was changed in Python."""
+        """Show the session's state after a change in Python."""
         self._show_state()
         self._update()
 
     def figure(self, state: EditState | None = None) -> plots.Figure:
-        """An edit, by default the current one, as a figure: before, after, difference, and the read-out."""
+        """Draw an edit, by default the current one: before, after, difference, and scores."""
         rendering = self.session.render(state=state)
         seed = self.session.label(rendering.state.sample)
         return plots.before_after(
@@ -270,7 +270,7 @@ class EditStudio(widgets.VBox):
         control.observe(changed, "value")
 
     def follow(self, control: widgets.Widget, trait: str = "value") -> None:
-        """Compute what shows again when a control that is no part of the edit changes."""
+        """Recompute the views when a control outside of the edit changes."""
         control.observe(lambda _: None if self._quiet else self._update(), trait)
 
     def _try(self, action: Callable[[], None], *, show: bool = False) -> None:
@@ -289,7 +289,7 @@ class EditStudio(widgets.VBox):
         self._update()
 
     def submit(self, task: Callable[[Progress], None]) -> None:
-        """Do this on the studio's thread, before any image."""
+        """Run a function on the studio's thread, before any rendering."""
         self._worker.submit(task)
 
     def pick(self, k: int) -> None:
@@ -449,7 +449,7 @@ class EditStudio(widgets.VBox):
         self.progress.value = part
 
     def say(self, words: str) -> None:
-        """A line below the pictures."""
+        """Show a line of text below the images."""
         self.status.value = f'<span role="status">{html.escape(words)}</span>'
 
     def _on_problem(self, sentence: str) -> None:

@@ -36,7 +36,7 @@ class Worker:
             self._start()
 
     def show(self, work: Callable[[Progress], None]) -> None:
-        """Do this instead of what was shown before, finished or not."""
+        """Run this job in place of the previous one, finished or not."""
         with self._condition:
             self._latest = work
             if self._running is not None and self._runs_latest:
