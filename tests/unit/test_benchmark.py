@@ -333,8 +333,8 @@ def test_bad_input_is_a_sentence(setting):
         ({}, protocol("magic"), "'magic'; there are random h, "),
         ({}, replace(protocol(), attributes=("Hat",)), "'Hat'; there are Bright, Red"),
         ({}, protocol(held_out=4), "population is 40, held_out 4"),
-        ({}, protocol(labelled=50), "labelled is 50; half of 60 images"),
-        ({"judge": setting["labeller"]}, protocol(), "whoever labels does not judge"),
+        ({}, protocol(labelled=50), "labelled is 50; keep half of 60 images"),
+        ({"judge": setting["labeller"]}, protocol(), "the judge is the labeller"),
         ({"workers": 0}, protocol("random h"), "workers is 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -418,7 +418,7 @@ def test_samples_that_do_not_fit_are_refused(run, labels, store, boundary, tmp_p
         ("record_h=True", lambda: fit_boundary(plain, [0, 1, 0, 1], t=500)),
         ("record_x=True", lambda: fit_boundary(bare, [0, 1, 0, 1], t=500, space="x")),
         (r"\(3, 7\) don't fit Bright, .*\(n, 16", lambda: boundary.distance(np.zeros((3, 7)))),
-        ("finite and of shape", lambda: boundary.move(run.h.at(500), to=np.nan)),
+        ("finite, of shape", lambda: boundary.move(run.h.at(500), to=np.nan)),
         ("mode 'jump' is not known", lambda: boundary.move(run.h.at(500), to=1.0, mode="jump")),
         ("linearly dependent", lambda: move_jointly(pair[0], [pair[1], pair[1]], to=[0.0, 1.0])),
         ("within one space and timestep", lambda: boundary.orthogonal_to(fit_boundary(run, labels, t=250))),

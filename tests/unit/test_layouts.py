@@ -287,7 +287,7 @@ def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_
     refused("dogs.pt .*'other dogs': .*conv_shortcut", guided_file, preset="other dogs")
     refused("temb.dense.0.weight .* has no place", ddpm_file, preset="dogs")
     refused("'cats' .*one of faces, dogs, other dogs", ddpm_file, preset="cats")
-    refused("a preset says image_size", ddpm_file, preset="faces", image_size=8)
+    refused("a preset sets image_size", ddpm_file, preset="faces", image_size=8)
 
 
 def test_every_published_file_name_has_one_preset():

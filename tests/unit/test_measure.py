@@ -343,7 +343,7 @@ def table_of(model, run, directions, **options):
     ("call", "message"),
     [
         (lambda m, r, d: measured(m, r, []), "at least one edit"),
-        (lambda m, r, d: measured(m, r, d, scales=[]), "at least one scale"),
+        (lambda m, r, d: measured(m, r, d, scales=[]), "one edit and one scale"),
         (lambda m, r, d: measured(m, r, [d["red"], d["red"]]), "two edits are named 'red'"),
         (lambda m, r, d: measured(m, r, d, lambda x: x.mean(1)), "DataFrame with one row"),
         (lambda m, r, d: measured(m, r, d, lambda x: brightness(x[:1])), "for 6 images"),

@@ -367,7 +367,7 @@ def test_nothing_is_resumed_that_is_not_there_or_damaged_or_not_the_same(images,
     for given, out, kind, words in (
         ([images], tmp_path / "none", FileNotFoundError, "no training to resume"),
         ([images, tiny()], trained, ValueError, "resumed with its own settings"),
-        ([images.flip(0)], trained, ValueError, "is of 18 images, and these 18 are not the same"),
+        ([images.flip(0)], trained, ValueError, "used 18 images, and these 18 differ"),
         ([images], damaged, ValueError, "is no checkpoint of this training"),
     ):
         with pytest.raises(kind, match=words):
