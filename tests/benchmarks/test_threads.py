@@ -16,10 +16,7 @@ import torch
 import workbench as wb
 from workbench.diffusion.parallel import THREADS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(joblib.cpu_count() < 2, reason="needs two cores"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(joblib.cpu_count() < 2, reason="needs two cores")]
 
 GOALS = {0: 1.8, 1: 0.85, 2: None}
 """Least rate beside so many busy processes, in rates of one thread."""

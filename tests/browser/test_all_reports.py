@@ -40,12 +40,7 @@ NOTEBOOKS = {
         "target": renamed("Smiling"),
         "n_measured": 5,
     },
-    "55_disentangling": {
-        "k": 12,
-        "target": renamed("Smiling"),
-        "nuisances": [renamed("Long_Hair")],
-        "n_measured": 5,
-    },
+    "55_disentangling": {"k": 12, "target": renamed("Smiling"), "nuisances": [renamed("Long_Hair")], "n_measured": 5},
     "60_boundaries": {
         "n": 60,
         "steps": 4,

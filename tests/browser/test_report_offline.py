@@ -9,10 +9,7 @@ from report_checks import CHROMIUM, check_report
 
 from workbench.report import notebooks
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")]
 
 FORMULAS = r"""# Every kind of output
 

@@ -32,10 +32,7 @@ from workbench.report import plots
 from workbench.studio.recipe import load_editable, read_recipe
 from workbench.studio.server import _free_port
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")]
 
 NAME = "browser-test"
 AFTER = '.hspace-studio img[alt^="after"]'

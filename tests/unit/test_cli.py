@@ -14,17 +14,17 @@ import sys
 import warnings
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import typer
+from notebook_files import write_notebook
 from originals import Guided, randomised
 from PIL import Image
+from planted import planted
 from safetensors.torch import load_file
 from sklearn.svm import SVC
-from test_session import planted
 
 import workbench as wb
 from workbench import cli, paths
@@ -41,6 +41,14 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     status = cli.main([str(a) for a in arguments])
     out, err = capsys.readouterr()
     return status, out, err
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence that a mistake is answered with."""
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("workbench: ")
+    return err
 
 
 def commands(group=None, words=()) -> dict[str, typer.core.TyperCommand]:
@@ -207,13 +215,18 @@ def test_what_is_given_arrives(line, tiny_folder, faces, cache, tmp_path, monkey
 @pytest.fixture
 def faces(tmp_path):
     """Eight images of one colour each, with labels whose names are no names of files."""
-    folder = tmp_path / "faces"
-    folder.mkdir()
-    for k in range(8):
-        Image.new("RGB", (16, 16), (255 * (k % 2), k, 90)).save(folder / f"{k}.png")
     names = ["Smiling", "Hair/Long", "Hair-Long", "../Smile", "50% grey"]
-    table = pd.DataFrame({name: [k % 2 for k in range(8)] for name in names}, index=[f"{k}.png" for k in range(8)])
-    table.to_csv(folder / "attributes.csv", index_label="file")
+    return paint(tmp_path / "faces", [(255 * (k % 2), k, 90) for k in range(8)], names)
+
+
+def paint(folder, colors, names=()):
+    """Images of one colour each, and under the names the labels 0, 1, 0, 1, ..."""
+    folder.mkdir()
+    for k, color in enumerate(colors):
+        Image.new("RGB", (16, 16), color).save(folder / f"{k}.png")
+    table = pd.DataFrame({name: [k % 2 for k in range(len(colors))] for name in names})
+    if names:
+        table.rename("{}.png".format).to_csv(folder / "attributes.csv", index_label="file")
     return folder
 
 
@@ -241,8 +254,7 @@ def test_convert_then_load(tmp_path, capsys):
     assert status == 0 and "images (3, 8, 8)" in out
     assert wb.load_model(tmp_path / "dogs", device="cpu").h_shape == (64, 4, 4)
     for wrong in (("--preset", "nope"), ("--preset", "afhq_dog"), ()):
-        status, out, err = run(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "other", *wrong)
-        assert status == 2 and out == "" and err.count("\n") == 1
+        refused(capsys, "convert", tmp_path / "dogs.pt", tmp_path / "other", *wrong)
     assert not (tmp_path / "other").exists()
 
 
@@ -257,9 +269,8 @@ def test_import_a_boundary_then_load(tiny_folder, tmp_path, capsys):
     boundary = load_boundary(path, model=wb.load_model(tiny_folder, device="cpu"), t=500, space="h")
     assert np.abs(boundary.distance(z) - fitted.decision_function(z) / np.linalg.norm(fitted.coef_)).max() < 1e-5
     (tmp_path / "evil.sav").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    for wrong in (("smile.sav", "--space", "x"), ("evil.sav", "--space", "h"), ("none.sav", "--space", "h")):
-        status, out, err = run(capsys, "boundary", "import", tmp_path / wrong[0], *where, *wrong[1:])
-        assert status == 2 and out == "" and err.count("\n") == 1
+    for file, space in (("smile.sav", "x"), ("evil.sav", "h"), ("none.sav", "h")):
+        refused(capsys, "boundary", "import", tmp_path / file, *where, "--space", space)
     assert list((tmp_path / "out").iterdir()) == [path]
 
 
@@ -331,6 +342,9 @@ def test_directions_of_any_attribute_are_saved_where_the_studio_finds_them(tiny_
     # Each has a direction, and boundaries in x and h.
     assert sorted(each.name for each in found) == sorted([*names, *names, *names])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "faces", "found", "tiny"]
+    status, out, _ = run(capsys, "train-classifier", faces, "--out", tmp_path / "made", "--steps", 1)
+    assert status == 0 and "5 attributes Smiling" in out
+    assert wb.load_classifier(tmp_path / "made").attributes[0] == "Smiling"
 
 
 def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, cache, monkeypatch):
@@ -352,12 +366,9 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
 
 
 def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
-    for side, shade in (("with", 200), ("without", 60)):
-        (tmp_path / side).mkdir()
-        for i in range(5):
-            Image.new("RGB", (16, 16), (shade + i, i, 0)).save(tmp_path / side / f"{i}.png")
+    sides = [paint(tmp_path / str(red), [(red + i, i, 0) for i in range(5)]) for red in (200, 60)]
     fit = ("boundary", "fit", tiny_folder, "--steps", 4, "--t", 500, "-o", tmp_path / "found")
-    pair = ("--positive", tmp_path / "with", "--negative", tmp_path / "without")
+    pair = ("--positive", sides[0], "--negative", sides[1])
     assert run(capsys, *fit, *pair, "--attributes", "Red", "--n", 8)[0] == 0
     found = load_boundary(tmp_path / "found" / "tiny-Red-x-t500.safetensors")
     assert (found.provenance["parameters"]["positives"], found.provenance["parameters"]["negatives"]) == (4, 4)
@@ -368,29 +379,18 @@ def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp
     assert len(list((tmp_path / "boundaries").iterdir())) == 2
 
 
-def test_train_classifier_writes_one_that_loads(faces, tmp_path, capsys):
-    status, out, _ = run(capsys, "train-classifier", faces, "--out", tmp_path / "made", "--steps", 1)
-    assert status == 0 and "5 attributes Smiling" in out
-    assert wb.load_classifier(tmp_path / "made").attributes[0] == "Smiling"
-
-
-@pytest.fixture
-def recipe(tiny_folder, tmp_path):
-    """A saved edit of an untrained network, and the session that it comes from."""
+def test_edit_renders_a_recipe_bit_for_bit_and_says_when_the_bits_differ(tiny_folder, tmp_path, capsys):
     model = wb.load_model(tiny_folder, device="cpu")
     samples = wb.sample(model, [3, 4], steps=4, record_h=True, progress=False)
     session = EditSession(model, samples, planted(model, samples, 1, "smile"))
     session.set_scale("smile", 0.1)
-    return save_recipe(session, tmp_path / "edit.json"), session, tiny_folder
-
-
-def test_edit_renders_a_recipe_bit_for_bit_and_says_when_the_bits_differ(recipe, tmp_path, capsys):
-    path, session, folder = recipe
-    status, out, _ = run(capsys, "edit", path, "--model", folder, "-o", tmp_path / "again.safetensors")
+    path = save_recipe(session, tmp_path / "edit.json")
+    edit = ("edit", path, "--model", tiny_folder, "-o")
+    status, out, _ = run(capsys, *edit, tmp_path / "again.safetensors")
     assert status == 0 and "seed 3: smile +0.1 sigma" in out and "bit for bit" in out
     assert torch.equal(load_file(tmp_path / "again.safetensors")["after"], session.render().after)
     path.write_text(path.read_text().replace('"scale": 0.1', '"scale": 0.2'))
-    status, out, _ = run(capsys, "edit", path, "--model", folder, "-o", tmp_path / "figure.png")
+    status, out, _ = run(capsys, *edit, tmp_path / "figure.png")
     assert status == 0 and "not the same bits as when it was saved" in out
     assert (tmp_path / "figure.png").is_file() and (tmp_path / "figure.pdf").is_file()
 
@@ -402,15 +402,7 @@ def test_run_and_figure_list_what_there_is(capsys):
 
 
 def test_a_failing_notebook_is_status_1(tmp_path, monkeypatch, capsys):
-    notebook = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_code_cell("seed: int = 0  # a seed", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell("1 / 0"),
-        ],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    source = tmp_path / "broken.ipynb"
-    nbformat.write(notebook, source)
+    source = write_notebook(tmp_path / "broken.ipynb", "1 / 0")
     monkeypatch.setattr(paths, "reports", lambda: tmp_path / "reports")
     status, _, err = run(capsys, "run", source)
     assert status == 1 and "ZeroDivisionError" in err
@@ -450,14 +442,12 @@ MISTAKES = [
     ("sample avataaars32 --steps 1001", "1 to 1000 steps"),
     ("sample avataaars32 --steps many", "'many'"),
     ("sample avataaars32 --eta 2", "eta"),
-    ("sample avataaars32 --eta nan", "'nan' is not a finite number"),
-    ("sample avataaars32 --eta=-inf", "'-inf' is not a finite number"),
+    *((f"sample avataaars32 --eta={value}", f"'{value}' is not a finite number") for value in ("nan", "-inf")),
     ("boundary edit avataaars32 --boundaries b --seeds 0 --distances 0 -inf", "'-inf' is not a finite number"),
     *((f"sample avataaars32 --seeds={text}", text[-3:]) for text in ("a", "-1", "3-", "1,,2", "5-3", "1,5-3")),
     ("sample avataaars32 -o x.gif", ".gif; it can be written as .png"),
     ("sample avataaars32 --precision float8", "'float8'"),
-    ("extract avataaars32 --n -5", "--n is -5"),
-    ("extract avataaars32 --n 0", "--n is 0"),
+    *((f"extract avataaars32 --n {n}", f"--n is {n}") for n in (-5, 0)),
     ("extract avataaars32 --n 5 --seed -1", "seeds"),
     ("extract avataaars32 --images missing", "missing"),
     ("find pca avataaars32 --n 5", "--k is 5; 5 samples have up to 4"),
@@ -467,9 +457,9 @@ MISTAKES = [
     ("find jacobian avataaars32 --t 510", "nearest 520 or 500"),
     ("find jacobian avataaars32 --t 500 --region nose", "nose"),
     ("find labels avataaars32 --n -3 --attributes Smiling", "--n is -3"),
-    ("find labels avataaars32 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
     ("boundary fit avataaars32 --t 510 --n 4 --attributes Beard", "nearest 520 or 500"),
-    ("boundary fit avataaars32 --t 500 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
+    *((f"{c} --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open")
+        for c in ("find labels avataaars32", "boundary fit avataaars32 --t 500")),
     ("boundary fit avataaars32 --t 500 --positive a", "--negative"),
     ("boundary fit avataaars32 --t 500 --positive a --negative b", "a"),
     ("boundary fit avataaars32 --t 500 --positive a --negative b --classifier c", "give either --classifier"),
@@ -493,20 +483,17 @@ MISTAKES = [
     ("figure", "name a figure, or `all`"),
     ("figure haas-fig99", "there is no figure 'haas-fig99'"),
     ("run", "workbench run --list"),
-    ("run 99_nothing", "99_nothing"),
-    ("run 99_nothing --list", "99_nothing"),
+    *((f"run 99_nothing{rest}", "99_nothing") for rest in ("", " --list")),
     ("run 10_extract -p stepss 4", "steps"),
     ("run 10_extract -p n many", "n"),
     ("report --jobs 1 --profile nope", "nope"),
     ("report --jobs 1 --only 99_nothing", "99_nothing"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "words"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_one_sentence_and_leaves_nothing(line, words, no_traces, capsys):
-    status, out, err = run(capsys, *line.replace("MODELS", str(paths.models())).split(" "))
-    assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("workbench: ") and words in err
+    assert words in refused(capsys, *line.replace("MODELS", str(paths.models())).split(" "))
 
 
 def test_debug_shows_the_traceback():
@@ -534,10 +521,7 @@ def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folde
         print(warnings.formatwarning(*given), end="", file=sys.stderr)
 
     monkeypatch.setattr(warnings, "showwarning", show)
-    faces = tmp_path / "faces"
-    faces.mkdir()
-    for i in range(6):
-        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(faces / f"{i}.png")
+    faces = paint(tmp_path / "faces", [(40 * i, 0, 0) for i in range(6)])
     (faces / "6.png").write_bytes(b"nothing")
     table = tmp_path / "table.csv"
     table.write_text("file;A;Age\n" + "".join(f"{i}.png;{i % 2};{i}\n" for i in range(8)))

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from planted import planted
+from test_sampling import naive
 
 import workbench as wb
-from workbench.diffusion.noise import step_noise
 from workbench.diffusion.schedule import NoiseSchedule
-from workbench.directions.direction import Direction, random_like
+from workbench.directions.direction import random_like
 from workbench.editing.edits import MoveX, Shift, Swap, match_gain, slerp
 from workbench.editing.render import EditGrid, edit, edit_grid, render
 
@@ -25,43 +26,12 @@ def run(tiny):
 
 @pytest.fixture(scope="module")
 def direction(tiny, run):
-    """A random direction whose unit of scale is as long as h itself."""
-    generator = torch.Generator().manual_seed(1)
-    unit = torch.randn(STEPS, *tiny.h_shape, generator=generator)
-    unit /= unit.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    sigma = run.h.values.flatten(2).norm(dim=2).mean(dim=1)
-    provenance = {
-        "model": tiny.provenance(),
-        "etas": list(run.etas),
-        "method": "planted",
-        "parameters": {},
-        "seeds": [],
-    }
-    return Direction(unit, sigma, run.timesteps, "planted", provenance)
+    return planted(tiny, run, 1, "planted")
 
 
-def naive_edit(model, run, delta, *, asymmetric):
-    """The reverse process with two whole passes a step where one would do."""
-    schedule, x_t = model.schedule, run.x_T.clone()
-    with torch.inference_mode():
-        for i, (t, t_prev) in enumerate(schedule.pairs(run.timesteps)):
-            plain = model(x_t, t)
-            edited = model.decode(model.encode(x_t, t), delta[i])
-            a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-            sigma = schedule.sigma(t, t_prev, run.etas[i])
-            p_t = (x_t - math.sqrt(1 - a) * edited) / math.sqrt(a)
-            d_t = math.sqrt(1 - a_prev - sigma**2) * (plain if asymmetric else edited)
-            x_t = math.sqrt(a_prev) * p_t + d_t + sigma * step_noise(run.seeds, run.x_T.shape[1:], t=t)
-    return x_t
-
-
-def test_scale_zero_is_the_unedited_image_bit_for_bit(tiny, run, direction):
-    assert torch.equal(edit(tiny, run, direction, scale=0.0, progress=False).x0, run.x0)
-
-
-def test_an_edit_changes_the_image_and_its_negative_changes_it_otherwise(tiny, run, direction):
-    plus = edit(tiny, run, direction, scale=2.0, progress=False).x0
-    minus = edit(tiny, run, direction, scale=-2.0, progress=False).x0
+def test_scale_zero_is_the_unedited_image_and_a_negative_scale_changes_it_otherwise(tiny, run, direction):
+    still, plus, minus = (edit(tiny, run, direction, scale=scale, progress=False).x0 for scale in (0.0, 2.0, -2.0))
+    assert torch.equal(still, run.x0)
     assert (plus - run.x0).abs().max() > 1e-3
     assert (plus - minus).abs().max() > (plus - run.x0).abs().max()
 
@@ -69,9 +39,8 @@ def test_an_edit_changes_the_image_and_its_negative_changes_it_otherwise(tiny, r
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_an_edit_is_the_equation(tiny, run, direction, asymmetric):
     got = edit(tiny, run, direction, scale=1.5, asymmetric=asymmetric, progress=False).x0
-    torch.testing.assert_close(
-        got, naive_edit(tiny, run, direction.delta(1.5), asymmetric=asymmetric), atol=1e-4, rtol=1e-4
-    )
+    expected = naive(tiny, run, delta=direction.delta(1.5), asymmetric=asymmetric)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_recorded_h_is_the_networks_own_not_the_edited_one(tiny, run, direction):
@@ -93,9 +62,6 @@ def test_replacing_h_by_its_own_changes_nothing_and_by_anothers_does(tiny, run):
     itself = edit(tiny, run, run, mode="replace", progress=False).x0
     torch.testing.assert_close(itself, run.x0, atol=1e-5, rtol=1e-5)
     assert (edit(tiny, run, run[0], mode="replace", progress=False).x0[1] - run.x0[1]).abs().max() > 1e-3
-
-
-def test_slerp_of_weight_zero_changes_nothing(tiny, run):
     assert torch.equal(edit(tiny, run, run[0], mode="slerp", scale=0.0, progress=False).x0, run.x0)
 
 
@@ -139,12 +105,9 @@ def test_steps_before_the_edit_are_shared(tiny, run, direction, monkeypatch):
     assert samples_at == {**dict.fromkeys(run.timesteps[:-1], 3), last: 12}
 
 
-def test_the_middle_column_is_the_sample_itself(tiny, run, direction):
+def test_the_middle_column_is_the_sample_itself_and_of_an_inverted_image_its_reconstruction(tiny, run, direction):
     grid = edit_grid(tiny, run, direction, scales=[-1, 0, 1], progress=False)
     assert torch.equal(grid.images[:, 1], run.x0)
-
-
-def test_an_inverted_image_at_scale_zero_is_its_reconstruction(tiny, run, direction):
     inverted = wb.invert(tiny, run.x0.clamp(-1, 1), steps=STEPS, progress=False)
     grid = edit_grid(tiny, inverted, direction, scales=[0], progress=False)
     torch.testing.assert_close(grid.images[:, 0], wb.replay(inverted, progress=False).x0, atol=1e-5, rtol=1e-5)
@@ -169,11 +132,8 @@ def test_a_grid_survives_its_file(tiny, run, direction, tmp_path):
     grid = edit_grid(tiny, run[:1], direction, scales=[0, 1], progress=False)
     again = EditGrid.load(grid.save(tmp_path / "grid.safetensors"))
     assert torch.equal(again.images, grid.images)
-    assert (again.row_labels, again.column_labels, again.provenance) == (
-        grid.row_labels,
-        grid.column_labels,
-        grid.provenance,
-    )
+    for name in ("row_labels", "column_labels", "provenance"):
+        assert getattr(again, name) == getattr(grid, name)
     with pytest.raises(ValueError, match="no edit grid"):
         EditGrid.load(direction.save(tmp_path / "direction.safetensors"))
 
@@ -183,21 +143,20 @@ def rescheduled(model):
     return wb.wrap(model.unet.unet, NoiseSchedule(model.schedule.alpha_bars**1.1), name=model.name, device="cpu")
 
 
+def tapped_run(model):
+    return wb.sample(model.tapped("before"), [5], steps=STEPS, record_h=True, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda m, r, d: edit(m, r, d, t_range=(0, 500)), "noisier end first"),
-        (lambda m, r, d: edit(m, r, d, mode="sharpen"), "mode 'sharpen' is not known"),
+        (lambda m, r, d: edit(m, r, d, mode="sharpen"), "'sharpen'"),
         (lambda m, r, d: edit(m, r, d, gain="big", asymmetric=True), "gain"),
         (lambda m, r, d: edit(m, r, d, mode="replace"), "donor"),
         (lambda m, r, d: edit(m, r, r[:2], mode="replace"), "donor has 2"),
         (lambda m, r, d: edit(m, r, r, mode="slerp", scale=2), "weight"),
-        (
-            lambda m, r, d: edit(
-                m, r, wb.sample(m.tapped("before"), [5], steps=r.steps, record_h=True), mode="replace"
-            ),
-            "tap",
-        ),
+        (lambda m, r, d: edit(m, r, tapped_run(m), mode="replace"), "tap"),
         (lambda m, r, d: edit(rescheduled(m), r, d), "another noise schedule"),
         (lambda m, r, d: edit_grid(m, r, d, batch_size=-1), "batch_size is -1"),
         (lambda m, r, d: edit(m.tapped("before"), r, d), "tap"),

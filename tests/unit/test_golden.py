@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted import planted_boundary
 from safetensors.torch import load_file, save_file
 
 import workbench as wb
-from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 
 GOLDEN = Path(__file__).parent / "golden_edits.safetensors"
@@ -31,10 +31,7 @@ def direction(model, seed, sigma=2.0):
 
 
 def boundary(model, seed, space):
-    shape = model.h_shape if space == "h" else model.image_shape
-    normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    about = {"model": model.provenance(), "method": "planted", "parameters": {}}
-    return Boundary(normal / normal.norm(), 0.5, T, space, f"boundary {seed}", about)
+    return planted_boundary(model, space, T, seed=seed, intercept=0.5, name=f"boundary {seed}")
 
 
 def edits_of_h(model, run, donors):

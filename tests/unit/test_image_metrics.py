@@ -27,12 +27,19 @@ from workbench.analysis.image_metrics import (
 )
 
 
-def test_psnr_is_its_definition_and_infinite_for_equal_images():
+def test_psnr_is_its_definition_infinite_for_equal_images_and_within_a_mask_sees_nothing_else():
     images = np.zeros((2, 3, 4, 4))
-    others = images.copy()
-    others[0] += 0.2
-    found = peak_signal_to_noise(images, others)
+    found = peak_signal_to_noise(images, images + np.array([0.2, 0.0])[:, None, None, None])
     assert found[0] == pytest.approx(20.0) and found[1] == np.inf
+    images, others = np.random.default_rng(0).random((2, 3, 3, 4, 4))
+    none, mask, own = np.zeros((4, 4), bool), np.zeros((4, 4), bool), np.zeros((3, 1, 4, 4), bool)
+    mask[:2], own[1] = True, True
+    expected = peak_signal_to_noise(images[:, :, :2], others[:, :, :2])
+    assert np.allclose(peak_signal_to_noise(images, others, mask=mask), expected)
+    assert np.isnan(peak_signal_to_noise(images, others, mask=none)).all()
+    assert np.isfinite(peak_signal_to_noise(images, others, mask=own)).tolist() == [False, True, False]
+    found = outside(images, others, mask)
+    assert (found[:, :, mask] == images[:, :, mask]).all() and (found[:, :, ~mask] == others[:, :, ~mask]).all()
 
 
 def test_the_kernel_distance_is_unbiased_and_sees_a_difference():
@@ -45,21 +52,6 @@ def test_the_kernel_distance_is_unbiased_and_sees_a_difference():
     assert kernel_distance(a, b) == pytest.approx(k[0][1] + k[2][3] - (k[0][2] + k[0][3] + k[1][2] + k[1][3]) / 2)
     with pytest.raises(ValueError, match=r"\(1, 3\) and \(2, 3\)"):
         kernel_distance(a[:1], b)
-
-
-def test_psnr_within_a_mask_sees_nothing_else():
-    rng = np.random.default_rng(0)
-    images, others = rng.random((2, 3, 3, 4, 4))
-    mask = np.zeros((4, 4), bool)
-    mask[:2] = True
-    assert np.allclose(
-        peak_signal_to_noise(images, others, mask=mask),
-        peak_signal_to_noise(images[:, :, :2], others[:, :, :2]),
-    )
-    assert np.isnan(peak_signal_to_noise(images, others, mask=np.zeros((4, 4), bool))).all()
-    own = np.zeros((3, 1, 4, 4), bool)
-    own[1] = True
-    assert np.isfinite(peak_signal_to_noise(images, others, mask=own)).tolist() == [False, True, False]
 
 
 def test_the_perceptual_distance_by_a_loop():
@@ -78,13 +70,6 @@ def test_the_perceptual_distance_by_a_loop():
     np.testing.assert_allclose(perceptual_distance(a, b), expected, rtol=1e-6)
     assert (perceptual_distance(a, a) == 0).all()
     assert np.allclose(perceptual_distance([3 * m for m in a], a), 0), "the length of a feature vector means nothing"
-
-
-def test_outside_a_mask_the_edit_stays_and_inside_it_is_taken_back():
-    images, edited = np.zeros((2, 3, 4, 4)), np.ones((2, 3, 4, 4))
-    mask = np.eye(4, dtype=bool)
-    found = outside(images, edited, mask)
-    assert (found[:, :, mask] == 0).all() and (found[:, :, ~mask] == 1).all()
 
 
 def test_the_frechet_distance_is_its_formula_also_for_singular_covariances():
@@ -152,10 +137,15 @@ def test_versions_of_a_sample_are_no_pair_of_samples():
         kernel_distance(rows, target, groups=4)
 
 
-def test_diversity_is_the_distance_of_pairs():
-    features = np.random.default_rng(0).random((6, 3))
-    squares = [((a - b) ** 2).sum() for i, a in enumerate(features) for b in features[:i]]
-    assert diversity(features) == pytest.approx(np.sqrt(np.mean(squares)))
+def test_diversity_and_nearest_neighbours_are_those_of_a_loop():
+    a, b = points(20), points(30, seed=1)
+    squares = [((x - y) ** 2).sum() for i, x in enumerate(a) for y in a[:i]]
+    assert diversity(a) == pytest.approx(np.sqrt(np.mean(squares)))
+    distances, positions = nearest_neighbours(a, b, k=2)
+    for x, distance, position in zip(a, distances, positions, strict=True):
+        each = np.linalg.norm(b - x, axis=1)
+        assert list(position) == list(np.argsort(each)[:2])
+        np.testing.assert_allclose(distance, np.sort(each)[:2])
 
 
 def test_directional_similarity_is_one_where_images_move_as_the_text_did():
@@ -176,13 +166,10 @@ def test_directional_similarity_is_one_where_images_move_as_the_text_did():
     assert np.isnan(directional_similarity(images, images, source=source, target=target)).all()
 
 
-def test_segmentation_consistency_by_hand():
+def test_segmentation_consistency_and_cosine_similarity_by_hand():
     maps = np.array([[[0, 0], [1, 1]], [[0, 0], [0, 0]]])
     others = np.array([[[0, 1], [1, 1]], [[0, 0], [0, 0]]])
     np.testing.assert_allclose(segmentation_consistency(maps, others), [(1 / 2 + 2 / 3) / 2, 1.0])
-
-
-def test_cosine_similarity_is_by_pairs():
     np.testing.assert_allclose(cosine_similarity([[1, 0], [1, 1]], [[0, 2], [-1, -1]]), [0, -1], atol=1e-12)
     assert np.isnan(cosine_similarity([[0.0, 0.0]], [[1.0, 0.0]])).all()
 
@@ -214,15 +201,6 @@ def test_a_model_that_has_lost_a_half_has_precision_without_recall():
     assert found.recall.value < 0.6
 
 
-def test_nearest_neighbours_are_those_of_a_loop():
-    a, b = points(20), points(30, seed=1)
-    distances, positions = nearest_neighbours(a, b, k=2)
-    for x, distance, position in zip(a, distances, positions, strict=True):
-        each = np.linalg.norm(b - x, axis=1)
-        assert list(position) == list(np.argsort(each)[:2])
-        np.testing.assert_allclose(distance, np.sort(each)[:2])
-
-
 def test_copies_of_the_training_set_are_memorised_and_new_points_are_not():
     training, held_out, new = points(400), points(300, seed=1), points(400, seed=2)
     assert memorisation(training + 1e-3, training[:300], held_out).value == pytest.approx(0.875, abs=0.05)
@@ -231,15 +209,11 @@ def test_copies_of_the_training_set_are_memorised_and_new_points_are_not():
     assert memorisation(held_out, training, held_out).value == 0.0
 
 
-def test_attribute_frequencies_are_shares_and_their_distance_to_the_recipe():
-    labels = pd.DataFrame({"A": [1, 1, 1, 0], "B": [0, 0, 0, 0]})
-    found = attribute_frequencies(labels, {"A": 0.5})
+def test_frequencies_are_shares_and_joint_ones_see_a_correlation_that_the_single_ones_do_not():
+    found = attribute_frequencies(pd.DataFrame({"A": [1, 1, 1, 0], "B": [0, 0, 0, 0]}), {"A": 0.5})
     assert list(found.index) == ["A"]
     assert found.loc["A", ["expected", "found", "distance"]].tolist() == [0.5, 0.75, 0.25]
     assert found.loc["A", "low"] < 0.75 < found.loc["A", "high"]
-
-
-def test_joint_frequencies_see_a_correlation_that_the_single_ones_do_not():
     labels = pd.DataFrame({"A": [1, 1, 0, 0], "B": [1, 1, 0, 0]})
     found = joint_frequencies(labels, {("A", "B"): (0.25, 0.25, 0.25, 0.25)})
     assert found.loc[("A", "B"), "found"].tolist() == [0.5, 0.0, 0.0, 0.5]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler
 from exact import exact_model
+from planted import planted
 
 import workbench as wb
 from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
 from workbench.diffusion.inversion import LEVELS
 from workbench.diffusion.noise import FORWARD, normal
-from workbench.directions.direction import Direction
 from workbench.editing.render import edit, edit_grid
 
 STEPS = 6
@@ -101,10 +101,7 @@ def test_noise_and_x_t_can_be_asked_for(tiny, images):
 
 def test_edits_and_grids_use_the_stored_noise(tiny, images):
     run = inverted(tiny, images, record_h=True)
-    unit = torch.randn(STEPS, *tiny.h_shape, generator=torch.Generator().manual_seed(1))
-    direction = Direction.from_delta(
-        unit, timesteps=run.timesteps, name="v", provenance={"model": tiny.provenance(), "method": "planted"}
-    )
+    direction = planted(tiny, run, 1, "v")
     grid = edit_grid(tiny, run, direction, scales=[0, 1], batch_size=4, progress=False)
     torch.testing.assert_close(grid.images[:, 0], wb.replay(run, progress=False).x0, atol=1e-4, rtol=1e-4)
     edited = edit(tiny, run, direction, progress=False).x0

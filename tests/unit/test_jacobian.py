@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,28 +24,32 @@ T_FOUND = 600
 STEPS = [800, T_FOUND, 500, 200, 0]
 
 
-def small_model(*, scale_shift: bool = False, seed: int = 0) -> wb.Model:
-    """A random U-Net with attention at both levels and in the mid block; h has 256 entries, an image 192."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        unet = UNet2DModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
-        )
+@pytest.fixture(scope="module")
+def small_model(make_unet):
+    """Random U-Nets with attention at both levels and in the mid block; h has 256 entries, an image 192."""
+    kinds = {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2}
+
+    def make(**config) -> wb.Model:
+        unet = make_unet(**{"attention_head_dim": 4, **kinds, **config})
         for parameter in unet.parameters():
             if parameter.ndim > 1:
                 parameter.data *= 1.5  # a stronger network, whose Jacobian changes with x_t
-    return wb.wrap(unet, DDPMScheduler(), name="small", device="cpu")
+        return wb.wrap(unet, DDPMScheduler(), name="small", device="cpu")
+
+    return make
+
+
+def half_mask(*columns: slice, shape=(8, 8)) -> tuple[np.ndarray, torch.Tensor]:
+    """A mask of these rows and columns, and which of the outputs are inside."""
+    mask = np.zeros(shape, dtype=bool)
+    mask[..., *columns] = True
+    if shape[0] == 3:
+        mask[1] = False
+    return mask, torch.from_numpy(np.broadcast_to(mask, (3, 8, 8)).flatten().copy())
 
 
 @pytest.fixture(scope="module")
-def model() -> wb.Model:
+def model(small_model) -> wb.Model:
     return small_model()
 
 
@@ -84,11 +89,11 @@ def assert_matches(found: JacobianSpectrum, J: torch.Tensor) -> None:
     assert angle(found.right, right[:k]) < 1e-3
 
 
-@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("time", ["default", "scale_shift"])
 @pytest.mark.parametrize("tap", ["after", "middle", "before"])
-def test_the_spectrum_is_the_dense_ones(tap, scale_shift):
+def test_the_spectrum_is_the_dense_ones(tap, time, small_model):
     """sigma to 1e-4 and the space of vectors to 1e-3 rad, with attention everywhere, at every tap."""
-    model = small_model(scale_shift=scale_shift).tapped(tap)
+    model = small_model(resnet_time_scale_shift=time).tapped(tap)
     run = wb.sample(model, [5], steps=STEPS, progress=False)
     J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
     found = find_jacobian(model, run, t=T_FOUND, k=3, progress=False)
@@ -156,19 +161,15 @@ def test_lean_operations_have_the_derivatives_of_torchs(f, width):
 @pytest.mark.parametrize("block", [None, 9])
 def test_the_network_runs_once(model, run, block):
     """The encoder once, and the decoder once for each vector of a block, whatever the number of products."""
-    seen = {"in": [], "out": []}
-    unet = model.unet.unet
-    handles = [
-        unet.conv_in.register_forward_hook(lambda _, x, y: seen["in"].append(len(y))),
-        unet.conv_out.register_forward_hook(lambda _, x, y: seen["out"].append(len(y))),
-    ]
-    try:
+    seen = {"conv_in": [], "conv_out": []}
+    with contextlib.ExitStack() as hooks:
+        for name, passed in seen.items():
+            layer = getattr(model.unet.unet, name)
+            hook = layer.register_forward_hook(lambda _, x, y, passed=passed: passed.append(len(y)))
+            hooks.callback(hook.remove)
         found = find_jacobian(model, run, t=T_FOUND, k=3, block=block, progress=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     assert found.iterations > 2
-    assert seen["in"] == [1] and sum(seen["out"]) == (block or 1)
+    assert seen["conv_in"] == [1] and sum(seen["conv_out"]) == (block or 1)
 
 
 @pytest.mark.parametrize(
@@ -183,21 +184,12 @@ def test_the_network_runs_once(model, run, block):
     ],
 )
 @pytest.mark.parametrize("fused", [True, False])
-def test_every_layer_of_the_unet_has_its_products(config, fused):
+def test_every_layer_of_the_unet_has_its_products(config, fused, small_model):
     """Kinds of blocks, attention (fused and written out), resampling and activations, against the dense Jacobian."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        settings = {
-            "down_block_types": ["AttnDownBlock2D"] * 2,
-            "up_block_types": ["AttnUpBlock2D"] * 2,
-            "layers_per_block": 1,
-            "attention_head_dim": 4,
-        }
-        unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, **{**settings, **config})
-    for layer in unet.modules():
+    model = small_model(seed=3, **config)
+    for layer in model.unet.unet.modules():
         if isinstance(layer, Attention) and not fused:
             layer.set_processor(AttnProcessor())
-    model = wb.wrap(unet, DDPMScheduler(), name="other", device="cpu")
     run = wb.sample(model, [5], steps=STEPS, record_x=True, progress=False)
     J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
     assert_matches(find_jacobian(model, run, t=T_FOUND, k=2, tol=1e-8, progress=False), J)
@@ -214,13 +206,9 @@ def test_eps_and_x0_give_the_same_directions(model, run):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
-def test_a_mask_only_removes_rows(model, run, shape):
+def test_a_mask_only_removes_rows_and_a_full_one_none(model, run, shape):
     """The masked spectrum is that of the dense Jacobian without the rows outside; the left vectors are zero there."""
-    mask = np.zeros(shape, dtype=bool)
-    mask[..., 2:5, 1:6] = True
-    if shape[0] == 3:
-        mask[1] = False
-    rows = torch.from_numpy(np.broadcast_to(mask, (3, 8, 8)).flatten().copy())
+    mask, rows = half_mask(slice(2, 5), slice(1, 6), shape=shape)
     J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
     found = find_jacobian(model, run, t=T_FOUND, mask=mask, tol=1e-6, progress=False)
     assert_matches(found, J[rows])
@@ -228,19 +216,12 @@ def test_a_mask_only_removes_rows(model, run, shape):
     effect = (found.right.flatten(1).double() @ J.T).square()
     np.testing.assert_allclose(found.inside_mask, effect[:, rows].sum(1) / effect.sum(1), rtol=1e-4)
     assert (found.inside_mask < 0.999).all()
-    record, whole = (
-        find_jacobian(model, run, t=T_FOUND, mask=m, progress=False)[0].provenance["parameters"]["mask"]
-        for m in (mask, np.ones((8, 8), bool))
-    )
-    assert record["outputs"] == int(rows.sum()) and record["sha256"] != whole["sha256"]
-
-
-def test_a_full_mask_is_no_mask(model, run):
-    """and a mask may be of zeros and ones."""
-    free = find_jacobian(model, run, t=T_FOUND, progress=False)
     full = find_jacobian(model, run, t=T_FOUND, mask=torch.ones(8, 8, dtype=torch.int64), progress=False)
-    np.testing.assert_allclose(full.singular_values, free.singular_values, rtol=1e-6)
     np.testing.assert_allclose(full.inside_mask, 1.0)
+    free = find_jacobian(model, run, t=T_FOUND, progress=False)
+    np.testing.assert_allclose(full.singular_values, free.singular_values, rtol=1e-6)
+    record, whole = (spectrum[0].provenance["parameters"]["mask"] for spectrum in (found, full))
+    assert record["outputs"] == int(rows.sum()) and record["sha256"] != whole["sha256"]
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
@@ -325,14 +306,11 @@ def test_each_is_a_direction_for_all_of_the_runs_timesteps(model, run, tmp_path)
     assert (edited.x0 - run.x0).abs().max() > 1e-3
 
 
-def test_sigma_without_a_record_of_h_is_the_same(model, run):
+def test_one_unit_is_one_sigma_of_a_population(model, run, tmp_path):
+    """With a population: the standard deviation of its projection, timestep by timestep; else the sample's own rms."""
     bare = wb.sample(model, [5], steps=STEPS, progress=False)
     a, b = (find_jacobian(model, r, t=T_FOUND, k=1, progress=False)[0].sigma for r in (bare, run))
     torch.testing.assert_close(a, b)
-
-
-def test_one_unit_is_one_sigma_of_a_population(model, run, tmp_path):
-    """With a population: the standard deviation of its projection, timestep by timestep."""
     store = wb.extract(model, 12, steps=STEPS, out=tmp_path / "store", dtype="float32", progress=False)
     found = find_jacobian(model, run, t=T_FOUND, k=2, population=store, progress=False)
     for direction, v in zip(found, found.right, strict=True):
@@ -341,10 +319,8 @@ def test_one_unit_is_one_sigma_of_a_population(model, run, tmp_path):
         assert direction.provenance["parameters"]["sigma"] == "population"
         assert direction.provenance["parameters"]["population"]["n"] == 12
     other = wb.extract(model, 3, steps=2, out=tmp_path / "other", progress=False)
-    with pytest.raises(ValueError, match="lacks .* of the run's 5 timesteps"):
-        find_jacobian(model, run, t=T_FOUND, population=other, progress=False)
-    with pytest.raises(ValueError, match="'before'"):
-        find_jacobian(model.tapped("before"), run, t=T_FOUND, population=store, progress=False)
+    refused(model, run, "lacks .* of the run's 5 timesteps", population=other)
+    refused(model.tapped("before"), run, "'before'", population=store)
 
 
 @pytest.mark.parametrize("map", ["x->h", "x->x0"])
@@ -364,9 +340,7 @@ def test_pullbacks_are_the_dense_ones(model, run, map):
 
 def test_the_nullspace_projection_avoids_what_moves_the_outside(model, run):
     """v_p = (I - V V') v with V of the rows outside of the mask, normalised; against the dense projection."""
-    mask = np.zeros((8, 8), dtype=bool)
-    mask[:, :4] = True
-    rows = torch.from_numpy(np.broadcast_to(mask, (3, 8, 8)).flatten().copy())
+    mask, rows = half_mask(slice(None), slice(4))
     x_t = run.x_at(T_FOUND)
     J = dense(lambda x: model.schedule.predict_x0(x, model(x, T_FOUND), T_FOUND), x_t)
     settings = {"t": T_FOUND, "k": 2, "mask": mask, "tol": 1e-8, "progress": False}
@@ -442,23 +416,26 @@ def refused(model, run, match, *, find=find_jacobian, **arguments):
         find(model, run, **{"t": T_FOUND, "progress": False, **arguments})
 
 
-def test_errors_say_what_to_do(model, run):
-    refused(model, wb.sample(model, range(2), steps=2, progress=False), r"this run has 2; give run\[0\]")
+def test_errors_say_what_to_do(model, run, small_model):
+    refused(model, wb.sample(model, range(2), steps=2, progress=False), r"has 2; give run\[0\]")
     refused(small_model(seed=1), run, model.hash)
-    refused(model, run, "timestep 610 was not visited", t=610)
-    refused(model, run, "output 'h' is not known", output="h")
-    refused(model, run, r"shape \(4, 4\); this model takes \(8, 8\)", mask=np.ones((4, 4), bool))
-    refused(model, run, "the mask is empty", mask=np.zeros((8, 8), bool))
-    refused(model, run, "mask > 0.5", mask=np.full((8, 8), 0.7))
+    half = wb.wrap(model.unet.unet, model.schedule, name="small", device="cpu", dtype="bfloat16")
+    refused(half, run, "float32")
     one = np.zeros((8, 8), bool)
     one[0, 0] = True
-    refused(model, run, r"k is 4 .* 3 outputs inside the mask k lies in 1\.\.3", mask=one, k=4)
-    refused(model, run, "k is 0", k=0)
-    refused(model, run, "block 0", block=0)
-    refused(model, run, "tol", tol=0.0)
-    refused(model, run, r"must be \(m, 16, 4, 4\)", warm_start=torch.ones(2, 3, 8, 8))
-    half = wb.wrap(model.unet.unet, model.schedule, name="small", device="cpu", dtype="bfloat16")
-    refused(half, run, "needs float32")
-    refused(model, run, "h->eps", find=find_pullback, map="h->eps")
-    refused(model, run, "the output of x->h has none", find=find_pullback, map="x->h", mask=np.ones((8, 8), bool))
-    refused(model, run, "outside of a mask", find=find_pullback, nullspace=3)
+    for match, options in (
+        ("timestep 610", {"t": 610}),
+        ("'h'", {"output": "h"}),
+        (r"\(4, 4\); this model takes \(8, 8\)", {"mask": np.ones((4, 4), bool)}),
+        ("the mask is empty", {"mask": np.zeros((8, 8), bool)}),
+        ("mask > 0.5", {"mask": np.full((8, 8), 0.7)}),
+        (r"k is 4 .* 3 outputs inside the mask .*1\.\.3", {"mask": one, "k": 4}),
+        ("k is 0", {"k": 0}),
+        ("block 0", {"block": 0}),
+        ("tol", {"tol": 0.0}),
+        (r"\(m, 16, 4, 4\)", {"warm_start": torch.ones(2, 3, 8, 8)}),
+        ("h->eps", {"find": find_pullback, "map": "h->eps"}),
+        ("the output of x->h has none", {"find": find_pullback, "map": "x->h", "mask": np.ones((8, 8), bool)}),
+        ("outside of a mask", {"find": find_pullback, "nullspace": 3}),
+    ):
+        refused(model, run, match, **options)

@@ -28,6 +28,14 @@ def picture(seed: int, width: int = 12, height: int = 12) -> Image.Image:
     return Image.fromarray(values)
 
 
+def save_pictures(root: Path, *names: str, seed: int = 0, **options) -> Path:
+    """The picture of a seed under each of the names, in folders that are made."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed, **options).save(root / name)
+    return root
+
+
 def expected(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32)).permute(2, 0, 1) / 127.5 - 1
 
@@ -36,9 +44,8 @@ def expected(image: Image.Image) -> torch.Tensor:
 def folder(tmp_path):
     """Five 12x12 images, `a.png` ... `e.png`, with labels in another order."""
     root = tmp_path / "faces"
-    root.mkdir()
     for i, name in enumerate("abcde"):
-        picture(i).save(root / f"{name}.png")
+        save_pictures(root, f"{name}.png", seed=i)
     (root / "attributes.csv").write_text(
         "file,Smiling,Beard,Tilt\ne.png,1,1,0.5\nd.png,0,-1,\nc.png,1,1,-2.25\nb.png,0,-1,3\na.png,1,-1,0.1\n"
     )
@@ -68,24 +75,14 @@ def test_resize_is_pillows_antialiased_bicubic(size):
     assert torch.equal(to_tensor(image, size), expected(image.resize((size, size), Image.Resampling.BICUBIC)))
 
 
-def test_shrinking_is_antialiased():
-    """A fine checkerboard becomes its mean, not a sample of it."""
-    board = Image.fromarray((np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8))
-    assert to_tensor(board, 8)[:, 1:-1, 1:-1].abs().max() < 0.02
-
-
-@pytest.mark.parametrize(("width", "height", "box"), [(20, 12, (4, 0, 16, 12)), (12, 21, (0, 4, 12, 16))])
-def test_the_centre_square_is_cropped(width, height, box):
-    image = picture(1, width, height)
-    assert torch.equal(to_tensor(image), expected(image.crop(box)))
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    image = picture(2)
+def test_the_centre_square_is_cropped_and_exif_rotation_is_applied(tmp_path):
+    for width, height, box in ((20, 12, (4, 0, 16, 12)), (12, 21, (0, 4, 12, 16))):
+        image = picture(1, width, height)
+        assert torch.equal(to_tensor(image), expected(image.crop(box)))
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side, to be shown turned 90 degrees clockwise
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(load_image(tmp_path / "turned.png"), expected(image.rotate(-90)))
+    picture(2).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(load_image(tmp_path / "turned.png"), expected(picture(2).rotate(-90)))
 
 
 def test_transparency_is_composited_on_white():
@@ -117,18 +114,14 @@ def test_every_mode_becomes_three_channels_of_its_colors(mode):
     assert torch.equal(to_tensor(image), expected(image))
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+def test_sixteen_bits_are_scaled_not_clipped_and_32_are_refused(tmp_path):
     Image.fromarray(np.array([[0, 257, 32768, 65535]] * 4, np.uint16)).save(tmp_path / "deep.png")
-    tensor = load_image(tmp_path / "deep.png")
     expected_row = torch.tensor([0, 1, 128, 255]) / 127.5 - 1
-    torch.testing.assert_close(tensor, expected_row.expand(3, 4, 4))
-
-
-def test_32_bits_are_refused(tmp_path):
+    torch.testing.assert_close(load_image(tmp_path / "deep.png"), expected_row.expand(3, 4, 4))
     with pytest.raises(ValueError, match="32-bit"):
         to_tensor(Image.new("F", (4, 4)))
     Image.new("F", (4, 4)).save(tmp_path / "deep.tif")
-    with pytest.raises(ValueError, match=r"deep\.tif: .*save with 8 or 16 bits a channel$"):
+    with pytest.raises(ValueError, match=r"deep\.tif: "):
         load_image(tmp_path / "deep.tif")
 
 
@@ -197,17 +190,13 @@ def test_an_image_that_does_not_exist_is_refused(index, folder):
         load_images(folder)[index]
 
 
-def test_select_keeps_labels_and_images_together(folder):
+def test_select_and_at_size_keep_labels_and_images_together(folder):
     images = load_images(folder, size=6)
     bearded = images.select(images.label("Beard") == 1)
     assert list(bearded.labels.index) == ["c.png", "e.png"]
     assert torch.equal(bearded[:], images[[2, 4]])
     assert list(images.select([3, 1]).select([1]).labels.index) == ["b.png"]
     assert len(images.select([])) == 0
-
-
-def test_at_size_changes_the_size_alone(folder):
-    images = load_images(folder, size=6)
     larger = images.at_size(9)
     assert (images.size, larger.size, images.at_size(None).size) == (6, 9, 12)
     assert torch.equal(larger[0], to_tensor(picture(0), 9)) and larger.labels.equals(images.labels)
@@ -254,13 +243,8 @@ def test_a_zip_equals_its_folder(folder, tmp_path):
         assert packed.fingerprint == loose.fingerprint
 
 
-def test_images_of_nested_folders_are_found_without_the_common_one(folder, tmp_path):
-    root = tmp_path / "root"
-    for part, name in (("train", "a"), ("test", "b")):
-        (root / "all" / part).mkdir(parents=True)
-        picture(0).save(root / "all" / part / f"{name}.png")
-    (root / ".hidden").mkdir()
-    picture(0).save(root / ".hidden" / "c.png")
+def test_images_of_nested_folders_are_found_without_the_common_one(tmp_path):
+    root = save_pictures(tmp_path / "root", "all/train/a.png", "all/test/b.png", ".hidden/c.png")
     assert list(load_images(root).labels.index) == ["test/b.png", "train/a.png"]
     (root / "attributes.csv").write_text("file,A\nall/train/a.png,1\nall/test/b.png,0\n")
     assert load_images(root).labels["A"].tolist() == [0, 1]
@@ -291,24 +275,17 @@ def test_celebas_list_is_read_with_and_without_its_count(head, place, folder):
 
 
 def test_folders_are_labels_as_afhq_and_lsun_have_them(tmp_path):
-    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/wild/d.png"):
-        path = tmp_path / "afhq" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(0).save(path)
-    labels = load_images(tmp_path / "afhq", labels="folders").labels
+    names = ["train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/wild/d.png"]
+    labels = load_images(save_pictures(tmp_path / "afhq", *names), labels="folders").labels
     assert labels.to_dict("list") == {"cat": [1, 0, 1, 0], "dog": [0, 1, 0, 0], "wild": [0, 0, 0, 1]}
-    assert list(labels.index) == ["train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/wild/d.png"]
+    assert list(labels.index) == names
     packed = shutil.make_archive(str(tmp_path / "afhq"), "zip", tmp_path / "afhq")
     assert load_images(packed, labels="folders").labels.equals(labels)
-    for name in ("bedroom_train/0/f/a.png", "church_outdoor_train_lmdb/1/2/b.png"):
-        path = tmp_path / "lsun" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(0).save(path)
+    save_pictures(tmp_path / "lsun", "bedroom_train/0/f/a.png", "church_outdoor_train_lmdb/1/2/b.png")
     assert load_images(tmp_path / "lsun", labels="folders").names == ["bedroom", "church_outdoor"]
-    with pytest.raises(ValueError, match='labels="folders" takes a folder for each of two classes.*has none'):
-        load_images(tmp_path / "afhq" / "train" / "cat", labels="folders")
-    with pytest.raises(ValueError, match="has none"):
-        load_images(tmp_path / "lsun" / "bedroom_train", labels="folders")
+    for single in ("afhq/train/cat", "lsun/bedroom_train"):
+        with pytest.raises(ValueError, match='"folders".*has none'):
+            load_images(tmp_path / single, labels="folders")
 
 
 def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
@@ -326,18 +303,6 @@ def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
     picture(0).save(tmp_path / "000001.png")
     with pytest.raises(ValueError, match="is for images of 178 x 218 pixels, not .*; leave it out for others$"):
         load_images(tmp_path, crop="celeba64")[0]
-
-
-def test_labels_can_be_named(folder, tmp_path):
-    rows = "".join(f"{name}.png,{i}\n" for i, name in enumerate("abcde"))
-    for name, content, names in (
-        ("list.txt", "Only Other\n" + LIST, ["Only", "Other"]),
-        ("table.csv", "image_id,Third\n" + rows, ["Third"]),
-    ):
-        (tmp_path / name).write_text(content)
-        labels = load_images(folder, labels=str(tmp_path / name)).labels
-        assert list(labels) == names
-    assert labels["Third"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_label_gives_the_column_and_lists_the_known_ones_otherwise(folder):
@@ -386,19 +351,14 @@ def test_a_record_survives_pickling_after_use(folder, tmp_path):
 # Fingerprint
 
 
-def test_the_fingerprint_is_stable(folder):
-    before = load_images(folder).fingerprint
-    assert len(before) == 64 and int(before, 16) >= 0
-    os.utime(folder / "a.png", (0, 0))
-    (folder / "attributes.csv").unlink()
-    assert load_images(folder).fingerprint == load_images(folder, size=12).fingerprint == before
-
-
-def test_the_fingerprint_changes_with_content_name_order_selection_and_size(folder):
+def test_the_fingerprint_is_of_content_names_order_selection_and_size(folder):
     images = load_images(folder)
+    assert len(images.fingerprint) == 64 and int(images.fingerprint, 16) >= 0
     prints = {images.fingerprint, images.at_size(8).fingerprint}
     prints |= {images.select([0, 1]).fingerprint, images.select([1, 0]).fingerprint}
+    os.utime(folder / "a.png", (0, 0))
     (folder / "attributes.csv").unlink()
+    assert load_images(folder).fingerprint == load_images(folder, size=12).fingerprint == images.fingerprint
     (folder / "e.png").rename(folder / "f.png")
     prints.add(load_images(folder).fingerprint)
     content = bytearray((folder / "f.png").read_bytes())
@@ -483,9 +443,7 @@ def test_a_damaged_member_of_a_zip_is_named(damage, folder, tmp_path):
 
 
 def test_linked_folders_are_read_and_a_link_in_a_circle_ends(tmp_path):
-    for name in ("one/real", "two/cat"):
-        (tmp_path / name).mkdir(parents=True)
-        picture(0).save(tmp_path / name / "a.png")
+    save_pictures(tmp_path, "one/real/a.png", "two/cat/a.png")
     (tmp_path / "one" / "cat").symlink_to(tmp_path / "two" / "cat")
     (tmp_path / "two" / "cat" / "back").symlink_to(tmp_path / "one")
     assert list(load_images(tmp_path / "one").labels.index) == ["cat/a.png", "real/a.png"]
@@ -546,8 +504,7 @@ def test_a_bad_table_is_a_sentence(name, content, message, folder):
 
 
 def test_leading_zeros_count_in_file_names_and_spaces_around_them_do_not(tmp_path):
-    for name in ("001", "002"):
-        picture(0).save(tmp_path / f"{name}.png")
+    save_pictures(tmp_path, "001.png", "002.png")
     (tmp_path / "attributes.csv").write_text("file,A\n001.png,1\n 002.png ,0\n")
     assert load_images(tmp_path).labels["A"].to_dict() == {"001.png": 1, "002.png": 0}
 
@@ -569,8 +526,7 @@ TABLES = {
 @pytest.mark.parametrize("kind", [*TABLES, "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_tables_are_read_as_programs_write_them(kind, tmp_path):
     text, encoding = (TABLES[kind], "utf-8") if kind in TABLES else (TABLES["tabs"], kind)
-    for name in "ab":
-        picture(0).save(tmp_path / f"{name}.png")
+    save_pictures(tmp_path, "a.png", "b.png")
     for table in ("metadata.csv", "attributes.csv"):
         (tmp_path / table).write_bytes(text.encode(encoding))
         labels = load_images(tmp_path).labels
@@ -609,17 +565,15 @@ KAGGLE, OFFICIAL = "image_id,A\n000001.jpg,-1\n000002.jpg,1\n", "2\nA\n000001.jp
     ],
 )
 def test_celeba_as_it_is_distributed_has_its_labels(inner, table, content, tmp_path):
-    images = tmp_path / inner
-    images.mkdir(parents=True)
-    for name in ("000001", "000002"):
-        picture(0).save(images / f"{name}.{'png' if 'png' in inner else 'jpg'}")
+    ending = "png" if "png" in inner else "jpg"
+    images = save_pictures(tmp_path / inner, f"000001.{ending}", f"000002.{ending}")
     (tmp_path / table).parent.mkdir(exist_ok=True)
     (tmp_path / table).write_text(content)
     for source in (tmp_path, images.parent, images, shutil.make_archive(str(images), "zip", images)):
         assert load_images(source).labels["A"].tolist() == [0, 1]
     next(images.glob("000002*")).unlink()
-    for source, labels in ((images, None), (images, tmp_path / table)):
-        with pytest.warns(UserWarning, match=r"rows without image are left out, 1 of 2 \(000002\.jpg\)"):
+    for source, labels in ((images, None), (images, str(tmp_path / table))):
+        with pytest.warns(UserWarning, match=r"1 of 2 \(000002\.jpg\)"):
             assert load_images(source, labels=labels).labels["A"].tolist() == [0]
 
 
@@ -634,15 +588,7 @@ def test_a_table_of_another_name_is_not_passed_over_in_silence(folder):
 
 
 def test_all_that_pillow_reads_is_read_and_the_rest_is_named(tmp_path):
-    kinds = {
-        "jfif": "JPEG",
-        "jpe": "JPEG",
-        "JP2": "JPEG2000",
-        "webp": "WEBP",
-        "bmp": "BMP",
-        "tif": "TIFF",
-        "gif": "GIF",
-    }
+    kinds = {"jfif": "JPEG", "jpe": "JPEG", "JP2": "JPEG2000", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}
     kinds |= {"gif": "GIF", "ppm": "PPM", "tga": "TGA"} | ({"avif": "AVIF"} if features.check("avif") else {})
     for ending, kind in kinds.items():
         picture(0, 16, 16).save(tmp_path / f"a.{ending}", format=kind, save_all=False)
@@ -655,17 +601,13 @@ def test_all_that_pillow_reads_is_read_and_the_rest_is_named(tmp_path):
     assert len(said) == 1 and "3 (b.heic, c.svg, d.mpg)" in str(said[0].message)
 
 
-def test_what_a_plugin_registers_is_read(tmp_path, monkeypatch):
-    """As pillow-heif does for .heic."""
-    monkeypatch.setitem(Image.registered_extensions(), ".heic", "PNG")
-    picture(0).save(tmp_path / "a.heic", format="PNG")
-    assert torch.equal(load_images(tmp_path)[0], expected(picture(0)))
-
-
-def test_the_first_frame_of_an_animation_is_read(tmp_path):
-    frames = [Image.new("RGB", (4, 4), color) for color in ("white", "black")]
+def test_the_first_frame_of_an_animation_and_what_a_plugin_registers_are_read(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (12, 12), color) for color in ("white", "black")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert (load_images(tmp_path)[0] == 1).all()
+    monkeypatch.setitem(Image.registered_extensions(), ".heic", "PNG")  # as pillow-heif does
+    picture(0).save(tmp_path / "b.heic", format="PNG")
+    animated, registered = load_images(tmp_path)
+    assert (animated == 1).all() and torch.equal(registered, expected(picture(0)))
 
 
 def test_broken_images_are_refused_or_left_out_by_name(folder, tmp_path):
@@ -704,13 +646,12 @@ def test_two_folders_are_one_labelled_set(folder, tmp_path):
 
 def test_two_folders_that_do_not_fit_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no images"):
-        load_pair(folder, tmp_path / "empty", name="Smiling")
-    with pytest.raises(FileNotFoundError, match="there is no folder or zip"):
-        load_pair(tmp_path / "nowhere", folder, name="Smiling")
-    with pytest.raises(ValueError, match="give two folders"):
-        load_pair(folder, folder, name="Smiling")
-    (tmp_path / "larger").mkdir()
-    picture(9, 20, 20).save(tmp_path / "larger" / "a.png")
-    with pytest.raises(ValueError, match="larger/a.png is 20 pixels wide.*give one size"):
-        load_pair(folder, tmp_path / "larger", name="Smiling")[:]
+    larger = save_pictures(tmp_path / "larger", "a.png", width=20, height=20)
+    for positive, negative, kind, words in (
+        (folder, tmp_path / "empty", ValueError, "empty holds no images"),
+        (tmp_path / "nowhere", folder, FileNotFoundError, "nowhere"),
+        (folder, folder, ValueError, "give two folders"),
+        (folder, larger, ValueError, "larger/a.png is 20 pixels wide"),
+    ):
+        with pytest.raises(kind, match=words):
+            load_pair(positive, negative, name="Smiling")[:]

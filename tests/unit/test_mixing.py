@@ -31,7 +31,6 @@ from workbench.analysis.mixing_criteria import (
     total_variation,
 )
 from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
-from workbench.editing import mixing_search as searches
 from workbench.editing.mixing_search import CRITERIA, decode_from, mixing_step
 
 ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
@@ -104,7 +103,7 @@ def test_random_labels_are_separable_by_chance_alone(run):
 
 def test_commitment_is_that_of_the_exact_posterior(run, classifier):
     copies = 8
-    found = find(run, criterion="commit", classifier=classifier, n=150, copies=copies, grid=run.timesteps[::2])
+    found = find(run, criterion="commit", classifier=classifier, n=75, copies=copies, grid=run.timesteps[::2])
     larger = np.maximum(np.arange(copies + 1), copies - np.arange(copies + 1)) / copies
 
     def committed(t: int) -> float:
@@ -121,7 +120,7 @@ def test_commitment_is_that_of_the_exact_posterior(run, classifier):
     expected = np.array([committed(t) for t in found.curve.index])
     assert np.abs(found.curve["value"] - expected).max() < 0.12
     assert abs(found.t - crossing(committed, 0.5, found.curve.index)) <= 2 * STEP
-    assert found.reached and found.threshold == 0.5 and found.n == 150
+    assert found.reached and found.threshold == 0.5 and found.n == 75
 
 
 def test_the_prediction_error_is_that_of_the_exact_posterior():
@@ -215,14 +214,6 @@ def test_total_variation_is_that_of_the_known_marginals(run, labels):
     assert found.curve.loc[max(earlier), "value"] > 0.25
 
 
-def test_tv_takes_as_many_half_samples_as_are_asked_for(run, monkeypatch):
-    taken = []
-    monkeypatch.setattr(searches, "total_variation", lambda *args, **options: taken.append(options["resamples"]))
-    for options in ({}, {"resamples": 10}, {"resamples": 120}):
-        find(run, criterion="tv", n=40, **options)
-    assert taken == [50, 10, 120]
-
-
 # Ensembles that are alike
 
 
@@ -284,18 +275,10 @@ def test_the_interval_of_t_covers_the_crossing_of_noisy_curves():
     """Samples scatter around a line that crosses 0.5 at t = 500; 95% intervals of 60 ensembles."""
     timesteps = np.arange(950, -1, -50)
     rng = np.random.default_rng(0)
-    covered = []
+    covered, options = [], {"alpha_bars": ALPHA_BARS, "criterion": "line", "quantity": "value", "resamples": 100}
     for _ in range(60):
         values = timesteps[:, None] / 1000 + 0.3 * rng.standard_normal((1, 40)) + 0.1 * rng.standard_normal((20, 40))
-        found = read_off(
-            timesteps,
-            values,
-            stays(0.5),
-            alpha_bars=ALPHA_BARS,
-            criterion="line",
-            quantity="value",
-            resamples=100,
-        )
+        found = read_off(timesteps, values, stays(0.5), **options)
         covered.append(found.interval[0] - 25 <= 500 <= found.interval[1] + 25)
         assert found.interval[0] <= found.t <= found.interval[1]
     assert 0.85 <= np.mean(covered) <= 1
@@ -312,14 +295,13 @@ def test_a_threshold_that_is_never_met_is_said_to_be(run):
 
 def test_a_step_is_carried_to_another_schedule_at_equal_log_snr():
     f = np.cos((np.arange(401) / 400 + 0.008) / 1.008 * np.pi / 2) ** 2
-    cosine = f[1:] / f[0]
-    cosine = np.clip(cosine, 1e-8, None)
+    cosine = np.clip(f[1:] / f[0], 1e-8, None)
     assert equal_log_snr(437, ALPHA_BARS, ALPHA_BARS) == 437
     for t in (300, 500, 700):
         other = equal_log_snr(t, ALPHA_BARS, cosine)
         gap = np.abs(log_snr(cosine)[other] - log_snr(ALPHA_BARS)[t])
         assert gap <= np.abs(np.diff(log_snr(cosine)))[other - 1 : other + 1].max()
-    with pytest.raises(ValueError, match="timestep 1000 is outside of its schedule, 0..999"):
+    with pytest.raises(ValueError, match="timestep 1000 .* 0..999"):
         equal_log_snr(1000, ALPHA_BARS, cosine)
 
 
@@ -337,20 +319,14 @@ def test_the_table_says_which_criteria_agree(run, labels, classifier):
     assert steps[0].on_schedule(ALPHA_BARS) == steps[0].t
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        (256, {500: 1.0, 600: 0.99, 700: 0.54, 750: 0.28, 800: 0.13, 900: 0.03}),
-        (64, {500: 0.95, 600: 0.52, 650: 0.29, 700: 0.15}),
-        (32, {500: 0.72, 600: 0.28, 650: 0.15}),
-    ],
-)
-def test_the_total_variation_of_radii_is_that_of_the_notes(size, expected):
-    for t, value in expected.items():
-        assert radius_total_variation(ALPHA_BARS[t], d=3 * size**2) == pytest.approx(value, abs=0.01)
-
-
-def test_the_divergence_from_the_limit_is_that_of_the_notes():
+def test_total_variation_of_radii_and_divergence_from_the_limit_are_those_of_the_notes():
+    for size, steps in {
+        256: {500: 1.0, 600: 0.99, 700: 0.54, 750: 0.28, 800: 0.13, 900: 0.03},
+        64: {500: 0.95, 600: 0.52, 650: 0.29, 700: 0.15},
+        32: {500: 0.72, 600: 0.28, 650: 0.15},
+    }.items():
+        for t, value in steps.items():
+            assert radius_total_variation(ALPHA_BARS[t], d=3 * size**2) == pytest.approx(value, abs=0.01)
     for t, value in {500: 2.6e3, 700: 205, 800: 44.6, 900: 8, 999: 1.2}.items():
         assert kl_to_limit(ALPHA_BARS[t], mean_square=0.3, d=3 * 256**2) == pytest.approx(value, rel=0.02)
 
@@ -358,7 +334,7 @@ def test_the_divergence_from_the_limit_is_that_of_the_notes():
 # Sources
 
 
-def test_a_store_is_read_as_its_run(tiny, cache):
+def test_a_store_is_read_as_its_run_and_one_of_other_weights_is_refused(tiny, make_unet, cache):
     store = wb.extract(tiny, 12, steps=4, dtype="float32", record_x=True, progress=False)
     bare = wb.extract(tiny, 12, steps=4, progress=False)
     run = wb.sample(tiny, range(12), steps=4, record_x=True, record_h=True, progress=False)
@@ -367,6 +343,10 @@ def test_a_store_is_read_as_its_run(tiny, cache):
         pd.testing.assert_frame_equal(curve, curves[0], atol=1e-3)
     probes = [find(source, np.arange(12) % 2, model=tiny, resamples=5).curve["value"] for source in (store, run)]
     pd.testing.assert_series_equal(*probes)
+    other = wb.wrap(make_unet(seed=9), tiny.schedule, name="other", device="cpu")
+    for options, words in (({"model": other}, ".tiny.*.other."), ({}, "'tiny' is not here; give it with model=")):
+        with pytest.raises(ValueError, match=words):
+            find(store, **options)
 
 
 def test_real_images_are_compared_with_deterministic_samples(tiny):
@@ -393,11 +373,11 @@ def test_total_variation_takes_any_number_of_samples(n):
 
 def test_decoding_with_the_samples_own_noise_gives_the_samples(tiny):
     run = wb.sample(tiny, [3, 5, 8], steps=6, eta=1.0, record_x=True, progress=False)
-    again = decode_from(
-        run, run.x_at(run.timesteps[2]), run.timesteps[2], seeds=run.seeds, batch_size=2, progress=False
+    t = run.timesteps[2]
+    again, other = (
+        decode_from(run, run.x_at(t), t, seeds=seeds, batch_size=2, progress=False) for seeds in (run.seeds, [1, 1, 2])
     )
     torch.testing.assert_close(again, run.x0, atol=1e-5, rtol=1e-5)
-    other = decode_from(run, run.x_at(run.timesteps[2]), run.timesteps[2], seeds=[1, 1, 2], progress=False)
     assert (other - run.x0).abs().max() > 1e-3
     with pytest.raises(ValueError, match="batch_size is -1"):
         decode_from(run, run.x0, 0, seeds=run.seeds, batch_size=-1, progress=False)
@@ -406,41 +386,38 @@ def test_decoding_with_the_samples_own_noise_gives_the_samples(tiny):
 def test_an_edit_without_a_move_has_no_success(tiny):
     """New step noise after x_t alone gives some images another label; that is no edit."""
     run = wb.sample(tiny, range(96), steps=6, eta=1.0, record_x=True, progress=False)
+    middle = run.x0.clamp(-1, 1).mean(dim=(1, 2, 3)).median()
 
     def bright(images):
-        return (torch.as_tensor(images).mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] * 1e3).sigmoid()
+        return (1e3 * (torch.as_tensor(images) - middle).mean(dim=(1, 2, 3))).sigmoid()[:, None]
 
-    middle = run.x0.clamp(-1, 1).mean(dim=(1, 2, 3)).median()
-    classifier = wb.load_classifier(lambda x: bright(torch.as_tensor(x) - middle), attributes=["Bright"])
+    classifier = wb.load_classifier(bright, attributes=["Bright"])
     labels = (classifier(run.x0.clamp(-1, 1), progress=False) > 0.5).astype(int)
     options = {"classifier": classifier, "distance": lambda a, b: (a - b).flatten(1).norm(dim=1).numpy(), "level": 1e9}
-    still = mixing_step(run, labels, criterion="edit", strengths=(0.0, 1e-6), resamples=5, progress=False, **options)
+    still, moved = (
+        find(run, labels, criterion="edit", strengths=(0.0, strength), resamples=5, **options)
+        for strength in (1e-6, 4.0)
+    )
     assert (still.curve["success at strength 0"] == 0).all() and still.curve["value"].abs().max() < 0.2
-    moved = mixing_step(run, labels, criterion="edit", strengths=(0.0, 4.0), resamples=5, progress=False, **options)
     assert moved.curve["value"].max() > still.curve["value"].max() + 0.2
 
 
 # Bad input
 
 
-def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
-    refused = [
-        (dict(criterion="mixing"), "one of radius_gap, tv, separability, commit, perceptual, edit"),
-        (dict(criterion="separability"), "needs labels"),
-        (dict(criterion="edit", classifier=classifier), "needs labels"),
-        (dict(criterion="commit"), "needs classifier="),
-        (dict(criterion="perceptual"), "needs classifier="),
-        (dict(criterion="perceptual", distance="miles"), "'miles' is not known"),
-        (dict(criterion="perceptual", distance=rms, grid=[333]), "timestep 333 was not visited.*nearest 350 or 325"),
-        (dict(criterion="commit", classifier=classifier, copies=1), "agreement needs at least 2 decodings"),
-        (dict(n=3), "3 samples are too few"),
-        (dict(against=run), "of one kind"),
-    ]
-    for options, words in refused:
-        with pytest.raises(ValueError, match=words):
-            find(run, **options)
+def test_what_is_missing_is_said(tiny, run, labels, classifier):
     edit = dict(criterion="edit", classifier=classifier, distance=rms)
     for table, options, words in (
+        (None, dict(criterion="mixing"), "one of radius_gap, tv, separability, commit, perceptual, edit"),
+        (None, dict(criterion="separability"), "needs labels"),
+        (None, dict(criterion="edit", classifier=classifier), "needs labels"),
+        (None, dict(criterion="commit"), "needs classifier="),
+        (None, dict(criterion="perceptual"), "needs classifier="),
+        (None, dict(criterion="perceptual", distance="miles"), "'miles'"),
+        (None, dict(criterion="perceptual", distance=rms, grid=[333]), "timestep 333 .*nearest 350 or 325"),
+        (None, dict(criterion="commit", classifier=classifier, copies=1), "2 decodings"),
+        (None, dict(n=3), "3 samples are too few"),
+        (None, dict(against=run), "of one kind"),
         (labels.assign(plus=1), {}, "all labels 'plus' are 1"),
         (labels.rename(columns={"plus": "minus"}), edit, "does not judge 'minus'"),
         (labels * 2, edit, "'plus' has 2"),
@@ -448,7 +425,7 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier, monkeypatch):
         (labels, {**edit, "strengths": (1, 2)}, "strengths are"),
     ):
         with pytest.raises(ValueError, match=words):
-            find(run, table, **options)
+            find(run, *([] if table is None else [table]), **options)
     unknown = wb.invert(tiny, torch.zeros(4, *tiny.image_shape), steps=2, progress=False)
     with pytest.raises(ValueError, match="record_x=True"):
         find(unknown)
@@ -473,25 +450,18 @@ def test_lpips_is_used_as_it_is_with_its_own_threshold_and_asked_for_where_it_is
 
 
 def test_a_curve_needs_two_timesteps_and_finite_values(mixture):
-    single = wb.sample(mixture, range(8), steps=1, record_x=True, progress=False)
-    with pytest.raises(ValueError, match="1 timestep given where a curve needs at least 2"):
-        find(single)
-    x = {900: np.random.default_rng(0).standard_normal((6, 4)), 500: np.full((6, 4), np.nan)}
-    with pytest.raises(ValueError, match="sample 0 at timestep 500 has NaN"):
-        separability_step(x, np.arange(6) % 2, ALPHA_BARS, folds=2)
-    with pytest.raises(ValueError, match="visit different timesteps"):
-        radius_gap(
-            {900: np.ones((6, 4)), 500: np.ones((6, 4))}, {900: np.ones((6, 4)), 400: np.ones((6, 4))}, ALPHA_BARS
-        )
-
-
-def test_a_store_of_other_weights_is_refused(tiny, make_unet, cache):
-    store = wb.extract(tiny, 4, steps=2, progress=False)
-    other = wb.wrap(make_unet(seed=9), tiny.schedule, name="other", device="cpu")
-    with pytest.raises(ValueError, match="the store belongs to the model .tiny.*.other."):
-        find(store, model=other)
-    with pytest.raises(ValueError, match="the store's model 'tiny' is not here; give it with model="):
-        find(store)
+    single, ones = wb.sample(mixture, range(8), steps=1, record_x=True, progress=False), np.ones((6, 4))
+    noise = np.random.default_rng(0).standard_normal((6, 4))
+    for words, call in (
+        ("1 timestep given", lambda: find(single)),
+        (
+            "sample 0 at timestep 500 has NaN",
+            lambda: separability_step({900: noise, 500: ones * np.nan}, np.arange(6) % 2, ALPHA_BARS, folds=2),
+        ),
+        ("different timesteps", lambda: radius_gap({900: ones, 500: ones}, {900: ones, 400: ones}, ALPHA_BARS)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -23,11 +23,7 @@ from workbench.diffusion.models import refuse_other_model
 from workbench.formats.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-BUNDLED = {
-    "avataaars32": "d24fc2efe1c1dd40",
-    "avataaars32-h": "f6abe8066c1f7a14",
-    "avataaars64": "3d7729cecc72861c",
-}
+BUNDLED = {"avataaars32": "d24fc2efe1c1dd40", "avataaars32-h": "f6abe8066c1f7a14", "avataaars64": "3d7729cecc72861c"}
 """The bundled models and their weights."""
 
 
@@ -39,16 +35,13 @@ def edit_json(path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def change_weights(folder, change) -> None:
-    path = folder / "unet" / WEIGHTS
-    save_file(change(load_file(path)), path)
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def use_bin(folder, change=lambda state: state) -> None:
-    """Replace the safetensors file by a .bin file."""
-    state = load_file(folder / "unet" / WEIGHTS)
-    (folder / "unet" / WEIGHTS).unlink()
-    torch.save(change(state), folder / "unet" / "diffusion_pytorch_model.bin")
+def refused(words, source, kind=ValueError, **options) -> None:
+    with pytest.raises(kind, match=words):
+        wb.load_model(source, **options)
 
 
 # What loads
@@ -103,7 +96,10 @@ def test_old_attention_names_in_a_bin_file_are_brought_up_to_date(tiny, tiny_fol
             name = name.replace(new, before)
         return name
 
-    use_bin(tiny_folder, lambda state: {old(name): tensor for name, tensor in state.items()})
+    state = load_file(tiny_folder / "unet" / WEIGHTS)
+    (tiny_folder / "unet" / WEIGHTS).unlink()
+    renamed = {old(name): tensor for name, tensor in state.items()}
+    torch.save(renamed, tiny_folder / "unet" / "diffusion_pytorch_model.bin")
     assert wb.load_model(tiny_folder, device="cpu").hash == tiny.hash
 
 
@@ -127,8 +123,7 @@ def test_weights_in_shards_load_and_a_missing_one_is_named(tiny, tiny_folder, su
     assert wb.load_model(tiny_folder, device="cpu").hash == tiny.hash
     lost = f"diffusion_pytorch_model-00001-of-00002{suffix}.safetensors"
     (tiny_folder / "unet" / lost).unlink()
-    with pytest.raises(FileNotFoundError, match=lost):
-        wb.load_model(tiny_folder, device="cpu")
+    refused(lost, tiny_folder, FileNotFoundError, device="cpu")
 
 
 @pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
@@ -168,16 +163,17 @@ def test_the_hash_is_the_weights_own(tiny, make_unet):
 
 
 def test_wrap_copies_so_that_your_network_stays_as_it_is(make_unet):
+    """The copy's weights are channels last, and compute what they did before."""
     unet = make_unet().train().requires_grad_(True)
     wrapped = wb.wrap(unet, DDPMScheduler(), name="copy", device="cpu")
-    before = wrapped(images_for(wrapped), 5)
-    assert unet.training
-    assert all(p.requires_grad for p in unet.parameters())
+    inner, before = wrapped.unet.unet, wrapped(images_for(wrapped), 5)
+    torch.testing.assert_close(before, make_unet()(images_for(wrapped), 5).sample, atol=1e-5, rtol=1e-5)
+    assert unet.training and all(p.requires_grad for p in unet.parameters()) and unet.conv_in.weight.is_contiguous()
     with torch.no_grad():
         unet.conv_in.weight.zero_()
     assert torch.equal(wrapped(images_for(wrapped), 5), before)
-    assert not any(p.requires_grad for p in wrapped.unet.unet.parameters())
-    assert not wrapped.unet.unet.training
+    assert not inner.training and not any(p.requires_grad for p in inner.parameters())
+    assert inner.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_schedule_is_the_schedulers(make_unet):
@@ -200,13 +196,6 @@ def test_lower_precision_agrees_and_gives_float32(tiny_folder, tiny):
     assert low.tapped("before").dtype == torch.bfloat16
 
 
-def test_weights_are_channels_last_and_compute_what_they_did_before(tiny, make_unet):
-    assert tiny.unet.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    plain = make_unet()
-    assert plain.conv_in.weight.is_contiguous()
-    torch.testing.assert_close(tiny(images_for(tiny), 500), plain(images_for(tiny), 500).sample, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_a_compiled_model_computes_the_same(tiny, tiny_folder):
@@ -227,8 +216,7 @@ def test_a_model_that_can_not_be_compiled_says_so(tiny_folder, monkeypatch):
         raise RuntimeError("no compiler\nand a long story")
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "forward", fail))
-    with pytest.raises(ValueError, match=r"tiny can't be compiled here \(no compiler\); load it with compile=False"):
-        wb.load_model(tiny_folder, device="cpu", compile=True)
+    refused(r"tiny .*\(no compiler\); load it with compile=False", tiny_folder, device="cpu", compile=True)
 
 
 def test_a_tapped_model_is_the_same_weights_elsewhere(tiny):
@@ -264,8 +252,9 @@ def test_loading_a_model_leaves_the_allocator_of_the_users_process_alone(tiny_fo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a CUDA device, and there is none")
-def test_a_seed_is_the_same_image_on_the_cpu_and_on_cuda(model):
-    gpu = wb.load_model("avataaars32", device="cuda")
+def test_cuda_agrees_with_the_cpu(model):
+    """A seed is the same image on both, and bfloat16 is near float32."""
+    gpu, low = (wb.load_model("avataaars32", device="cuda", dtype=dtype) for dtype in (None, "bfloat16"))
     options = {"seeds": range(4), "steps": 20, "eta": 1.0, "record_h": True, "progress": False}
     on_cpu, on_gpu = wb.sample(model, **options), wb.sample(gpu, **options)
     assert on_gpu.x0.device.type == "cpu"
@@ -275,15 +264,9 @@ def test_a_seed_is_the_same_image_on_the_cpu_and_on_cuda(model):
     # The record is copied beside the computing, so its last step must not be missed.
     assert on_gpu.h.values.is_pinned()
     torch.testing.assert_close(on_gpu.h.values[-1], on_cpu.h.values[-1], atol=0.2, rtol=0.2)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a CUDA device, and there is none")
-def test_bfloat16_on_cuda_is_near_float32_on_the_cpu(model):
-    gpu = wb.load_model("avataaars32", device="cuda", dtype="bfloat16")
-    x_t = torch.randn(4, *model.image_shape, generator=torch.Generator().manual_seed(0))
+    x_t = images_for(model, 4)
     with torch.inference_mode():
-        torch.testing.assert_close(gpu(x_t.cuda(), 500).cpu(), model(x_t, 500), atol=0.1, rtol=0.1)
+        torch.testing.assert_close(low(x_t.cuda(), 500).cpu(), model(x_t, 500), atol=0.1, rtol=0.1)
 
 
 # What does not
@@ -291,54 +274,42 @@ def test_bfloat16_on_cuda_is_near_float32_on_the_cpu(model):
 
 def test_a_name_that_is_none_lists_the_bundled_models_at_once():
     start = time.perf_counter()
-    for source, words in (
-        ("avatars", "no model 'avatars'"),
-        ("/no/such/folder", "no model"),
-        ("no/ddpm", "hf download no/ddpm"),
-    ):
-        with pytest.raises(FileNotFoundError, match=words) as error:
-            wb.load_model(source)
-        assert "avataaars32" in str(error.value)
+    for source, words in (("avatars", "'avatars'"), ("/no/such/folder", "no model"), ("no/ddpm", "download no/ddpm")):
+        refused(f"(?s)(?=.*avataaars32).*{words}", source, FileNotFoundError)
     assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("unet/config.json", "has no unet/config.json and no config.json"),
-        (f"unet/{WEIGHTS}", f"no weights; expected {WEIGHTS}"),
-        ("scheduler/scheduler_config.json", "has no scheduler_config.json"),
+        ("unet/config.json", "no unet/config.json and no config.json"),
+        (f"unet/{WEIGHTS}", WEIGHTS),
+        ("scheduler/scheduler_config.json", "scheduler_config.json"),
     ],
 )
 def test_a_missing_part_is_named(tiny_folder, missing, message):
     (tiny_folder / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=message):
-        wb.load_model(tiny_folder)
+    refused(message, tiny_folder, FileNotFoundError)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\udc80"])
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
 def test_a_config_that_is_no_json_object_is_named(tiny_folder, name, content):
     (tiny_folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=os.path.basename(name)):
-        wb.load_model(tiny_folder)
+    refused(os.path.basename(name), tiny_folder)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_truncated_weights_file_is_refused(tiny_folder, kind):
-    if kind == "bin":
-        use_bin(tiny_folder)
-    (weights,) = (tiny_folder / "unet").glob(f"*.{kind}")
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(ValueError, match=f"{weights.name} can't be read as weights; it is truncated"):
-        wb.load_model(tiny_folder)
-
-
-@pytest.mark.parametrize("wrong", [[1, 2], {"state_dict": {}}, torch.zeros(2)])
-def test_a_bin_file_of_something_else_is_refused(tiny_folder, wrong):
-    use_bin(tiny_folder, lambda state: wrong)
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin"):
-        wb.load_model(tiny_folder)
+def test_a_truncated_weights_file_or_one_of_something_else_is_refused(tiny_folder, make_unet):
+    weights, single = (tiny_folder / "unet" / name for name in (WEIGHTS, "diffusion_pytorch_model.bin"))
+    cut(weights)
+    refused(f"{WEIGHTS} can't be read as weights; it is truncated", tiny_folder)
+    weights.unlink()
+    for wrong in ([1, 2], {"state_dict": {}}, torch.zeros(2)):
+        torch.save(wrong, single)
+        refused(single.name, tiny_folder)
+    torch.save(make_unet().state_dict(), single)
+    cut(single)
+    refused(f"{single.name} can't be read as weights; it is truncated", tiny_folder)
 
 
 class Malicious:
@@ -353,8 +324,7 @@ class Malicious:
 def test_a_pickle_is_refused_and_not_executed(tiny_folder, tmp_path, write):
     (tiny_folder / "unet" / WEIGHTS).unlink()
     write({"weight": Malicious(tmp_path / "executed")}, tiny_folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="can't be read as weights"):
-        wb.load_model(tiny_folder)
+    refused("can't be read as weights", tiny_folder)
     assert not (tmp_path / "executed").exists()
 
 
@@ -373,55 +343,35 @@ def with_two_values(state, value: float):
     ],
 )
 def test_weights_that_can_not_be_the_networks_are_named(tiny_folder, change, words):
-    change_weights(tiny_folder, change)
-    with pytest.raises(ValueError, match=words):
-        wb.load_model(tiny_folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"block_out_channels": [12, 16]}, r"conv_in.weight: .*\[8, 3, 3, 3\].*\[12, 3, 3, 3\]"),
-        ({"block_out_channels": [8]}, "does not describe a U-Net that diffusers can build"),
-        ({"down_block_types": ["NoSuchBlock", "DownBlock2D"]}, "does not describe a U-Net"),
-        ({"norm_num_groups": 5}, "does not describe a U-Net"),
-        ({"attention_head_dim": 0}, "does not describe a U-Net"),
-        ({"mid_block_type": None}, "has no middle block"),
-        ({"_class_name": "UNet2DConditionModel"}, "describes UNet2DConditionModel"),
-    ],
-)
-def test_a_config_of_another_network_is_refused(tiny_folder, changes, words):
-    edit_json(tiny_folder / "unet" / "config.json", **changes)
-    with pytest.raises(ValueError, match=words):
-        wb.load_model(tiny_folder)
+    path = tiny_folder / "unet" / WEIGHTS
+    save_file(change(load_file(path)), path)
+    refused(words, tiny_folder)
 
 
 @pytest.mark.parametrize("part", ["vae", "vqvae", "text_encoder"])
 def test_a_latent_diffusion_model_is_refused_with_what_is_supported(tiny_folder, part):
     index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], part: ["diffusers", "VQModel"]}
     (tiny_folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"latent-diffusion model \(it has {part}\).*denoise pixels"):
-        wb.load_model(tiny_folder)
+    refused(rf"latent-diffusion model \(it has {part}\).*denoise pixels", tiny_folder)
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"prediction_type": "v_prediction"}, "predicts 'v_prediction'"),
-        ({"prediction_type": "sample"}, "predicts 'sample'"),
-        ({"predict_epsilon": False}, "predicts 'sample'"),
+        ({"prediction_type": "v_prediction"}, "'v_prediction'"),
+        ({"prediction_type": "sample"}, "'sample'"),
+        ({"predict_epsilon": False}, "'sample'"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"trained_betas": [0.1, 1.0]}, "zero terminal SNR"),
-        ({"beta_schedule": "cosine"}, "scheduler_config.json .*cosine is not implemented"),
-        ({"num_train_timesteps": -3}, "scheduler_config.json has no noise schedule that can be used"),
-        ({"timestep_spacing": "even"}, "scheduler_config.json .*'even' is not known"),
+        ({"beta_schedule": "cosine"}, "scheduler_config.json .*cosine"),
+        ({"num_train_timesteps": -3}, "scheduler_config.json"),
+        ({"timestep_spacing": "even"}, "scheduler_config.json .*'even'"),
     ],
 )
 def test_a_schedule_that_can_not_be_used_is_named_before_weights_are_read(tiny_folder, changes, words):
     (tiny_folder / "unet" / WEIGHTS).write_bytes(b"not read")
     edit_json(tiny_folder / "scheduler" / "scheduler_config.json", **changes)
-    with pytest.raises(ValueError, match=words):
-        wb.load_model(tiny_folder)
+    refused(words, tiny_folder)
 
 
 @pytest.mark.parametrize("changes, T", [({"predict_epsilon": True}, 1000), ({"timesteps": 200}, 200)])
@@ -438,8 +388,7 @@ def test_a_scheduler_without_alpha_bar_is_refused(make_unet, tiny_folder):
         wb.wrap(make_unet(), FlowMatchEulerDiscreteScheduler(), name="flow")
     shutil.rmtree(tiny_folder / "scheduler")
     FlowMatchEulerDiscreteScheduler().save_pretrained(tiny_folder / "scheduler")
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
-        wb.load_model(tiny_folder)
+    refused("FlowMatchEulerDiscreteScheduler", tiny_folder)
 
 
 LEVELS = {"block_out_channels": [8] * 4, "down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4}
@@ -448,35 +397,36 @@ LEVELS = {"block_out_channels": [8] * 4, "down_block_types": ["DownBlock2D"] * 4
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({"block_out_channels": [12, 16]}, r"conv_in.weight: .*\[8, 3, 3, 3\].*\[12, 3, 3, 3\]"),
+        ({"block_out_channels": [8]}, "does not describe a U-Net"),
+        ({"down_block_types": ["NoSuchBlock", "DownBlock2D"]}, "does not describe a U-Net"),
+        ({"norm_num_groups": 5}, "does not describe a U-Net"),
+        ({"attention_head_dim": 0}, "does not describe a U-Net"),
+        ({"mid_block_type": None}, "no middle block"),
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
         ({"sample_size": 7}, "sample_size is 7.*multiples of 2"),
         ({"sample_size": 28, **LEVELS}, "sample_size is 28.*multiples of 8"),
         ({"sample_size": [8, 9]}, r"sample_size is \[8, 9\]"),
         ({"sample_size": "8"}, "sample_size is '8'"),
         ({"sample_size": 0}, "sample_size is 0"),
+        ({"sample_size": None}, "sample_size"),
         ({"in_channels": 6}, "in_channels is 6 and out_channels is 3"),
         ({"out_channels": 4}, "in_channels is 3 and out_channels is 4"),
-        ({"attention_head_dim": 32}, "attention_head_dim is 32, and attention here is 16 channels wide"),
-        ({"sample_size": None}, "sample_size"),
+        ({"attention_head_dim": 32}, "attention_head_dim is 32, .* 16 channels"),
     ],
 )
-def test_sizes_that_no_image_passes_through_are_refused_at_load_and_named(tiny_folder, changes, words):
+def test_a_config_of_another_network_or_of_no_images_size_is_refused(tiny_folder, changes, words):
     edit_json(tiny_folder / "unet" / "config.json", **changes)
-    for load in (wb.load_model, load_shapes):
+    refused(words, tiny_folder)
+    if "_class_name" not in changes and "conv_in" not in words:  # as weights are not read for the shapes
         with pytest.raises(ValueError, match=words):
-            load(tiny_folder)
+            load_shapes(tiny_folder)
 
 
-def test_an_unknown_precision_is_refused_and_the_known_ones_are_listed(tiny_folder):
-    with pytest.raises(ValueError, match="'int8' is not known; it is one of float32, bfloat16, float16"):
-        wb.load_model(tiny_folder, dtype="int8")
-
-
-@pytest.mark.parametrize("device", ["cuda", "warp-drive"])
-def test_a_device_that_is_not_there_is_refused(tiny_folder, device):
-    if device == "cuda" and torch.cuda.is_available():
-        device = "cuda:99"
-    with pytest.raises(ValueError, match=f"device '{device}'"):
-        wb.load_model(tiny_folder, device=device)
+def test_a_precision_or_a_device_that_is_not_there_is_refused(tiny_folder):
+    refused("'int8' .*one of float32, bfloat16, float16", tiny_folder, dtype="int8")
+    for device in ("cuda:99" if torch.cuda.is_available() else "cuda", "warp-drive"):
+        refused(f"device '{device}'", tiny_folder, device=device)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from planted import planted, planted_boundary
 from safetensors.torch import save_file
-from test_session import planted
 
 import workbench as wb
 from workbench import cli, paths
-from workbench.directions.boundary import Boundary
 from workbench.directions.direction import load_direction
 from workbench.io import written
 from workbench.studio.server import find_editables
@@ -95,11 +94,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 # Every function that takes a path. A new one has to be entered here: the parameters are found by their annotations.
 
 
-def boundary(model) -> Boundary:
-    unit = torch.ones(model.h_shape) / torch.ones(model.h_shape).norm()
-    return Boundary(unit, 0.0, 500, "h", "b", {"model": model.provenance(), "method": "planted", "parameters": {}})
-
-
 @pytest.fixture(scope="module")
 def calls(tiny):
     run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
@@ -110,7 +104,7 @@ def calls(tiny):
     picture = wb.plots.image_grid(images)
     return {
         "Benchmark.save.folder": lambda path: wb.Benchmark.save(None, path),
-        "Boundary.save.path": lambda path: boundary(tiny).save(path),
+        "Boundary.save.path": lambda path: planted_boundary(tiny, "h", 500).save(path),
         "Direction.save.path": direction.save,
         "EditGrid.load.path": wb.EditGrid.load,
         "EditGrid.save.path": wb.EditGrid(images, ("a",), ("b",), {}).save,
@@ -264,7 +258,7 @@ def test_every_option_takes_a_home_folder_and_says_in_one_sentence_what_is_wrong
         arguments += [*BESIDE.get(option, BESIDE.get(f"{command} {option}", ())), option, absent]
     made = {"MODEL": tiny_folder, "IMAGES": paths.data() / "avataaars"}
     if "BOUNDARY" in arguments:
-        made["BOUNDARY"] = boundary(tiny).save(tmp_path / "b.safetensors")
+        made["BOUNDARY"] = planted_boundary(tiny, "h", 500).save(tmp_path / "b.safetensors")
     if "RECIPE" in arguments:
         run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
         session = EditSession(tiny, run, planted(tiny, run, 1, "d"))

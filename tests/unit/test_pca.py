@@ -112,18 +112,15 @@ def test_order_swapped_and_signs_flipped_between_timesteps_are_repaired(tmp_path
     np.testing.assert_allclose(torch.stack([pc.sigma for pc in aligned], dim=1), sigmas, rtol=0.01)
 
 
-def test_a_component_is_matched_even_if_it_falls_out_of_the_first_k_for_a_while(tmp_path):
+def test_one_component_follows_a_factor_that_falls_back_for_a_while_and_takes_one_that_appears_late(tmp_path):
     _, axes, _, z = planted(steps=3)
-    sigmas = np.array([[8, 2, 1.5, 1], [1, 3, 2, 1.5], [8, 2, 1.5, 1]])
-    pcs = find_pca(make_store(tmp_path / "h.zarr", np.einsum("nj,tj,tjd->ntd", z, sigmas, axes)), 1)
-    assert np.abs((units_of(pcs)[:, 0] * axes[:, 0]).sum(axis=1)).min() > 0.99
-
-
-def test_a_factor_that_appears_late_is_not_lost_to_one_that_matters_early_only(tmp_path):
-    _, axes, _, z = planted(steps=3)
-    sigmas = np.array([[8, 2, 1.5, 0.1], [3, 2, 1.5, 20], [3, 2, 1.5, 20]])
-    pcs = find_pca(make_store(tmp_path / "h.zarr", np.einsum("nj,tj,tjd->ntd", z, sigmas, axes)), 1)
-    assert abs((units_of(pcs)[2, 0] * axes[2, 3]).sum()) > 0.99
+    for last, sigmas, steps in (
+        (0, [[8, 2, 1.5, 1], [1, 3, 2, 1.5], [8, 2, 1.5, 1]], [0, 1, 2]),
+        (3, [[8, 2, 1.5, 0.1], [3, 2, 1.5, 20], [3, 2, 1.5, 20]], [2]),
+    ):
+        h = np.einsum("nj,tj,tjd->ntd", z, np.array(sigmas), axes)
+        found = units_of(find_pca(make_store(tmp_path / f"{last}.zarr", h), 1))[:, 0]
+        assert np.abs((found * axes[:, last]).sum(axis=1))[steps].min() > 0.99
 
 
 def test_alignment_does_not_depend_on_signs_and_order_that_a_decomposition_returns():
@@ -260,16 +257,11 @@ def test_the_interval_of_a_component_that_is_nearly_all_of_few_samples_holds_its
         assert (low > 0.99).all()
 
 
-def test_the_same_seed_gives_the_same_result(tmp_path):
+def test_result_is_a_sequence_of_directions_with_provenance_and_the_same_for_the_same_seed(tmp_path):
     store = make_store(tmp_path / "h.zarr", planted()[0])
-    one, other = find_pca(store, 3), find_pca(store, 3)
-    assert np.array_equal(units_of(one), units_of(other))
-    assert np.array_equal(one.explained_variance_interval, other.explained_variance_interval)
-
-
-def test_result_is_a_sequence_of_directions_with_provenance(tmp_path):
-    store = make_store(tmp_path / "h.zarr", planted()[0])
-    pcs = find_pca(store, 4, n=200)
+    pcs, again = find_pca(store, 4, n=200), find_pca(store, 4, n=200)
+    assert np.array_equal(units_of(pcs), units_of(again))
+    assert np.array_equal(pcs.explained_variance_interval, again.explained_variance_interval)
     assert isinstance(pcs, Sequence) and len(pcs) == 4
     assert [pc.name for pc in pcs] == ["PC1", "PC2", "PC3", "PC4"]
     assert [pc.name for pc in pcs[1:3]] == ["PC2", "PC3"] and pcs[-1] is pcs[3]
@@ -281,24 +273,21 @@ def test_result_is_a_sequence_of_directions_with_provenance(tmp_path):
     assert provenance["parameters"] == {"component": 2, "k": 4, "joint": False, "n": 200, "align": True, "seed": 0}
     assert pcs.scores.shape == (200, 3, 4) and pcs.explained_variance_interval.shape == (3, 4, 2)
     assert "\n" not in repr(pcs) and "4 of 200 samples" in repr(pcs)
-
-
-def test_a_store_of_one_timestep_has_no_neighbours(tmp_path):
-    pcs = find_pca(make_store(tmp_path / "h.zarr", planted(steps=1)[0]), 2)
-    assert pcs.matched_cosine.shape == (0, 2) and len(pcs[0].timesteps) == 1
+    single = find_pca(make_store(tmp_path / "single.zarr", planted(steps=1)[0]), 2)
+    assert single.matched_cosine.shape == (0, 2) and len(single[0].timesteps) == 1
 
 
 def test_k_and_n_out_of_range_are_refused(tmp_path):
     store = make_store(tmp_path / "h.zarr", planted(n=12)[0])
     assert len(find_pca(store, 11)) == 11
-    with pytest.raises(ValueError, match="k is 12; 12 samples of 20 values have 1 to 11 components"):
-        find_pca(store, 12)
-    with pytest.raises(ValueError, match="k is 0"):
-        find_pca(store, 0)
-    with pytest.raises(ValueError, match="k is 5; 4 samples"):
-        find_pca(store, 5, n=4)
-    with pytest.raises(ValueError, match="n is 13; .* 2 to 12 samples"):
-        find_pca(store, 2, n=13)
+    for k, options, message in (
+        (12, {}, "k is 12; 12 samples of 20 values have 1 to 11"),
+        (0, {}, "k is 0"),
+        (5, {"n": 4}, "k is 5; 4 samples"),
+        (2, {"n": 13}, "n is 13; .* 2 to 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_pca(store, k, **options)
 
 
 @pytest.mark.parametrize("limit", [0, 2**31])

@@ -56,8 +56,7 @@ class TestImageGrid:
         edges = np.flatnonzero(np.diff(inner[len(inner) // 2].astype(int)))
         assert len(set(np.diff(edges))) == 1
 
-    def test_orientation_and_colour_survive_drawing(self):
-        image = -np.ones((1, 3, 32, 32))
+        image = -np.ones((1, 3, 32, 32))  # orientation and colour
         image[0, 0, :16, :16] = 1
         picture = drawn(plots.image_grid(image))
         height, width = picture.shape[:2]
@@ -103,17 +102,14 @@ class TestImageGrid:
         with pytest.raises(ValueError, match=message):
             plots.image_grid(change(images))
 
-    @pytest.mark.parametrize(
-        ("shape", "options", "message"),
-        [
+    def test_refuses_labels_that_do_not_match(self, images):
+        for shape, options, message in (
             ((12,), {"titles": ["a", "b"]}, "titles has 2 entries for 12 images"),
             ((12,), {"columns": 0}, "columns is 0"),
             ((3, 4), {"columns": 2}, "leave out the argument `columns`"),
-        ],
-    )
-    def test_refuses_labels_that_do_not_match(self, images, shape, options, message):
-        with pytest.raises(ValueError, match=message):
-            plots.image_grid(images.reshape(*shape, 3, 8, 8), **options)
+        ):
+            with pytest.raises(ValueError, match=message):
+                plots.image_grid(images.reshape(*shape, 3, 8, 8), **options)
 
 
 class TestCurves:
@@ -177,7 +173,7 @@ class TestCurves:
 
 
 class TestScatter:
-    def test_shows_every_point_and_a_colour_bar(self, images):
+    def test_shows_every_point_and_a_colour_bar_or_a_legend(self, images):
         points = np.random.default_rng(0).normal(size=(12, 2))
         color = np.arange(12.0)
         figure = plots.scatter(points, color=color, xlabel="PC 1", ylabel="PC 2", color_label="score")
@@ -186,7 +182,6 @@ class TestScatter:
         assert np.allclose(dots.get_array(), color)
         assert "score" in texts(figure)
 
-    def test_words_get_a_legend(self):
         figure = plots.scatter(np.eye(3, 2), color=["cat", "dog", "cat"], xlabel="x", ylabel="y", color_label="animal")
         legend = figure.axes[0].get_legend()
         assert [text.get_text() for text in legend.get_texts()] == ["cat", "dog"]
@@ -233,11 +228,8 @@ class TestScatter:
 
 class TestScatterHover:
     def test_each_point_carries_its_own_thumbnail(self, images):
-        points = np.random.default_rng(0).normal(size=(12, 2))
-        figure = plots.scatter_hover(
-            points, images, xlabel="PC 1", ylabel="PC 2", text=[f"face {i}" for i in range(12)]
-        )
-        (trace,) = figure.data
+        points, names = np.random.default_rng(0).normal(size=(12, 2)), [f"face {i}" for i in range(12)]
+        (trace,) = plots.scatter_hover(points, images, xlabel="PC 1", ylabel="PC 2", text=names).data
         assert np.allclose(np.stack([trace.x, trace.y], 1), points)
         for i, (uri, text) in enumerate(trace.customdata):
             pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
@@ -251,7 +243,7 @@ class TestScatterHover:
         for page in (bundle["text/html"], path.read_text(encoding="utf-8")):
             assert "plotly_hover" in page and not re.search(r"<script[^>]*\ssrc=", page)
 
-    def test_categories_and_space(self, images):
+    def test_categories_and_space_and_large_images_are_reduced(self, images):
         figure = plots.scatter_hover(
             np.zeros((12, 3)), images, color=np.arange(12) % 2 == 0, xlabel="x", ylabel="y", zlabel="z", title="T"
         )
@@ -262,7 +254,6 @@ class TestScatterHover:
             f"sample {i}\ncolour: {i % 2 == 0}" for i in range(12)
         }
 
-    def test_large_images_are_reduced(self):
         figure = plots.scatter_hover(np.zeros((1, 2)), np.zeros((1, 3, 256, 256)), xlabel="x", ylabel="y")
         uri = figure.data[0].customdata[0][0]
         assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (64, 64)
@@ -294,22 +285,17 @@ class TestSaveFigure:
         assert [path.name for path in tmp_path.iterdir()] == ["f.pdf"]
         assert (tmp_path / "f.pdf").read_text() == "old"
 
-    def test_refuses_what_is_no_figure(self, tmp_path):
         with pytest.raises(ValueError, match="got ndarray"):
             plots.save_figure(np.zeros(3), tmp_path / "f")
 
 
-def test_figures_change_no_settings_outside(images):
+def test_figures_change_no_settings_outside_and_use_the_palette(images):
     before = json.dumps({key: str(value) for key, value in matplotlib.rcParams.items()})
     plots.image_grid(images)
     plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")._repr_png_()
     assert json.dumps({key: str(value) for key, value in matplotlib.rcParams.items()}) == before
-
-
-def test_the_style_uses_the_palette():
     with matplotlib.style.context(plots.STYLE):
-        cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
-    assert cycle == list(plots.PALETTE)
+        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(plots.PALETTE)
 
 
 def test_bars_draw_each_series_at_its_heights():
@@ -413,11 +399,8 @@ def test_strips_have_a_row_a_method_and_white_cells_where_it_has_fewer_strengths
     figure = plots.edit_strips(strips, "A", names=["one", "two"])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["long", "short"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "edit 1", "edit 2", "edit 3", "two"] + [
-        "edit 1",
-        "edit 2",
-        "edit 3",
-    ]
+    edits = [f"edit {i}" for i in (1, 2, 3)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", *edits, "two", *edits]
     cells = [image.get_array() for image in axes.images]
     assert [int(cell.min()) for cell in cells] == [127 + 1] * 8 + [128, 128, 255, 255] * 2
     with pytest.raises(ValueError, match="there is no strip of 'B'; there are 'A'"):

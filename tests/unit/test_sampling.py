@@ -75,6 +75,8 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_the_order_of_seeds(tiny, r
 def test_different_seeds_and_different_eta_are_different_images(tiny, run):
     assert (run.x0[0] - run.x0[1]).abs().max() > 0.1
     assert (sample(tiny, eta=0.0).x0 - run.x0).abs().max() > 0.1
+    noise = sample(tiny, eta=[1.0, 0.0, 1.0, 1.0]).noise
+    assert [z.abs().sum().item() > 0 for z in noise] == [True, False, True, False], "nor does the last step add any"
 
 
 def test_the_noise_of_a_timestep_does_not_depend_on_which_others_are_visited(tiny):
@@ -82,11 +84,6 @@ def test_the_noise_of_a_timestep_does_not_depend_on_which_others_are_visited(tin
     assert torch.equal(a.noise[1], step_noise(range(3), tiny.image_shape, t=500))
     assert torch.equal(b.noise[0], step_noise(range(3), tiny.image_shape, t=700))
     assert b.noise[1].abs().sum() == 0
-
-
-def test_the_last_step_and_deterministic_steps_add_no_noise(tiny):
-    run = sample(tiny, eta=[1.0, 0.0, 1.0, 1.0])
-    assert [z.abs().sum().item() > 0 for z in run.noise] == [True, False, True, False]
 
 
 def test_samples_that_diverge_are_said_with_their_range(tiny, monkeypatch):
@@ -128,48 +125,32 @@ def test_replay_is_exact_to_the_bit(tiny, run):
     assert torch.equal(again.x0, run.x0)
     assert torch.equal(again.h.values, run.h.values)
     assert torch.equal(again.x.values, run.x.values)
-    uneven = sample(tiny, range(5), batch_size=2)
-    assert torch.equal(wb.replay(uneven, progress=False).x0, uneven.x0)
-
-
-def test_replay_of_an_edited_run_is_the_edited_image(tiny):
     edited = sample(tiny, delta_h=torch.ones(STEPS, *tiny.h_shape))
-    assert torch.equal(wb.replay(edited, progress=False).x0, edited.x0)
+    for other in (sample(tiny, range(5), batch_size=2), edited):
+        assert torch.equal(wb.replay(other, progress=False).x0, other.x0)
 
 
-@pytest.mark.parametrize(
-    ("index", "positions"),
-    [
-        (0, [0]),
-        (-1, [2]),
-        (np.int64(1), [1]),
-        (slice(1, None), [1, 2]),
-        ([2, 0], [2, 0]),
-        ([1], [1]),
-        (range(2), [0, 1]),
-    ],
-)
-def test_a_part_of_a_run_is_a_run_of_these_samples(tiny, index, positions):
-    run = sample(
-        tiny,
-        record_h=True,
-        record_x=True,
-        delta_h=torch.arange(3.0).view(1, 3, 1, 1, 1).expand(STEPS, 3, *tiny.h_shape),
-    )
-    part = run[index]
-    assert len(part) == len(positions)
-    assert part.seeds == tuple(positions)
-    assert torch.equal(part.x0, run.x0[positions])
-    assert torch.equal(part.x_T, run.x_T[positions])
-    assert torch.equal(part.h.values, run.h.values[:, positions])
-    assert torch.equal(part.x.values, run.x.values[:, positions])
-    close(wb.replay(part, progress=False).x0, part.x0)
-
-
-def test_a_position_that_is_not_there_is_an_index_error(run):
+def test_a_part_of_a_run_is_a_run_of_these_samples(tiny):
+    delta = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(STEPS, 3, *tiny.h_shape)
+    run = sample(tiny, record_h=True, record_x=True, delta_h=delta)
+    for index, positions in (
+        *((0, [0]), (-1, [2]), (np.int64(1), [1]), (slice(1, None), [1, 2])),
+        *(([2, 0], [2, 0]), ([1], [1]), (range(2), [0, 1])),
+    ):
+        part = run[index]
+        assert len(part) == len(positions)
+        assert part.seeds == tuple(positions)
+        assert torch.equal(part.x0, run.x0[positions])
+        assert torch.equal(part.x_T, run.x_T[positions])
+        assert torch.equal(part.h.values, run.h.values[:, positions])
+        assert torch.equal(part.x.values, run.x.values[:, positions])
+        close(wb.replay(part, progress=False).x0, part.x0)
     with pytest.raises(IndexError):
         run[3]
     assert [r.seeds for r in run] == [(0,), (1,), (2,)]
+    t = run.timesteps[1]
+    for i in (0, -1, np.int64(1)):
+        np.testing.assert_array_equal(run.h[i].at(t), run.h.at(t)[[i]])
 
 
 def test_records_are_in_the_order_of_samples_and_timesteps(tiny, run):
@@ -184,21 +165,16 @@ def test_records_are_in_the_order_of_samples_and_timesteps(tiny, run):
 
 
 def test_x_t_is_the_same_kept_or_computed_again(tiny, run):
-    bare = sample(tiny)
-    for t in run.timesteps:
-        assert torch.equal(bare.x_at(t), run.x_at(t))
-    edited = sample(tiny, delta_h=torch.ones(STEPS, *tiny.h_shape), record_x=True)
-    for t in run.timesteps:
-        assert torch.equal(sample(tiny, delta_h=torch.ones(STEPS, *tiny.h_shape)).x_at(t), edited.x_at(t))
+    for options in ({}, {"delta_h": torch.ones(STEPS, *tiny.h_shape)}):
+        kept, bare = sample(tiny, record_x=True, **options), sample(tiny, **options)
+        for t in run.timesteps:
+            assert torch.equal(bare.x_at(t), kept.x_at(t))
 
 
 def test_an_unvisited_timestep_is_refused_with_its_neighbours(run):
-    message = r"timestep 610 was not visited; 4 steps of 1000 visit 750, 500, 250, 0 \(nearest 750 or 500\)"
     for ask in (run.h.at, run.x.at, run.x_at):
-        with pytest.raises(ValueError, match="timestep 610 was not visited; 4 steps"):
+        with pytest.raises(ValueError, match=r"timestep 610 was not visited; 4 steps .*nearest 750 or 500"):
             ask(610)
-    with pytest.raises(ValueError, match=message):
-        run.x_at(610)
 
 
 def test_results_can_be_differentiated_by_their_user(tiny, run):
@@ -217,20 +193,14 @@ def test_the_reprs_are_one_line_and_say_what_is_there(run):
 # Edits of h
 
 
-def test_adding_zero_changes_nothing_to_the_bit_and_adding_something_does(tiny, run):
-    zero = torch.zeros(STEPS, *tiny.h_shape)
-    assert torch.equal(sample(tiny, delta_h=zero).x0, run.x0)
-    plus, minus = sample(tiny, delta_h=zero + 1).x0, sample(tiny, delta_h=zero - 1).x0
-    assert (plus - run.x0).abs().max() > 1e-3
-    assert (plus - minus).abs().max() > 1e-3
-
-
-def test_delta_h_can_differ_from_sample_to_sample(tiny, run):
+def test_delta_h_of_zero_changes_nothing_to_the_bit_and_it_can_differ_from_sample_to_sample(tiny, run):
+    assert torch.equal(sample(tiny, delta_h=torch.zeros(STEPS, *tiny.h_shape)).x0, run.x0)
     delta = torch.zeros(STEPS, 3, *tiny.h_shape)
     delta[:, 1] = 1.0
     edited = sample(tiny, delta_h=delta).x0
     close(edited[[0, 2]], run.x0[[0, 2]])
-    assert (edited[1] - run.x0[1]).abs().max() > 1e-3
+    for other in (run.x0, sample(tiny, delta_h=-delta).x0):
+        assert (edited[1] - other[1]).abs().max() > 1e-3
     close(sample(tiny, delta_h=delta, batch_size=1).x0, edited)
 
 
@@ -279,16 +249,7 @@ def test_a_state_is_reached_once(tiny, monkeypatch):
     assert torch.equal(again.reached(2), again.reached(2)) and len(passes) == 2
 
 
-def test_one_sample_of_a_record_is_a_record_of_one_sample(tiny, run):
-    t = run.timesteps[1]
-    for i in (0, -1, np.int64(1)):
-        np.testing.assert_array_equal(run.h[i].at(t), run.h.at(t)[[i]])
-
-
-@pytest.mark.parametrize("shape", [(3, 16, 4, 4), (4, 16, 4), (4, 2, 16, 4, 4), (4, 16, 2, 2), (16, 4, 4)])
-def test_a_delta_h_of_another_shape_is_refused_with_the_right_ones(tiny, shape):
-    with pytest.raises(ValueError, match=r"this run takes \(4, 16, 4, 4\) or \(4, 3, 16, 4, 4\)"):
-        sample(tiny, delta_h=torch.zeros(shape))
+SHAPES = ((3, 16, 4, 4), (4, 16, 4), (4, 2, 16, 4, 4), (4, 16, 2, 2), (16, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +263,7 @@ def test_a_delta_h_of_another_shape_is_refused_with_the_right_ones(tiny, shape):
         ({"eta": 2.0}, "eta must lie"),
         ({"eta": [1.0]}, "1 values for 4 steps"),
         ({"batch_size": 0}, "batch_size is 0"),
+        *(({"delta_h": torch.zeros(shape)}, r"\(4, 16, 4, 4\) or \(4, 3, 16, 4, 4\)") for shape in SHAPES),
     ],
 )
 def test_bad_input_is_a_sentence(tiny, options, message):
@@ -316,9 +278,9 @@ def test_a_linear_model_is_inverted_exactly_by_fixed_points(tiny, monkeypatch):
     """eps = c x_t: the step is a multiplication, so that inverse and reconstruction are known."""
     c = 0.3
     monkeypatch.setattr(type(tiny), "decode", lambda self, b, delta_h=None: c * b.skips)
-    monkeypatch.setattr(type(tiny), "encode", lambda self, x, t: _State(x))
+    monkeypatch.setattr(type(tiny), "encode", lambda self, x, t: SimpleNamespace(skips=x, h=x))
     monkeypatch.setattr(type(tiny), "__call__", lambda self, x, t: c * x)
-    images = torch.rand(2, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = some_images(tiny)
     inverted = wb.invert(tiny, images, steps=50, method="fixed-point", iterations=60, progress=False)
     factor = 1.0
     for t, t_prev in tiny.schedule.pairs(50):
@@ -328,14 +290,13 @@ def test_a_linear_model_is_inverted_exactly_by_fixed_points(tiny, monkeypatch):
     torch.testing.assert_close(wb.replay(inverted, progress=False).x0, images, atol=1e-4, rtol=1e-3)
 
 
-class _State:
-    def __init__(self, x):
-        self.skips = self.h = x
+def some_images(model):
+    return torch.rand(2, *model.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def test_inversion_is_the_ddim_equation_backwards(tiny):
-    images = torch.rand(2, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x_t, schedule = images, tiny.schedule
+    images, schedule = some_images(tiny), tiny.schedule
+    x_t = images
     with torch.inference_mode():
         for t, t_prev in reversed(schedule.pairs(STEPS)):
             eps = tiny(x_t, max(t_prev, 0))
@@ -374,14 +335,8 @@ def test_images_of_every_kind_are_inverted_alike(tiny, tmp_path):
     labelled = wb.load_images(tmp_path)
     tensor = torch.from_numpy(values[:, 1:9]).permute(0, 3, 1, 2) / 127.5 - 1
     plain = wb.invert(tiny, tensor, steps=2, progress=False).x_T
-    for images in (
-        labelled,
-        pictures,
-        list(tensor),
-        tuple(tensor.split(1)),
-        tensor.numpy(),
-        [labelled[0], pictures[1]],
-    ):
+    kinds = (labelled, pictures, list(tensor), tuple(tensor.split(1)), tensor.numpy(), [labelled[0], pictures[1]])
+    for images in kinds:
         torch.testing.assert_close(wb.invert(tiny, images, steps=2, progress=False).x_T, plain)
     torch.testing.assert_close(wb.invert(tiny, pictures[0], steps=2, progress=False).x_T, plain[:1])
 
@@ -389,22 +344,24 @@ def test_images_of_every_kind_are_inverted_alike(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 3, 16, 16), r"shape \(2, 3, 16, 16\); tiny takes \(n, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 16, 16), r"\(2, 3, 16, 16\); tiny takes \(n, 3, 8, 8\)"),
         (torch.zeros(3, 8, 8), r"tiny takes \(n, 3, 8, 8\)"),
-        (torch.zeros(0, 3, 8, 8), r"shape \(0, 3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), r"\(0, 3, 8, 8\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "x / 127.5 - 1"),
         (torch.full((1, 3, 8, 8), 255.0), "x / 127.5 - 1"),
         (torch.full((1, 3, 8, 8), math.nan), "finite floats"),
-        ("photo.png", "images are a str; .*load_image"),
-        (None, "images are a NoneType"),
-        ([], r"shape \(0,\)"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"shape \(1, 3, 8, 9\)"),
+        ("photo.png", "a str; .*load_image"),
+        (None, "a NoneType"),
+        ([], r"\(0,\)"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"\(1, 3, 8, 9\)"),
         ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), math.nan)], "finite floats"),
     ],
 )
 def test_what_is_no_image_of_the_models_is_refused_before_it_is_inverted(tiny, images, message):
     with pytest.raises(ValueError, match=message):
         wb.invert(tiny, images, progress=False)
+    with pytest.raises(ValueError, match="'null-text' .*one of ddim, fixed-point"):
+        wb.invert(tiny, torch.zeros(1, *tiny.image_shape), method="null-text")
 
 
 def test_images_between_0_and_1_are_warned_of(tiny, recwarn):
@@ -418,11 +375,6 @@ def test_images_between_0_and_1_are_warned_of(tiny, recwarn):
     with pytest.warns(UserWarning, match=r"images in \[0, 1\].*2 \* x - 1") as said:
         wb.invert(tiny, images, steps=1, progress=False)
     assert said[0].filename == __file__
-
-
-def test_an_unknown_method_of_inversion_is_refused(tiny):
-    with pytest.raises(ValueError, match="'null-text' is not known; it is one of ddim, fixed-point"):
-        wb.invert(tiny, torch.zeros(1, *tiny.image_shape), method="null-text")
 
 
 # Batches and bars

@@ -103,16 +103,9 @@ def test_the_asymmetric_step_splits_the_change_between_p_and_d(linear):
 @pytest.mark.parametrize(
     ("steps", "eta", "first", "median", "largest"),
     [
-        (10, 0, 1.7, 2.0, 2.6),
-        (10, 1, 1.2, 1.3, 1.6),
-        (25, 0, 3.2, 4.2, 5.6),
-        (25, 1, 1.9, 2.4, 3.1),
-        (50, 0, 5.6, 7.9, 10.6),
-        (50, 1, 3.1, 4.2, 5.6),
-        (100, 0, 11, 15, 21),
-        (100, 1, 5.5, 7.9, 10.6),
-        (1000, 0, 99, 148, 202),
-        (1000, 1, 50, 74, 101),
+        *((10, 0, 1.7, 2.0, 2.6), (25, 0, 3.2, 4.2, 5.6), (50, 0, 5.6, 7.9, 10.6), (100, 0, 11, 15, 21)),
+        *((10, 1, 1.2, 1.3, 1.6), (25, 1, 1.9, 2.4, 3.1), (50, 1, 3.1, 4.2, 5.6), (100, 1, 5.5, 7.9, 10.6)),
+        *((1000, 0, 99, 148, 202), (1000, 1, 50, 74, 101)),
     ],
 )
 def test_how_much_more_an_asymmetric_edit_does_follows_from_the_schedule(linear, steps, eta, first, median, largest):
@@ -129,43 +122,29 @@ def test_how_much_more_an_asymmetric_edit_does_follows_from_the_schedule(linear,
     assert max(ratios) == pytest.approx(largest, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("t", "radius"),
-    [(999, 443.4), (800, 443.2), (700, 442.3), (600, 439.4), (550, 436.3), (500, 431.2), (450, 423.4), (400, 412.3)]
-    + [(300, 377.3), (200, 326.0)],
-)
-def test_the_radius_of_x_t_follows_from_alpha_bar(linear, t, radius):
-    """Images of 256 x 256 with mean square 0.3."""
-    a = linear.alpha_bar(t)
-    assert math.sqrt(3 * 256**2 * (a * 0.3 + 1 - a)) == pytest.approx(radius, abs=0.06)
-
-
-def test_alpha_bar_and_snr_at_known_timesteps(linear):
+def test_alpha_bar_snr_and_the_radius_of_x_t_at_known_timesteps(linear):
+    """Radii of images of 256 x 256 with mean square 0.3."""
+    radii = {999: 443.4, 800: 443.2, 700: 442.3, 600: 439.4, 550: 436.3, 500: 431.2, 450: 423.4, 400: 412.3}
+    for t, radius in {**radii, 300: 377.3, 200: 326.0}.items():
+        a = linear.alpha_bar(t)
+        assert math.sqrt(3 * 256**2 * (a * 0.3 + 1 - a)) == pytest.approx(radius, abs=0.06)
     assert linear.alpha_bar(500) == pytest.approx(0.0778, abs=5e-5)
     assert linear.snr(500) == pytest.approx(0.084, abs=5e-4)
-    assert linear.alpha_bar(-1) == 1.0
-    assert linear.snr(-1) == math.inf
+    assert (linear.alpha_bar(-1), linear.snr(-1)) == (1.0, math.inf)
 
 
-def test_adding_noise_and_predicting_the_image_are_inverse(linear):
-    x0, noise = draw(0).double(), draw(1).double()
+def test_adding_noise_and_predicting_the_image_which_is_not_clipped_are_inverse(linear):
+    x0, noise = 100 * draw(0).double(), draw(1).double()
     for t in (0, 300, 999):
         torch.testing.assert_close(linear.predict_x0(linear.add_noise(x0, noise, t), noise, t), x0)
 
 
-def test_the_predicted_image_is_not_clipped(linear):
-    assert linear.predict_x0(torch.ones(1), -torch.ones(1), 999).item() > 100
-
-
-def test_the_last_step_adds_no_noise_and_needs_none(linear):
+def test_the_last_step_needs_no_noise_and_a_step_that_does_says_so(linear):
     x_t, eps = draw(0), draw(1)
     assert linear.sigma(20, -1, 1.0) == 0.0
     assert torch.equal(linear.ddim_step(x_t, eps, (20, -1), eta=1.0), linear.predict_x0(x_t, eps, 20))
-
-
-def test_a_step_that_needs_noise_says_so(linear):
-    with pytest.raises(ValueError, match="500 -> 480 with eta 0.5 adds noise"):
-        linear.ddim_step(draw(0), draw(1), (500, 480), eta=0.5)
+    with pytest.raises(ValueError, match="500 -> 480 with eta 0.5"):
+        linear.ddim_step(x_t, eps, (500, 480), eta=0.5)
 
 
 def test_a_list_of_timesteps_is_taken_as_it_is(linear):
@@ -211,13 +190,10 @@ def test_an_unvisited_timestep_names_its_neighbours(linear):
     assert index_of(600, linear.timesteps(50)) == 19
 
 
-@pytest.mark.parametrize("alpha_bars", [[0.5, 0.9], [0.5], [1.2, 0.5], [0.5, -0.1], [[0.9, 0.5]], [0.9, float("nan")]])
-def test_a_schedule_that_is_not_one_is_refused(alpha_bars):
-    with pytest.raises(ValueError, match="decreasing"):
-        NoiseSchedule(np.array(alpha_bars))
-
-
-def test_a_schedule_can_not_be_changed_and_its_spacing_is_a_known_one(linear):
+def test_a_schedule_that_is_not_one_is_refused_and_none_can_be_changed(linear):
+    for alpha_bars in ([0.5, 0.9], [0.5], [1.2, 0.5], [0.5, -0.1], [[0.9, 0.5]], [0.9, float("nan")]):
+        with pytest.raises(ValueError, match="decreasing"):
+            NoiseSchedule(np.array(alpha_bars))
     with pytest.raises(ValueError, match="read-only"):
         linear.alpha_bars[0] = 0.5
     with pytest.raises(ValueError, match="leading, trailing, linspace"):

@@ -6,7 +6,7 @@ import json
 import socket
 
 import pytest
-from test_session import planted
+from planted import planted
 
 import workbench as wb
 from workbench import paths

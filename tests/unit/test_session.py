@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from planted import planted, planted_boundary
 
 import workbench as wb
-from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, load_direction, random_like
 from workbench.editing.edits import Shift
 from workbench.studio.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
@@ -24,23 +25,17 @@ STEPS = 12
 T = 498  # visited by 6 steps and by 12
 
 
+def same(rendering, expected, **tolerance):
+    """To the bit, or within what is given."""
+    torch.testing.assert_close(rendering.after, expected, **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+NEAR = {"atol": 1e-4, "rtol": 1e-4}
+
+
 @pytest.fixture(scope="module")
 def run(tiny):
     return wb.sample(tiny, range(3), steps=STEPS, record_h=True, progress=False)
-
-
-def planted(model, run, seed, name):
-    provenance = {
-        "model": model.provenance(),
-        "etas": list(run.etas),
-        "method": "planted",
-        "parameters": {},
-        "seeds": [],
-    }
-    delta = torch.randn(run.steps, *model.h_shape, generator=torch.Generator().manual_seed(seed))
-    sigma = run.h.values.flatten(2).norm(dim=2).mean(dim=1) / delta.flatten(1).norm(dim=1)
-    delta = delta * sigma.view(-1, 1, 1, 1)
-    return Direction.from_delta(delta, timesteps=run.timesteps, name=name, provenance=provenance)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +49,8 @@ def hair(tiny, run):
 
 
 @pytest.fixture(scope="module")
-def boundaries(tiny, run):
-    found = []
-    for seed, (space, shape) in enumerate((("h", tiny.h_shape), ("x", tiny.image_shape))):
-        normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        about = {"model": tiny.provenance(), "method": "planted", "parameters": {}}
-        found.append(Boundary(normal / normal.norm(), 0.5, T, space, "beard", about))
-    return found
+def boundaries(tiny):
+    return [planted_boundary(tiny, space, T, seed=seed, intercept=0.5) for seed, space in enumerate("hx")]
 
 
 def classify(images):
@@ -78,23 +68,27 @@ def session(tiny, run, smile, hair, boundaries):
 
 def test_without_an_edit_after_is_before_and_that_is_the_sample(session, run):
     rendering = session.render()
-    assert torch.equal(rendering.after, rendering.before)
-    assert torch.equal(rendering.before, wb.replay(run[0], progress=False).x0[0])
+    same(rendering, rendering.before)
+    same(rendering, wb.replay(run[0], progress=False).x0[0])
     assert not rendering.difference.any()
+    white, brighter = torch.ones(3, 2, 2), torch.full((3, 2, 2), 3.0)  # the difference is of what is shown
+    assert (Rendering(white, brighter, EditState((999, 0)), False).difference == 0).all()
 
 
 @pytest.mark.parametrize("process", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("window", [None, (600, 200)])
-def test_the_image_is_that_of_wb_edit_bit_for_bit(session, tiny, run, process, window):
+def test_the_image_is_that_of_wb_edit_bit_for_bit(session, tiny, run, process, window, tmp_path):
+    """Also of the combined direction that is saved and loaded."""
     session.pick(1)
     session.set_scale("smile", 1.5)
     session.set_scale("hair", -0.5)
     session.set_process(process)
     if window is not None:
         session.set_window(*window)
-    rendering = session.render()
-    alone = wb.edit(tiny, run[1], session.direction(), asymmetric=process == "asymmetric", progress=False).x0[0]
-    assert torch.equal(rendering.after, alone)
+    rendering, combined = session.render(), session.direction()
+    loaded = load_direction(combined.save(tmp_path / "combined.safetensors"), model=tiny)
+    for direction in (combined, loaded):
+        same(rendering, wb.edit(tiny, run[1], direction, asymmetric=process == "asymmetric", progress=False).x0[0])
     assert (rendering.after - rendering.before).abs().max() > 1e-3
 
 
@@ -110,37 +104,25 @@ def test_steps_before_the_edit_are_computed_once(session, tiny, monkeypatch):
 
 
 def test_a_single_step_is_cross_boundary(session, tiny, run, boundaries):
-    session.set_process("single-step")
-    names = list(session.boundaries)
-    for name, distance in zip(names, (4.0, 2.0), strict=True):
-        session.set_distance(name, distance)
-    grid = wb.cross_boundary(
-        tiny,
-        run[:1],
-        *boundaries,
-        distances={"h": [4.0], "x": [2.0]},
-        unit="distance",
-        eta=None,
-        progress=False,
-    )
-    rendering = session.render()
-    torch.testing.assert_close(rendering.after, grid.images[0, 0], atol=1e-4, rtol=1e-4)
-    assert (rendering.after - rendering.before).abs().max() > 1e-3
-
-
-def test_a_move_to_where_the_sample_is_changes_nothing(session):
+    """And a move to where the sample is changes nothing."""
     session.set_process("single-step")
     for name, own in session.distances().items():
         session.set_distance(name, own)
+    same(session.render(), session.render().before, atol=1e-5, rtol=1e-5)
+    distances = {"h": 4.0, "x": 2.0}
+    for name, distance in zip(session.boundaries, distances.values(), strict=True):
+        session.set_distance(name, distance)
+    options = {"distances": {s: [d] for s, d in distances.items()}, "unit": "distance", "eta": None, "progress": False}
     rendering = session.render()
-    torch.testing.assert_close(rendering.after, rendering.before, atol=1e-5, rtol=1e-5)
+    same(rendering, wb.cross_boundary(tiny, run[:1], *boundaries, **options).images[0, 0], **NEAR)
+    assert (rendering.after - rendering.before).abs().max() > 1e-3
 
 
 def test_a_projected_direction_is_what_the_others_leave(session, tiny, run, smile, hair):
     session.set_scale("smile", 2.0)
     session.set_against("smile", ["hair"])
     expected = wb.edit(tiny, run[0], 2.0 * smile.orthogonal_to(hair), progress=False).x0[0]
-    assert torch.equal(session.render().after, expected)
+    same(session.render(), expected)
     assert abs(session.direction().cosine(hair)) < 1e-5
     session.set_against("smile", [])
     assert not torch.equal(session.render().after, expected)
@@ -166,25 +148,25 @@ def test_the_read_out_is_the_classifiers(session):
 
 
 def test_predictions_are_p_t_with_and_without_the_edit(session, tiny, run):
-    high = run.timesteps[4]
     session.set_scale("smile", 1.0)
-    session.set_window(high, 0)
+    session.set_window(run.timesteps[4], 0)
     predictions = session.predictions()
     plain = wb.replay(run[0], record_x=True, progress=False)
     change = Shift(session.direction()).injection(run[0], 1.0)
     edited = wb.replay(run[0], edit=change, record_x=True, progress=False)
+    nothing = torch.zeros_like(session.direction().delta())
     with torch.inference_mode():
         for i, t in enumerate(run.timesteps):
-            x_t = plain.x.values[i]
-            expected = tiny.schedule.predict_x0(x_t, tiny(x_t, t), t)[0]
-            torch.testing.assert_close(predictions.before[i], expected, atol=1e-4, rtol=1e-4)
-            x_t = edited.x.values[i]
-            eps = tiny.decode(tiny.encode(x_t, t), session.direction().delta()[i])
-            expected = tiny.schedule.predict_x0(x_t, eps, t)[0]
-            torch.testing.assert_close(predictions.after[i], expected, atol=1e-4, rtol=1e-4)
+            for found, record, delta in (
+                (predictions.before, plain, nothing),
+                (predictions.after, edited, session.direction().delta()),
+            ):
+                x_t = record.x.values[i]
+                eps = tiny.decode(tiny.encode(x_t, t), delta[i])
+                torch.testing.assert_close(found[i], tiny.schedule.predict_x0(x_t, eps, t)[0], **NEAR)
     assert torch.equal(predictions.after[:4], predictions.before[:4])
     assert (predictions.after[4] - predictions.before[4]).abs().max() > 1e-3
-    torch.testing.assert_close(predictions.after[-1], edited.x0[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(predictions.after[-1], edited.x0[0], **NEAR)
     some = session.predictions(run.timesteps[::4])
     torch.testing.assert_close(some.after, predictions.after[::4], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="timestep 3 was not visited"):
@@ -195,17 +177,14 @@ def test_a_strip_and_a_grid_are_their_cells(session):
     session.set_scale("hair", 0.5)
     session.set_window(600, 0)
     values = (-1.0, 0.0, 2.0)
-    strip = session.strip("smile", values)
-    grid = session.grid("hair", "smile", values=values)
+    strip, grid = session.strip("smile", values), session.grid("hair", "smile", values=values)
     assert strip.images.shape[:2] == (1, 3) and grid.images.shape[:2] == (3, 3)
     assert grid.column_labels == ("smile\n-1 sigma", "smile\n+0 sigma", "smile\n+2 sigma")
     for column, scale in enumerate(values):
         session.set_scale("smile", scale)
-        torch.testing.assert_close(strip.images[0, column], session.render().after, atol=1e-4, rtol=1e-4)
-        for row, other in enumerate(values):
-            session.set_scale("hair", other)
-            torch.testing.assert_close(grid.images[row, column], session.render().after, atol=1e-4, rtol=1e-4)
-        session.set_scale("hair", 0.5)
+        for hair, cell in ((0.5, strip.images[0, column]), *zip(values, grid.images[:, column], strict=True)):
+            session.set_scale("hair", hair)
+            same(session.render(), cell, **NEAR)
     with pytest.raises(ValueError, match="two different controls"):
         session.grid("hair", "hair", values=values)
 
@@ -250,16 +229,13 @@ def test_a_preview_takes_few_passes_and_resembles_the_image(model, eta, process)
     assert len(parts) == session.preview_steps and parts[-1] == 1.0
 
 
-def test_an_abridged_run_without_an_edit_is_the_sample(session):
+def test_a_preview_of_nothing_is_the_sample_and_one_of_a_late_window_takes_all_of_its_steps(session):
     session.set_scale("smile", 1e-7)
     preview = session.render(preview=True)
-    torch.testing.assert_close(preview.after, preview.before, atol=1e-4, rtol=1e-4)
-
-
-def test_a_late_window_is_previewed_in_all_of_its_steps(session):
+    same(preview, preview.before, **NEAR)
     session.set_scale("smile", 1.0)
     session.set_window(session.timesteps[-4], 0)
-    assert torch.equal(session.render(preview=True).after, session.render().after)
+    same(session.render(preview=True), session.render().after)
 
 
 # History
@@ -267,14 +243,14 @@ def test_a_late_window_is_previewed_in_all_of_its_steps(session):
 
 def test_undo_and_redo_walk_through_the_changes(session):
     states = [session.state]
-    for change in (
-        lambda: session.set_scale("smile", 1.0),
-        lambda: session.set_scale("hair", 2.0),
-        lambda: session.set_window(500, 100),
-        lambda: session.pick(2),
-        lambda: session.set_process("asymmetric"),
+    for change, *values in (
+        (session.set_scale, "smile", 1.0),
+        (session.set_scale, "hair", 2.0),
+        (session.set_window, 500, 100),
+        (session.pick, 2),
+        (session.set_process, "asymmetric"),
     ):
-        change()
+        change(*values)
         states.append(session.state)
     assert not session.can_redo
     for state in reversed(states[:-1]):
@@ -285,6 +261,10 @@ def test_undo_and_redo_walk_through_the_changes(session):
     for state in states[1:]:
         session.redo()
         assert session.state == state
+    session.reset()
+    assert session.state.sample == 2 and not session.state.edits
+    session.undo()
+    assert session.state == states[-1]
 
 
 def test_a_pull_of_one_slider_is_one_change_until_it_rests(session):
@@ -294,23 +274,12 @@ def test_a_pull_of_one_slider_is_one_change_until_it_rests(session):
     session.set_scale("smile", 2.0)
     session.undo()
     assert session.state.scales == {"smile": 1.5}
+    session.set_scale("hair", 2.0)
+    assert not session.can_redo
+    session.set_scale("hair", 0.0)  # pulled back, it leaves nothing to undo
+    assert session.state.scales == {"smile": 1.5}
     session.undo()
     assert session.state.scales == {}
-    session.set_scale("hair", 1.0)
-    assert not session.can_redo
-
-
-def test_a_slider_that_is_pulled_back_leaves_nothing_to_undo(session):
-    session.set_scale("smile", 1.0)
-    session.rest()
-    session.set_scale("hair", 2.0)
-    session.set_scale("hair", 0.0)
-    assert session.state.scales == {"smile": 1.0}
-    session.set_scale("hair", 3.0)
-    session.undo()
-    assert session.state.scales == {"smile": 1.0}
-    session.undo()
-    assert not session.state.scales
 
 
 def test_a_recipe_is_of_the_moment_that_it_is_saved_at(session, tmp_path, monkeypatch):
@@ -327,15 +296,6 @@ def test_a_recipe_is_of_the_moment_that_it_is_saved_at(session, tmp_path, monkey
     assert recipe["directions"][0]["scale"] == 2.0
     session.set_scale("smile", 2.0)
     assert recipe["result"] == result_of(session.render())
-
-
-def test_reset_keeps_the_sample_and_can_be_undone(session):
-    session.pick(2)
-    session.set_scale("smile", 1.0)
-    session.reset()
-    assert session.state.sample == 2 and not session.state.edits
-    session.undo()
-    assert session.state.scales == {"smile": 1.0}
 
 
 # Cancelling
@@ -367,9 +327,7 @@ def test_waiting_ends_at_once_when_the_work_is_stopped():
 # Samples and images
 
 
-def test_a_dropped_image_is_inverted_and_scale_zero_gives_it_back(session, tiny, tmp_path):
-    from PIL import Image
-
+def test_a_dropped_image_is_inverted_and_scale_zero_gives_it_back(session, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     for source in (tmp_path / "photo.png", (tmp_path / "photo.png").read_bytes()):
@@ -379,9 +337,15 @@ def test_a_dropped_image_is_inverted_and_scale_zero_gives_it_back(session, tiny,
     expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(session.render().before, expected)
     session.set_scale("smile", 1e-7)
-    torch.testing.assert_close(session.render().after, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="keeps the eta of its inversion"):
+    same(session.render(), expected, **NEAR)
+    with pytest.raises(ValueError, match="eta of its inversion"):
         session.set_eta(0.5)
+    samples = len(session.samples)
+    (tmp_path / "text.png").write_text("not a picture")
+    for source in (tmp_path / "text.png", b"nor this", "none.png"):
+        with pytest.raises(FileNotFoundError if source == "none.png" else ValueError, match="image"):
+            session.add_image(source)
+    assert len(session.samples) == samples
 
 
 @pytest.mark.parametrize("method", ["ddim", "edit-friendly"])
@@ -390,16 +354,6 @@ def test_other_inversions_are_edited_and_previewed_too(session, run, method):
     session.set_scale("smile", 0.5)
     whole, preview = session.render(), session.render(preview=True)
     assert torch.isfinite(preview.after).all() and (whole.after - whole.before).abs().max() > 1e-3
-
-
-def test_a_file_that_is_no_image_is_one_sentence(session, tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
-    for source in (tmp_path / "text.png", b"nor this"):
-        with pytest.raises(ValueError, match="cannot be decoded as an image"):
-            session.add_image(source)
-    with pytest.raises(FileNotFoundError, match="there is no image"):
-        session.add_image(tmp_path / "none.png")
-    assert len(session.samples) == 3
 
 
 def test_seeds_are_added_once_and_are_those_of_sample(session, tiny):
@@ -415,33 +369,28 @@ def test_seeds_are_added_once_and_are_those_of_sample(session, tiny):
 # What is refused
 
 
-def test_no_direction_is_refused(tiny, run):
-    with pytest.raises(ValueError, match="no direction and no boundary"):
-        EditSession(tiny, run, [])
-
-
-def test_a_direction_of_another_model_is_refused(tiny, run, smile):
+def test_what_cannot_be_edited_with_is_refused(tiny, run, smile, boundaries):
     model = {**tiny.provenance(), "hash": "0" * 16, "name": "other"}
-    with pytest.raises(ValueError, match="belongs to the model 'other'"):
-        EditSession(tiny, run, replace(smile, provenance={**smile.provenance, "model": model}))
+    for given, message in (
+        ([], "no direction and no boundary"),
+        (replace(smile, provenance={**smile.provenance, "model": model}), "belongs to the model 'other'"),
+        (["smile"], "not a str"),
+        (replace(boundaries[0], t=501), "timestep 501 was not visited"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EditSession(tiny, run, given)
+    with pytest.raises(ValueError, match="there is none; fit one"):
+        EditSession(tiny, run, smile).set_process("single-step")
+    alone = EditSession(tiny, run, boundaries)
+    assert alone.state.process == "single-step"
+    with pytest.raises(ValueError, match="there is no direction"):
+        alone.set_process("symmetric")
 
 
-def test_a_direction_of_other_steps_is_resampled_and_the_notes_say_so(tiny, run, smile):
+def test_directions_of_other_steps_are_resampled_and_those_of_one_name_get_two(tiny, run, smile):
     session = EditSession(tiny, run, smile.resampled(5))
     assert session.directions["smile"].timesteps == run.timesteps
-    assert session.notes == [
-        f"smile was found with 5 steps and is resampled to the samples' {STEPS}",
-    ]
-
-
-def test_what_is_neither_direction_nor_boundary_is_refused(tiny, run, boundaries):
-    with pytest.raises(ValueError, match="takes directions and boundaries, not a str"):
-        EditSession(tiny, run, ["smile"])
-    with pytest.raises(ValueError, match="timestep 501 was not visited"):
-        EditSession(tiny, run, replace(boundaries[0], t=501))
-
-
-def test_directions_of_one_name_get_two(tiny, run, smile):
+    assert session.notes == [f"smile was found with 5 steps and is resampled to the samples' {STEPS}"]
     session = EditSession(tiny, run, [smile, random_like(smile, seed=1), replace(smile, sigma=2 * smile.sigma)])
     assert list(session.directions) == ["smile", "random 1 like smile", "smile (2)"]
 
@@ -449,15 +398,15 @@ def test_directions_of_one_name_get_two(tiny, run, smile):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s.set_scale("beard", 1.0), "there is no direction 'beard'; there is smile, hair"),
-        (lambda s: s.set_scale("smile", math.nan), "give a finite number"),
+        (lambda s: s.set_scale("beard", 1.0), "'beard'; there is smile, hair"),
+        (lambda s: s.set_scale("smile", math.nan), "finite"),
         (lambda s: s.grid("smile", "hair", values=[0.0, math.inf]), "hair is inf"),
-        (lambda s: s.set_distance("smile", 1.0), "there is no boundary 'smile'"),
+        (lambda s: s.set_distance("smile", 1.0), "no boundary 'smile'"),
         (lambda s: s.set_against("smile", ["smile"]), "against itself"),
-        (lambda s: s.set_window(100, 500), "give the noisier end first"),
-        (lambda s: s.set_process("both"), "it is one of symmetric, asymmetric, single-step"),
+        (lambda s: s.set_window(100, 500), "the noisier end first"),
+        (lambda s: s.set_process("both"), "one of symmetric, asymmetric, single-step"),
         (lambda s: s.set_eta(2.0), "eta must lie in"),
-        (lambda s: s.pick(9), "there is no sample 9; there are 0 to 2"),
+        (lambda s: s.pick(9), "no sample 9; there are 0 to 2"),
         (lambda s: s.direction(), "no direction is pulled"),
         (lambda s: save_recipe(s, "edit.json"), "nothing is edited"),
     ],
@@ -467,15 +416,6 @@ def test_a_mistake_is_a_sentence_and_changes_nothing(session, call, message):
     with pytest.raises(ValueError, match=message):
         call(session)
     assert session.state == before
-
-
-def test_processes_need_what_they_edit_with(tiny, run, smile, boundaries):
-    with pytest.raises(ValueError, match="there is none; fit one"):
-        EditSession(tiny, run, smile).set_process("single-step")
-    alone = EditSession(tiny, run, boundaries)
-    assert alone.state.process == "single-step"
-    with pytest.raises(ValueError, match="there is no direction"):
-        alone.set_process("symmetric")
 
 
 def test_two_sessions_have_states_of_their_own(session, tiny, run, smile):
@@ -498,11 +438,17 @@ def edited(session):
     return session
 
 
-def test_a_recipe_renders_again_bit_for_bit(session, tiny, tmp_path):
-    path = save_recipe(edited(session), tmp_path / "edit.json")
-    again = open_recipe(path, model=tiny)
-    assert torch.equal(again.render().after, session.render().after)
-    assert result_of(again.render()) == read_recipe(path)["result"]
+def test_a_recipe_renders_again_bit_for_bit_and_is_reloaded_as_one_change(session, tiny, tmp_path):
+    path, wanted = save_recipe(edited(session), tmp_path / "edit.json"), session.state
+    again = open_recipe(path, model=tiny).render()
+    same(again, session.render().after)
+    assert result_of(again) == read_recipe(path)["result"]
+    session.reset()
+    session.pick(0)
+    apply_recipe(session, path)
+    assert session.state == wanted and len(session.samples) == 3 and len(session.directions) == 2
+    session.undo()
+    assert not session.state.edits
 
 
 def test_a_recipe_of_an_image_and_of_a_single_step_comes_back(session, tiny, run, tmp_path):
@@ -511,7 +457,7 @@ def test_a_recipe_of_an_image_and_of_a_single_step_comes_back(session, tiny, run
     for name in session.boundaries:
         session.set_distance(name, 3.0)
     again = open_recipe(save_recipe(session, tmp_path / "edit.json"), model=tiny)
-    assert torch.equal(again.render().after, session.render().after)
+    same(again.render(), session.render().after)
 
 
 def test_boundaries_of_two_timesteps_are_not_crossed_in_one_step(tiny, run, boundaries):
@@ -529,82 +475,47 @@ def test_boundaries_of_two_timesteps_are_not_crossed_in_one_step(tiny, run, boun
             call()
 
 
-def test_a_recipe_keeps_two_of_the_same_direction_apart(tiny, run, smile, tmp_path):
-    session = EditSession(tiny, run, [smile, smile])
-    for name, scale in zip(session.directions, (1.0, 2.0), strict=True):
-        session.set_scale(name, scale)
-    path = save_recipe(session, tmp_path / "edit.json")
-    other = EditSession(tiny, run, [smile, smile])
-    apply_recipe(other, path)
-    assert other.state.scales == session.state.scales
-    assert result_of(other.render()) == read_recipe(path)["result"] == result_of(open_recipe(path, model=tiny).render())
-
-
-def test_the_difference_is_of_what_is_shown():
-    white, brighter = torch.ones(3, 2, 2), torch.full((3, 2, 2), 3.0)
-    assert (Rendering(white, brighter, EditState((999, 0)), False).difference == 0).all()
-
-
-def test_a_recipe_moves_to_the_boundary_of_its_own_timestep(tiny, run, boundaries, tmp_path):
-    twins = [boundaries[1], replace(boundaries[1], t=249)]
-    session = EditSession(tiny, run, twins)
-    late = next(name for name, each in session.boundaries.items() if each.t == 249)
-    session.set_distance(late, 3.0)
-    path = save_recipe(session, tmp_path / "edit.json")
-    other = EditSession(tiny, run, twins)
-    apply_recipe(other, path)
-    assert other.state.distances == {late: 3.0}
-    assert torch.equal(other.render().after, session.render().after)
-
-
-def test_a_recipe_is_reloaded_into_a_session_as_one_change(session, tmp_path):
-    path = save_recipe(edited(session), tmp_path / "edit.json")
-    wanted = session.state
-    session.reset()
-    session.pick(0)
-    apply_recipe(session, path)
-    assert session.state == wanted and len(session.samples) == 3 and len(session.directions) == 2
-    session.undo()
-    assert not session.state.edits
-
-
-def test_the_combined_direction_is_saved_and_edits_alike(session, tiny, run, tmp_path):
-    session.set_scale("smile", 1.5)
-    session.set_window(700, 100)
-    path = session.direction().save(tmp_path / "combined.safetensors")
-    alone = wb.edit(tiny, run[0], load_direction(path, model=tiny), progress=False).x0[0]
-    assert torch.equal(alone, session.render().after)
+def test_a_recipe_keeps_two_of_the_same_direction_and_boundaries_of_two_timesteps_apart(
+    tiny, run, smile, boundaries, tmp_path
+):
+    twins, late = [boundaries[1], replace(boundaries[1], t=249)], {}
+    for given in ([smile, smile], twins):
+        session, other = (EditSession(tiny, run, given) for _ in range(2))
+        for name, scale in zip(session.directions, (1.0, 2.0), strict=False):
+            session.set_scale(name, scale)
+        for name in [name for name, each in session.boundaries.items() if each.t == 249]:
+            session.set_distance(name, 3.0)
+            late = {name: 3.0}
+        path = save_recipe(session, tmp_path / "edit.json")
+        apply_recipe(other, path)
+        assert (other.state.scales, other.state.distances) == (session.state.scales, session.state.distances)
+        same(other.render(), session.render().after)
+        same(open_recipe(path, model=tiny).render(), session.render().after)
+    assert other.state.distances == late
 
 
 def test_bad_recipes_are_refused(session, tiny, model, run, smile, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no recipe"):
-        open_recipe(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="it is not JSON"):
-        open_recipe(tmp_path / "bad.json")
-    (tmp_path / "bad.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="not a recipe of an edit"):
-        open_recipe(tmp_path / "bad.json")
-    path = save_recipe(edited(session), tmp_path / "edit.json")
-    with pytest.raises(ValueError, match="is an edit of the model 'tiny'"):
+    path, bad = save_recipe(edited(session), tmp_path / "edit.json"), tmp_path / "bad.json"
+    recipe = json.loads(path.read_text())
+    elsewhere = [{**recipe["directions"][0], "file": "../elsewhere.safetensors"}, *recipe["directions"][1:]]
+    for content, message in (
+        ("{", "not JSON"),
+        ('{"format": "other"}', "not a recipe"),
+        (json.dumps({key: value for key, value in recipe.items() if key != "process"}), "it lacks process"),
+        (json.dumps({**recipe, "result": {}}), "it lacks sha256, threads, torch"),
+        (json.dumps({**recipe, "directions": elsewhere}), "parts lie in bad.parts itself"),
+    ):
+        bad.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            open_recipe(bad, model=tiny)
+    with pytest.raises(ValueError, match="the model 'tiny'"):
         open_recipe(path, model=model)
     with pytest.raises(ValueError, match="has 12 steps and this session 6"):
         apply_recipe(EditSession(tiny, wb.sample(tiny, [0], steps=6, progress=False), smile), path)
-    lacking = {key: value for key, value in json.loads(path.read_text()).items() if key != "process"}
-    (tmp_path / "bad.json").write_text(json.dumps(lacking))
-    with pytest.raises(ValueError, match="it lacks process"):
-        open_recipe(tmp_path / "bad.json", model=tiny)
-    (tmp_path / "bad.json").write_text(json.dumps({**read_recipe(path), "result": {}}))
-    with pytest.raises(ValueError, match="it lacks sha256, threads, torch"):
-        read_recipe(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="is a .json file"):
         save_recipe(session, tmp_path / "edit.txt")
-    recipe = read_recipe(path)
-    recipe["directions"][0]["file"] = "../elsewhere.safetensors"
-    (tmp_path / "bad.json").write_text(json.dumps(recipe))
-    with pytest.raises(ValueError, match="parts lie in bad.parts itself"):
-        open_recipe(tmp_path / "bad.json", model=tiny)
     for part in (tmp_path / "edit.parts").iterdir():
         part.unlink()
-    with pytest.raises(FileNotFoundError, match="no direction at"):
-        open_recipe(path, model=tiny)
+    for lost, message in ((path, "no direction at"), (tmp_path / "none.json", "none.json")):
+        with pytest.raises(FileNotFoundError, match=message):
+            open_recipe(lost, model=tiny)

@@ -64,13 +64,17 @@ def test_batches_are_the_same_samples_a_chunk_at_a_time(store):
     np.testing.assert_array_equal(np.concatenate(list(store.batches(500, space="x"))), store.at(500, space="x"))
 
 
-def test_a_store_knows_its_samples(store):
-    assert len(store) == N
-    assert store.timesteps == T
-    assert store.h_shape == (3, 2, 2)
+def test_a_store_knows_its_samples_and_arrays(store):
+    assert (len(store), store.timesteps, store.h_shape, store.complete) == (N, T, (3, 2, 2), True)
     assert store.seeds == (10, 11, 12, 13, 14)
-    assert store.complete
     np.testing.assert_array_equal(store.images[1:3], VALUES["x0"][1:3])
+    table = store.summary()
+    assert set(table.index) == {"h", "x", "x0", "seeds", "done"}
+    shown = [(N, 4, 3, 2, 2), "sample, timestep, C, h, w", "float16"]
+    assert table.loc["h", ["shape", "axes", "dtype"]].tolist() == shown
+    assert repr(store) == (
+        "HStore('planted', 5 generated samples, 4 steps t=750..0, h (3, 2, 2) 'after' the mid block, float16)"
+    )
 
 
 def test_one_file_a_chunk_and_one_timestep_does_not_read_the_others(tmp_path):
@@ -83,84 +87,54 @@ def test_one_file_a_chunk_and_one_timestep_does_not_read_the_others(tmp_path):
     assert array.metadata.zarr_format == 3
 
 
-def test_the_summary_lists_every_array(store):
-    table = store.summary()
-    assert set(table.index) == {"h", "x", "x0", "seeds", "done"}
-    assert table.loc["h", "shape"] == (N, 4, 3, 2, 2)
-    assert table.loc["h", "axes"] == "sample, timestep, C, h, w"
-    assert table.loc["h", "dtype"] == "float16"
-
-
-def test_the_repr_is_one_line(store):
-    assert repr(store) == (
-        "HStore('planted', 5 generated samples, 4 steps t=750..0, h (3, 2, 2) 'after' the mid block, float16)"
-    )
-
-
 # What it refuses
 
 
-def test_an_unvisited_timestep_names_its_neighbours(store):
-    with pytest.raises(ValueError, match=r"timestep 610 was not visited; .*\(nearest 750 or 500\)"):
-        store.at(610)
-    with pytest.raises(ValueError, match="timestep 610"):
-        list(store.batches(610))
-
-
-def test_what_was_not_kept_is_named_with_the_remedy(tmp_path):
-    store = create_store(tmp_path / "a.zarr", PROVENANCE, {k: LAYOUT[k] for k in ("h", "seeds")})
-    with pytest.raises(ValueError, match="has no x0; extract with images=True"):
-        _ = store.images
-    with pytest.raises(ValueError, match="has no x; extract with record_x=True"):
-        store.at(500, space="x")
-    with pytest.raises(ValueError, match="has no x_T; only stores of inverted images"):
-        _ = store.x_T
-    with pytest.raises(ValueError, match="space .z. is not known; it is one of h, x"):
-        store.at(500, space="z")
+def test_an_unvisited_timestep_and_what_was_not_kept_are_named(store, tmp_path):
+    bare = create_store(tmp_path / "bare.zarr", PROVENANCE, {k: LAYOUT[k] for k in ("h", "seeds")})
+    for words, ask in (
+        (r"timestep 610 .*\(nearest 750 or 500\)", lambda: store.at(610)),
+        ("timestep 610", lambda: list(store.batches(610))),
+        ("has no x0; extract with images=True", lambda: bare.images),
+        ("has no x; extract with record_x=True", lambda: bare.at(500, space="x")),
+        ("has no x_T; only stores of inverted images", lambda: bare.x_T),
+        ("space .z. is not known; it is one of h, x", lambda: bare.at(500, space="z")),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ask()
 
 
 def test_an_unfinished_store_is_not_opened_but_says_how_far_it_is(tmp_path):
     write(tmp_path / "a.zarr", chunks=2)
-    with pytest.raises(ValueError, match=r"not finished \(about 4 of 5 samples\); repeat the call"):
+    with pytest.raises(ValueError, match=r"about 4 of 5 samples"):
         wb.open_store(tmp_path / "a.zarr")
     assert not read_store(tmp_path / "a.zarr").complete
     assert "INCOMPLETE" in repr(read_store(tmp_path / "a.zarr"))
-
-
-def test_nothing_is_a_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no store at .*nothing.zarr; make one with extract"):
+    with pytest.raises(FileNotFoundError, match="nothing.zarr"):
         wb.open_store(tmp_path / "nothing.zarr")
 
 
-def make_empty_folder(path):
-    path.mkdir()
+FOREIGN = (
+    lambda path: path.mkdir(),
+    lambda path: (path.mkdir(), (path / "a.png").write_bytes(b"")),
+    lambda path: path.write_text("not a folder"),
+    lambda path: zarr.create_group(path, zarr_format=3, attributes={"format": "something else"}),
+    lambda path: zarr.create_array(path, shape=(2,), dtype="float32"),
+)
 
 
-def make_folder_of_images(path):
-    path.mkdir()
-    (path / "a.png").write_bytes(b"")
-
-
-def make_file(path):
-    path.write_text("not a folder")
-
-
-def make_other_group(path):
-    zarr.create_group(path, zarr_format=3, attributes={"format": "something else"})
-
-
-def make_array(path):
-    zarr.create_array(path, shape=(2,), dtype="float32")[:] = 1
-
-
-@pytest.mark.parametrize("make", [make_empty_folder, make_folder_of_images, make_file, make_other_group, make_array])
+@pytest.mark.parametrize("make", FOREIGN)
 def test_what_is_no_store_is_refused_and_left_alone(tmp_path, make):
     path = tmp_path / "foreign"
     make(path)
-    before = sorted((p, p.read_bytes()) for p in [path, *path.rglob("*")] if p.is_file())
+
+    def files():
+        return {p: p.read_bytes() for p in [path, *path.rglob("*")] if p.is_file()}
+
+    before = files()
     with pytest.raises(ValueError, match="foreign is (a Zarr group but )?not a store .*; choose another path$"):
         wb.open_store(path)
-    assert sorted((p, p.read_bytes()) for p in [path, *path.rglob("*")] if p.is_file()) == before
+    assert files() == before
 
 
 def attributes(path, change) -> None:
@@ -203,18 +177,13 @@ def test_a_damaged_store_is_refused(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.97])
-def test_a_truncated_shard_is_an_error_where_it_is_read_not_other_numbers(tmp_path, keep):
-    write(tmp_path / "a.zarr")
-    truncate(file_of(tmp_path / "a.zarr", "h", 1), keep)
-    store = wb.open_store(tmp_path / "a.zarr")
-    with pytest.raises(ValueError, match=r"is corrupt: samples 2..3 of h can't be read; delete it"):
-        store.at(0)
-
-
-def test_a_leftover_of_a_killed_write_does_not_stand_for_a_missing_shard(tmp_path):
+def test_a_truncated_shard_is_an_error_where_it_is_read_and_a_leftover_does_not_stand_for_one(tmp_path, keep):
     path = tmp_path / "a.zarr"
     write(path)
     shard = file_of(path, "h", 1)
+    truncate(shard, keep)
+    with pytest.raises(ValueError, match=r"is corrupt: samples 2..3 of h"):
+        wb.open_store(path).at(0)
     shard.rename(shard.with_name("0.1234.partial"))
     with pytest.raises(ValueError, match="missing"):
         wb.open_store(path)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file
 
 import workbench as wb
@@ -58,6 +59,10 @@ def assert_same_training(one, other):
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert wb.load_model(one, device="cpu").hash == wb.load_model(other, device="cpu").hash
     pd.testing.assert_frame_equal(log_of(one), log_of(other))
+
+
+def batches(n: int, shape=(1, 1, 1), **settings):
+    return [make_batch(tiny(**settings), step, n=18, shape=shape) for step in range(n)]
 
 
 # Resuming
@@ -136,28 +141,15 @@ def test_two_processes_train_the_model_that_one_does(images, tmp_path):
     np.testing.assert_allclose(log_of(tmp_path / "two"), log_of(tmp_path / "one"), rtol=1e-5)
 
 
-def test_a_finished_training_is_left_as_it_is(images, trained):
-    before = load_file(trained / "checkpoint.safetensors")
-    hash = wb.load_model(trained, device="cpu").hash
-    assert train_model(images, out=trained, resume=True, **QUIET).hash == hash
-    after = load_file(trained / "checkpoint.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_another_seed_begins_with_other_weights():
+def test_another_seed_begins_with_other_weights_and_the_global_generators_are_left_alone(images, tmp_path):
     weights = [first_unet(tiny(seed=seed)).conv_in.weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_training_leaves_the_global_generators_alone(images, tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
-    expected = torch.rand(3), np.random.rand()  # noqa: NPY002
-    torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     train_model(images, tiny(steps=1, dropout=0.5), out=tmp_path / "model", **{**QUIET, "previews": 1})
-    assert torch.equal(torch.rand(3), expected[0])
-    assert np.random.rand() == expected[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
 
 # A step
@@ -173,23 +165,20 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone():
         assert not np.array_equal(one.t, other.t)
 
 
-def test_every_image_comes_once_before_any_comes_again():
-    rows = np.concatenate([make_batch(tiny(), step, n=18, shape=(1, 1, 1)).rows for step in range(9)])
+def test_every_image_comes_once_before_any_comes_again_and_is_mirrored_only_where_asked_for():
+    rows = np.concatenate([batch.rows for batch in batches(9)])
     assert sorted(rows[:18]) == sorted(rows[18:]) == list(range(18))
     assert list(rows[:18]) != list(rows[18:])
+    for flips, share in ((False, 0.0), (True, 0.5)):
+        flipped = [batch.flipped for batch in batches(500, flips=flips)]
+        assert np.mean(flipped) == pytest.approx(share, abs=0.1 * share)
 
 
 def test_timesteps_are_uniform_and_spread_within_a_batch():
-    batches = [make_batch(tiny(), step, n=18, shape=(1, 1, 1)).t for step in range(2000)]
-    assert all(np.array_equal(t // 250, range(4)) for t in batches)
-    counts = np.bincount(np.concatenate(batches) // 10, minlength=100)
+    drawn = [batch.t for batch in batches(2000)]
+    assert all(np.array_equal(t // 250, range(4)) for t in drawn)
+    counts = np.bincount(np.concatenate(drawn) // 10, minlength=100)
     assert counts.sum() == 8000 and abs(counts - 80).max() < 5 * 80**0.5
-
-
-def test_images_are_mirrored_only_where_asked_for():
-    for flips, share in ((False, 0.0), (True, 0.5)):
-        batches = [make_batch(tiny(flips=flips), step, n=18, shape=(1, 1, 1)).flipped for step in range(500)]
-        assert np.mean(batches) == pytest.approx(share, abs=0.1 * share)
 
 
 def test_the_first_losses_are_those_of_diffusers_noise_and_a_plain_mean_square(images, tmp_path):
@@ -249,29 +238,21 @@ def test_a_single_image_is_learned(tmp_path):
     assert (x0 - image.roll(1, 1)).abs().mean() > 0.6
 
 
-def test_the_averaged_weights_are_the_models(trained):
-    state = load_file(trained / "checkpoint.safetensors")
-    weights = wb.load_model(trained, device="cpu").unet.unet.state_dict()
+def test_the_folder_holds_the_averaged_weights_as_diffusers_reads_them_and_says_what_training_it_is_of(trained, images):
+    model, state = wb.load_model(trained, device="cpu"), load_file(trained / "checkpoint.safetensors")
+    weights = model.unet.unet.state_dict()
     assert all(torch.equal(state[f"average.{name}"], value) for name, value in weights.items())
     assert not all(torch.equal(state[f"weights.{name}"], value) for name, value in weights.items())
-
-
-def test_the_folder_is_one_that_diffusers_reads(trained):
     pipeline = DDPMPipeline.from_pretrained(trained)
     assert pipeline.scheduler.config.prediction_type == "epsilon"
     x_t = torch.from_numpy(make_batch(tiny(), 0, n=18, shape=(3, 4, 4)).noise)
     with torch.no_grad():
-        expected = pipeline.unet(x_t, 500).sample
-        torch.testing.assert_close(wb.load_model(trained, device="cpu")(x_t, 500), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_the_folder_says_what_training_it_is_of(trained, images):
+        torch.testing.assert_close(model(x_t, 500), pipeline.unet(x_t, 500).sample, atol=1e-4, rtol=1e-4)
     about = json.loads((trained / "training.json").read_text())
     assert TrainingSettings(**about["settings"]) == tiny()
     assert about["images"]["n"] == len(images) and len(about["images"]["sha256"]) == 64
-    assert about["hash"] == wb.load_model(trained, device="cpu").hash
+    assert about["hash"] == model.hash and about["hours"] > 0
     assert about["step"] == 20 and about["versions"]["torch"] == torch.__version__
-    assert about["hours"] > 0
     assert [path.name for path in sorted((trained / "samples").iterdir())][-1] == "0000020.png"
     assert not list(trained.rglob("*partial*"))
 
@@ -321,11 +302,6 @@ def test_what_is_coarser_than_the_skips_that_are_kept_passes_through_h_alone(ima
         assert passes == [True] * expected + [False] * (6 - expected)
 
 
-def save_start(unet, out, **schedule):
-    DDPMPipeline(unet, DDPMScheduler(**schedule)).save_pretrained(out)
-    return {"start": str(out)}
-
-
 def test_nothing_is_written_before_a_training_is_known_to_work(images, tmp_path, make_unet):
     starts = {
         "another noise schedule .of 200 timesteps": ({}, {"num_train_timesteps": 200}),
@@ -333,9 +309,8 @@ def test_nothing_is_written_before_a_training_is_known_to_work(images, tmp_path,
         "images of 4 x 8 pixels": ({"sample_size": (4, 8)}, {}),
     }
     for words, (unet, schedule) in starts.items():
-        DDPMPipeline(make_unet(**{"sample_size": 4, **unet}), DDPMScheduler(**schedule)).save_pretrained(
-            tmp_path / words
-        )
+        pipeline = DDPMPipeline(make_unet(**{"sample_size": 4, **unet}), DDPMScheduler(**schedule))
+        pipeline.save_pretrained(tmp_path / words)
         settings = TrainingSettings(start=str(tmp_path / words), steps=2, batch_size=2)
         with pytest.raises(ValueError, match=words):
             train_model(images, settings, out=tmp_path / "new", **QUIET)
@@ -384,32 +359,27 @@ def test_one_process_trains_in_a_folder_and_clears_what_another_left(images, tra
     assert (out / "training.json").read_bytes() == (trained / "training.json").read_bytes()
 
 
-def test_nothing_is_resumed_that_is_not_there_or_not_the_same(images, trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no training to resume"):
-        train_model(images, out=tmp_path / "none", resume=True)
-    with pytest.raises(ValueError, match="resumed with its own settings"):
-        train_model(images, tiny(), out=trained, resume=True)
-    with pytest.raises(ValueError, match="used 18 images, and these 18 differ"):
-        train_model(images.flip(0), out=trained, resume=True, **QUIET)
-
-
-def test_a_damaged_checkpoint_is_refused(images, trained, tmp_path):
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    (folder / "training.json").write_bytes((trained / "training.json").read_bytes())
-    (folder / "checkpoint.safetensors").write_bytes((trained / "checkpoint.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is no checkpoint of this training"):
-        train_model(images, out=folder, resume=True, **QUIET)
+def test_nothing_is_resumed_that_is_not_there_or_damaged_or_not_the_same(images, trained, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "training.json").write_bytes((trained / "training.json").read_bytes())
+    (damaged / "checkpoint.safetensors").write_bytes((trained / "checkpoint.safetensors").read_bytes()[:5000])
+    for given, out, kind, words in (
+        ([images], tmp_path / "none", FileNotFoundError, "no training to resume"),
+        ([images, tiny()], trained, ValueError, "resumed with its own settings"),
+        ([images.flip(0)], trained, ValueError, "used 18 images, and these 18 differ"),
+        ([images], damaged, ValueError, "is no checkpoint of this training"),
+    ):
+        with pytest.raises(kind, match=words):
+            train_model(*given, out=out, resume=True, **QUIET)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_checkpoint(images, tmp_path):
     settings = tiny(steps=40, learning_rate=1e25, clip=1e30, warmup=0, precision="float32")
     with pytest.raises(RuntimeError, match="the loss is .* train again with a learning rate below 1e"):
         train_model(images, settings, out=tmp_path / "model", **QUIET)
-    assert all(
-        tensor.isfinite().all()
-        for tensor in load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").values()
-    )
+    kept = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def test_images_are_of_one_or_several_sources_and_of_the_models_size(images):
@@ -453,21 +423,25 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 
 
 def test_the_command_trains_resumes_and_draws_the_curve(tmp_path, capsys, images):
-    from PIL import Image
-
     folder, out = tmp_path / "images", tmp_path / "model"
     folder.mkdir()
     for i, image in enumerate(images):
-        pixels = ((image + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        Image.fromarray(((image + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+
+    def train(out, *options):
+        status, said = cli.main(["train", str(folder), "--out", str(out), *options]), capsys.readouterr()
+        return status, said.err if status else said.out
+
     network = ["--size", "4", "--widths", "16", "16", "--attention", "2", "--head-channels", "8"]
-    assert cli.main(["train", str(folder), "--out", str(out), *network, "--steps", "6", "--batch-size", "4"]) == 0
-    assert "0.0" in capsys.readouterr().out and (out / "curve.png").is_file()
+    status, said = train(out, *network, "--steps", "6", "--batch-size", "4")
+    assert status == 0 and "0.0" in said and (out / "curve.png").is_file()
     assert training.read_settings(out) == TrainingSettings(**{**TINY, "steps": 6, "learning_rate": 4e-4})
-    assert cli.main(["train", str(folder), "--out", str(out), "--resume"]) == 0
-    assert cli.main(["train", str(folder), "--out", str(out), "--resume", "--steps", "9"]) == 2
-    assert "leave out --steps" in capsys.readouterr().err
-    assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--from", str(out), "--size", "8"]) == 2
-    assert "leave out --size" in capsys.readouterr().err
-    assert cli.main(["train", str(folder), "--out", str(tmp_path / "b"), "--size", "16", "--widths", "16", "32"]) == 2
-    assert "head_channels is 48" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert train(out, "--resume")[0] == 0
+    for where, options, words in (
+        (out, ["--resume", "--steps", "9"], "leave out --steps"),
+        (tmp_path / "b", ["--from", str(out), "--size", "8"], "leave out --size"),
+        (tmp_path / "b", ["--size", "16", "--widths", "16", "32"], "head_channels is 48"),
+    ):
+        status, said = train(where, *options)
+        assert status == 2 and words in said
+    assert not (tmp_path / "b").exists()

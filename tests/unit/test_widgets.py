@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from test_session import T, planted
+from planted import planted, planted_boundary
+from test_session import T
 
 import workbench as wb
-from workbench.directions.boundary import Boundary
 from workbench.report import plots
 from workbench.studio import widgets
 from workbench.studio.recipe import read_recipe
@@ -33,10 +32,7 @@ def run(tiny):
 
 @pytest.fixture(scope="module")
 def parts(tiny, run):
-    normal = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(0))
-    about = {"model": tiny.provenance(), "method": "planted", "parameters": {}}
-    boundary = Boundary(normal / normal.norm(), 0.0, T, "x", "beard", about)
-    return [planted(tiny, run, 1, "smile"), planted(tiny, run, 2, "hair"), boundary]
+    return [planted(tiny, run, 1, "smile"), planted(tiny, run, 2, "hair"), planted_boundary(tiny, "x", T)]
 
 
 @pytest.fixture
