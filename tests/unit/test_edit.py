@@ -14,7 +14,7 @@ import workbench as wb
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.direction import random_like
 from workbench.editing.edits import MoveX, Shift, Swap, match_gain, slerp
-from workbench.editing.render import EditGrid, edit, edit_grid, render
+from workbench.editing.render import EditGrid, cells_bar, edit, edit_grid, render, run_plans
 
 STEPS = 5
 
@@ -204,6 +204,18 @@ def test_a_grid_of_different_edits_is_each_of_them(tiny, run, direction):
     ]
     for images, alone in zip(grid, expected, strict=True):
         torch.testing.assert_close(images, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_progress_bar_expects_the_steps_that_are_made(tiny, run, direction):
+    """One step too many, and tqdm knows no total any more, which its format needs."""
+    last = run.timesteps[-1]
+    edits = [Shift(direction, t_range=(last, last)), Shift(direction), MoveX(torch.ones(tiny.image_shape), last, "x")]
+    images = run.x0.clamp(-1, 1)
+    for each in (run, wb.invert(tiny, images, steps=STEPS, record_x=True, progress=False)):
+        plans = [edit.plan(each, [0.0, 1.0]) for edit in edits]
+        with cells_bar(each, plans, True) as bar:
+            run_plans(each, plans, progress=bar)
+            assert bar.n == pytest.approx(bar.total)
 
 
 def test_any_edit_runs_by_itself(tiny, run):

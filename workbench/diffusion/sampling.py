@@ -518,7 +518,7 @@ def batches(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def progress_bar(n: int, steps: int, verb: str, *, show: bool | tqdm) -> contextlib.AbstractContextManager[tqdm]:
+def progress_bar(n: int, steps: float, verb: str, *, show: bool | tqdm) -> contextlib.AbstractContextManager[tqdm]:
     """A bar over n images of some steps each, updated by image-steps; shown only for work of more than two seconds."""
     if isinstance(show, tqdm):
         return contextlib.nullcontext(show)

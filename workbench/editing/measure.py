@@ -13,10 +13,10 @@ from workbench.analysis.effect_metrics import EffectMatrix, effect_matrix, monot
 from workbench.analysis.image_metrics import kernel_distance, peak_signal_to_noise
 from workbench.analysis.intervals import Estimate, mean_interval
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, batches, progress_bar, replay
+from workbench.diffusion.sampling import Trajectory, batches, replay
 from workbench.directions.direction import Direction
 from workbench.editing.edits import Edit, as_edit, check_run
-from workbench.editing.render import name_edits, run_plans
+from workbench.editing.render import cells_bar, name_edits, run_plans
 
 Classifier = Callable[[torch.Tensor], pd.DataFrame]
 
@@ -226,7 +226,7 @@ def measure(
     ids = np.arange(len(run)) if run.seeds is None else np.array(run.seeds)
     size = max(1, IMAGE_BYTES // (4 * len(named) * len(scales) * run.x0[0].numel()))
     tables, features = [], [[] for _ in named]
-    with progress_bar(len(run) * len(named) * len(scales), run.steps, "editing", show=progress) as bar:
+    with cells_bar(run, plans, progress) as bar:
         for samples in batches(len(run), size):
             part = run[samples]
             parts = [[part if plan is run else plan[samples] for plan in row] for row in plans]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,9 +150,7 @@ def run_plans(
             key = plan.timesteps, plan.etas, plan.edit is not None and plan.edit.asymmetric
             groups.setdefault(key, []).append((e, s, c))
     size = check_batch_size(batch_size, run.model, len(cells))
-    steps = sum(len(group) * len(timesteps) for (timesteps, *_), group in groups.items())
-    todo = sum(map(len, groups.values()))
-    with progress_bar(todo, max(round(steps / max(todo, 1)), 1), "editing", show=progress) as bar:
+    with cells_bar(run, plans, progress) as bar:
         for group in groups.values():
             for batch in batches(len(group), size):
                 e, s, c = (torch.tensor(column) for column in zip(*group[batch], strict=True))
@@ -165,6 +164,16 @@ def run_plans(
                     if plan is run:
                         images[e, :, c] = plain
     return images
+
+
+def cells_bar(
+    run: Trajectory, plans: Sequence[Sequence[Trajectory]], progress: bool | tqdm
+) -> contextlib.AbstractContextManager[tqdm]:
+    """A progress bar over the cells of plans, each as long as its own steps."""
+    unedited = run.seeds is None and any(plan is run for row in plans for plan in row)
+    lengths = [len(plan.timesteps) for row in plans for plan in row if plan is not run] + [run.steps] * unedited
+    n, steps = len(run) * len(lengths), sum(lengths) / max(len(lengths), 1)
+    return progress_bar(n, max(steps, 1), "editing", show=progress)
 
 
 def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tensor:
