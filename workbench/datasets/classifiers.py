@@ -34,7 +34,7 @@ from workbench.datasets.classifier import Classifier
 from workbench.datasets.domain import DOMAINS
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.images import to_bytes
-from workbench.diffusion.models import best_device
+from workbench.diffusion.models import find_device
 from workbench.formats.checkpoints import hash_weights, read_json
 from workbench.io import one_of
 
@@ -96,7 +96,7 @@ def load_classifier(
         return _from_callable(source, attributes, device)
     if attributes is not None:
         raise ValueError(f"attributes= names the columns of a function; {str(source)!r} has names of its own")
-    device = best_device() if device is None else torch.device(device)
+    device = find_device(device)
     folder, name, config = _find(source)
     kind = config.get("model_type")
     if kind == "clip":
@@ -207,7 +207,7 @@ def train_classifier(
     if not isinstance(images, LabelledImages):
         images = load_images(images)
     labels = binary_labels(images)
-    device = best_device() if device is None else torch.device(device)
+    device = find_device(device)
     generator = torch.Generator().manual_seed(seed)
     network = new_network(len(labels.columns), network_config)
     network.initialise(generator).to(device)

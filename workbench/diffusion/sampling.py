@@ -80,10 +80,14 @@ class Injection:
     timesteps: tuple[int, ...] | None = field(default=None, repr=False)
 
     @classmethod
-    def adding(cls, values: torch.Tensor, *, asymmetric: bool = False) -> Injection:
+    def adding(
+        cls, values: torch.Tensor, *, asymmetric: bool = False, timesteps: tuple[int, ...] | None = None
+    ) -> Injection:
         """h_t + values[i], for values of shape (steps, 1 or n, C, h, w); a step of zeros leaves h (Haas eq. 6)."""
         acts = values.flatten(1).any(dim=1).tolist()
-        return cls(lambda i, h, samples: h + at_step(values, i, samples).to(h) if acts[i] else None, asymmetric)
+        return cls(
+            lambda i, h, samples: h + at_step(values, i, samples).to(h) if acts[i] else None, asymmetric, timesteps
+        )
 
     def of(self, positions: np.ndarray) -> Injection:
         """The same change for some of the samples."""

@@ -114,7 +114,7 @@ class Cross(Edit):
     def plan(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> list[Trajectory]:
         """One plan per column of distances: (k,), (k, m) for m attributes, (n, k, m) for n samples; or by space."""
         targets = self.targets(run, distances)
-        rest, own = self.plain(run), {"x": run.x_at(self._timesteps(run)[0]), "h": self._own_h(run)}
+        rest, own = self._rest(run), {"x": run.x_at(self._timesteps(run)[0]), "h": self._own_h(run)}
         plans = []
         for column in range(self._columns(targets)):
             moved = {
@@ -127,25 +127,30 @@ class Cross(Edit):
 
     def plain(self, run: Trajectory) -> Trajectory:
         """Decode from t on without a move; with h_policy "stale", from the same stale h."""
-        t, _ = self._timesteps(run)
-        rest = run.tail(index_of(t, run.timesteps), run.x_at(t))
-        if self.eta is None and (self.steps is not None or self.seed is not None):
-            raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
-        if self.eta is not None:
-            visited = self._visited(run.model, t, rest.timesteps)
-            seed = self.seed or 0
-            seeds = run.seeds if self.seed is None and run.seeds is not None else range(seed, seed + len(run))
-            rest = replace(
-                rest,
-                timesteps=visited,
-                etas=run.model.schedule.etas(self.eta, len(visited)),
-                seeds=check_seeds(seeds),
-                stored_noise=None,
-            )
+        rest = self._rest(run)
         if self.h_policy != "stale":
             return rest
         own = self._own_h(run)
         return replace(rest, edit=self._injection(own, own))
+
+    def _rest(self, run: Trajectory) -> Trajectory:
+        """The steps from t on, with the noise of eta, from the run's own x_t."""
+        t, _ = self._timesteps(run)
+        rest = run.tail(index_of(t, run.timesteps), run.x_at(t))
+        if self.eta is None:
+            if self.steps is not None or self.seed is not None:
+                raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
+            return rest
+        visited = self._visited(run.model, t, rest.timesteps)
+        seed = self.seed or 0
+        seeds = run.seeds if self.seed is None and run.seeds is not None else range(seed, seed + len(run))
+        return replace(
+            rest,
+            timesteps=visited,
+            etas=run.model.schedule.etas(self.eta, len(visited)),
+            seeds=check_seeds(seeds),
+            stored_noise=None,
+        )
 
     def labels(self, distances: Distances | Mapping[str, Distances]) -> tuple[str, ...]:
         if isinstance(distances, Mapping):

@@ -92,8 +92,25 @@ class Turned(Edit):
         return self.edit.plain(run)
 
 
+class InjectionEdit(Edit):
+    """An edit of h alone, by an injection that acts from some step on."""
+
+    def injection(self, run: Trajectory, scale: float) -> Injection:
+        """Injection into h at every step of the run."""
+        raise NotImplementedError
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        first = self._first(run)
+        injections = [self.injection(run, scale) if finite(scale, "a scale") else None for scale in scales]
+        return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
+
+    def _first(self, run: Trajectory) -> int:
+        """The first step that the edit changes; 0 if there is none."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class Shift(Edit):
+class Shift(InjectionEdit):
     """h_t <- h_t + scale * sigma_t * v_t (Haas et al. eq. 6), or h_t + scale * f(h_t, t) (Asyrp).
 
     Attributes
@@ -116,13 +133,7 @@ class Shift(Edit):
     def name(self) -> str:
         return self.direction.name
 
-    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
-        first = self._first(run)
-        injections = [self.injection(run, scale) if finite(scale, "a scale") else None for scale in scales]
-        return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
-
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        """Injection into h at every step of the run."""
         scale, weights = finite(scale, "scale"), self._weights(run)
         if isinstance(self.direction, DeltaFunction):
             self.direction.check_fits(run.model)
@@ -134,7 +145,7 @@ class Shift(Edit):
             return Injection(change, self.asymmetric, run.timesteps)
         self.direction.check_fits(run.model, run.timesteps)
         values = self.direction.delta(scale) * weights.view(-1, 1, 1, 1)
-        return replace(Injection.adding(values[:, None], asymmetric=self.asymmetric), timesteps=run.timesteps)
+        return Injection.adding(values[:, None], asymmetric=self.asymmetric, timesteps=run.timesteps)
 
     def about(self) -> dict:
         about = {"asymmetric": self.asymmetric, "t_range": self.t_range and list(self.t_range), "gain": self.gain}
@@ -151,7 +162,6 @@ class Shift(Edit):
         return weights * torch.tensor([match_gain(schedule, pair, eta=eta) for pair, eta in steps])
 
     def _first(self, run: Trajectory) -> int:
-        """The first step that the edit changes; 0 if there is none."""
         acts = self._weights(run) != 0
         if isinstance(self.direction, Direction):
             self.direction.check_fits(run.model, run.timesteps)
@@ -160,7 +170,7 @@ class Shift(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class Swap(Edit):
+class Swap(InjectionEdit):
     """Replace a run's h with another run's (Haas et al. Fig. 2a), or blend them (InjectFusion).
 
     Attributes
@@ -184,13 +194,7 @@ class Swap(Edit):
     def name(self) -> str:
         return f"h of another sample ({self.mode})"
 
-    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
-        first = active_steps(run, self.t_range).index(True)
-        injections = [self.injection(run, scale) if scale else None for scale in scales]
-        return [run if one is None else replace(run.tail(first), edit=one.after(first)) for one in injections]
-
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        """Injection into h at every step of the run."""
         one_of("mode", self.mode, ("replace", "slerp"))
         values, active = self._donor_h(run), active_steps(run, self.t_range)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
@@ -203,6 +207,9 @@ class Swap(Edit):
             return donor if self.mode == "replace" else slerp(h, donor, scale)
 
         return Injection(change, self.asymmetric, run.timesteps)
+
+    def _first(self, run: Trajectory) -> int:
+        return active_steps(run, self.t_range).index(True)
 
     def _donor_h(self, run: Trajectory) -> torch.Tensor:
         donor = self.donor

@@ -23,7 +23,7 @@ from workbench.diffusion.sampling import (
 )
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
-from workbench.editing.edits import Edit, Shift, Swap, as_edit, check_run
+from workbench.editing.edits import Edit, InjectionEdit, Swap, as_edit, check_run
 from workbench.formats.tensors import load_tensors, save_tensors
 
 
@@ -298,7 +298,7 @@ def edit(
     else:
         change = Swap(direction, mode, asymmetric=asymmetric, t_range=t_range)
     scale = finite(scale, "scale")
-    if not isinstance(change, Shift | Swap):
+    if not isinstance(change, InjectionEdit):
         (plan,) = change.plan(run, [scale])
         return replay(plan, residual=residual, record_h=record_h, progress=progress)
     injection = change.injection(run, scale)
