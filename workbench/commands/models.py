@@ -111,6 +111,27 @@ def extract(
     print(f"{store}\n{store.path}")
 
 
+@command("taps", example="workbench taps avataaars32 -o taps.png")
+def taps(
+    network: opt.Sampling,
+    n: Annotated[int, Option(callback=opt.positive, help="number of samples that are measured")] = 8,
+    seed: opt.Seed = 0,
+    out: Annotated[Path | None, opt._out(opt._picture, "draw the U-Net, as PNG, PDF or SVG")] = None,
+):
+    """List where h can be read and edited.
+
+    Every tap with its shape, the root mean square of its activations, and the share by which samples differ.
+    """
+    model = network.load()
+    run = wb.sample(model, range(seed, seed + n), record_x=True, **network.chain)
+    table = wb.tap_table(run)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    if out is not None:
+        caption = f"{model.name}: {n} samples, mean rms over t = {', '.join(map(str, table['t'].unique()))}."
+        opt.save_picture(wb.plots.network(table, caption=caption), out)
+        print(out.resolve())
+
+
 @command("plan", example="workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100")
 def plan(
     model: Annotated[str, Option(help="as for extract, or a public model not downloaded")] = "avataaars32",
