@@ -138,14 +138,14 @@ class TrainingSettings:
         halvings = len(self.widths) - 1
         if not self.widths or any(width < 1 or width % NORM_GROUPS for width in self.widths):
             raise ValueError(f"widths are {list(self.widths)}; give multiples of {NORM_GROUPS}, the finest first")
-        _, height, width = self.size
-        for side in (height, width):
+        sides = self.size[1:]
+        for side in sides:
             if side % 2**halvings:
                 raise ValueError(
                     f"images of {side} pixels can't be halved {halvings} times; give fewer widths, or a "
                     f"multiple of {2**halvings}"
                 )
-        width_at = {min(height, width) >> level: width for level, width in enumerate(self.widths)}
+        width_at = {min(sides) >> level: width for level, width in enumerate(self.widths)}
         for side in self.attention:
             if side not in width_at:
                 there = ", ".join(map(str, width_at))

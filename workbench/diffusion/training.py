@@ -181,8 +181,8 @@ def train_model(
         )
     begun = resume and (out / STATE).is_file()
     if begun:
-        unet = empty_unet(read_json(out / CONFIG)["network"])
-        scheduler = DDPMScheduler.from_pretrained(out, subfolder="scheduler")
+        about = read_json(out / CONFIG)
+        unet, scheduler = empty_unet(about["network"]), DDPMScheduler.from_config(about.get("scheduler", {}))
     else:
         unet, scheduler = first_unet(settings)
     SplitUNet(unet)  # refuses what could not be loaded again
@@ -191,7 +191,7 @@ def train_model(
     pixels = _read_images(images, settings.size)
     if settings.skips is not None:
         cut_skips(unet, kept=settings.skips)
-    description = _describe(settings, unet, pixels)
+    description = _describe(settings, unet, scheduler, pixels)
     if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
         raise ValueError(f"the training in {out} used {then['n']} images, and these {len(pixels)} differ from them")
     run = _Run(unet, scheduler, description, settings=settings, device=accelerator.device)
@@ -311,13 +311,10 @@ class _Run:
             unet.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
         alpha_bar = scheduler.alphas_cumprod.double()
+        snr = alpha_bar / (1 - alpha_bar)
         # v and x_0 are off by eps' error over sqrt(alpha_bar) and over sqrt(SNR).
-        share = {
-            "epsilon": torch.ones_like(alpha_bar),
-            "v_prediction": alpha_bar,
-            "sample": alpha_bar / (1 - alpha_bar),
-        }
-        constants = alpha_bar, min_snr_weights(alpha_bar, settings.gamma), share[settings.prediction]
+        share = {"epsilon": torch.ones_like(snr), "v_prediction": alpha_bar, "sample": snr}[settings.prediction]
+        constants = alpha_bar, min_snr_weights(alpha_bar, settings.gamma), share
         self.alpha_bar, self.weight, self.share = (c.float().to(device) for c in constants)
         self.step, self.log = 0, []
         self._hours_before, self._since = 0.0, time.monotonic()
@@ -451,13 +448,14 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
     return to_bytes(images)
 
 
-def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
+def _describe(settings: TrainingSettings, unet: UNet2DModel, scheduler: DDPMScheduler, pixels: torch.Tensor) -> dict:
     """Content of `training.json`."""
     packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
         "settings": asdict(settings),
         "images": {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()},
         "network": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+        "scheduler": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
         "parameters": sum(p.numel() for p in unet.parameters()),
         "commit": commit(),
         "versions": {package: importlib.metadata.version(package) for package in packages},

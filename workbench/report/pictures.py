@@ -36,7 +36,8 @@ def image_grid(
     Parameters
     ----------
     images : array or Tensor of shape (n, C, H, W) or (rows, columns, C, H, W), values in [-1, 1]
-        Of 1 channel they are grey, of more the first three are colours (`with_channels`). Values outside of [-1, 1], as noisy images have them, are clipped.
+        Of 1 channel they are grey; of more than 3, the first three are colours (`with_channels`). Values outside of
+        [-1, 1], as noisy images have them, are clipped.
     columns : int, optional
         Images in a row, for the first shape; default: up to 8.
     titles : sequence of str, optional
