@@ -23,10 +23,10 @@ from workbench.analysis.image_metrics import (
 from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
-from workbench.diffusion.images import check_images
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
+from workbench.diffusion.training import read_settings
 from workbench.io import write_text
 from workbench.paths import local, writable
 
@@ -313,14 +313,17 @@ def new_card(folder: str | Path) -> str:
     if not path.is_file():
         return f"# {folder.resolve().name}\n"
     about = json.loads(path.read_text(encoding="utf-8"))
-    s, side = about["settings"], about["network"]["sample_size"]
+    s, noise = about["settings"], about.get("scheduler", {})
+    T, predicts = noise.get("num_train_timesteps", 1000), noise.get("prediction_type", "epsilon")
+    betas = f"linear beta {noise.get('beta_start', 1e-4):g}..{noise.get('beta_end', 0.02):g}"
+    betas = "the betas of its start" if noise.get("trained_betas") else betas
     begun = "random weights" if s["start"] is None else f"the weights of `{s['start']}`"
     begun += " with a finer resolution around them" if s.get("grow") else ""
     return f"""# {folder.resolve().name}
 
-A DDPM of {side} x {side} pixels: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, T = 1000, linear beta \
-1e-4..0.02, eps-prediction. Averaged weights, float32 safetensors. Loads with `workbench.load_model` and with \
-diffusers' `DDPMPipeline.from_pretrained`. The scheduler file has `clip_sample` on, as the public DDPMs do; \
+A DDPM of images of shape {read_settings(folder).size}: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, \
+T = {T}, {betas}, predicts `{predicts}`. Averaged weights, float32 safetensors. Loads with `workbench.load_model` and \
+with diffusers' `DDPMPipeline.from_pretrained`. The scheduler file has `clip_sample` on, as the public DDPMs do; \
 `load_model` switches it off.
 
 ## Training
@@ -357,7 +360,9 @@ def _compare(
 
 
 def _stacked(images, model: Model) -> torch.Tensor:
-    return check_images(images, model).clamp(-1, 1)
+    if isinstance(images, (list, tuple)):
+        return torch.cat([_stacked(part, model) for part in images])
+    return (images.at_size(model.image_shape) if hasattr(images, "at_size") else images)[:].clamp(-1, 1)
 
 
 def _points(shares: Iterable[float]) -> list[str]:
