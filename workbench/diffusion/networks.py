@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
+from workbench.diffusion.schedule import PREDICTIONS
 from workbench.formats.layouts import LINEAR, noise_schedule
 from workbench.io import one_of
 from workbench.shapes import shape_of
@@ -24,9 +25,6 @@ _WEIGHTS = 2
 """Stream of a training's seed that new weights are drawn from."""
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a network may be trained to predict, in diffusers' words: the noise, v (Salimans and Ho 2022), or x_0."""
 
 _BOUNDS = {
     "1 or more": (("layers", "head_channels", "steps", "batch_size"), lambda value: value >= 1),
@@ -49,8 +47,7 @@ class TrainingSettings:
     timesteps : int
         T, the number of timesteps, 21 or more. The betas are linear, from 0.1 / T to 20 / T: for 1000, those of DDPM.
     prediction : {"epsilon", "v_prediction", "sample"}
-        What the network predicts: the noise, v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022),
-        or x_0. The loss is that of eps for all three.
+        What the network predicts: eps, v or x_0, as in `schedule.PREDICTIONS`. The loss is that of eps for all three.
     widths : tuple of int
         Channels at every resolution, multiples of 16, finest resolution first; each resolution halves the previous one.
         The last width is that of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
@@ -213,20 +210,17 @@ def _scheduler_of(model: Model) -> DDPMScheduler:
         ratios = schedule.alpha_bars / np.append(1.0, schedule.alpha_bars[:-1])
         betas = {"num_train_timesteps": T, "trained_betas": (1 - ratios).tolist()}
     spacing = {"timestep_spacing": schedule.spacing, "steps_offset": schedule.offset}
-    return DDPMScheduler(**betas, **spacing, prediction_type=getattr(model, "prediction", "epsilon"))
-
-
-def unet_shape(unet: UNet2DModel) -> tuple[int, int, int]:
-    """(C, H, W) of a network's images."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return (unet.config.in_channels, height, width)
+    return DDPMScheduler(**betas, **spacing, prediction_type=model.prediction)
 
 
 def _network_of(model: Model, *, grow: bool, dropout: float, seed: int) -> UNet2DModel:
     """The network of a model, with its weights; grown to twice the size of its images if asked for."""
-    unet = model.unet.unet
-    channels, height, width = unet_shape(unet)
+    unet, (channels, height, width) = model.unet.unet, model.x_shape
+    if model.latent or model.unet.stages.conditioned_on or not isinstance(unet, UNet2DModel):
+        raise ValueError(
+            f"{model.name} is conditional, of latents, or no UNet2DModel; trainings here begin with unconditional ones "
+            "of pixels"
+        )
     if unet.config.out_channels != channels:
         raise ValueError(
             f"{model.name} has {unet.config.out_channels} outputs for {channels} channels; trainings here are without "

@@ -46,7 +46,6 @@ from workbench.diffusion.networks import (
     empty_unet,
     first_unet,
     seeded,
-    unet_shape,
 )
 from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.sampling import sample
@@ -185,9 +184,9 @@ def train_model(
         unet, scheduler = empty_unet(about["network"]), DDPMScheduler.from_config(about.get("scheduler", {}))
     else:
         unet, scheduler = first_unet(settings)
-    SplitUNet(unet)  # refuses what could not be loaded again
+    shape = SplitUNet(unet).x_shape  # refuses what could not be loaded again
     noise = {"timesteps": scheduler.config.num_train_timesteps, "prediction": scheduler.config.prediction_type}
-    settings = replace(settings, size=unet_shape(unet), **noise)
+    settings = replace(settings, size=shape, **noise)
     pixels = _read_images(images, settings.size)
     if settings.skips is not None:
         cut_skips(unet, kept=settings.skips)
@@ -286,8 +285,7 @@ def min_snr_weights(alpha_bar: torch.Tensor, gamma: float) -> torch.Tensor:
 
     gamma is 5 in the paper; inf weighs all timesteps alike.
     """
-    snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / snr
+    return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1)
 
 
 class _Run:
@@ -335,7 +333,7 @@ class _Run:
         unet = self.save_model(out)
         if previews:
             model = wrap(unet, self.scheduler, name=out.name, device=self.unet.device)
-            images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).x0
+            images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).images
             with written(out / "samples" / f"{self.step:07d}.png") as partial:
                 _contact_sheet(images).save(partial, "PNG")
 

@@ -421,7 +421,7 @@ class EditStudio(widgets.VBox):
             _, height, width = session.model.image_shape
             wide, high = (64 * side // max(height, width) for side in (width, height))
             thumbnails = "".join(
-                f".hspace-sample-{id(self)}-{k} {{ background-image: url({address(run.x0[0])}); "
+                f".hspace-sample-{id(self)}-{k} {{ background-image: url({address(run.images[0])}); "
                 f"background-size: {wide}px {high}px; }}\n"
                 for k, run in enumerate(session.samples)
             )
