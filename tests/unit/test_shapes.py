@@ -304,6 +304,7 @@ def test_the_loss_is_that_of_eps_whatever_is_predicted(prediction, tmp_path):
 
 def test_a_training_takes_over_shape_and_schedule_of_its_start(tmp_path, make_unet):
     settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 200, "timestep_spacing": "trailing"}
+    settings["prediction_type"] = "v_prediction"
     unet = make_unet(sample_size=(4, 8), in_channels=2, out_channels=2)
     DDPMPipeline(unet, DDPMScheduler(**settings)).save_pretrained(tmp_path / "start")
     start = wb.load_model(tmp_path / "start", device="cpu")
@@ -312,13 +313,28 @@ def test_a_training_takes_over_shape_and_schedule_of_its_start(tmp_path, make_un
         out = tmp_path / str(grow)
         begun = wb.TrainingSettings(start=str(tmp_path / "start"), grow=grow, steps=2, batch_size=2)
         model = wb.train_model(images, begun, out=out, log_every=1, **QUIET)
-        assert model.image_shape == shape and read_settings(out).timesteps == 200
+        assert model.image_shape == shape and model.prediction == "v_prediction"
+        assert (read_settings(out).timesteps, read_settings(out).prediction) == (200, "v_prediction")
         assert model.schedule.timesteps(7) == start.schedule.timesteps(7)
         np.testing.assert_allclose(model.schedule.alpha_bars, start.schedule.alpha_bars, atol=1e-6)
         assert wb.train_model(images, out=out, resume=True, **QUIET).hash == model.hash
     with pytest.raises(ValueError, match=r"shape \(3, 4, 8\) and the model takes \(2, 4, 8\)"):
         begun = wb.TrainingSettings(start=str(tmp_path / "start"), steps=1)
         wb.train_model(torch.zeros(2, 3, 4, 8), begun, out=tmp_path / "other", **QUIET)
+    DDPMPipeline(make_unet(num_class_embeds=2), DDPMScheduler()).save_pretrained(tmp_path / "classes")
+    with pytest.raises(ValueError, match="classes is conditional"):
+        begun = wb.TrainingSettings(start=str(tmp_path / "classes"), steps=1)
+        wb.train_model(torch.zeros(2, 3, 8, 8), begun, out=tmp_path / "other", **QUIET)
+
+
+def test_a_schedule_that_ends_without_signal_is_trained_on_too(tmp_path, make_unet):
+    """Zero terminal SNR (Lin et al. 2024): the last timestep has no weight, and no NaN."""
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    DDPMPipeline(make_unet(), scheduler).save_pretrained(tmp_path / "start")
+    settings = wb.TrainingSettings(start=str(tmp_path / "start"), steps=3, batch_size=4, seed=3)
+    model = wb.train_model(torch.rand(4, 3, 8, 8) * 2 - 1, settings, out=tmp_path / "model", **QUIET)
+    assert model.schedule.alpha_bars[-1] < 1e-6 and np.isfinite(read_log(tmp_path / "model")["loss"]).all()
+    assert training.min_snr_weights(torch.tensor([0.0, 0.5]), np.inf).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
