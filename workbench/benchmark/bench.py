@@ -170,7 +170,7 @@ class Bench:
         """Real images that nothing was learned from, an even number."""
         unseen = len(self.images) - self.protocol.labelled
         n = min(unseen, 1000) // 2 * 2
-        return self.images.at_size(self.model.image_shape[1])[len(self.images) - n :]
+        return self.images.at_size(self.model.image_shape)[len(self.images) - n :]
 
     @cached_property
     def pixels(self) -> PCA:

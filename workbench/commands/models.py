@@ -183,7 +183,13 @@ class Training:
 
     start: Annotated[str | None, Option("--from", metavar="MODEL", help="begin with the weights of this model")] = None
     grow: Annotated[bool, Option("--grow", help="with --from: double its resolution by adding outer blocks")] = False
-    size: Annotated[int | None, Option(help="side of the images in pixels (default 32)")] = None
+    size: Annotated[
+        list[int] | None, Option(metavar="N...", help="side in pixels, or [channels] height width (default 32)")
+    ] = None
+    timesteps: Annotated[int | None, Option(help="number of timesteps (default 1000)")] = None
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None, Option(help="the noise, v or x_0 (default epsilon)")
+    ] = None
     widths: Annotated[list[int] | None, Option(metavar="N...", help="channels, finest first; default 48 96 144")] = None
     layers: Annotated[int | None, Option(help="residual blocks per resolution (default 1)")] = None
     attention: Annotated[list[int] | None, Option(metavar="N...", help="at resolutions; 0: none (default 8)")] = None
@@ -231,15 +237,12 @@ def train(
     if resume and given:
         surplus = "from" if "start" in given else next(iter(given)).replace("_", "-")
         raise ValueError(f"a resumed training keeps its own settings; leave out --{surplus}")
-    networks = ("size", "widths", "layers", "attention", "head_channels")
+    networks = ("size", "timesteps", "prediction", "widths", "layers", "attention", "head_channels")
     if training.start is not None and (surplus := [name for name in networks if name in given]):
         raise ValueError(f"--from keeps the network of the model; leave out --{surplus[0].replace('_', '-')}")
     settings = read_settings(out) if resume else TrainingSettings(**given)
-    size = settings.size
-    if training.start is not None:
-        size = wb.load_model(training.start, device="cpu").image_shape[1] * (2 if settings.grow else 1)
     model = wb.train_model(
-        [wb.load_images(source, size=size, skip_broken=skip_broken) for source in images],
+        [wb.load_images(source, skip_broken=skip_broken) for source in images],
         None if resume else settings,
         out=out,
         resume=resume,
@@ -280,12 +283,11 @@ def evaluate_model(
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {folder} to write the card in")
     model = network.load()
-    size = model.image_shape[1]
     evaluation = wb.evaluate_model(
         model,
-        labels.load(images, size),
+        labels.load(images),
         classifiers=[wb.load_classifier(each, device=network.device) for each in classifiers],
-        training=[wb.load_images(each, size=size, skip_broken=labels.skip_broken) for each in training or ()] or None,
+        training=[wb.load_images(each, skip_broken=labels.skip_broken) for each in training or ()] or None,
         n=n,
         seed=seed,
         n_inverted=inverted,
@@ -315,9 +317,13 @@ def train_classifier(
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
     steps: Annotated[int, Option(help="number of batches of 128 images")] = 2000,
     design: Annotated[Literal["labeller", "judge"], Option(help="it labels samples, or judges edits")] = "labeller",
+    size: Annotated[
+        list[int] | None,
+        Option(metavar="N...", help="of the models that it judges, [channels] height width (default: colour squares)"),
+    ] = None,
 ):
     """Train an attribute classifier on labelled images."""
-    classifier = wb.train_classifier(labels.load(images), out=out, seed=seed, steps=steps, design=design)
+    classifier = wb.train_classifier(labels.load(images, size), out=out, seed=seed, steps=steps, design=design)
     print(f"{classifier}\n{out.resolve()}")
 
 

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -189,7 +189,7 @@ class Labels:
     ] = None
     skip_broken: Annotated[bool, Option("--skip-broken", help="leave out images that cannot be decoded")] = False
 
-    def load(self, images: str, size: int | None = None):
+    def load(self, images: str, size: Sequence[int] | None = None):
         return wb.load_images(images, size=size, labels=self.labels, skip_broken=self.skip_broken)
 
 

@@ -150,7 +150,7 @@ class Renderings:
         Parameters
         ----------
         image : path, bytes, PIL.Image.Image, or Tensor of shape (C, H, W), values in [-1, 1]
-            A file, its content or a picture is cropped to its central square and resized.
+            A file, its content or a picture is cropped and resized to the model's size.
         method : {"fixed-point", "ddim", "edit-friendly"}
             As in `invert`. The residual is added to every edit.
         progress : Progress, optional
@@ -165,7 +165,7 @@ class Renderings:
             If there is no such file, it is not an image, or the session is full.
         """
         if isinstance(image, str | Path | bytes):
-            image = load_image(image, self.model.image_shape[1])
+            image = load_image(image, self.model.image_shape)
         image = check_images([image], self.model)
         progress = progress or Progress()
         passes = 2 if method == "fixed-point" else 1
