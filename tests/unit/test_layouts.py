@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import re
 import warnings
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +117,44 @@ def test_an_original_network_computes_the_same_after_conversion(kind, tmp_path):
         options |= {"image_size": 16, "attention_order": "new" if GUIDED[kind].get("new_order") else "legacy"}
     path = save(randomised(original).state_dict(), tmp_path / "original.ckpt")
     check_same(wb.load_model(path, **options, device="cpu"), original, options["image_size"])
+
+
+def test_a_network_conditioned_on_a_class_computes_the_same_after_conversion():
+    original = randomised(Guided(ch=32, classes=7, **GUIDED["P2's kind"]))
+    architecture = layouts.infer(original.state_dict(), "guided", **SIZES)
+    unet = UNet2DModel(**architecture.config())
+    unet.load_state_dict(layouts.convert(original.state_dict(), architecture))
+    x_t, t, labels = images(16), torch.tensor([3, 740]), torch.tensor([6, 2])
+    output, _ = original(x_t, t, labels)
+    torch.testing.assert_close(unet.eval()(x_t, t, labels).sample, output, atol=1e-4, rtol=1e-4)
+    assert (output - original(x_t, t, labels.flip(0))[0]).abs().max() > 1e-2
+    assert (architecture.num_classes, unet.config.num_class_embeds) == (7, 7)
+
+
+HEADS = {"mult": (1, 2, 3), "layers": 1, "attention": (2, 4), "heads": 4, "updown": False}
+
+
+@pytest.mark.parametrize("order", layouts.ORDERS)
+def test_heads_by_their_number_compute_the_same_after_conversion(order, tmp_path):
+    original = randomised(Guided(ch=32, new_order=order == "new", **HEADS))
+    path = save(original.state_dict(), tmp_path / "original.pt")
+    model = wb.load_model(path, image_size=16, heads=4, attention_order=order, device="cpu")
+    check_same(model, original, 16)
+    folder = wb.convert_checkpoint(path, tmp_path / "folder", image_size=16, heads=4, attention_order=order)
+    loaded = wb.load_model(folder, device="cpu")
+    assert torch.equal(loaded(images(16), 500), model(images(16), 500))
+    # diffusers' own class would take it for another network.
+    assert json.loads((folder / "unet" / "config.json").read_text())["_class_name"] == "MultiheadUNet2DModel"
+    # The channels of a head do not say the same where the widths differ.
+    other = wb.load_model(path, image_size=16, head_channels=16, attention_order=order, device="cpu")
+    assert (other(images(16), 500) - model(images(16), 500)).abs().max() > 1e-2
+
+
+def test_heads_of_one_width_are_diffusers_own_network():
+    state = randomised(Guided(ch=32, **GUIDED["improved-diffusion's"])).state_dict()
+    architecture = layouts.infer(state, "guided", image_size=16, heads=2)
+    assert (architecture.head_channels, architecture.heads) == (32, None)
+    assert architecture.config()["_class_name"] == "UNet2DModel"
 
 
 def test_the_wrong_order_of_attention_or_size_of_heads_gives_another_network(guided, guided_file):
@@ -290,6 +331,14 @@ def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_
     refused("a preset sets image_size", ddpm_file, preset="faces", image_size=8)
 
 
+def test_every_kind_of_model_names_tests_that_exist():
+    root = Path(__file__).parents[2]
+    for row in layouts.KINDS:
+        assert row["kind"] and row["verified"] and row["tests"]
+        for file, _, name in (test.partition("::") for test in row["tests"]):
+            assert re.search(rf"^def {name}\(", (root / file).read_text(), re.MULTILINE), f"{row['kind']}: {name}"
+
+
 def test_every_published_file_name_has_one_preset():
     files = [file for preset in layouts.PRESETS.values() for file in preset.files]
     assert len(set(files)) == len(files)
@@ -299,7 +348,7 @@ def test_every_published_file_name_has_one_preset():
 def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_file, ddpm_file, small_presets):
     dogs, faces = (path.rename(path.with_name(f"my-{path.name}")) for path in (guided_file, ddpm_file))
     refused(r"tell image_size and head_channels; .*head_channels=64.*preset='dogs'", dogs)
-    refused(r"tell head_channels; give them", dogs, image_size=16)
+    refused(r"tell head_channels; give them .*or heads=4", dogs, image_size=16)
     refused(r"tell image_size; .*convert FILE FOLDER --image-size 256`\), or .*'faces'", faces)
 
 
@@ -308,6 +357,8 @@ def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_f
     [
         ({"image_size": 18}, "image_size is 18; .*3 levels .*multiples of 4"),
         ({"head_channels": 24}, "head_channels is 24; .*32 and 64 channels"),
+        ({"head_channels": None, "heads": 5}, "heads is 5; .*32 and 64 channels"),
+        ({"heads": 4}, "heads is 4 and head_channels is 16; give one"),
         ({"attention_order": "old"}, "'old'"),
         ({"timesteps": 1}, "timesteps is 1"),
         ({"timesteps": 20}, "timesteps is 20; give 21"),
@@ -340,7 +391,7 @@ def changed(change):
         (changed("mid.attn_1.q.weight".__eq__), "mid_block.attentions.0.to_q.weight"),
         (changed(lambda name: "sample.conv" in name), "resamples without convolutions"),
         (lambda s: {**s, "mid.block_3.conv1.weight": torch.zeros(2, 2)}, r"mid.block_3.conv1.weight \(2, 2\) of the"),
-        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, "conditioned on a class"),
+        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, r"label_emb.weight \(10, 128\) of the file has no"),
         (lambda s: {**s, "conv_out.bias": torch.full((3,), float("nan"))}, "3 of 3 values of conv_out.bias"),
         (lambda s: DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=()).state_dict(), "64 channels .* 32"),
     ],

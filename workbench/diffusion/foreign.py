@@ -172,7 +172,8 @@ class _Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)
         # Each is (n, heads, channels, pixels).
-        k, v = (torch.cat([own.expand(len(x), -1, -1, -1), each], dim=-1) for own, each in zip(self.memory, (k, v)))
+        own_k, own_v = self.memory[:, None].expand(-1, len(x), -1, -1, -1)
+        k, v = torch.cat([own_k, k], dim=-1), torch.cat([own_v, v], dim=-1)
         if self.full:
             y = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
         else:

@@ -82,7 +82,7 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
     return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
 
 
-LINEAR, COSINE, SIGMOID = map(noise_schedule, SCHEDULES)
+LINEAR, COSINE = map(noise_schedule, SCHEDULES[:2])
 
 _INSIDE = {
     "resnet": {
@@ -260,7 +260,7 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
+def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]]:
     content = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     networks = {
         name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
@@ -275,11 +275,11 @@ def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
         )
         for name, each in content["presets"].items()
     }
-    return presets, {name: networks[each] for name, each in content["hub"].items()}
+    return presets, {name: networks[each] for name, each in content["hub"].items()}, content["kinds"]
 
 
-PRESETS, HUB = _published()
-"""Published checkpoints by name, and repositories of the hub, which hold diffusers folders."""
+PRESETS, HUB, KINDS = _published()
+"""Published checkpoints by name, repositories of the hub, which hold diffusers folders, and kinds of models."""
 
 
 def find_preset(name: str | None, file: str) -> str | None:
