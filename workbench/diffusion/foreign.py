@@ -49,7 +49,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
     Parameters
     ----------
     sample_size : int or (int, int)
-        Side of the images in pixels, or their height and width; multiples of `multiple`.
+        Side of the images in pixels, or their height and width.
     in_channels, out_channels : int
     time_channels : int
         Of the sinusoidal embedding, whose two layers have four times as many outputs.
@@ -95,41 +95,22 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 1)
 
     @property
-    def x_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x_t."""
-        size = self.config.sample_size
-        return (self.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-    @property
-    def multiple(self) -> int:
-        """Height and width of the images are multiples of it."""
-        return 2 ** (len(self.down_blocks) - 1)
-
-    @property
-    def stages(self) -> dict[str, nn.Module]:
-        """Parts of the network between `begin` and `finish`, called as (x, skips, emb), which give (x, skips)."""
-        down = {f"down.{i}": block for i, block in enumerate(self.down_blocks)}
-        return {**down, "mid": self.mid_block, **{f"up.{i}": block for i, block in enumerate(self.up_blocks)}}
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """Down blocks, mid block and up blocks, called as (x, skips, emb), which give (x, skips)."""
+        return (*self.down_blocks, self.mid_block, *self.up_blocks)
 
     def embed(self, t: torch.Tensor) -> torch.Tensor:
         """Embedding of timesteps of shape (n,); shape (n, E)."""
         waves = get_timestep_embedding(t, self.config.time_channels, downscale_freq_shift=1)
         return self.time_embedding(waves.to(self.dtype))
 
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
-        """The first convolution."""
-        return self.conv_in(x)
-
-    def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """The last convolution."""
-        return self.conv_out(x)
-
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Output for x_t of shape (n, C, H, W) at timesteps of shape (n,)."""
-        emb, skips, x = self.embed(t), (), self.begin(x)
-        for stage in self.stages.values():
-            x, skips = stage(x, skips, emb)
-        return self.finish(x)
+        emb, x = self.embed(t), self.conv_in(x)
+        skips = (x,)
+        for block in self.blocks:
+            x, skips = block(x, skips, emb)
+        return self.conv_out(x)
 
 
 class _RMSNorm(nn.Module):
@@ -188,7 +169,6 @@ class _Down(nn.Module):
         self.attention, self.resample = _Attention(outer, *attention), resample
 
     def forward(self, x: torch.Tensor, skips: tuple, emb: torch.Tensor, context=None) -> tuple[torch.Tensor, tuple]:
-        skips = skips or (x,)  # the first convolution's output, for the end
         first = self.block1(x, emb)
         second = self.attention(self.block2(first, emb))
         return self.resample(second), (*skips, first, second)
