@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 
@@ -163,3 +164,65 @@ def test_a_network_of_another_layout_is_refused(change, words, network, tmp_path
 def test_settings_that_can_not_be_are_refused(options, words, file):
     with pytest.raises(ValueError, match=words):
         wb.load_model(file, device="cpu", **options)
+
+
+# Models
+
+
+def eps_of(v: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    alpha_bar = torch.cumprod(1 - sigmoid_betas().double(), 0)[t].float().view(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
+
+
+@pytest.fixture
+def model(file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return wb.load_model(file, image_size=8, device="cpu")
+
+
+def test_a_trainings_file_loads_with_its_average_its_schedule_and_what_it_predicts(network, model):
+    x_t, t = images(network), torch.tensor([3, 40])
+    v, h = network(x_t, t)
+    torch.testing.assert_close(model(x_t, t), eps_of(v, x_t, t), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.encode(x_t, t).h, h, atol=1e-5, rtol=1e-5)
+    assert (model.prediction, model.h_shape, model.schedule.T) == ("v_prediction", (32, 4, 4), T)
+    bars = torch.cumprod(1 - sigmoid_betas().double(), 0).numpy()
+    assert model.schedule.alpha_bars == pytest.approx(bars, rel=1e-3)
+
+
+def test_decode_of_encode_is_the_networks_own_forward_bit_for_bit_at_every_tap(network, model):
+    x_t, t = images(network).to(memory_format=torch.channels_last), torch.tensor([3, 40])
+    plain = model.unet.unet(x_t, t)
+    assert {"before", "after", "down.0", "skip.0", "skip.4", "up.1"} <= set(model.taps)
+    for tap in model.taps:
+        split = model.tapped(tap).unet
+        state = split.encode(x_t, t)
+        assert tuple(state.h.shape[1:]) == split.h_shape
+        assert torch.equal(split.decode(state), plain), tap
+        assert not torch.equal(split.decode(state, torch.ones(split.h_shape)), plain) or tap == "up.1"
+
+
+def test_a_folder_of_the_file_is_the_same_model(file, model, tmp_path):
+    folder = wb.convert_checkpoint(file, tmp_path / "faces", image_size=8)
+    loaded = wb.load_model(folder, device="cpu")
+    assert loaded.provenance() == model.provenance() | {"name": "faces"}
+    run = wb.sample(model, seeds=range(2), steps=5)
+    assert torch.equal(wb.sample(loaded, seeds=range(2), steps=5).x0, run.x0)
+    assert torch.isfinite(run.x0).all()
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    assert config["_class_name"] == "LucidrainsUNet"
+
+
+def test_what_a_file_does_not_tell_is_assumed_and_said(network, tmp_path):
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    options = {"image_size": 8, "device": "cpu"}
+    with pytest.warns(UserWarning) as said:
+        model = wb.load_model(tmp_path / "bare.pt", **options)
+    assert (model.prediction, model.schedule.T) == ("v_prediction", 1000)
+    assert any("v is assumed" in str(each.message) for each in said)
+    assert any("1000 are assumed, of the sigmoid schedule" in str(each.message) for each in said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = wb.load_model(tmp_path / "bare.pt", **options, timesteps=T, prediction="sample", schedule="cosine")
+    assert (told.prediction, told.schedule.T) == ("sample", T)
