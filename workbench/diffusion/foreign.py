@@ -198,5 +198,5 @@ class _Up(_Down):
         return x, tuple(skips)
 
 
-NETWORKS = {network.__name__: network for network in (UNet2DModel, MultiheadUNet2DModel, LucidrainsUNet)}
-"""Networks by the `_class_name` in their config."""
+NETWORKS = {network.__name__: network for network in (MultiheadUNet2DModel, LucidrainsUNet)}
+"""These networks by the names in their configs."""

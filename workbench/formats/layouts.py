@@ -41,9 +41,6 @@ GROUPS = 32
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a network predicts, in diffusers' words: the noise, v (Salimans & Ho 2022) or x_0."""
-
 
 def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = False) -> dict:
     """A noise schedule of these code bases, as settings of a diffusers scheduler.
@@ -205,7 +202,7 @@ class Architecture:
         return (self.channels[-1], side, side)
 
     def config(self) -> dict:
-        """Arguments of `UNet2DModel`, or of `MultiheadUNet2DModel` where the channels of heads differ by level."""
+        """Config of a `UNet2DModel`, or of a `MultiheadUNet2DModel` where the channels of heads differ by level."""
         ddpm, resampling = self.layout == "ddpm", "resnet" if self.residual_resampling else "conv"
         plain = "Resnet{}sampleBlock2D" if self.residual_resampling else "{}Block2D"
         blocks = ["Attn{}Block2D" if i in self.attention else plain for i in range(len(self.channels))]
