@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
-import re
 import warnings
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from originals import DDPM, Guided, randomised
 from safetensors.torch import save_file
 
 import workbench as wb
 from workbench.diffusion import loading
 from workbench.diffusion.loading import verify
-from workbench.diffusion.unet import SplitUNet
 from workbench.formats import golden, layouts
 from workbench.formats.checkpoints import read_checkpoint
 
@@ -61,7 +61,8 @@ def check_same(model, original, size: int) -> None:
     torch.testing.assert_close(model.encode(x_t, t).h, h, atol=1e-4, rtol=1e-4)
     assert model.h_shape == tuple(h.shape[1:])
     if eps.shape[1] == 6:
-        torch.testing.assert_close(model.unet.unet(x_t, t).sample, eps, atol=1e-4, rtol=1e-4)
+        labels = model.condition and model.condition.values.expand(2)
+        torch.testing.assert_close(model.unet.unet(x_t, t, labels).sample, eps, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +120,19 @@ def test_an_original_network_computes_the_same_after_conversion(kind, tmp_path):
     check_same(wb.load_model(path, **options, device="cpu"), original, options["image_size"])
 
 
-def test_a_network_conditioned_on_a_class_computes_the_same_after_conversion():
+def test_a_network_of_classes_computes_the_same_after_conversion(tmp_path):
     original = randomised(Guided(ch=32, classes=7, **GUIDED["P2's kind"]))
-    architecture = layouts.infer(original.state_dict(), "guided", **SIZES)
-    unet = UNet2DModel(**architecture.config())
-    unet.load_state_dict(layouts.convert(original.state_dict(), architecture))
-    x_t, t, labels = images(16), torch.tensor([3, 740]), torch.tensor([6, 2])
-    output, _ = original(x_t, t, labels)
-    torch.testing.assert_close(unet.eval()(x_t, t, labels).sample, output, atol=1e-4, rtol=1e-4)
-    assert (output - original(x_t, t, labels.flip(0))[0]).abs().max() > 1e-2
-    assert (architecture.num_classes, unet.config.num_class_embeds) == (7, 7)
+    path = save(original.state_dict(), tmp_path / "classes.pt")
+    folder = wb.convert_checkpoint(path, tmp_path / "folder", **SIZES)
+    for label in (0, 6):
+        # The oracle takes a label for each image.
+        of_label = partial(original, y=torch.tensor([label, label]))
+        model = wb.load_model(path, **SIZES, label=label, device="cpu")
+        check_same(model, of_label, 16)
+        loaded = wb.load_model(folder, label=label, device="cpu")
+        assert torch.equal(loaded(images(16), 500), model(images(16), 500))
+    assert (model.conditioned(label=0)(images(16), 500) - model(images(16), 500)).abs().max() > 1e-2
+    refused("label 7 .*0 to 6", path, **SIZES, label=7, device="cpu")
 
 
 HEADS = {"mult": (1, 2, 3), "layers": 1, "attention": (2, 4), "heads": 4, "updown": False}
@@ -175,13 +179,17 @@ def test_the_wrong_order_of_attention_or_size_of_heads_gives_another_network(gui
         ("afhq_dog", (512, 8, 8), 93.56),
         ("adm_lsun", (1024, 8, 8), 552.81),
         ("improved_cifar10", (256, 4, 4), 52.55),
+        ("improved_imagenet_64", (512, 8, 8), 121.06),
+        ("improved_imagenet_64_classes", (768, 8, 8), 273.05),
+        ("improved_lsun", (512, 8, 8), 113.68),
+        ("adm_imagenet_64", (768, 8, 8), 295.90),
+        ("adm_imagenet_128", (1024, 8, 8), 421.53),
+        ("adm_imagenet_256", (1024, 8, 8), 553.84),
     ],
 )
 def test_the_published_architectures_have_their_published_sizes(preset, h, millions):
-    architecture = layouts.PRESETS[preset].architecture
-    with torch.device("meta"):
-        unet = UNet2DModel(**architecture.config())
-    model = wb.Model("meta", SplitUNet(unet), wb.NoiseSchedule.linear(), "")
+    architecture, split = layouts.PRESETS[preset].architecture, loading.load_shapes(preset).blank()
+    model = wb.Model("meta", split, wb.NoiseSchedule.linear(), "")
     x_t = torch.empty(1, *model.image_shape, device="meta")
     assert architecture.h_shape == model.h_shape == tuple(model.encode(x_t, 0).h.shape[1:]) == h
     assert model.parameters / 1e6 == pytest.approx(millions, abs=0.01)
@@ -332,11 +340,12 @@ def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_
 
 
 def test_every_kind_of_model_names_tests_that_exist():
-    root = Path(__file__).parents[2]
     for row in layouts.KINDS:
-        assert row["kind"] and row["verified"] and row["tests"]
-        for file, _, name in (test.partition("::") for test in row["tests"]):
-            assert re.search(rf"^def {name}\(", (root / file).read_text(), re.MULTILINE), f"{row['kind']}: {name}"
+        assert row.keys() == {"kind", "verified", "tests"} and row["tests"]
+        for test in row["tests"]:
+            file, name = test.split("::")
+            functions = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8")).body
+            assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, test
 
 
 def test_every_published_file_name_has_one_preset():
@@ -406,8 +415,8 @@ TIME = "model.diffusion_model.time_embed.0.weight"
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (dict.fromkeys((TIME, "first_stage_model.encoder.conv_in.weight")), "is a latent-diffusion model"),
-        (dict.fromkeys((TIME, "model.x.transformer_blocks.0.attn2.to_k.weight")), "is a latent-diffusion model"),
+        (dict.fromkeys((TIME, "first_stage_model.encoder.conv_in.weight")), "is a whole latent"),
+        (dict.fromkeys((TIME, "model.x.transformer_blocks.0.attn2.to_k.weight")), "is a whole latent"),
         ({"time_embedding.linear_1.weight": None}, "is a single file; give a diffusers model folder"),
         ({"weight": None}, "holds no network .*temb.dense.0"),
         ({"a": 1}, "holds no network"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import nn
 
 
@@ -80,7 +80,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
         emb, last = 4 * time_channels, len(widths) - 2
         attentions = [(heads[i], head_channels[i], memory, full[i]) for i in range(last + 1)]
         self.conv_in = nn.Conv2d(in_channels, widths[0], 7, padding=3)
-        self.time_embedding = nn.Sequential(nn.Linear(time_channels, emb), nn.GELU(), nn.Linear(emb, emb))
+        self.time_embedding = TimestepEmbedding(time_channels, emb, act_fn="gelu")
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, (inner, outer) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             down, up = nn.Conv2d(inner, outer, 3, padding=1), nn.Conv2d(outer, inner, 3, padding=1)

@@ -188,6 +188,8 @@ def _network_of(start: str, *, grow: bool, dropout: float, seed: int) -> UNet2DM
     """The network of a model, with its weights; grown to twice the size of its images if asked for."""
     model = load_model(start, device="cpu")
     unet, (channels, height, width) = model.unet.unet, model.image_shape
+    if type(unet) is not UNet2DModel:
+        raise ValueError(f"{start} is a {type(unet).__name__}; trainings here start from a UNet2DModel")
     linear = NoiseSchedule.linear(T=T).alpha_bars
     if model.schedule.T != T or not np.allclose(model.schedule.alpha_bars, linear, rtol=1e-4):
         raise ValueError(
