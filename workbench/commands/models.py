@@ -15,15 +15,19 @@ from workbench.io import written
 
 @command("models", example="workbench models")
 def models():
-    """List bundled and public models.
+    """List bundled and public models, and the kinds that load.
 
     Bundled models load offline; public ones are listed with their requirements.
     """
     from workbench.diffusion.loading import known_models
+    from workbench.formats.layouts import KINDS
 
     for row in wb.list_models():
         channels, height, width = row["images"]
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
+    print("\nkinds of models that load, and how each was verified:")
+    for row in KINDS:
+        print(f"{row['kind']:64s} {row['verified']}")
     print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
     for row in known_models():
         channels, height, width = row["images"]
@@ -43,8 +47,14 @@ class Checkpoint:
     timesteps: Annotated[int | None, Option(help="timesteps in training (default: the preset's, or 1000)")] = None
     rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was given t * 1000 / T")] = False
     head_channels: Annotated[int | None, Option(help="without a preset: channels of an attention head")] = None
+    heads: Annotated[int | None, Option(help="in place of these: number of attention heads")] = None
     attention_order: Annotated[Literal["legacy", "new"] | None, Option(help="default: legacy")] = None
-    schedule: Annotated[Literal["linear", "cosine"] | None, Option(help="default: the preset's, or linear")] = None
+    schedule: Annotated[
+        Literal["linear", "cosine", "sigmoid"] | None, Option(help="default: the preset's or file's, or linear")
+    ] = None
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None, Option(help="what the network predicts (default: epsilon)")
+    ] = None
 
 
 @command("convert", example="workbench convert celeba_hq.ckpt data/models/celeba_hq")
@@ -55,7 +65,7 @@ def convert(
 ):
     """Convert a checkpoint to a model folder.
 
-    Reads files of the original DDPM and of guided-diffusion; presets describe the published ones.
+    Reads files of the original DDPM, of guided-diffusion and of lucidrains' library; presets describe published ones.
     """
     folder = wb.convert_checkpoint(file, out, **vars(checkpoint))
     print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
