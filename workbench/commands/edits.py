@@ -35,7 +35,7 @@ class Place:
 
     @property
     def ending(self) -> str:
-        return "" if self.tap == "after" else f"-{self.tap}"
+        return "" if self.tap in ("after", "mid") else f"-{self.tap}"
 
 
 @dataclasses.dataclass
@@ -81,7 +81,7 @@ def find_jacobian(
 
     model = samples.load(place.tap)
     index_of(t, model.schedule.timesteps(samples.steps), trained=model.schedule.T)
-    mask = None if region is None else find_region(region, size=model.image_shape[1])
+    mask = None if region is None else find_region(region, size=model.image_shape)
     store = samples.extract(model)
     run = wb.sample(model, [samples.seed], **samples.chain)
     spectrum = wb.find_jacobian(model, run, t=t, k=k, mask=mask, population=store)
@@ -397,14 +397,13 @@ def benchmark(
     protocol = wb.Protocol(
         tuple(methods or METHODS), tuple(attributes), **sizes, labelled=sizes["population"], seed=seed
     )
-    pixels = network.image_shape[1]
     result = wb.run_benchmark(
         network,
         protocol,
         labeller=labels_by,
         judge=judged_by,
-        images=labels.load(images, pixels),
-        masks=wb.domain_of(images).masks(attributes, size=pixels),
+        images=labels.load(images, network.image_shape),
+        masks=wb.domain_of(images).masks(attributes, size=network.image_shape),
         workers=(os.cpu_count() if network.device.type == "cpu" else 1) if workers is None else workers,
         scheduler=scheduler,
     )

@@ -28,7 +28,7 @@ def evaluate_classifier(
         raise ValueError(f"the images are labelled with {', '.join(images.names) or 'nothing'}; {classifier} needs one")
     labels = images.labels[known]
     tables = {}
-    for size in sizes or (images.size,):
+    for size in sizes or (images.image_shape,):
         probabilities = classifier(images.at_size(size), progress=progress)[known]
         right = ((probabilities > 0.5) == (labels > 0.5)).where(labels.notna())
         columns = {"n": labels.notna().sum(), "frequency": labels.mean(), "accuracy": right.mean().astype(float)}

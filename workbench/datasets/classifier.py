@@ -47,8 +47,9 @@ class Classifier:
 
         Parameters
         ----------
-        images : Tensor, ndarray or zarr array of shape (n, 3, H, W), values in [-1, 1], or LabelledImages
-            Of any size. Overshoot (generated images go somewhat beyond the range) is clamped.
+        images : Tensor, ndarray or zarr array of shape (n, C, H, W), values in [-1, 1], or LabelledImages
+            Of any size; networks for colours see grey images as colours, and of more channels the first three.
+            Overshoot (generated images go somewhat beyond the range) is clamped.
         batch_size : int
             Images per pass.
         progress : bool
@@ -147,10 +148,10 @@ def _count(images) -> int:
         n = len(images)
     else:
         shape = tuple(getattr(images, "shape", ()))
-        if len(shape) != 4 or shape[1] != 3:
+        if len(shape) != 4:
             given = f"have shape {shape}" if shape else f"are a {type(images).__name__}"
             raise ValueError(
-                f"images {given}; give a Tensor or array of shape (n, 3, H, W), or LabelledImages "
+                f"images {given}; give a Tensor or array of shape (n, C, H, W), or LabelledImages "
                 "(a single image is images[None])"
             )
         n = shape[0]

@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -114,8 +115,9 @@ class Trajectory:
     model : Model
     x_T : Tensor of shape (n, C, H, W), float32, on the CPU
         Starting noise of the run.
-    x0 : Tensor of shape (n, C, H, W), float32, on the CPU, nominally in [-1, 1]
-        The images. For an inversion, the inverted images; `replay` gives their reconstruction.
+    x0 : Tensor of shape (n, C, H, W), float32, on the CPU
+        x_0 of the run: the images, nominally in [-1, 1], or latents of them. For an inversion, what was inverted;
+        `replay` gives its reconstruction.
     timesteps : tuple of int
         Visited timesteps, noisiest first.
     etas : tuple of float
@@ -171,6 +173,11 @@ class Trajectory:
             stored_noise=None if self.stored_noise is None else self.stored_noise[:, samples],
             residual=None if self.residual is None else self.residual[samples],
         )
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """x0 as images of shape (n, C, H, W), float32, nominally in [-1, 1]; decoded, once, for a latent model."""
+        return self.model.to_images(self.x0)
 
     @property
     def steps(self) -> int:
@@ -232,6 +239,10 @@ class Trajectory:
             self._reached[i] = _run(self, stop=i, progress=False).x0
         return self._reached[i]
 
+    def tapped(self, tap: str) -> Trajectory:
+        """The same samples, with h read and edited at another tap; see `SplitUNet`."""
+        return replace(self, model=self.model.tapped(tap), h=None)
+
     def tail(self, first: int, x_t: torch.Tensor | None = None) -> Trajectory:
         """The steps from `first` on, not run yet: from the run's own x_t there, or from another."""
         if first == 0 and x_t is None:
@@ -257,6 +268,8 @@ class Trajectory:
             inf for an exact reconstruction. Without a `residual` it takes one replay.
         """
         residual = self.x0 - replay(self, progress=False).x0 if self.residual is None else self.residual
+        if self.model.latent:
+            residual = self.images - self.model.to_images(self.x0 - residual)
         with np.errstate(divide="ignore"):
             return 10.0 * np.log10(4.0 / residual.double().square().flatten(1).mean(dim=1).numpy())
 
@@ -326,7 +339,7 @@ def sample(
     visited = model.schedule.timesteps(steps)
     plan = Trajectory(
         model=model,
-        x_T=initial_noise(seeds, model.image_shape),
+        x_T=initial_noise(seeds, model.x_shape),
         x0=torch.empty(0),
         timesteps=visited,
         etas=model.schedule.etas(eta, len(visited)),
@@ -465,7 +478,7 @@ def _run(
     # Out of pinned memory a GPU writes a step's record while it computes the next; x0 is copied last and waits for all.
     memory = {"pin_memory": device.type == "cuda"}
     h = torch.empty(len(pairs), n, *model.h_shape, **memory) if record_h else None
-    x = torch.empty(len(pairs), n, *model.image_shape, **memory) if record_x else None
+    x = torch.empty(len(pairs), n, *model.x_shape, **memory) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
         for batch in batches(n, plan.batch_size):
 
