@@ -132,7 +132,15 @@ def arrived(monkeypatch, target: str, words) -> dict[str, object]:
 
 CHAIN = "--steps 3 --eta 0.5 --batch-size 2"
 OWN = wb.TrainingSettings(size=16, widths=(16, 32), attention=(), head_channels=16, gamma=math.inf, flips=True)
-STUDIO = {"model": "m", "directions": ["a", "b"], "seeds": [2, 5], "steps": 50, "eta": 1.0, "classifier": ""}
+STUDIO = {
+    "model": "m",
+    "condition": {},
+    "directions": ["a", "b"],
+    "seeds": [2, 5],
+    "steps": 50,
+    "eta": 1.0,
+    "classifier": "",
+}
 ARRIVES = {
     f"sample TINY --seeds 0-2,7 {CHAIN}": (
         "workbench.sample",

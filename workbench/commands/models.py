@@ -27,7 +27,7 @@ def models():
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
     print("\nkinds of models that load, and how each was verified:")
     for row in KINDS:
-        print(f"{row['kind']:64s} {row['verified']}")
+        print(f"{row['kind']:86s} {row['verified']}")
     print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
     for row in known_models():
         channels, height, width = row["images"]
