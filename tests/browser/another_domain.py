@@ -1,4 +1,7 @@
-"""The bundled domain as a user's own: other names of the model, its images, its classifiers and all attributes."""
+"""The bundled domain as a user's own: other names of the model, its images, its classifiers and all attributes.
+
+Images have half of the size, so that reports of them are made in a third of the time.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from workbench import paths
 def build(folder: Path, *, n_images: int = 200) -> dict:
     """Write the model, labelled images and two classifiers into `folder`; parameters for notebooks that name them."""
     shutil.copytree(paths.models() / "avataaars32", folder / "faces")
+    config = folder / "faces" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
     for kind in ("labeller", "judge"):
         shutil.copytree(paths.models() / "avataaars-attributes" / kind, folder / kind)
         config = json.loads((folder / kind / "config.json").read_text())

@@ -37,6 +37,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 NAME = "browser-test"
 AFTER = '.hspace-studio img[alt^="after"]'
 PATIENCE = 120_000
+N, STEPS = 40, 10
+"""Samples that directions are found on, and timesteps."""
 
 
 @contextmanager
@@ -76,7 +78,11 @@ def lab(browser, tmp_path_factory):
         file.write_text(json.dumps(values))
     work = folder / "work"
     work.mkdir()
-    shutil.copy(paths.notebooks() / "70_edit_studio.ipynb", work)
+    text = (paths.notebooks() / "70_edit_studio.ipynb").read_text(encoding="utf-8")
+    for name, default, value in (("n", 96, N), ("steps", 20, STEPS), ("k", 24, N // 4)):
+        assert f"{name}: int = {default}  #" in text
+        text = text.replace(f"{name}: int = {default}  #", f"{name}: int = {value}  #")
+    (work / "70_edit_studio.ipynb").write_text(text, encoding="utf-8")
     port, token = _free_port(), secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--ip=127.0.0.1", f"--ServerApp.root_dir={work}", "--LabApp.expose_app_in_browser=True"]
@@ -118,7 +124,7 @@ def pixels(page) -> np.ndarray:
 
 def wait_for_after(page, words: str) -> np.ndarray:
     """Wait for the whole image of an edit that these words describe."""
-    page.wait_for_selector(f'.hspace-studio img[alt^="after: {words}"][alt$="(20 steps)"]')
+    page.wait_for_selector(f'.hspace-studio img[alt^="after: {words}"][alt$="({STEPS} steps)"]')
     return pixels(page)
 
 
@@ -186,11 +192,11 @@ def test_a_saved_recipe_renders_the_browsers_image_in_another_process_and_reload
 
 def test_another_sample_is_picked(lab):
     shown = pixels(lab)
-    lab.get_by_role("button", name="seed 97").click()
-    lab.wait_for_selector('.hspace-studio img[alt="before: seed 97"]')
+    lab.get_by_role("button", name=f"seed {N + 1}").click()
+    lab.wait_for_selector(f'.hspace-studio img[alt="before: seed {N + 1}"]')
     assert (wait_for_after(lab, "Smiling +2.3 sigma") != shown).any()
     session = wb.open_recipe(paths.edits() / f"{NAME}.json")
-    session.pick(session.add_seeds([97])[0])
+    session.pick(session.add_seeds([N + 1])[0])
     np.testing.assert_array_equal(pixels(lab), rendered(session))
 
 
@@ -275,9 +281,10 @@ def contrast(page, selector: str) -> float:
 
 def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, browser, tmp_path):
     parts = paths.edits() / f"{NAME}.parts"
-    command = [sys.executable, "-m", "workbench.cli", "studio", "--directions", str(parts), "--seeds", "96-97"]
+    command = [sys.executable, "-m", "workbench.cli", "studio", "--directions", str(parts)]
     log = tmp_path / "studio.log"
-    with serving([*command, "--steps", "20", "--theme", "dark"], {}, log):
+    command += ["--seeds", f"{N}-{N + 1}", "--steps", str(STEPS), "--theme", "dark"]
+    with serving(command, {}, log):
         deadline = time.monotonic() + 90
         while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", log.read_text())):
             assert time.monotonic() < deadline, log.read_text()
@@ -300,7 +307,7 @@ def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, b
         screenshot(page, "page")
         context.close()
     model = wb.load_model("avataaars32")
-    runs = wb.sample(model, [96, 97], steps=20, progress=False)
+    runs = wb.sample(model, [N, N + 1], steps=STEPS, progress=False)
     session = wb.EditSession(model, runs, [load_editable(p, model=model) for p in sorted(parts.iterdir())])
     np.testing.assert_array_equal(rendered(session), before)
     session.set_scale("Smiling", 1.0)

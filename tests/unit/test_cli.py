@@ -404,6 +404,13 @@ def test_edit_renders_a_recipe_bit_for_bit_and_says_when_the_bits_differ(tiny_fo
     assert (tmp_path / "figure.png").is_file() and (tmp_path / "figure.pdf").is_file()
 
 
+def test_a_report_says_how_many_extractions_it_made(cache, capsys, monkeypatch):
+    cache.mkdir()
+    monkeypatch.setattr("workbench.report.reports.report", lambda profile, **_: (cache / f"{profile}.zarr").touch())
+    assert f"extractions: 1 made, and kept in {cache}" in run(capsys, "report")[1]
+    assert f"extractions: all from {cache}" in run(capsys, "report")[1]
+
+
 def test_run_and_figure_list_what_there_is(capsys):
     assert "00_quickstart" in run(capsys, "run", "--list")[1]
     assert "model_name" in run(capsys, "run", "10_extract", "--list")[1]

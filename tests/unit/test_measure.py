@@ -210,10 +210,10 @@ def twice(images):
 
 def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):
     """Held-out images with their true labels, inverted; edits of generated samples, scored by the judge."""
-    images = wb.load_images("avataaars", size=32).select(slice(48))
+    images = wb.load_images("avataaars", size=32).select(slice(32))
     store = wb.extract(model, images=images, steps=4, out=tmp_path / "inverted.zarr", progress=False)
     found = wb.find_from_labels(store, images.label("Long_Hair"), progress=False)
-    run = wb.sample(model, range(12), steps=4, progress=False)
+    run = wb.sample(model, range(8), steps=4, progress=False)
     pair = {"found": found, "random": wb.random_like(found, seed=0)}
     judge = wb.load_classifier("avataaars-judge")
     measured = measure_effects(model, run, pair, classifier=judge, scales=[2.0], progress=False)

@@ -38,7 +38,7 @@ def everything(model, folder) -> dict[str, torch.Tensor]:
     run = wb.sample(model, range(8), record_h=True, **options)
     store = wb.extract(model, 8, steps=2, out=folder / f"{os.environ[parallel.THREADS]}.zarr", progress=False)
     direction = wb.find_pca(store, k=1, progress=False)[0]
-    inverted = wb.invert(model, run.x0, record_h=True, **options)
+    inverted = wb.invert(model, run.x0.clamp(-1, 1), record_h=True, **options)
     spectrum = wb.find_jacobian(model, run[0], t=run.timesteps[1], k=2, max_iterations=1, tol=1.0, progress=False)
     return {
         "samples": run.x0,
