@@ -43,8 +43,8 @@ NOTEBOOKS = {
     },
     "55_disentangling": {
         "k": 12,
-        "target": renamed("Black_Hair"),
-        "nuisances": [renamed("Long_Hair")],
+        "target": renamed("Long_Hair"),
+        "nuisances": [renamed("Black_Hair")],
         "n_measured": 5,
     },
     "60_boundaries": {
@@ -53,12 +53,12 @@ NOTEBOOKS = {
         "n_measured": 3,
         "strength": 2.0,
     },
-    "65_audit": {"attribute": renamed("Long_Hair"), "n_measured": 3, "strength": 2.0},
+    "65_audit": {"attribute": renamed("Long_Hair"), "n_measured": 3, "strength": 1.0},
     "70_edit_studio": {"k": 12, "attributes": [renamed("Black_Hair"), renamed("Long_Hair")], "n_samples": 4},
     "80_benchmark": {
         "methods": ["random h", "mean difference"],
-        "attributes": [renamed("Black_Hair"), renamed("Long_Hair")],
-        "population": 32,
+        "attributes": [renamed("Blond_Hair"), renamed("Black_Hair")],
+        "population": 40,
     },
     "85_appendix": {
         "attribute": renamed("Long_Hair"),
@@ -84,9 +84,8 @@ def made(tmp_path_factory):
             (home / "data" / source.name).symlink_to(source)
     (home / "notebooks").symlink_to(paths.notebooks())
     common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 4}
-    NOTEBOOKS["55_disentangling"]["figures"] = str(
-        home / "reports" / "figures"
-    )  # of one notebook: drawing a file takes seconds
+    # Of one notebook, since drawing a file takes seconds.
+    NOTEBOOKS["55_disentangling"]["figures"] = str(home / "reports" / "figures")
     (home / "profiles" / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKBENCH_HOME", str(home))
