@@ -208,7 +208,7 @@ def to_pixels(images) -> np.ndarray:
 def pictures_of(images, name: str, n: int | None = None) -> np.ndarray:
     """uint8 pictures (n, H, W, 3) of images (n, C, H, W) in [-1, 1]."""
     images = as_array(images)
-    if images.ndim != 4 or 0 in images.shape or images.shape[1] > images.shape[3]:
+    if images.ndim != 4 or 0 in images.shape or images.shape[1] > max(3, images.shape[3]):
         raise ValueError(
             f"{name} has shape {images.shape}; it must be (n, C, H, W), channels first, at least one image"
         )
