@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -376,24 +377,27 @@ def test_directions_carry_over_to_another_condition_and_samples_do_not(make_unet
 
 
 @pytest.mark.slow
-def test_a_network_trained_on_v_gives_the_directions_of_one_trained_on_eps(tmp_path):
-    """Same images, same number of steps: the directions of an attribute agree as those of two trainings on eps do."""
-    pytest.importorskip("python_avatars")
-    images = wb.load_images("avataaars", size=16).select(slice(2000))
-    settings = {"size": 16, "widths": (16, 32), "attention": (8,), "head_channels": 16, "steps": 1500, "warmup": 50}
-    found = {}
-    for name, prediction, seed in (("eps", "epsilon", 0), ("again", "epsilon", 1), ("v", "v_prediction", 2)):
-        options = wb.TrainingSettings(**settings, prediction=prediction, seed=seed)
-        model = wb.train_model(images, options, out=tmp_path / name, progress=False)
-        run = wb.sample(model, range(64), steps=10, progress=False)
-        labels = (run.images[:, :, :8].mean(dim=(1, 2, 3)) > run.images[:, :, :8].mean()).numpy()
-        # What a direction does to the images is comparable between networks; its coordinates are not.
-        store = wb.extract(model, seeds=range(64), steps=10, out=tmp_path / f"{name}.zarr", progress=False)
-        direction = wb.find_from_labels(store, labels.astype(int), progress=False)
-        edited = wb.edit(model, run, direction, scale=2.0, progress=False).images
-        found[name] = (edited - run.images).mean(dim=0).flatten().numpy()
-    alike = np.corrcoef([found["eps"], found["again"], found["v"]])
-    assert alike[0, 2] > 0.7 * alike[0, 1] > 0.35
+def test_a_network_trained_on_v_gives_the_directions_of_the_one_that_predicts_eps(model, tmp_path):
+    """From the weights of avataaars32, trained for minutes on v: h keeps its coordinates, so directions compare."""
+    start = tmp_path / "start"
+    for part in ("unet", "scheduler"):
+        shutil.copytree(wb.paths.models() / "avataaars32" / part, start / part)
+    config = start / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    settings = wb.TrainingSettings(start=str(start), steps=400, warmup=20, ema=0.98, learning_rate=3e-4)
+    images = wb.load_images("avataaars", size=32)
+    trained = wb.train_model(images, settings, out=tmp_path / "v", progress=False)
+    assert (trained.prediction, model.prediction) == ("v_prediction", "epsilon")
+    labeller, judge, found = wb.load_classifier("avataaars"), wb.load_classifier("avataaars-judge"), []
+    for each in (model, trained):
+        store = wb.extract(each, n=96, steps=10, out=tmp_path / f"{each.name}.zarr", progress=False)
+        labels = (labeller(store.images)["Long_Hair"] > 0.5).astype(int).to_numpy()
+        found.append(wb.find_from_labels(store, labels, name="Long_Hair", progress=False))
+    units = [direction.unit.flatten(1) for direction in found]
+    assert (units[0] * units[1]).sum(dim=1).min() > 0.7  # measured: 0.87 to 0.96; by chance 0.01
+    run = wb.sample(trained, range(200, 216), steps=10, progress=False)
+    effects = wb.measure(run, found[1], [2.0], classifier=judge, progress=False)
+    assert effects.success("Long_Hair")[2.0].value > 0.6  # measured: 1, n = 11
 
 
 @pytest.mark.parametrize(
