@@ -132,7 +132,15 @@ def arrived(monkeypatch, target: str, words) -> dict[str, object]:
 
 CHAIN = "--steps 3 --eta 0.5 --batch-size 2"
 OWN = wb.TrainingSettings(size=16, widths=(16, 32), attention=(), head_channels=16, gamma=math.inf, flips=True)
-STUDIO = {"model": "m", "directions": ["a", "b"], "seeds": [2, 5], "steps": 50, "eta": 1.0, "classifier": ""}
+STUDIO = {
+    "model": "m",
+    "condition": {},
+    "directions": ["a", "b"],
+    "seeds": [2, 5],
+    "steps": 50,
+    "eta": 1.0,
+    "classifier": "",
+}
 ARRIVES = {
     f"sample TINY --seeds 0-2,7 {CHAIN}": (
         "workbench.sample",
@@ -243,6 +251,7 @@ def test_models_lists_bundled_ones_by_the_name_they_load_by_and_public_ones(tiny
     assert status == 0 and "my (new) model" in out and "3 x 8 x 8" in out
     assert wb.load_model("my (new) model", device="cpu").name == "my (new) model"
     line = next(line for line in out.splitlines() if line.startswith(name))
+    assert all(kind["kind"] in out and kind["verified"] in out for kind in layouts.KINDS)
     assert "114 M weights" in line and "0.8 GiB" in line and "h 512 x 8 x 8" in line
 
 

@@ -45,7 +45,9 @@ MAY_IMPORT["io"] = {"paths"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
-    "diffusers": {f"diffusion/{name}.py" for name in ("codec", "loading", "models", "networks", "stages", "training")},
+    "diffusers": {
+        f"diffusion/{name}.py" for name in ("codec", "loading", "models", "networks", "stages", "training", "foreign")
+    },
     "papermill": {"report/running.py", "report/parameters.py"},
     "nbconvert": {"report/pages.py"},
     "ipywidgets": {"studio/widgets.py", "studio/views.py"},

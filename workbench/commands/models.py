@@ -15,15 +15,19 @@ from workbench.io import written
 
 @command("models", example="workbench models")
 def models():
-    """List bundled and public models.
+    """List bundled and public models, and the kinds that load.
 
     Bundled models load offline; public ones are listed with their requirements.
     """
     from workbench.diffusion.loading import known_models
+    from workbench.formats.layouts import KINDS
 
     for row in wb.list_models():
         channels, height, width = row["images"]
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
+    print("\nkinds of models that load, and how each was verified:")
+    for row in KINDS:
+        print(f"{row['kind']:86s} {row['verified']}")
     print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
     for row in known_models():
         channels, height, width = row["images"]
@@ -43,8 +47,14 @@ class Checkpoint:
     timesteps: Annotated[int | None, Option(help="timesteps in training (default: the preset's, or 1000)")] = None
     rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was given t * 1000 / T")] = False
     head_channels: Annotated[int | None, Option(help="without a preset: channels of an attention head")] = None
+    heads: Annotated[int | None, Option(help="in place of these: number of attention heads")] = None
     attention_order: Annotated[Literal["legacy", "new"] | None, Option(help="default: legacy")] = None
-    schedule: Annotated[Literal["linear", "cosine"] | None, Option(help="default: the preset's, or linear")] = None
+    schedule: Annotated[
+        Literal["linear", "cosine", "sigmoid"] | None, Option(help="default: the preset's or file's, or linear")
+    ] = None
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None, Option(help="what the network predicts (default: epsilon)")
+    ] = None
 
 
 @command("convert", example="workbench convert celeba_hq.ckpt data/models/celeba_hq")
@@ -55,7 +65,7 @@ def convert(
 ):
     """Convert a checkpoint to a model folder.
 
-    Reads files of the original DDPM and of guided-diffusion; presets describe the published ones.
+    Reads files of the original DDPM, of guided-diffusion and of lucidrains' library; presets describe published ones.
     """
     folder = wb.convert_checkpoint(file, out, **vars(checkpoint))
     print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
@@ -109,6 +119,27 @@ def extract(
     form = {"steps": network.steps, "batch_size": network.batch_size, "dtype": dtype, "record_x": record_x}
     store = wb.extract(network.load(tap), out=out, **source, **form)
     print(f"{store}\n{store.path}")
+
+
+@command("taps", example="workbench taps avataaars32 -o taps.png")
+def taps(
+    network: opt.Sampling,
+    n: Annotated[int, Option(callback=opt.positive, help="number of samples that are measured")] = 8,
+    seed: opt.Seed = 0,
+    out: Annotated[Path | None, opt._out(opt._picture, "draw the U-Net, as PNG, PDF or SVG")] = None,
+):
+    """List where h can be read and edited.
+
+    Every tap with its shape, the root mean square of its activations, and the share by which samples differ.
+    """
+    model = network.load()
+    run = wb.sample(model, range(seed, seed + n), record_x=True, **network.chain)
+    table = wb.tap_table(run)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    if out is not None:
+        caption = f"{model.name}: {n} samples, mean rms over t = {', '.join(map(str, table['t'].unique()))}."
+        opt.save_picture(wb.plots.network(table, caption=caption), out)
+        print(out.resolve())
 
 
 @command("plan", example="workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100")

@@ -217,6 +217,21 @@ class Model:
         )
         return replace(self, unet=self.unet.at(condition=given))
 
+    def as_recorded(self, provenance: dict) -> Model:
+        """This model at the tap of a provenance and with its condition.
+
+        Raises
+        ------
+        ValueError
+            If the condition was a tensor of tokens, which a provenance does not hold.
+        """
+        model, recorded = self.tapped(provenance["tap"]), dict(provenance.get("condition") or {})
+        if recorded.pop("hash", None) is None:
+            return model
+        if not recorded.keys() & {"prompt", "label"}:
+            raise ValueError(f"{self.name} was conditioned on tokens that no file holds; give the model, conditioned")
+        return model.conditioned(**recorded)
+
     def to_images(self, x0: torch.Tensor) -> torch.Tensor:
         """Images of x_0: decoded from the latents of a latent model, or x_0 itself.
 

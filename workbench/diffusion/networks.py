@@ -217,7 +217,7 @@ def _scheduler_of(model: Model) -> DDPMScheduler:
 def _network_of(model: Model, *, grow: bool, dropout: float, seed: int) -> UNet2DModel:
     """The network of a model, with its weights; grown to twice the size of its images if asked for."""
     unet, (channels, height, width) = model.unet.unet, model.x_shape
-    if model.latent or model.unet.stages.conditioned_on or not isinstance(unet, UNet2DModel):
+    if model.latent or model.unet.stages.conditioned_on or type(unet) is not UNet2DModel:
         raise ValueError(
             f"{model.name} is conditional, of latents, or no UNet2DModel; trainings here begin with unconditional ones "
             "of pixels"

@@ -399,7 +399,7 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
     wanted = source.provenance["model"]
     if model is None:
         try:
-            model = load_model(wanted["name"])
+            model = load_model(wanted["name"]).as_recorded(wanted)
         except FileNotFoundError as error:
             raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
     refuse_other_model("the store", wanted, model.provenance(), tap=False, remedy="give its own model with model=")

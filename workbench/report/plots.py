@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 
 from workbench.analysis.mixing_criteria import MixingStep
 from workbench.report.hover import HoverFigure, scatter_hover
+from workbench.report.network import network
 from workbench.report.pictures import before_after, edit_grid, edit_strips, image_grid, pictures_of, to_pixels
 from workbench.report.style import (
     ACCENT,
@@ -54,6 +55,7 @@ __all__ = [
     "line",
     "matrix",
     "mixing_steps",
+    "network",
     "pareto",
     "save_figure",
     "scatter",

@@ -116,7 +116,7 @@ def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Cla
     recipe = read_recipe(path)
     own = recipe["model"]
     if model is None:
-        model = load_model(own["name"], device="cpu").tapped(own["tap"])
+        model = load_model(own["name"], device="cpu").as_recorded(own)
     parts = _parts_of(recipe, path, model)
     run = _run_of(recipe, path, model)
     session = EditSession(model, run, list(parts.values()), classifier=classifier)
