@@ -219,7 +219,7 @@ class SplitUNet:
             If the network is conditional and has no condition.
         """
         parts, (labels, tokens) = self.stages, self._given(len(x_t))
-        guided = self.condition is not None and self.condition.guided
+        guided = self._guided
         rows = _repeated(x_t, 2) if guided else x_t
         t = torch.as_tensor(t, device=self.device).expand(len(x_t))
         with self.autocast():
@@ -269,8 +269,21 @@ class SplitUNet:
                 x, skips = bottleneck.residual, (*skips[:k], x, *skips[k + 1 :])
             for stage in self._stages(self._first + (tap == "middle"), None):
                 x, skips = stage(x, skips, emb, context)
-            out = parts.finish(x, skips)[:, : self.x_shape[0]].float()
-        if bottleneck.guided is None:
+            out = parts.finish(x, skips)
+        return self._prediction(out)
+
+    def undivided(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """Output of the network's own forward pass, which `decode` of `encode` equals bit for bit; shape (n, C, H, W)."""
+        rows = _repeated(x_t, 2) if self._guided else x_t
+        t = torch.as_tensor(t, device=self.device).expand(len(x_t))
+        with self.autocast():
+            out = self.stages.whole(rows, _repeated(t, 2) if self._guided else t, *self._given(len(x_t)))
+        return self._prediction(out)
+
+    def _prediction(self, out: torch.Tensor) -> torch.Tensor:
+        """The network's output without a learned variance, and both passes combined."""
+        out = out[:, : self.x_shape[0]].float()
+        if not self._guided:
             return out
         conditional, plain = out[0::2], out[1::2]
         return plain + self.condition.guidance_scale * (conditional - plain)
@@ -278,6 +291,10 @@ class SplitUNet:
     def __call__(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
         """The network's prediction; shape (n, C, H, W), float32."""
         return self.decode(self.encode(x_t, t))
+
+    @property
+    def _guided(self) -> bool:
+        return self.condition is not None and self.condition.guided
 
     @property
     def _first(self) -> int:
