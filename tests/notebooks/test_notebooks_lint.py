@@ -12,7 +12,7 @@ from workbench import paths
 from workbench.report.parameters import list_notebooks, notebook_parameters
 
 MOST_LINES, MOST_PARAMETERS = 20, 16
-PLAIN = re.compile(r"(int|float|str|bool|list|list\[(int|float|str|bool)\])")
+PLAIN = re.compile(r"(int|float|str|bool|dict|list|list\[(int|float|str|bool)\])")
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 pytestmark = pytest.mark.parametrize("name", list_notebooks())
@@ -64,7 +64,9 @@ def test_every_parameter_is_plain_and_seen_by_papermill(name):
     assert list(found) == written
     assert {"model_name", "steps", "seed"} <= set(found)
     for parameter in found.values():
-        assert isinstance(parameter.default, dict(int=int, float=float, str=str, bool=bool).get(parameter.type, list))
+        assert isinstance(
+            parameter.default, dict(int=int, float=float, str=str, bool=bool, dict=dict).get(parameter.type, list)
+        )
         assert parameter.help, f"{parameter.name} has no comment that says what it is"
 
 

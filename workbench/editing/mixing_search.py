@@ -417,7 +417,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
         return Trajectory(
             model=model,
             x_T=x.values[0],
-            x0=torch.from_numpy(source.images[:n]),
+            x0=model.to_latents(torch.from_numpy(source.images[:n])),
             timesteps=source.timesteps,
             etas=tuple(source.provenance["etas"]),
             seeds=None if source.seeds is None else source.seeds[:n],
