@@ -28,7 +28,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
@@ -53,9 +53,12 @@ def load_model(
         By default the best available: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
-    compile : bool, default False
+    compile : bool or "reduce-overhead", default False
         Compile the network's blocks (`torch.compile`); takes a minute or so for every new batch size and needs a C++
-        compiler on a CPU. For sampling, inversion and edits; Jacobians need an uncompiled model.
+        compiler on a CPU. "reduce-overhead" also records their calls as CUDA graphs, one for every batch size, which
+        saves most where the launches of kernels take longer than the kernels: small images, small batches. For
+        sampling, inversion and edits; Jacobians need an uncompiled model. Some passes are compared with the plain
+        network's.
     preset : str, optional
         For a single file: which published checkpoint it is. Not needed under the published file name, or if all other
         settings are given.
@@ -111,7 +114,7 @@ def load_model(
         unet, noise = _read_folder(folder, target)
     model = make_model(unet, noise, name=name, device=target, dtype=dtype)
     if compile:
-        compile_blocks(model)
+        compile_blocks(model, "default" if compile is True else compile)
     return model
 
 

@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
 
+from workbench.diffusion.memory import free_memory
+from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import Bottleneck, SplitUNet
@@ -21,6 +23,9 @@ from workbench.io import one_of, provenance_mismatch
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILE_MODES = ("default", "reduce-overhead")
+COMPILE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative differences that fused kernels may make by rounding: of TF32 for float32, where a GPU uses it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +137,7 @@ class Model:
         with torch.inference_mode():
             self(torch.zeros(1, *self.image_shape, device=self.device), 0)
         one = torch.cuda.max_memory_allocated(self.device) - before
-        fits = int(0.7 * torch.cuda.mem_get_info(self.device)[0] / max(one, 1))
+        fits = int(0.7 * free_memory(self.device) / max(one, 1))
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
@@ -253,17 +258,30 @@ def make_model(
     return Model(name, split, schedule, hash_weights(unet))
 
 
-def compile_blocks(model: Model) -> None:
-    """Compile the blocks and run a first pass, to raise compilation errors now."""
+def compile_blocks(model: Model, mode: str = "default") -> None:
+    """Compile the blocks, and compare passes with those of the network as it was; ValueError if they differ or fail.
+
+    All outputs are compared at the end: a CUDA graph that overwrote one with the next would not pass.
+    """
     unet = model.unet.unet
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.compile()
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, *model.image_shape, device=model.device), 0)
-    except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+    one_of("compile", mode, COMPILE_MODES)
+    noise, t = initial_noise(range(4), model.image_shape).to(model.device), model.schedule.T // 2
+    with torch.inference_mode():
+        expected = [model(x[None], t) for x in noise]
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            block.compile(mode=mode)
+        try:
+            found = [model(x[None], t) for x in noise]
+        except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+    expected, found = torch.cat(expected), torch.cat(found)
+    difference, norm = float((found - expected).norm()), float(expected.norm())
+    if not difference <= COMPILE_TOLERANCE[model.dtype] * norm:
+        raise ValueError(
+            f"compiled by the mode {mode!r}, {model.name} predicts noise that differs by {difference:.2g} from the "
+            f"plain network's, whose norm is {norm:.2g}; load it with compile=False"
+        )
 
 
 def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
@@ -292,8 +310,8 @@ def best_device() -> torch.device:
 
 def find_device(device: str | torch.device | None) -> torch.device:
     """The requested device, if available; by default the best one."""
-    if device is None:
-        return best_device()
+    if device is None or (str(device) == "cuda" and torch.cuda.is_available()):
+        return best_device()  # of several GPUs, that of this process
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

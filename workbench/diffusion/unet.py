@@ -151,6 +151,8 @@ class SplitUNet:
         Bottleneck
         """
         unet = self.unet
+        if x_t.is_cuda and unet.mid_block._compiled_call_impl is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may now reuse the outputs of the last pass
         with self.autocast():
             emb = self.embed(t, len(x_t))
             x = unet.conv_in(2 * x_t - 1.0 if unet.config.center_input_sample else x_t)
@@ -200,7 +202,8 @@ class SplitUNet:
     def embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
         """Embedding of the timestep for n samples; shape (n, E)."""
         unet = self.unet
-        t = torch.as_tensor(t, device=unet.device).expand(n)
+        # Filled on the device: a copy of a number would make a GPU's whole queue wait.
+        t = t.to(unet.device).expand(n) if torch.is_tensor(t) else torch.full((n,), t, device=unet.device)
         return unet.time_embedding(unet.time_proj(t).to(unet.dtype))
 
     def _mid_block_head(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
