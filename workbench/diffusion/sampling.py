@@ -528,7 +528,7 @@ def batches(n: int, size: int) -> list[slice]:
 
 
 def in_batches(function: Callable[[slice], None], n: int, size: int) -> int:
-    """Call `function` with 0..n-1 in batches of `size`, or of half as many as often as the device's memory is too small.
+    """Call `function` with 0..n-1 in batches of `size`, halved as often as the memory of the device is too small.
 
     After a halving all batches run again, so that they have one size: the returned one, at which a replay is exact.
     """
