@@ -245,7 +245,7 @@ def evaluate_model(
     if samples is None:
         samples = sample(
             model, range(seed, seed + n), steps=steps, eta=eta, batch_size=batch_size, progress=progress
-        ).x0
+        ).images
     if len(samples) != n:
         raise ValueError(f"there are {len(samples)} samples and n is {n}; give as many")
     real, samples = images[:].clamp(-1, 1), samples.clamp(-1, 1)

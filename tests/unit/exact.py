@@ -22,14 +22,13 @@ class Config(dict):
 class ExactNetwork:
     """x_0 = c mu + s n, with c = +1 or -1 alike, n ~ N(0, I); mu and s of the images' shape. h_t is x_t."""
 
-    tap, dtype = "after", torch.float32
+    tap, dtype, device, compiled, condition = "after", torch.float32, torch.device("cpu"), False, None
 
     def __init__(self, mu: torch.Tensor, s: torch.Tensor, schedule: NoiseSchedule) -> None:
         self.mu, self.s2, self.schedule = mu, s**2, schedule
-        channels, size, _ = self.image_shape = self.h_shape = tuple(mu.shape)
+        channels, size, _ = self.x_shape = self.h_shape = tuple(mu.shape)
         config = Config(in_channels=channels, sample_size=size, block_out_channels=(channels,))
-        self.unet = SimpleNamespace(config=config, device=torch.device("cpu"), down_blocks=[], parameters=lambda: [])
-        self.unet.mid_block = SimpleNamespace(_compiled_call_impl=None)
+        self.unet = SimpleNamespace(config=config, parameters=lambda: [])
 
     def encode(self, x_t, t):
         return Bottleneck(x_t, (x_t,), torch.full((len(x_t), 1), float(t)))

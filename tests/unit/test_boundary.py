@@ -366,7 +366,7 @@ def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, 
     rescheduled = wb.wrap(run.model.unet.unet, noise, name="tiny", device="cpu")
     for options, message in (
         ({"model": other}, "belongs to the model 'tiny'.*'other'"),
-        ({"model": run.model.tapped("before")}, "h 'after' the mid block, this model has it 'before'"),
+        ({"model": run.model.tapped("before")}, "h at the tap 'after', this model has it at 'before'"),
         ({"model": rescheduled}, "another noise schedule than this model"),
         ({"t": 250}, "timestep 500, not 250"),
         ({"space": "x"}, "space h, not x"),

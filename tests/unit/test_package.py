@@ -45,14 +45,14 @@ MAY_IMPORT["io"] = {"paths"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
-    "diffusers": {f"diffusion/{name}.py" for name in ("loading", "models", "networks", "unet", "training")},
+    "diffusers": {f"diffusion/{name}.py" for name in ("codec", "loading", "models", "networks", "stages", "training")},
     "papermill": {"report/running.py", "report/parameters.py"},
     "nbconvert": {"report/pages.py"},
     "ipywidgets": {"studio/widgets.py", "studio/views.py"},
     "anywidget": {"studio/widgets.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
-    "transformers": {"datasets/huggingface.py"},
+    "transformers": {"datasets/huggingface.py", "diffusion/text.py"},
     "distributed": {"workers.py", "benchmark/run.py"},
 }
 

@@ -183,8 +183,7 @@ def test_a_bottleneck_is_a_frozen_record_with_a_repr_of_one_line(tiny):
     ("config", "message"),
     [
         ({"mid_block_type": None}, "has no middle block"),
-        ({"num_class_embeds": 10}, "conditioned on a class"),
-        ({"class_embed_type": "timestep"}, "conditioned on a class"),
+        ({"class_embed_type": "identity"}, "conditioned on identity"),
         ({"time_embedding_type": "fourier"}, "score-SDE"),
         (
             {
@@ -201,11 +200,28 @@ def test_networks_that_can_not_be_split_are_refused(make_unet, config, message):
         SplitUNet(make_unet(**config))
 
 
-def test_what_is_no_unconditional_unet_is_refused():
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 32), cross_attention_dim=8, **blocks)
-    with pytest.raises(ValueError, match="UNet2DConditionModel is not supported"):
-        SplitUNet(unet)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 32}, "SDXL"),
+        ({"class_embed_type": "timestep"}, "conditioned on timestep"),
+        ({"num_class_embeds": 3}, "3 classes beside the text"),
+        ({"cross_attention_dim": (8, 16)}, "several widths"),
+    ],
+)
+def test_text_networks_with_further_conditions_are_refused(config, message):
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    options = {"sample_size": 8, "block_out_channels": (32, 32), "cross_attention_dim": 8, **blocks, **config}
+    if "addition_embed_type" in config:
+        options["addition_time_embed_dim"] = 8
+    with pytest.raises(ValueError, match=message):
+        SplitUNet(UNet2DConditionModel(**options))
+
+
+def test_what_is_no_unet_is_refused():
     with pytest.raises(ValueError, match="Linear has no middle block"):
         SplitUNet(torch.nn.Linear(2, 2))
 

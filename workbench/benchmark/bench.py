@@ -158,7 +158,7 @@ class Bench:
     @cached_property
     def plain(self) -> dict[str, np.ndarray]:
         """Judge's readings of the held-out samples."""
-        images = self.held_out.x0
+        images = self.held_out.images
         return {
             "scores": self._logits(images),
             "features": self.judge.features(images),
@@ -237,7 +237,7 @@ class Bench:
 
     def _scored(self, edited: torch.Tensor, attribute: str) -> dict[str, np.ndarray]:
         """Measure the effect of an edit on the held-out samples, (n, scales) or (n, scales, ...)."""
-        plain, n = self.held_out.x0.clamp(-1, 1).numpy(), len(edited)
+        plain, n = self.held_out.images.clamp(-1, 1).numpy(), len(edited)
         measured: dict[str, list] = {}
         maps = self.plain["maps"]
         # Where no region is known, all but the backdrop may change.
@@ -276,7 +276,7 @@ class Bench:
             except NotApplicable:
                 continue
             k = list(self.judge.attributes).index(attribute)
-            found[name] = np.stack([self._logits(run.x0)[:, k], self._logits(after)[:, k]], axis=1)
+            found[name] = np.stack([self._logits(run.images)[:, k], self._logits(after)[:, k]], axis=1)
         return found
 
 

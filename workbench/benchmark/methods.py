@@ -249,7 +249,7 @@ class Study:
             run = self._run[:TRIED]
             images = run_plans(run, [edit.plan(run, [scale, -scale]) for edit in edits], progress=False)
             after = self.labeller(images.transpose(1, 2).flatten(0, 2))
-            before = self.labeller(self._run.x0[:TRIED])
+            before = self.labeller(self._run.images[:TRIED])
             changes = after.to_numpy().reshape(len(signed), -1, after.shape[1]) - before.to_numpy()
             return pd.DataFrame(changes.mean(axis=1), columns=after.columns)
 
@@ -472,7 +472,7 @@ def noise_difference(study: Study, attribute: str) -> Edit:
     """The difference of means of x_T and of every z_t, each added to its own (the x_T baseline of Haas et al.)."""
     y = study.labels(attribute).to_numpy(dtype=float)
     weights = torch.from_numpy(y / y.sum() - (1 - y) / (1 - y).sum()).float()
-    shape, seeds, visited = study.model.image_shape, list(study.labels(attribute).index), study.store.timesteps
+    shape, seeds, visited = study.model.x_shape, list(study.labels(attribute).index), study.store.timesteps
     noises = [initial_noise(seeds, shape), *(step_noise(seeds, shape, t=t) for t in visited)]
     units = torch.stack([torch.einsum("n,nchw->chw", weights, noise) for noise in noises])
     units /= units.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

@@ -100,7 +100,7 @@ def gather(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> Benchmar
         if not cell.tensors
     ]
     costs = [{"method": m, "attribute": a, "repeat": r, **cell.about} for (m, a, r), cell in there.items()]
-    plain = bench.held_out.x0[bench.shown].clamp(-1, 1).numpy()[:, None]
+    plain = bench.held_out.images[bench.shown].clamp(-1, 1).numpy()[:, None]
     strips = {
         (m, a): np.concatenate([plain, cell.tensors["shown"].numpy() / np.float32(127.5) - 1], axis=1)
         for (m, a, r), cell in there.items()
@@ -174,7 +174,7 @@ def _transfer(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.Da
 
 def _realism(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
     """Distances to real images in the judge's features and in principal components of the pixels."""
-    plain, real = bench.held_out.x0.clamp(-1, 1), bench.real
+    plain, real = bench.held_out.images.clamp(-1, 1), bench.real
     spaces = {
         "judge": (bench.judge.features(plain), bench.judge.features(real)),
         "pixels": tuple(bench.pixels.transform(x.flatten(1).numpy()) for x in (plain, real)),

@@ -35,7 +35,7 @@ class Place:
 
     @property
     def ending(self) -> str:
-        return "" if self.tap == "after" else f"-{self.tap}"
+        return "" if self.tap in ("after", "mid") else f"-{self.tap}"
 
 
 @dataclasses.dataclass

@@ -85,7 +85,7 @@ def verify(
 def sample(network: opt.Sampling, seeds: opt.Seeds = "0-15", out: opt.OutPicture = "samples.png"):
     """Generate images."""
     run = wb.sample(network.load(), seeds, **network.chain)
-    opt.save_picture(wb.plots.image_grid(run.x0.clamp(-1, 1), titles=[str(seed) for seed in run.seeds]), out)
+    opt.save_picture(wb.plots.image_grid(run.images.clamp(-1, 1), titles=[str(seed) for seed in run.seeds]), out)
     print(f"{run}\n{out.resolve()}")
 
 

@@ -149,7 +149,7 @@ def check_attributes(wanted: list[str], known) -> None:
         one_of("attribute", name, known)
 
 
-Tap = Annotated[Literal["before", "middle", "after"], Option(help="where h is read")]
+Tap = Annotated[str, Option(metavar="TAP", help="where h is read: mid, before, middle, down.0, skip.3, up.1, ...")]
 Dtype = Annotated[Literal["float16", "float32"], Option(help="precision of h on disk")]
 RecordX = Annotated[bool, Option("--record-x", help="record x_t too")]
 ModelName = Annotated[str, Argument(help="bundled name, diffusers folder, hub id or checkpoint file", metavar="MODEL")]
@@ -204,10 +204,20 @@ class Network:
     )
     compile: Annotated[bool, Option("--compile", help="compile the network (faster after a minute)")] = False
     batch_size: BatchSize = None
+    prompt: Annotated[str | None, Option(help="of a text-conditional model")] = None
+    negative_prompt: Annotated[str, Option(help="what guidance leads away from")] = ""
+    guidance_scale: Annotated[float | None, Option(help="of classifier-free guidance (default with a prompt: 7.5)")] = (
+        None
+    )
+    label: Annotated[int | None, Option(help="class of a class-conditional model")] = None
 
     def load(self, tap: str | None = None):
         wb.keep_freed_memory()  # this process is the command's own
-        model = wb.load_model(self.model, device=self.device, dtype=self.precision, compile=self.compile)
+        given = {"prompt": self.prompt, "label": self.label}
+        condition = {name: value for name, value in given.items() if value is not None}
+        if condition:
+            condition |= {"negative_prompt": self.negative_prompt, "guidance_scale": self.guidance_scale}
+        model = wb.load_model(self.model, device=self.device, dtype=self.precision, compile=self.compile, **condition)
         return model if tap is None else model.tapped(tap)
 
 

@@ -93,14 +93,15 @@ def invert(
     Returns
     -------
     Trajectory
-        Without seeds; x0 holds `images`, `replay` gives their reconstruction and `round_trip_error` its PSNR.
+        Without seeds; x0 holds the images (for a latent model, their latents), `replay` gives their reconstruction and
+        `round_trip_error` its PSNR.
 
     Raises
     ------
     ValueError
         If the images don't have the model's shape and range, the method is unknown, or eta is 0 for "edit-friendly".
     """
-    images = check_images(images, model)
+    images = model.to_latents(check_images(images, model))
     one_of("method", method, INVERSIONS)
     one_of("level", level, LEVELS)
     visited = model.schedule.timesteps(steps)
@@ -120,8 +121,8 @@ def invert(
         timesteps=visited,
         etas=etas,
         h=StepRecord.empty(model, visited, n, model.h_shape) if record_h else None,
-        x=StepRecord.empty(model, visited, n, model.image_shape) if record_x else None,
-        stored_noise=torch.zeros(len(visited), n, *model.image_shape) if edit_friendly else None,
+        x=StepRecord.empty(model, visited, n, model.x_shape) if record_x else None,
+        stored_noise=torch.zeros(len(visited), n, *model.x_shape) if edit_friendly else None,
         residual=torch.empty_like(images) if edit_friendly else None,
         batch_size=check_batch_size(batch_size, model, n),
     )
@@ -200,7 +201,7 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
 
 
 def _forward_noise(model: Model, seeds: Sequence[int], t: int) -> torch.Tensor:
-    return to_device(normal(seeds, model.image_shape, stream=FORWARD, t=t), model.device)
+    return to_device(normal(seeds, model.x_shape, stream=FORWARD, t=t), model.device)
 
 
 def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from workbench import paths
 from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory
-from workbench.diffusion.models import Model, compile_blocks, find_device, make_model, schedule_of
+from workbench.diffusion.models import Model, compile_blocks, find_device, make_model, prediction_of, schedule_of
 from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.text import TextEncoder
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats import checkpoints, golden, layouts
 from workbench.formats.hub import fetch
 from workbench.io import written
+
+CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+"""Networks that folders may have, by the names in their configs."""
+
+AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 
 def load_model(
@@ -36,8 +52,9 @@ def load_model(
     schedule: str | None = None,
     timesteps: int | None = None,
     rescale_timesteps: bool = False,
+    **condition: str | float | torch.Tensor | None,
 ) -> Model:
-    """Load a pixel-space DDPM.
+    """Load a diffusion model with a U-Net: unconditional or conditional, of pixels or latents.
 
     The public DDPMs set `clip_sample`; it is off here, because clipping the predicted image distorts the effect of an
     edit and makes inversion fail.
@@ -77,6 +94,9 @@ def load_model(
     rescale_timesteps : bool, default False
         For a single file with `timesteps`: the network was given t * 1000 / T (`rescale_timesteps`, on in
         improved-diffusion, off in guided-diffusion). The model then has 1000 timesteps at the same noise levels.
+    **condition
+        Of a conditional model: `prompt`, `negative_prompt`, `label`, `condition`, `negative` and `guidance_scale`, as
+        in `Model.conditioned`, which can also be called later.
 
     Returns
     -------
@@ -85,7 +105,7 @@ def load_model(
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no such model, or the workbench can't split it at a bottleneck.
+        If there is no such model, the workbench can't split it at a bottleneck, or the condition does not fit.
 
     Warns
     -----
@@ -105,14 +125,16 @@ def load_model(
     }
     if path.is_file():
         unet, scheduler = _read_file(path, target, **options)
-        name, noise = path.stem, schedule_of(scheduler)
+        name, parts = path.stem, {"unet": unet, "schedule": schedule_of(scheduler)}
     else:
         folder, name = _locate(source)
         given = next((option for option, value in options.items() if value is not None), None)
         if given is not None:
             raise ValueError(f"{given} is for single files; {folder} has a config of its own")
-        unet, noise = _read_folder(folder, target)
-    model = make_model(unet, noise, name=name, device=target, dtype=dtype)
+        parts = _read_folder(folder, target)
+    model = make_model(**parts, name=name, device=target, dtype=dtype)
+    if condition:
+        model = model.conditioned(**condition)
     if compile:
         compile_blocks(model, "default" if compile is True else compile)
     return model
@@ -125,19 +147,19 @@ def load_shapes(source: str | Path) -> SplitUNet:
     """
     known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
     if source in known:
-        return SplitUNet(_build(known[source].config(), path=Path("the preset")))
+        return SplitUNet(_build(known[source].config(), path=Path("the preset"))).blank()
     if paths.local(source).is_file():
         raise ValueError(
             f"{source} is a file, and its network is unknown until it is read; convert it with `workbench convert`, or "
             f"give its preset, one of {', '.join(layouts.PRESETS)}"
         )
     files = checkpoints.find_model_files(_locate(source)[0])
-    return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config))
+    return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config)).blank()
 
 
 def load_schedule(source: str | Path) -> NoiseSchedule:
     """The noise schedule of a model's folder, without its weights; `source` is as of `load_model`, but no file."""
-    return _read_schedule(checkpoints.find_model_files(_locate(source)[0]).scheduler_config)
+    return schedule_of(_read_scheduler(checkpoints.find_model_files(_locate(source)[0]).scheduler_config))
 
 
 def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int | None) -> Path:
@@ -242,7 +264,7 @@ def bundled_names() -> list[str]:
 def has_unet(folder: Path) -> bool:
     """Whether a folder describes a U-Net of diffusers."""
     try:
-        return _unet_config(folder).get("_class_name") == "UNet2DModel"
+        return _unet_config(folder).get("_class_name") in CLASSES
     except ValueError:  # somebody else's malformed file is no model of ours
         return False
 
@@ -275,40 +297,51 @@ def verify(model: Model, reference: str) -> float:
     return float((eps - torch.tensor(golden.EPS[reference])).abs().max())
 
 
-def _read_folder(folder: Path, device: torch.device) -> tuple[UNet2DModel, NoiseSchedule]:
+def _read_folder(folder: Path, device: torch.device) -> dict:
+    """Parts of a model, as `make_model` takes them."""
     files = checkpoints.find_model_files(folder)
+    scheduler = _read_scheduler(files.scheduler_config)
     config = checkpoints.read_json(files.unet_config)
-    kind = config.get("_class_name", "an unnamed network")
-    if kind != "UNet2DModel":
-        raise ValueError(
-            f"{files.unet_config} describes {kind}; the workbench takes UNet2DModel (pixels, unconditional)"
-        )
-    schedule = _read_schedule(files.scheduler_config)
     unet = _build(config, path=files.unet_config)
     _warn_if_short_of_memory(_need_of(unet), folder, device)
     raw = files.unet_config.parent.with_name("unet")
     if files.unet_config.parent == folder / "unet_ema" and raw.is_dir():
         text = f"{folder} has a moving average, unet_ema, which is loaded; for the last weights themselves give {raw}"
         warnings.warn(text, stacklevel=3)
-    state = {name: tensor for file in files.weights for name, tensor in checkpoints.read_state_dict(file).items()}
-    checkpoints.load_strictly(unet, state, path=files.weights[0], assign=True)
-    return unet, schedule
+    _load_weights(unet, files.weights)
+    parts = {"unet": unet, "schedule": schedule_of(scheduler), "prediction": prediction_of(scheduler)}
+    if files.vae_config is not None:
+        parts["vae"] = _build(checkpoints.read_json(files.vae_config), path=files.vae_config, classes=AUTOENCODERS)
+        _load_weights(parts["vae"], files.vae_weights)
+    if files.text is not None:
+        parts["text"] = TextEncoder(files.text)
+    return parts
 
 
-def _read_schedule(path: Path) -> NoiseSchedule:
-    """The noise schedule that a scheduler_config.json describes, by its keys of today or of old versions."""
+def _load_weights(module: torch.nn.Module, files: Sequence[Path]) -> None:
+    state = {name: tensor for file in files for name, tensor in checkpoints.read_state_dict(file).items()}
+    checkpoints.load_strictly(module, state, path=files[0], assign=True)
+
+
+def _read_scheduler(path: Path) -> DDPMScheduler:
+    """The scheduler that a scheduler_config.json describes, by its keys of today or of old versions."""
     config = checkpoints.read_json(path)
     if config.get("trained_betas") is None and "beta_schedule" not in config:
         kind = config.get("_class_name", "an unnamed scheduler")
-        raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
+        raise ValueError(
+            f"{path} describes {kind}, which has no betas, as flow models; the workbench takes those of DDPM and DDIM"
+        )
     if isinstance(config.get("timesteps"), int):
         config.setdefault("num_train_timesteps", config["timesteps"])
     if config.get("predict_epsilon") is False:
         config["prediction_type"] = "sample"
     try:
-        return schedule_of(DDPMScheduler.from_config(config))
+        with _quiet():
+            scheduler = DDIMScheduler.from_config(config)
+        schedule_of(scheduler)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error
+    return scheduler
 
 
 def _read_file(
@@ -366,23 +399,32 @@ def _read_file(
     return unet, DDPMScheduler(**(asked or own), clip_sample=False, variance_type=variance)
 
 
-def _build(config: dict, *, path: Path) -> UNet2DModel:
+def _build(config: dict, *, path: Path, classes: dict[str, type] = CLASSES) -> torch.nn.Module:
     """The network of a config, without values: the weights of a file take their place."""
-    level = diffusers_logging.get_verbosity()
-    # diffusers logs every config key that it does not know; what does not fit shows when the weights are loaded.
-    diffusers_logging.set_verbosity(logging.ERROR)
+    kind = config.get("_class_name", "an unnamed network")
+    if kind not in classes:
+        raise ValueError(f"{path} describes {kind}; the workbench takes {' and '.join(classes)}")
     try:
-        with torch.device("meta"):
-            return UNet2DModel.from_config(config)
+        with _quiet(), torch.device("meta"):
+            return classes[kind].from_config(config)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path} does not describe a U-Net that diffusers can build ({error})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' warnings of config keys that it does not know; what does not fit shows with the weights."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
     finally:
         diffusers_logging.set_verbosity(level)
 
 
 def _need_of(unet: UNet2DModel) -> MemoryNeed:
     """Memory that a network without values will need; refuses what can't be split or can't compute."""
-    split = SplitUNet(unet)
+    split = SplitUNet(unet).blank()
     try:
         return estimate_memory(split)
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
@@ -409,7 +451,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     if path.is_dir():
         return path, path.resolve().name
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        folder = fetch(source, checkpoints.HUB_FILES, complete=checkpoints.is_complete, bundled=bundled_names())
+        folder = fetch(source, *checkpoints.HUB_FILES, complete=checkpoints.is_complete, bundled=bundled_names())
         return folder, source
     raise FileNotFoundError(
         f"no model {str(path)!r}; bundled: {', '.join(bundled_names()) or 'none'}; otherwise give a diffusers "

@@ -79,7 +79,7 @@ def estimate_memory(network: SplitUNet) -> MemoryNeed:
     """
     live = _LiveBytes()
     with torch.no_grad(), live:
-        network(torch.empty(1, *network.image_shape, device="meta"), 0)
+        network(torch.empty(1, *network.x_shape, device="meta"), 0)
     return MemoryNeed(4 * sum(p.numel() for p in network.unet.parameters()), live.peak)
 
 

@@ -7,16 +7,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin
 
+from workbench.diffusion.codec import Codec
+from workbench.diffusion.conditions import Condition, as_condition
 from workbench.diffusion.memory import free_memory
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
-from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.schedule import PREDICTIONS, NoiseSchedule
+from workbench.diffusion.text import TextEncoder
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 from workbench.formats.checkpoints import hash_weights
 from workbench.io import one_of, provenance_mismatch
@@ -30,7 +33,7 @@ COMPILE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A pixel-space DDPM: a U-Net split at the bottleneck, and its noise schedule.
+    """A diffusion model: a U-Net split where h is read, its noise schedule, and what turns its x_0 into images.
 
     Attributes
     ----------
@@ -39,21 +42,40 @@ class Model:
     schedule : NoiseSchedule
     hash : str
         Content hash of the weights.
+    prediction : {"epsilon", "v_prediction", "sample"}
+        What the network predicts. The model itself always gives eps.
+    codec : Codec or None
+        The autoencoder of a latent diffusion model.
+    text : TextEncoder or None
+        What turns a prompt into tokens.
     """
 
     name: str
     unet: SplitUNet = field(repr=False)
     schedule: NoiseSchedule = field(repr=False)
     hash: str
+    prediction: str = "epsilon"
+    codec: Codec | None = field(default=None, repr=False)
+    text: TextEncoder | None = field(default=None, repr=False)
 
     @property
     def tap(self) -> str:
-        """Where h is read and edited: "before", "middle" or "after"."""
+        """Where h is read and edited; see `SplitUNet`."""
         return self.unet.tap
 
     @property
+    def taps(self) -> tuple[str, ...]:
+        """All places where h can be read and edited."""
+        return self.unet.taps
+
+    @property
     def device(self) -> torch.device:
-        return self.unet.unet.device
+        return self.unet.device
+
+    @property
+    def latent(self) -> bool:
+        """Whether x_t are latents of images rather than images."""
+        return self.codec is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,24 +85,32 @@ class Model:
     @property
     def compiled(self) -> bool:
         """Whether the network's blocks are compiled: faster, and without derivatives."""
-        return self.unet.unet.mid_block._compiled_call_impl is not None
+        return self.unet.compiled
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_t, which all steps of a run have."""
+        return self.unet.x_shape
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        return self.unet.image_shape
+        """(C, H, W) of an image; that of x_t but for latent diffusion models."""
+        return self.x_shape if self.codec is None else self.codec.image_shape(self.x_shape)
 
     @property
     def h_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the bottleneck activation h_t."""
-        _, height, width = self.image_shape
-        halvings = sum(block.downsamplers is not None for block in self.unet.unet.down_blocks)
-        return (self.unet.unet.config.block_out_channels[-1], height >> halvings, width >> halvings)
+        """(C, h, w) of h_t."""
+        return self.unet.h_shape
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Number of channels at every resolution, finest first."""
-        return tuple(self.unet.unet.config.block_out_channels)
+        return self.unet.widths
+
+    @property
+    def condition(self) -> Condition | None:
+        """What every pass of a conditional model is given."""
+        return self.unet.condition
 
     @property
     def parameters(self) -> int:
@@ -100,29 +130,116 @@ class Model:
         Tensor of shape (n, C, H, W), float32
         """
         count_passes(len(x_t))
-        return _joined(self._in_pieces(lambda rows: self.unet(x_t[rows], _rows_of(t, rows)), x_t))
+
+        def eps(rows: slice) -> torch.Tensor:
+            return self._eps(self._encode(x_t[rows], _rows_of(t, rows)))
+
+        return _joined(self._in_pieces(eps, x_t))
 
     def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
         """Run the network up to the tap; see `SplitUNet.encode`. On a CPU, the samples are split over its cores."""
-        return Bottleneck.joined(self._in_pieces(lambda rows: self.unet.encode(x_t[rows], _rows_of(t, rows)), x_t))
+        return Bottleneck.joined(self._in_pieces(lambda rows: self._encode(x_t[rows], _rows_of(t, rows)), x_t))
 
     def decode(self, bottleneck: Bottleneck, delta_h: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the rest of the network with `delta_h` added to h; see `SplitUNet.decode`."""
+        """eps_theta from a state at the tap, with `delta_h` added to h; see `SplitUNet.decode`."""
         if delta_h is not None:
             bottleneck = bottleneck.with_h(bottleneck.h + delta_h)
         count_passes(len(bottleneck.h))
-        return _joined(self._in_pieces(lambda rows: self.unet.decode(bottleneck[rows]), bottleneck.h))
+        return _joined(self._in_pieces(lambda rows: self._eps(bottleneck[rows]), bottleneck.h))
+
+    def _encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
+        bottleneck = self.unet.encode(x_t, t)
+        if self.prediction == "epsilon":
+            return bottleneck
+        t = torch.as_tensor(t).cpu().expand(len(x_t))
+        alpha_bar = torch.from_numpy(self.schedule.alpha_bars[t.numpy()]).float().view(-1, 1, 1, 1)
+        return replace(bottleneck, noisy=(x_t, alpha_bar.to(x_t.device)))
+
+    def _eps(self, bottleneck: Bottleneck) -> torch.Tensor:
+        """The network's prediction, whatever it predicts, as eps."""
+        output = self.unet.decode(bottleneck)
+        return output if bottleneck.noisy is None else PREDICTIONS[self.prediction](output, *bottleneck.noisy)
 
     def _in_pieces(self, function: Callable[[slice], T], x: torch.Tensor) -> list[T]:
         """`function` of pieces of the samples, on threads of a CPU; compiled code and derivatives have their own."""
         if self.device.type != "cpu" or self.compiled or x.requires_grad:
             return [function(slice(None))]
-        pieces = split(len(x), self.image_shape)
-        return in_threads(function, pieces, each=threads_each(pieces, self.image_shape))
+        pieces = split(len(x), self.x_shape)
+        return in_threads(function, pieces, each=threads_each(pieces, self.x_shape))
 
     def tapped(self, tap: str) -> Model:
-        """The same model with h read and edited elsewhere: "before", "middle" or "after" the mid block."""
-        return Model(self.name, SplitUNet(self.unet.unet, tap=tap, dtype=self.dtype), self.schedule, self.hash)
+        """The same model with h read and edited at another tap; see `SplitUNet` and `taps`."""
+        return replace(self, unet=self.unet.at(tap=tap))
+
+    def conditioned(
+        self,
+        *,
+        prompt: str | None = None,
+        negative_prompt: str = "",
+        label: int | None = None,
+        condition: torch.Tensor | None = None,
+        negative: int | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+    ) -> Model:
+        """The same model with a condition, which all its passes are given.
+
+        With a guidance_scale other than 1, every pass is a batch of two (classifier-free guidance, Ho and Salimans
+        2022). h is then that of the conditional pass, and a change of h is made in both.
+
+        Parameters
+        ----------
+        prompt, negative_prompt : str
+            For a model with a text encoder.
+        label : int
+            For a class-conditional model.
+        condition : Tensor of shape (1, L, D)
+            Tokens of a text, in place of a prompt.
+        negative : int or Tensor of shape (1, L, D), optional
+            Label or tokens of the second pass; needed for guidance without a prompt.
+        guidance_scale : float, optional
+            By default 7.5 with a prompt, else 1.
+
+        Returns
+        -------
+        Model
+
+        Raises
+        ------
+        ValueError
+            If the model is unconditional or of another kind, no condition or more than one is given, or it does not
+            fit.
+        """
+        about = None
+        if prompt is not None:
+            if self.text is None or label is not None or condition is not None:
+                has = "takes no other condition beside it" if self.text is not None else "has no text encoder"
+                raise ValueError(f"prompt is {prompt!r}, and {self.name} {has}")
+            guidance_scale = 7.5 if guidance_scale is None else guidance_scale
+            about = {"prompt": prompt, "negative_prompt": negative_prompt}
+            condition, negative = self.text.tokens(prompt), self.text.tokens(negative_prompt, empty=True)
+        given = as_condition(
+            label=label, tokens=condition, negative=negative, guidance_scale=guidance_scale, about=about
+        )
+        return replace(self, unet=self.unet.at(condition=given))
+
+    def to_images(self, x0: torch.Tensor) -> torch.Tensor:
+        """Images of x_0: decoded from the latents of a latent model, or x_0 itself.
+
+        Parameters
+        ----------
+        x0 : Tensor of shape (..., C, H, W) of `x_shape`
+
+        Returns
+        -------
+        Tensor of shape (..., C, H, W) of `image_shape`, float32, nominally in [-1, 1], not clipped
+        """
+        if self.codec is None:
+            return x0
+        return self.codec.decode(x0.flatten(0, -4)).unflatten(0, x0.shape[:-3])
+
+    def to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """x_0 of images (n, C, H, W) in [-1, 1]: latents of a latent model, or the images themselves."""
+        return images if self.codec is None else self.codec.encode(images)
 
     def batch_size(self) -> int:
         """Default number of samples per pass.
@@ -131,34 +248,40 @@ class Model:
         of its free memory by the measured need of one sample, up to 256.
         """
         if self.device.type != "cuda":
-            return cpu_batch(self.image_shape)
+            return cpu_batch(self.x_shape)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         with torch.inference_mode():
-            self(torch.zeros(1, *self.image_shape, device=self.device), 0)
+            self(torch.zeros(1, *self.x_shape, device=self.device), 0)
         one = torch.cuda.max_memory_allocated(self.device) - before
         fits = int(0.7 * free_memory(self.device) / max(one, 1))
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
-        """Identity of this model in files: name, weights, network, tap and schedule."""
+        """Identity of this model in files: name, weights, network, tap and schedule; what is special, where it is."""
         # The same weights in a network of other settings, such as the order of the time embedding, are another model.
         settings = {key: value for key, value in self.unet.unet.config.items() if not key.startswith("_")}
         network = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        special = {
+            "prediction": None if self.prediction == "epsilon" else self.prediction,
+            "codec": self.codec and self.codec.hash,
+            "condition": self.condition and self.condition.provenance(),
+        }
         return {
             "name": self.name,
             "hash": self.hash,
             "network": network,
             "tap": self.tap,
             "schedule": self.schedule.provenance(),
+            **{name: value for name, value in special.items() if value is not None},
         }
 
     def __repr__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")
         return (
             f"Model({self.name!r}: {self.parameters / 1e6:.2f} M parameters, images {self.image_shape}, "
-            f"h {self.h_shape} {self.tap!r} the mid block, T={self.schedule.T}, {self.device} {precision}, "
-            f"weights {self.hash}, clip_sample off)"
+            f"h {self.h_shape} at {self.tap!r}, T={self.schedule.T}, {self.device} {precision}, "
+            f"weights {self.hash}, clip_sample off{'' if self.condition is None else f', {self.condition}'})"
         )
 
 
@@ -177,9 +300,10 @@ def refuse_other_model(
     *,
     whose: str = "this model",
     tap: bool = True,
+    condition: bool = True,
     remedy: str = "what belongs to one model does not carry over to another",
 ) -> None:
-    """Raise if the provenances of two models differ in weights, tap, network or noise schedule.
+    """Raise if the provenances of two models differ in weights, tap, network, noise schedule or condition.
 
     Parameters
     ----------
@@ -189,8 +313,8 @@ def refuse_other_model(
         Provenances of the model that it was made with, and of the one at hand. None (plain arrays) fits every model.
     whose : str
         Owner of the second provenance, for the messages.
-    tap : bool
-        Compare where h is read, too.
+    tap, condition : bool
+        Compare where h is read, and what the model is conditioned on, too.
     remedy : str
         Remedy if the weights differ.
 
@@ -207,33 +331,42 @@ def refuse_other_model(
         )
     if tap and own["tap"] != model["tap"]:
         raise ValueError(
-            f"{what} has h {own['tap']!r} the mid block, {whose} has it {model['tap']!r}; use "
+            f"{what} has h at the tap {own['tap']!r}, {whose} has it at {model['tap']!r}; use "
             f"model.tapped({own['tap']!r})"
         )
-    if mismatch := provenance_mismatch(own, model):
+    if mismatch := provenance_mismatch(own, model, condition=condition):
         raise ValueError(f"{what} belongs to a model with another {mismatch} than {whose} does")
 
 
 def wrap(
-    unet: UNet2DModel,
+    unet: torch.nn.Module,
     scheduler: SchedulerMixin | NoiseSchedule,
     *,
     name: str,
     device: str | torch.device | None = None,
     dtype: str | None = None,
+    prediction: str | None = None,
+    vae: torch.nn.Module | None = None,
+    **condition: str | float | torch.Tensor | None,
 ) -> Model:
-    """Make a `Model` from a U-Net in memory.
+    """Make a `Model` from a network in memory.
 
     Parameters
     ----------
-    unet : diffusers.UNet2DModel
+    unet : diffusers.UNet2DModel or UNet2DConditionModel
         Copied; the original is not changed.
     scheduler : diffusers scheduler or NoiseSchedule
-        Gives alpha_bar, the spacing of timesteps and the kind of prediction.
+        Gives alpha_bar and the spacing of timesteps; a diffusers scheduler gives the kind of prediction, too.
     name : str
         Name for messages and provenance.
     device, dtype
         As in `load_model`.
+    prediction : {"epsilon", "v_prediction", "sample"}, optional
+        What the network predicts; by default as the scheduler says, else eps.
+    vae : AutoencoderKL or VQModel, optional
+        The autoencoder of a latent diffusion model. Copied, too.
+    **condition
+        `label`, `condition`, `negative` and `guidance_scale`, as in `Model.conditioned`.
 
     Returns
     -------
@@ -242,20 +375,43 @@ def wrap(
     Raises
     ------
     ValueError
-        If the U-Net has no bottleneck, or does not predict the noise.
+        If the workbench can't split the network, or the condition does not fit.
     """
-    schedule = scheduler if isinstance(scheduler, NoiseSchedule) else schedule_of(scheduler)
-    return make_model(copy.deepcopy(unet), schedule, name=name, device=find_device(device), dtype=dtype)
+    own = scheduler if isinstance(scheduler, NoiseSchedule) else schedule_of(scheduler)
+    model = make_model(
+        copy.deepcopy(unet),
+        own,
+        name=name,
+        device=find_device(device),
+        dtype=dtype,
+        prediction=prediction or prediction_of(scheduler),
+        vae=copy.deepcopy(vae),
+    )
+    return model.conditioned(**condition) if condition else model
 
 
 def make_model(
-    unet: UNet2DModel, schedule: NoiseSchedule, *, name: str, device: torch.device, dtype: str | None
+    unet: torch.nn.Module,
+    schedule: NoiseSchedule,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: str | None,
+    prediction: str = "epsilon",
+    vae: torch.nn.Module | None = None,
+    text: TextEncoder | None = None,
 ) -> Model:
-    """As `wrap`, of a network that nobody else uses."""
+    """As `wrap`, of networks that nobody else uses."""
     split = SplitUNet(unet, dtype=DTYPES[one_of("dtype", dtype or "float32", DTYPES)])
+    one_of("prediction", prediction, PREDICTIONS)
     memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
     unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
-    return Model(name, split, schedule, hash_weights(unet))
+    codec = None if vae is None else Codec(vae.float().to(device))
+    if codec is not None and vae.config.latent_channels != split.x_shape[0]:
+        raise ValueError(
+            f"the autoencoder has latents of {vae.config.latent_channels} channels, the network {split.x_shape[0]}"
+        )
+    return Model(name, split, schedule, hash_weights(unet), prediction, codec, text)
 
 
 def compile_blocks(model: Model, mode: str = "default") -> None:
@@ -263,12 +419,13 @@ def compile_blocks(model: Model, mode: str = "default") -> None:
 
     All outputs are compared at the end: a CUDA graph that overwrote one with the next would not pass.
     """
-    unet = model.unet.unet
     one_of("compile", mode, COMPILE_MODES)
-    noise, t = initial_noise(range(4), model.image_shape).to(model.device), model.schedule.T // 2
+    model = replace(model, unet=model.unet.blank())
+    assert model.h_shape  # kept from now on: it follows from a pass of tensors without values, not taken by the compiler
+    noise, t = initial_noise(range(4), model.x_shape).to(model.device), model.schedule.T // 2
     with torch.inference_mode():
         expected = [model(x[None], t) for x in noise]
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        for block in model.unet.stages.blocks:
             block.compile(mode=mode)
         try:
             found = [model(x[None], t) for x in noise]
@@ -288,17 +445,22 @@ def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler; ValueError where the workbench can't use it."""
     config = scheduler.config
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{type(scheduler).__name__} has no alpha_bar; the workbench takes those of DDPM and DDIM")
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr is on; the workbench takes schedules without zero terminal SNR")
-    predicts = config.get("prediction_type", "epsilon")
-    if predicts != "epsilon":
-        raise ValueError(f"this model predicts {predicts!r}; the workbench takes models that predict noise ('epsilon')")
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alpha_bar, as of flow models; the workbench takes "
+            "those of DDPM and DDIM"
+        )
+    alpha_bars = scheduler.alphas_cumprod.double().numpy()
     return NoiseSchedule(
-        scheduler.alphas_cumprod.double().numpy(),
+        alpha_bars,
         spacing=config.get("timestep_spacing", "leading"),
         offset=config.get("steps_offset", 0),
+        clean=1.0 if config.get("set_alpha_to_one", True) else float(alpha_bars[0]),
     )
+
+
+def prediction_of(scheduler: SchedulerMixin | NoiseSchedule) -> str:
+    """What the network of a diffusers scheduler predicts; eps where there is none."""
+    return "epsilon" if isinstance(scheduler, NoiseSchedule) else scheduler.config.get("prediction_type", "epsilon")
 
 
 def best_device() -> torch.device:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -125,8 +126,9 @@ class Trajectory:
     model : Model
     x_T : Tensor of shape (n, C, H, W), float32, on the CPU
         Starting noise of the run.
-    x0 : Tensor of shape (n, C, H, W), float32, on the CPU, nominally in [-1, 1]
-        The images. For an inversion, the inverted images; `replay` gives their reconstruction.
+    x0 : Tensor of shape (n, C, H, W), float32, on the CPU
+        x_0 of the run: the images, nominally in [-1, 1], or latents of them. For an inversion, what was inverted;
+        `replay` gives its reconstruction.
     timesteps : tuple of int
         Visited timesteps, noisiest first.
     etas : tuple of float
@@ -182,6 +184,11 @@ class Trajectory:
             stored_noise=None if self.stored_noise is None else self.stored_noise[:, samples],
             residual=None if self.residual is None else self.residual[samples],
         )
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """x0 as images of shape (n, C, H, W), float32, nominally in [-1, 1]; decoded, once, for a latent model."""
+        return self.model.to_images(self.x0)
 
     @property
     def steps(self) -> int:
@@ -268,6 +275,8 @@ class Trajectory:
             inf for an exact reconstruction. Without a `residual` it takes one replay.
         """
         residual = self.x0 - replay(self, progress=False).x0 if self.residual is None else self.residual
+        if self.model.latent:
+            residual = self.images - self.model.to_images(self.x0 - residual)
         with np.errstate(divide="ignore"):
             return 10.0 * np.log10(4.0 / residual.double().square().flatten(1).mean(dim=1).numpy())
 
@@ -337,7 +346,7 @@ def sample(
     visited = model.schedule.timesteps(steps)
     plan = Trajectory(
         model=model,
-        x_T=initial_noise(seeds, model.image_shape),
+        x_T=initial_noise(seeds, model.x_shape),
         x0=torch.empty(0),
         timesteps=visited,
         etas=model.schedule.etas(eta, len(visited)),
@@ -474,7 +483,7 @@ def _run(
     pairs = model.schedule.pairs(plan.timesteps)[:stop]
     x0, visited = torch.empty_like(plan.x_T), plan.timesteps[: len(pairs)]
     h = StepRecord.empty(model, visited, n, model.h_shape) if record_h else None
-    x = StepRecord.empty(model, visited, n, model.image_shape) if record_x else None
+    x = StepRecord.empty(model, visited, n, model.x_shape) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
 
         def run(batch: slice) -> None:

@@ -21,6 +21,14 @@ CLEAN = -1
 
 SPACINGS = ("leading", "trailing", "linspace")
 
+PREDICTIONS = {
+    "epsilon": lambda output, x_t, alpha_bar: output,
+    "v_prediction": lambda v, x_t, alpha_bar: alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t,
+    "sample": lambda x_0, x_t, alpha_bar: (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt(),
+}
+"""eps of what a network predicts: eps, v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022), or
+x_0."""
+
 
 def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) -> int:
     """Position of timestep `t` among the visited ones.
@@ -69,20 +77,19 @@ class NoiseSchedule:
         How `timesteps` places its steps; as in diffusers.
     offset : int
         Added to every timestep of the "leading" spacing (diffusers' `steps_offset`).
+    clean : float
+        alpha_bar of the clean image. Stable Diffusion was published with alpha_bar(0) there (`set_alpha_to_one` off).
     """
 
     alpha_bars: np.ndarray = field(repr=False)
     spacing: str = "leading"
     offset: int = 0
+    clean: float = 1.0
 
     def __post_init__(self) -> None:
         a = np.asarray(self.alpha_bars, dtype=np.float64)
-        if a.ndim == 1 and a.size > 1 and a[-1] == 0:
-            raise ValueError(
-                f"alpha_bar is 0 at timestep {a.size - 1} (zero terminal SNR), where the predicted noise does not "
-                "determine the image; use a schedule that ends above 0, such as those of DDPM and DDIM"
-            )
-        if a.ndim != 1 or a.size < 2 or not (a > 0).all() or a[0] > 1 or (np.diff(a) > 0).any():
+        # A last alpha_bar of 0 (zero terminal SNR) is allowed, and `timesteps` refuses to visit it.
+        if a.ndim != 1 or a.size < 2 or not (a[:-1] > 0).all() or not a[-1] >= 0 or a[0] > 1 or (np.diff(a) > 0).any():
             raise ValueError("alpha_bar must be a decreasing list of at least 2 values in (0, 1]")
         one_of("spacing", self.spacing, SPACINGS)
         a.setflags(write=False)
@@ -99,8 +106,8 @@ class NoiseSchedule:
         return self.alpha_bars.size
 
     def alpha_bar(self, t: int) -> float:
-        """alpha-bar at timestep `t`; 1 for the clean image (t = -1)."""
-        return 1.0 if t == CLEAN else float(self.alpha_bars[t])
+        """alpha-bar at timestep `t`; that of the clean image for t = -1."""
+        return self.clean if t == CLEAN else float(self.alpha_bars[t])
 
     def timesteps(self, steps: int | Sequence[int]) -> tuple[int, ...]:
         """Visited timesteps of a run, noisiest first.
@@ -118,7 +125,8 @@ class NoiseSchedule:
         Raises
         ------
         ValueError
-            If there are no steps, more steps than timesteps, or a list that is not strictly decreasing within 0..T-1.
+            If there are no steps, more steps than timesteps, a list that is not strictly decreasing within 0..T-1, or
+            no signal at the first (zero terminal SNR).
         """
         if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
             if not 1 <= steps <= self.T:
@@ -129,7 +137,7 @@ class NoiseSchedule:
                     f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}; give "
                     "fewer steps, or the timesteps themselves"
                 )
-            return tuple(int(t) for t in visited)
+            return self._with_signal(tuple(int(t) for t in visited))
         try:
             visited = tuple(operator.index(t) for t in steps)
         except TypeError as error:
@@ -138,6 +146,15 @@ class NoiseSchedule:
         if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
             raise ValueError(
                 f"a list of timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}"
+            )
+        return self._with_signal(visited)
+
+    def _with_signal(self, visited: tuple[int, ...]) -> tuple[int, ...]:
+        """The timesteps, unless alpha_bar is 0 at the first: eps does not determine x_0 there."""
+        if self.alpha_bars[visited[0]] == 0:
+            raise ValueError(
+                f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR), where eps does not determine x_0; give "
+                f"steps as a list that begins at {visited[0] - 1} or below"
             )
         return visited
 
@@ -262,4 +279,5 @@ class NoiseSchedule:
             "offset": self.offset,
             "alpha_bar": [float(self.alpha_bars[0]), float(self.alpha_bars[self.T // 2]), float(self.alpha_bars[-1])],
             "hash": hashlib.sha256(self.alpha_bars.astype(np.float32).tobytes()).hexdigest()[:16],
+            **({} if self.clean == 1.0 else {"clean": self.clean}),
         }

@@ -317,7 +317,7 @@ class _Run:
         unet = self.save_model(out)
         if previews:
             model = wrap(unet, NoiseSchedule.linear(T=T), name=out.name, device=self.unet.device)
-            images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).x0
+            images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).images
             with written(out / "samples" / f"{self.step:07d}.png") as partial:
                 _contact_sheet(images).save(partial, "PNG")
 

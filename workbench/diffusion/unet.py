@@ -1,7 +1,7 @@
-"""A U-Net, split at its bottleneck.
+"""A U-Net, split where h is read and edited.
 
-`encode` runs the network up to the tap, `decode` runs the rest; together they are diffusers' `UNet2DModel.forward`, bit
-for bit. Only the top level of that forward is written out here: every block is diffusers' own.
+`encode` runs the network up to the tap, `decode` runs the rest; together they are the network's own forward pass, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from diffusers import UNet2DModel
 
+from workbench.diffusion.conditions import Condition, blank_condition
+from workbench.diffusion.stages import Stages, stages_of
 from workbench.io import one_of
 
 TAPS = ("before", "middle", "after")
+"""Taps at the mid block of networks of diffusers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +27,20 @@ class Bottleneck:
     Attributes
     ----------
     h : Tensor of shape (n, C, h, w), float32
-        The bottleneck activation h_t.
+        The activation h_t at the tap. With classifier-free guidance, that of the conditional pass.
     skips : tuple of Tensor
-        Outputs of the encoder's blocks, unchanged by edits of h.
+        Outputs of the encoder's blocks, unchanged by edits of h. With guidance these and the next have 2n rows, two a
+        sample: of the conditional pass and of the unconditional one.
     emb : Tensor of shape (n, E)
-        Embedding of the timestep.
-    tap : {"before", "middle", "after"}
+        Embedding of the timestep, and of a class.
+    tap : str
     residual : Tensor of shape (n, C, h, w), optional
-        For the tap "middle": the input of the residual block that contains the tap.
+        For the tap "middle": the input of the residual block that contains the tap. For a skip: output of the mid
+        block.
+    guided : (Tensor, Tensor), optional
+        With guidance: the network's own h of both passes, each of shape (n, C, h, w).
+    noisy : (Tensor, Tensor), optional
+        For networks that predict v or x_0: x_t of shape (n, C, H, W), and alpha_bar of shape (n, 1, 1, 1).
     """
 
     h: torch.Tensor
@@ -40,6 +48,8 @@ class Bottleneck:
     emb: torch.Tensor = field(repr=False)
     tap: str = "after"
     residual: torch.Tensor | None = field(default=None, repr=False)
+    guided: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    noisy: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return f"Bottleneck(h={tuple(self.h.shape)}, tap={self.tap!r}, {len(self.skips)} skips)"
@@ -47,13 +57,10 @@ class Bottleneck:
     @classmethod
     def joined(cls, parts: Sequence[Bottleneck]) -> Bottleneck:
         """Concatenate the samples of several states, in order."""
-        first = parts[0]
         if len(parts) == 1:
-            return first
-        skips = tuple(torch.cat(same) for same in zip(*(part.skips for part in parts), strict=True))
-        residual = None if first.residual is None else torch.cat([part.residual for part in parts])
-        h, emb = torch.cat([part.h for part in parts]), torch.cat([part.emb for part in parts])
-        return cls(h, skips, emb, first.tap, residual)
+            return parts[0]
+        fields = ([getattr(part, name) for part in parts] for name in _TENSORS)
+        return replace(parts[0], **dict(zip(_TENSORS, map(_cat, fields), strict=True)))
 
     def with_h(self, h: torch.Tensor) -> Bottleneck:
         """The same state with another h (a swap, Haas et al. Fig. 2a)."""
@@ -68,8 +75,25 @@ class Bottleneck:
         return self._map(lambda x: _in_format_of(x, x[index]))
 
     def _map(self, f) -> Bottleneck:
-        residual = None if self.residual is None else f(self.residual)
-        return replace(self, h=f(self.h), skips=tuple(map(f, self.skips)), emb=f(self.emb), residual=residual)
+        n = len(self.h)
+
+        def apply(value):
+            if value is None or isinstance(value, tuple):
+                return None if value is None else tuple(map(apply, value))
+            # Two rows a sample move together.
+            return f(value) if len(value) == n else _in_format_of(value, f(value.unflatten(0, (n, -1))).flatten(0, 1))
+
+        return replace(self, **{name: apply(getattr(self, name)) for name in _TENSORS})
+
+
+_TENSORS = ("h", "skips", "emb", "residual", "guided", "noisy")
+
+
+def _cat(values: Sequence) -> torch.Tensor | tuple | None:
+    """The same field of several states, one after the other."""
+    if values[0] is None:
+        return None
+    return tuple(map(_cat, zip(*values, strict=True))) if isinstance(values[0], tuple) else torch.cat(values)
 
 
 def _repeated(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -88,54 +112,93 @@ def _in_format_of(x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
 
 
 class SplitUNet:
-    """`UNet2DModel` as an encoder and a decoder that meet at the bottleneck.
+    """A U-Net as an encoder and a decoder that meet at the tap.
 
     Parameters
     ----------
-    unet : diffusers.UNet2DModel
-    tap : {"after", "middle", "before"}
+    unet : UNet2DModel or UNet2DConditionModel
+    tap : str
         Where h is read and edited (Haas et al., Fig. 10):
 
-        - "after" (default; both papers, Asyrp): output of the mid block, before it meets the first skip.
+        - "after" (default, also "mid"; both papers, Asyrp): output of the mid block, before it meets the first skip.
         - "middle": inside the mid block's last residual block, after its second normalisation (with the timestep's
           shift applied) and before the non-linearity.
         - "before": input of the mid block. The same tensor, kept as a skip, is not edited.
+        - "down.0", "down.1", ...: output of a block on the way down. The same tensor, kept as a skip, is not edited.
+        - "skip.0", "skip.1", ...: what a skip connection carries, counted from the input of the network.
+        - "up.0", "up.1", ...: output of a block on the way up.
     dtype : torch.dtype
         Precision of the network's arithmetic; lower ones run under autocast. Input and output stay float32.
+    condition : Condition, optional
+        What a conditional network is given in every pass.
 
     Raises
     ------
     ValueError
-        If the network has no mid block, or is not a noise-prediction U-Net that the workbench can split.
+        If the workbench can't split the network, it has no such tap, or the condition does not fit.
     """
 
-    def __init__(self, unet: UNet2DModel, *, tap: str = "after", dtype: torch.dtype = torch.float32) -> None:
-        self.unet, self.tap, self.dtype = unet, one_of("tap", tap, TAPS), dtype
-        if getattr(unet, "mid_block", None) is None or not getattr(unet.mid_block, "resnets", None):
-            raise ValueError(f"{type(unet).__name__} has no middle block, so it has no bottleneck to read h from")
-        if not isinstance(unet, UNet2DModel):
-            raise ValueError(f"{type(unet).__name__} is not supported; the workbench takes diffusers' UNet2DModel")
-        config = unet.config
-        if config.time_embedding_type == "fourier" or any("Skip" in b for b in config.down_block_types):
-            raise ValueError("score-SDE U-Nets (Fourier embedding, skip blocks) are not DDPMs and are not supported")
-        if config.sample_size is None:
-            raise ValueError("this U-Net's config has no sample_size, so the size of its images is not known; set it")
-        if config.class_embed_type is not None or config.num_class_embeds is not None:
-            raise ValueError("this U-Net is conditioned on a class; the workbench takes unconditional models")
-        _refuse_sizes_that_do_not_fit(unet)
+    def __init__(
+        self,
+        unet: torch.nn.Module | Stages,
+        *,
+        tap: str = "after",
+        dtype: torch.dtype = torch.float32,
+        condition: Condition | None = None,
+    ) -> None:
+        self.stages = unet if isinstance(unet, Stages) else stages_of(unet)
+        self.unet, self.dtype, self.condition = self.stages.module, dtype, condition
+        self.tap = "after" if tap == "mid" else tap
+        if self.tap not in self.stages.taps:
+            one_of("tap", tap, self.taps)
+        self._mid = list(self.stages.stages).index("mid")
+        if condition is not None:
+            condition.check(self.stages)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.unet.config.in_channels, height, width)
+    def taps(self) -> tuple[str, ...]:
+        """Names of all taps."""
+        return (*self.stages.taps, *(name for name in self.stages.shapes if name != "mid"))
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_t."""
+        return self.stages.x_shape
+
+    @property
+    def h_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of h."""
+        shapes = self.stages.shapes
+        return shapes.get(self.tap, shapes["mid"])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of channels at every resolution, finest first."""
+        return tuple(shape[0] for name, shape in self.stages.shapes.items() if name.startswith("down."))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the network's blocks are compiled: faster, and without derivatives."""
+        return any(block._compiled_call_impl is not None for block in self.stages.blocks)
+
+    def at(self, *, tap: str | None = None, condition: Condition | None = None) -> SplitUNet:
+        """The same network with another tap, or with another condition."""
+        return SplitUNet(self.stages, tap=tap or self.tap, dtype=self.dtype, condition=condition or self.condition)
+
+    def blank(self) -> SplitUNet:
+        """The same network with any condition, if it needs one: for shapes, memory and operations."""
+        needed = self.condition is None and self.stages.conditioned_on is not None
+        return self.at(condition=blank_condition(self.stages)) if needed else self
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision that the network computes in."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.unet.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
         """Run the network up to the tap.
@@ -149,27 +212,42 @@ class SplitUNet:
         Returns
         -------
         Bottleneck
+
+        Raises
+        ------
+        ValueError
+            If the network is conditional and has no condition.
         """
-        unet = self.unet
-        if x_t.is_cuda and unet.mid_block._compiled_call_impl is not None:
+        parts, (labels, tokens) = self.stages, self._given(len(x_t))
+        guided = self.condition is not None and self.condition.guided
+        rows = _repeated(x_t, 2) if guided else x_t
+        # Filled on the device: a copy of a number would make a GPU's whole queue wait.
+        t = t.to(self.device) if torch.is_tensor(t) else torch.full((1,), t, device=self.device)
+        t = t.expand(len(x_t))
+        if x_t.is_cuda and self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # a graph may now reuse the outputs of the last pass
         with self.autocast():
-            emb = self.embed(t, len(x_t))
-            x = unet.conv_in(2 * x_t - 1.0 if unet.config.center_input_sample else x_t)
-            skips = (x,)
-            for block in unet.down_blocks:
-                x, outputs = block(hidden_states=x, temb=emb)
-                skips += outputs
+            emb, context = parts.embed(_repeated(t, 2) if guided else t, labels, tokens), parts.context(tokens)
+            x, skips = parts.begin(rows)
+            for stage in self._stages(0, self._first):
+                x, skips = stage(x, skips, emb, context)
             residual = None
-            if self.tap == "after":
-                x = unet.mid_block(x, emb)
-            elif self.tap == "middle":
-                residual = self._mid_block_head(x, emb)
-                x = _resnet_head(unet.mid_block.resnets[-1], residual, emb)
-        return Bottleneck(x.float(), skips, emb, self.tap, residual)
+            if self.tap == "middle":
+                residual = parts.mid_head(x, emb, context)
+                x = parts.mid_normalised(residual, emb)
+            elif self.tap.startswith("skip."):
+                residual, x = x, skips[int(self.tap.removeprefix("skip."))]
+        h = x.float()
+        if not guided:
+            return Bottleneck(h, skips, emb, self.tap, residual)
+        both = _in_format_of(h, h[0::2]), _in_format_of(h, h[1::2])
+        return Bottleneck(both[0].clone(), skips, emb, self.tap, residual, guided=both)
 
     def decode(self, bottleneck: Bottleneck, delta_h: torch.Tensor | None = None) -> torch.Tensor:
         """Run the rest of the network, with `delta_h` added to h.
+
+        With classifier-free guidance, both passes have the change of h, and the output is u + scale (c - u) of the
+        conditional output c and the unconditional u (Ho and Salimans 2022, eq. 6 with scale = 1 + w).
 
         Parameters
         ----------
@@ -179,78 +257,50 @@ class SplitUNet:
         Returns
         -------
         Tensor of shape (n, C, H, W), float32
-            eps, the predicted noise. A network with learned variance gives twice the channels; eps is the first half.
+            The network's prediction, without the variance that some networks learn.
         """
-        unet, emb, skips = self.unet, bottleneck.emb, bottleneck.skips
+        parts, emb, skips, tap = self.stages, bottleneck.emb, bottleneck.skips, bottleneck.tap
         h = bottleneck.h if delta_h is None else bottleneck.h + delta_h
+        if bottleneck.guided is not None:
+            own, other = bottleneck.guided
+            h = _in_format_of(own, torch.stack([h, other + (h - own)], dim=1).flatten(0, 1))
         with self.autocast():
-            x = h
-            if bottleneck.tap == "before":
-                x = unet.mid_block(x, emb)
-            elif bottleneck.tap == "middle":
-                x = _resnet_tail(unet.mid_block.resnets[-1], bottleneck.residual, x)
-            for block in unet.up_blocks:
-                skips, outputs = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-                x = block(x, outputs, emb)
-            x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
-        return x[:, : unet.config.in_channels].float()
+            context, x = parts.context(self._given(len(bottleneck.h))[1]), h
+            if tap == "middle":
+                x = parts.mid_tail(bottleneck.residual, x)
+            elif tap.startswith("skip."):
+                k = int(tap.removeprefix("skip."))
+                x, skips = bottleneck.residual, (*skips[:k], x, *skips[k + 1 :])
+            for stage in self._stages(self._first + (tap == "middle"), None):
+                x, skips = stage(x, skips, emb, context)
+            out = parts.finish(x, skips)[:, : self.x_shape[0]].float()
+        if bottleneck.guided is None:
+            return out
+        conditional, plain = out[0::2], out[1::2]
+        return plain + self.condition.guidance_scale * (conditional - plain)
 
     def __call__(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
-        """eps_theta(x_t, t), the predicted noise; shape (n, C, H, W), float32."""
+        """The network's prediction; shape (n, C, H, W), float32."""
         return self.decode(self.encode(x_t, t))
 
-    def embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
-        """Embedding of the timestep for n samples; shape (n, E)."""
-        unet = self.unet
-        # Filled on the device: a copy of a number would make a GPU's whole queue wait.
-        t = t.to(unet.device).expand(n) if torch.is_tensor(t) else torch.full((n,), t, device=unet.device)
-        return unet.time_embedding(unet.time_proj(t).to(unet.dtype))
+    @property
+    def _first(self) -> int:
+        """Number of whole stages before the tap."""
+        if self.tap in ("before", "middle"):
+            return self._mid
+        if self.tap == "after" or self.tap.startswith("skip."):
+            return self._mid + 1
+        return 1 + list(self.stages.stages).index(self.tap)
 
-    def _mid_block_head(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """The mid block up to its last residual block."""
-        mid = self.unet.mid_block
-        x = mid.resnets[0](x, emb)
-        for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-            if attention is not None:
-                x = attention(x, temb=emb)
-            if resnet is not mid.resnets[-1]:
-                x = resnet(x, emb)
-        return x
+    def _stages(self, start: int, stop: int | None) -> list:
+        return list(self.stages.stages.values())[start:stop]
 
-
-def _refuse_sizes_that_do_not_fit(unet: UNet2DModel) -> None:
-    """What diffusers builds, and torch then fails at in the first pass or at the first step."""
-    config, size = unet.config, unet.config.sample_size
-    sides = size if isinstance(size, (list, tuple)) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"sample_size is {size!r}; it is the side of the images in pixels, or their height and width")
-    multiple = 2 ** sum(bool(block.downsamplers) for block in unet.down_blocks)
-    if any(side % multiple for side in sides):
-        raise ValueError(f"sample_size is {size}; this U-Net takes multiples of {multiple}")
-    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ValueError(
-            f"in_channels is {config.in_channels} and out_channels is {config.out_channels}; the workbench takes as "
-            "many of both, or twice as many outputs for a learned variance"
-        )
-    narrow = [module.query_dim for module in unet.modules() if getattr(module, "heads", 1) < 1]
-    if narrow:
-        heads = config.attention_head_dim
-        raise ValueError(f"attention_head_dim is {heads}, and attention here is {min(narrow)} channels wide")
-
-
-def _resnet_head(resnet, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-    """diffusers' `ResnetBlock2D.forward` up to its second non-linearity."""
-    x = resnet.conv1(resnet.nonlinearity(resnet.norm1(x)))
-    emb = resnet.time_emb_proj(resnet.nonlinearity(emb))[:, :, None, None]
-    if resnet.time_embedding_norm == "scale_shift":
-        scale, shift = torch.chunk(emb, 2, dim=1)
-        return resnet.norm2(x) * (1 + scale) + shift
-    return resnet.norm2(x + emb)
-
-
-def _resnet_tail(resnet, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """diffusers' `ResnetBlock2D.forward` from its second non-linearity on."""
-    x = resnet.conv2(resnet.dropout(resnet.nonlinearity(x)))
-    if resnet.conv_shortcut is not None:
-        residual = resnet.conv_shortcut(residual)
-    return (residual + x) / resnet.output_scale_factor
+    def _given(self, n: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Labels and tokens of n samples; one row a pass."""
+        kind = self.stages.conditioned_on
+        if kind is None:
+            return None, None
+        if self.condition is None:
+            example = 'prompt="..."' if kind == "text" else "label=3"
+            raise ValueError(f"this network is conditioned on a {kind} and has none; use model.conditioned({example})")
+        return self.condition.rows(n, self.device)

@@ -182,8 +182,8 @@ class DeltaFunction:
         ValueError
             Names the difference.
         """
-        own = self.model.provenance()
-        refuse_other_model(self.name, own, model.provenance(), tap=False, remedy="load it for this model")
+        own, remedy = self.model.provenance(), "load it for this model"
+        refuse_other_model(self.name, own, model.provenance(), tap=False, condition=False, remedy=remedy)
         if model.tap != "after":
             raise ValueError(f'{self.name} edits h "after" the mid block; use model.tapped("after")')
 

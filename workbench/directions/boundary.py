@@ -228,7 +228,7 @@ class Boundary:
             raise ValueError(f"{self.name} is a boundary in {self.space}_t, not in {space}_t; fit one there")
         if t is not None and t != self.t:
             raise ValueError(f"{self.name} was fitted at timestep {self.t}, not at {t}; fit one there")
-        shape = model.h_shape if self.space == "h" else model.image_shape
+        shape = model.h_shape if self.space == "h" else model.x_shape
         if self.normal.numel() != math.prod(shape):
             raise ValueError(
                 f"{self.name} has a normal of {self.normal.numel()} values; {self.space}_t of {model.name} has shape "
@@ -273,7 +273,8 @@ class Boundary:
             self._refuse_other_model(other.provenance["model"], other.name)
 
     def _refuse_other_model(self, model: dict | None, whose: str) -> None:
-        refuse_other_model(self.name, self.provenance["model"], model, whose=whose, tap=self.space == "h")
+        own, tap = self.provenance["model"], self.space == "h"
+        refuse_other_model(self.name, own, model, whose=whose, tap=tap, condition=False)
 
 
 def move_jointly(
@@ -455,7 +456,7 @@ def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
         if seeds is None:
             origin["images"] = {"fingerprint": fingerprint(source.x0), "n": len(source)}
         origin["timesteps"] = list(source.timesteps)
-        shape = model.h_shape if space == "h" else model.image_shape
+        shape = model.h_shape if space == "h" else model.x_shape
         return SamplesAt(check_samples(values, t=t), shape, origin, seeds)
     array = source.detach().cpu().numpy() if torch.is_tensor(source) else np.asarray(source)
     return SamplesAt(check_samples(array, t=t), array.shape[1:], {"model": None, "etas": None, "seeds": None})

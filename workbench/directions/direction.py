@@ -388,7 +388,7 @@ class Direction:
         return self._moved(combine(self._wide(), other._wide()), method, name, {}, other)
 
     def _refuse_other_model(self, model: dict, whose: str) -> None:
-        refuse_other_model(self.name, self.provenance["model"], model, whose=whose)
+        refuse_other_model(self.name, self.provenance["model"], model, whose=whose, condition=False)
 
     def _check_same_space(self, other: Direction) -> None:
         self._refuse_other_model(other.provenance["model"], other.name)

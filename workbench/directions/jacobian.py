@@ -145,7 +145,7 @@ def find_jacobian(
     one_of("output", output, ("eps", "x0"))
     if population is not None:
         _check_population(population, model, run)
-    rows = _check_mask(mask, model.image_shape)
+    rows = _check_mask(mask, model)
     x_t = run.x_at(t).to(model.device)
     with torch.no_grad():
         bottleneck = model.encode(x_t, t)
@@ -244,7 +244,7 @@ def find_pullback(
     """
     _check_run(model, run)
     one_of("map", map, ("x->h", "x->x0"))
-    rows = _check_mask(mask, model.image_shape)
+    rows = _check_mask(mask, model)
     if rows is not None and map == "x->h":
         raise ValueError("a mask selects pixels of the output, and the output of x->h has none; leave it out")
     if nullspace < 0 or (nullspace and (rows is None or rows.all())):
@@ -325,11 +325,11 @@ def _check_population(population: HStore, model: Model, run: Trajectory) -> None
         raise ValueError("a store of one sample has no standard deviation; give at least two")
 
 
-def _check_mask(mask: np.ndarray | torch.Tensor | None, image_shape: tuple[int, int, int]) -> torch.Tensor | None:
-    """The rows of J that a mask keeps: bool tensor of shape (C*H*W,)."""
+def _check_mask(mask: np.ndarray | torch.Tensor | None, model: Model) -> torch.Tensor | None:
+    """The rows of J that a mask keeps: bool tensor of shape (C*H*W,). A latent is kept with any of its pixels."""
     if mask is None:
         return None
-    mask, (channels, height, width) = torch.as_tensor(mask).cpu(), image_shape
+    mask, (channels, height, width) = torch.as_tensor(mask).cpu(), model.image_shape
     allowed = [(height, width), (1, height, width), (channels, height, width)]
     if tuple(mask.shape) not in allowed:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; this model takes {', '.join(map(str, allowed))}")
@@ -337,7 +337,10 @@ def _check_mask(mask: np.ndarray | torch.Tensor | None, image_shape: tuple[int, 
         raise ValueError("a mask is boolean, or of zeros and ones; threshold yours first, e.g. mask > 0.5")
     if not mask.any():
         raise ValueError("the mask is empty; set at least one pixel to True")
-    return mask.bool().expand(image_shape).flatten()
+    if model.latent:
+        pixels = mask.float().expand(1, channels, height, width).amax(dim=1)
+        mask = torch.nn.functional.adaptive_max_pool2d(pixels, model.x_shape[1:])
+    return mask.bool().expand(model.x_shape).flatten()
 
 
 def _mask_record(rows: torch.Tensor) -> dict:

@@ -119,7 +119,7 @@ def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name
     found, path = read_boundary_sav(path), local(path)
     if not 0 <= t < model.schedule.T:
         raise ValueError(f"t is {t}; {model.name} has the timesteps 0..{model.schedule.T - 1}")
-    shape = model.h_shape if space == "h" else model.image_shape
+    shape = model.h_shape if space == "h" else model.x_shape
     if found.normal.size != math.prod(shape):
         raise ValueError(
             f"{path} has a normal of {found.normal.size} values; {space}_t of {model.name} has shape {shape}, which is "

@@ -146,10 +146,10 @@ def find_interval(
         raise ValueError("a distance of your own needs levels=, the thresholds of P_t and of x_t")
     if distance == "features" and classifier is None:
         raise ValueError('distance "features" needs classifier=, such as load_classifier("avataaars-judge")')
-    measure, _ = distance_of(distance, classifier, run.x0)
+    measure, _ = distance_of(distance, classifier, run.images)
     running = {"batch_size": batch_size, "progress": progress}
     predicted = prediction_errors(run, run.timesteps, measure, running).mean(axis=1)
-    noisy = [measure(run.x_at(t), run.x0).mean() for t in run.timesteps]
+    noisy = [measure(run.model.to_images(run.x_at(t)), run.images).mean() for t in run.timesteps]
     curves = pd.DataFrame({"P_t": predicted, "x_t": noisy}, index=pd.Index(run.timesteps, name="t")).sort_index()
     return _read_off(curves, levels or LEVELS[distance], cosine)
 

@@ -240,7 +240,7 @@ def disentangling_table(
         raise ValueError(
             f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
         )
-    unknown = set(directions) - set(classifier(runs.x0[:1]).columns)
+    unknown = set(directions) - set(classifier(runs.images[:1]).columns)
     if unknown:
         raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, the name of a direction")
     apart = {
@@ -332,9 +332,9 @@ def few_examples(
         raise ValueError(
             f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
         )
-    if labels.name not in classifier(runs.x0[:1]):
+    if labels.name not in classifier(runs.images[:1]):
         raise ValueError(f"the classifier has no attribute {labels.name!r}, the name of the labels")
-    x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.image_shape)
+    x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.x_shape)
     tables = []
     for space, scale in scales.items():
         noise = None if space == "h" else x_T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -224,7 +225,7 @@ def measure(
     plans, plains = [edit.plan(run, scales) for _, edit in named], _Plains(run)
     plain_of = [plains.position(edit.plain(run)) for _, edit in named]
     ids = np.arange(len(run)) if run.seeds is None else np.array(run.seeds)
-    size = max(1, IMAGE_BYTES // (4 * len(named) * len(scales) * run.x0[0].numel()))
+    size = max(1, IMAGE_BYTES // (4 * len(named) * len(scales) * math.prod(run.model.image_shape)))
     tables, features = [], [[] for _ in named]
     with cells_bar(run, plans, progress) as bar:
         for samples in batches(len(run), size):
@@ -236,7 +237,7 @@ def measure(
             for e, name in enumerate(names):
                 images, plain = edited[e], unedited[plain_of[e]]
                 tables.append(_table(classifier, scores[plain_of[e]], images, name, scales, ids[samples]))
-                _add_image_measures(tables[-1], images, plain, part.x0, masks or {})
+                _add_image_measures(tables[-1], images, plain, part.images, masks or {})
                 if real is not None:
                     features[e].append([classifier.features(column) for column in images.unbind(1)])
     rows = []
@@ -275,7 +276,7 @@ class _Plains:
                 plans = [[plain[samples]]]
                 found.append(run_plans(part, plans, batch_size=batch_size, progress=False)[0, :, 0])
             else:
-                found.append(part.x0 if part.seeds is not None else replay(part, progress=False).x0)
+                found.append((part if part.seeds is not None else replay(part, progress=False)).images)
         return found
 
 

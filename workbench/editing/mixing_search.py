@@ -193,7 +193,7 @@ def mixing_step(
         values = _commitment(run, visited, classifier, copies, seed, running)
         rule = stays(level, above=True)
         return read_off(visited, values, rule, quantity="agreement of decodings (0: chance)", **about)
-    measure, unit = distance_of(distance, classifier, run.x0)
+    measure, unit = distance_of(distance, classifier, run.images)
     if criterion == "perceptual":
         values, rule = prediction_errors(run, visited, measure, running), stays(level, above=True, from_noise=True)
         return read_off(visited, values, rule, quantity=f"distance of P_t from the image{unit}", **about)
@@ -218,7 +218,7 @@ def decode_from(
     etas = run.model.schedule.etas(eta, len(rest.timesteps))
     size = check_batch_size(batch_size, run.model, len(x_t))
     rest = replace(rest, etas=etas, seeds=tuple(seeds), stored_noise=None, edit=None, batch_size=size)
-    return replay(rest, progress=progress).x0
+    return replay(rest, progress=progress).images
 
 
 def _commitment(
@@ -265,7 +265,7 @@ def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance
                 bar.update(len(x_t))
 
             size = in_batches(predict, len(run), size)
-            errors.append(measure(predicted, run.x0))
+            errors.append(measure(model.to_images(predicted), run.images))
     return np.stack(errors)
 
 
@@ -306,7 +306,7 @@ def _best_edit(
         crossed = found.reshape(m, k).T != has[train:]
         # New step noise alone moves some to the other class.
         success[i, :, :, a] = crossed.astype(float) - crossed[0]
-        loss[i, :, :, a] = measure(images, tested.x0.repeat_interleave(k, dim=0)).reshape(m, k).T
+        loss[i, :, :, a] = measure(images, tested.images.repeat_interleave(k, dim=0)).reshape(m, k).T
 
     def best(samples: np.ndarray) -> np.ndarray:
         losses, successes = (v[:, :, samples].mean(axis=(2, 3)) for v in (loss, success))
@@ -417,7 +417,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
             options = {"steps": source.timesteps, "eta": source.provenance["etas"], "batch_size": batch_size}
             return sample(model, source.seeds[:n], record_x=True, progress=progress, **options)
         values = torch.stack([torch.from_numpy(source.at(t, space="x")[:n]) for t in source.timesteps])
-        x = StepRecord(values.unflatten(2, model.image_shape), source.timesteps)
+        x = StepRecord(values.unflatten(2, model.x_shape), source.timesteps)
         return Trajectory(
             model=model,
             x_T=x.values[0],
@@ -440,7 +440,7 @@ def _other(run: Trajectory, **running) -> Trajectory:
     """Ensemble to compare a run with: its own images inverted; for an inversion, as many deterministic samples."""
     if run.seeds is None:
         return sample(run.model, range(len(run)), steps=run.timesteps, eta=0.0, record_x=True, **running)
-    return invert(run.model, run.x0.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)
+    return invert(run.model, run.images.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)
 
 
 def _labels_of(source: HStore | Trajectory, labels, n: int) -> pd.DataFrame:

@@ -167,7 +167,7 @@ def run_plans(
                 for c, plan in enumerate(row):
                     if plan is run:
                         images[e, :, c] = plain
-    return images
+    return run.model.to_images(images)
 
 
 def cells_bar(
@@ -191,7 +191,7 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
     samples = torch.tensor([sample for _, sample in cells])
 
     def noise(i: int) -> torch.Tensor:
-        z = torch.empty(len(cells), *model.image_shape)
+        z = torch.empty(len(cells), *model.x_shape)
         for rows in sources.values():
             different, inverse = torch.unique(samples[rows], return_inverse=True)
             z[rows] = cells[rows[0]][0].noise_at(i, different)[inverse]

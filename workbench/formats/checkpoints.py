@@ -13,7 +13,7 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,12 @@ from workbench.formats.layouts import ANCHORS
 from workbench.paths import local
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-HUB_FILES = ["*config.json", "model_index.json", "*diffusion_pytorch_model*"]
+_DESCRIBED = ["*config.json", "model_index.json", "tokenizer/*", "*.safetensors.index.json"]
+HUB_FILES = (
+    [*_DESCRIBED, "*diffusion_pytorch_model.safetensors", "text_encoder/model*.safetensors"],
+    [*_DESCRIBED, "*diffusion_pytorch_model*", "text_encoder/model*", "text_encoder/pytorch_model*"],
+)
+"""Files of a repository of the hub to fetch: whole safetensors alone, or all weights where that is not enough."""
 
 _WEIGHT_FILES = re.compile(
     r"diffusion_pytorch_model(\.(?P<before>[a-zA-Z_]\w*))?(-\d+-of-(?P<shards>\d+))?(\.(?P<after>[a-zA-Z_]\w*))?"
@@ -34,19 +39,40 @@ _WEIGHT_FILES = re.compile(
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-LATENT = (
-    "{path} is a latent-diffusion model (it has {parts}); the workbench takes unconditional models that denoise "
-    "pixels, such as google/ddpm-ema-celebahq-256"
-)
+_OTHER_PARTS = {
+    "transformer": "a diffusion transformer (DiT, Stable Diffusion 3, Flux), which has no bottleneck",
+    "text_encoder_2": "of the kind of SDXL, with two text encoders",
+    "prior": "conditioned on embeddings of images",
+    "movq": "conditioned on embeddings of images",
+    "image_encoder": "conditioned on images",
+    "controlnet": "conditioned on images",
+}
+"""Parts of pipelines that the workbench does not take, and what they mean."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers model folder: where its U-Net's config and weights (one file, or shards) and its scheduler are."""
+    """A diffusers model folder: where its parts are.
+
+    Attributes
+    ----------
+    unet_config : Path
+    weights : tuple of Path
+        One file, or shards.
+    scheduler_config : Path
+    vae_config : Path or None
+        Of the autoencoder of a latent diffusion model.
+    vae_weights : tuple of Path
+    text : Path or None
+        The folder itself, if it has a text encoder and its tokenizer.
+    """
 
     unet_config: Path
     weights: tuple[Path, ...]
     scheduler_config: Path
+    vae_config: Path | None = None
+    vae_weights: tuple[Path, ...] = ()
+    text: Path | None = None
 
 
 def find_model_files(folder: str | Path) -> ModelFolder:
@@ -57,11 +83,25 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     training's folder (`unet/`, `checkpoint-500/`) has its scheduler there.
     """
     folder = local(folder)
-    _refuse_latent_models(folder)
+    index = folder / "model_index.json"
+    parts = read_json(index) if index.is_file() else {}
+    if other := next((part for part in _OTHER_PARTS if parts.get(part) not in (None, [None, None])), None):
+        raise ValueError(f"{folder} is {_OTHER_PARTS[other]} (it has {other}), which is not supported")
     config = find_unet_config(folder)
     if config is None:
         raise FileNotFoundError(f"{folder} has no unet/config.json and no config.json; it is no diffusers model folder")
-    return ModelFolder(config, _find_weights(config.parent), _find_scheduler(folder))
+    found = ModelFolder(config, _find_weights(config.parent), _find_scheduler(folder))
+    if vae := next((part for part in ("vae", "vqvae") if part in parts), None):
+        config = folder / vae / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{folder} lacks {vae}/config.json, its autoencoder")
+        found = replace(found, vae_config=config, vae_weights=_find_weights(config.parent))
+    if parts.get("text_encoder") not in (None, [None, None]):
+        for part in ("text_encoder/config.json", "tokenizer"):
+            if not (folder / part).exists():
+                raise FileNotFoundError(f"{folder} lacks {part}, which encodes its prompts")
+        found = replace(found, text=folder)
+    return found
 
 
 def is_complete(folder: Path) -> bool:
@@ -105,14 +145,6 @@ def _find_scheduler(folder: Path) -> Path:
         if re.fullmatch(r"unet|unet_ema|checkpoint-\d+", place.resolve().name) is None:
             raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise schedule is unknown")
         place = place.resolve().parent
-
-
-def _refuse_latent_models(folder: Path) -> None:
-    index = folder / "model_index.json"
-    parts = set(read_json(index)) if index.is_file() else set()
-    latent = sorted(parts & {"vae", "vqvae", "text_encoder", "movq", "image_encoder"})
-    if latent:
-        raise ValueError(LATENT.format(path=folder, parts=", ".join(latent)))
 
 
 def read_json(path: Path) -> dict:
@@ -224,7 +256,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     names = [name for _, state in states for name in state]
     parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
     if latent := [name for name in names if name.startswith(parts) or ".transformer_blocks." in name]:
-        raise ValueError(LATENT.format(path=path, parts=latent[0]))
+        raise ValueError(
+            f"{path} is a whole latent or text-conditional model in one file (it has {latent[0]}); give its folder in "
+            "the layout of diffusers, or its hub id"
+        )
     found = [
         (where, name.removesuffix(anchor), layout, state)
         for where, state in states

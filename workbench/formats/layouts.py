@@ -185,11 +185,12 @@ class Architecture:
         return (self.channels[-1], side, side)
 
     def config(self) -> dict:
-        """Arguments of `UNet2DModel`."""
+        """Config of a `UNet2DModel`."""
         ddpm, resampling = self.layout == "ddpm", "resnet" if self.residual_resampling else "conv"
         plain = "Resnet{}sampleBlock2D" if self.residual_resampling else "{}Block2D"
         blocks = ["Attn{}Block2D" if i in self.attention else plain for i in range(len(self.channels))]
         return {
+            "_class_name": "UNet2DModel",
             "sample_size": self.image_size,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,

@@ -142,7 +142,7 @@ def extract(
         "etas": list(model.schedule.etas(eta, len(timesteps))),
         "dtype": dtype,
         "keeps": ["h", *(["x0"] if images is not False else []), *(["x"] if record_x else [])],
-        "chunk": chunk_size(model.h_shape, model.image_shape, steps=len(timesteps), n=count, record_x=record_x),
+        "chunk": chunk_size(model.h_shape, model.x_shape, steps=len(timesteps), n=count, record_x=record_x),
     }
     name = f"{model.name.replace('/', '--')}-{key_of(provenance)}.zarr"
     path = paths.cache() / name if out is None else paths.place(out)
@@ -233,28 +233,28 @@ def _value(run: Trajectory, name: str) -> np.ndarray:
     """A quantity of a run, sample first."""
     if name in ("h", "x"):
         return getattr(run, name).values.transpose(0, 1).numpy()
-    return getattr(run, name).numpy()
+    return (run.images if name == "x0" else run.x_T).numpy()
 
 
 def _layout(model: Model, provenance: dict, *, inverted: bool) -> dict[str, tuple[tuple[int, ...], str]]:
     n, steps, dtype = provenance["n"], len(provenance["timesteps"]), provenance["dtype"]
     layout = {"h": ((n, steps, *model.h_shape), dtype)}
     if "x" in provenance["keeps"]:
-        layout["x"] = ((n, steps, *model.image_shape), dtype)
+        layout["x"] = ((n, steps, *model.x_shape), dtype)
     if "x0" in provenance["keeps"]:
         layout["x0"] = ((n, *model.image_shape), "float32")
     if inverted:
-        layout["x_T"] = ((n, *model.image_shape), "float32")
+        layout["x_T"] = ((n, *model.x_shape), "float32")
     else:
         layout["seeds"] = ((n,), "uint64")
     return layout
 
 
 def chunk_size(
-    h_shape: tuple[int, int, int], image_shape: tuple[int, int, int], *, steps: int, n: int, record_x: bool
+    h_shape: tuple[int, int, int], x_shape: tuple[int, int, int], *, steps: int, n: int, record_x: bool
 ) -> int:
     """Samples that are written at once: at most 64 and `CHUNK_BYTES`, a power of two, or all."""
-    values = np.prod(h_shape) + record_x * np.prod(image_shape)
+    values = np.prod(h_shape) + record_x * np.prod(x_shape)
     fits = max(1, int(CHUNK_BYTES // (4 * steps * values)))
     return min(n, 64, 2 ** (fits.bit_length() - 1))
 

@@ -147,16 +147,15 @@ def plan_extraction(
 
 
 def shapes_of(network: SplitUNet) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(C, H, W) of an image and (C, h, w) of h, of a network on the device "meta"."""
-    image = network.image_shape
-    return image, tuple(network.encode(torch.empty(1, *image, device="meta"), 0).h.shape[1:])
+    """(C, H, W) of x_t and (C, h, w) of h, of a network."""
+    return network.x_shape, network.h_shape
 
 
 def count_flops(network: SplitUNet) -> int:
     """Floating-point operations of a pass of one sample: convolutions, matrix products and attention."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        network(torch.empty(1, *network.image_shape, device="meta"), 0)
+        network(torch.empty(1, *network.x_shape, device="meta"), 0)
     return counter.get_total_flops()
 
 

@@ -96,7 +96,7 @@ def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
     from workbench.diffusion.parallel import in_threads
 
     model = load_model(UNIT_MODEL, device="cpu")
-    x_t = torch.zeros(batch, *model.image_shape)
+    x_t = torch.zeros(batch, *model.x_shape)
 
     def fastest(_: slice) -> float:
         times = []

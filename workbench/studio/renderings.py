@@ -203,8 +203,8 @@ class Renderings:
             If `progress` was cancelled.
         """
         state = state or self.state
-        before = self._plain(state, progress).x0[0]
-        after = self._edited([state], preview=preview, progress=progress).x0[0] if state.edits else before
+        before = self._plain(state, progress).images[0]
+        after = self._edited([state], preview=preview, progress=progress).images[0] if state.edits else before
         return Rendering(before, after, state, preview)
 
     def direction(self, state: EditState | None = None) -> Direction:
@@ -400,11 +400,11 @@ class Renderings:
             return replace(state, scales={name: scale for name, scale in pulled.items() if scale})
 
         cells = [cell(row, column) for row in rows for column in columns]
-        before = self._plain(state, progress).x0[0]
+        before = self._plain(state, progress).images[0]
         images = before.repeat(len(cells), 1, 1, 1)
         moved = [k for k, each in enumerate(cells) if each.edits]
         if moved:
-            images[moved] = self._edited([cells[k] for k in moved], progress=progress).x0
+            images[moved] = self._edited([cells[k] for k in moved], progress=progress).images
         unit = "" if single else " sigma"
         return EditGrid(
             images.unflatten(0, (len(rows), len(columns))),

@@ -156,7 +156,7 @@ class Map(View):
             names = [f"sample {i}" if seeds is None else f"seed {seeds[i]}" for i in range(len(store))]
             return store.at(t), store.images[:], names
         runs = [replay(run, record_h=True, progress=progress) for run in session.samples]
-        images = np.concatenate([run.x0.numpy() for run in session.samples])
+        images = np.concatenate([run.images.numpy() for run in session.samples])
         return np.concatenate([run.h.at(t) for run in runs]), images, [session.label(k) for k in range(len(runs))]
 
     def _new_figure(self) -> go.FigureWidget:

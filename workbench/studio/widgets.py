@@ -419,7 +419,7 @@ class EditStudio(widgets.VBox):
         if len(buttons) != len(self.samples.children):
             self.samples.children = buttons
             thumbnails = "".join(
-                f".hspace-sample-{id(self)}-{k} {{ background-image: url({address(run.x0[0])}); }}\n"
+                f".hspace-sample-{id(self)}-{k} {{ background-image: url({address(run.images[0])}); }}\n"
                 for k, run in enumerate(session.samples)
             )
             self.style_sheet.value = f"<style>{(_ROOM / 'studio.css').read_text(encoding='utf-8')}{thumbnails}</style>"
