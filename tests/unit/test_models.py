@@ -215,7 +215,7 @@ def test_a_model_that_can_not_be_compiled_says_so(tiny_folder, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no compiler\nand a long story")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "forward", fail))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "forward", fail))
     refused(r"tiny .*\(no compiler\); load it with compile=False", tiny_folder, device="cpu", compile=True)
 
 

@@ -223,6 +223,8 @@ class SplitUNet:
             If the network is conditional and has no condition.
         """
         parts, n = self.stages, len(x_t)
+        if x_t.is_cuda and self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may now reuse the outputs of the last pass
         with self.autocast():
             emb, context = self._embed(t, n), parts.context(self._given(n)[1])
             x, skips = parts.begin(_repeated(x_t, 2) if self._guided else x_t)
@@ -298,7 +300,9 @@ class SplitUNet:
 
     def _times(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
         """Timesteps of n samples, one row a pass."""
-        t = torch.as_tensor(t, device=self.device).expand(n)
+        # Filled on the device: a copy of a number would make a GPU's whole queue wait.
+        t = t.to(self.device) if torch.is_tensor(t) else torch.full((1,), t, device=self.device)
+        t = t.expand(n)
         return _repeated(t, 2) if self._guided else t
 
     def _embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
