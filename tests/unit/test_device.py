@@ -200,7 +200,7 @@ def test_a_compiler_that_computes_something_else_is_refused(tiny_folder, monkeyp
     """As a graph would that gives a later output in place of an earlier one."""
     asked, last = set(), {}
 
-    def compiled(self, *, mode):
+    def compiled(self, *, mode, dynamic):
         asked.add(mode)
         forward = self.forward
 
@@ -214,6 +214,27 @@ def test_a_compiler_that_computes_something_else_is_refused(tiny_folder, monkeyp
     with pytest.raises(ValueError, match="differs by"):
         wb.load_model(tiny_folder, device="cpu", compile=mode)
     assert asked == {"default" if mode is True else mode}
+
+
+@pytest.mark.slow
+def test_blocks_of_one_class_are_all_compiled_for_every_size_of_batch(make_unet, monkeypatch):
+    """The compiler keeps eight versions of a function: five blocks of a class would need ten for two sizes."""
+    config = {"sample_size": 16, "block_out_channels": (4, 8, 12, 16, 20), "add_attention": False}
+    unet = make_unet(**config, down_block_types=("DownBlock2D",) * 5, up_block_types=("UpBlock2D",) * 5)
+    compiled, calls = torch.nn.Module.compile, []
+
+    def counting(graph, inputs):
+        return lambda *args: calls.append(1) or graph.forward(*args)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, **rest: compiled(self, backend=counting, **rest))
+    plain, model = (wb.wrap(unet, wb.NoiseSchedule.linear(), name="five", device="cpu") for _ in range(2))
+    models.compile_blocks(model)
+    with torch.inference_mode():
+        for n in (1, 2, 3):
+            calls.clear()
+            x_t = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(n))
+            torch.testing.assert_close(model(x_t, 5), plain(x_t, 5), atol=1e-5, rtol=1e-5)
+            assert len(calls) == len(model.unet.stages.blocks) == 11
 
 
 def test_an_unknown_mode_of_the_compiler_is_named(tiny_folder):

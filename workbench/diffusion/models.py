@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FunctionType, MethodType
 from typing import TypeVar
 
 import torch
@@ -457,7 +458,8 @@ def compile_blocks(model: Model, mode: str = "default") -> None:
     with torch.inference_mode():
         expected = [model(x[None], t) for x in noise]
         for block in model.unet.stages.blocks:
-            block.compile(mode=mode)
+            block.forward = MethodType(_with_own_code(type(block).forward), block)
+            block.compile(mode=mode, dynamic=False)
         try:
             found = [model(x[None], t) for x in noise]
         except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
@@ -470,6 +472,18 @@ def compile_blocks(model: Model, mode: str = "default") -> None:
             f"compiled by the mode {mode!r}, {model.name} predicts noise that differs by {difference:.2g} from the "
             f"plain network's, whose norm is {norm:.2g}; load it with compile=False"
         )
+
+
+def _with_own_code(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own.
+
+    The compiler keeps eight versions of a code object, for the shapes of its inputs. Blocks of one class would share
+    them, and with a second size of batch the last blocks would not be compiled.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_compiled")
+    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
