@@ -320,12 +320,13 @@ def edit(
     """Render a recipe saved in the studio."""
     import torch
 
+    from workbench.diffusion.loading import load_recorded
     from workbench.studio.recipe import read_recipe, result_of
     from workbench.studio.state import describe
 
     own = read_recipe(recipe)
     torch.set_num_threads(own["result"]["threads"])  # the number of threads affects the last bits
-    network = wb.load_model(model or own["model"]["name"], device=device).tapped(own["model"]["tap"])
+    network = load_recorded(own["model"] | ({} if model is None else {"name": model}), device=device)
     scorer = wb.load_classifier(classifier, device=device) if classifier else None
     session = wb.open_recipe(recipe, model=network, classifier=scorer)
     rendering = session.render()

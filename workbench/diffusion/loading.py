@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -147,6 +147,17 @@ def load_model(
     if compile:
         compile_blocks(model)
     return model
+
+
+def load_recorded(about: Mapping, **options: str | torch.device | None) -> Model:
+    """The model that a file names in its provenance, at the same tap and with the same condition.
+
+    `options` are as of `load_model`. ValueError if its condition was a tensor, of which only a hash is recorded.
+    """
+    condition = {name: value for name, value in about.get("condition", {}).items() if name != "hash"}
+    if set(condition) == {"guidance_scale"}:
+        raise ValueError(f"{about['name']} was conditioned on a tensor, which no file keeps; give the model")
+    return load_model(about["name"], **options, **condition).tapped(about["tap"])
 
 
 def load_shapes(source: str | Path) -> SplitUNet:

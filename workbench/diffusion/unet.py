@@ -273,7 +273,7 @@ class SplitUNet:
         return self._prediction(out)
 
     def undivided(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
-        """Output of the network's own forward pass, which `decode` of `encode` equals bit for bit; shape (n, C, H, W)."""
+        """The network's own forward pass, which `decode` of `encode` equals to the bit; shape (n, C, H, W), float32."""
         rows = _repeated(x_t, 2) if self._guided else x_t
         t = torch.as_tensor(t, device=self.device).expand(len(x_t))
         with self.autocast():

@@ -25,7 +25,7 @@ from workbench.analysis.mixing_criteria import (
 from workbench.analysis.samples import check_classes, matched
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.inversion import invert
-from workbench.diffusion.loading import load_model
+from workbench.diffusion.loading import load_recorded
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import (
     StepRecord,
@@ -399,7 +399,7 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
     wanted = source.provenance["model"]
     if model is None:
         try:
-            model = load_model(wanted["name"])
+            model = load_recorded(wanted)
         except FileNotFoundError as error:
             raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
     refuse_other_model("the store", wanted, model.provenance(), tap=False, remedy="give its own model with model=")
