@@ -13,7 +13,7 @@ from small_models import KINDS
 
 import workbench as wb
 from workbench import paths
-from workbench.datasets.attribute_net import DESIGNS
+from workbench.datasets.attribute_net import new_network, write_network
 from workbench.report.kernels import KernelServer, environment
 from workbench.report.parameters import check_parameters, find_notebook, list_notebooks, notebook_parameters
 from workbench.report.running import Job
@@ -72,39 +72,40 @@ def given(request, tmp_path_factory):
     (home / "notebooks").symlink_to(here / "notebooks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKBENCH_HOME", str(home))
-        patch.setitem(DESIGNS, "labeller", SMALL | {"kernel": 3})
-        patch.setitem(DESIGNS, "judge", SMALL | {"kernel": 5})
         parameters = KINDS[request.param](home)
         model = wb.load_model(parameters["model_name"], device="cpu", **parameters.get("condition", {}))
-        images = write_images(wb.sample(model, range(1000, 1120), steps=4, progress=False).images, home / "images")
-        for seed, name in enumerate(("labeller", "judge")):
-            wb.train_classifier(images, out=home / name, seed=seed, steps=250, design=name, progress=False)
-        yield parameters | {
-            "images_name": str(home / "images"),
-            "classifier_name": str(home / "labeller"),
-            "judge_name": str(home / "judge"),
-        }
+        images = wb.sample(model, range(1000, 1120), steps=SIZES["steps"], progress=False).images.clamp(-1, 1)
+        write_images(images, home / "images")
+        for kernel, name in ((3, "classifier"), (5, "judge")):
+            write_classifier(images, home / name, kernel=kernel)
+            parameters[f"{name}_name"] = str(home / name)
+        yield parameters | {"images_name": str(home / "images")}
 
 
-SMALL = {"size": 16, "widths": (8, 16), "residual": False, "activation": "relu"}
-
-
-def write_images(images: torch.Tensor, folder: Path) -> wb.LabelledImages:
-    """Labelled images that are like a model's own: half of them have each attribute."""
-    images = images.clamp(-1, 1)
+def write_images(images: torch.Tensor, folder: Path) -> None:
+    """Labelled images; half of them have each attribute."""
     _, height, width = images.shape[1:]
-    means = {
-        "Bright": images.mean(dim=(1, 2, 3)),
-        "Left": images[..., : width // 2].mean(dim=(1, 2, 3)) - images[..., width // 2 :].mean(dim=(1, 2, 3)),
-        "Top": images[:, :, : height // 2].mean(dim=(1, 2, 3)) - images[:, :, height // 2 :].mean(dim=(1, 2, 3)),
-    }
+    upper, left = images[:, :, : height // 2], images[..., : width // 2]
+    values = {"Bright": images, "Left": left - images[..., width // 2 :], "Top": upper - images[:, :, height // 2 :]}
+    means = pd.DataFrame({name: value.mean(dim=(1, 2, 3)) for name, value in values.items()})
     folder.mkdir()
-    names = [f"{i:03d}.png" for i in range(len(images))]
-    for name, image in zip(names, ((images + 1) * 127.5).round().byte().numpy(), strict=True):
-        Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, 2)).save(folder / name)
-    labels = pd.DataFrame({name: (values > values.median()).int() for name, values in means.items()}, index=names)
+    labels = (means > means.median()).astype(int).set_axis([f"{i:03d}.png" for i in range(len(images))])
     labels.rename_axis("file").to_csv(folder / "attributes.csv")
-    return wb.load_images(folder, size=tuple(images.shape[1:]))
+    for name, image in zip(labels.index, ((images + 1) * 127.5).round().byte().numpy(), strict=True):
+        Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, 2)).save(folder / name)
+
+
+def write_classifier(images: torch.Tensor, folder: Path, *, kernel: int) -> None:
+    """An untrained classifier, in whose eyes half of the images have each attribute."""
+    config = {"size": 16, "widths": (8, 16), "kernel": kernel, "residual": False, "activation": "relu"}
+    config["channels"] = images.shape[1]
+    network, generator = new_network(len(ATTRIBUTES), config), torch.Generator().manual_seed(kernel)
+    network.initialise(generator).eval().requires_grad_(False)
+    network.head.weight.normal_(generator=generator)
+    logits = network(network.prepare(images))
+    network.head.weight /= logits.std(dim=0)[:, None]
+    network.head.bias -= logits.median(dim=0).values / logits.std(dim=0)
+    write_network(network, folder, config=config, attributes=ATTRIBUTES, training={})
 
 
 @pytest.mark.parametrize("name", list_notebooks())

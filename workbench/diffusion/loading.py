@@ -305,9 +305,9 @@ def verify(model: Model, reference: str) -> float:
     if reference not in golden.EPS:
         raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
     architecture = layouts.HUB[reference]
-    if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
-        raise ValueError(f"{model.name} has images of shape {model.image_shape}, unlike {reference}")
-    noise = golden.noise(model.image_shape).to(model.device)
+    if model.x_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
+        raise ValueError(f"{model.name} has x_t of shape {model.x_shape}, unlike {reference}")
+    noise = golden.noise(model.x_shape).to(model.device)
     with torch.inference_mode():
         eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
     return float((eps - torch.tensor(golden.EPS[reference])).abs().max())
