@@ -196,7 +196,13 @@ ARRIVES = {
     ),
     "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2": (
         "workbench.studio.server.serve_studio",
-        {"options": {**STUDIO, "device": None, "condition": {"label": 3, "guidance_scale": 2.0, "negative_prompt": ""}}},
+        {
+            "options": {
+                **STUDIO,
+                "device": None,
+                "condition": {"label": 3, "guidance_scale": 2.0, "negative_prompt": ""},
+            }
+        },
     ),
     "run 10 -p n 512 -p tap=before -p images_name a=b -o x.ipynb": (
         "workbench.report.notebooks.run_notebook",
