@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import random_unet
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from originals import Lucidrains, randomised
+
+from workbench.diffusion.loading import convert_checkpoint
 
 WIDTH = 8
 """Width of the tokens of a text."""
 
-TEXT_UNET = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 8,
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
+CROSS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "cross_attention_dim": WIDTH,
     "attention_head_dim": 2,
 }
-"""A network in the manner of Stable Diffusion's."""
 
 
 def text_unet(**config) -> UNet2DConditionModel:
-    """Of 8 x 8 latents of 4 channels."""
+    """A network like Stable Diffusion's, of 8 x 8 latents of 4 channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return UNet2DConditionModel(**TEXT_UNET | config).eval().requires_grad_(False)
+        return UNet2DConditionModel(**BLOCKS | CROSS | config).eval().requires_grad_(False)
 
 
 def stable_diffusion(folder: Path) -> StableDiffusionPipeline:
@@ -85,33 +83,32 @@ def save(folder: Path, unet: torch.nn.Module, **schedule) -> Path:
     return folder / "model"
 
 
-def class_conditional(folder: Path) -> dict:
-    return {"model_name": str(save(folder, random_unet(num_class_embeds=4))), "condition": {"label": 3}}
+def class_conditional(folder: Path, make_unet: Callable) -> dict:
+    return {"model_name": str(save(folder, make_unet(num_class_embeds=4))), "condition": {"label": 3}}
 
 
-def text_conditional(folder: Path) -> dict:
+def text_conditional(folder: Path, make_unet: Callable) -> dict:
     stable_diffusion(folder)
     prompt = {"prompt": "a cafe", "negative_prompt": "bad", "guidance_scale": 3.0}
     return {"model_name": str(folder / "model"), "condition": prompt}
 
 
-def predicting_v(folder: Path) -> dict:
-    return {"model_name": str(save(folder, random_unet(), prediction_type="v_prediction"))}
+def predicting_v(folder: Path, make_unet: Callable) -> dict:
+    return {"model_name": str(save(folder, make_unet(), prediction_type="v_prediction"))}
 
 
-def grey_and_wide(folder: Path) -> dict:
-    unet = random_unet(in_channels=1, out_channels=1, sample_size=(8, 16))
-    return {"model_name": str(save(folder, unet, num_train_timesteps=50))}
+def grey_and_wide(folder: Path, make_unet: Callable) -> dict:
+    unet = make_unet(in_channels=1, out_channels=1, sample_size=(8, 16))
+    return {"model_name": str(save(folder, unet, num_train_timesteps=50)), "timestep": 25}
 
 
-def of_lucidrains(folder: Path) -> dict:
-    from workbench.diffusion.loading import convert_checkpoint
-
+def of_lucidrains(folder: Path, make_unet: Callable) -> dict:
     layout = {"mult": (1, 2), "heads": (4, 4), "dims": (8, 8), "full": (False, True)}
     state = {f"model.{name}": tensor for name, tensor in randomised(Lucidrains(dim=8, **layout)).state_dict().items()}
     torch.save({"model": state}, folder / "model-1.pt")
     options = {"image_size": 8, "timesteps": 200, "schedule": "sigmoid", "prediction": "v_prediction"}
-    return {"model_name": str(convert_checkpoint(folder / "model-1.pt", folder / "model", **options))}
+    model = convert_checkpoint(folder / "model-1.pt", folder / "model", **options)
+    return {"model_name": str(model), "timestep": 100}
 
 
 KINDS = {
@@ -121,4 +118,4 @@ KINDS = {
     "one channel, not square, T of 50": grey_and_wide,
     "lucidrains": of_lucidrains,
 }
-"""Functions of a folder that write a model there, and give the parameters of notebooks that name it."""
+"""Functions of a folder and `make_unet` that write a model there, and give the notebooks' parameters that name it."""

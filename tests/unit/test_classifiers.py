@@ -239,6 +239,12 @@ def test_wrong_images_are_refused(labeller, images, message):
         labeller(images)
 
 
+def test_samples_that_diverge_are_clamped(labeller):
+    """What a model gives that is hardly trained; values of 8 bits have none below 0."""
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pd.testing.assert_frame_equal(labeller(100 * noise), labeller((100 * noise).clamp(-1, 1)))
+
+
 # Sources
 
 

@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 
 import numpy as np
 import pytest
+import small_models
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    VQModel,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, VQModel
+from small_models import WIDTH, text_unet
 
 import workbench as wb
 from workbench.diffusion.conditions import as_condition
 from workbench.diffusion.schedule import PREDICTIONS
 from workbench.diffusion.unet import SplitUNet
 
-WIDTH, LENGTH = 8, 5
-"""D and L of the tokens."""
+LENGTH = 5
+"""L of the tokens."""
 
-BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
-CROSS = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": WIDTH,
-    "attention_head_dim": 2,
-}
 TEXT = {
-    "Stable Diffusion": {**BLOCKS, **CROSS},
+    "Stable Diffusion": {},
     "Stable Diffusion 2: linear projections, heads a level": {
-        **BLOCKS,
-        **CROSS,
         "use_linear_projection": True,
         "attention_head_dim": (1, 2),
     },
-    "one block with cross-attention, mid block without": {
-        **BLOCKS,
-        **CROSS,
-        "mid_block_type": "UNetMidBlock2D",
-    },
+    "one block with cross-attention, mid block without": {"mid_block_type": "UNetMidBlock2D"},
     "DeepFloyd IF, stage I": {
-        **BLOCKS,
         "in_channels": 3,
         "out_channels": 6,
         "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
@@ -67,12 +47,6 @@ TEXT = {
 }
 
 
-def text_unet(name: str = "Stable Diffusion", **config) -> UNet2DConditionModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return UNet2DConditionModel(**TEXT[name] | config).eval().requires_grad_(False)
-
-
 def tokens(seed: int) -> torch.Tensor:
     return torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -83,7 +57,7 @@ def noise(unet, n: int = 3) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=TEXT)
 def text_network(request):
-    return text_unet(request.param)
+    return text_unet(**TEXT[request.param])
 
 
 @pytest.fixture(scope="module", params=[None, "timestep"])
@@ -202,6 +176,16 @@ def test_samples_of_every_prediction_are_those_of_diffusers(make_unet, predictio
     assert model.provenance().get("prediction", "epsilon") == prediction
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_parts_give_what_the_undivided_network_gives(make_unet, scale):
+    """Of every kind: notebook 10 shows the difference."""
+    condition = {"condition": tokens(0), "negative": tokens(1), "guidance_scale": scale}
+    learned = make_unet(out_channels=6, num_class_embeds=4)
+    for unet, options in ((text_unet(), condition), (learned, {"label": 1, "prediction": "v_prediction"})):
+        model, x_t = wb.wrap(unet, wb.NoiseSchedule.linear(), name="a", device="cpu", **options), noise(unet)
+        assert torch.equal(model.undivided(x_t, 300), model(x_t, 300))
+
+
 def test_a_schedule_of_zero_terminal_snr_runs_where_eps_is_defined(make_unet):
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     model = wb.wrap(make_unet(), scheduler, name="a", device="cpu")
@@ -215,48 +199,9 @@ def test_a_schedule_of_zero_terminal_snr_runs_where_eps_is_defined(make_unet):
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
     """A tiny Stable Diffusion on disk, and its pipeline."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("sd")
-    words = ["<|startoftext|>", "<|endoftext|>", *(c + "</w>" for c in "abcdefghijklmnop"), *"abcdefghijklmnop"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=7)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        config = transformers.CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=7,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-        encoder = transformers.CLIPTextModel(config).eval()
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=16,
-        ).eval()
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae, encoder, tokenizer, text_unet(), scheduler, None, None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.save_pretrained(folder / "model")
-    return folder / "model", pipeline
+    return folder / "model", small_models.stable_diffusion(folder)
 
 
 @pytest.mark.parametrize("scale", [7.5, 1.0])

@@ -63,7 +63,7 @@ def kernels():
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def given(request, tmp_path_factory):
+def given(request, tmp_path_factory, make_unet):
     """Parameters that name a model, images and classifiers, in a home of the workbench's own."""
     here, home = paths.home(), tmp_path_factory.mktemp("kind")
     (home / "data").mkdir()
@@ -72,7 +72,7 @@ def given(request, tmp_path_factory):
     (home / "notebooks").symlink_to(here / "notebooks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKBENCH_HOME", str(home))
-        parameters = KINDS[request.param](home)
+        parameters = KINDS[request.param](home, make_unet)
         model = wb.load_model(parameters["model_name"], device="cpu", **parameters.get("condition", {}))
         images = wb.sample(model, range(1000, 1120), steps=SIZES["steps"], progress=False).images.clamp(-1, 1)
         write_images(images, home / "images")

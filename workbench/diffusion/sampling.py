@@ -23,7 +23,7 @@ from workbench.diffusion.schedule import CLEAN, index_of
 from workbench.diffusion.unet import Bottleneck
 
 DIVERGED = 10.0
-"""Values of samples beyond which they are no images, which lie in [-1, 1]."""
+"""Values of samples beyond which they are no images, which lie in [-1, 1], and no latents of a few times that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,8 +362,8 @@ def sample(
     low, high = (float(bound) for bound in run.x0.aminmax())
     if delta_h is None and not max(-low, high) <= DIVERGED:
         warnings.warn(
-            f"the samples diverge: they lie in [{low:.4g}, {high:.4g}], and images in [-1, 1]; {model.name} was not "
-            "trained for long enough, or with another noise schedule",
+            f"the samples diverge: they lie in [{low:.4g}, {high:.4g}], and {'latents' if model.latent else 'images'} "
+            f"around [-1, 1]; {model.name} was not trained for long enough, or with another noise schedule",
             stacklevel=2,
         )
     return run
