@@ -29,6 +29,7 @@ _WHERE = {
     "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
+    "hspace.spaces": ("tap_table",),
     "directions.boundary": ("Boundary", "load_boundary", "move_jointly"),
     "directions.boundary_accuracy": ("accuracy_over_samples", "accuracy_over_time"),
     "directions.boundary_fit": ("fit_boundaries", "fit_boundary"),

@@ -26,6 +26,7 @@ from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
+from workbench.diffusion.training import read_settings
 from workbench.io import write_text
 from workbench.paths import local, writable
 
@@ -200,7 +201,7 @@ def evaluate_model(
     ----------
     model : Model
     images : LabelledImages
-        Held-out images, 8 or more, at the model's size.
+        Held-out images, 8 or more; they are cropped and resized to the model's size.
     classifiers : sequence of Classifier
         Distances are measured in the space of their features; the last one judges attributes.
     training : LabelledImages or Tensor of shape (k, C, H, W) with values in [-1, 1], or a list of these, optional
@@ -230,16 +231,11 @@ def evaluate_model(
     Raises
     ------
     ValueError
-        If the images have another size, there are too few images or samples, the number of samples is not `n`, or
+        If there are too few images or samples, the number of samples is not `n`, or
         `n_inverted` is negative.
     """
     if n_inverted < 0:
         raise ValueError(f"n_inverted is {n_inverted}; give a number of images, or 0 to invert none")
-    if images.size != model.image_shape[1]:
-        raise ValueError(
-            f"the images are of {images.size} pixels and the model's of {model.image_shape[1]}; give "
-            f"images.at_size({model.image_shape[1]})"
-        )
     if len(images) < 8 or n < 8:
         raise ValueError(f"{len(images)} held-out images and {n} samples are too few; give 8 or more of both")
     if samples is None:
@@ -248,7 +244,7 @@ def evaluate_model(
         ).images
     if len(samples) != n:
         raise ValueError(f"there are {len(samples)} samples and n is {n}; give as many")
-    real, samples = images[:].clamp(-1, 1), samples.clamp(-1, 1)
+    real, samples = _stacked(images, model), samples.clamp(-1, 1)
     m = min(n, len(real) // 2)
     rng = np.random.default_rng(seed)
     halvings = [rng.permutation(len(real))[: 2 * m].reshape(2, m) for _ in range(HALVINGS)]
@@ -272,7 +268,7 @@ def evaluate_model(
     table["drawn"] = drawn_labels[list(expected)].mean()
     copies = copies_real = nearest = None
     if training is not None:
-        learned = _stacked(training)
+        learned = _stacked(training, model)
         flat, flat_real, flat_learned = (x.flatten(1).numpy() for x in (samples, real, learned))
         copies = memorisation(flat, flat_learned, flat_real[half], seed=seed)
         copies_real = memorisation(flat_real[other], flat_learned, flat_real[half], seed=seed)
@@ -317,14 +313,17 @@ def new_card(folder: str | Path) -> str:
     if not path.is_file():
         return f"# {folder.resolve().name}\n"
     about = json.loads(path.read_text(encoding="utf-8"))
-    s, side = about["settings"], about["network"]["sample_size"]
+    s, noise = about["settings"], about.get("scheduler", {})
+    T, predicts = noise.get("num_train_timesteps", 1000), noise.get("prediction_type", "epsilon")
+    betas = f"linear beta {noise.get('beta_start', 1e-4):g}..{noise.get('beta_end', 0.02):g}"
+    betas = "the betas of its start" if noise.get("trained_betas") else betas
     begun = "random weights" if s["start"] is None else f"the weights of `{s['start']}`"
     begun += " with a finer resolution around them" if s.get("grow") else ""
     return f"""# {folder.resolve().name}
 
-A DDPM of {side} x {side} pixels: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, T = 1000, linear beta \
-1e-4..0.02, eps-prediction. Averaged weights, float32 safetensors. Loads with `workbench.load_model` and with \
-diffusers' `DDPMPipeline.from_pretrained`. The scheduler file has `clip_sample` on, as the public DDPMs do; \
+A DDPM of images of shape {read_settings(folder).size}: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, \
+T = {T}, {betas}, predicts `{predicts}`. Averaged weights, float32 safetensors. Loads with `workbench.load_model` and \
+with diffusers' `DDPMPipeline.from_pretrained`. The scheduler file has `clip_sample` on, as the public DDPMs do; \
 `load_model` switches it off.
 
 ## Training
@@ -360,10 +359,10 @@ def _compare(
     return {name: float(value) for name, value in row.items()}
 
 
-def _stacked(images) -> torch.Tensor:
+def _stacked(images, model: Model) -> torch.Tensor:
     if isinstance(images, (list, tuple)):
-        return torch.cat([_stacked(part) for part in images])
-    return images[:].clamp(-1, 1)
+        return torch.cat([_stacked(part, model) for part in images])
+    return (images.at_size(model.image_shape) if hasattr(images, "at_size") else images)[:].clamp(-1, 1)
 
 
 def _points(shares: Iterable[float]) -> list[str]:

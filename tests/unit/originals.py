@@ -1,4 +1,4 @@
-"""The forwards of the two code bases whose checkpoints the workbench converts, written as compact oracles.
+"""The forwards of the code bases whose checkpoints the workbench converts, written as compact oracles.
 
 Their parameters have the names of the originals, so that a state dict of these is a checkpoint of those. Nothing is
 shared with the code under test.
@@ -158,9 +158,9 @@ class GuidedResBlock(nn.Module):
 
 
 class GuidedAttention(nn.Module):
-    def __init__(self, channels: int, head_channels: int, *, new_order: bool) -> None:
+    def __init__(self, channels: int, heads: int, *, new_order: bool) -> None:
         super().__init__()
-        self.heads, self.new_order = channels // head_channels, new_order
+        self.heads, self.new_order = heads, new_order
         self.norm, self.qkv = norm(channels, 1e-5), nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
@@ -192,7 +192,7 @@ class Op(nn.Module):
 
 
 class Guided(nn.Module):
-    """`attention`: factors of down-sampling at which there is attention."""
+    """`attention`: factors of down-sampling at which there is attention; heads by their number or by their channels."""
 
     def __init__(
         self,
@@ -201,7 +201,9 @@ class Guided(nn.Module):
         mult: tuple[int, ...],
         layers: int,
         attention: tuple[int, ...],
-        head_channels: int,
+        head_channels: int = 0,
+        heads: int = 0,
+        classes: int = 0,
         out: int = 6,
         new_order: bool = False,
         scale_shift: bool = True,
@@ -212,9 +214,11 @@ class Guided(nn.Module):
         options = {"scale_shift": scale_shift}
 
         def attend(width: int) -> GuidedAttention:
-            return GuidedAttention(width, head_channels, new_order=new_order)
+            return GuidedAttention(width, heads or width // head_channels, new_order=new_order)
 
         self.time_embed = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if classes:
+            self.label_emb = nn.Embedding(classes, emb)
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, ch, 3, padding=1)])])
         now, skips = ch, [ch]
         for i, m in enumerate(mult):
@@ -243,11 +247,13 @@ class Guided(nn.Module):
                 self.output_blocks.append(nn.ModuleList(parts))
         self.out = nn.Sequential(norm(now, 1e-5), nn.SiLU(), nn.Conv2d(now, out, 3, padding=1))
 
-    def forward(self, x, t):
-        """(output of `out` channels, h)"""
+    def forward(self, x, t, y=None):
+        """(output of `out` channels, h), of classes y."""
         half = self.ch // 2
         angles = t[:, None].float() * torch.exp(-math.log(10000) / half * torch.arange(half))
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if y is not None:
+            emb = emb + self.label_emb.weight[y]
         x = self.input_blocks[0][0](x)
         skips = [x]
         for parts in self.input_blocks[1:]:
@@ -262,6 +268,124 @@ class Guided(nn.Module):
             for part in parts:
                 x = part(x, emb)
         return self.out(x), h
+
+
+# lucidrains' denoising-diffusion-pytorch
+
+
+class LucidrainsNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x):
+        return x / x.square().mean(dim=1, keepdim=True).sqrt() * self.g
+
+
+class LucidrainsResBlock(nn.Module):
+    def __init__(self, inner: int, outer: int, emb: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * outer))
+        self.block1 = Holder(proj=nn.Conv2d(inner, outer, 3, padding=1), norm=LucidrainsNorm(outer))
+        self.block2 = Holder(proj=nn.Conv2d(outer, outer, 3, padding=1), norm=LucidrainsNorm(outer))
+        self.res_conv = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.mlp(emb)[:, :, None, None].chunk(2, dim=1)
+        y = F.silu(self.block1.norm(self.block1.proj(x)) * (scale + 1) + shift)
+        return F.silu(self.block2.norm(self.block2.proj(y))) + self.res_conv(x)
+
+
+class LucidrainsAttention(nn.Module):
+    """`full`: the weights are a softmax over pixels; else of q over channels and of k over pixels, each on its own."""
+
+    def __init__(self, channels: int, heads: int, dim: int, *, full: bool, memory: int = 4) -> None:
+        super().__init__()
+        self.heads, self.dim, self.full = heads, dim, full
+        self.norm = LucidrainsNorm(channels)
+        self.to_qkv = nn.Conv2d(channels, 3 * heads * dim, 1, bias=False)
+        self.mem_kv = nn.Parameter(torch.zeros(2, heads, memory, dim) if full else torch.zeros(2, heads, dim, memory))
+        out = nn.Conv2d(heads * dim, channels, 1)
+        self.to_out = out if full else nn.Sequential(out, LucidrainsNorm(channels))
+
+    def forward(self, x):
+        n, _, height, width = x.shape
+        q, k, v = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, self.dim, height * width).unbind(1)
+        memory = self.mem_kv.transpose(-1, -2) if self.full else self.mem_kv
+        k, v = (torch.cat([torch.stack([own] * n), each], dim=-1) for own, each in zip(memory, (k, v), strict=True))
+        if self.full:
+            weights = torch.softmax(torch.einsum("nhdi,nhdj->nhij", q, k) / math.sqrt(self.dim), dim=-1)
+            y = torch.einsum("nhij,nhdj->nhdi", weights, v)
+        else:
+            q, k = torch.softmax(q, dim=2) / math.sqrt(self.dim), torch.softmax(k, dim=3)
+            y = torch.einsum("nhdi,nhdj,nhej->nhei", q, k, v)
+        return self.to_out(y.reshape(n, self.heads * self.dim, height, width))
+
+
+class Lucidrains(nn.Module):
+    """`heads`, `dims` and `full` of the attention at every level."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        mult: tuple[int, ...],
+        heads: tuple[int, ...],
+        dims: tuple[int, ...],
+        full: tuple[bool, ...],
+        channels: int = 3,
+        out: int = 3,
+        first: int | None = None,
+    ) -> None:
+        super().__init__()
+        first, emb, last = first or dim, 4 * dim, len(mult) - 1
+        self.dim, wide = dim, [first, *(dim * m for m in mult)]
+        self.init_conv = nn.Conv2d(channels, first, 7, padding=3)
+        self.time_mlp = nn.Sequential(nn.Identity(), nn.Linear(dim, emb), nn.GELU(), nn.Linear(emb, emb))
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i in range(last + 1):
+            a, b = wide[i], wide[i + 1]
+            down = nn.Sequential(nn.Identity(), nn.Conv2d(4 * a, b, 1)) if i < last else nn.Conv2d(a, b, 3, padding=1)
+            parts = [LucidrainsResBlock(a, a, emb), LucidrainsResBlock(a, a, emb)]
+            self.downs.append(nn.ModuleList([*parts, LucidrainsAttention(a, heads[i], dims[i], full=full[i]), down]))
+        self.mid_block1, self.mid_block2 = (LucidrainsResBlock(wide[-1], wide[-1], emb) for _ in range(2))
+        self.mid_attn = LucidrainsAttention(wide[-1], heads[-1], dims[-1], full=True)
+        for i in reversed(range(last + 1)):
+            a, b = wide[i], wide[i + 1]
+            up = nn.Conv2d(b, a, 3, padding=1)
+            up = nn.Sequential(nn.Identity(), up) if i > 0 else up
+            parts = [LucidrainsResBlock(a + b, b, emb), LucidrainsResBlock(a + b, b, emb)]
+            self.ups.append(nn.ModuleList([*parts, LucidrainsAttention(b, heads[i], dims[i], full=full[i]), up]))
+        self.final_res_block = LucidrainsResBlock(2 * first, first, emb)
+        self.final_conv = nn.Conv2d(first, out, 1)
+
+    def forward(self, x, t):
+        """(output of `out` channels, h)"""
+        half, n = self.dim // 2, len(x)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half))
+        emb = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+        x = start = self.init_conv(x)
+        skips = []
+        for i, (block1, block2, attention, down) in enumerate(self.downs):
+            x = block1(x, emb)
+            skips.append(x)
+            x = block2(x, emb)
+            x = attention(x) + x
+            skips.append(x)
+            if i < len(self.downs) - 1:  # the pixels of a square of two by two become channels, one after the other
+                corners = [x[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+                x = torch.stack(corners, dim=2).reshape(n, -1, x.shape[2] // 2, x.shape[3] // 2)
+            x = down(x)
+        x = self.mid_block1(x, emb)
+        h = x = self.mid_block2(self.mid_attn(x) + x, emb)
+        for i, (block1, block2, attention, up) in enumerate(self.ups):
+            x = block1(torch.cat([x, skips.pop()], dim=1), emb)
+            x = block2(torch.cat([x, skips.pop()], dim=1), emb)
+            x = attention(x) + x
+            if i < len(self.ups) - 1:
+                x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            x = up(x)
+        return self.final_conv(self.final_res_block(torch.cat([x, start], dim=1), emb)), h
 
 
 def randomised(network: nn.Module, seed: int = 0) -> nn.Module:

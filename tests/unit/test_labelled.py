@@ -75,10 +75,21 @@ def test_resize_is_pillows_antialiased_bicubic(size):
     assert torch.equal(to_tensor(image, size), expected(image.resize((size, size), Image.Resampling.BICUBIC)))
 
 
-def test_the_centre_square_is_cropped_and_exif_rotation_is_applied(tmp_path):
-    for width, height, box in ((20, 12, (4, 0, 16, 12)), (12, 21, (0, 4, 12, 16))):
+def test_the_centre_of_the_wanted_aspect_ratio_is_cropped_and_exif_rotation_is_applied(tmp_path):
+    for width, height, size, box in (
+        (20, 12, 12, (4, 0, 16, 12)),
+        (12, 21, 12, (0, 4, 12, 16)),
+        (20, 12, (10, 20), (0, 1, 20, 11)),
+        (20, 12, (6, 5), (5, 0, 15, 12)),
+        (12, 21, (3, 4, 2), (0, 0, 12, 21)),  # 10.5 pixels wide rounds to what there is
+    ):
         image = picture(1, width, height)
-        assert torch.equal(to_tensor(image), expected(image.crop(box)))
+        high, wide = (size, size) if isinstance(size, int) else size[-2:]
+        if wide != 2:
+            image_of_box = image.crop(box).resize((wide, high), Image.Resampling.BICUBIC)
+            assert torch.equal(to_tensor(image, size), expected(image_of_box))
+        assert to_tensor(image, size).shape == (3, high, wide)
+        assert torch.equal(to_tensor(image), expected(image))
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side, to be shown turned 90 degrees clockwise
     picture(2).save(tmp_path / "turned.png", exif=exif)
@@ -198,7 +209,8 @@ def test_select_and_at_size_keep_labels_and_images_together(folder):
     assert list(images.select([3, 1]).select([1]).labels.index) == ["b.png"]
     assert len(images.select([])) == 0
     larger = images.at_size(9)
-    assert (images.size, larger.size, images.at_size(None).size) == (6, 9, 12)
+    native = images.at_size(None)
+    assert [each.image_shape for each in (images, larger, native)] == [(3, 6, 6), (3, 9, 9), (3, 12, 12)]
     assert torch.equal(larger[0], to_tensor(picture(0), 9)) and larger.labels.equals(images.labels)
 
 
@@ -291,10 +303,11 @@ def test_folders_are_labels_as_afhq_and_lsun_have_them(tmp_path):
 def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
     values = np.arange(218 * 178 * 3, dtype=np.uint32).reshape(218, 178, 3).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / "000001.png")
-    centre = load_images(tmp_path)[0].permute(1, 2, 0).numpy()
+    assert load_images(tmp_path).image_shape == (3, 218, 178)
+    centre = load_images(tmp_path, size=178)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(centre, values[20:198] / 127.5 - 1, atol=1e-6)
     faces = load_images(tmp_path, crop="celeba64")
-    assert faces.size == 128
+    assert faces.image_shape == (3, 128, 128)
     np.testing.assert_allclose(faces[0].permute(1, 2, 0).numpy(), values[57:185, 25:153] / 127.5 - 1, atol=1e-6)
     assert faces.at_size(64)[:].shape == (1, 3, 64, 64)
     assert faces.fingerprint != load_images(tmp_path, size=128).fingerprint
@@ -318,7 +331,7 @@ def test_the_bundled_images_load_by_name(monkeypatch, tmp_path):
     assert len(images) == 2000 and images.names[0] == "Smiling" and images.names[-1] == "Tilt"
     batch = images[:8]
     assert batch.shape == (8, 3, 32, 32) and -1 <= batch.min() < -0.5 and 0.5 < batch.max() <= 1
-    assert images.at_size(None).size == 64
+    assert images.at_size(None).image_shape == (3, 64, 64)
     binary = images.labels.drop(columns="Tilt")
     assert binary.isin([0, 1]).all(axis=None) and len(binary.columns) == 14
     assert images.label("Tilt").tolist() == [avataaars.factors(10, i).tilt for i in range(2000)]
@@ -452,7 +465,7 @@ def test_linked_folders_are_read_and_a_link_in_a_circle_ends(tmp_path):
 def test_images_of_several_sizes_need_a_size(folder):
     picture(0, 20, 16).save(folder / "d.png")
     images = load_images(folder)
-    with pytest.raises(ValueError, match=r"d\.png is 16 pixels wide .* the first image 12; .*size=64") as failure:
+    with pytest.raises(ValueError, match=r"d\.png has the shape \(3, 16, 20\) .*\(3, 12, 12\); .*size=64") as failure:
         images[:]
     sentence(failure)
     assert images.at_size(10)[:].shape == (5, 3, 10, 10)
@@ -651,7 +664,7 @@ def test_two_folders_that_do_not_fit_are_refused(folder, tmp_path):
         (folder, tmp_path / "empty", ValueError, "empty holds no images"),
         (tmp_path / "nowhere", folder, FileNotFoundError, "nowhere"),
         (folder, folder, ValueError, "give two folders"),
-        (folder, larger, ValueError, "larger/a.png is 20 pixels wide"),
+        (folder, larger, ValueError, r"larger/a.png has the shape \(3, 20, 20\)"),
     ):
         with pytest.raises(kind, match=words):
             load_pair(positive, negative, name="Smiling")[:]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import json
 import pickle
 import warnings
 import zipfile
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from originals import DDPM, Guided, randomised
 from safetensors.torch import save_file
 
 import workbench as wb
 from workbench.diffusion import loading
 from workbench.diffusion.loading import verify
-from workbench.diffusion.unet import SplitUNet
 from workbench.formats import golden, layouts
 from workbench.formats.checkpoints import read_checkpoint
 
@@ -58,7 +61,8 @@ def check_same(model, original, size: int) -> None:
     torch.testing.assert_close(model.encode(x_t, t).h, h, atol=1e-4, rtol=1e-4)
     assert model.h_shape == tuple(h.shape[1:])
     if eps.shape[1] == 6:
-        torch.testing.assert_close(model.unet.unet(x_t, t).sample, eps, atol=1e-4, rtol=1e-4)
+        labels = model.condition and model.condition.values.expand(2)
+        torch.testing.assert_close(model.unet.unet(x_t, t, labels).sample, eps, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,47 @@ def test_an_original_network_computes_the_same_after_conversion(kind, tmp_path):
     check_same(wb.load_model(path, **options, device="cpu"), original, options["image_size"])
 
 
+def test_a_class_conditional_network_computes_the_same_after_conversion(tmp_path):
+    original = randomised(Guided(ch=32, classes=7, **GUIDED["P2's kind"]))
+    path = save(original.state_dict(), tmp_path / "classes.pt")
+    folder = wb.convert_checkpoint(path, tmp_path / "folder", **SIZES)
+    for label in (0, 6):
+        # The oracle takes a label for each image.
+        of_label = partial(original, y=torch.tensor([label, label]))
+        model = wb.load_model(path, **SIZES, label=label, device="cpu")
+        check_same(model, of_label, 16)
+        loaded = wb.load_model(folder, label=label, device="cpu")
+        assert torch.equal(loaded(images(16), 500), model(images(16), 500))
+    assert (model.conditioned(label=0)(images(16), 500) - model(images(16), 500)).abs().max() > 1e-2
+    refused("label 7 .*0 to 6", path, **SIZES, label=7, device="cpu")
+
+
+HEADS = {"mult": (1, 2, 3), "layers": 1, "attention": (2, 4), "heads": 4, "updown": False}
+
+
+@pytest.mark.parametrize("order", layouts.ORDERS)
+def test_heads_by_their_number_compute_the_same_after_conversion(order, tmp_path):
+    original = randomised(Guided(ch=32, new_order=order == "new", **HEADS))
+    path = save(original.state_dict(), tmp_path / "original.pt")
+    model = wb.load_model(path, image_size=16, heads=4, attention_order=order, device="cpu")
+    check_same(model, original, 16)
+    folder = wb.convert_checkpoint(path, tmp_path / "folder", image_size=16, heads=4, attention_order=order)
+    loaded = wb.load_model(folder, device="cpu")
+    assert torch.equal(loaded(images(16), 500), model(images(16), 500))
+    # diffusers' own class would take it for another network.
+    assert json.loads((folder / "unet" / "config.json").read_text())["_class_name"] == "MultiheadUNet2DModel"
+    # The channels of a head do not say the same where the widths differ.
+    other = wb.load_model(path, image_size=16, head_channels=16, attention_order=order, device="cpu")
+    assert (other(images(16), 500) - model(images(16), 500)).abs().max() > 1e-2
+
+
+def test_heads_of_one_width_are_diffusers_own_network():
+    state = randomised(Guided(ch=32, **GUIDED["improved-diffusion's"])).state_dict()
+    architecture = layouts.infer(state, "guided", image_size=16, heads=2)
+    assert (architecture.head_channels, architecture.heads) == (32, None)
+    assert architecture.config()["_class_name"] == "UNet2DModel"
+
+
 def test_the_wrong_order_of_attention_or_size_of_heads_gives_another_network(guided, guided_file):
     """Neither shows in a shape, so they must be right; the test of the right ones could not fail otherwise."""
     x_t, t = images(16), torch.tensor([3, 740])
@@ -134,13 +179,17 @@ def test_the_wrong_order_of_attention_or_size_of_heads_gives_another_network(gui
         ("afhq_dog", (512, 8, 8), 93.56),
         ("adm_lsun", (1024, 8, 8), 552.81),
         ("improved_cifar10", (256, 4, 4), 52.55),
+        ("improved_imagenet_64", (512, 8, 8), 121.06),
+        ("improved_imagenet_64_classes", (768, 8, 8), 273.05),
+        ("improved_lsun", (512, 8, 8), 113.68),
+        ("adm_imagenet_64", (768, 8, 8), 295.90),
+        ("adm_imagenet_128", (1024, 8, 8), 421.53),
+        ("adm_imagenet_256", (1024, 8, 8), 553.84),
     ],
 )
 def test_the_published_architectures_have_their_published_sizes(preset, h, millions):
-    architecture = layouts.PRESETS[preset].architecture
-    with torch.device("meta"):
-        unet = UNet2DModel(**architecture.config())
-    model = wb.Model("meta", SplitUNet(unet), wb.NoiseSchedule.linear(), "")
+    architecture, split = layouts.PRESETS[preset].architecture, loading.load_shapes(preset).blank()
+    model = wb.Model("meta", split, wb.NoiseSchedule.linear(), "")
     x_t = torch.empty(1, *model.image_shape, device="meta")
     assert architecture.h_shape == model.h_shape == tuple(model.encode(x_t, 0).h.shape[1:]) == h
     assert model.parameters / 1e6 == pytest.approx(millions, abs=0.01)
@@ -290,6 +339,15 @@ def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_
     refused("a preset sets image_size", ddpm_file, preset="faces", image_size=8)
 
 
+def test_every_kind_of_model_names_tests_that_exist():
+    for row in layouts.KINDS:
+        assert row.keys() == {"kind", "verified", "tests"} and row["tests"]
+        for test in row["tests"]:
+            file, name = test.split("::")
+            functions = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8")).body
+            assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, test
+
+
 def test_every_published_file_name_has_one_preset():
     files = [file for preset in layouts.PRESETS.values() for file in preset.files]
     assert len(set(files)) == len(files)
@@ -299,7 +357,7 @@ def test_every_published_file_name_has_one_preset():
 def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_file, ddpm_file, small_presets):
     dogs, faces = (path.rename(path.with_name(f"my-{path.name}")) for path in (guided_file, ddpm_file))
     refused(r"tell image_size and head_channels; .*head_channels=64.*preset='dogs'", dogs)
-    refused(r"tell head_channels; give them", dogs, image_size=16)
+    refused(r"tell head_channels; give them .*or heads=4", dogs, image_size=16)
     refused(r"tell image_size; .*convert FILE FOLDER --image-size 256`\), or .*'faces'", faces)
 
 
@@ -308,6 +366,8 @@ def test_what_the_shapes_do_not_tell_is_asked_for_with_presets_that_fit(guided_f
     [
         ({"image_size": 18}, "image_size is 18; .*3 levels .*multiples of 4"),
         ({"head_channels": 24}, "head_channels is 24; .*32 and 64 channels"),
+        ({"head_channels": None, "heads": 5}, "heads is 5; .*32 and 64 channels"),
+        ({"heads": 4}, "heads is 4 and head_channels is 16; give one"),
         ({"attention_order": "old"}, "'old'"),
         ({"timesteps": 1}, "timesteps is 1"),
         ({"timesteps": 20}, "timesteps is 20; give 21"),
@@ -340,7 +400,7 @@ def changed(change):
         (changed("mid.attn_1.q.weight".__eq__), "mid_block.attentions.0.to_q.weight"),
         (changed(lambda name: "sample.conv" in name), "resamples without convolutions"),
         (lambda s: {**s, "mid.block_3.conv1.weight": torch.zeros(2, 2)}, r"mid.block_3.conv1.weight \(2, 2\) of the"),
-        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, "conditioned on a class"),
+        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, r"label_emb.weight \(10, 128\) of the file has no"),
         (lambda s: {**s, "conv_out.bias": torch.full((3,), float("nan"))}, "3 of 3 values of conv_out.bias"),
         (lambda s: DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=()).state_dict(), "64 channels .* 32"),
     ],
@@ -355,8 +415,8 @@ TIME = "model.diffusion_model.time_embed.0.weight"
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (dict.fromkeys((TIME, "first_stage_model.encoder.conv_in.weight")), "is a latent-diffusion model"),
-        (dict.fromkeys((TIME, "model.x.transformer_blocks.0.attn2.to_k.weight")), "is a latent-diffusion model"),
+        (dict.fromkeys((TIME, "first_stage_model.encoder.conv_in.weight")), "is a whole latent"),
+        (dict.fromkeys((TIME, "model.x.transformer_blocks.0.attn2.to_k.weight")), "is a whole latent"),
         ({"time_embedding.linear_1.weight": None}, "is a single file; give a diffusers model folder"),
         ({"weight": None}, "holds no network .*temb.dense.0"),
         ({"a": 1}, "holds no network"),

@@ -34,18 +34,20 @@ ROOMS = (
     *("formats", "diffusion", "hspace", "analysis", "directions", "editing"),
     *("benchmark", "evaluate", "report", "studio", "commands", "cli"),
 )
-BESIDE = {"io", "paths", "workers"}
+BESIDE = {"io", "paths", "shapes", "workers"}
 MAY_IMPORT = {room: BESIDE | {*ROOMS[: i + 1]} for i, room in enumerate(ROOMS)}
 # datasets stands beside hspace: the two don't know each other, whoever comes later knows both.
-MAY_IMPORT["datasets"] = {"io", "paths", "formats", "diffusion", "datasets"}
+MAY_IMPORT["datasets"] = {"io", "paths", "shapes", "formats", "diffusion", "datasets"}
 for later in ROOMS[3:]:
     MAY_IMPORT[later].add("datasets")
-MAY_IMPORT["paths"] = MAY_IMPORT["workers"] = set()
+MAY_IMPORT["paths"] = MAY_IMPORT["shapes"] = MAY_IMPORT["workers"] = set()
 MAY_IMPORT["io"] = {"paths"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
-    "diffusers": {f"diffusion/{name}.py" for name in ("codec", "loading", "models", "networks", "stages", "training")},
+    "diffusers": {
+        f"diffusion/{name}.py" for name in ("codec", "loading", "models", "networks", "stages", "training", "foreign")
+    },
     "papermill": {"report/running.py", "report/parameters.py"},
     "nbconvert": {"report/pages.py"},
     "ipywidgets": {"studio/widgets.py", "studio/views.py"},

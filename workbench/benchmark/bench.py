@@ -170,7 +170,7 @@ class Bench:
         """Real images that nothing was learned from, an even number."""
         unseen = len(self.images) - self.protocol.labelled
         n = min(unseen, 1000) // 2 * 2
-        return self.images.at_size(self.model.image_shape[1])[len(self.images) - n :]
+        return self.images.at_size(self.model.image_shape)[len(self.images) - n :]
 
     @cached_property
     def pixels(self) -> PCA:
@@ -339,7 +339,7 @@ def _counted(model: Model) -> Iterator[list[int]]:
     passes = [0]
 
     def count(module, inputs, output) -> None:
-        passes[0] += len(output)
+        passes[0] += len(inputs[0])
 
     handle = model.unet.unet.mid_block.register_forward_hook(count)
     try:

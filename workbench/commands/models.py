@@ -15,15 +15,19 @@ from workbench.io import written
 
 @command("models", example="workbench models")
 def models():
-    """List bundled and public models.
+    """List bundled and public models, and the kinds that load.
 
     Bundled models load offline; public ones are listed with their requirements.
     """
     from workbench.diffusion.loading import known_models
+    from workbench.formats.layouts import KINDS
 
     for row in wb.list_models():
         channels, height, width = row["images"]
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
+    print("\nkinds of models that load, and how each was verified:")
+    for row in KINDS:
+        print(f"{row['kind']:86s} {row['verified']}")
     print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
     for row in known_models():
         channels, height, width = row["images"]
@@ -43,8 +47,14 @@ class Checkpoint:
     timesteps: Annotated[int | None, Option(help="timesteps in training (default: the preset's, or 1000)")] = None
     rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was given t * 1000 / T")] = False
     head_channels: Annotated[int | None, Option(help="without a preset: channels of an attention head")] = None
+    heads: Annotated[int | None, Option(help="in place of these: number of attention heads")] = None
     attention_order: Annotated[Literal["legacy", "new"] | None, Option(help="default: legacy")] = None
-    schedule: Annotated[Literal["linear", "cosine"] | None, Option(help="default: the preset's, or linear")] = None
+    schedule: Annotated[
+        Literal["linear", "cosine", "sigmoid"] | None, Option(help="default: the preset's or file's, or linear")
+    ] = None
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None, Option(help="what the network predicts (default: epsilon)")
+    ] = None
 
 
 @command("convert", example="workbench convert celeba_hq.ckpt data/models/celeba_hq")
@@ -55,7 +65,7 @@ def convert(
 ):
     """Convert a checkpoint to a model folder.
 
-    Reads files of the original DDPM and of guided-diffusion; presets describe the published ones.
+    Reads files of the original DDPM, of guided-diffusion and of lucidrains' library; presets describe published ones.
     """
     folder = wb.convert_checkpoint(file, out, **vars(checkpoint))
     print(f"{wb.load_model(folder, device='cpu')}\n{folder.resolve()}")
@@ -111,6 +121,27 @@ def extract(
     print(f"{store}\n{store.path}")
 
 
+@command("taps", example="workbench taps avataaars32 -o taps.png")
+def taps(
+    network: opt.Sampling,
+    n: Annotated[int, Option(callback=opt.positive, help="number of samples that are measured")] = 8,
+    seed: opt.Seed = 0,
+    out: Annotated[Path | None, opt._out(opt._picture, "draw the U-Net, as PNG, PDF or SVG")] = None,
+):
+    """List where h can be read and edited.
+
+    Every tap with its shape, the root mean square of its activations, and the share by which samples differ.
+    """
+    model = network.load()
+    run = wb.sample(model, range(seed, seed + n), record_x=True, **network.chain)
+    table = wb.tap_table(run)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    if out is not None:
+        caption = f"{model.name}: {n} samples, mean rms over t = {', '.join(map(str, table['t'].unique()))}."
+        opt.save_picture(wb.plots.network(table, caption=caption), out)
+        print(out.resolve())
+
+
 @command("plan", example="workbench plan --model google/ddpm-ema-celebahq-256 --n 50000 --steps 50 --gpu h100")
 def plan(
     model: Annotated[str, Option(help="as for extract, or a public model not downloaded")] = "avataaars32",
@@ -161,7 +192,13 @@ class Training:
 
     start: Annotated[str | None, Option("--from", metavar="MODEL", help="begin with the weights of this model")] = None
     grow: Annotated[bool, Option("--grow", help="with --from: double its resolution by adding outer blocks")] = False
-    size: Annotated[int | None, Option(help="side of the images in pixels (default 32)")] = None
+    size: Annotated[
+        list[int] | None, Option(metavar="N...", help="side in pixels, or [channels] height width (default 32)")
+    ] = None
+    timesteps: Annotated[int | None, Option(help="number of timesteps (default 1000)")] = None
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None, Option(help="the noise, v or x_0 (default epsilon)")
+    ] = None
     widths: Annotated[list[int] | None, Option(metavar="N...", help="channels, finest first; default 48 96 144")] = None
     layers: Annotated[int | None, Option(help="residual blocks per resolution (default 1)")] = None
     attention: Annotated[list[int] | None, Option(metavar="N...", help="at resolutions; 0: none (default 8)")] = None
@@ -209,15 +246,12 @@ def train(
     if resume and given:
         surplus = "from" if "start" in given else next(iter(given)).replace("_", "-")
         raise ValueError(f"a resumed training keeps its own settings; leave out --{surplus}")
-    networks = ("size", "widths", "layers", "attention", "head_channels")
+    networks = ("size", "timesteps", "prediction", "widths", "layers", "attention", "head_channels")
     if training.start is not None and (surplus := [name for name in networks if name in given]):
         raise ValueError(f"--from keeps the network of the model; leave out --{surplus[0].replace('_', '-')}")
     settings = read_settings(out) if resume else TrainingSettings(**given)
-    size = settings.size
-    if training.start is not None:
-        size = wb.load_model(training.start, device="cpu").image_shape[1] * (2 if settings.grow else 1)
     model = wb.train_model(
-        [wb.load_images(source, size=size, skip_broken=skip_broken) for source in images],
+        [wb.load_images(source, skip_broken=skip_broken) for source in images],
         None if resume else settings,
         out=out,
         resume=resume,
@@ -258,12 +292,11 @@ def evaluate_model(
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {folder} to write the card in")
     model = network.load()
-    size = model.image_shape[1]
     evaluation = wb.evaluate_model(
         model,
-        labels.load(images, size),
+        labels.load(images),
         classifiers=[wb.load_classifier(each, device=network.device) for each in classifiers],
-        training=[wb.load_images(each, size=size, skip_broken=labels.skip_broken) for each in training or ()] or None,
+        training=[wb.load_images(each, skip_broken=labels.skip_broken) for each in training or ()] or None,
         n=n,
         seed=seed,
         n_inverted=inverted,
@@ -293,9 +326,13 @@ def train_classifier(
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
     steps: Annotated[int, Option(help="number of batches of 128 images")] = 2000,
     design: Annotated[Literal["labeller", "judge"], Option(help="it labels samples, or judges edits")] = "labeller",
+    size: Annotated[
+        list[int] | None,
+        Option(metavar="N...", help="of the models that it judges, [channels] height width (default: colour squares)"),
+    ] = None,
 ):
     """Train an attribute classifier on labelled images."""
-    classifier = wb.train_classifier(labels.load(images), out=out, seed=seed, steps=steps, design=design)
+    classifier = wb.train_classifier(labels.load(images, size), out=out, seed=seed, steps=steps, design=design)
     print(f"{classifier}\n{out.resolve()}")
 
 

@@ -19,6 +19,7 @@ from workbench.datasets.labelled import LabelledImages
 from workbench.datasets.tables import not_binary
 from workbench.formats.checkpoints import hash_weights, load_strictly, read_state_dict
 from workbench.io import write_text, written
+from workbench.shapes import with_channels
 
 FORMAT, VERSION = "workbench-classifier", 1
 WEIGHTS = "model.safetensors"
@@ -36,18 +37,26 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class AttributeNet(nn.Module):
-    """A small convolutional network that takes images of any size and resizes them to its own.
+    """A small convolutional network that takes images of any size and resizes them to its own square.
 
     Each stage, as wide as `widths` says, halves the resolution; `residual` adds a residual convolution to each.
     """
 
     def __init__(
-        self, attributes: int, *, size: int, widths: Sequence[int], kernel: int, residual: bool, activation: str
+        self,
+        attributes: int,
+        *,
+        size: int,
+        widths: Sequence[int],
+        kernel: int,
+        residual: bool,
+        activation: str,
+        channels: int = 3,
     ) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.channels = size, channels
         stages = []
-        for inputs, outputs in zip((3, *widths), widths, strict=False):
+        for inputs, outputs in zip((channels, *widths), widths, strict=False):
             stages.append(_Convolution(inputs, outputs, kernel, stride=2, activation=activation))
             if residual:
                 stages.append(_Residual(outputs, kernel, activation=activation))
@@ -57,7 +66,7 @@ class AttributeNet(nn.Module):
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Images on the CPU as the network takes them, on its device."""
         # Resized on the CPU, so that every device sees the same pixels.
-        images = _resize(images, self.size).clamp(-1, 1)
+        images = _resize(with_channels(images, self.channels), self.size).clamp(-1, 1)
         return images.to(self.head.weight.device).contiguous(memory_format=torch.channels_last)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -130,13 +139,13 @@ def read_network(folder: Path, config: Mapping) -> AttributeNet:
     return network.eval().requires_grad_(False)
 
 
-def write_network(network: AttributeNet, out: Path, *, design: str, attributes: list[str], training: dict) -> None:
+def write_network(network: AttributeNet, out: Path, *, config: dict, attributes: list[str], training: dict) -> None:
     """Write the folder of a classifier."""
     config = {
         "format": FORMAT,
         "version": VERSION,
         "attributes": attributes,
-        "network": DESIGNS[design],
+        "network": config,
         "hash": hash_weights(network),
         "training": training,
     }
@@ -209,12 +218,12 @@ def _shuffled(n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
 
 def _degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Imitate a small diffusion model's defects: shifts, colours, sizes, blur, noise."""
-    n, side = len(images), images.shape[-1]
+    n, channels, side = len(images), images.shape[1], min(images.shape[2:])
     shift = torch.eye(2, 3).repeat(n, 1, 1)
     shift[:, :, 2] = _uniform((n, 2), -0.08, 0.08, generator)
     grid = F.affine_grid(shift, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    gain, offset = _uniform((n, 3, 1, 1), 0.95, 1.05, generator), _uniform((n, 3, 1, 1), -0.05, 0.05, generator)
+    gain, offset = (_uniform((n, channels, 1, 1), *ends, generator) for ends in ((0.95, 1.05), (-0.05, 0.05)))
     images = gain * images + offset
     images = _resize(images, int(torch.randint(side // 2, side + 1, (), generator=generator)))
     images = _blur(images, float(_uniform((), 0.0, 0.8, generator)))
@@ -234,7 +243,8 @@ def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def _blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur by 5 pixels a side."""
+    channels = images.shape[1]
     weights = torch.exp(-0.5 * (torch.arange(-2.0, 3.0) / max(sigma, 1e-3)) ** 2)
-    weights = (weights / weights.sum()).repeat(3, 1, 1, 1)
+    weights = (weights / weights.sum()).repeat(channels, 1, 1, 1)
     images = F.pad(images, (2, 2, 2, 2), mode="replicate")
-    return F.conv2d(F.conv2d(images, weights, groups=3), weights.transpose(2, 3), groups=3)
+    return F.conv2d(F.conv2d(images, weights, groups=channels), weights.transpose(2, 3), groups=channels)

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.io import written
+from workbench.shapes import crop_centre, shape_of
 
 SIZE = 64
 HELD_OUT_PART = 10
@@ -270,8 +271,10 @@ def build(n: int, *, part: int, out: str | Path, correlated: bool = True, progre
     return out
 
 
-def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray:
-    """Where a part of the face can be: the pixels that change when that factor alone changes, bool (size, size).
+def region_mask(name: str, *, size: int | Sequence[int] = SIZE, tilt: float = 0.0) -> np.ndarray:
+    """Where a part of the face can be: the pixels that change when that factor alone changes, bool (H, W).
+
+    `size` is the side, (height, width) or (channels, height, width) of images that `load_images` crops and resizes.
 
     The mask is that of the factor, over all of its options, not of one picture's mouth or hair: use it to keep a
     Jacobian direction to one part. It turns with the head as `render` turns it (`tilt` in degrees, counter-clockwise).
@@ -280,14 +283,14 @@ def region_mask(name: str, *, size: int = SIZE, tilt: float = 0.0) -> np.ndarray
     """
     if name not in REGIONS:
         raise ValueError(f"there is no region {name!r}; the regions are {', '.join(REGIONS)}")
-    if size < 1:
-        raise ValueError(f"size is {size}; give a number of pixels of 1 or more")
+    _, height, width = shape_of(size)
     upright = _read_regions(paths.data() / "avataaars" / "regions.npz")[name]
     face = upright.rotate(tilt, Image.Resampling.BILINEAR, center=_CENTER).crop(_CROP)
-    return np.asarray(face.resize((size, size), Image.Resampling.BOX)) >= _COVERED * 255
+    cropped = crop_centre(face, height, width)
+    return np.asarray(cropped.resize((width, height), Image.Resampling.BOX)) >= _COVERED * 255
 
 
-def attribute_mask(attribute: str, *, size: int = SIZE) -> np.ndarray | None:
+def attribute_mask(attribute: str, *, size: int | Sequence[int] = SIZE) -> np.ndarray | None:
     """Where an attribute can be, for a head of unknown tilt: its regions, united over tilts from -10 to 10 degrees.
 
     None for attributes without a region of the face, such as the colour of the skin.

@@ -67,7 +67,7 @@ def load_classifier(
         - a folder written by `train_classifier`;
         - a hub id or folder of a transformers image classifier: one attribute per class;
         - "clip", or a hub id or folder of another CLIP: zero-shot, one attribute per pair of prompts;
-        - a function or module from a Tensor of shape (n, 3, H, W), values in [-1, 1], to probabilities: a DataFrame
+        - a function or module from a Tensor of shape (n, C, H, W), values in [-1, 1], to probabilities: a DataFrame
           with these columns, or an array of shape (n, len(attributes)).
     device : str or torch.device, optional
         By default the best available; for a callable, that of its weights, or the CPU.
@@ -174,8 +174,9 @@ def train_classifier(
     Parameters
     ----------
     images : LabelledImages, str or Path
-        Images, or a source for `load_images`. Missing labels (NaN) are left out of the loss; columns with numbers
-        other than 0 and 1, such as angles, are ignored with a warning.
+        Images, or a source for `load_images`. At a size that was asked for, they keep its aspect ratio and channels;
+        else they are cropped to the centre square, and pictures are in colour. Missing labels (NaN) are left out of
+        the loss; columns with numbers other than 0 and 1, such as angles, are ignored with a warning.
     out : str or Path
         Folder for `config.json` and `model.safetensors`; `load_classifier` reads it. Files of these names are replaced.
     seed : int
@@ -200,19 +201,21 @@ def train_classifier(
         If there are no 0/1 attributes, an attribute is the same in all images, `steps` is below 1, or the design is
         unknown.
     """
-    network_config = DESIGNS[one_of("design", design, DESIGNS)]
+    network_config = dict(DESIGNS[one_of("design", design, DESIGNS)])
     if steps < 1:
         raise ValueError(f"steps is {steps}; give 1 or more")
     out = paths.writable(out, folder=True)
     if not isinstance(images, LabelledImages):
         images = load_images(images)
     labels = binary_labels(images)
+    images = images.at_side(network_config["size"])
+    network_config["channels"] = images.image_shape[0]
     device = find_device(device)
     generator = torch.Generator().manual_seed(seed)
     network = new_network(len(labels.columns), network_config)
     network.initialise(generator).to(device)
     started = time.monotonic()
-    pixels = to_bytes(images.at_size(network.size), progress=progress)
+    pixels = to_bytes(images, progress=progress)
     loss = fit_network(network, pixels, labels, steps=steps, generator=generator, progress=progress)
     training = {
         "images": len(images),
@@ -223,7 +226,7 @@ def train_classifier(
         "minutes": round((time.monotonic() - started) / 60, 2),
         "last_loss": round(loss, 5),
     }
-    write_network(network, out, design=design, attributes=list(labels.columns), training=training)
+    write_network(network, out, config=network_config, attributes=list(labels.columns), training=training)
     return load_classifier(out, device=device)
 
 

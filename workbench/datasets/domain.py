@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +30,7 @@ class Domain:
         correlation is known.
     regions : tuple of str
         Names of the image regions with a mask.
-    region : callable (name, *, size) -> bool array of shape (size, size), or None
+    region : callable (name, *, size) -> bool array of shape (H, W), or None
         Returns the mask of a region.
     """
 
@@ -44,8 +44,8 @@ class Domain:
     region: Callable[..., np.ndarray] | None = field(default=None, repr=False)
     _mask: Callable[..., np.ndarray | None] | None = field(default=None, repr=False)
 
-    def masks(self, attributes: Iterable[str], size: int) -> dict[str, np.ndarray]:
-        """Masks of attributes in images of a side in pixels, bool (size, size); only attributes with a region."""
+    def masks(self, attributes: Iterable[str], size: int | Sequence[int]) -> dict[str, np.ndarray]:
+        """Masks of attributes in images of a size (as of `load_images`), bool (H, W); only attributes with a region."""
         masks = {name: self._mask(name, size=size) for name in attributes} if self._mask else {}
         return {name: mask for name, mask in masks.items() if mask is not None}
 
@@ -82,7 +82,7 @@ def domain_of(images: str) -> Domain:
     return next((domain for domain in DOMAINS if domain.name == images), Domain(str(images)))
 
 
-def find_region(name: str, *, size: int) -> np.ndarray:
-    """The mask of a part of a picture by its name, bool (size, size), whichever domain has it."""
+def find_region(name: str, *, size: int | Sequence[int]) -> np.ndarray:
+    """The mask of a part of a picture by its name, bool (H, W), whichever domain has it; size as of `load_images`."""
     known = {region: domain for domain in DOMAINS for region in domain.regions}
     return known[one_of("region", name, known)].region(name, size=size)

@@ -19,12 +19,14 @@ from workbench.datasets.tables import LABEL_FILES, LISTS, common_folder, some
 BUNDLED = tuple(domain.name for domain in DOMAINS)
 """Names of bundled images, each a folder below data."""
 
+ARRAY = ".npy"
+
 # Formats that Pillow names and cannot decode by itself, or only by running another program.
 _NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 # What stands beside images, and nobody takes for one.
 _COMPANIONS = (
     *(".csv", ".tsv", ".txt", ".xlsx", ".json", ".jsonl", ".parquet", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf"),
-    *(".npy", ".npz", ".pt", ".zip", ".log", ".py", ".part", ".db", ".ini", "license", "readme"),
+    *(ARRAY, ".npz", ".pt", ".zip", ".log", ".py", ".part", ".db", ".ini", "license", "readme"),
 )
 
 
@@ -91,11 +93,14 @@ def _open_zip(path: Path, stamp: tuple[int, int], process: int) -> zipfile.ZipFi
 
 
 def find_files(source: Path) -> tuple[Folder | Zip, list[str], list[str]]:
-    """Where images lie, their sorted names, and the sorted paths of all other files that are not hidden."""
+    """Where images lie, their sorted names, and the sorted paths of all other files that are not hidden.
+
+    Arrays (.npy) are images where there are no pictures; beside pictures, they may be features of them.
+    """
     suffixes = image_suffixes()
     if source.is_dir():
         files = Folder(source)
-    elif source.suffix.lower() in suffixes:
+    elif source.suffix.lower() in (*suffixes, ARRAY):
         raise ValueError(f"{source} is a single image; give a folder or a zip of images")
     elif source.is_file():
         state = source.stat()
@@ -107,12 +112,15 @@ def find_files(source: Path) -> tuple[Folder | Zip, list[str], list[str]]:
         )
     members = sorted(name for name in files.members() if not _is_hidden(name))
     images = [name for name in members if name.lower().endswith(suffixes)]
-    others = sorted({*members}.difference(images))
     if not images and (source / "images.zip").is_file():
         return find_files(source / "images.zip")
+    images = images or [name for name in members if name.lower().endswith(ARRAY)]
+    others = sorted({*members}.difference(images))
     if not images:
         there = f" (there is {some(others)})" if others else ""
-        raise ValueError(f"{source} holds no images{there}; give a folder or a zip with .png, .jpg or other images")
+        raise ValueError(
+            f"{source} holds no images{there}; give a folder or a zip with .png, .jpg or other images, or .npy arrays"
+        )
     files = replace(files, prefix=common_folder(images))
     return files, [name.removeprefix(files.prefix) for name in images], others
 

@@ -24,6 +24,7 @@ from workbench.diffusion.models import best_device
 from workbench.formats.checkpoints import hash_weights, read_json
 from workbench.formats.hub import fetch
 from workbench.paths import local
+from workbench.shapes import with_channels
 
 CLIP = "openai/clip-vit-base-patch32"
 """What "clip" stands for."""
@@ -102,7 +103,7 @@ def load_clip(source: str | Path = "clip", *, device: str | torch.device | None 
 
     Returns
     -------
-    images : callable (images of shape (n, 3, H, W), values in [-1, 1]) -> ndarray of shape (n, d)
+    images : callable (images of shape (n, C, H, W), values in [-1, 1]) -> ndarray of shape (n, d)
     texts : callable (sequence of n texts) -> ndarray of shape (n, d)
         Both give embeddings of length 1.
     """
@@ -119,7 +120,7 @@ def load_segmenter(source: str | Path, *, device: str | torch.device | None = No
 
     Returns
     -------
-    callable (images of shape (n, 3, H, W), values in [-1, 1]) -> int array of shape (n, h, w)
+    callable (images of shape (n, C, H, W), values in [-1, 1]) -> int array of shape (n, h, w)
         Class of every pixel, at the resolution of the network's output.
     """
     folder, device = find_folder(source), torch.device(device or best_device())
@@ -162,7 +163,7 @@ def _processor(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         )
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        pictures = [*to_bytes(images, progress=False).numpy()]
+        pictures = [*to_bytes(with_channels(images, 3), progress=False).numpy()]
         return processor(images=pictures, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
 
     return prepare

@@ -1,7 +1,8 @@
 """Labelled images from a folder or a zip, decoded on access.
 
-Every image is converted to RGB the same way: EXIF rotation applied, transparency composited on white, 16 bits scaled to
-8, the centre square (or another, by name) cropped, resized by antialiased bicubic, values 0..255 mapped to [-1, 1].
+Every picture is converted the same way: EXIF rotation applied, transparency composited on white, 16 bits scaled to 8,
+in colour or grey, its centre of the wanted aspect ratio (or a square, by name) cropped, resized by antialiased bicubic,
+values 0..255 mapped to [-1, 1]. Images of other numbers of channels are .npy arrays.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from tqdm.auto import tqdm
 from workbench import paths
 from workbench.datasets.files import BUNDLED, Folder, Zip, find_files, find_labels, warn_of_others
 from workbench.datasets.tables import classes_of, labels_of, some
-from workbench.diffusion.images import Unsuitable, picture_to_tensor
+from workbench.diffusion.images import Unsuitable, array_to_tensor, picture_to_tensor
 from workbench.io import one_of
+from workbench.shapes import shape_of
 
 CROPS = {"celeba64": ((178, 218), (25, 57, 153, 185))}
 """Squares other than the centre one: size of the images that it is for, and (left, top, right, bottom).
@@ -51,14 +53,14 @@ class LabelledImages:
 
     labels: pd.DataFrame
     _sources: Mapping[str, Folder | Zip]  # by the beginning of the names of their images
-    _size: int | None
+    _shape: tuple[int, int, int] | None
     _crop: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        side = f"{self._size}x{self._size}" if self._size else "native size"
+        side = "native size" if self._shape is None else "x".join(map(str, self._shape[self._shape[0] == 3 :]))
         known = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         return f"LabelledImages({len(self)} images, {side}, {len(self.names)} attributes: {known or 'none'})"
 
@@ -71,7 +73,8 @@ class LabelledImages:
 
         Returns
         -------
-        Tensor of shape (3, size, size) or (k, 3, size, size), float32, values in [-1, 1]
+        Tensor of shape (C, H, W) or (k, C, H, W), float32, values in [-1, 1]
+            Of `image_shape`.
 
         Raises
         ------
@@ -83,7 +86,7 @@ class LabelledImages:
         positions = self._positions(index)
         if positions.ndim == 0:
             return self._decode(int(positions))
-        stack = torch.empty(len(positions), 3, self.size, self.size)
+        stack = torch.empty(len(positions), *self.image_shape)
         for row, position in zip(stack, positions, strict=True):
             row.copy_(self._decode(int(position)))
         return stack
@@ -94,20 +97,22 @@ class LabelledImages:
         return list(self.labels.columns)
 
     @cached_property
-    def size(self) -> int:
-        """Side of the images in pixels: as requested, or else that of the first image."""
-        if self._size is not None or not len(self):
-            return self._size or 0
-        return self._open(self.labels.index[0]).shape[-1]
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image: as requested, or else that of the first image."""
+        if self._shape is not None or not len(self):
+            return self._shape or (3, 0, 0)
+        return tuple(self._open(self.labels.index[0]).shape)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, over the size and crop and over each image's name, length and CRC-32, in order.
+        """SHA-256, in hex, over the shape and crop and over each image's name, length and CRC-32, in order.
 
         A folder and a zip of it have the same fingerprint. Labels are not included.
         """
         crop = "" if self._crop is None else f" {self._crop}"
-        digest = hashlib.sha256(f"{self.size}{crop}\n".encode())
+        channels, height, width = self.image_shape
+        shape = height if (channels, height) == (3, width) else self.image_shape
+        digest = hashlib.sha256(f"{shape}{crop}\n".encode())
         for name in tqdm(self.labels.index, "fingerprint", unit="image", delay=2, leave=False):
             source, file = self._source(name)
             length, checksum = source.checksum(file)
@@ -136,13 +141,13 @@ class LabelledImages:
             raise ValueError(f"there is no attribute {name!r}; the known ones are {known}")
         return self.labels[name]
 
-    def at_size(self, size: int | None) -> LabelledImages:
+    def at_size(self, size: int | Sequence[int] | None) -> LabelledImages:
         """The same images at another size.
 
         Parameters
         ----------
-        size : int or None
-            Side in pixels; None for the native size.
+        size : int, (height, width), (channels, height, width) or None
+            As of `load_images`, such as `model.image_shape`; None for the native size.
 
         Returns
         -------
@@ -151,9 +156,16 @@ class LabelledImages:
         Raises
         ------
         ValueError
-            If the size is below 1.
+            If a number is below 1.
         """
-        return replace(self, _size=_checked(size))
+        return replace(self, _shape=_checked(size))
+
+    def at_side(self, side: int) -> LabelledImages:
+        """The same images with a shorter side of so many pixels: in the form that was asked for, else as squares."""
+        channels, height, width = self.image_shape
+        height, width = (1, 1) if self._shape is None else (height, width)
+        scale = side / min(height, width)
+        return self.at_size((channels, round(scale * height), round(scale * width)))
 
     def select(self, indices: Indices) -> LabelledImages:
         """A subset of the images with their labels.
@@ -188,16 +200,16 @@ class LabelledImages:
     def _decode(self, position: int) -> torch.Tensor:
         name = self.labels.index[position]
         image = self._open(name)
-        if image.shape[-1] != self.size:
+        if image.shape != self.image_shape:
             raise ValueError(
-                f"{self._where(name)} is {image.shape[-1]} pixels wide after cropping and the first image {self.size}; "
-                "give one size for all, such as size=64"
+                f"{self._where(name)} has the shape {tuple(image.shape)} and the first image {self.image_shape}; give "
+                "one size for all, such as size=64"
             )
         return image
 
     def _open(self, name: str) -> torch.Tensor:
         source, file = self._source(name)
-        return _decode(lambda: source.read(file), self._size, self._where(name), self._crop, _SKIP)
+        return _decode(lambda: source.read(file), self._shape, self._where(name), self._crop, _SKIP)
 
     def _source(self, name: str) -> tuple[Folder | Zip, str]:
         """Where an image lies, and its name there."""
@@ -226,14 +238,15 @@ class LabelledImages:
 def load_images(
     source: str | Path,
     *,
-    size: int | None = None,
+    size: int | Sequence[int] | None = None,
     labels: str | Path | None = None,
     crop: str | None = None,
     skip_broken: bool = False,
 ) -> LabelledImages:
     """Open a set of images with its labels; images are decoded on access.
 
-    Images are all files that Pillow reads (of several frames, the first). Names are paths relative to the source,
+    Images are all files that Pillow reads (of several frames, the first); in a source without any, .npy arrays of one
+    image each, of any number of channels, as `array_to_tensor` takes them. Names are paths relative to the source,
     without a folder common to all of them.
 
     Labels are searched inside the folder or zip and beside the zip; CelebA's and CelebAMask-HQ's lists also up to two
@@ -250,8 +263,10 @@ def load_images(
     source : str or Path
         "avataaars" for the bundled set, a folder of images (or with an `images.zip`), or a zip. `./avataaars` is a
         folder.
-    size : int, optional
-        Side in pixels to resize to. Default: the native size, which must then be the same for all.
+    size : int, (height, width) or (channels, height, width), optional
+        Pixels to resize the largest centred part of that aspect ratio to; one number is the side of a square. One
+        channel is grey, 3 (default) are colours, and a model's `image_shape` has all three. Default: the native size,
+        which must then be the same for all, and an array's channels.
     labels : str or Path, optional
         Table of labels, with a row for each image. Default: `attributes.csv` (or .tsv), else `metadata.csv`, else
         `list_attr_celeba.txt` or .csv, else `CelebAMask-HQ-attribute-anno.txt`, else none. "folders" makes an attribute
@@ -273,7 +288,7 @@ def load_images(
         If the source or the label file does not exist.
     ValueError
         If there are no images; if images have no row, or rows are repeated or hold values that are not numbers; if
-        the size is below 1; if the crop is unknown, or all images are of one class.
+        a size is below 1; if the crop is unknown, or all images are of one class.
 
     Warns
     -----
@@ -281,7 +296,7 @@ def load_images(
         About ignored files that are not images, rows without image, columns of text, zeros beside -1 and 1, and tables
         that are not read.
     """
-    size = _checked(size)
+    shape = _checked(size)
     if crop is not None:
         one_of("crop", crop, CROPS)
     files, names, others = find_files(paths.data() / source if source in BUNDLED else paths.local(source))
@@ -291,12 +306,17 @@ def load_images(
         found = find_labels(files, others) if labels is None else _given_labels(paths.local(labels))
         table = pd.DataFrame(index=pd.Index(names, name="file")) if found is None else labels_of(names, *found)
     warn_of_others(source, others, tables=labels is None and found is None)
-    images = LabelledImages(table, {"": files}, size, crop)
+    images = LabelledImages(table, {"": files}, shape, crop)
     return images._without_broken() if skip_broken else images
 
 
 def load_pair(
-    positive: str | Path, negative: str | Path, *, name: str, size: int | None = None, skip_broken: bool = False
+    positive: str | Path,
+    negative: str | Path,
+    *,
+    name: str,
+    size: int | Sequence[int] | None = None,
+    skip_broken: bool = False,
 ) -> LabelledImages:
     """Open two folders or zips as one labelled set: images with an attribute and images without it.
 
@@ -337,34 +357,34 @@ def load_pair(
     return images._without_broken() if skip_broken else images
 
 
-def load_image(path: str | Path | bytes, size: int | None = None) -> torch.Tensor:
+def load_image(path: str | Path | bytes, size: int | Sequence[int] | None = None) -> torch.Tensor:
     """Decode one image file.
 
     Parameters
     ----------
     path : str, Path or bytes
-        A file, or its content.
-    size : int, optional
-        Side in pixels. Default: the native size, cropped to a square.
+        A file that Pillow reads or a .npy array, or its content.
+    size : int, (height, width) or (channels, height, width), optional
+        As of `load_images`. Default: the native size.
 
     Returns
     -------
-    Tensor of shape (3, size, size), float32, values in [-1, 1]
+    Tensor of shape (channels, height, width), float32, values in [-1, 1]
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the image cannot be decoded, or the size is below 1.
+        If the image cannot be decoded or has other channels, or a size is below 1.
     """
-    _checked(size)
+    shape = _checked(size)
     if isinstance(path, bytes):
-        return _decode(lambda: path, size, "what was given")
+        return _decode(lambda: path, shape, "what was given")
     path = paths.local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}; give the path of an image file")
-    return _decode(path.read_bytes, size, str(path))
+    return _decode(path.read_bytes, shape, str(path))
 
 
 def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
@@ -380,10 +400,8 @@ def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
     return image.crop(box)
 
 
-def _checked(size: int | None) -> int | None:
-    if size is not None and size < 1:
-        raise ValueError(f"size is {size}; give a number of pixels of 1 or more, or None for the native size")
-    return size
+def _checked(size: int | Sequence[int] | None) -> tuple[int, int, int] | None:
+    return None if size is None else shape_of(size)
 
 
 class BrokenImage(ValueError):
@@ -394,11 +412,20 @@ _SKIP = ", or leave such out by skip_broken=True (--skip-broken)"
 
 
 def _decode(
-    read: Callable[[], bytes], size: int | None, where: str, crop: str | None = None, remedy: str = ""
+    read: Callable[[], bytes],
+    shape: tuple[int, int, int] | None,
+    where: str,
+    crop: str | None = None,
+    remedy: str = "",
 ) -> torch.Tensor:
     try:
-        with Image.open(io.BytesIO(read())) as image:
-            return picture_to_tensor(_cropped(image, crop), size)
+        content = io.BytesIO(read())
+        if content.getvalue().startswith(np.lib.format.MAGIC_PREFIX):
+            if crop is not None:
+                raise Unsuitable(f"the crop {crop!r} is for pictures; leave it out for arrays")
+            return array_to_tensor(np.load(content, allow_pickle=False), shape)
+        with Image.open(content) as image:
+            return picture_to_tensor(_cropped(image, crop), shape)
     except Unsuitable as error:
         raise ValueError(f"{where}: {error}") from error
     except Exception as error:  # Pillow's decoders raise anything

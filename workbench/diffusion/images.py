@@ -12,35 +12,84 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model
+from workbench.shapes import crop_centre, shape_of, with_channels
+
+_ARRAYS = ("uint8", "uint16", "float16", "float32", "float64")
 
 
 class Unsuitable(ValueError):
     """A valid image that does not meet the request."""
 
 
-def picture_to_tensor(image: Image.Image, size: int | None = None) -> torch.Tensor:
-    """The centre square of a picture: EXIF rotation applied, transparency on white, resized by antialiased bicubic.
+def picture_to_tensor(image: Image.Image, size: int | Sequence[int] | None = None) -> torch.Tensor:
+    """A picture: EXIF rotation applied, transparency on white, its centre resized by antialiased bicubic.
 
     Parameters
     ----------
     image : PIL.Image.Image
         Of any 8- or 16-bit mode.
-    size : int, optional
-        Side in pixels. Default: the native size.
+    size : int, (height, width) or (channels, height, width), optional
+        What is cropped is the largest centred part of that aspect ratio. One channel is grey (luminance). Default: the
+        whole picture at its native size, in colour.
 
     Returns
     -------
-    Tensor of shape (3, size, size), float32, values in [-1, 1]
+    Tensor of shape (channels, height, width), float32, values in [-1, 1]
 
     Raises
     ------
     ValueError
-        If the image has 32-bit pixels, or cannot be decoded.
+        If the image has 32-bit pixels or cannot be decoded, or channels other than 1 or 3 are asked for.
     """
-    square = _crop_square(_to_rgb(image))
-    if size is not None:
-        square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    picture = _to_rgb(image)
+    channels, height, width = shape_of((picture.height, picture.width) if size is None else size)
+    if channels not in (1, 3):
+        raise Unsuitable(
+            f"a picture has 3 channels, or 1 (grey), not {channels}; save images of others as .npy arrays of shape "
+            "(channels, height, width)"
+        )
+    bands = picture.convert("L" if channels == 1 else "RGB").split()
+    return _fitted(bands, height, width) / 127.5 - 1
+
+
+def array_to_tensor(values: np.ndarray, size: int | Sequence[int] | None = None) -> torch.Tensor:
+    """An image from an array, cropped and resized as `picture_to_tensor` does.
+
+    Parameters
+    ----------
+    values : array of shape (height, width), (channels, height, width) or (height, width, channels)
+        8 or 16 bits without sign, or floats in [-1, 1]. The shorter one of the first and last axis counts channels.
+    size : int, (height, width) or (channels, height, width), optional
+        Default: the array's own.
+
+    Returns
+    -------
+    Tensor of shape (channels, height, width), float32, values in [-1, 1]
+
+    Raises
+    ------
+    ValueError
+        If the array is something else, or has another number of channels (colour becomes grey, and grey colour).
+    """
+    kind = str(values.dtype)
+    if values.ndim not in (2, 3) or 0 in values.shape or kind not in _ARRAYS:
+        raise Unsuitable(
+            f"it holds {kind} of shape {values.shape}; give one image of shape (channels, height, width), uint8, "
+            "uint16 or floats in [-1, 1]"
+        )
+    values = values[None] if values.ndim == 2 else values
+    values = np.moveaxis(values, 2, 0) if values.shape[2] < values.shape[0] else values
+    channels, height, width = values.shape if size is None else shape_of(size)
+    if len(values) != channels and {len(values), channels} != {1, 3}:
+        raise Unsuitable(f"it has {len(values)} channels, not {channels}; give size=({len(values)}, {height}, {width})")
+    if kind == "uint16":
+        values = values.astype(np.float32) / 32767.5 - 1
+    elif kind != "uint8":
+        values = values.astype(np.float32)
+        if not np.abs(values).max() <= 1.001:
+            raise Unsuitable("its floats are not all in [-1, 1]; of 8-bit values save x / 127.5 - 1, or uint8")
+    fitted = _fitted([Image.fromarray(np.ascontiguousarray(band)) for band in values], height, width)
+    return with_channels(fitted / 127.5 - 1 if kind == "uint8" else fitted.clamp(-1, 1), channels)
 
 
 def check_images(images: torch.Tensor | np.ndarray | Image.Image | Sequence, model: Model) -> torch.Tensor:
@@ -50,7 +99,7 @@ def check_images(images: torch.Tensor | np.ndarray | Image.Image | Sequence, mod
     ----------
     images : LabelledImages, Tensor or array of shape (n, C, H, W), PIL.Image.Image, or a sequence of images
         Values in [-1, 1]; a tensor of a sequence may have shape (C, H, W). LabelledImages and pictures are cropped and
-        resized to the model's size.
+        resized to the model's size, and have its channels.
 
     Returns
     -------
@@ -67,7 +116,7 @@ def check_images(images: torch.Tensor | np.ndarray | Image.Image | Sequence, mod
         If no value of tensors is below 0, as of images in [0, 1].
     """
     parts = list(images) if isinstance(images, list | tuple) else [images]
-    tensors = [_as_tensor(part, model.image_shape[1]) for part in parts]
+    tensors = [_as_tensor(part, model.image_shape) for part in parts]
     if isinstance(images, list | tuple):
         tensors = [tensor[None] if tensor.ndim == 3 else tensor for tensor in tensors]
     for tensor in tensors or [torch.empty(0)]:
@@ -114,12 +163,12 @@ def _is_picture(image) -> bool:
     return isinstance(image, Image.Image) or hasattr(image, "at_size")
 
 
-def _as_tensor(image, size: int) -> torch.Tensor:
-    """What was given as a tensor; pictures are of the given size."""
+def _as_tensor(image, shape: tuple[int, int, int]) -> torch.Tensor:
+    """What was given as a tensor; pictures get the given shape."""
     if isinstance(image, Image.Image):
-        return picture_to_tensor(image, size)[None]
+        return picture_to_tensor(image, shape)[None]
     if hasattr(image, "at_size"):
-        return image.at_size(size)[:]
+        return image.at_size(shape)[:]
     if torch.is_tensor(image):
         return image.detach()
     if hasattr(image, "__array__"):
@@ -143,7 +192,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _crop_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _fitted(bands: Sequence[Image.Image], height: int, width: int) -> torch.Tensor:
+    """The centre of every band at a size, of shape (bands, height, width), float32."""
+    cropped = (crop_centre(band, height, width) for band in bands)
+    resized = (part.resize((width, height), Image.Resampling.BICUBIC) for part in cropped)
+    return torch.from_numpy(np.stack([np.asarray(part) for part in resized])).float()

@@ -24,16 +24,17 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from workbench import paths
+from workbench.diffusion.foreign import NETWORKS
 from workbench.diffusion.memory import MemoryNeed, estimate_memory, free_memory
 from workbench.diffusion.models import Model, compile_blocks, find_device, make_model, prediction_of, schedule_of
-from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.schedule import PREDICTIONS, NoiseSchedule
 from workbench.diffusion.text import TextEncoder
 from workbench.diffusion.unet import SplitUNet
-from workbench.formats import checkpoints, golden, layouts
+from workbench.formats import checkpoints, golden, layouts, lucidrains
 from workbench.formats.hub import fetch
-from workbench.io import written
+from workbench.io import one_of, written
 
-CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **NETWORKS}
 """Networks that folders may have, by the names in their configs."""
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -48,10 +49,12 @@ def load_model(
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
+    heads: int | None = None,
     attention_order: str | None = None,
     schedule: str | None = None,
     timesteps: int | None = None,
     rescale_timesteps: bool = False,
+    prediction: str | None = None,
     **condition: str | float | torch.Tensor | None,
 ) -> Model:
     """Load a diffusion model with a U-Net: unconditional or conditional, of pixels or latents.
@@ -63,9 +66,10 @@ def load_model(
     ----------
     source : str or path
         A bundled name ("avataaars32"), a diffusers folder (`unet/` + `scheduler/`, or flat), the id of a hub
-        repository ("google/ddpm-ema-celebahq-256"), or a single file in the layout of the original DDPM or of
-        guided-diffusion ("celeba_hq.ckpt"); `convert_checkpoint` converts such a file to a folder, once. In a folder
-        with `unet_ema/` beside `unet/` the average is loaded; give the path of `unet/` for the last weights.
+        repository ("google/ddpm-ema-celebahq-256"), or a single file in the layout of the original DDPM, of
+        guided-diffusion ("celeba_hq.ckpt") or of lucidrains' denoising-diffusion-pytorch ("model-10.pt");
+        `convert_checkpoint` converts such a file to a folder, once. In a folder with `unet_ema/` beside `unet/` the
+        average is loaded; give the path of `unet/` for the last weights.
     device : str or torch.device, optional
         By default the best available: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
@@ -79,14 +83,16 @@ def load_model(
     preset : str, optional
         For a single file: which published checkpoint it is. Not needed under the published file name, or if all other
         settings are given.
-    image_size, head_channels : int, optional
-        For a single file without a preset: side of the images in pixels, and channels of an attention head (only
-        guided-diffusion's layout has several heads). The rest of the architecture follows from the shapes.
+    image_size, head_channels, heads : int, optional
+        For a single file without a preset: side of the images in pixels, and for guided-diffusion's layout the channels
+        of an attention head (`num_head_channels`) or the number of heads (`num_heads`, improved-diffusion's 4). The
+        rest of the architecture follows from the shapes.
     attention_order : {"legacy", "new"}, optional
         For a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
         have the legacy order, the default.
-    schedule : {"linear", "cosine"}, optional
-        For a single file: the noise schedule; by default the preset's or the file's own, or else linear. Required if
+    schedule : {"linear", "cosine", "sigmoid"}, optional
+        For a single file: the noise schedule; by default the preset's or the file's own, or else linear, or sigmoid for
+        lucidrains' layout (its default). Required if
         the shapes match a preset with another schedule and no preset is given.
     timesteps : int, optional
         For a single file: T, the number of timesteps in training (`diffusion_steps` of guided-diffusion); by default
@@ -94,6 +100,9 @@ def load_model(
     rescale_timesteps : bool, default False
         For a single file with `timesteps`: the network was given t * 1000 / T (`rescale_timesteps`, on in
         improved-diffusion, off in guided-diffusion). The model then has 1000 timesteps at the same noise levels.
+    prediction : {"epsilon", "v_prediction", "sample"}, optional
+        For a single file: what the network predicts; by default as the file's weights of the loss tell, or else the
+        noise, or v for lucidrains' layout (its default).
     **condition
         Of a conditional model: `prompt`, `negative_prompt`, `label`, `condition`, `negative` and `guidance_scale`, as
         in `Model.conditioned`, which can also be called later.
@@ -118,14 +127,17 @@ def load_model(
         "preset": preset,
         "image_size": image_size,
         "head_channels": head_channels,
+        "heads": heads,
         "attention_order": attention_order,
         "schedule": schedule,
         "timesteps": timesteps,
         "rescale_timesteps": rescale_timesteps or None,
+        "prediction": prediction,
     }
     if path.is_file():
         unet, scheduler = _read_file(path, target, **options)
-        name, parts = path.stem, {"unet": unet, "schedule": schedule_of(scheduler)}
+        parts = {"unet": unet, "schedule": schedule_of(scheduler), "prediction": prediction_of(scheduler)}
+        name = path.stem
     else:
         folder, name = _locate(source)
         given = next((option for option, value in options.items() if value is not None), None)
@@ -168,12 +180,12 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
     Parameters
     ----------
     file : path
-        In the layout of the original DDPM or of guided-diffusion.
+        In one of the layouts of `load_model`.
     out : path
         New folder, written atomically.
     **options
-        `preset`, `image_size`, `head_channels`, `attention_order`, `schedule`, `timesteps` and `rescale_timesteps`, as
-        in `load_model`.
+        `preset`, `image_size`, `head_channels`, `heads`, `attention_order`, `schedule`, `timesteps`,
+        `rescale_timesteps` and `prediction`, as in `load_model`.
 
     Returns
     -------
@@ -200,7 +212,11 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
     unet, scheduler = _read_file(file, torch.device("cpu"), **options)
     SplitUNet(unet)  # refuses what could not be loaded again
     with written(out, folder=True) as partial:
-        DDPMPipeline(unet, scheduler).save_pretrained(partial)
+        if type(unet) is UNet2DModel:
+            DDPMPipeline(unet, scheduler).save_pretrained(partial)
+        else:  # diffusers has no class for it, so it can't load the folder as a pipeline
+            unet.save_pretrained(partial / "unet")
+            scheduler.save_pretrained(partial / "scheduler")
     return out
 
 
@@ -289,9 +305,9 @@ def verify(model: Model, reference: str) -> float:
     if reference not in golden.EPS:
         raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
     architecture = layouts.HUB[reference]
-    if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
-        raise ValueError(f"{model.name} has images of shape {model.image_shape}, unlike {reference}")
-    noise = golden.noise(model.image_shape).to(model.device)
+    if model.x_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
+        raise ValueError(f"{model.name} has x_t of shape {model.x_shape}, unlike {reference}")
+    noise = golden.noise(model.x_shape).to(model.device)
     with torch.inference_mode():
         eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
     return float((eps - torch.tensor(golden.EPS[reference])).abs().max())
@@ -351,20 +367,22 @@ def _read_file(
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
+    heads: int | None = None,
     attention_order: str | None = None,
     schedule: str | None = None,
     timesteps: int | None = None,
     rescale_timesteps: bool | None = False,
-) -> tuple[UNet2DModel, DDPMScheduler]:
+    prediction: str | None = None,
+) -> tuple[torch.nn.Module, DDPMScheduler]:
     """The network and scheduler of a single file; the options are those of `load_model`."""
     if rescale_timesteps and timesteps is None:
         raise ValueError("rescale_timesteps needs the number of timesteps; give timesteps, such as 4000")
-    asked = None
-    if schedule is not None or timesteps is not None:
-        T = 1000 if timesteps is None else timesteps
-        asked = layouts.noise_schedule(schedule or "linear", T, rescaled=bool(rescale_timesteps))
-    sizes = {"image_size": image_size, "head_channels": head_channels, "attention_order": attention_order}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if prediction is not None:
+        one_of("prediction", prediction, PREDICTIONS)
+    usual, T = "linear", 1000 if timesteps is None else timesteps
+    asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(rescale_timesteps))
+    sizes = {"image_size": image_size, "head_channels": head_channels, "heads": heads}
+    sizes = {name: value for name, value in (sizes | {"attention_order": attention_order}).items() if value is not None}
     if preset is not None and sizes:
         raise ValueError(f"a preset sets {next(iter(sizes))}; give one of the two")
     name = layouts.find_preset(preset, "" if sizes else path.name)
@@ -374,29 +392,50 @@ def _read_file(
     _warn_if_short_of_memory(MemoryNeed(path.stat().st_size, 0), path, torch.device("cpu"))
     checkpoint = checkpoints.read_checkpoint(path)
     try:
-        if known is not None:
-            architecture, whose = known.architecture, f"the preset {name!r}"
+        whose = "the architecture" if known is None else f"the preset {name!r}"
+        if known is None and checkpoint.layout == "lucidrains":
+            config, usual = lucidrains.infer(checkpoint.state, **sizes), "sigmoid"
+            state = lucidrains.convert(checkpoint.state, config)
+            asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(rescale_timesteps))
+            prediction = prediction or _prediction_of(checkpoint, path)
         else:
-            architecture, whose = layouts.infer(checkpoint.state, checkpoint.layout, **sizes), "the architecture"
-            if schedule is None and checkpoint.betas is None:
+            architecture = known.architecture if known else layouts.infer(checkpoint.state, checkpoint.layout, **sizes)
+            if known is None and schedule is None and checkpoint.betas is None:
                 layouts.refuse_unknown_schedule(architecture)
-        unet = _build(architecture.config(), path=path)
+            config, state = architecture.config(), layouts.convert(checkpoint.state, architecture)
+        unet = _build(config, path=path)
         _warn_if_short_of_memory(_need_of(unet), path, device)
-        state = layouts.convert(checkpoint.state, architecture)
     except (ValueError, RuntimeError) as error:  # torch's, of heads that do not fit
         raise ValueError(f"{path} can't be loaded: {error}") from error
     checkpoints.load_strictly(unet, state, path=path, whose=whose, assign=True)
     if known is None and timesteps is None and (schedule is not None or checkpoint.betas is None):
         warnings.warn(
-            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed. Give "
-            "timesteps= for others (`workbench convert --timesteps`), and rescale_timesteps= for improved-diffusion's",
+            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed, of the "
+            f"{schedule or usual} schedule. Give timesteps= and schedule= for others (on the command line to "
+            "`workbench convert`), and rescale_timesteps= for improved-diffusion's",
             stacklevel=3,
         )
-    own = layouts.LINEAR if known is None else known.schedule
-    if known is None and checkpoint.betas is not None:
-        own = {"trained_betas": checkpoint.betas.tolist(), "num_train_timesteps": len(checkpoint.betas)}
-    variance = "learned_range" if architecture.out_channels == 2 * architecture.in_channels else "fixed_small"
-    return unet, DDPMScheduler(**(asked or own), clip_sample=False, variance_type=variance)
+    if schedule is None and timesteps is None:
+        if known is not None:
+            asked = known.schedule
+        elif checkpoint.betas is not None:
+            asked = {"trained_betas": checkpoint.betas.tolist(), "num_train_timesteps": len(checkpoint.betas)}
+    variance = "learned_range" if config["out_channels"] == 2 * config["in_channels"] else "fixed_small"
+    kinds = {"prediction_type": prediction or "epsilon", "variance_type": variance}
+    return unet, DDPMScheduler(**asked, **kinds, clip_sample=False)
+
+
+def _prediction_of(checkpoint: checkpoints.Checkpoint, path: Path) -> str:
+    """What a network of lucidrains' layout predicts, as its file tells; else v, its library's default, and say so."""
+    if checkpoint.betas is not None and checkpoint.loss_weight is not None:
+        if told := lucidrains.predicted(checkpoint.betas, checkpoint.loss_weight):
+            return told
+    warnings.warn(
+        f"{path.name} does not tell what its network predicts; v is assumed, the default of its library. Give "
+        "prediction= (`workbench convert --prediction`), 'epsilon' for pred_noise or 'sample' for pred_x0",
+        stacklevel=4,
+    )
+    return "v_prediction"
 
 
 def _build(config: dict, *, path: Path, classes: dict[str, type] = CLASSES) -> torch.nn.Module:

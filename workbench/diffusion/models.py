@@ -148,18 +148,32 @@ class Model:
         count_passes(len(bottleneck.h))
         return _joined(self._in_pieces(lambda rows: self._eps(bottleneck[rows]), bottleneck.h))
 
+    def undivided(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """eps_theta by the network's own forward pass instead of the parts that it is divided into, for comparison."""
+
+        def eps(rows: slice) -> torch.Tensor:
+            x, at = x_t[rows], _rows_of(t, rows)
+            return self._as_eps(self.unet.undivided(x, at), self._noisy(x, at))
+
+        return _joined(self._in_pieces(eps, x_t))
+
     def _encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
-        bottleneck = self.unet.encode(x_t, t)
-        if self.prediction == "epsilon":
-            return bottleneck
-        t = torch.as_tensor(t).cpu().expand(len(x_t))
-        alpha_bar = torch.from_numpy(self.schedule.alpha_bars[t.numpy()]).float().view(-1, 1, 1, 1)
-        return replace(bottleneck, noisy=(x_t, alpha_bar.to(x_t.device)))
+        return replace(self.unet.encode(x_t, t), noisy=self._noisy(x_t, t))
 
     def _eps(self, bottleneck: Bottleneck) -> torch.Tensor:
+        return self._as_eps(self.unet.decode(bottleneck), bottleneck.noisy)
+
+    def _noisy(self, x_t: torch.Tensor, t: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a prediction of v or x_0 becomes eps with: x_t, and alpha_bar."""
+        if self.prediction == "epsilon":
+            return None
+        t = torch.as_tensor(t).cpu().expand(len(x_t))
+        alpha_bar = torch.from_numpy(self.schedule.alpha_bars[t.numpy()]).float().view(-1, 1, 1, 1)
+        return x_t, alpha_bar.to(x_t.device)
+
+    def _as_eps(self, output: torch.Tensor, noisy: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """The network's prediction, whatever it predicts, as eps."""
-        output = self.unet.decode(bottleneck)
-        return output if bottleneck.noisy is None else PREDICTIONS[self.prediction](output, *bottleneck.noisy)
+        return output if noisy is None else PREDICTIONS[self.prediction](output, *noisy)
 
     def _in_pieces(self, function: Callable[[slice], T], x: torch.Tensor) -> list[T]:
         """`function` of pieces of the samples, on threads of a CPU; compiled code and derivatives have their own."""
@@ -222,6 +236,21 @@ class Model:
             label=label, tokens=condition, negative=negative, guidance_scale=guidance_scale, about=about
         )
         return replace(self, unet=self.unet.at(condition=given))
+
+    def as_recorded(self, provenance: dict) -> Model:
+        """This model at the tap of a provenance and with its condition.
+
+        Raises
+        ------
+        ValueError
+            If the condition was a tensor of tokens, which a provenance does not hold.
+        """
+        model, recorded = self.tapped(provenance["tap"]), dict(provenance.get("condition") or {})
+        if recorded.pop("hash", None) is None:
+            return model
+        if not recorded.keys() & {"prompt", "label"}:
+            raise ValueError(f"{self.name} was conditioned on tokens that no file holds; give the model, conditioned")
+        return model.conditioned(**recorded)
 
     def to_images(self, x0: torch.Tensor) -> torch.Tensor:
         """Images of x_0: decoded from the latents of a latent model, or x_0 itself.

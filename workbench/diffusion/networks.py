@@ -1,4 +1,4 @@
-"""Settings of a training and its initial network: new, grown, or with fewer skip connections."""
+"""Settings of a training, its noise schedule, and its initial network: new, grown, or with fewer skip connections."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 
 from workbench.diffusion.loading import load_model
-from workbench.diffusion.schedule import NoiseSchedule
+from workbench.diffusion.models import Model
+from workbench.diffusion.schedule import PREDICTIONS
+from workbench.formats.layouts import FEWEST, noise_schedule
 from workbench.io import one_of
+from workbench.shapes import shape_of
 
 NORM_GROUPS = 16
-T = 1000
 _WEIGHTS = 2
 """Stream of a training's seed that new weights are drawn from."""
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _BOUNDS = {
-    "1 or more": (("size", "layers", "head_channels", "steps", "batch_size"), lambda value: value >= 1),
+    "1 or more": (("layers", "head_channels", "steps", "batch_size"), lambda value: value >= 1),
     "a number above 0": (("learning_rate", "clip", "gamma"), lambda value: value > 0),
     "a number from 0 to below 1": (("dropout", "ema"), lambda value: 0 <= value < 1),
     "0 or more": (("warmup", "weight_decay", "seed", "skips"), lambda value: value is None or value >= 0),
@@ -39,15 +41,20 @@ class TrainingSettings:
 
     Attributes
     ----------
-    size : int
-        Side of the images in pixels. With `start`, this and the next four are those of that model.
+    size : int, (height, width) or (channels, height, width)
+        Pixels of the images (one number: of both sides), and their channels if not 3; kept as all three numbers. With
+        `start`, this and the next six are those of that model.
+    timesteps : int
+        T, the number of timesteps, 21 or more. The betas are linear, from 0.1 / T to 20 / T: for 1000, those of DDPM.
+    prediction : {"epsilon", "v_prediction", "sample"}
+        What the network predicts: eps, v or x_0, as in `schedule.PREDICTIONS`. The loss is that of eps for all three.
     widths : tuple of int
         Channels at every resolution, multiples of 16, finest resolution first; each resolution halves the previous one.
         The last width is that of the bottleneck, of `size / 2 ** (len(widths) - 1)` pixels.
     layers : int
         Residual blocks per resolution.
     attention : tuple of int
-        Resolutions of the network with self-attention, in pixels. The mid block always has it.
+        Resolutions of the network with self-attention, in pixels of the shorter side. The mid block always has it.
     head_channels : int
         Channels of an attention head, no more than the widths with attention.
     start : str or None
@@ -84,7 +91,9 @@ class TrainingSettings:
         Seed of the initial weights, the order of the images, flips, timesteps, noise and dropout.
     """
 
-    size: int = 32
+    size: int | tuple[int, ...] = 32
+    timesteps: int = 1000
+    prediction: str = "epsilon"
     widths: tuple[int, ...] = (48, 96, 144)
     layers: int = 1
     attention: tuple[int, ...] = (8,)
@@ -107,6 +116,7 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", shape_of(self.size))
         for name in ("widths", "attention"):
             object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
         for allowed, (names, fits) in _BOUNDS.items():
@@ -114,6 +124,8 @@ class TrainingSettings:
                 if not fits(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)}; give {allowed}")
         one_of("precision", self.precision, PRECISIONS)
+        one_of("prediction", self.prediction, PREDICTIONS)
+        noise_schedule(T=self.timesteps)  # refuses too few
         if self.start is None:
             if self.grow:
                 raise ValueError("grow needs a model to grow; give start")
@@ -123,12 +135,14 @@ class TrainingSettings:
         halvings = len(self.widths) - 1
         if not self.widths or any(width < 1 or width % NORM_GROUPS for width in self.widths):
             raise ValueError(f"widths are {list(self.widths)}; give multiples of {NORM_GROUPS}, the finest first")
-        if self.size % 2**halvings:
-            raise ValueError(
-                f"images of {self.size} pixels can't be halved {halvings} times; give fewer widths, or a "
-                f"multiple of {2**halvings}"
-            )
-        width_at = {self.size >> level: width for level, width in enumerate(self.widths)}
+        sides = self.size[1:]
+        for side in sides:
+            if side % 2**halvings:
+                raise ValueError(
+                    f"images of {side} pixels can't be halved {halvings} times; give fewer widths, or a "
+                    f"multiple of {2**halvings}"
+                )
+        width_at = {min(sides) >> level: width for level, width in enumerate(self.widths)}
         for side in self.attention:
             if side not in width_at:
                 there = ", ".join(map(str, width_at))
@@ -165,15 +179,19 @@ def empty_unet(config: dict) -> UNet2DModel:
     return unet.to_empty(device="cpu")
 
 
-def first_unet(settings: TrainingSettings) -> UNet2DModel:
-    """The network that a training begins with."""
+def first_unet(settings: TrainingSettings) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The network that a training begins with, and its noise schedule with the kind of prediction."""
     s = settings
     if s.start is not None:
-        return _network_of(s.start, grow=s.grow, dropout=s.dropout, seed=s.seed)
-    attends = ["Attn" if s.size >> level in s.attention else "" for level in range(len(s.widths))]
+        model = load_model(s.start, device="cpu")
+        return _network_of(model, grow=s.grow, dropout=s.dropout, seed=s.seed), _scheduler_of(model)
+    channels, height, width = s.size
+    attends = ["Attn" if min(height, width) >> level in s.attention else "" for level in range(len(s.widths))]
     with seeded([s.seed, _WEIGHTS]):
-        return UNet2DModel(
-            sample_size=s.size,
+        unet = UNet2DModel(
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
+            out_channels=channels,
             block_out_channels=s.widths,
             layers_per_block=s.layers,
             down_block_types=[f"{attn}DownBlock2D" for attn in attends],
@@ -182,24 +200,34 @@ def first_unet(settings: TrainingSettings) -> UNet2DModel:
             norm_num_groups=NORM_GROUPS,
             dropout=s.dropout,
         )
+    return unet, DDPMScheduler(**noise_schedule(T=s.timesteps), prediction_type=s.prediction)
 
 
-def _network_of(start: str, *, grow: bool, dropout: float, seed: int) -> UNet2DModel:
+def _scheduler_of(model: Model) -> DDPMScheduler:
+    """The noise schedule and the kind of prediction of a model, as diffusers has them."""
+    schedule, T = model.schedule, model.schedule.T
+    betas = noise_schedule(T=max(T, FEWEST))
+    if T < FEWEST or not np.allclose(DDPMScheduler(**betas).alphas_cumprod, schedule.alpha_bars, rtol=1e-4):
+        ratios = schedule.alpha_bars / np.append(1.0, schedule.alpha_bars[:-1])
+        betas = {"num_train_timesteps": T, "trained_betas": (1 - ratios).tolist()}
+    spacing = {"timestep_spacing": schedule.spacing, "steps_offset": schedule.offset}
+    return DDPMScheduler(**betas, **spacing, prediction_type=model.prediction)
+
+
+def _network_of(model: Model, *, grow: bool, dropout: float, seed: int) -> UNet2DModel:
     """The network of a model, with its weights; grown to twice the size of its images if asked for."""
-    model = load_model(start, device="cpu")
-    unet, (channels, height, width) = model.unet.unet, model.image_shape
-    linear = NoiseSchedule.linear(T=T).alpha_bars
-    if model.schedule.T != T or not np.allclose(model.schedule.alpha_bars, linear, rtol=1e-4):
+    unet, (channels, height, width) = model.unet.unet, model.x_shape
+    if model.latent or model.unet.stages.conditioned_on or type(unet) is not UNet2DModel:
         raise ValueError(
-            f"{start} has another noise schedule (of {model.schedule.T} timesteps) than trainings here, which have the "
-            f"linear one of {T}"
+            f"{model.name} is conditional, of latents, or no UNet2DModel; trainings here begin with unconditional ones "
+            "of pixels"
         )
-    if unet.config.out_channels != channels or height != width:
+    if unet.config.out_channels != channels:
         raise ValueError(
-            f"{start} has images of {height} x {width} pixels and {unet.config.out_channels} outputs for their "
-            f"{channels} channels; trainings here are of square images and without a learned variance"
+            f"{model.name} has {unet.config.out_channels} outputs for {channels} channels; trainings here are without "
+            "a learned variance"
         )
-    config = {**unet.config, "sample_size": height, "dropout": dropout}
+    config = {**unet.config, "sample_size": height if height == width else (height, width), "dropout": dropout}
     if grow:
         return _grown(config, unet.state_dict(), seed=seed)
     copied = empty_unet(config)
@@ -209,8 +237,9 @@ def _network_of(start: str, *, grow: bool, dropout: float, seed: int) -> UNet2DM
 
 def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet2DModel:
     """The network with one more resolution outside, as wide as the finest; the other blocks have the weights."""
+    size = config["sample_size"]
     outer = {
-        "sample_size": 2 * config["sample_size"],
+        "sample_size": 2 * size if isinstance(size, int) else (2 * size[0], 2 * size[1]),
         "block_out_channels": (config["block_out_channels"][0], *config["block_out_channels"]),
         "down_block_types": ("DownBlock2D", *config["down_block_types"]),
         "up_block_types": (*config["up_block_types"], "UpBlock2D"),

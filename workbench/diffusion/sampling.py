@@ -250,6 +250,10 @@ class Trajectory:
             self._reached[i] = _run(self, stop=i, progress=False).x0
         return self._reached[i]
 
+    def tapped(self, tap: str) -> Trajectory:
+        """The same samples, with h read and edited at another tap; see `SplitUNet`."""
+        return replace(self, model=self.model.tapped(tap), h=None)
+
     def tail(self, first: int, x_t: torch.Tensor | None = None) -> Trajectory:
         """The steps from `first` on, not run yet: from the run's own x_t there, or from another."""
         if first == 0 and x_t is None:

@@ -1,4 +1,4 @@
-"""U-Nets of diffusers as a sequence of stages: down blocks, the mid block, up blocks.
+"""U-Nets as a sequence of stages: down blocks, the mid block, up blocks.
 
 Only the top level of diffusers' `forward` is written out here; every block is diffusers' own, so that the stages in a
 row are that `forward`, bit for bit.
@@ -12,6 +12,8 @@ from functools import cached_property, partial
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from workbench.diffusion.foreign import LucidrainsUNet
 
 Stage = Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 """(x, skips, emb, context) -> (x, skips): a down block appends to the skips, an up block takes from their end."""
@@ -68,6 +70,12 @@ class Stages:
         """Output of the network: prediction, and variance if it is learned; `skips` are what the stages left."""
         raise NotImplementedError
 
+    def whole(
+        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output of the network's own forward pass, which the stages in a row equal bit for bit."""
+        return self.module(x, t)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """(C, h, w) of every stage's output and of every skip connection, "skip.0" being the first that is made."""
@@ -88,7 +96,28 @@ class Stages:
 
 def stages_of(network: torch.nn.Module) -> Stages:
     """A network of a known class in parts; ValueError if the workbench can't split it."""
-    return DiffusersStages(network)
+    return LucidrainsStages(network) if isinstance(network, LucidrainsUNet) else DiffusersStages(network)
+
+
+class LucidrainsStages(Stages):
+    """`LucidrainsUNet` in parts."""
+
+    def __init__(self, unet: LucidrainsUNet) -> None:
+        self.module, self.blocks = unet, unet.blocks
+        self.x_shape = _x_shape(unet.config, halvings=len(unet.down_blocks) - 1)
+        down, up = (enumerate(blocks) for blocks in (unet.down_blocks, unet.up_blocks))
+        self.stages = {f"down.{i}": block for i, block in down}
+        self.stages |= {"mid": unet.mid_block, **{f"up.{i}": block for i, block in up}}
+
+    def embed(self, t: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+        return self.module.embed(t)
+
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        x = self.module.conv_in(x)
+        return x, (x,)
+
+    def finish(self, x: torch.Tensor, skips: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.module.conv_out(x)
 
 
 class DiffusersStages(Stages):
@@ -104,16 +133,11 @@ class DiffusersStages(Stages):
             raise ValueError(f"{type(unet).__name__} is not supported; the workbench takes diffusers' {known}")
         self.module = unet
         _refuse_other_kinds(unet.config)
-        _refuse_sizes_that_do_not_fit(unet)
+        self.x_shape = _x_shape(unet.config, halvings=sum(bool(block.downsamplers) for block in unet.down_blocks))
+        _refuse_narrow_heads(unet)
         down = {f"down.{i}": partial(self._down, block) for i, block in enumerate(unet.down_blocks)}
         up = {f"up.{i}": partial(self._up, block) for i, block in enumerate(unet.up_blocks)}
         self.stages = {**down, "mid": self._mid, **up}
-
-    @property
-    def x_shape(self) -> tuple[int, int, int]:
-        size = self.module.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.module.config.in_channels, height, width)
 
     @property
     def blocks(self) -> tuple[torch.nn.Module, ...]:
@@ -160,6 +184,12 @@ class DiffusersStages(Stages):
         if unet.conv_norm_out is not None:
             x = unet.conv_act(unet.conv_norm_out(x))
         return unet.conv_out(x)
+
+    def whole(
+        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        given = {"text": {"encoder_hidden_states": tokens}, "label": {"class_labels": labels}, None: {}}
+        return self.module(x, t, **given[self.conditioned_on]).sample
 
     def mid_head(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """The mid block up to its last residual block."""
@@ -235,21 +265,25 @@ def _refuse_other_kinds(config) -> None:
         raise ValueError("this U-Net has cross-attention of several widths, which is not supported")
 
 
-def _refuse_sizes_that_do_not_fit(unet: torch.nn.Module) -> None:
-    """What diffusers builds, and torch then fails at in the first pass or at the first step."""
-    config, size = unet.config, unet.config.sample_size
+def _x_shape(config, *, halvings: int) -> tuple[int, int, int]:
+    """(C, H, W) of x_t; refuses sizes that can be built, and that torch fails at in the first pass or step."""
+    size = config.sample_size
     sides = size if isinstance(size, (list, tuple)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"sample_size is {size!r}; it is the side of the images in pixels, or their height and width")
-    multiple = 2 ** sum(bool(block.downsamplers) for block in unet.down_blocks)
-    if any(side % multiple for side in sides):
-        raise ValueError(f"sample_size is {size}; this U-Net takes multiples of {multiple}")
+    if any(side % 2**halvings for side in sides):
+        raise ValueError(f"sample_size is {size}; this U-Net takes multiples of {2**halvings}")
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
             f"in_channels is {config.in_channels} and out_channels is {config.out_channels}; the workbench takes as "
             "many of both, or twice as many outputs for a learned variance"
         )
+    return (config.in_channels, *sides)
+
+
+def _refuse_narrow_heads(unet: torch.nn.Module) -> None:
+    """Heads without channels, which diffusers builds and torch fails at in the first pass."""
     narrow = [module.query_dim for module in unet.modules() if getattr(module, "heads", 1) < 1]
     if narrow:
-        heads = config.attention_head_dim
+        heads = unet.config.attention_head_dim
         raise ValueError(f"attention_head_dim is {heads}, and attention here is {min(narrow)} channels wide")

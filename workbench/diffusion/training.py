@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,7 +41,6 @@ from workbench.diffusion.loading import has_unet, load_model
 from workbench.diffusion.models import Model, wrap
 from workbench.diffusion.networks import (
     PRECISIONS,
-    T,
     TrainingSettings,
     cut_skips,
     empty_unet,
@@ -50,16 +49,16 @@ from workbench.diffusion.networks import (
 )
 from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.sampling import sample
-from workbench.diffusion.schedule import NoiseSchedule
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats.checkpoints import hash_weights, read_json
 from workbench.io import commit, locked, write_text, written
+from workbench.shapes import shape_of, with_channels
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 """Files of a training beside the model's own: what it is, where it stands, its losses."""
 
-NOISE_LEVELS = (0, 50, 100, 200, 400, 600, 1000)
-"""Edges of the bins of timesteps that the loss is logged in."""
+NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
+"""Edges of the bins of timesteps that the loss is logged in, as shares of T."""
 
 PREVIEW_STEPS = 20
 
@@ -89,7 +88,7 @@ def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[in
     return Batch(
         rows=np.array([_order(settings.seed, place // n, n)[place % n] for place in places]),
         flipped=(rng.random(b) < 0.5) & settings.flips,
-        t=((np.arange(b) + rng.random()) / b * T).astype(int),
+        t=((np.arange(b) + rng.random()) / b * settings.timesteps).astype(int),
         noise=rng.standard_normal((b, *shape), dtype=np.float32),
     )
 
@@ -105,7 +104,7 @@ def train_model(
     previews: int = 16,
     progress: bool = True,
 ) -> Model:
-    """Train a DDPM: eps-prediction, 1000 timesteps, linear beta (Ho et al. 2020), min-SNR weights (Hang et al. 2023).
+    """Train a DDPM (Ho et al. 2020) with min-SNR weights (Hang et al. 2023).
 
     `out` becomes a model folder with the averaged weights that `load_model` and diffusers' `DDPMPipeline` read; it is
     usable from the first checkpoint on, during training. Beside the model it holds `training.json` (settings, images,
@@ -115,7 +114,8 @@ def train_model(
     Parameters
     ----------
     images : LabelledImages or Tensor of shape (n, C, H, W) with values in [-1, 1], or a list of these
-        At the size of the settings: `load_images(source, size=...)`. Kept in memory as bytes; labels are not used.
+        Of the size of the settings, which LabelledImages are cropped and resized to. Kept in memory as bytes; labels
+        are not used.
     settings : TrainingSettings, optional
         Not given when resuming: a training keeps its settings.
     out : str or Path
@@ -145,7 +145,7 @@ def train_model(
     FileNotFoundError
         If there is no training or checkpoint to resume.
     ValueError
-        If the images have another size, or differ from those of the resumed training, `settings` are given with
+        If tensors have another size, the images differ from those of the resumed training, `settings` are given with
         `resume`, the initial model can't be trained here, or the checkpoint is damaged.
     RuntimeError
         If the loss becomes infinite or NaN, or another process trains in `out`.
@@ -179,15 +179,21 @@ def train_model(
             f"batch_size is {settings.batch_size}; give a multiple of {processes}, the number of processes"
         )
     begun = resume and (out / STATE).is_file()
-    unet = empty_unet(read_json(out / CONFIG)["network"]) if begun else first_unet(settings)
-    SplitUNet(unet)  # refuses what could not be loaded again
-    pixels = _read_images(images, tuple(unet.config[key] for key in ("in_channels", "sample_size", "sample_size")))
+    if begun:
+        about = read_json(out / CONFIG)
+        unet, scheduler = empty_unet(about["network"]), DDPMScheduler.from_config(about.get("scheduler", {}))
+    else:
+        unet, scheduler = first_unet(settings)
+    shape = SplitUNet(unet).x_shape  # refuses what could not be loaded again
+    noise = {"timesteps": scheduler.config.num_train_timesteps, "prediction": scheduler.config.prediction_type}
+    settings = replace(settings, size=shape, **noise)
+    pixels = _read_images(images, settings.size)
     if settings.skips is not None:
         cut_skips(unet, kept=settings.skips)
-    description = _describe(settings, unet, pixels)
+    description = _describe(settings, unet, scheduler, pixels)
     if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
         raise ValueError(f"the training in {out} used {then['n']} images, and these {len(pixels)} differ from them")
-    run = _Run(unet, description, settings=settings, device=accelerator.device)
+    run = _Run(unet, scheduler, description, settings=settings, device=accelerator.device)
     if begun:
         run.load(out / STATE)
     accelerator.wait_for_everyone()
@@ -214,7 +220,7 @@ def train_model(
                 finished = run.step == settings.steps
                 if run.step % log_every and not finished:
                     continue
-                row = _log_row(accelerator.gather(torch.cat(seen)).cpu().numpy(), run.step, settings)
+                row = _log_row(accelerator.gather(torch.cat(seen)).cpu().numpy(), run)
                 seen = []
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
                 if not math.isfinite(row["loss"]):
@@ -251,7 +257,9 @@ def read_settings(out: str | Path) -> TrainingSettings:
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
     try:
         about = read_json(path)
-        return TrainingSettings(**{**about["settings"], "size": about["network"]["sample_size"]})
+        network = about["network"]
+        _, height, width = shape_of(network["sample_size"])
+        return TrainingSettings(**{**about["settings"], "size": (network["in_channels"], height, width)})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a training ({error}); train again") from error
 
@@ -272,32 +280,40 @@ def read_log(out: str | Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def min_snr_weights(gamma: float) -> np.ndarray:
+def min_snr_weights(alpha_bar: torch.Tensor, gamma: float) -> torch.Tensor:
     """Weight of the loss of eps at every timestep, min(SNR(t), gamma) / SNR(t) (Hang et al. 2023, section 3.4).
 
     gamma is 5 in the paper; inf weighs all timesteps alike.
     """
-    alpha_bar = NoiseSchedule.linear(T=T).alpha_bars
-    snr = alpha_bar / (1 - alpha_bar)
-    return np.minimum(snr, gamma) / snr
+    return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1)
 
 
 class _Run:
     """A training on its way. A checkpoint holds weights, their average, the optimiser's state, the step and the log."""
 
     def __init__(
-        self, unet: UNet2DModel, description: dict, *, settings: TrainingSettings, device: torch.device
+        self,
+        unet: UNet2DModel,
+        scheduler: DDPMScheduler,
+        description: dict,
+        *,
+        settings: TrainingSettings,
+        device: torch.device,
     ) -> None:
         # channels_last makes convolutions faster on CUDA; in bfloat16 on a CPU, slower by a sixth to a quarter.
         memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.unet = unet.to(device=device, memory_format=memory_format).train().requires_grad_(True)
-        self.description, self.settings = description, settings
+        self.scheduler, self.description, self.settings = scheduler, description, settings
         self.average = EMAModel(unet.parameters(), decay=settings.ema)
         self.optimiser = torch.optim.AdamW(
             unet.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
-        constants = NoiseSchedule.linear(T=T).alpha_bars, min_snr_weights(settings.gamma)
-        self.alpha_bar, self.weight = (torch.tensor(c, dtype=torch.float32, device=device) for c in constants)
+        alpha_bar = scheduler.alphas_cumprod.double()
+        snr = alpha_bar / (1 - alpha_bar)
+        # v and x_0 are off by eps' error over sqrt(alpha_bar) and over sqrt(SNR).
+        share = {"epsilon": torch.ones_like(snr), "v_prediction": alpha_bar, "sample": snr}[settings.prediction]
+        constants = alpha_bar, min_snr_weights(alpha_bar, settings.gamma), share
+        self.alpha_bar, self.weight, self.share = (c.float().to(device) for c in constants)
         self.step, self.log = 0, []
         self._hours_before, self._since = 0.0, time.monotonic()
 
@@ -316,7 +332,7 @@ class _Run:
             save_file(tensors, partial, standing)
         unet = self.save_model(out)
         if previews:
-            model = wrap(unet, NoiseSchedule.linear(T=T), name=out.name, device=self.unet.device)
+            model = wrap(unet, self.scheduler, name=out.name, device=self.unet.device)
             images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).images
             with written(out / "samples" / f"{self.step:07d}.png") as partial:
                 _contact_sheet(images).save(partial, "PNG")
@@ -326,7 +342,7 @@ class _Run:
         unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.average.copy_to(unet.parameters())
         with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-            DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=T)).save_pretrained(partial)
+            DDPMPipeline(unet, self.scheduler).save_pretrained(partial)
             for file in filter(Path.is_file, Path(partial).rglob("*")):
                 target = out / file.relative_to(partial)
                 target.parent.mkdir(exist_ok=True)
@@ -365,7 +381,7 @@ class _Run:
 def _take_step(
     run: _Run, network: torch.nn.Module, batch: Batch, *, pixels: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Train one step; returns the timestep and the unweighted loss of each image of this process, shape (b, 2)."""
+    """Train one step; returns the timestep and the squared error of eps of each image of this process, shape (b, 2)."""
     settings, device = run.settings, accelerator.device
     b = settings.batch_size // accelerator.num_processes
     own = slice(accelerator.process_index * b, (accelerator.process_index + 1) * b)
@@ -381,8 +397,10 @@ def _take_step(
         seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
         torch.autocast(device.type, PRECISIONS[settings.precision], enabled=low),
     ):
-        eps = network(x_t, t).sample
-    losses = (eps.float() - noise).square().mean(dim=(1, 2, 3))
+        predicted = network(x_t, t).sample
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    target = {"epsilon": noise, "v_prediction": v, "sample": x0}[settings.prediction]
+    losses = run.share[t] * (predicted.float() - target).square().mean(dim=(1, 2, 3))
     run.optimiser.zero_grad(set_to_none=True)
     accelerator.backward((run.weight[t] * losses).mean())
     accelerator.clip_grad_norm_(run.unet.parameters(), settings.clip)
@@ -393,12 +411,12 @@ def _take_step(
     return torch.stack([t.float(), losses.detach()], dim=1)
 
 
-def _log_row(seen: np.ndarray, step: int, settings: TrainingSettings) -> dict:
+def _log_row(seen: np.ndarray, run: _Run) -> dict:
     """Mean losses of the steps since the last row, of all timesteps and by noise level; `seen` has columns t, loss."""
-    t, losses = seen.T
+    (t, losses), step, settings = seen.T, run.step, run.settings
     row = {"step": step, "images": step * settings.batch_size, "rate": settings.rate(step - 1), "loss": losses.mean()}
-    row["weighted"] = (losses * min_snr_weights(settings.gamma)[t.astype(int)]).mean()
-    for low, high in itertools.pairwise(NOISE_LEVELS):
+    row["weighted"] = (losses * run.weight.cpu().numpy()[t.astype(int)]).mean()
+    for low, high in itertools.pairwise(round(share * settings.timesteps) for share in NOISE_LEVELS):
         inside = (t >= low) & (t < high)
         row[f"t {low}-{high - 1}"] = losses[inside].mean() if inside.any() else None
     return {key: value if value is None or isinstance(value, int) else float(value) for key, value in row.items()}
@@ -415,10 +433,12 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
         return torch.cat([_read_images(part, shape) for part in images])
     if not len(images):
         raise ValueError("there are no images; give 1 or more")
+    if hasattr(images, "at_size"):
+        images = images.at_size(shape)
     if tuple(images[:1].shape[1:]) != shape:
         raise ValueError(
-            f"the images have shape {tuple(images[:1].shape[1:])} and the model takes {shape}; open them with "
-            f"load_images(source, size={shape[1]}), or train a model of their size"
+            f"the images have shape {tuple(images[:1].shape[1:])} and the model takes {shape}; resize them, or train a "
+            "model of their size"
         )
     if torch.is_tensor(images):
         check_values(images)
@@ -426,13 +446,14 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
     return to_bytes(images)
 
 
-def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tensor) -> dict:
+def _describe(settings: TrainingSettings, unet: UNet2DModel, scheduler: DDPMScheduler, pixels: torch.Tensor) -> dict:
     """Content of `training.json`."""
     packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
         "settings": asdict(settings),
         "images": {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()},
         "network": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+        "scheduler": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
         "parameters": sum(p.numel() for p in unet.parameters()),
         "commit": commit(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
@@ -440,11 +461,11 @@ def _describe(settings: TrainingSettings, unet: UNet2DModel, pixels: torch.Tenso
 
 
 def _contact_sheet(images: torch.Tensor) -> Image.Image:
-    """Images of shape (n, 3, H, W), values in [-1, 1], in rows of about a square."""
+    """Images of shape (n, C, H, W), values in [-1, 1], in rows of about a square."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    _, channels, height, width = images.shape
-    tiles = torch.full((rows * columns, channels, height, width), 255, dtype=torch.uint8)
-    tiles[: len(images)] = to_bytes(images.cpu())
-    sheet = tiles.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    return Image.fromarray(sheet.reshape(rows * height, columns * width, channels).numpy())
+    height, width = images.shape[2:]
+    tiles = torch.full((rows * columns, 3, height, width), 255, dtype=torch.uint8)
+    tiles[: len(images)] = to_bytes(with_channels(images.cpu(), 3))
+    sheet = tiles.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    return Image.fromarray(sheet.reshape(rows * height, columns * width, 3).numpy())

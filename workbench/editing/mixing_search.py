@@ -403,7 +403,7 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
     wanted = source.provenance["model"]
     if model is None:
         try:
-            model = load_model(wanted["name"])
+            model = load_model(wanted["name"]).as_recorded(wanted)
         except FileNotFoundError as error:
             raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
     refuse_other_model("the store", wanted, model.provenance(), tap=False, remedy="give its own model with model=")
@@ -421,7 +421,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
         return Trajectory(
             model=model,
             x_T=x.values[0],
-            x0=torch.from_numpy(source.images[:n]),
+            x0=model.to_latents(torch.from_numpy(source.images[:n])),
             timesteps=source.timesteps,
             etas=tuple(source.provenance["etas"]),
             seeds=None if source.seeds is None else source.seeds[:n],

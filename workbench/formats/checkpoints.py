@@ -234,14 +234,15 @@ def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a single file, in the layout "ddpm" or "guided", by their names in it without prefixes.
+    """Weights of a single file, in the layout "ddpm", "guided" or "lucidrains", by their names in it without prefixes.
 
-    `betas` are the noise schedule, where the file has it, as Lightning's do.
+    `betas` are the noise schedule and `loss_weight` the weight of the loss at every timestep, where the file has them.
     """
 
     layout: str
     state: dict[str, torch.Tensor] = field(repr=False)
     betas: torch.Tensor | None = field(default=None, repr=False)
+    loss_weight: torch.Tensor | None = field(default=None, repr=False)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -270,7 +271,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not found:
         raise ValueError(
             f"{path} holds no network that the workbench knows ({', '.join(names[:3]) or 'no tensors by name'}); it "
-            "reads the layouts of the original DDPM (temb.dense.0 ...) and of guided-diffusion (time_embed.0 ...)"
+            "reads the layouts of the original DDPM (temb.dense.0 ...), of guided-diffusion (time_embed.0 ...) and of "
+            "denoising-diffusion-pytorch (downs.0.0.block1 ...)"
         )
     where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
     if layout == "diffusers":
@@ -281,9 +283,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     # Counters, such as an average's number of updates, have no dimension.
     inside = {n.removeprefix(prefix): w for n, w in state.items() if n.startswith(prefix) and w.ndim > 0}
     _check_finite(inside, path)
-    betas = [tensor for _, state in states for name, tensor in state.items() if re.fullmatch(r"(.*\.)?betas", name)]
-    sound = [each for each in betas if each.ndim == 1 and len(each) > 1 and ((each > 0) & (each < 1)).all()]
-    return Checkpoint(layout, inside, sound[0] if sound else None)
+    buffers = [(name.rpartition(".")[2], tensor) for _, state in states for name, tensor in state.items()]
+    betas = [each for name, each in buffers if name == "betas" and each.ndim == 1 and len(each) > 1]
+    sound = (each for each in betas if ((each > 0) & (each < 1)).all())
+    loss_weight = next((each for name, each in buffers if name == "loss_weight"), None)
+    return Checkpoint(layout, inside, next(sound, None), loss_weight)
 
 
 def _state_dicts(content: object, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

@@ -28,6 +28,7 @@ from workbench.io import one_of
 ANCHORS = {
     "ddpm": "temb.dense.0.weight",
     "guided": "time_embed.0.weight",
+    "lucidrains": "downs.0.0.block1.proj.weight",
     "diffusers": "time_embedding.linear_1.weight",
 }
 """One weight by which a layout is known, at the end of whatever prefix."""
@@ -38,15 +39,18 @@ ORDERS = ("legacy", "new")
 GROUPS = 32
 """Groups of every normalisation, fixed in both code bases."""
 
-SCHEDULES = ("linear", "cosine")
+SCHEDULES = ("linear", "cosine", "sigmoid")
+FEWEST = 21
+"""Timesteps that a schedule has at least: with fewer, the linear one's betas reach 1."""
 
 
 def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = False) -> dict:
-    """A noise schedule of both code bases ("linear" or "cosine"), as settings of a diffusers scheduler.
+    """A noise schedule of these code bases, as settings of a diffusers scheduler.
 
     Parameters
     ----------
-    name : {"linear", "cosine"}
+    name : {"linear", "cosine", "sigmoid"}
+        "sigmoid", the default of denoising-diffusion-pytorch, is Jabri et al. 2022 with start -3, end 3 and tau 1.
     T : int
         Timesteps that the network was trained on. The linear schedule's betas, 1e-4 to 0.02 for 1000 of them, are
         scaled by 1000 / T, as in guided-diffusion.
@@ -56,23 +60,28 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
         noise levels.
     """
     one_of("schedule", name, SCHEDULES)
-    least = 1000 if rescaled else 21  # with fewer, the linear schedule's betas reach 1
+    least = 1000 if rescaled else FEWEST
     if not isinstance(T, int) or T < least or (rescaled and T % 1000):
         raise ValueError(f"timesteps is {T}; give {'a multiple of 1000' if rescaled else f'{least} or more'}")
     settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}
     if name == "linear":
         settings |= {"beta_schedule": "linear", "beta_start": 0.1 / T, "beta_end": 20 / T}
-    if not rescaled or T == 1000:
+    if name != "sigmoid" and (not rescaled or T == 1000):
         return settings
-    alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-    cosine = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    betas = np.linspace(0.1 / T, 20 / T, T) if name == "linear" else cosine
-    kept = np.cumprod(1.0 - betas)[:: T // 1000]
-    betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
+    time = np.arange(T + 1) / T
+    alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    if name == "sigmoid":
+        alpha_bar = 1 / (1 + np.exp(6 * time - 3)) - 1 / (1 + np.exp(3))
+    betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    if name == "linear":
+        betas = np.linspace(0.1 / T, 20 / T, T)
+    if rescaled and T > 1000:
+        kept = np.cumprod(1.0 - betas)[:: T // 1000]
+        betas = 1.0 - kept / np.concatenate([[1.0], kept[:-1]])
     return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
 
 
-LINEAR, COSINE = map(noise_schedule, SCHEDULES)
+LINEAR, COSINE = map(noise_schedule, SCHEDULES[:2])
 
 _INSIDE = {
     "resnet": {
@@ -115,6 +124,7 @@ _OUTSIDE = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
+        "label_emb": "class_embedding",
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     },
@@ -138,6 +148,10 @@ class Architecture:
         Levels with attention, 0 the finest.
     head_channels : int, optional
         Of an attention head; None for a single head.
+    heads : int, optional
+        Number of heads at every level, where their channels differ by level; `head_channels` is then None.
+    num_classes : int, optional
+        Of a network that is conditioned on a class.
     in_channels, out_channels : int
         A network with learned variance has twice as many outputs as inputs.
     scale_shift : bool
@@ -154,6 +168,8 @@ class Architecture:
     layers: int
     attention: tuple[int, ...]
     head_channels: int | None = None
+    heads: int | None = None
+    num_classes: int | None = None
     in_channels: int = 3
     out_channels: int = 3
     scale_shift: bool = False
@@ -166,12 +182,15 @@ class Architecture:
         if self.image_size < 1 or self.image_size % 2**halvings:
             allowed = f"a network of {halvings + 1} levels takes multiples of {2**halvings}"
             raise ValueError(f"image_size is {self.image_size}; {allowed}")
-        heads = self.head_channels
-        if heads is not None and (heads < 1 or any(width % heads for width in self.attention_widths)):
-            widths = " and ".join(map(str, self.attention_widths))
-            raise ValueError(
-                f"head_channels is {heads}; attention here is {widths} channels wide, which it must divide"
-            )
+        for name in ("head_channels", "heads"):
+            given = getattr(self, name)
+            if given is not None and (given < 1 or any(width % given for width in self.attention_widths)):
+                widths = " and ".join(map(str, self.attention_widths))
+                raise ValueError(f"{name} is {given}; attention here is {widths} channels wide, which it must divide")
+        if self.heads is not None and len(self.attention_widths) == 1:
+            # One width has heads of one size, and is `UNet2DModel` itself.
+            object.__setattr__(self, "head_channels", self.attention_widths[0] // self.heads)
+            object.__setattr__(self, "heads", None)
 
     @property
     def attention_widths(self) -> list[int]:
@@ -185,12 +204,14 @@ class Architecture:
         return (self.channels[-1], side, side)
 
     def config(self) -> dict:
-        """Config of a `UNet2DModel`."""
+        """Config of a `UNet2DModel`, or of a `MultiheadUNet2DModel` where the channels of heads differ by level."""
         ddpm, resampling = self.layout == "ddpm", "resnet" if self.residual_resampling else "conv"
         plain = "Resnet{}sampleBlock2D" if self.residual_resampling else "{}Block2D"
         blocks = ["Attn{}Block2D" if i in self.attention else plain for i in range(len(self.channels))]
-        return {
-            "_class_name": "UNet2DModel",
+        own = {"_class_name": "UNet2DModel"}
+        if self.heads is not None:
+            own = {"_class_name": "MultiheadUNet2DModel", "num_attention_heads": self.heads}
+        return own | {
             "sample_size": self.image_size,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -209,6 +230,7 @@ class Architecture:
             "resnet_time_scale_shift": "scale_shift" if self.scale_shift else "default",
             "freq_shift": 1 if ddpm else 0,
             "flip_sin_to_cos": not ddpm,
+            "num_class_embeds": self.num_classes,
         }
 
 
@@ -237,7 +259,7 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
+def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]]:
     content = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     networks = {
         name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
@@ -252,11 +274,11 @@ def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
         )
         for name, each in content["presets"].items()
     }
-    return presets, {name: networks[each] for name, each in content["hub"].items()}
+    return presets, {name: networks[each] for name, each in content["hub"].items()}, content["kinds"]
 
 
-PRESETS, HUB = _published()
-"""Published checkpoints by name, and repositories of the hub, which hold diffusers folders."""
+PRESETS, HUB, KINDS = _published()
+"""Published checkpoints by name, repositories of the hub, which hold diffusers folders, and kinds of models."""
 
 
 def find_preset(name: str | None, file: str) -> str | None:
@@ -272,38 +294,42 @@ def infer(
     *,
     image_size: int | None = None,
     head_channels: int | None = None,
+    heads: int | None = None,
     attention_order: str = "legacy",
 ) -> Architecture:
     """The architecture of a network, from the names and shapes of its weights.
 
-    `image_size`, `head_channels` and `attention_order` are what no shape tells, as the attributes of `Architecture`;
-    where the first two are missing, a ValueError names presets with these shapes. The layout "ddpm" has a single head.
+    `image_size`, `head_channels` or `heads`, and `attention_order` are what no shape tells, as the attributes of
+    `Architecture`; where the first two are missing, a ValueError names presets with these shapes. The layout "ddpm" has
+    a single head.
     """
-    if "label_emb.weight" in state:
-        raise ValueError("the network is conditioned on a class (label_emb); the workbench takes unconditional models")
+    if heads is not None and head_channels is not None:
+        raise ValueError(f"heads is {heads} and head_channels is {head_channels}; give one of the two")
     shapes = (_shapes_of_ddpm if layout == "ddpm" else _shapes_of_guided)(state)
     first, level = _rows(state, _FIRST[layout]), shapes["channels"][0]
     if first != level:  # which diffusers' UNet2DModel can't have
         raise ValueError(f"its first level has {level} channels and its first convolution {first}; they must be equal")
-    asked = {"image_size": image_size} | ({} if layout == "ddpm" else {"head_channels": head_channels})
+    asked = {"image_size": image_size}
+    if layout == "guided":
+        asked |= {"head_channels": head_channels} if heads is None else {"heads": heads}
     missing = [name for name, given in asked.items() if given is None]
     if missing:
-        _ask_for(missing, Architecture(layout, _ANY_SIZE, **shapes))
+        ask_for(missing, Architecture(layout, _ANY_SIZE, **shapes))
     return Architecture(layout, **asked, attention_order=attention_order, **shapes)
 
 
-def _ask_for(missing: list[str], found: Architecture) -> None:
-    alike = [
-        name
-        for name, preset in PRESETS.items()
-        if replace(preset.architecture, image_size=_ANY_SIZE, head_channels=None, attention_order="legacy") == found
-    ]
-    also = f"preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else "a preset"
+def ask_for(missing: list[str], found: Architecture | None = None) -> None:
+    """Raise a ValueError that asks for what no shape tells, and names the presets with the shapes found."""
+    unknown = {"image_size": _ANY_SIZE, "head_channels": None, "heads": None, "attention_order": "legacy"}
+    alike = [name for name, preset in PRESETS.items() if replace(preset.architecture, **unknown) == found]
+    also = f", or preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else ""
     example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
     options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
+    if "head_channels" in missing:
+        also = f", or heads=4, their number, in place of head_channels{also}"
     raise ValueError(
         f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
-        f"`workbench convert FILE FOLDER {options}`), or {also}"
+        f"`workbench convert FILE FOLDER {options}`){also}"
     )
 
 
@@ -350,6 +376,7 @@ def _shapes_of_guided(state: Mapping[str, torch.Tensor]) -> dict:
         "out_channels": _rows(state, "out.2.weight"),
         "scale_shift": _rows(state, "input_blocks.1.0.emb_layers.1.weight") == 2 * channels[0],
         "residual_resampling": levels > 1 and f"input_blocks.{layers + 1}.0.op.weight" not in state,
+        "num_classes": _rows(state, "label_emb.weight") if "label_emb.weight" in state else None,
     }
 
 
@@ -394,7 +421,7 @@ def _split(rows: torch.Tensor, parts: int, architecture: Architecture) -> tuple[
         return (rows,)
     if architecture.attention_order == "new":
         return rows.chunk(parts)
-    by_head = rows.unflatten(0, (-1, parts, architecture.head_channels))
+    by_head = rows.unflatten(0, (architecture.heads or -1, parts, architecture.head_channels or -1))
     return tuple(part.flatten(0, 1) for part in by_head.unbind(1))
 
 

@@ -121,7 +121,7 @@ def extract(
         if n is not None or seeds is not None:
             raise ValueError("give n or seeds to sample new images, or images to invert, not both")
         if hasattr(source, "at_size"):
-            source = source.at_size(model.image_shape[1])
+            source = source.at_size(model.image_shape)
             check_images(source.select(slice(1)), model)
         else:
             source = check_images(source, model)

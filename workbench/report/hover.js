@@ -6,7 +6,8 @@ tip.style.cssText = "position:absolute;display:none;pointer-events:none;z-index:
   "text-align:center;white-space:pre-line";
 const picture = document.createElement("img");
 picture.alt = "";
-picture.style.cssText = "display:block;width:96px;height:96px;margin:0 auto 4px;image-rendering:pixelated";
+picture.style.cssText =
+  "display:block;width:96px;height:96px;object-fit:contain;margin:0 auto 4px;image-rendering:pixelated";
 const words = document.createElement("span");
 tip.append(picture, words);
 graph.style.position = "relative";

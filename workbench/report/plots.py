@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 
 from workbench.analysis.mixing_criteria import MixingStep
 from workbench.report.hover import HoverFigure, scatter_hover
+from workbench.report.network import network
 from workbench.report.pictures import before_after, edit_grid, edit_strips, image_grid, pictures_of, to_pixels
 from workbench.report.style import (
     ACCENT,
@@ -54,6 +55,7 @@ __all__ = [
     "line",
     "matrix",
     "mixing_steps",
+    "network",
     "pareto",
     "save_figure",
     "scatter",
@@ -351,7 +353,7 @@ def mixing_steps(steps: Sequence[MixingStep], *, caption: str | None = None) -> 
             found = f"t = {step.t} [{low}, {high}]" if step.reached else f"threshold not reached, nearest at {step.t}"
             axes.set_title(f"{words(step.criterion)}: {found}, n = {step.n}", loc="left", fontsize=9)
             axes.set_ylabel(wrapped(step.quantity, 1.5), fontsize=7.5)
-        panels[-1].set_xlabel("timestep t (1000 is noise, 0 is the image)")
+        panels[-1].set_xlabel("timestep t (0 is the image)")
         panels[-1].invert_xaxis()
     return figure
 
@@ -484,8 +486,10 @@ def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge:
     low, high = points.min(0), points.max(0)
     span = np.where(high > low, high - low, 1.0) * (1 + 2 * side)
     low = (low + high) / 2 - span / 2
+    height, width = pictures.shape[1:3]
+    reach = side / 2 * span * np.array([width, height]) / max(height, width)
     for i in _spread((points - low) / span, most, 1.08 * side):
-        (left, bottom), (right, top) = points[i] - side / 2 * span, points[i] + side / 2 * span
+        (left, bottom), (right, top) = points[i] - reach, points[i] + reach
         axes.imshow(pictures[i], extent=(left, right, bottom, top), aspect="auto", zorder=3)
         frame = Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor=edge[i], lw=1.4, zorder=4)
         axes.add_patch(frame)

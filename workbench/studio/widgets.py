@@ -418,8 +418,11 @@ class EditStudio(widgets.VBox):
             buttons.append(button.add_class("hspace-sample").add_class(f"hspace-sample-{id(self)}-{k}"))
         if len(buttons) != len(self.samples.children):
             self.samples.children = buttons
+            _, height, width = session.model.image_shape
+            wide, high = (64 * side // max(height, width) for side in (width, height))
             thumbnails = "".join(
-                f".hspace-sample-{id(self)}-{k} {{ background-image: url({address(run.images[0])}); }}\n"
+                f".hspace-sample-{id(self)}-{k} {{ background-image: url({address(run.images[0])}); "
+                f"background-size: {wide}px {high}px; }}\n"
                 for k, run in enumerate(session.samples)
             )
             self.style_sheet.value = f"<style>{(_ROOM / 'studio.css').read_text(encoding='utf-8')}{thumbnails}</style>"

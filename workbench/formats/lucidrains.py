@@ -1,0 +1,119 @@
+"""Files of lucidrains' denoising-diffusion-pytorch, written as the workbench's own `LucidrainsUNet`.
+
+Its `Trainer` writes `model-N.pt`, with the U-Net inside of the diffusion (`model.`), the moving average of both, and
+the diffusion's buffers: betas, and the weight of the loss at every timestep, which tells what the network predicts. All
+of the U-Net but the size of its images follows from the shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from workbench.formats.layouts import ask_for
+
+_OURS = (
+    (r"^init_conv\.", "conv_in."),
+    (r"^final_conv\.", "conv_out."),
+    (r"^final_res_block\.", "up_blocks.{last}.end."),
+    (r"^time_mlp\.1\.", "time_embedding.linear_1."),
+    (r"^time_mlp\.3\.", "time_embedding.linear_2."),
+    (r"^mid_(block1|block2)\.", r"mid_block.\1."),
+    (r"^mid_attn\.", "mid_block.attention."),
+    (r"^(down|up)s\.(\d+)\.0\.", r"\1_blocks.\2.block1."),
+    (r"^(down|up)s\.(\d+)\.1\.", r"\1_blocks.\2.block2."),
+    (r"^(down|up)s\.(\d+)\.2\.", r"\1_blocks.\2.attention."),
+    (r"^(down|up)s\.(\d+)\.3\.", r"\1_blocks.\2.resample."),
+    (r"\.mlp\.1\.", ".time."),
+    (r"\.block([12])\.proj\.", r".conv\1."),
+    (r"\.block([12])\.norm\.g$", r".norm\1.scale"),
+    (r"\.res_conv\.", ".shortcut."),
+    (r"\.attention\.norm\.g$", ".attention.norm.scale"),
+    (r"\.mem_kv$", ".memory"),
+    (r"\.to_out\.0\.", ".to_out."),
+    (r"\.to_out\.1\.g$", ".out_norm.scale"),
+)
+"""Patterns of the file's names and what they are in ours, applied one after the other."""
+
+
+def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, **unused: object) -> dict:
+    """Config of `LucidrainsUNet`, from the names and shapes of the weights.
+
+    A ValueError says what a network has that the class has not, or asks for the image size.
+    """
+    if unused:
+        raise ValueError(f"{next(iter(unused))} is not for this network, whose shapes tell it")
+    if image_size is None:
+        ask_for(["image_size"])
+    for name, reason in (
+        ("classes_emb.weight", "is conditioned on a class"),
+        ("time_mlp.0.weights", "has a learned or random embedding of the timestep"),
+        ("downs.0.0.block1.norm.weight", "has group normalisation, as older versions of its library"),
+    ):
+        if name in state:
+            raise ValueError(f"the network {reason} ({name}); the workbench takes the library's default U-Net of today")
+    levels = 1 + max(int(found[1]) for found in (re.match(r"downs\.(\d+)\.", name) for name in state) if found)
+    first, time = _shape(state, "init_conv.weight", 4), _shape(state, "time_mlp.1.weight", 2)
+    outputs = _shape(state, "final_conv.weight", 4)[0]
+    if outputs not in (first[1], 2 * first[1]):
+        raise ValueError(
+            f"the network has {first[1]} input and {outputs} output channels; self-conditioning and conditions on "
+            "other images are not supported"
+        )
+    full = tuple(f"downs.{i}.2.to_out.weight" in state for i in range(levels))
+    # (2, heads, head channels, number); the last two are the other way round in softmax attention.
+    memories = [_shape(state, f"downs.{i}.2.mem_kv", 4) for i in range(levels)]
+    memories = [(*m[:2], m[3], m[2]) if softmax else m for m, softmax in zip(memories, full, strict=True)]
+    size = 1 << (levels - 1)
+    if image_size < 1 or image_size % size:
+        raise ValueError(f"image_size is {image_size}; a network of {levels} levels takes multiples of {size}")
+    return {
+        "_class_name": "LucidrainsUNet",
+        "sample_size": image_size,
+        "in_channels": first[1],
+        "out_channels": outputs,
+        "time_channels": time[1],
+        "widths": (first[0], *(_shape(state, f"ups.{i}.0.block1.proj.weight", 4)[0] for i in reversed(range(levels)))),
+        "heads": tuple(m[1] for m in memories),
+        "head_channels": tuple(m[2] for m in memories),
+        "full": full,
+        "memory": memories[0][3],
+    }
+
+
+def _shape(state: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int, ...]:
+    if name not in state or state[name].ndim != ndim:
+        found = f"has the shape {tuple(state[name].shape)}" if name in state else "is missing"
+        raise ValueError(f"{name} {found}; the workbench takes the library's default U-Net of today, of images")
+    return tuple(state[name].shape)
+
+
+def convert(state: Mapping[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """Weights by their names in `LucidrainsUNet`, of those by their names in the file, without prefixes."""
+    converted, last = {}, len(config["full"]) - 1
+    for name, tensor in state.items():
+        ours = name
+        for pattern, replacement in _OURS:
+            ours = re.sub(pattern, replacement.replace("{last}", str(last)), ours)
+        softmax = name == "mid_attn.mem_kv" or name.removesuffix("mem_kv") + "to_out.weight" in state
+        converted[ours] = tensor.mT.contiguous() if name.endswith("mem_kv") and softmax else tensor
+    return converted
+
+
+def predicted(betas: torch.Tensor, loss_weight: torch.Tensor) -> str | None:
+    """What a network predicts, in diffusers' words, by the weight of its loss at every timestep; None if unclear.
+
+    The weights are 1 for the noise, the signal-to-noise ratio r for x_0 and r / (r + 1) for v; a bound on r (min-SNR)
+    may change those above it.
+    """
+    ratio = torch.cumprod(1 - betas.double(), dim=0)
+    ratio = ratio / (1 - ratio)
+    noisy = (ratio > 0.01) & (ratio < 0.9)
+    expected = {"epsilon": torch.ones_like(ratio), "sample": ratio, "v_prediction": ratio / (ratio + 1)}
+    for name, weight in expected.items():
+        if noisy.any() and loss_weight.shape == ratio.shape:
+            if torch.allclose(loss_weight[noisy].double(), weight[noisy], rtol=1e-2):
+                return name
+    return None
