@@ -444,8 +444,8 @@ def make_model(
     return Model(name, split, schedule, hash_weights(unet), prediction, codec, text)
 
 
-def compile_blocks(model: Model, mode: str = "default") -> None:
-    """Compile the blocks, and compare passes with those of the network as it was; ValueError if they differ or fail.
+def compile_blocks(model: Model, mode: str = "default", *, n: int = 1) -> None:
+    """Compile the blocks, and compare passes of n samples with the plain network's; ValueError if they differ or fail.
 
     All outputs are compared at the end: a CUDA graph that overwrote one with the next would not pass.
     """
@@ -454,14 +454,14 @@ def compile_blocks(model: Model, mode: str = "default") -> None:
     assert (
         model.h_shape
     )  # kept from now on: it follows from a pass of tensors without values, not taken by the compiler
-    noise, t = initial_noise(range(4), model.x_shape).to(model.device), model.schedule.T // 2
+    noise, t = initial_noise(range(4 * n), model.x_shape).to(model.device).split(n), model.schedule.T // 2
     with torch.inference_mode():
-        expected = [model(x[None], t) for x in noise]
+        expected = [model(x, t) for x in noise]
         for block in model.unet.stages.blocks:
             block.forward = MethodType(_with_own_code(type(block).forward), block)
             block.compile(mode=mode, dynamic=False)
         try:
-            found = [model(x[None], t) for x in noise]
+            found = [model(x, t) for x in noise]
         except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
