@@ -280,7 +280,7 @@ def test_a_loop_of_diffusers_over_a_conditional_network_gives_the_same_images(ma
         unet = make_unet(num_class_embeds=4)
         model = wb.wrap(unet, scheduler, name="a", label=1, device="cpu")
     else:
-        unet = text_unet(kind)
+        unet = text_unet(**TEXT[kind])
         model = wb.wrap(unet, scheduler, name="a", condition=own, negative=other, guidance_scale=7.0, device="cpu")
     run = wb.sample(model, [3, 4], steps=3, eta=0.0, progress=False)
     x = run.x_T.clone()
