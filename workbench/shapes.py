@@ -1,4 +1,4 @@
-"""The form of images: channels, height and width, crops to them, and other numbers of channels. Without torch."""
+"""The form of images: channels, height and width, crops to them, other channels, and 8-bit values. Without torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
+
+FARTHEST = 10.0
+"""Images without values below 0 don't reach this."""
 
 
 def shape_of(size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -28,6 +31,14 @@ def shape_of(size: int | Sequence[int]) -> tuple[int, int, int]:
             f"size is {size}; give the side of a square, (height, width) or (channels, height, width), each 1 or more"
         )
     return tuple(map(int, shape))
+
+
+def eight_bit(lowest: float, highest: float) -> bool:
+    """Whether values from the lowest to the highest are of 8 bits: far beyond 1, and none below 0.
+
+    Images lie in [-1, 1], and those of a model that diverges far outside of it on both sides.
+    """
+    return lowest >= 0 and highest > FARTHEST
 
 
 def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -11,8 +11,9 @@ import pytest
 from workbench import paths
 from workbench.report.parameters import list_notebooks, notebook_parameters
 
-MOST_LINES, MOST_PARAMETERS = 20, 16
-PLAIN = re.compile(r"(int|float|str|bool|list|list\[(int|float|str|bool)\])")
+MOST_LINES, MOST_PARAMETERS = 20, 17
+PLAIN = re.compile(r"(int|float|str|bool|dict|list|list\[(int|float|str|bool)\])")
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict}
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 pytestmark = pytest.mark.parametrize("name", list_notebooks())
@@ -24,6 +25,11 @@ def read(name):
 
 def code_cells(name):
     return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def calls(name):
+    nodes = (node for cell in code_cells(name) for node in ast.walk(ast.parse(cell.source)))
+    return [node for node in nodes if isinstance(node, ast.Call)]
 
 
 def test_is_numbered_by_stage(name):
@@ -64,8 +70,24 @@ def test_every_parameter_is_plain_and_seen_by_papermill(name):
     assert list(found) == written
     assert {"model_name", "steps", "seed"} <= set(found)
     for parameter in found.values():
-        assert isinstance(parameter.default, dict(int=int, float=float, str=str, bool=bool).get(parameter.type, list))
+        assert isinstance(parameter.default, TYPES.get(parameter.type, list))
         assert parameter.help, f"{parameter.name} has no comment that says what it is"
+
+
+def test_takes_a_condition_and_passes_it_on(name):
+    """Otherwise a conditional model runs in no notebook."""
+    first, *_ = code_cells(name)
+    declared = [statement.target.id for statement in ast.parse(first.source).body]
+    assert declared[declared.index("model_name") + 1] == "condition"
+    loaded = [ast.unparse(call) for call in calls(name) if ast.unparse(call.func) == "wb.load_model"]
+    assert loaded == ["wb.load_model(model_name, **condition)"]
+
+
+def test_shows_and_judges_images_not_latents(name):
+    """x0 of a latent model is no image; classifiers and figures would take its first three channels for one."""
+    for call in calls(name):
+        if ast.unparse(call.func) in ("judge", "labeller", "judge.features", "wb.plots.image_grid"):
+            assert ".x0" not in ast.unparse(call)
 
 
 def test_cells_are_short_and_hold_no_machinery(name):

@@ -226,7 +226,7 @@ def test_overshoot_is_clamped(labeller, few):
     ("images", "message"),
     [
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\).*images\[None\]"),
-        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\)"),
+        (torch.zeros(2, 32, 32, 3), r"\(2, 32, 32, 3\)"),
         (torch.zeros(0, 3, 32, 32), "no images"),
         ([torch.zeros(3, 32, 32)], "are a list"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"uint8.*127\.5"),
@@ -237,6 +237,12 @@ def test_overshoot_is_clamped(labeller, few):
 def test_wrong_images_are_refused(labeller, images, message):
     with pytest.raises(ValueError, match=message):
         labeller(images)
+
+
+def test_samples_that_diverge_are_clamped(labeller):
+    """What a model gives that is hardly trained; values of 8 bits have none below 0."""
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pd.testing.assert_frame_equal(labeller(100 * noise), labeller((100 * noise).clamp(-1, 1)))
 
 
 # Sources

@@ -194,6 +194,16 @@ ARRIVES = {
         "workbench.studio.server.serve_studio",
         {"options": {**STUDIO, "device": None}, "port": 8, "theme": "dark"},
     ),
+    "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2": (
+        "workbench.studio.server.serve_studio",
+        {
+            "options": {
+                **STUDIO,
+                "device": None,
+                "condition": {"label": 3, "guidance_scale": 2.0, "negative_prompt": ""},
+            }
+        },
+    ),
     "run 10 -p n 512 -p tap=before -p images_name a=b -o x.ipynb": (
         "workbench.report.notebooks.run_notebook",
         {"name": "10", "parameters": {"n": 512, "tap": "before", "images_name": "a=b"}, "out": "x.ipynb"},
@@ -496,6 +506,10 @@ MISTAKES = [
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
     ("studio --directions .", "there is no direction in ."),
     ("edit nope.json", "there is no recipe nope.json"),
+    ("sample avataaars32 --prompt cat", "prompt is 'cat', and avataaars32 has no text encoder"),
+    ("sample avataaars32 --negative-prompt cat", "--negative-prompt"),
+    ("sample avataaars32 --label 3", "this network is unconditional"),
+    ("extract avataaars32 --tap inside", "tap 'inside' is not known; it is one of before, middle, after, down.0"),
     ("figure", "name a figure, or `all`"),
     ("figure haas-fig99", "there is no figure 'haas-fig99'"),
     ("run", "workbench run --list"),

@@ -16,6 +16,8 @@ from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.loading import load_model
+from workbench.diffusion.models import wrap
+from workbench.diffusion.schedule import NoiseSchedule
 from workbench.report import claims, figures, plots
 from workbench.report.facts import read_facts
 from workbench.report.parameters import notebook_parameters
@@ -192,6 +194,14 @@ def test_letters_stay_legible_at_the_width_of_a_column():
 
 
 # Records and claims
+
+
+def test_a_record_of_another_condition_is_of_another_source(tmp_path, make_unet):
+    model = wrap(make_unet(num_class_embeds=4), NoiseSchedule.linear(), name="m", device="cpu", label=1)
+    saved(folder=tmp_path, sources={"model": model})
+    assert figures.read_records(tmp_path, model=model)
+    for other in (model.conditioned(label=2), model.conditioned(label=1, negative=0, guidance_scale=2.0)):
+        assert not figures.read_records(tmp_path, model=other)
 
 
 def test_records_of_other_sources_are_left_out(tmp_path):

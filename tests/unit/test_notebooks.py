@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 from plotly import graph_objects as go
 
 from workbench import cli
+from workbench.diffusion.models import Model
 from workbench.io import commit
 from workbench.report import notebooks, pages, parameters, plots, running
 from workbench.report.plans import plan_sweep
@@ -103,6 +105,69 @@ class TestParameters:
             assert found == {key: value} and type(found[key]) is type(value)
 
 
+class TestCondition:
+    """The parameter that makes a model conditional: its keys have types, whatever a text looks like."""
+
+    @pytest.fixture
+    def read(self, home):
+        write_notebook(home / "notebooks" / "10_first.ipynb", parameters="condition: dict = {}  # of a model")
+        return lambda given: parameters.read_parameters("10", {"condition": given})["condition"]
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ("{prompt: a face}", {"prompt": "a face"}),
+            ("prompt: a face", {"prompt": "a face"}),
+            ("{prompt: 1984, negative_prompt: 007}", {"prompt": "1984", "negative_prompt": "007"}),
+            ("{prompt: 'a face, with {braces} and \\'}", {"prompt": "a face, with {braces} and \\"}),
+            ({"prompt": 'two\nlines of "it\'s"'}, {"prompt": 'two\nlines of "it\'s"'}),
+            ("{label: 3, negative: 0, guidance_scale: 2}", {"label": 3, "negative": 0, "guidance_scale": 2.0}),
+            ({"label": np.int64(3)}, {"label": 3}),
+            ({"label": "3"}, {"label": 3}),
+            ("{}", {}),
+            ("", {}),
+        ],
+    )
+    def test_is_read_by_its_keys(self, read, given, expected):
+        found = read(given)
+        assert found == expected
+        assert {key: type(value) for key, value in found.items()} == {k: type(v) for k, v in expected.items()}
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("{lable: 3}", r"'lable'; it takes prompt, .* \(did you mean label\?\)"),
+            ("{label: three}", "label .*'three'.*whole number"),
+            ({"label": 2.5}, "2.5"),
+            ({"label": True}, "True"),
+            ({"prompt": 3}, "prompt .* 3; it must be a text"),
+            ("[1]", r"'\[1\]'"),
+            ("a face", "'a face'"),
+            ({"guidance_scale": "nan"}, "'nan'"),
+        ],
+    )
+    def test_of_another_form_is_refused(self, read, given, message):
+        with pytest.raises(ValueError, match=message):
+            read(given)
+
+    def test_is_a_part_of_a_sweep_and_of_what_names_its_runs(self, home):
+        write_notebook(home / "notebooks" / "10_first.ipynb", parameters="condition: dict = {}")
+        plan = plan_sweep({"notebooks": 10, "matrix": {"condition": [{"label": "1"}, {"label": 2}]}})
+        assert [run.parameters for run in plan.runs] == [{"condition": {"label": label}} for label in (1, 2)]
+        assert len({run.key for run in plan.runs}) == 2
+
+    def test_takes_the_options_of_models_that_a_text_can_give(self):
+        known = inspect.signature(Model.conditioned).parameters
+        assert parameters._CONDITION.keys() == known.keys() - {"self", "condition"}
+
+    def test_reaches_the_notebook_as_it_is(self, home):
+        """papermill writes parameters as Python, and takes braces of paths for a format."""
+        write_notebook(home / "notebooks" / "10_first.ipynb", "print([condition])", parameters="condition: dict = {}")
+        given = {"prompt": 'it\'s {a} "b"\\ \n c', "guidance_scale": 2}
+        report = notebooks.run_notebook("10", {"condition": given}, progress=False)
+        assert str([given | {"guidance_scale": 2.0}]) in output_of(report.notebook)
+
+
 class TestSources:
     """What parameters name is looked at before a kernel starts, in the staged notebooks as they are."""
 
@@ -112,7 +177,6 @@ class TestSources:
             ("00", {"model_name": "nope"}, "model_name of 00_quickstart is 'nope': no model 'nope'"),
             ("00", {"model_name": "/nowhere/x.ckpt"}, "no model '/nowhere/x.ckpt'"),
             ("95", {"images_name": "nowhere"}, "there is no folder or zip nowhere"),
-            ("30", {"images_name": ""}, "images_name of 30_dynamics is empty"),
             ("00", {"model_name": "data/nope"}, "'data/nope' is neither a local folder"),
             ("90", {"image_path": "none.jpg"}, "there is no image none.jpg"),
             ("20", {"classifier_name": "nobody"}, "no classifier 'nobody'"),
@@ -130,6 +194,9 @@ class TestSources:
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
             ("85", {"other": "Long"}, "the images have no attribute Long"),
             ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
+            ("00", {"condition": {"label": 3}}, "condition of 00_.* model avataaars32: .*unconditional.* no label"),
+            ("95", {"condition": "{prompt: a face}"}, "condition of 95_.* no text"),
+            ("60", {"images_name": ""}, "images_name of 60_boundaries is empty"),
         ],
     )
     def test_are_refused_in_a_sentence(self, name, given, message):
@@ -141,12 +208,33 @@ class TestSources:
         [
             *((name, {}) for name in parameters.list_notebooks()),
             ("40", {"judge_name": ""}),
-            ("50", {"images_name": ""}),
+            *((name, {"images_name": ""}) for name in ("10", "30", "40", "50", "85")),
             ("00", {"model_name": "google/ddpm-celebahq-256"}),
         ],
     )
     def test_that_are_there_or_may_be_left_out_or_fetched_pass(self, name, given):
         assert parameters.check_parameters(name, given) == given
+
+    @pytest.mark.parametrize(
+        ("condition", "message"),
+        [
+            ({}, "conditioned on a label and none is given; give {label: 3}"),
+            ({"label": 4}, "label 4.*0 to 3"),
+            ({"label": 1, "prompt": "a face"}, "one of them"),
+            ({"prompt": "a face"}, "on a label, not on a text"),
+            ({"label": 1, "guidance_scale": 3.0}, "3.0.*negative"),
+            ({"label": 1}, None),
+            ({"label": 1, "negative": 2, "guidance_scale": 3.0}, None),
+        ],
+    )
+    def test_a_condition_is_the_model_s_own(self, tiny_folder, make_unet, condition, message):
+        make_unet(num_class_embeds=4).save_pretrained(tiny_folder / "unet")
+        given = {"model_name": str(tiny_folder), "condition": condition}
+        if message is None:
+            assert parameters.check_parameters("00", given) == given
+        else:
+            with pytest.raises(ValueError, match=message):
+                parameters.check_parameters("00", given)
 
     def test_a_judge_that_lacks_what_the_images_have_is_named_without_a_kernel(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(notebooks, "run_job", lambda *args, **options: pytest.fail("a kernel was started"))

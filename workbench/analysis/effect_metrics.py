@@ -144,21 +144,21 @@ def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, t
     Returns
     -------
     Estimate
+        NaN, of no samples, if every one has it already.
 
     Raises
     ------
     ValueError
-        If the attribute is not there, or every sample has it already.
+        If the attribute is not there.
     """
     _change(before, after, "this edit")
     if attribute not in before.columns:
         raise ValueError(f"there is no attribute {attribute!r}; the scores have {_listed(before)}")
     without = before[attribute].to_numpy() <= threshold
-    n = int(without.sum())
-    if n == 0:
-        raise ValueError(f"all {len(before)} samples have {attribute} already; edit some that don't")
+    if not without.any():
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
     share = float((after[attribute].to_numpy()[without] > threshold).mean())
-    return share_of(share, n)
+    return share_of(share, int(without.sum()))
 
 
 def monotonicity(scores: np.ndarray | pd.DataFrame, scales: Sequence[float]) -> np.ndarray:

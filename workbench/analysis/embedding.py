@@ -206,7 +206,7 @@ def _estimator(method: str, k: int, seed: int, neighbours: int, options: dict[st
 
 
 def _umap() -> Any:
-    """umap-learn, with what numba compiles of it (15 seconds' worth) kept on disk, beside the package, for next time."""
+    """umap-learn, with what numba compiles of it (15 seconds' worth) kept on disk beside the package."""
     umap = importlib.import_module("umap")  # takes seconds to import
     for name in ("umap_", "layouts", "utils", "distances"):
         module = importlib.import_module(f"umap.{name}")

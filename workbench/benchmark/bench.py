@@ -339,7 +339,7 @@ def _counted(model: Model) -> Iterator[list[int]]:
     passes = [0]
 
     def count(module, inputs, output) -> None:
-        passes[0] += len(output)
+        passes[0] += len(inputs[0])
 
     handle = model.unet.unet.mid_block.register_forward_hook(count)
     try:

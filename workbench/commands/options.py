@@ -208,6 +208,8 @@ class Condition:
     def condition(self) -> dict[str, object]:
         """Options of `wb.load_model`; none where nothing is given."""
         if self.prompt is None and self.label is None:
+            if self.negative_prompt or self.guidance_scale is not None:
+                raise ValueError("--negative-prompt and --guidance-scale need a --prompt beside them")
             return {}
         names = ("prompt", "negative_prompt", "guidance_scale", "label")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -13,9 +13,7 @@ from tqdm.auto import tqdm
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.images import warn_of_unit_range
 from workbench.diffusion.parallel import in_threads, split
-
-# Clipping is off when sampling, so images overshoot [-1, 1] and are clamped; 8-bit values reach far further.
-_MOST = 10.0
+from workbench.shapes import eight_bit
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,7 @@ class Classifier:
         ----------
         images : Tensor, ndarray or zarr array of shape (n, C, H, W), values in [-1, 1], or LabelledImages
             Of any size; networks for colours see grey images as colours, and of more channels the first three.
-            Overshoot (generated images go somewhat beyond the range) is clamped.
+            Values beyond the range, as generated images have them, are clamped.
         batch_size : int
             Images per pass.
         progress : bool
@@ -63,7 +61,7 @@ class Classifier:
         Raises
         ------
         ValueError
-            If the images are not floats of this shape and range.
+            If the images are not finite floats of this shape, or look like 8-bit values.
         """
         scores = self._collect(self._score, images, batch_size=batch_size, progress=progress)
         return self._table(self._to_probability(scores), images)
@@ -148,7 +146,7 @@ def _count(images) -> int:
         n = len(images)
     else:
         shape = tuple(getattr(images, "shape", ()))
-        if len(shape) != 4:
+        if len(shape) != 4 or shape[1] > max(3, shape[3]):  # channels last
             given = f"have shape {shape}" if shape else f"are a {type(images).__name__}"
             raise ValueError(
                 f"images {given}; give a Tensor or array of shape (n, C, H, W), or LabelledImages "
@@ -171,6 +169,6 @@ def _read(images, batch_size: int) -> Iterator[torch.Tensor]:
             raise ValueError(f"images are {batch.dtype}; give floats in [-1, 1], for 8-bit images x / 127.5 - 1")
         if not torch.isfinite(batch).all():
             raise ValueError(f"images {start} to {start + len(batch) - 1} hold NaN or infinite values")
-        if (most := batch.abs().max()) > _MOST:
+        if eight_bit(float(batch.min()), most := float(batch.max())):
             raise ValueError(f"images reach {most:g}; give values in [-1, 1], for 8-bit images x / 127.5 - 1")
         yield batch.float().clamp(-1, 1)

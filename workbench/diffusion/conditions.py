@@ -62,13 +62,18 @@ class Condition:
                         f"label {int(values)} is out of range; this network has 0 to {network.classes - 1}"
                     )
 
-    def provenance(self) -> dict:
-        """Identity of this condition in files."""
-        digest = hashlib.sha256()
+    @property
+    def hash(self) -> str:
+        """Content hash of the values and the scale of the guidance."""
+        digest = hashlib.sha256(str(self.guidance_scale).encode())
         for values in (self.values, self.negative):
             if values is not None:
                 digest.update(values.cpu().numpy().tobytes())
-        return {**self.about, "guidance_scale": self.guidance_scale, "hash": digest.hexdigest()[:16]}
+        return digest.hexdigest()[:16]
+
+    def provenance(self) -> dict:
+        """Identity of this condition in files."""
+        return {**self.about, "guidance_scale": self.guidance_scale, "hash": self.hash}
 
     def __str__(self) -> str:
         parts = [f"{name} {value!r}" for name, value in self.about.items() if value not in ("", None)]
@@ -80,6 +85,14 @@ def blank_condition(network: Stages) -> Condition:
     if network.conditioned_on == "label":
         return Condition(torch.tensor([0]))
     return Condition(torch.zeros(1, TOKENS, network.token_width))
+
+
+def check_options(network: Stages, *, prompt: str | None = None, negative_prompt: str = "", **options) -> None:
+    """Raise a ValueError unless a network takes these options of `Model.conditioned`; prompts are not read."""
+    if prompt is not None:
+        blank = torch.zeros(1, TOKENS, network.token_width or 1)
+        options |= {"tokens": blank, "negative": blank}
+    as_condition(**options).check(network)
 
 
 def as_condition(

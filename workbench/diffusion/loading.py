@@ -45,7 +45,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
@@ -74,9 +74,12 @@ def load_model(
         By default the best available: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
-    compile : bool, default False
+    compile : bool or "reduce-overhead", default False
         Compile the network's blocks (`torch.compile`); takes a minute or so for every new batch size and needs a C++
-        compiler on a CPU. For sampling, inversion and edits; Jacobians need an uncompiled model.
+        compiler on a CPU. "reduce-overhead" also records their calls as CUDA graphs, one for every batch size, which
+        saves most where the launches of kernels take longer than the kernels: small images, small batches. For
+        sampling, inversion and edits; Jacobians need an uncompiled model. Some passes are compared with the plain
+        network's.
     preset : str, optional
         For a single file: which published checkpoint it is. Not needed under the published file name, or if all other
         settings are given.
@@ -145,7 +148,7 @@ def load_model(
     if condition:
         model = model.conditioned(**condition)
     if compile:
-        compile_blocks(model)
+        compile_blocks(model, "default" if compile is True else compile)
     return model
 
 
@@ -302,9 +305,9 @@ def verify(model: Model, reference: str) -> float:
     if reference not in golden.EPS:
         raise ValueError(f"there are no reference values for {reference!r}; there are for {', '.join(golden.EPS)}")
     architecture = layouts.HUB[reference]
-    if model.image_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
-        raise ValueError(f"{model.name} has images of shape {model.image_shape}, unlike {reference}")
-    noise = golden.noise(model.image_shape).to(model.device)
+    if model.x_shape != (architecture.in_channels, architecture.image_size, architecture.image_size):
+        raise ValueError(f"{model.name} has x_t of shape {model.x_shape}, unlike {reference}")
+    noise = golden.noise(model.x_shape).to(model.device)
     with torch.inference_mode():
         eps = model(noise, golden.T)[0, 0, 0, : golden.COUNT].cpu()
     return float((eps - torch.tensor(golden.EPS[reference])).abs().max())

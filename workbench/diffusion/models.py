@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FunctionType, MethodType
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from diffusers import SchedulerMixin
 
 from workbench.diffusion.codec import Codec
 from workbench.diffusion.conditions import Condition, as_condition
+from workbench.diffusion.memory import free_memory
+from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import PREDICTIONS, NoiseSchedule
 from workbench.diffusion.text import TextEncoder
@@ -24,6 +27,9 @@ from workbench.io import one_of, provenance_mismatch
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILE_MODES = ("default", "reduce-overhead")
+COMPILE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative differences that fused kernels may make by rounding: of TF32 for float32, where a GPU uses it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,18 +148,32 @@ class Model:
         count_passes(len(bottleneck.h))
         return _joined(self._in_pieces(lambda rows: self._eps(bottleneck[rows]), bottleneck.h))
 
+    def undivided(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """eps_theta by the network's own forward pass instead of the parts that it is divided into, for comparison."""
+
+        def eps(rows: slice) -> torch.Tensor:
+            x, at = x_t[rows], _rows_of(t, rows)
+            return self._as_eps(self.unet.undivided(x, at), self._noisy(x, at))
+
+        return _joined(self._in_pieces(eps, x_t))
+
     def _encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
-        bottleneck = self.unet.encode(x_t, t)
-        if self.prediction == "epsilon":
-            return bottleneck
-        t = torch.as_tensor(t).cpu().expand(len(x_t))
-        alpha_bar = torch.from_numpy(self.schedule.alpha_bars[t.numpy()]).float().view(-1, 1, 1, 1)
-        return replace(bottleneck, noisy=(x_t, alpha_bar.to(x_t.device)))
+        return replace(self.unet.encode(x_t, t), noisy=self._noisy(x_t, t))
 
     def _eps(self, bottleneck: Bottleneck) -> torch.Tensor:
+        return self._as_eps(self.unet.decode(bottleneck), bottleneck.noisy)
+
+    def _noisy(self, x_t: torch.Tensor, t: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a prediction of v or x_0 becomes eps with: x_t, and alpha_bar."""
+        if self.prediction == "epsilon":
+            return None
+        t = torch.as_tensor(t).cpu().expand(len(x_t))
+        alpha_bar = torch.from_numpy(self.schedule.alpha_bars[t.numpy()]).float().view(-1, 1, 1, 1)
+        return x_t, alpha_bar.to(x_t.device)
+
+    def _as_eps(self, output: torch.Tensor, noisy: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """The network's prediction, whatever it predicts, as eps."""
-        output = self.unet.decode(bottleneck)
-        return output if bottleneck.noisy is None else PREDICTIONS[self.prediction](output, *bottleneck.noisy)
+        return output if noisy is None else PREDICTIONS[self.prediction](output, *noisy)
 
     def _in_pieces(self, function: Callable[[slice], T], x: torch.Tensor) -> list[T]:
         """`function` of pieces of the samples, on threads of a CPU; compiled code and derivatives have their own."""
@@ -264,7 +284,7 @@ class Model:
         with torch.inference_mode():
             self(torch.zeros(1, *self.x_shape, device=self.device), 0)
         one = torch.cuda.max_memory_allocated(self.device) - before
-        fits = int(0.7 * torch.cuda.mem_get_info(self.device)[0] / max(one, 1))
+        fits = int(0.7 * free_memory(self.device) / max(one, 1))
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
@@ -424,16 +444,46 @@ def make_model(
     return Model(name, split, schedule, hash_weights(unet), prediction, codec, text)
 
 
-def compile_blocks(model: Model) -> None:
-    """Compile the blocks and run a first pass, to raise compilation errors now."""
-    for block in model.unet.stages.blocks:
-        block.compile()
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, *model.x_shape, device=model.device), 0)
-    except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+def compile_blocks(model: Model, mode: str = "default", *, n: int = 1) -> None:
+    """Compile the blocks, and compare passes of n samples with the plain network's; ValueError if they differ or fail.
+
+    All outputs are compared at the end: a CUDA graph that overwrote one with the next would not pass.
+    """
+    one_of("compile", mode, COMPILE_MODES)
+    model = replace(model, unet=model.unet.blank())
+    assert (
+        model.h_shape
+    )  # kept from now on: it follows from a pass of tensors without values, not taken by the compiler
+    noise, t = initial_noise(range(4 * n), model.x_shape).to(model.device).split(n), model.schedule.T // 2
+    with torch.inference_mode():
+        expected = [model(x, t) for x in noise]
+        for block in model.unet.stages.blocks:
+            block.forward = MethodType(_with_own_code(type(block).forward), block)
+            block.compile(mode=mode, dynamic=False)
+        try:
+            found = [model(x, t) for x in noise]
+        except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+    expected, found = torch.cat(expected), torch.cat(found)
+    difference, norm = float((found - expected).norm()), float(expected.norm())
+    if not difference <= COMPILE_TOLERANCE[model.dtype] * norm:
+        raise ValueError(
+            f"compiled by the mode {mode!r}, {model.name} predicts noise that differs by {difference:.2g} from the "
+            f"plain network's, whose norm is {norm:.2g}; load it with compile=False"
+        )
+
+
+def _with_own_code(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own.
+
+    The compiler keeps eight versions of a code object, for the shapes of its inputs. Blocks of one class would share
+    them, and with a second size of batch the last blocks would not be compiled.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_compiled")
+    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
@@ -467,8 +517,8 @@ def best_device() -> torch.device:
 
 def find_device(device: str | torch.device | None) -> torch.device:
     """The requested device, if available; by default the best one."""
-    if device is None:
-        return best_device()
+    if device is None or (str(device) == "cuda" and torch.cuda.is_available()):
+        return best_device()  # of several GPUs, that of this process
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

@@ -70,6 +70,12 @@ class Stages:
         """Output of the network: prediction, and variance if it is learned; `skips` are what the stages left."""
         raise NotImplementedError
 
+    def whole(
+        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output of the network's own forward pass, which the stages in a row equal bit for bit."""
+        return self.module(x, t)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """(C, h, w) of every stage's output and of every skip connection, "skip.0" being the first that is made."""
@@ -178,6 +184,12 @@ class DiffusersStages(Stages):
         if unet.conv_norm_out is not None:
             x = unet.conv_act(unet.conv_norm_out(x))
         return unet.conv_out(x)
+
+    def whole(
+        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        given = {"text": {"encoder_hidden_states": tokens}, "label": {"class_labels": labels}, None: {}}
+        return self.module(x, t, **given[self.conditioned_on]).sample
 
     def mid_head(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """The mid block up to its last residual block."""

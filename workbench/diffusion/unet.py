@@ -223,6 +223,8 @@ class SplitUNet:
             If the network is conditional and has no condition.
         """
         parts, n = self.stages, len(x_t)
+        if x_t.is_cuda and self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may now reuse the outputs of the last pass
         with self.autocast():
             emb, context = self._embed(t, n), parts.context(self._given(n)[1])
             x, skips = parts.begin(_repeated(x_t, 2) if self._guided else x_t)
@@ -270,8 +272,20 @@ class SplitUNet:
                 x, skips = bottleneck.residual, (*skips[:k], x, *skips[k + 1 :])
             for stage in self._stages(self._first + (tap == "middle"), None):
                 x, skips = stage(x, skips, emb, context)
-            out = parts.finish(x, skips)[:, : self.x_shape[0]].float()
-        if bottleneck.guided is None:
+            out = parts.finish(x, skips)
+        return self._prediction(out)
+
+    def undivided(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """Output (n, C, H, W) of the network's own forward pass, which `decode` of `encode` equals bit for bit."""
+        rows, n = _repeated(x_t, 2) if self._guided else x_t, len(x_t)
+        with self.autocast():
+            out = self.stages.whole(rows, self._times(t, n), *self._given(n))
+        return self._prediction(out)
+
+    def _prediction(self, out: torch.Tensor) -> torch.Tensor:
+        """The network's output without a learned variance, and both passes combined."""
+        out = out[:, : self.x_shape[0]].float()
+        if not self._guided:
             return out
         conditional, plain = out[0::2], out[1::2]
         return plain + self.condition.guidance_scale * (conditional - plain)
@@ -284,11 +298,16 @@ class SplitUNet:
     def _guided(self) -> bool:
         return self.condition is not None and self.condition.guided
 
+    def _times(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        """Timesteps of n samples, one row a pass."""
+        # Filled on the device: a copy of a number would make a GPU's whole queue wait.
+        t = t.to(self.device) if torch.is_tensor(t) else torch.full((1,), t, device=self.device)
+        t = t.expand(n)
+        return _repeated(t, 2) if self._guided else t
+
     def _embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
         """Embedding for n samples, one row a pass."""
-        labels, tokens = self._given(n)
-        t = torch.as_tensor(t, device=self.device).expand(n)
-        return self.stages.embed(_repeated(t, 2) if self._guided else t, labels, tokens)
+        return self.stages.embed(self._times(t, n), *self._given(n))
 
     @property
     def _first(self) -> int:

@@ -163,7 +163,7 @@ class DeltaFunction:
                 total = torch.zeros(self.model.h_shape, dtype=torch.float64)
                 for batch in store.batches(t):
                     h = torch.from_numpy(batch).unflatten(1, self.model.h_shape).to(device)
-                    total += self(h, t).double().sum(0).cpu()
+                    total += self(h, t).cpu().double().sum(0)  # MPS has no float64
                 means.append(total / len(store))
         parameters = {"files": list(self.sources), "factors": [factor for factor, _ in self.terms], "n": len(store)}
         direction = Direction.from_delta(

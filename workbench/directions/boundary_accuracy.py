@@ -33,7 +33,7 @@ def accuracy_over_time(
     Parameters
     ----------
     model : Model
-        For the noise schedule.
+        For the noise schedule, and the latents of a latent model.
     store : HStore
         With x and images.
     labels : DataFrame or Series, values 0 or 1
@@ -56,14 +56,15 @@ def accuracy_over_time(
     table = table.to_frame() if isinstance(table, pd.Series) else table
     shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
     images = torch.from_numpy(store.images[:])
+    x0 = model.to_latents(images)
     options = {"method": method, "balance": balance, "cv": cv, "seed": seed}
     rows = _accuracies(images.numpy(), table, t=-1, samples="pixels", **options)
     for t in store.timesteps if timesteps is None else timesteps:
         x = store.at(t, space="x")
-        noise = normal(range(seed, seed + len(images)), images.shape[1:], stream=FORWARD, t=t)
+        noise = normal(range(seed, seed + len(x0)), model.x_shape, stream=FORWARD, t=t)
         rows += _accuracies(x, table, t=t, samples="x", **options)
         rows += _accuracies(store.at(t), table, t=t, samples="h", **options)
-        diffused = model.schedule.add_noise(images, noise, t).numpy()
+        diffused = model.schedule.add_noise(x0, noise, t).numpy()
         rows += _accuracies(diffused, table, t=t, samples="forward-diffused", **options)
         rows += _accuracies(x, shuffled, t=t, samples="random labels", **options)
     return pd.DataFrame(rows)

@@ -144,11 +144,13 @@ def matched_scale(
         If no measured scale reaches `success`; the message names the best.
     """
     rates = {s: r for s, r in effects.success(attribute, edit=edit, threshold=threshold).items() if s >= 0}
-    for scale, rate in rates.items():
-        if rate.value >= success:
-            return scale
     if not rates:
         raise ValueError(f"no scale of at least 0 was measured, only {', '.join(f'{s:g}' for s in effects.scales)}")
+    for scale, rate in rates.items():
+        if success == 0 or rate.value >= success:
+            return scale
+    if all(rate.n == 0 for rate in rates.values()):
+        raise ValueError(f"all samples have {attribute} already; edit some that don't")
     best = max(rates, key=lambda s: rates[s].value)
     raise ValueError(
         f"no measured scale gives {attribute} to {success:.0%} of the samples without it; the best is {best:g} with "

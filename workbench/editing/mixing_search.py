@@ -30,11 +30,12 @@ from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import (
     StepRecord,
     Trajectory,
-    batches,
     check_batch_size,
+    in_batches,
     progress_bar,
     replay,
     sample,
+    to_device,
 )
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary_fit import fit_boundary
@@ -257,10 +258,13 @@ def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance
     with progress_bar(len(run), len(visited), "predicting", show=running["progress"]) as bar, torch.inference_mode():
         for t in visited:
             predicted = torch.empty_like(run.x0)
-            for batch in batches(len(run), size):
-                x_t = run.x_at(t)[batch].to(model.device)
+
+            def predict(batch: slice, t=t, predicted=predicted) -> None:
+                x_t = to_device(run.x_at(t)[batch], model.device)
                 predicted[batch] = model.schedule.predict_x0(x_t, model(x_t, t), t).cpu()
                 bar.update(len(x_t))
+
+            size = in_batches(predict, len(run), size)
             errors.append(measure(model.to_images(predicted), run.images))
     return np.stack(errors)
 
@@ -417,7 +421,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
         return Trajectory(
             model=model,
             x_T=x.values[0],
-            x0=torch.from_numpy(source.images[:n]),
+            x0=model.to_latents(torch.from_numpy(source.images[:n])),
             timesteps=source.timesteps,
             etas=tuple(source.provenance["etas"]),
             seeds=None if source.seeds is None else source.seeds[:n],

@@ -22,6 +22,9 @@ from workbench.report.sources import check_sources, from_here
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _PLAIN = (str, bool, int, float, list, dict, type(None))
+_CONDITION = {"prompt": "str", "negative_prompt": "str", "label": "int", "negative": "int", "guidance_scale": "float"}
+"""What the parameter `condition` may hold, with its types: options of `Model.conditioned` that a text can give."""
+
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -99,8 +102,8 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
     name : str or Path
         As for `find_notebook`.
     given : mapping of str to value
-        Texts are read by the declared type; a list may be written "[-1, 0, 1]" or "-1,0,1". numpy scalars, arrays,
-        tuples and paths are converted.
+        Texts are read by the declared type; a list may be written "[-1, 0, 1]" or "-1,0,1", a condition
+        "{prompt: a face}". numpy scalars, arrays, tuples and paths are converted.
 
     Returns
     -------
@@ -118,6 +121,9 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
             raise ValueError(f"{notebook} has no parameter {key!r}; it takes {names}{suggestion(key, known)}")
         parameter = known[key]
         kind = parameter.type
+        if (key, kind) == ("condition", "dict"):
+            values[key] = _read_condition(value, notebook)
+            continue
         if kind == "list" and parameter.default and all(isinstance(item, str) for item in parameter.default):
             kind = "list[str]"
         try:
@@ -131,6 +137,27 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
                 f"parameter {key} of {notebook} is {value!r} ({type(value).__name__}); it must be {kind}"
             ) from None
     return values
+
+
+def _read_condition(given: object, notebook: str) -> dict[str, object]:
+    """A condition of a model with values of the types that its keys have."""
+    mapping = _from_text(given or "{}", "dict") if isinstance(given, str) else given
+    if not isinstance(mapping, Mapping):
+        raise ValueError(
+            f"parameter condition of {notebook} is {given!r}; it must be a mapping such as {{prompt: a face}} or "
+            "{label: 3}"
+        )
+    found = {}
+    for key, value in mapping.items():
+        if key not in _CONDITION:
+            about = f"it takes {', '.join(_CONDITION)}{suggestion(key, _CONDITION)}"
+            raise ValueError(f"condition of {notebook} has no {key!r}; {about}")
+        try:
+            found[key] = read_value(_plain(value), _CONDITION[key])
+        except _Unfit:
+            kind = {"str": "a text", "int": "a whole number", "float": "a number"}[_CONDITION[key]]
+            raise ValueError(f"{key} of the condition of {notebook} is {value!r}; it must be {kind}") from None
+    return found
 
 
 def check_parameters(

@@ -14,12 +14,10 @@ from matplotlib import style
 from PIL import Image
 
 from workbench.report.style import PALETTE, STYLE, Figure, add_caption, as_array, drawing, finite, labelled, words
-from workbench.shapes import with_channels
+from workbench.shapes import eight_bit, with_channels
 
 if TYPE_CHECKING:  # it imports torch, and reports begin without
     from workbench.editing.render import EditGrid
-
-_FARTHEST_VALUE = 10.0
 
 
 def image_grid(
@@ -37,7 +35,7 @@ def image_grid(
     ----------
     images : array or Tensor of shape (n, C, H, W) or (rows, columns, C, H, W), values in [-1, 1]
         Of 1 channel they are grey; of more than 3, the first three are colours (`with_channels`). Values outside of
-        [-1, 1], as noisy images have them, are clipped.
+        [-1, 1], as noisy images and samples that diverge have them, are clipped.
     columns : int, optional
         Images in a row, for the first shape; default: up to 8.
     titles : sequence of str, optional
@@ -55,7 +53,7 @@ def image_grid(
     Raises
     ------
     ValueError
-        If the images have another shape, are not finite, or are far outside of [-1, 1]; if the labels don't match.
+        If the images have another shape, are not finite, or look like 8-bit values; if the labels don't match.
     """
     images = as_array(images)
     if images.ndim == 5:
@@ -208,18 +206,18 @@ def to_pixels(images) -> np.ndarray:
 def pictures_of(images, name: str, n: int | None = None) -> np.ndarray:
     """uint8 pictures (n, H, W, 3) of images (n, C, H, W) in [-1, 1]."""
     images = as_array(images)
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"{name} has shape {images.shape}; it must be (n, C, H, W), at least one image")
+    if images.ndim != 4 or 0 in images.shape or images.shape[1] > max(3, images.shape[3]):
+        raise ValueError(
+            f"{name} has shape {images.shape}; it must be (n, C, H, W), channels first, at least one image"
+        )
     if n is not None and len(images) != n:
         raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image per point")
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name} is of type {images.dtype}; it must be floats in [-1, 1] (8 bits: x / 127.5 - 1)")
     finite(images, name)
     low, high = float(images.min()), float(images.max())
-    if max(-low, high) > _FARTHEST_VALUE:
-        # Images of 8 bits have no values below 0.
-        reason = "8 bits: x / 127.5 - 1" if 0 <= low and high <= 255 else "the samples diverge; clamp(-1, 1) shows them"
-        raise ValueError(f"{name} lies in [{low:.4g}, {high:.4g}]; values must be in [-1, 1] ({reason})")
+    if eight_bit(low, high):
+        raise ValueError(f"{name} lies in [{low:.4g}, {high:.4g}]; values must be in [-1, 1] (8 bits: x / 127.5 - 1)")
     scaled = np.clip(with_channels(images, 3).astype(np.float32) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     return scaled.transpose(0, 2, 3, 1)
 

@@ -55,7 +55,7 @@ def new_reader() -> Callable[[str, str], object]:
 
 
 def _read(function: str, name: str) -> object:
-    """Schedule of a model, labelled images, an image, or attributes of a classifier; None if only the kernel can."""
+    """Network and schedule of a model, images, an image, or attributes of a classifier; None if only the kernel can."""
     from workbench.datasets import classifiers, labelled
     from workbench.diffusion import loading
 
@@ -64,8 +64,7 @@ def _read(function: str, name: str) -> object:
     if function == "load_model":
         if remote or paths.local(name).is_file():
             return None
-        loading.load_shapes(name)
-        return loading.load_schedule(name)
+        return loading.load_shapes(name).stages, loading.load_schedule(name)
     if function == "load_classifier":
         return None if remote else classifiers.read_attributes(name)
     return (labelled.load_images if function == "load_images" else labelled.load_image)(name)
@@ -86,7 +85,10 @@ def check_sources(source: Path, values: Mapping[str, object], reader: Callable |
         except (ValueError, OSError, ImportError) as error:
             raise ValueError(f"{key} of {source.stem} is {values[key]!r}: {error}") from error
     if found.get("model_name") is not None:
-        _check_timesteps(source.stem, values, found["model_name"])
+        network, schedule = found["model_name"]
+        _check_timesteps(source.stem, values, schedule)
+        if "condition" in values:
+            _check_condition(source.stem, values, network)
     for function, arguments in calls:
         if function == "check_attributes" and arguments:
             _check_attributes(source.stem, values, arguments, found)
@@ -119,6 +121,19 @@ def _check_attributes(notebook: str, values: Mapping[str, object], arguments: li
     roles = [keyword.arg for keyword in keywords if isinstance(keyword, ast.keyword)]
     with naming(notebook):
         check_attributes(wanted, **{role: found.get(f"{role}_name") for role in roles})
+
+
+def _check_condition(notebook: str, values: Mapping[str, object], network) -> None:
+    """What the parameter `condition` holds must be what the model is conditioned on."""
+    from workbench.diffusion.conditions import check_options
+
+    kind = network.conditioned_on
+    with naming(f"condition of {notebook} for the model {values['model_name']}"):
+        if values["condition"]:
+            check_options(network, **values["condition"])
+        elif kind is not None:
+            example = "{prompt: a face}" if kind == "text" else "{label: 3}"
+            raise ValueError(f"this network is conditioned on a {kind} and none is given; give {example}, for example")
 
 
 def _check_timesteps(notebook: str, values: Mapping[str, object], schedule) -> None:

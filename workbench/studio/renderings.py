@@ -250,7 +250,7 @@ class Renderings:
         state: EditState | None = None,
         progress: Progress | None = None,
     ) -> Predictions:
-        """P_t, the predicted x_0, with and without the edit.
+        """P_t, the predicted image, with and without the edit.
 
         Parameters
         ----------
@@ -527,7 +527,7 @@ class Renderings:
 
     @torch.inference_mode()
     def _predict(self, run: Trajectory, positions: Sequence[int]) -> torch.Tensor:
-        """P_t of a run of one sample with its x_t, edited if the run is; (len(positions), C, H, W)."""
+        """P_t of a run of one sample with its x_t, edited if the run is, as images; (len(positions), C, H, W)."""
         predicted = []
         for i in positions:
             t, x_t = run.timesteps[i], run.x.values[i].to(self.model.device)
@@ -535,7 +535,7 @@ class Renderings:
             h = None if run.edit is None else run.edit.change(i, bottleneck.h, slice(None))
             eps = self.model.decode(bottleneck if h is None else bottleneck.with_h(h))
             predicted.append(self.model.schedule.predict_x0(x_t, eps, t).cpu())
-        return torch.cat(predicted)
+        return self.model.to_images(torch.cat(predicted))
 
 
 def _keep(cache: dict, key: tuple, value) -> None:
