@@ -7,14 +7,17 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
-from diffusers import DDPMScheduler, UNet2DModel
 
 import workbench as wb
 
+# torch and diffusers are imported where they are used: the process that only deals tests out to others needs neither.
 
-def random_unet(*, seed: int = 0, **config) -> UNet2DModel:
+
+def random_unet(*, seed: int = 0, **config):
     """An untrained U-Net of 8 x 8 pixels with a few thousand weights, the same for the same seed."""
+    import torch
+    from diffusers import UNet2DModel
+
     config = {
         "sample_size": 8,
         "block_out_channels": (8, 16),
@@ -39,6 +42,8 @@ def make_unet():
 @pytest.fixture(scope="session")
 def tiny():
     """A wrapped untrained network: everything but good images, in milliseconds."""
+    from diffusers import DDPMScheduler
+
     return wb.wrap(random_unet(), DDPMScheduler(), name="tiny", device="cpu")
 
 
@@ -51,6 +56,8 @@ def model():
 @pytest.fixture
 def tiny_folder(tmp_path):
     """The tiny network as a model folder with unet/ and scheduler/."""
+    from diffusers import DDPMScheduler
+
     folder = tmp_path / "tiny"
     random_unet().save_pretrained(folder / "unet")
     DDPMScheduler().save_pretrained(folder / "scheduler")

@@ -16,6 +16,7 @@ _FORMULAS = "() => [...document.querySelectorAll('math')].map((math) => math.get
 
 
 def check_report(
+    browser,
     html_path: Path,
     *,
     images: int,
@@ -29,6 +30,7 @@ def check_report(
 
     Parameters
     ----------
+    browser : playwright.sync_api.Browser
     html_path : Path
     images, plotly : int
         Static figures and plotly figures (those with thumbnails included) that it must show, exactly.
@@ -41,12 +43,10 @@ def check_report(
     patience : int
         Milliseconds to wait for a figure or a thumbnail to appear.
     """
-    from playwright.sync_api import TimeoutError, sync_playwright
+    from playwright.sync_api import TimeoutError
 
     requests, errors = [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(offline=True, viewport={"width": 1100, "height": 900})
+    with browser.new_context(offline=True, viewport={"width": 1100, "height": 900}) as context:
         page = context.new_page()
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -88,7 +88,6 @@ def check_report(
             assert width > 1, "the thumbnail on hover is empty"
             page.mouse.move(5, 5)
             plot.locator(".hover-thumbnail").wait_for(state="hidden", timeout=patience)
-        browser.close()
 
     outside = [url for url in requests if not url.startswith(("file:", "data:", "blob:", "about:"))]
     assert not outside, f"the report asks the network for {outside}"

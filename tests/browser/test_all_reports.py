@@ -25,6 +25,7 @@ from workbench.report.parameters import list_notebooks
 # Small, since nothing is concluded from these reports.
 NOTEBOOKS = {
     "20_geometry": {"attributes": [renamed("Smiling"), renamed("Long_Hair")]},
+    "25_spaces": {"attributes": [renamed("Long_Hair")], "taps": ["skip.1"], "scales": [2.0], "n_measured": 2},
     "30_dynamics": {
         "attributes": [renamed("Long_Hair"), renamed("Smiling")],
         "inversion_steps": [3, 5],
@@ -80,7 +81,7 @@ def made(tmp_path_factory):
         if source.name not in ("cache", "directions", "boundaries", "edits"):
             (home / "data" / source.name).symlink_to(source)
     (home / "notebooks").symlink_to(paths.notebooks())
-    common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 5}
+    common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 4}
     NOTEBOOKS["40_pca"]["figures"] = str(home / "reports" / "figures")  # of one notebook: drawing a file takes seconds
     (home / "profiles" / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +131,7 @@ def test_figures_are_saved_where_the_parameter_says(reports):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")
 @pytest.mark.parametrize("name", list_notebooks())
-def test_every_figure_of_the_notebook_is_on_the_page(reports, name):
+def test_every_figure_of_the_notebook_is_on_the_page(browser, reports, name):
     notebook = nbformat.read(reports / f"{name}.ipynb", as_version=4)
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
     with_thumbnails = [o.data["text/html"] for o in outputs if "hover-thumbnail" in o.data.get("text/html", "")]
@@ -141,7 +142,7 @@ def test_every_figure_of_the_notebook_is_on_the_page(reports, name):
     plotly = len(with_thumbnails) + sum("application/vnd.plotly.v1+json" in o.data for o in outputs)
     assert flat + plotly > 0
     formulas = sum(cell.source.count("$$") // 2 for cell in notebook.cells if cell.cell_type == "markdown")
-    check_report(reports / f"{name}.html", images=flat, plotly=plotly, hover=hover, formulas=formulas)
+    check_report(browser, reports / f"{name}.html", images=flat, plotly=plotly, hover=hover, formulas=formulas)
 
 
 def test_a_second_report_reuses_the_extractions_and_says_so(made):

@@ -50,8 +50,8 @@ def page(tmp_path_factory):
     return notebooks.run_notebook(folder / "every.ipynb", {"seed": 1}, out, progress=False).html
 
 
-def test_every_figure_and_formula_is_there(page):
-    check_report(page, images=2, plotly=3, hover=2, formulas=3, screenshot=page.with_suffix(".png"))
+def test_every_figure_and_formula_is_there(browser, page):
+    check_report(browser, page, images=2, plotly=3, hover=2, formulas=3, screenshot=page.with_suffix(".png"))
 
 
 def test_each_figure_is_stored_once(page):
@@ -73,8 +73,8 @@ def test_each_figure_is_stored_once(page):
         (lambda text: text.replace('graph.on("plotly_hover"', 'graph.on("plotly_never"'), "Timeout"),
     ],
 )
-def test_the_check_sees_what_is_missing(page, tmp_path, damage, message):
+def test_the_check_sees_what_is_missing(browser, page, tmp_path, damage, message):
     damaged = tmp_path / "damaged.html"
     damaged.write_text(damage(page.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(Exception, match=message):
-        check_report(damaged, images=2, plotly=3, hover=2, formulas=3, patience=2_000)
+        check_report(browser, damaged, images=2, plotly=3, hover=2, formulas=3, patience=2_000)

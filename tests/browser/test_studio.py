@@ -62,16 +62,6 @@ def answers(url: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-@pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
     """JupyterLab with 70_edit_studio open and run to its end."""
     folder = tmp_path_factory.mktemp("lab")

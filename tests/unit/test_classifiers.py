@@ -226,7 +226,7 @@ def test_overshoot_is_clamped(labeller, few):
     ("images", "message"),
     [
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\).*images\[None\]"),
-        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\)"),
+        (torch.zeros(2, 32, 32, 3), r"\(2, 32, 32, 3\)"),
         (torch.zeros(0, 3, 32, 32), "no images"),
         ([torch.zeros(3, 32, 32)], "are a list"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"uint8.*127\.5"),

@@ -132,7 +132,15 @@ def arrived(monkeypatch, target: str, words) -> dict[str, object]:
 
 CHAIN = "--steps 3 --eta 0.5 --batch-size 2"
 OWN = wb.TrainingSettings(size=16, widths=(16, 32), attention=(), head_channels=16, gamma=math.inf, flips=True)
-STUDIO = {"model": "m", "directions": ["a", "b"], "seeds": [2, 5], "steps": 50, "eta": 1.0, "classifier": ""}
+STUDIO = {
+    "model": "m",
+    "condition": {},
+    "directions": ["a", "b"],
+    "seeds": [2, 5],
+    "steps": 50,
+    "eta": 1.0,
+    "classifier": "",
+}
 ARRIVES = {
     f"sample TINY --seeds 0-2,7 {CHAIN}": (
         "workbench.sample",
@@ -185,6 +193,16 @@ ARRIVES = {
     "studio --model m --directions a b --seeds 2,5 --port 8 --theme dark": (
         "workbench.studio.server.serve_studio",
         {"options": {**STUDIO, "device": None}, "port": 8, "theme": "dark"},
+    ),
+    "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2": (
+        "workbench.studio.server.serve_studio",
+        {
+            "options": {
+                **STUDIO,
+                "device": None,
+                "condition": {"label": 3, "guidance_scale": 2.0, "negative_prompt": ""},
+            }
+        },
     ),
     "run 10 -p n 512 -p tap=before -p images_name a=b -o x.ipynb": (
         "workbench.report.notebooks.run_notebook",
@@ -481,6 +499,10 @@ MISTAKES = [
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
     ("studio --directions .", "there is no direction in ."),
     ("edit nope.json", "there is no recipe nope.json"),
+    ("sample avataaars32 --prompt cat", "prompt is 'cat', and avataaars32 has no text encoder"),
+    ("sample avataaars32 --negative-prompt cat", "--negative-prompt"),
+    ("sample avataaars32 --label 3", "this network is unconditional"),
+    ("extract avataaars32 --tap inside", "tap 'inside' is not known; it is one of before, middle, after, down.0"),
     ("figure", "name a figure, or `all`"),
     ("figure haas-fig99", "there is no figure 'haas-fig99'"),
     ("run", "workbench run --list"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 import zarr
 from diffusers import DDPMScheduler
 from PIL import Image
+from processes import start_process
 from zarr.storage import LocalStore
 
 import workbench as wb
@@ -273,40 +273,35 @@ def test_a_kill_right_after_the_store_appeared_loses_no_seeds(tiny, tmp_path, mo
     assert extract(tiny, 3, seed=7, out=tmp_path / "a.zarr").seeds == (7, 8, 9)
 
 
-STUCK = """
-import sys, time
-import workbench as wb
-from workbench.hspace import extract as extraction
+def extract_until_stuck(model: wb.Model, path: Path) -> None:
+    """In a process of its own: the third chunk is written and never noted as done."""
+    write = extraction.write_chunk
 
-write = extraction.write_chunk
+    def stuck(store, chunk, values):
+        if chunk < 2:
+            return write(store, chunk, values)
+        store.group["h"][4:6] = values["h"]
+        time.sleep(600)
 
-def stuck(store, chunk, values):
-    if chunk < 2:
-        return write(store, chunk, values)
-    store.group["h"][4:6] = values["h"]
-    time.sleep(600)
-
-extraction.write_chunk, extraction.CHUNK_BYTES = stuck, int(sys.argv[3])
-wb.extract(wb.load_model(sys.argv[1], device="cpu"), 11, steps=4, out=sys.argv[2], progress=False)
-"""
+    extraction.write_chunk = stuck
+    extract(model, 11, out=path)
 
 
-def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny_folder, tmp_path, small_chunks, monkeypatch):
+def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny, tmp_path, small_chunks, monkeypatch):
     """A real process and a real SIGKILL, while the third of six chunks is being written."""
-    model, path = wb.load_model(tiny_folder, device="cpu"), tmp_path / "a.zarr"
-    command = [sys.executable, "-c", STUCK, str(tiny_folder), str(path), str(extraction.CHUNK_BYTES)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    model, path = tiny, tmp_path / "a.zarr"
+    process = start_process(extract_until_stuck, model, path)
     try:
         deadline = time.monotonic() + 300
         while not (path / "h" / "c" / "2").exists():
-            assert process.poll() is None, process.stderr.read()
+            assert process.is_alive(), process.exitcode
             assert time.monotonic() < deadline, "the extraction did not get there in time"
             time.sleep(0.01)
         with pytest.raises(RuntimeError, match="another process is extracting to .*a.zarr; wait for it to end"):
             extract(model, 11, out=path)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert read_store(path).group["done"][:].tolist() == [1, 1, 0, 0, 0, 0]
 
     computed = []

@@ -130,25 +130,17 @@ def test_an_exact_round_trip_has_no_error(tiny):
     assert np.isinf(wb.sample(tiny, [0, 1], steps=3, progress=False).round_trip_error()).all()
 
 
-def test_the_bundled_model_reconstructs_held_out_images_better_with_steps_and_iterations(model):
-    held_out = wb.load_images("avataaars", size=32)[:2]
+def test_the_bundled_model_reconstructs_a_held_out_image_better_with_steps_and_iterations(model):
+    held_out = wb.load_images("avataaars", size=32)[:1]
 
-    def error(method, **options):
-        return wb.invert(model, held_out, method=method, progress=False, **options).round_trip_error().mean()
+    def psnr(method, **options):
+        return wb.invert(model, held_out, method=method, progress=False, **options).round_trip_error().item()
 
-    few, more = error("ddim", steps=12), error("ddim", steps=48)
-    once, often = (error("fixed-point", steps=12, iterations=n) for n in (1, 3))
+    few, more = psnr("ddim", steps=12), psnr("ddim", steps=48)
+    once, often = (psnr("fixed-point", steps=12, iterations=n) for n in (1, 3))
     assert few + 5 < more
-    assert few + 5 < once < often
-
-
-def test_the_bundled_model_reconstructs_held_out_images(model):
-    held_out = wb.load_images("avataaars", size=32)[:2]
-    for least, options in {
-        35: {"steps": 50, "method": "fixed-point", "iterations": 3},
-        38: {"steps": 5, "method": "edit-friendly"},
-    }.items():
-        assert wb.invert(model, held_out, progress=False, **options).round_trip_error().min() >= least
+    assert few + 5 < once < often and often >= 38
+    assert psnr("edit-friendly", steps=5) >= 38
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not KernelServer.possible(), reason="kernels are
 
 @pytest.fixture(scope="module")
 def server():
+    """One for all tests, since it imports for seconds; the last of them ends it."""
     with KernelServer(environment(1)) as server:
         yield server
 
@@ -56,8 +57,8 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_none_outlives_its_server(tmp_path):
-    with KernelServer(environment(1)) as server:
+def test_none_outlives_its_server(server, tmp_path):
+    with server:
         process = server.fork(["-f", str(tmp_path / "connection.json")], cwd=str(tmp_path), env=dict(os.environ))
         assert process.poll() is None and alive(process.pid)
     deadline = time.monotonic() + 30

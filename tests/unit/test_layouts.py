@@ -120,7 +120,7 @@ def test_an_original_network_computes_the_same_after_conversion(kind, tmp_path):
     check_same(wb.load_model(path, **options, device="cpu"), original, options["image_size"])
 
 
-def test_a_network_of_classes_computes_the_same_after_conversion(tmp_path):
+def test_a_class_conditional_network_computes_the_same_after_conversion(tmp_path):
     original = randomised(Guided(ch=32, classes=7, **GUIDED["P2's kind"]))
     path = save(original.state_dict(), tmp_path / "classes.pt")
     folder = wb.convert_checkpoint(path, tmp_path / "folder", **SIZES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from processes import start_process
 
 import workbench as wb
 from workbench.diffusion import parallel
@@ -50,8 +51,10 @@ def everything(model, folder) -> dict[str, torch.Tensor]:
     }
 
 
-def test_results_are_the_same_bits_for_any_number_of_threads(model, threads, tmp_path):
+def test_results_are_the_same_bits_for_any_number_of_threads(make_unet, threads, tmp_path):
     """Also where torch itself has another number of threads, which counts no more than theirs."""
+    model = wb.wrap(make_unet(sample_size=32), DDPMScheduler(), name="small", device="cpu")
+    assert len(split(8, model.image_shape)) > 1
     results = []
     for count, torchs in ((1, 1), (2, 1), (3, 2)):
         threads(count)
@@ -84,19 +87,17 @@ def test_the_pieces_run_on_several_threads_of_one_compute_thread_each(threads):
 
 def test_the_threads_of_the_users_process_stay_as_they_are(threads):
     """Those of the calling thread, and those of a thread that starts later."""
-    code = """
-import os, threading, torch
-from workbench.diffusion.parallel import in_threads
-torch.set_num_threads(3)
-os.environ["WORKBENCH_THREADS"] = "2"
-in_threads(lambda rows: torch.ones(4) @ torch.ones(4), [slice(0, 1), slice(1, 2)])
-seen = []
-later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-later.start(); later.join()
-print(torch.get_num_threads(), *seen)
-"""
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.split() == ["3", "3"]
+    threads(2)
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        in_threads(lambda rows: torch.ones(4) @ torch.ones(4), [slice(0, 1), slice(1, 2)])
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert [torch.get_num_threads(), *seen] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_pass_within_a_pass_waits_for_no_thread(threads):
@@ -122,20 +123,14 @@ def test_an_error_of_a_piece_is_the_errors_of_the_call(threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_has_threads_of_its_own():
-    code = """
-import os, torch
-from workbench.diffusion.parallel import in_threads
-os.environ["WORKBENCH_THREADS"] = "2"
-pieces = [slice(0, 1), slice(1, 2)]
-in_threads(lambda rows: rows.start, pieces)
-child = os.fork()
-if child == 0:
-    os._exit(in_threads(lambda rows: rows.start, pieces)[1])
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert output.stdout.split() == ["1"]
+def test_a_forked_process_has_threads_of_its_own(threads):
+    threads(2)
+    pieces = [slice(0, 1), slice(1, 2)]
+    in_threads(lambda rows: rows.start, pieces)
+    child = start_process(lambda: sys.exit(40 + in_threads(lambda rows: rows.start, pieces)[1]))
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 41
 
 
 def test_their_number_is_that_of_the_variable_else_torchs(monkeypatch, threads):

@@ -190,12 +190,13 @@ def test_no_function_is_left_in_the_table_that_there_is_no_more(calls):
 
 OTHER = set(
     "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter --profile --only --against "
-    "names".split()
+    "--prompt --negative-prompt --tap names".split()
 )
 COMMANDS = {
     "convert": "x.ckpt out",
     "verify": "MODEL",
     "sample": "MODEL",
+    "taps": "MODEL",
     "extract": "MODEL",
     "plan": "",
     "find pca": "MODEL",

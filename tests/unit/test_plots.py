@@ -91,7 +91,7 @@ class TestImageGrid:
         [
             (lambda x: x[0], "must be \\(n, C, H, W\\)"),
             (lambda x: x[:0], "at least one image"),
-            (lambda x: x.transpose(0, 2, 3, 1), "1 or 3 channels"),
+            (lambda x: x.transpose(0, 2, 3, 1), "channels first"),
             (lambda x: (x * 127.5 + 127.5).astype(np.uint8), "x / 127.5 - 1"),
             (lambda x: x * 127.5 + 127.5, "must be in \\[-1, 1\\] \\(8 bits: x / 127.5 - 1"),
             (lambda x: np.where(x == 1, np.nan, x), "NaN or infinite"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,9 @@ from pathlib import Path
 import pytest
 from notebook_files import output_of, write_notebook
 
+from workbench import cli
 from workbench.report import board, plans, reports
+from workbench.report.kernels import KernelServer
 from workbench.report.notebooks import NotebookFailed, run_job
 from workbench.report.plans import Plan, Run, content_key
 from workbench.report.running import Job
@@ -118,8 +119,9 @@ class TestProfile:
             reports.report("quick", jobs=0, progress=False)
 
 
-def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home):
-    """Each of the two ends only when the other has begun."""
+def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home, monkeypatch):
+    """Each of the two ends only when the other has begun; in kernels that start anew, as where there is no fork."""
+    monkeypatch.setattr(KernelServer, "possible", lambda: False)
     say = "\nimport os\nprint(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'], os.getcwd())"
     for name, other in (("10_a", "20_b"), ("20_b", "10_a")):
         write_notebook(home / "notebooks" / f"{name}.ipynb", WAITS.format(name=name, other=other) + say)
@@ -130,24 +132,30 @@ def test_notebooks_run_side_by_side_in_kernels_that_wait_asleep(home):
     assert second.name == "20_b" and os.getcwd() == here
 
 
-def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_with(home):
+def test_the_index_is_there_from_the_start_and_an_interrupted_report_is_gone_on_with(home, capsys):
     write_notebook(home / "notebooks" / "10_done.ipynb", "print(1)")
     write_notebook(home / "notebooks" / "20_hangs.ipynb", WAITS.format(name="begun", other="go on"))
     (home / "profiles" / "quick.yaml").write_text("timeout: 100")
-    code = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from workbench.cli import main\nsys.exit(main(['report', '--jobs', '1']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not (home / "data" / "begun").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(2.5)  # the page is renewed every two seconds
-    page = (home / "reports" / "index.html").read_text(encoding="utf-8")
+    index, pages = home / "reports" / "index.html", []
+
+    def interrupt():
+        deadline = time.monotonic() + 90
+        while not (home / "data" / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2.5)  # the page is renewed every two seconds
+        pages.append(index.read_text(encoding="utf-8"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        assert cli.main(["report", "--jobs", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said, (page,) = capsys.readouterr().err, pages
     assert 'http-equiv="refresh"' in page and "running: cell 3 of 3" in page and "1 complete, 1 to come" in page
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
     assert said.splitlines()[-1] == "workbench: interrupted" and "Traceback" not in said and "\r" not in said
-    page = (home / "reports" / "index.html").read_text(encoding="utf-8")
+    page = index.read_text(encoding="utf-8")
     assert "refresh" not in page and "20_hangs" not in page
     assert not list((home / "reports").glob(".20*")), "nothing half-written stays"
 

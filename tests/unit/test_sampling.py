@@ -335,7 +335,14 @@ def test_images_of_every_kind_are_inverted_alike(tiny, tmp_path):
     labelled = wb.load_images(tmp_path)
     tensor = torch.from_numpy(values[:, 1:9]).permute(0, 3, 1, 2) / 127.5 - 1
     plain = wb.invert(tiny, tensor, steps=2, progress=False).x_T
-    kinds = (labelled, pictures, list(tensor), tuple(tensor.split(1)), tensor.numpy(), [labelled[0], pictures[1]])
+    kinds = (
+        labelled,
+        pictures,
+        list(tensor),
+        tuple(tensor.split(1)),
+        tensor.numpy(),
+        [labelled.at_size(8)[0], pictures[1]],
+    )
     for images in kinds:
         torch.testing.assert_close(wb.invert(tiny, images, steps=2, progress=False).x_T, plain)
     torch.testing.assert_close(wb.invert(tiny, pictures[0], steps=2, progress=False).x_T, plain[:1])

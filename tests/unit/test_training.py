@@ -6,11 +6,11 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from filelock import FileLock
 from PIL import Image
+from processes import start_process
 from safetensors.torch import load_file
 
 import workbench as wb
@@ -67,37 +68,32 @@ def batches(n: int, shape=(1, 1, 1), **settings):
 
 # Resuming
 
-KILLED = """
-import sys, torch
-from workbench.diffusion import training
-torch.set_num_threads(1)
-settings = training.TrainingSettings(**eval(sys.argv[1]))
-training.train_model(torch.load(sys.argv[2]), settings, out=sys.argv[3], **eval(sys.argv[4]))
-"""
+
+def train_until_stuck(*arguments, **options) -> None:
+    """In a process of its own: it waits behind step 25, so that the kill comes in time on any machine."""
+    step = training._take_step
+    training._take_step = lambda run, *a, **k: time.sleep(600) if run.step >= 25 else step(run, *a, **k)
+    train_model(*arguments, **options)
 
 
 def test_a_training_that_was_killed_becomes_the_one_that_was_not(images, tmp_path):
     """With flips, dropout and cut skips, over several passes: order, noise, weights, average and log agree."""
     options = {**QUIET, "log_every": 10}
     settings = {**TINY, "steps": 40, "flips": True, "dropout": 0.1, "skips": 1, "ema": 0.9}
-    torch.save(images, tmp_path / "images.pt")
-    # It waits behind step 25, so that the kill comes in time on any machine.
-    waiting = "\nstep = training._take_step\ntraining._take_step = lambda run, *a, **k: "
-    waiting += "__import__('time').sleep(600) if run.step >= 25 else step(run, *a, **k)\n"
-    script = KILLED.replace("import training\n", f"import training{waiting}")
-    command = [sys.executable, "-c", script, str(settings), str(tmp_path / "images.pt"), str(tmp_path / "killed")]
-    process = subprocess.Popen([*command, str(options)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train = partial(train_until_stuck, images, TrainingSettings(**settings), out=tmp_path / "killed", **options)
+    # Beside CUDA, torch's backward can't run in a fork.
+    process = start_process(train, method="spawn" if torch.cuda.is_available() else "fork")
     config = tmp_path / "killed" / "training.json"
     while not config.is_file() or json.loads(config.read_text())["step"] < 20:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     reached = json.loads(config.read_text())["step"]
     assert 20 <= reached < 40
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         train_model(images, out=tmp_path / "killed", resume=True, **options)
         train_model(images, TrainingSettings(**settings), out=tmp_path / "whole", **options)
@@ -126,11 +122,20 @@ def test_a_kill_before_the_first_checkpoint_or_before_the_model_of_the_last_lose
     assert_same_training(out, trained)
 
 
+LAUNCHED = """
+import sys, torch
+from workbench.diffusion import training
+torch.set_num_threads(1)
+settings = training.TrainingSettings(**eval(sys.argv[1]))
+training.train_model(torch.load(sys.argv[2]), settings, out=sys.argv[3], **eval(sys.argv[4]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_model_that_one_does(images, tmp_path):
     """On a CPU without a word of accelerate's, as the README launches them."""
     torch.save(images, tmp_path / "images.pt")
-    (tmp_path / "train.py").write_text(KILLED)
+    (tmp_path / "train.py").write_text(LAUNCHED)
     settings = {**TINY, "steps": 20, "flips": True, "precision": "float32", "learning_rate": 3e-4}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "train.py", str(settings), "images.pt", "two", str({**QUIET, "previews": 1})]

@@ -202,8 +202,18 @@ def _estimator(method: str, k: int, seed: int, neighbours: int, options: dict[st
     if method == "tsne":
         barnes_hut = {"perplexity": neighbours, "init": "pca", "method": "barnes_hut" if k <= 3 else "exact"}
         return TSNE(**common | barnes_hut | options), "scikit-learn"
+    return _umap().UMAP(**common | {"n_neighbors": neighbours, "n_jobs": 1} | options), "umap-learn"
+
+
+def _umap() -> Any:
+    """umap-learn, with what numba compiles of it (15 seconds' worth) kept on disk beside the package."""
     umap = importlib.import_module("umap")  # takes seconds to import
-    return umap.UMAP(**common | {"n_neighbors": neighbours, "n_jobs": 1} | options), "umap-learn"
+    for name in ("umap_", "layouts", "utils", "distances"):
+        module = importlib.import_module(f"umap.{name}")
+        for function in vars(module).values():
+            if getattr(function, "__module__", "") == module.__name__ and hasattr(function, "enable_caching"):
+                function.enable_caching()
+    return umap
 
 
 def map_quality(

@@ -283,6 +283,7 @@ def boundary_edit(
 
 @command("studio", example="workbench studio --model avataaars32 --directions data/directions --seeds 0-7")
 def studio(
+    condition: opt.Condition,
     model: Annotated[str, Option(help="bundled name, diffusers folder, hub id or file")] = "avataaars32",
     directions: Annotated[list[str] | None, Option(metavar="PATH...", help="default: the model's own, or PCA")] = None,
     seeds: opt.Seeds = "0-7",
@@ -300,7 +301,14 @@ def studio(
     """
     from workbench.studio.server import serve_studio
 
-    settings = {"model": model, "directions": directions, "seeds": seeds, "steps": steps, "eta": eta}
+    settings = {
+        "model": model,
+        "condition": condition.condition,
+        "directions": directions,
+        "seeds": seeds,
+        "steps": steps,
+        "eta": eta,
+    }
     serve_studio(
         settings | {"classifier": classifier, "device": device},
         on_ready=lambda address: print(f"the studio is at\n  {address}\nuntil Ctrl-C", flush=True),
@@ -320,13 +328,12 @@ def edit(
     """Render a recipe saved in the studio."""
     import torch
 
-    from workbench.diffusion.loading import load_recorded
     from workbench.studio.recipe import read_recipe, result_of
     from workbench.studio.state import describe
 
     own = read_recipe(recipe)
     torch.set_num_threads(own["result"]["threads"])  # the number of threads affects the last bits
-    network = load_recorded(own["model"] | ({} if model is None else {"name": model}), device=device)
+    network = wb.load_model(model or own["model"]["name"], device=device).as_recorded(own["model"])
     scorer = wb.load_classifier(classifier, device=device) if classifier else None
     session = wb.open_recipe(recipe, model=network, classifier=scorer)
     rendering = session.render()
@@ -362,6 +369,7 @@ class Size:
 def benchmark(
     size: Size,
     labels: opt.Labels,
+    condition: opt.Condition,
     model: Annotated[str, Argument(help="bundled name, diffusers folder, hub id or checkpoint file")] = "avataaars32",
     quick: Annotated[bool, Option("--quick", help="few samples and three attributes: minutes, not hours")] = False,
     methods: Annotated[list[str] | None, Option(metavar="METHOD...", help="default: all registered methods")] = None,
@@ -390,7 +398,7 @@ def benchmark(
     if plugin is not None:
         runpy.run_path(str(paths.local(plugin)))
     labels_by, judged_by = (wb.load_classifier(each, device=device) for each in (labeller, judge))
-    network = wb.load_model(model, device=device)
+    network = wb.load_model(model, device=device, **condition.condition)
     usual = [name for name in judged_by.attributes if not quick or name in QUICK_ATTRIBUTES]
     attributes = attributes or usual or list(judged_by.attributes)
     check_attributes(attributes, judged_by.attributes)

@@ -27,7 +27,7 @@ def models():
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
     print("\nkinds of models that load, and how each was verified:")
     for row in KINDS:
-        print(f"{row['kind']:64s} {row['verified']}")
+        print(f"{row['kind']:86s} {row['verified']}")
     print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
     for row in known_models():
         channels, height, width = row["images"]
@@ -147,8 +147,8 @@ def plan(
     model: Annotated[str, Option(help="as for extract, or a public model not downloaded")] = "avataaars32",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
-    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: assume a share of its peak rate")] = None,
-    utilisation: Annotated[float | None, Option(help="share of the GPU's peak rate (default 0.25)")] = None,
+    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: its measured rate, or a share of its peak")] = None,
+    utilisation: Annotated[float | None, Option(help="assume this share of the GPU's peak rate")] = None,
     rate: Annotated[float | None, Option(help="measured passes per second of one process")] = None,
     precision: Annotated[Literal["float32", "bfloat16"], Option(help="precision of the network")] = "float32",
     processes: Annotated[int, Option(help="number of processes, one per GPU")] = 1,
@@ -166,7 +166,7 @@ def plan(
     from workbench.hspace import planning
 
     network = load_shapes(model)
-    on_gpu = gpu is not None or best_device().type != "cpu"
+    on_gpu = best_device().type != "cpu" if gpu is None else not gpu.lower().startswith("cpu")
     if rate is not None and not rate > 0:
         raise ValueError(f"--rate is {rate:g}; give passes a second")
     batch_size = batch_size or (64 if on_gpu else cpu_batch(planning.shapes_of(network)[0]))
@@ -174,9 +174,8 @@ def plan(
         # The rate is that of one process, not of all cores of this machine.
         flop_rate, source = (1 if on_gpu else processes) * rate * planning.count_flops(network), "as given"
     elif gpu is not None:
-        share = planning.UTILISATION if utilisation is None else utilisation
-        flop_rate = planning.peak_rate(gpu, dtype=precision, utilisation=share)
-        source = f"assumed: {share:.0%} of the peak of a {gpu.upper()} in {precision}"
+        options = {"flops": planning.count_flops(network), "dtype": precision, "utilisation": utilisation}
+        flop_rate, source = planning.card_rate(gpu, **options)
     else:
         own = wb.load_model("avataaars32", dtype=precision)
         passes = planning.measure_pass_rate(own, batch_size=min(batch_size, n, own.batch_size()))

@@ -193,9 +193,31 @@ class Labels:
         return wb.load_images(images, size=size, labels=self.labels, skip_broken=self.skip_broken)
 
 
-@dataclasses.dataclass
-class Network:
-    """A model, and the device and precision of its network."""
+@dataclasses.dataclass(kw_only=True)
+class Condition:
+    """What a conditional model is given."""
+
+    prompt: Annotated[str | None, Option(help="text, of a text-conditional model")] = None
+    negative_prompt: Annotated[str, Option(help="what guidance leads away from")] = ""
+    guidance_scale: Annotated[float | None, Option(help="of classifier-free guidance (default with a prompt: 7.5)")] = (
+        None
+    )
+    label: Annotated[int | None, Option(help="class, of a class-conditional model")] = None
+
+    @property
+    def condition(self) -> dict[str, object]:
+        """Options of `wb.load_model`; none where nothing is given."""
+        if self.prompt is None and self.label is None:
+            if self.negative_prompt or self.guidance_scale is not None:
+                raise ValueError("--negative-prompt and --guidance-scale need a --prompt beside them")
+            return {}
+        names = ("prompt", "negative_prompt", "guidance_scale", "label")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Network(Condition):
+    """A model, its condition, and the device and precision of its network."""
 
     model: ModelName
     device: Device = None
@@ -204,24 +226,15 @@ class Network:
     )
     compile: Annotated[bool, Option("--compile", help="compile the network (faster after a minute)")] = False
     batch_size: BatchSize = None
-    prompt: Annotated[str | None, Option(help="of a text-conditional model")] = None
-    negative_prompt: Annotated[str, Option(help="what guidance leads away from")] = ""
-    guidance_scale: Annotated[float | None, Option(help="of classifier-free guidance (default with a prompt: 7.5)")] = (
-        None
-    )
-    label: Annotated[int | None, Option(help="class of a class-conditional model")] = None
 
     def load(self, tap: str | None = None):
         wb.keep_freed_memory()  # this process is the command's own
-        given = {"prompt": self.prompt, "label": self.label}
-        condition = {name: value for name, value in given.items() if value is not None}
-        if condition:
-            condition |= {"negative_prompt": self.negative_prompt, "guidance_scale": self.guidance_scale}
-        model = wb.load_model(self.model, device=self.device, dtype=self.precision, compile=self.compile, **condition)
+        options = {"device": self.device, "dtype": self.precision, "compile": self.compile}
+        model = wb.load_model(self.model, **options, **self.condition)
         return model if tap is None else model.tapped(tap)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Sampling(Network):
     """A model, and the timesteps and eta of its sampling."""
 

@@ -19,17 +19,17 @@ def evaluate_classifier(
     Returns
     -------
     pandas.DataFrame
-        One row an attribute that is labelled, one level of columns a size that the images are shown at (default: their
-        own): n (labelled images), frequency (of 1), accuracy (share of images on the right side of .5) and ece
-        (expected calibration error).
+        One row an attribute that is labelled, one level of columns a size that the images are shown at, in pixels of
+        the shorter side (default: their own): n (labelled images), frequency (of 1), accuracy (share of images on the
+        right side of .5) and ece (expected calibration error).
     """
     known = [name for name in classifier.attributes if name in images.names]
     if not known:
         raise ValueError(f"the images are labelled with {', '.join(images.names) or 'nothing'}; {classifier} needs one")
     labels = images.labels[known]
     tables = {}
-    for size in sizes or (images.image_shape,):
-        probabilities = classifier(images.at_size(size), progress=progress)[known]
+    for size in sizes or (min(images.image_shape[1:]),):
+        probabilities = classifier(images.at_side(size), progress=progress)[known]
         right = ((probabilities > 0.5) == (labels > 0.5)).where(labels.notna())
         columns = {"n": labels.notna().sum(), "frequency": labels.mean(), "accuracy": right.mean().astype(float)}
         columns["ece"] = expected_calibration_error(calibration(probabilities, labels))

@@ -146,7 +146,7 @@ def _count(images) -> int:
         n = len(images)
     else:
         shape = tuple(getattr(images, "shape", ()))
-        if len(shape) != 4:
+        if len(shape) != 4 or shape[1] > max(3, shape[3]):  # channels last
             given = f"have shape {shape}" if shape else f"are a {type(images).__name__}"
             raise ValueError(
                 f"images {given}; give a Tensor or array of shape (n, C, H, W), or LabelledImages "

@@ -91,7 +91,7 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
             self.down_blocks.append(_Down(inner, inner, emb, attentions[i], down))
             end = _Residual(2 * inner, inner, emb) if i == 0 else None
             self.up_blocks.insert(0, _Up(inner + outer, outer, emb, attentions[i], up, end))
-        self.mid_block = _Mid(widths[-1], emb, (*attentions[-1][:3], True))
+        self.mid_block = _Mid(widths[-1], emb, (heads[-1], head_channels[-1], memory, True))
         self.conv_out = nn.Conv2d(widths[0], out_channels, 1)
 
     @property
@@ -163,6 +163,8 @@ class _Attention(nn.Module):
 
 
 class _Down(nn.Module):
+    """A level on the way down, which leaves two skip connections."""
+
     def __init__(self, inner: int, outer: int, emb: int, attention: tuple, resample: nn.Module) -> None:
         super().__init__()
         self.block1, self.block2 = _Residual(inner, outer, emb), _Residual(inner, outer, emb)
@@ -175,6 +177,8 @@ class _Down(nn.Module):
 
 
 class _Mid(nn.Module):
+    """The bottleneck, with softmax attention."""
+
     def __init__(self, channels: int, emb: int, attention: tuple) -> None:
         super().__init__()
         self.block1, self.block2 = _Residual(channels, channels, emb), _Residual(channels, channels, emb)
@@ -185,6 +189,8 @@ class _Mid(nn.Module):
 
 
 class _Up(_Down):
+    """A level on the way up, which takes two skip connections, and a third for the block at the network's end."""
+
     def __init__(self, inner: int, outer: int, emb: int, attention: tuple, resample: nn.Module, end) -> None:
         super().__init__(inner, outer, emb, attention, resample)
         self.end = end

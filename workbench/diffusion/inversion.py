@@ -13,7 +13,15 @@ from tqdm.auto import tqdm
 from workbench.diffusion.images import check_images
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, check_seeds, normal
-from workbench.diffusion.sampling import StepRecord, Trajectory, batches, check_batch_size, progress_bar, replay
+from workbench.diffusion.sampling import (
+    StepRecord,
+    Trajectory,
+    check_batch_size,
+    in_batches,
+    progress_bar,
+    replay,
+    to_device,
+)
 from workbench.diffusion.schedule import CLEAN
 from workbench.io import one_of
 
@@ -105,27 +113,30 @@ def invert(
         raise ValueError(
             'noise_repair is for "ddim" and "fixed-point"; an edit-friendly inversion has noise at every step'
         )
-    n, shape = len(images), (len(visited), len(images))
+    n = len(images)
     inverted = Trajectory(
         model=model,
         x_T=torch.empty_like(images),
         x0=images,
         timesteps=visited,
         etas=etas,
-        h=StepRecord(torch.empty(*shape, *model.h_shape), visited) if record_h else None,
-        x=StepRecord(torch.empty(*shape, *model.x_shape), visited) if record_x else None,
-        stored_noise=torch.zeros(*shape, *model.x_shape) if edit_friendly else None,
+        h=StepRecord.empty(model, visited, n, model.h_shape) if record_h else None,
+        x=StepRecord.empty(model, visited, n, model.x_shape) if record_x else None,
+        stored_noise=torch.zeros(len(visited), n, *model.x_shape) if edit_friendly else None,
         residual=torch.empty_like(images) if edit_friendly else None,
         batch_size=check_batch_size(batch_size, model, n),
     )
     seeds = check_seeds(range(seed, seed + n))
     with progress_bar(n, len(visited), "inverting", show=progress) as bar, torch.inference_mode():
-        for batch in batches(n, inverted.batch_size):
+
+        def fill(batch: slice) -> None:
             if edit_friendly:
                 _fill_edit_friendly(inverted, batch, seeds[batch], bar)
             else:
                 repair = seeds[batch] if noise_repair else None
                 _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, level, repair, bar)
+
+        inverted = replace(inverted, batch_size=in_batches(fill, n, inverted.batch_size))
     if residual and not edit_friendly:
         inverted = replace(inverted, residual=images - replay(inverted, progress=progress).x0)
     return inverted
@@ -137,37 +148,38 @@ def _fill_ddim(
     """Invert the images of a batch by DDIM backwards, from clean to noisy."""
     model, h, x = inverted.model, inverted.h, inverted.x
     pairs = model.schedule.pairs(inverted.timesteps)
-    x_t = inverted.x0[batch].to(model.device)
+    x_t = to_device(inverted.x0[batch], model.device)
     steps = list(enumerate(pairs))
     if repair is not None:
         i, (t, _) = steps.pop()
         x_t = model.schedule.add_noise(x_t, _forward_noise(model, repair, t), t)
         if x is not None:
-            x.values[i, batch] = x_t.cpu()
+            x.put(i, batch, x_t)
         bar.update(batch.stop - batch.start)
     for i, (t, t_prev) in reversed(steps):
         if level == "current" or h is not None:
             bottleneck = model.encode(x_t, max(t_prev, 0))
         if h is not None and t_prev != CLEAN:
-            h.values[i + 1, batch] = bottleneck.h.cpu()
+            h.put(i + 1, batch, bottleneck.h)
         eps = model.decode(bottleneck) if level == "current" else model(x_t, t)
         x_prev, x_t = x_t, _ddim_inverse(model, x_t, eps, (t, t_prev))
         for _ in range(iterations):
             x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
         if x is not None:
-            x.values[i, batch] = x_t.cpu()
+            x.put(i, batch, x_t)
         bar.update(batch.stop - batch.start)
     if h is not None:
-        h.values[0, batch] = model.encode(x_t, pairs[0][0]).h.cpu()
+        h.put(0, batch, model.encode(x_t, pairs[0][0]).h)
     inverted.x_T[batch] = x_t.cpu()
 
 
 def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int], bar: tqdm) -> None:
     """Find the step noises of a batch, from noisy to clean."""
-    model, schedule, x0 = inverted.model, inverted.model.schedule, inverted.x0[batch]
+    model, schedule = inverted.model, inverted.model.schedule
+    x0 = to_device(inverted.x0[batch], model.device)
 
     def forward(t: int) -> torch.Tensor:
-        return schedule.add_noise(x0.to(model.device), _forward_noise(model, seeds, t), t)
+        return schedule.add_noise(x0, _forward_noise(model, seeds, t), t)
 
     x_t = forward(inverted.timesteps[0])
     inverted.x_T[batch] = x_t.cpu()
@@ -175,9 +187,9 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
         bottleneck, eta = model.encode(x_t, t), inverted.etas[i]
         eps, z = model.decode(bottleneck), None
         if inverted.h is not None:
-            inverted.h.values[i, batch] = bottleneck.h.cpu()
+            inverted.h.put(i, batch, bottleneck.h)
         if inverted.x is not None:
-            inverted.x.values[i, batch] = x_t.cpu()
+            inverted.x.put(i, batch, x_t)
         sigma = schedule.sigma(t, t_prev, eta)
         if sigma > 0.0:
             mu = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=torch.zeros_like(x_t))
@@ -185,11 +197,11 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
             inverted.stored_noise[i, batch] = z.cpu()
         x_t = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=z)
         bar.update(batch.stop - batch.start)
-    inverted.residual[batch] = x0 - x_t.cpu()
+    inverted.residual[batch] = (x0 - x_t).cpu()
 
 
 def _forward_noise(model: Model, seeds: Sequence[int], t: int) -> torch.Tensor:
-    return normal(seeds, model.x_shape, stream=FORWARD, t=t).to(model.device)
+    return to_device(normal(seeds, model.x_shape, stream=FORWARD, t=t), model.device)
 
 
 def _ddim_inverse(model: Model, x_prev: torch.Tensor, eps: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:

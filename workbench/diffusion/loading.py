@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     preset: str | None = None,
     image_size: int | None = None,
     head_channels: int | None = None,
@@ -74,9 +74,12 @@ def load_model(
         By default the best available: CUDA, then MPS, then CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Precision of the network's arithmetic, by default float32. Weights and outputs stay float32.
-    compile : bool, default False
+    compile : bool or "reduce-overhead", default False
         Compile the network's blocks (`torch.compile`); takes a minute or so for every new batch size and needs a C++
-        compiler on a CPU. For sampling, inversion and edits; Jacobians need an uncompiled model.
+        compiler on a CPU. "reduce-overhead" also records their calls as CUDA graphs, one for every batch size, which
+        saves most where the launches of kernels take longer than the kernels: small images, small batches. For
+        sampling, inversion and edits; Jacobians need an uncompiled model. Some passes are compared with the plain
+        network's.
     preset : str, optional
         For a single file: which published checkpoint it is. Not needed under the published file name, or if all other
         settings are given.
@@ -145,19 +148,8 @@ def load_model(
     if condition:
         model = model.conditioned(**condition)
     if compile:
-        compile_blocks(model)
+        compile_blocks(model, "default" if compile is True else compile)
     return model
-
-
-def load_recorded(about: Mapping, **options: str | torch.device | None) -> Model:
-    """The model that a file names in its provenance, at the same tap and with the same condition.
-
-    `options` are as of `load_model`. ValueError if its condition was a tensor, of which only a hash is recorded.
-    """
-    condition = {name: value for name, value in about.get("condition", {}).items() if name != "hash"}
-    if set(condition) == {"guidance_scale"}:
-        raise ValueError(f"{about['name']} was conditioned on a tensor, which no file keeps; give the model")
-    return load_model(about["name"], **options, **condition).tapped(about["tap"])
 
 
 def load_shapes(source: str | Path) -> SplitUNet:

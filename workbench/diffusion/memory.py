@@ -86,7 +86,8 @@ def estimate_memory(network: SplitUNet) -> MemoryNeed:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; those of the machine where the device has none of its own."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for reuse
+        return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
 
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FunctionType, MethodType
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from diffusers import SchedulerMixin
 
 from workbench.diffusion.codec import Codec
 from workbench.diffusion.conditions import Condition, as_condition
+from workbench.diffusion.memory import free_memory
+from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.parallel import count_passes, cpu_batch, in_threads, split, threads_each
 from workbench.diffusion.schedule import PREDICTIONS, NoiseSchedule
 from workbench.diffusion.text import TextEncoder
@@ -24,6 +27,9 @@ from workbench.io import one_of, provenance_mismatch
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILE_MODES = ("default", "reduce-overhead")
+COMPILE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative differences that fused kernels may make by rounding: of TF32 for float32, where a GPU uses it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +237,21 @@ class Model:
         )
         return replace(self, unet=self.unet.at(condition=given))
 
+    def as_recorded(self, provenance: dict) -> Model:
+        """This model at the tap of a provenance and with its condition.
+
+        Raises
+        ------
+        ValueError
+            If the condition was a tensor of tokens, which a provenance does not hold.
+        """
+        model, recorded = self.tapped(provenance["tap"]), dict(provenance.get("condition") or {})
+        if recorded.pop("hash", None) is None:
+            return model
+        if not recorded.keys() & {"prompt", "label"}:
+            raise ValueError(f"{self.name} was conditioned on tokens that no file holds; give the model, conditioned")
+        return model.conditioned(**recorded)
+
     def to_images(self, x0: torch.Tensor) -> torch.Tensor:
         """Images of x_0: decoded from the latents of a latent model, or x_0 itself.
 
@@ -263,7 +284,7 @@ class Model:
         with torch.inference_mode():
             self(torch.zeros(1, *self.x_shape, device=self.device), 0)
         one = torch.cuda.max_memory_allocated(self.device) - before
-        fits = int(0.7 * torch.cuda.mem_get_info(self.device)[0] / max(one, 1))
+        fits = int(0.7 * free_memory(self.device) / max(one, 1))
         return 2 ** max(0, min(fits, 256).bit_length() - 1)
 
     def provenance(self) -> dict:
@@ -423,16 +444,46 @@ def make_model(
     return Model(name, split, schedule, hash_weights(unet), prediction, codec, text)
 
 
-def compile_blocks(model: Model) -> None:
-    """Compile the blocks and run a first pass, to raise compilation errors now."""
-    for block in model.unet.stages.blocks:
-        block.compile()
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, *model.x_shape, device=model.device), 0)
-    except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+def compile_blocks(model: Model, mode: str = "default", *, n: int = 1) -> None:
+    """Compile the blocks, and compare passes of n samples with the plain network's; ValueError if they differ or fail.
+
+    All outputs are compared at the end: a CUDA graph that overwrote one with the next would not pass.
+    """
+    one_of("compile", mode, COMPILE_MODES)
+    model = replace(model, unet=model.unet.blank())
+    assert (
+        model.h_shape
+    )  # kept from now on: it follows from a pass of tensors without values, not taken by the compiler
+    noise, t = initial_noise(range(4 * n), model.x_shape).to(model.device).split(n), model.schedule.T // 2
+    with torch.inference_mode():
+        expected = [model(x, t) for x in noise]
+        for block in model.unet.stages.blocks:
+            block.forward = MethodType(_with_own_code(type(block).forward), block)
+            block.compile(mode=mode, dynamic=False)
+        try:
+            found = [model(x, t) for x in noise]
+        except Exception as error:  # of many kinds: the compiler's own, and those of the tools that it calls
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{model.name} can't be compiled here ({reason}); load it with compile=False") from error
+    expected, found = torch.cat(expected), torch.cat(found)
+    difference, norm = float((found - expected).norm()), float(expected.norm())
+    if not difference <= COMPILE_TOLERANCE[model.dtype] * norm:
+        raise ValueError(
+            f"compiled by the mode {mode!r}, {model.name} predicts noise that differs by {difference:.2g} from the "
+            f"plain network's, whose norm is {norm:.2g}; load it with compile=False"
+        )
+
+
+def _with_own_code(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own.
+
+    The compiler keeps eight versions of a code object, for the shapes of its inputs. Blocks of one class would share
+    them, and with a second size of batch the last blocks would not be compiled.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_compiled")
+    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
@@ -466,8 +517,8 @@ def best_device() -> torch.device:
 
 def find_device(device: str | torch.device | None) -> torch.device:
     """The requested device, if available; by default the best one."""
-    if device is None:
-        return best_device()
+    if device is None or (str(device) == "cuda" and torch.cuda.is_available()):
+        return best_device()  # of several GPUs, that of this process
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

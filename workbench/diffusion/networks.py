@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
 from workbench.diffusion.schedule import PREDICTIONS
-from workbench.formats.layouts import LINEAR, noise_schedule
+from workbench.formats.layouts import FEWEST, noise_schedule
 from workbench.io import one_of
 from workbench.shapes import shape_of
 
@@ -205,8 +205,9 @@ def first_unet(settings: TrainingSettings) -> tuple[UNet2DModel, DDPMScheduler]:
 
 def _scheduler_of(model: Model) -> DDPMScheduler:
     """The noise schedule and the kind of prediction of a model, as diffusers has them."""
-    schedule, T, betas = model.schedule, model.schedule.T, LINEAR
-    if T != 1000 or not np.allclose(DDPMScheduler(**LINEAR).alphas_cumprod, schedule.alpha_bars, rtol=1e-4):
+    schedule, T = model.schedule, model.schedule.T
+    betas = noise_schedule(T=max(T, FEWEST))
+    if T < FEWEST or not np.allclose(DDPMScheduler(**betas).alphas_cumprod, schedule.alpha_bars, rtol=1e-4):
         ratios = schedule.alpha_bars / np.append(1.0, schedule.alpha_bars[:-1])
         betas = {"num_train_timesteps": T, "trained_betas": (1 - ratios).tolist()}
     spacing = {"timestep_spacing": schedule.spacing, "steps_offset": schedule.offset}

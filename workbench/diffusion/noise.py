@@ -14,8 +14,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from workbench.diffusion.parallel import in_threads
+
 X_T, STEP, FORWARD = 0, 1, 2
 """Streams: initial noise, step noise, noise of the forward process."""
+
+LARGE = 2**19
+"""Values from which a draw is split over threads: one alone is slower than a GPU at 256 pixels."""
 
 
 def check_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
@@ -56,10 +61,17 @@ def normal(seeds: Sequence[int], shape: Sequence[int], *, stream: int, t: int = 
     Tensor of shape (len(seeds), *shape), float32, on the CPU
     """
     draws = np.empty((len(seeds), *shape), dtype=np.float32)
-    for row, seed in zip(draws, seeds, strict=True):
-        # The third word of the counter: no draw ever counts far enough to reach another timestep's block.
-        generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, t, 0]))
-        generator.standard_normal(dtype=np.float32, out=row)
+
+    def fill(rows: slice) -> None:
+        for row, seed in zip(draws[rows], seeds[rows], strict=True):
+            # The third word of the counter: no draw ever counts far enough to reach another timestep's block.
+            generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, t, 0]))
+            generator.standard_normal(dtype=np.float32, out=row)
+
+    if draws.size < LARGE:
+        fill(slice(None))
+    else:
+        in_threads(fill, [slice(i, i + 1) for i in range(len(seeds))])
     return torch.from_numpy(draws)
 
 

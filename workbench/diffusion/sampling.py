@@ -7,6 +7,7 @@ slicing or resuming a run keeps the same images.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,16 @@ class StepRecord:
 
     values: torch.Tensor
     timesteps: tuple[int, ...]
+
+    @classmethod
+    def empty(cls, model: Model, timesteps: Sequence[int], n: int, shape: Sequence[int]) -> StepRecord:
+        """A record to fill by `put`. A GPU writes into its pinned memory while it computes the next step."""
+        pinned = model.device.type == "cuda"
+        return cls(torch.empty(len(timesteps), n, *shape, pin_memory=pinned), tuple(timesteps))
+
+    def put(self, i: int, samples: slice, values: torch.Tensor) -> None:
+        """Record step `i` of some samples. Complete once the caller has copied a later result from the device."""
+        self.values[i, samples].copy_(values, non_blocking=self.values.is_pinned())
 
     def at(self, t: int) -> np.ndarray:
         """The samples at timestep `t`, flattened.
@@ -474,38 +485,32 @@ def _run(
     """Carry out a trajectory in batches, all of it or its first `stop` steps."""
     model, n, device = plan.model, len(plan), plan.model.device
     pairs = model.schedule.pairs(plan.timesteps)[:stop]
-    x0 = torch.empty_like(plan.x_T)
-    # Out of pinned memory a GPU writes a step's record while it computes the next; x0 is copied last and waits for all.
-    memory = {"pin_memory": device.type == "cuda"}
-    h = torch.empty(len(pairs), n, *model.h_shape, **memory) if record_h else None
-    x = torch.empty(len(pairs), n, *model.x_shape, **memory) if record_x else None
+    x0, visited = torch.empty_like(plan.x_T), plan.timesteps[: len(pairs)]
+    h = StepRecord.empty(model, visited, n, model.h_shape) if record_h else None
+    x = StepRecord.empty(model, visited, n, model.x_shape) if record_x else None
     with progress_bar(n, len(pairs), "sampling", show=progress) as bar, torch.inference_mode():
-        for batch in batches(n, plan.batch_size):
 
-            def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor, batch=batch) -> None:
+        def run(batch: slice) -> None:
+            def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor) -> None:
                 if h is not None:
-                    h[i, batch].copy_(h_t, non_blocking=True)
+                    h.put(i, batch, h_t)
                 if x is not None:
-                    x[i, batch].copy_(x_t, non_blocking=True)
+                    x.put(i, batch, x_t)
                 bar.update(batch.stop - batch.start)
 
             x0[batch] = denoise(
                 model,
-                plan.x_T[batch].to(device),
+                to_device(plan.x_T[batch], device),
                 pairs=pairs,
                 etas=plan.etas[: len(pairs)],
-                noise=lambda i, b=batch: plan.noise_at(i, b).to(device),
-                edit_h=None if plan.edit is None else lambda i, h_t, b=batch: plan.edit.change(i, h_t, b),
+                noise=lambda i: to_device(plan.noise_at(i, batch), device),
+                edit_h=None if plan.edit is None else lambda i, h_t: plan.edit.change(i, h_t, batch),
                 asymmetric=plan.edit is not None and plan.edit.asymmetric,
                 on_step=on_step,
             ).cpu()
-    visited = plan.timesteps[: len(pairs)]
-    return replace(
-        plan,
-        x0=x0,
-        h=None if h is None else StepRecord(h, visited),
-        x=None if x is None else StepRecord(x, visited),
-    )
+
+        size = in_batches(run, n, plan.batch_size)
+    return replace(plan, x0=x0, h=h, x=x, batch_size=size)
 
 
 def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> Injection:
@@ -533,6 +538,31 @@ def check_batch_size(batch_size: int | None, model: Model, n: int) -> int:
 def batches(n: int, size: int) -> list[slice]:
     """0..n-1 in slices of at most `size`."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def in_batches(function: Callable[[slice], None], n: int, size: int) -> int:
+    """Call `function` with 0..n-1 in batches of `size`, halved as often as the memory of the device is too small.
+
+    After a halving all batches run again, so that they have one size: the returned one, at which a replay is exact.
+    """
+    fits = size
+    while True:
+        try:
+            for batch in batches(n, fits):
+                function(batch)
+            return fits
+        except torch.OutOfMemoryError:
+            if fits == 1:
+                raise
+        if fits == size:
+            text = f"the device's memory is too small for batches of {size}; they are halved until they fit"
+            warnings.warn(f"{text} (batch_size= chooses a smaller number from the start)", stacklevel=4)
+        fits = math.ceil(min(fits, n) / 2)
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device; from pinned memory, so that a GPU goes on computing while it is made."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def progress_bar(n: int, steps: float, verb: str, *, show: bool | tqdm) -> contextlib.AbstractContextManager[tqdm]:

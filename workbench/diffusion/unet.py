@@ -200,6 +200,10 @@ class SplitUNet:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        """Embedding of the timestep, and of a class, for n samples; shape (n, E)."""
+        return self._embed(t, n)[:: 2 if self._guided else 1]
+
     def encode(self, x_t: torch.Tensor, t: int | torch.Tensor) -> Bottleneck:
         """Run the network up to the tap.
 
@@ -218,13 +222,12 @@ class SplitUNet:
         ValueError
             If the network is conditional and has no condition.
         """
-        parts, (labels, tokens) = self.stages, self._given(len(x_t))
-        guided = self._guided
-        rows = _repeated(x_t, 2) if guided else x_t
-        t = torch.as_tensor(t, device=self.device).expand(len(x_t))
+        parts, n = self.stages, len(x_t)
+        if x_t.is_cuda and self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may now reuse the outputs of the last pass
         with self.autocast():
-            emb, context = parts.embed(_repeated(t, 2) if guided else t, labels, tokens), parts.context(tokens)
-            x, skips = parts.begin(rows)
+            emb, context = self._embed(t, n), parts.context(self._given(n)[1])
+            x, skips = parts.begin(_repeated(x_t, 2) if self._guided else x_t)
             for stage in self._stages(0, self._first):
                 x, skips = stage(x, skips, emb, context)
             residual = None
@@ -234,7 +237,7 @@ class SplitUNet:
             elif self.tap.startswith("skip."):
                 residual, x = x, skips[int(self.tap.removeprefix("skip."))]
         h = x.float()
-        if not guided:
+        if not self._guided:
             return Bottleneck(h, skips, emb, self.tap, residual)
         both = _in_format_of(h, h[0::2]), _in_format_of(h, h[1::2])
         return Bottleneck(both[0].clone(), skips, emb, self.tap, residual, guided=both)
@@ -273,11 +276,10 @@ class SplitUNet:
         return self._prediction(out)
 
     def undivided(self, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
-        """The network's own forward pass, which `decode` of `encode` equals to the bit; shape (n, C, H, W), float32."""
-        rows = _repeated(x_t, 2) if self._guided else x_t
-        t = torch.as_tensor(t, device=self.device).expand(len(x_t))
+        """Output (n, C, H, W) of the network's own forward pass, which `decode` of `encode` equals bit for bit."""
+        rows, n = _repeated(x_t, 2) if self._guided else x_t, len(x_t)
         with self.autocast():
-            out = self.stages.whole(rows, _repeated(t, 2) if self._guided else t, *self._given(len(x_t)))
+            out = self.stages.whole(rows, self._times(t, n), *self._given(n))
         return self._prediction(out)
 
     def _prediction(self, out: torch.Tensor) -> torch.Tensor:
@@ -295,6 +297,17 @@ class SplitUNet:
     @property
     def _guided(self) -> bool:
         return self.condition is not None and self.condition.guided
+
+    def _times(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        """Timesteps of n samples, one row a pass."""
+        # Filled on the device: a copy of a number would make a GPU's whole queue wait.
+        t = t.to(self.device) if torch.is_tensor(t) else torch.full((1,), t, device=self.device)
+        t = t.expand(n)
+        return _repeated(t, 2) if self._guided else t
+
+    def _embed(self, t: int | torch.Tensor, n: int) -> torch.Tensor:
+        """Embedding for n samples, one row a pass."""
+        return self.stages.embed(self._times(t, n), *self._given(n))
 
     @property
     def _first(self) -> int:

@@ -163,7 +163,7 @@ class DeltaFunction:
                 total = torch.zeros(self.model.h_shape, dtype=torch.float64)
                 for batch in store.batches(t):
                     h = torch.from_numpy(batch).unflatten(1, self.model.h_shape).to(device)
-                    total += self(h, t).double().sum(0).cpu()
+                    total += self(h, t).cpu().double().sum(0)  # MPS has no float64
                 means.append(total / len(store))
         parameters = {"files": list(self.sources), "factors": [factor for factor, _ in self.terms], "n": len(store)}
         direction = Direction.from_delta(
@@ -229,7 +229,8 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     except ValueError as error:
         raise ValueError(f"{path} holds no DeltaBlock of Asyrp: {error}") from error
     taken = tuple(block.get_submodule(_KINDS[block.kind][1]).weight.shape)
-    given = model.h_shape[0], model.unet.unet.time_embedding.linear_2.out_features
+    with torch.no_grad():
+        given = model.h_shape[0], model.unet.embed(0, 1).shape[1]
     if taken != given:
         raise ValueError(
             f"{path} takes h of {taken[0]} channels and an embedding of {taken[1]}; {model.name} has {given[0]} and "

@@ -104,7 +104,7 @@ class Direction:
         -------
         Direction
         """
-        delta = torch.as_tensor(delta).double()
+        delta = torch.as_tensor(delta).cpu().double()
         length = delta.flatten(1).norm(dim=1)
         unit = delta / torch.where(length > 0, length, 1.0).view(-1, 1, 1, 1)
         return cls(unit, length, tuple(timesteps), name, provenance, extras or {})

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
-from workbench.diffusion.sampling import Injection, Trajectory, batches
+from workbench.diffusion.sampling import Injection, Trajectory, in_batches, to_device
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary, change_of, move_jointly, random_boundary
 from workbench.directions.direction import finite
@@ -244,10 +244,14 @@ class Cross(Edit):
         if not self._boundaries["h"] and self.h_policy != "stale":
             return None
         model, (_, t_h) = run.model, self._timesteps(run)
-        x_t = run.x_at(t_h)
+        x_t, h = run.x_at(t_h), torch.empty(len(run), *model.h_shape)
+
+        def encode(batch: slice) -> None:
+            h[batch] = model.encode(to_device(x_t[batch], model.device), t_h).h.cpu()
+
         with torch.inference_mode():
-            parts = batches(len(run), model.batch_size())
-            return torch.cat([model.encode(x_t[part].to(model.device), t_h).h.cpu() for part in parts])
+            in_batches(encode, len(run), model.batch_size())
+        return h
 
     def _moved(self, z: torch.Tensor, space: str, to: np.ndarray) -> torch.Tensor:
         """Samples (n, ...) moved to distances (n, m)."""

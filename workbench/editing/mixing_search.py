@@ -25,16 +25,17 @@ from workbench.analysis.mixing_criteria import (
 from workbench.analysis.samples import check_classes, matched
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.inversion import invert
-from workbench.diffusion.loading import load_recorded
+from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import (
     StepRecord,
     Trajectory,
-    batches,
     check_batch_size,
+    in_batches,
     progress_bar,
     replay,
     sample,
+    to_device,
 )
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary_fit import fit_boundary
@@ -257,10 +258,13 @@ def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance
     with progress_bar(len(run), len(visited), "predicting", show=running["progress"]) as bar, torch.inference_mode():
         for t in visited:
             predicted = torch.empty_like(run.x0)
-            for batch in batches(len(run), size):
-                x_t = run.x_at(t)[batch].to(model.device)
+
+            def predict(batch: slice, t=t, predicted=predicted) -> None:
+                x_t = to_device(run.x_at(t)[batch], model.device)
                 predicted[batch] = model.schedule.predict_x0(x_t, model(x_t, t), t).cpu()
                 bar.update(len(x_t))
+
+            size = in_batches(predict, len(run), size)
             errors.append(measure(model.to_images(predicted), run.images))
     return np.stack(errors)
 
@@ -399,7 +403,7 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
     wanted = source.provenance["model"]
     if model is None:
         try:
-            model = load_recorded(wanted)
+            model = load_model(wanted["name"]).as_recorded(wanted)
         except FileNotFoundError as error:
             raise ValueError(f"the store's model {wanted['name']!r} is not here; give it with model=") from error
     refuse_other_model("the store", wanted, model.provenance(), tap=False, remedy="give its own model with model=")

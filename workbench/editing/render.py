@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import (
     Trajectory,
-    batches,
     check_batch_size,
     check_residual,
     denoise,
+    in_batches,
     progress_bar,
     replay,
+    to_device,
 )
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
@@ -152,11 +153,14 @@ def run_plans(
     size = check_batch_size(batch_size, run.model, len(cells))
     with cells_bar(run, plans, progress) as bar:
         for group in groups.values():
-            for batch in batches(len(group), size):
+
+            def edit_cells(batch: slice, group=group) -> None:
                 e, s, c = (torch.tensor(column) for column in zip(*group[batch], strict=True))
                 images[e, s, c] = _run_cells([(plans[i][j], k) for i, k, j in group[batch]], bar)
                 if residual:
                     images[e, s, c] += run.residual[s]
+
+            size = in_batches(edit_cells, len(group), size)
         if run.seeds is None and not residual and any(plan is run for row in plans for plan in row):
             plain = replay(run, progress=bar).x0
             for e, row in enumerate(plans):
@@ -191,7 +195,7 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
         for rows in sources.values():
             different, inverse = torch.unique(samples[rows], return_inverse=True)
             z[rows] = cells[rows[0]][0].noise_at(i, different)[inverse]
-        return z.to(model.device)
+        return to_device(z, model.device)
 
     def edit_h(i: int, h: torch.Tensor) -> torch.Tensor | None:
         edited = None
@@ -206,7 +210,7 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
     with torch.inference_mode():
         return denoise(
             model,
-            torch.stack([each.x_T[sample] for each, sample in cells]).to(model.device),
+            to_device(torch.stack([each.x_T[sample] for each, sample in cells]), model.device),
             pairs=model.schedule.pairs(plan.timesteps) if plan.timesteps else [],  # none: an edit of the image itself
             etas=plan.etas,
             noise=noise,

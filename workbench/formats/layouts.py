@@ -40,6 +40,8 @@ GROUPS = 32
 """Groups of every normalisation, fixed in both code bases."""
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
+FEWEST = 21
+"""Timesteps that a schedule has at least: with fewer, the linear one's betas reach 1."""
 
 
 def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = False) -> dict:
@@ -58,7 +60,7 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
         noise levels.
     """
     one_of("schedule", name, SCHEDULES)
-    least = 1000 if rescaled else 21  # with fewer, the linear schedule's betas reach 1
+    least = 1000 if rescaled else FEWEST
     if not isinstance(T, int) or T < least or (rescaled and T % 1000):
         raise ValueError(f"timesteps is {T}; give {'a multiple of 1000' if rescaled else f'{least} or more'}")
     settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}

@@ -65,10 +65,7 @@ def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, *
     full = tuple(f"downs.{i}.2.to_out.weight" in state for i in range(levels))
     # (2, heads, head channels, number); the last two are the other way round in softmax attention.
     memories = [_shape(state, f"downs.{i}.2.mem_kv", 4) for i in range(levels)]
-    _, heads, channels, numbers = zip(
-        *((*m[:2], *(reversed(m[2:]) if softmax else m[2:])) for m, softmax in zip(memories, full, strict=True)),
-        strict=True,
-    )
+    memories = [(*m[:2], m[3], m[2]) if softmax else m for m, softmax in zip(memories, full, strict=True)]
     size = 1 << (levels - 1)
     if image_size < 1 or image_size % size:
         raise ValueError(f"image_size is {image_size}; a network of {levels} levels takes multiples of {size}")
@@ -79,10 +76,10 @@ def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, *
         "out_channels": outputs,
         "time_channels": time[1],
         "widths": (first[0], *(_shape(state, f"ups.{i}.0.block1.proj.weight", 4)[0] for i in reversed(range(levels)))),
-        "heads": heads,
-        "head_channels": channels,
+        "heads": tuple(m[1] for m in memories),
+        "head_channels": tuple(m[2] for m in memories),
         "full": full,
-        "memory": numbers[0],
+        "memory": memories[0][3],
     }
 
 

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import textwrap
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,9 @@ from workbench.io import code_hash, locked, one_of
 CHUNK_BYTES = 2**28
 """Upper bound of the h of one chunk of samples in memory (float32)."""
 
+WRITERS = {"cpu": 1, "cuda": 3, "mps": 1}
+"""Chunks that are written at once. A GPU can compute one in less time than a thread takes to write it."""
+
 PATIENCE = 60.0
 """Seconds to wait for another process's extraction before saying so."""
 
@@ -60,8 +64,8 @@ def extract(
     """Record h_t of many samples at every visited timestep, on disk.
 
     A repeated call with the same inputs returns the finished store at once; an interrupted call, even a killed one,
-    resumes and repeats at most two chunks of samples. Memory does not grow with n: a chunk is written while the next is
-    computed, so memory holds at most two.
+    resumes and repeats only the chunks in memory. Memory does not grow with n: a chunk is written while the next is
+    computed, so memory holds at most two; beside a CUDA device three are written at once, and memory holds four.
 
     Processes launched together (`accelerate launch`, `torchrun`) share the work: each writes its own chunks, and all
     return the finished store, identical to that of a single process. A different number of processes may resume it.
@@ -124,7 +128,8 @@ def extract(
         origin = {"images": {"fingerprint": fingerprint(source), "n": len(source)}}
         eta = 0.0
     count = len(seeds) if source is None else len(source)
-    check_batch_size(batch_size, model, count)
+    if batch_size is not None:
+        check_batch_size(batch_size, model, count)
     timesteps = model.schedule.timesteps(steps)
     provenance = {
         "workbench": __version__,
@@ -197,26 +202,29 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks
     ranks.wait()  # all have seen the same list before the first of them shortens it
     mine = todo[ranks.rank :: ranks.count]
     others = n - sum(rows.stop - rows.start for rows in mine)
-    options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"], "batch_size": batch_size}
+    options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"]}
+    options["batch_size"] = check_batch_size(batch_size, model, n)
+    workers = WRITERS.get(model.device.type, 1)
     verb = "extracting" if ranks.count == 1 else f"extracting, process 1 of {ranks.count}"
     with (
         progress_bar(n, len(timesteps), verb, show=progress and ranks.first) as bar,
-        ThreadPoolExecutor(1, "writer") as writer,
+        ThreadPoolExecutor(workers, "writer") as writers,
     ):
         bar.update(others * len(timesteps))
-        last = None
+        writing: deque[Future] = deque()
         for rows in mine:
             if source is None:
                 run = sample(model, seeds[rows], eta=provenance["etas"], progress=bar, **options)
             else:
                 part = source[rows] if torch.is_tensor(source) else source.select(rows)
                 run = invert(model, part, progress=bar, **options)
+            options["batch_size"] = run.batch_size  # smaller than asked for where the device's memory is
             values = {name: _value(run, name) for name in ("h", "x", "x0", "x_T") if name in store.group}
-            if last is not None:
-                last.result()
-            last = writer.submit(write_chunk, store, rows.start // size, values)
-        if last is not None:
-            last.result()
+            if len(writing) == workers:
+                writing.popleft().result()
+            writing.append(writers.submit(write_chunk, store, rows.start // size, values))
+        for each in writing:
+            each.result()
     ranks.wait()
     return open_store(path)
 

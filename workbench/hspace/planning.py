@@ -1,15 +1,17 @@
 """The cost of an extraction, before it is started: disk, memory, passes and hours.
 
 Sizes follow from shapes and are exact or bounds. Time is passes x FLOPs / rate, with a rate that is measured here, or,
-for a GPU that is not here, assumed: a share of the maker's peak.
+for a GPU that is not here, comes from a table: measured elsewhere, or a share of the maker's peak.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,26 +19,17 @@ from workbench.diffusion.memory import estimate_memory
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.unet import SplitUNet
-from workbench.hspace.extract import chunk_size
+from workbench.hspace.extract import WRITERS, chunk_size
 from workbench.hspace.store import DTYPES
 from workbench.io import duration, one_of
 
-GPUS = {
-    "h200": (494.0, 989.0),
-    "h100": (494.0, 989.0),
-    "a100": (156.0, 312.0),
-    "l40s": (183.0, 362.0),
-    "l4": (60.0, 121.0),
-    "rtx4090": (82.6, 165.0),
-    "rtx3090": (35.6, 71.0),
-    "v100": (15.7, 15.7),
-    "t4": (8.1, 8.1),
-}
-"""Peak TFLOP/s of dense products by the makers' data sheets: as float32 networks run (TF32 where there is such), and in
-bfloat16 (float32 where there is none)."""
+RATES = Path(__file__).with_name("rates.csv")
+"""Table of cards: peaks of dense products by the makers' data sheets (for float32, of TF32 where there is such; for
+bfloat16, of float32 where there is none), and rates that networks reached, in the rows that `tests/gpu/run.sh` writes.
+The names of CPUs begin with "cpu"."""
 
 UTILISATION = 0.25
-"""Share of the peak that a U-Net of convolutions is assumed to reach."""
+"""Share of the peak that a U-Net of convolutions is assumed to reach while none is measured."""
 
 LIBRARIES = 0.7 * 2**30
 """Bytes of a process with torch, diffusers and Zarr in it (measured)."""
@@ -116,7 +109,7 @@ def plan_extraction(
     n, steps, processes, batch_size, dtype, record_x
         As of `extract`.
     flop_rate : float
-        Floating-point operations a second: of one of the GPUs (`peak_rate`), or of all cores.
+        Floating-point operations a second: of one of the GPUs (`card_rate`), or of all cores.
     source : str
         Where that rate comes from, in words.
     on_gpu : bool
@@ -132,8 +125,10 @@ def plan_extraction(
     chunk = chunk_size(h, image, steps=steps, n=n, record_x=record_x)
     need = estimate_memory(network)
     on_device = need.weights + batch_size * need.activations
-    # A chunk is recorded in float32 while the last one is converted and written.
-    buffers = chunk * int(values) * (4 + 4 + np.dtype(dtype).itemsize)
+    # A chunk is recorded in float32 while others are converted and written; pinned memory comes in powers of two.
+    writers, record = WRITERS["cuda" if on_gpu else "cpu"], 4 * chunk * int(values)
+    recorded = 2 ** (record - 1).bit_length() if on_gpu else record
+    buffers = (1 + writers) * recorded + writers * record * np.dtype(dtype).itemsize // 4
     flops = count_flops(network)
     return Plan(
         n=n,
@@ -164,12 +159,34 @@ def count_flops(network: SplitUNet) -> int:
     return counter.get_total_flops()
 
 
-def peak_rate(gpu: str, *, dtype: str = "float32", utilisation: float = UTILISATION) -> float:
-    """Floating-point operations a second that one of `GPUS` is assumed to reach, in "float32" or "bfloat16"."""
-    peaks = GPUS[one_of("GPU", gpu.lower(), GPUS)]
-    if not 0.0 < utilisation <= 1.0:
+def card_rate(
+    card: str, *, flops: float, dtype: str = "float32", utilisation: float | None = None
+) -> tuple[float, str]:
+    """Floating-point operations a second of one card of `RATES`, and in words where they come from.
+
+    They are those measured on the card with the network of most similar `flops` a pass; without such a row, or with
+    `utilisation`, a share of its peak: as given, or the median share that measured cards reach, or else `UTILISATION`.
+    """
+    table = pd.read_csv(RATES, dtype={"torch": str})
+    card = one_of("GPU", card.lower(), table.card.unique())
+    if utilisation is not None and not 0.0 < utilisation <= 1.0:
         raise ValueError(f"utilisation is {utilisation}; it is a share, above 0 and up to 1")
-    return peaks[dtype == "bfloat16"] * 1e12 * utilisation
+    table = table[(table.precision == dtype) & table["mode"].isin(["data sheet", "eager"])]
+    measured, peaks = table[table.network.notna()], table[table.network.isna()].set_index("card").tflops
+    own = measured[measured.card == card]
+    if utilisation is None and len(own):
+        ratio = np.log(own.tflops * 1e12 / own.passes_per_second / flops).abs()
+        row = own.loc[ratio.idxmin()]
+        return row.tflops * 1e12, (
+            f"measured with {row.network} on {card} in {dtype}: {row.tflops:.3g} TFLOP/s in batches of "
+            f"{row.batch_size:.0f} (torch {row.torch}, {row.date})"
+        )
+    if card not in peaks:
+        raise ValueError(f"{card} has no measured rate in {dtype}; give --rate, or one of its other precisions")
+    shares = (measured.tflops / peaks.reindex(measured.card).to_numpy()).dropna()
+    assumed = UTILISATION if shares.empty else float(shares.median())
+    share = assumed if utilisation is None else utilisation
+    return peaks[card] * 1e12 * share, f"assumed: {share:.0%} of the peak of a {card.upper()} in {dtype}"
 
 
 def measure_pass_rate(model: Model, *, batch_size: int | None = None, seconds: float = 3.0) -> float:

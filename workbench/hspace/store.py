@@ -330,11 +330,15 @@ def write_chunk(store: HStore, chunk: int, values: dict[str, np.ndarray]) -> Non
     start = chunk * store.provenance["chunk"]
     try:
         for name, value in values.items():
+            # zarr would compare every chunk with the fill value, which takes as long as writing it.
+            array = store.group[name].with_config({"write_empty_chunks": True})
             with np.errstate(over="ignore"):  # refused below, with the place
-                stored = value.astype(store.group[name].dtype)
-            if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+                stored = value.astype(array.dtype)
+                # The ends of the range tell whether all is finite, ten times as fast as isfinite of each float16.
+                ends = np.array([value.min(), value.max()]).astype(array.dtype)
+            if not np.isfinite(ends).all():
                 _refuse(store, name, value, stored, start)
-            store.group[name][start : start + len(stored)] = stored
+            array[start : start + len(stored)] = stored
         store.group["done"][chunk] = 1
     except OSError as error:
         raise disk_error(error, store.path, f"after {start} of {len(store)} samples") from error

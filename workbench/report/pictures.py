@@ -206,8 +206,10 @@ def to_pixels(images) -> np.ndarray:
 def pictures_of(images, name: str, n: int | None = None) -> np.ndarray:
     """uint8 pictures (n, H, W, 3) of images (n, C, H, W) in [-1, 1]."""
     images = as_array(images)
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"{name} has shape {images.shape}; it must be (n, C, H, W), at least one image")
+    if images.ndim != 4 or 0 in images.shape or images.shape[1] > max(3, images.shape[3]):
+        raise ValueError(
+            f"{name} has shape {images.shape}; it must be (n, C, H, W), channels first, at least one image"
+        )
     if n is not None and len(images) != n:
         raise ValueError(f"{name} holds {len(images)} images for {n} points; give one image per point")
     if not np.issubdtype(images.dtype, np.floating):

@@ -6,7 +6,7 @@ function render({ model, el }) {
   words.textContent = model.get("label");
   const input = document.createElement("input");
   input.type = "file";
-  input.accept = "image/*";
+  input.accept = "image/*,.npy";
   label.append(words, input);
   el.append(label);
 

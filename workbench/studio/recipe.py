@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.loading import load_recorded
+from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import Boundary, load_boundary
@@ -116,7 +116,7 @@ def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Cla
     recipe = read_recipe(path)
     own = recipe["model"]
     if model is None:
-        model = load_recorded(own, device="cpu")
+        model = load_model(own["name"], device="cpu").as_recorded(own)
     parts = _parts_of(recipe, path, model)
     run = _run_of(recipe, path, model)
     session = EditSession(model, run, list(parts.values()), classifier=classifier)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +51,7 @@ def serve_studio(
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port} is invalid; give 1 to 65535, or 0 for a free one")
     port = _free_port(port)
-    model = load_model(options["model"], device=options.get("device"))
+    model = load_model(options["model"], device=options.get("device"), **options.get("condition", {}))
     find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
     if options.get("classifier"):
         load_classifier(options["classifier"], device=options.get("device"))
@@ -77,6 +77,7 @@ def serve_studio(
 def open_studio(
     model: str,
     *,
+    condition: Mapping[str, object] | None = None,
     directions: Sequence[str] | None = None,
     seeds: Sequence[int] = range(8),
     steps: int = 50,
@@ -86,11 +87,12 @@ def open_studio(
 ) -> EditStudio:
     """The studio of names and files, as `workbench studio` shows it.
 
-    `directions` are files of directions and boundaries, or folders of them; by default those saved for this model in
-    `data/directions` and `data/boundaries`, or, without any direction, principal components of 96 samples. Raises
-    FileNotFoundError or ValueError if something named is not there, or does not fit the model.
+    `condition` are options of `load_model`, for a conditional model. `directions` are files of directions and
+    boundaries, or folders of them; by default those saved for this model in `data/directions` and `data/boundaries`,
+    or, without any direction, principal components of 96 samples. Raises FileNotFoundError or ValueError if something
+    named is not there, or does not fit the model.
     """
-    loaded = load_model(model, device=device)
+    loaded = load_model(model, device=device, **(condition or {}))
     runs = sample(loaded, seeds, steps=steps, eta=eta, progress=False)
     found = find_editables(loaded, directions, runs.timesteps)
     if directions is None and not any(isinstance(each, Direction) for each in found):

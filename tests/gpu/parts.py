@@ -1,0 +1,212 @@
+"""Parts of the checks on a device; each keeps its results in a JSON file as they come.
+
+python tests/gpu/parts.py FOLDER PART ... [--dry]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import operations
+import speed
+import torch
+from diffusers import UNet2DModel
+
+import workbench as wb
+from workbench.diffusion.memory import free_memory
+from workbench.hspace import extract as extraction
+from workbench.hspace.store import read_store
+from workbench.io import write_text
+
+DTYPES = ("float32", "bfloat16")
+DRY_NETWORK = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@dataclass
+class Report:
+    """Results of a part, in a file that is whole after each of them."""
+
+    path: Path
+    dry: bool
+    results: dict = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def keep(self, name: str, values: dict) -> None:
+        self.results[name] = values
+        write_text(self.path, json.dumps(self.results, indent=1, default=str))
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+        print(f"{name}: {shown}", flush=True)
+
+    def model(self, name: str = "avataaars32", **options) -> wb.Model:
+        """A model for the device; in a dry run an untrained network of 8 x 8 pixels, never compiled."""
+        options = {"device": self.device, **options}
+        if not self.dry:
+            return speed.network(name, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            unet = UNet2DModel(**DRY_NETWORK)
+        kept = {key: value for key, value in options.items() if key in ("device", "dtype")}
+        return wb.wrap(unet, wb.NoiseSchedule.linear(), name="tiny", **kept)
+
+    def rate(self, model: wb.Model, mode: str, batch_size: int) -> None:
+        """A row of the table of rates."""
+        if not self.dry:
+            row = speed.write_rate(self.path.with_name("rates.csv"), model, mode, batch_size=batch_size)
+            self.keep(f"rate, {model.name} {row['precision']} {mode}", row)
+
+
+def correctness(report: Report) -> None:
+    """Every operation on the device against the CPU, in float32 and in bfloat16."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    reference, models = report.model(device="cpu"), {dtype: report.model(dtype=dtype) for dtype in DTYPES}
+    if report.device.type == "cpu":  # other kernels, which round differently, are a dry run's other device
+        models["float32"].unet.unet.to(memory_format=torch.contiguous_format)
+    for name, found in operations.compare(reference, models, operations.Inputs(reference)):
+        for label, result in found.items():
+            report.keep(f"{name}, {label}", result)
+
+
+def measure_network(report: Report, limits: dict, name: str, *, dtype: str, mode: str, batch: int) -> wb.Model:
+    model = report.model(name, dtype=dtype, mode=mode, batch=batch)
+    found = speed.network_rates(model, batch_size=batch, steps=4 if report.dry else 25, limits=limits)
+    report.keep(f"{name} in batches of {batch}, {dtype} {mode}", found)
+    report.rate(model, mode, batch)
+    return model
+
+
+def speeds(report: Report) -> None:
+    """The network and extraction beside it, eager and compiled."""
+    limits = speed.peaks(report.device, side=64 if report.dry else 8192, megabytes=1 if report.dry else 4096)
+    report.keep("peaks", limits)
+    for dtype, mode in [("bfloat16", "eager"), ("bfloat16", "default"), ("float32", "eager")]:
+        batch, chunks = (16, 1) if report.dry else (32, 3)
+        model = measure_network(report, limits, speed.NETWORK, dtype=dtype, mode=mode, batch=batch)
+        if dtype == "bfloat16":
+            share = speed.extraction_share(model, chunks=chunks, steps=4 if report.dry else 50, batch_size=batch)
+            report.keep(f"extraction, {mode}", share)
+
+
+def graphs(report: Report) -> None:
+    """CUDA graphs, for the large network and for a small one in small batches."""
+    limits = speed.peaks(report.device, side=64 if report.dry else 8192, megabytes=1 if report.dry else 4096)
+    measure_network(report, limits, speed.NETWORK, dtype="bfloat16", mode="reduce-overhead", batch=32)
+    for mode in ("eager", "default", "reduce-overhead"):
+        measure_network(report, limits, "avataaars32", dtype="bfloat16", mode=mode, batch=4)
+
+
+def edits(report: Report) -> None:
+    """A grid of edits against its cells, and the Jacobian."""
+    low = report.model(speed.NETWORK, dtype="bfloat16")
+    report.keep("edit grid", speed.grid_against_cells(low, steps=4 if report.dry else 20))
+    report.keep("Jacobian", speed.jacobian(report.model(speed.NETWORK), trained=report.model()))
+
+
+def sharing(report: Report) -> None:
+    """Two processes on one card extract one store, which is that of one process."""
+    folder = report.path.parent / "stores"
+    shutil.rmtree(folder, ignore_errors=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, __file__, str(report.path.parent), "rank", *(["--dry"] if report.dry else [])]
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [subprocess.Popen(command, env=environment) for environment in environments]
+    codes = [process.wait() for process in processes]
+    one, two = extract_shared(report, folder / "one.zarr"), read_store(folder / "two.zarr")
+    arrays = [(two.group[name][:].astype(float), array[:].astype(float)) for name, array in one.group.arrays()]
+    error = max(operations.relative_error(*pair) for pair in arrays)
+    wrote = [len((folder / f"chunks{rank}").read_text().split()) for rank in range(2)]
+    # The same batches on the same card; the store keeps float16.
+    passed = codes == [0, 0] and two.complete and min(wrote) > 0 and error < 1e-3
+    report.keep("two processes", {"passed": passed, "chunks": wrote, "error": error})
+    shutil.rmtree(folder)
+
+
+def extract_shared(report: Report, out: Path) -> wb.HStore:
+    """Extract in chunks of four samples, and note those that this process wrote."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write, wrote = extraction.write_chunk, out.with_name(f"chunks{os.environ.get('RANK', '')}")
+
+    def noted(store, chunk, values) -> None:
+        write(store, chunk, values)
+        with wrote.open("a") as file:
+            file.write(f"{chunk}\n")
+
+    small = mock.patch.object(extraction, "chunk_size", lambda *_, **__: 4)
+    with small, mock.patch.object(extraction, "write_chunk", noted):
+        return wb.extract(report.model(), 32, steps=10, batch_size=4, out=out, progress=False)
+
+
+def rates(report: Report) -> None:
+    """Rows for the package's table of rates: of the bundled models, and on a CPU of the large network too."""
+    report.keep("card", {"name": speed.card_of(report.device)})
+    large = [] if report.device.type == "cuda" else [speed.NETWORK]
+    for name in [] if report.dry else [*(entry["name"] for entry in wb.list_models()), *large]:
+        for dtype in DTYPES:
+            model = report.model(name, dtype=dtype)
+            report.rate(model, "eager", min(64, model.batch_size()))
+
+
+PARTS = {part.__name__: part for part in (correctness, speeds, edits, sharing, graphs, rates)}
+
+
+def machine(device: torch.device) -> dict:
+    return {
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "free GiB": free_memory(device) / 2**30,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "rank"])
+    parser.add_argument("--dry", action="store_true", help="a network of 8 x 8 pixels, to try the parts in a minute")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", message="the samples diverge")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for part in given.parts:
+        report, start = Report(given.folder / f"{part}.json", given.dry), time.monotonic()
+        if part == "rank":
+            extract_shared(report, given.folder / "stores" / "two.zarr")
+            continue
+        if not given.dry and report.device.type == "cpu" and part != "rates":
+            parser.error(f"there is no CUDA device for {part}; try --dry, or the part rates")
+        report.keep("machine", machine(report.device))
+        PARTS[part](report)
+        report.keep("time", {"seconds": time.monotonic() - start})
+        failed += [name for name, values in report.results.items() if values.get("passed") is False]
+    print(f"FAILED: {'; '.join(failed)}" if failed else f"passed: {' '.join(given.parts)}", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
