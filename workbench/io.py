@@ -29,6 +29,8 @@ def written(path: str | os.PathLike, *, folder: bool = False) -> Iterator[Path]:
     path = writable(path, folder=folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    # After a failure, threads that still write (zarr's) may bring back some of what is removed below.
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
         os.replace(partial, path)
