@@ -22,7 +22,6 @@ from unittest import mock
 import operations
 import speed
 import torch
-from diffusers import UNet2DModel
 
 import workbench as wb
 from workbench.diffusion.memory import free_memory
@@ -31,15 +30,6 @@ from workbench.hspace.store import read_store
 from workbench.io import write_text
 
 DTYPES = ("float32", "bfloat16")
-DRY_NETWORK = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
 
 
 @dataclass
@@ -65,11 +55,11 @@ class Report:
         options = {"device": self.device, **options}
         if not self.dry:
             return speed.network(name, **options)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            unet = UNet2DModel(**DRY_NETWORK)
+        sys.path.append(str(Path(__file__).parents[1]))
+        from conftest import random_unet
+
         kept = {key: value for key, value in options.items() if key in ("device", "dtype")}
-        return wb.wrap(unet, wb.NoiseSchedule.linear(), name="tiny", **kept)
+        return wb.wrap(random_unet(), wb.NoiseSchedule.linear(), name="tiny", **kept)
 
     def rate(self, model: wb.Model, mode: str, batch_size: int) -> None:
         """A row of the table of rates."""
@@ -89,32 +79,23 @@ def correctness(report: Report) -> None:
             report.keep(f"{name}, {label}", result)
 
 
-def measure_network(report: Report, limits: dict, name: str, *, dtype: str, mode: str, batch: int) -> wb.Model:
-    model = report.model(name, dtype=dtype, mode=mode, batch=batch)
-    found = speed.network_rates(model, batch_size=batch, steps=4 if report.dry else 25, limits=limits)
-    report.keep(f"{name} in batches of {batch}, {dtype} {mode}", found)
-    report.rate(model, mode, batch)
-    return model
-
-
 def speeds(report: Report) -> None:
-    """The network and extraction beside it, eager and compiled."""
-    limits = speed.peaks(report.device, side=64 if report.dry else 8192, megabytes=1 if report.dry else 4096)
+    """The network and extraction beside it, eager and compiled; then with CUDA graphs, and a small network."""
+    dry = report.dry
+    limits = speed.peaks(report.device, side=64 if dry else 8192, megabytes=1 if dry else 4096)
     report.keep("peaks", limits)
-    for dtype, mode in [("bfloat16", "eager"), ("bfloat16", "default"), ("float32", "eager")]:
-        batch, chunks = (16, 1) if report.dry else (32, 3)
-        model = measure_network(report, limits, speed.NETWORK, dtype=dtype, mode=mode, batch=batch)
-        if dtype == "bfloat16":
-            share = speed.extraction_share(model, chunks=chunks, steps=4 if report.dry else 50, batch_size=batch)
-            report.keep(f"extraction, {mode}", share)
-
-
-def graphs(report: Report) -> None:
-    """CUDA graphs, for the large network and for a small one in small batches."""
-    limits = speed.peaks(report.device, side=64 if report.dry else 8192, megabytes=1 if report.dry else 4096)
-    measure_network(report, limits, speed.NETWORK, dtype="bfloat16", mode="reduce-overhead", batch=32)
-    for mode in ("eager", "default", "reduce-overhead"):
-        measure_network(report, limits, "avataaars32", dtype="bfloat16", mode=mode, batch=4)
+    large, small = (speed.NETWORK, 16 if dry else 32), ("avataaars32", 4)
+    todo = [("bfloat16", "eager", large), ("bfloat16", "default", large), ("float32", "eager", large)]
+    todo += [("bfloat16", "reduce-overhead", large)]
+    todo += [("bfloat16", mode, small) for mode in ("eager", "default", "reduce-overhead")]
+    for dtype, mode, (name, batch) in todo:
+        model = report.model(name, dtype=dtype, mode=mode, batch=batch)
+        found = speed.network_rates(model, batch_size=batch, steps=4 if dry else 25, limits=limits)
+        report.keep(f"{name} in batches of {batch}, {dtype} {mode}", found)
+        report.rate(model, mode, batch)
+        if name == speed.NETWORK and dtype == "bfloat16" and mode != "reduce-overhead":
+            sizes = {"chunks": 1 if dry else 3, "steps": 4 if dry else 50, "batch_size": batch}
+            report.keep(f"extraction, {mode}", speed.extraction_share(model, **sizes))
 
 
 def edits(report: Report) -> None:
@@ -171,7 +152,7 @@ def rates(report: Report) -> None:
             report.rate(model, "eager", min(64, model.batch_size()))
 
 
-PARTS = {part.__name__: part for part in (correctness, speeds, edits, sharing, graphs, rates)}
+PARTS = {part.__name__: part for part in (correctness, speeds, edits, sharing, rates)}
 
 
 def machine(device: torch.device) -> dict:

@@ -6,6 +6,7 @@ import copy
 import csv
 import datetime
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -209,9 +210,7 @@ def card_of(device: torch.device) -> str:
         words = torch.cuda.get_device_name(device).lower()
         known = [card for card in pd.read_csv(planning.RATES).card.unique() if card in re.sub(r"\W", "", words)]
         return max(known, key=len, default=re.sub(r"\W+", "-", words))
-    about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "model name: unknown"
-    words = re.sub(r"\((r|tm)\)", "", re.search(r"model name\s*: (.*)", about)[1].lower())
-    return f"cpu-{os.cpu_count()}x-{re.sub(r'[^a-z0-9]+', '-', words).strip('-')}"
+    return f"cpu-{os.cpu_count()}x-{platform.machine()}"
 
 
 def write_rate(path: Path, model: wb.Model, mode: str, *, batch_size: int, seconds: float = 3.0) -> dict:
