@@ -16,11 +16,12 @@ from PIL import Image
 import workbench as wb
 from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
 from workbench.benchmark import leaderboard, methods
-from workbench.benchmark.bench import Bench, backdrop
+from workbench.benchmark.bench import Bench, _counted, backdrop
 from workbench.benchmark.methods import METHODS, register_method
 from workbench.benchmark.protocol import HELD_OUT, Protocol
 from workbench.benchmark.run import run_benchmark
 from workbench.datasets.labelled import load_images
+from workbench.diffusion.foreign import LucidrainsUNet
 from workbench.directions.supervised import find_from_labels
 from workbench.editing.edits import Edit
 from workbench.editing.render import render
@@ -50,6 +51,17 @@ class Network:
 
     def maps(self, images, **_):
         return [np.asarray(images) + 2.0]
+
+
+def test_passes_are_counted_in_samples_whatever_the_mid_block_gives(tiny):
+    """That of lucidrains' network gives the skips as well."""
+    network = LucidrainsUNet(
+        sample_size=8, time_channels=8, widths=(8, 8), heads=(1,), head_channels=(4,), full=(True,)
+    )
+    for model in (tiny, wb.wrap(network, wb.NoiseSchedule.linear(), name="l", device="cpu")):
+        with _counted(model) as passes:
+            model(torch.zeros(5, 3, 8, 8), 100)
+        assert passes == [5]
 
 
 class Brighter(Edit):

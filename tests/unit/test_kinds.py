@@ -7,6 +7,7 @@ import math
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import small_models
 import torch
@@ -15,8 +16,10 @@ from small_models import WIDTH, text_unet
 
 import workbench as wb
 from workbench.diffusion.conditions import as_condition
+from workbench.diffusion.noise import normal
 from workbench.diffusion.schedule import PREDICTIONS
 from workbench.diffusion.unet import SplitUNet
+from workbench.directions import boundary_accuracy
 
 LENGTH = 5
 """L of the tokens."""
@@ -244,6 +247,33 @@ def test_a_latent_model_is_inverted_edited_and_extracted_like_any_other(stable_d
     assert kept.directions[0].provenance["parameters"]["mask"]["outputs"] == 4
     boundary = wb.fit_boundary(run, np.array([0, 1] * 3), t=run.timesteps[1], space="x", method="mean")
     assert tuple(boundary.normal.shape) == model.x_shape
+
+
+def test_what_is_measured_on_a_latent_model_keeps_latents_and_images_apart(stable_diffusion, tmp_path, monkeypatch):
+    """Noise and x_0 are of the latents; what is compared and shown are images."""
+    model, drawn, compared = wb.load_model(stable_diffusion[0], device="cpu", prompt="a cafe"), [], []
+    store = wb.extract(model, 12, steps=4, eta=0.0, out=tmp_path / "store.zarr", record_x=True, progress=False)
+    t = store.timesteps[2]
+
+    def spied(seeds, shape, **options):
+        drawn.append(tuple(shape))
+        return normal(seeds, shape, **options)
+
+    monkeypatch.setattr(boundary_accuracy, "normal", spied)
+    table = wb.accuracy_over_time(model, store, pd.Series([0, 1] * 6, name="a"), timesteps=[t], cv=2)
+    assert "forward-diffused" in set(table.samples) and drawn == [model.x_shape]
+
+    def distance(a, b):
+        compared.append((tuple(a.shape[1:]), tuple(b.shape[1:])))
+        return (a - b).square().flatten(1).mean(dim=1).numpy()
+
+    wb.mixing_step(store, criterion="perceptual", model=model, distance=distance, progress=False)
+    assert set(compared) == {(model.image_shape, model.image_shape)}
+    run = wb.sample(model, [0], steps=4, eta=0.0, progress=False)
+    session = wb.EditSession(model, run, wb.find_pca(store, k=1, progress=False)[0])
+    predicted = session.predictions().before
+    assert tuple(predicted.shape[1:]) == model.image_shape
+    torch.testing.assert_close(predicted[-1], run.images[0], atol=1e-4, rtol=0)
 
 
 def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,7 +46,7 @@ OWN = {
     "10_extract": {"tap": "up.0"},
     "20_geometry": {"n": 40},
     "25_spaces": {"taps": ["skip.1", "up.0"], "scales": [1.0, 2.0]},
-    "30_dynamics": {"inversion_steps": [2, 4], "n_decoded": 4, "n_edited": 12},
+    "30_dynamics": {"inversion_steps": [2, 4], "n_decoded": 4, "n_edited": 24},
     "40_pca": {"k": 3},
     "50_supervised": {"n_measured": 8},
     "60_boundaries": {"n": 40},
@@ -108,14 +109,27 @@ def write_classifier(images: torch.Tensor, folder: Path, *, kernel: int) -> None
     write_network(network, folder, config=config, attributes=ATTRIBUTES, training={})
 
 
-@pytest.mark.parametrize("name", list_notebooks())
-def test_runs_to_its_end(given, kernels, name, tmp_path):
+def run(name: str, given: dict, kernels: KernelServer, out: Path) -> nbformat.NotebookNode:
+    """The executed notebook."""
     known = notebook_parameters(name)
-    values = {key: value for key, value in (SIZES | given).items() if key in known} | OWN.get(name, {})
+    values = {key: value for key, value in (SIZES | OWN.get(name, {}) | given).items() if key in known}
     job = Job(name, threads=1, kernels=kernels)
-    source = find_notebook(name)
     try:
-        failure = job.execute(source, tmp_path / "out.ipynb", check_parameters(name, values), timeout=600)
+        failure = job.execute(find_notebook(name), out, check_parameters(name, values), timeout=600)
     finally:
         job.close()
     assert failure is None, failure
+    return nbformat.read(out, as_version=4)
+
+
+@pytest.mark.parametrize("name", list_notebooks())
+def test_runs_to_its_end(given, kernels, name, tmp_path):
+    run(name, given, kernels, tmp_path / "out.ipynb")
+
+
+@pytest.mark.parametrize("given", ["class-conditional"], indirect=True)
+@pytest.mark.parametrize("name", ["10", "30", "40", "50", "85"])
+def test_without_images_it_runs_to_its_end_too(given, kernels, name, tmp_path):
+    executed = run(find_notebook(name).stem, given | {"images_name": ""}, kernels, tmp_path / "out.ipynb")
+    printed = [output.get("text", "") for cell in executed.cells for output in cell.get("outputs", [])]
+    assert any("images_name is empty" in text for text in printed) or name in ("40", "50")
