@@ -273,7 +273,8 @@ def test_what_is_measured_on_a_latent_model_keeps_latents_and_images_apart(stabl
     session = wb.EditSession(model, run, wb.find_pca(store, k=1, progress=False)[0])
     predicted = session.predictions().before
     assert tuple(predicted.shape[1:]) == model.image_shape
-    torch.testing.assert_close(predicted[-1], run.images[0], atol=1e-4, rtol=0)
+    # Not the same: the schedule of Stable Diffusion ends at alpha_bar(0), a little below 1.
+    torch.testing.assert_close(predicted[-1], run.images[0], atol=1e-2, rtol=0)
 
 
 def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet):
