@@ -101,13 +101,20 @@ def _still(space: str, read: Batches, n: int, t: int, method: str, seed: int, be
 
 
 def _moving(space: str, read: Batches, n: int, timesteps: Sequence[int], seed: int) -> Map:
-    parts = [_some(read, t, n, most=max(4, MOST // len(timesteps))) for t in timesteps]
-    fit = embed(np.concatenate(parts), seed=seed)
-    if len(parts[0]) == n:
+    """All timesteps in one plane, each less its mean and scaled: as they drift and grow, nothing else would be seen."""
+    parts, scaled = [], {}
+    for t in timesteps:
+        fitted = _some(read, t, n, most=max(4, MOST // len(timesteps)))
+        centre, length = fitted.mean(axis=0), np.sqrt(max(fitted.var(axis=0).sum(), np.finfo(np.float32).tiny))
+        scaled[t] = centre, length
+        parts.append((fitted - centre) / length)
+    fit, fitted = embed(np.concatenate(parts), seed=seed), len(parts[0])
+    if fitted == n:
         points = fit.points.reshape(len(timesteps), n, 2)
     else:
-        points = np.stack([np.concatenate([fit.place(batch) for batch in read(t)]) for t in timesteps])
-    note = f"{_note(fit, len(parts[0]), n)}; one plane for {len(timesteps)} timesteps, in which samples travel"
+        frames = [[fit.place((batch - centre) / length) for batch in read(t)] for t, (centre, length) in scaled.items()]
+        points = np.stack([np.concatenate(frame) for frame in frames])
+    note = f"{_note(fit, fitted, n)}; h of each timestep less its mean and scaled, in one plane"
     return Map(f"{space}, {METHODS['paths']}", points, _axes(fit), tuple(timesteps), note)
 
 

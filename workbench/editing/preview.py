@@ -1,4 +1,4 @@
-"""Previews of edits: few steps along a sample's own x_t, with an edit of the same first-order effect; predicted images."""
+"""Previews of edits, in few steps along a sample's own x_t with the same first-order effect; predicted images."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Widgets that stay alive in a page without a kernel and without a network.
 
-An anywidget is a script and a state. One whose trait `offline` is true can do without a kernel; the page holds both, and
-a stand-in for the kernel's side that answers `get` and `set`. Its trait `view` is kept in the address of the page, so
-that a link leads back to what is seen.
+An anywidget is a script and a state. One whose trait `offline` is true can do without a kernel: the page holds both,
+and a stand-in for the kernel's side that answers `get` and `set`. Its trait `view` is kept in the address of the page,
+so that a link leads back to what is seen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _STATE = "application/vnd.jupyter.widget-state+json"
 _STAND_IN = """
 const here = document.getElementById("KEY"), state = JSON.parse(here.nextElementSibling.textContent);
 const linked = () => location.hash.slice(1).split("&").find((part) => part.startsWith("KEY="))?.slice("KEY=".length);
-try { state.view = JSON.parse(decodeURIComponent(linked())); } catch { /* the address names no view, or a broken one */ }
+// An address may name no view, or a broken one.
+try { state.view = JSON.parse(decodeURIComponent(linked())); } catch {}
 addEventListener("hashchange", () => linked() && location.reload());
 const model = {
   get: (name) => state[name],
@@ -41,7 +42,8 @@ def embedded(state: Mapping[str, object], key: str) -> str:
     # Nothing in the text of a script may look like its end.
     text = json.dumps(own).replace("<", "\\u003c")
     return (
-        f'<style>{state.get("_css") or ""}</style><div id="{key}" class="alive"></div><script type="application/json">{text}</script>'
+        f'<style>{state.get("_css") or ""}</style><div id="{key}" class="alive"></div>'
+        f'<script type="application/json">{text}</script>'
         f'<script type="module">{_STAND_IN.replace("KEY", key)}</script>'
     )
 

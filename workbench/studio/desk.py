@@ -153,7 +153,9 @@ def rows_of(found: Selection) -> list[list[str]]:
     if found.boundary is not None:
         held = found.boundary.balanced_accuracy
         where = f"boundary at t = {found.boundary.t}, n = {found.boundary.accuracy.n}"
-        rows.append(["held-out separability", f"{held.value:.0%} (95% interval {held.low:.0%} to {held.high:.0%}), {where}"])
+        rows.append(
+            ["held-out separability", f"{held.value:.0%} (95% interval {held.low:.0%} to {held.high:.0%}), {where}"]
+        )
     else:
         rows.append(["held-out separability", "unknown: it takes 3 samples on each side"])
     if len(found.cosines):

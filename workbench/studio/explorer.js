@@ -5,8 +5,8 @@
 const SHOWN = 12; // thumbnails of a selection
 
 function make(tag, properties = {}, ...children) {
-  const { dataset, ...rest } = properties, made = Object.assign(document.createElement(tag), rest);
-  for (const [name, value] of Object.entries(rest)) if (name.startsWith("aria-") || name === "role") made.setAttribute(name, value);
+  const made = Object.assign(document.createElement(tag), properties);
+  for (const [name, value] of Object.entries(properties)) if (name.startsWith("aria-") || name === "role") made.setAttribute(name, value);
   made.append(...children);
   return made;
 }
@@ -35,8 +35,10 @@ function membersOf(text, n) {
   return found;
 }
 
-function number(value) {
-  return Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2) : `${+value.toPrecision(3)}`;
+// A number with as many digits as tell a hundredth of the span apart.
+function number(value, span) {
+  const digits = 2 - Math.floor(Math.log10(span || Math.abs(value) || 1));
+  return digits > 6 || digits < -3 ? value.toExponential(2) : value.toFixed(Math.max(0, digits));
 }
 
 // Colours of all points, as 3n bytes, and what a point's own colour says.
@@ -68,7 +70,7 @@ class Colours {
   words(which, i) {
     const { name, categories, values, low, high } = this.named[which], value = values[i];
     if (value === 65535) return `${name}: unknown`;
-    return `${name}: ${categories ? categories[value] : number(low + ((high - low) * value) / 65534)}`;
+    return `${name}: ${categories ? categories[value] : number(low + ((high - low) * value) / 65534, high - low)}`;
   }
 }
 
@@ -407,7 +409,7 @@ class Explorer {
     } else {
       const ramp = make("i", { className: "hx-ramp" });
       ramp.style.background = `linear-gradient(to right, ${[...Array(17).keys()].map((k) => css(Math.min(65534, k * 4096))).join()})`;
-      parts.push(make("span", {}, number(kind.low), " ", ramp, ` ${number(kind.high)}`));
+      parts.push(make("span", {}, number(kind.low, kind.high - kind.low), " ", ramp, ` ${number(kind.high, kind.high - kind.low)}`));
     }
     this.legend.replaceChildren(...parts, make("span", { className: "hx-note", textContent: kind.note }));
   }
@@ -421,7 +423,8 @@ class Explorer {
     }
     const facts = this.describe(i).map((line, k) => make(k ? "div" : "b", { textContent: line }));
     const neighbours = near.length ? [make("h4", { textContent: "Nearest neighbours" }), make("p", { className: "hx-note", textContent: this.data.neighbours.words }), this.row(near)] : [];
-    this.sample.replaceChildren(title, make("div", { className: "hx-sample" }, ...this.picture(i, 96), make("div", {}, ...facts)), ...neighbours);
+    const predict = this.live && this.model.get("offers").predict, kept = predict && i === this.view.pinned ? [this.ask("predict", predict)] : [];
+    this.sample.replaceChildren(title, make("div", { className: "hx-sample" }, ...this.picture(i, 96), make("div", {}, ...facts, ...kept)), ...neighbours);
   }
 
   row(members) {
@@ -451,19 +454,25 @@ class Explorer {
     this.showFound();
   }
 
+  ask(what, words) {
+    return make("button", { type: "button", textContent: words, onclick: () => this.model.send({ ask: what }) });
+  }
+
   actions() {
-    const ask = (what) => () => this.model.send({ ask: what });
-    const button = (words, what) => make("button", { type: "button", textContent: words, onclick: ask(what) });
-    const method = make("select", {}, ...Object.entries(this.model.get("methods")).map(([value, textContent]) => make("option", { value, textContent })));
-    method.value = this.model.get("method");
-    method.onchange = () => (this.model.set("method", method.value), this.model.save_changes());
-    const buttons = Object.entries(this.model.get("offers")).map(([what, words]) => button(words, what));
-    return make("div", { className: "hx-bar" }, make("label", {}, "Find ", method), ...buttons);
+    const { model } = this, { predict, ...offers } = model.get("offers"), methods = Object.entries(model.get("methods")), parts = [];
+    const keep = (name) => (event) => (model.set(name, event.target.value), model.save_changes());
+    if (methods.length) {
+      const method = make("select", { onchange: keep("method") }, ...methods.map(([value, textContent]) => make("option", { value, textContent })));
+      method.value = model.get("method");
+      const name = make("input", { value: model.get("name"), size: 14, onchange: keep("name") });
+      parts.push(make("label", {}, "Find ", method), make("label", {}, "Name ", name));
+    }
+    return make("div", { className: "hx-bar" }, ...parts, ...Object.entries(offers).map(([what, words]) => this.ask(what, words)));
   }
 
   showFound() {
     const found = this.model.get("found") ?? {};
-    if (!found.title || this.view.a !== found.a || (this.view.b ?? "") !== found.b) return this.found.replaceChildren();
+    if (!found.title || this.view.a !== found.a || this.view.b !== found.b) return this.found.replaceChildren();
     const rows = (found.rows ?? []).map(([name, value]) => make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: value })));
     const pictures = (found.pictures ?? []).map(([src, words]) => make("figure", {}, make("img", { src, alt: words }), make("figcaption", { textContent: words })));
     this.found.replaceChildren(make("h4", { textContent: found.title }), make("div", { className: "hx-row" }, ...pictures),
@@ -501,6 +510,14 @@ class Explorer {
     this.said.classList.toggle("hx-warning", problem);
   }
 
+  // Python has changed the view.
+  follows() {
+    const given = this.model.get("view");
+    if (given.a === this.view.a && given.b === this.view.b) return;
+    this.selected = { a: membersOf(given.a, this.n), b: membersOf(given.b, this.n) };
+    this.select();
+  }
+
   keep() {
     clearTimeout(this.keeping);
     this.keeping = setTimeout(() => {
@@ -520,6 +537,8 @@ class Explorer {
     sized.observe(this.el);
     this.model.on("change:found", () => this.showFound());
     this.model.on("change:strips", () => ((this.view.strip = this.model.get("strips").length - 1), (this.view.step = -1), this.showStrips()));
+    this.model.on("change:offers", () => this.showSelection());
+    this.model.on("change:view", () => this.follows());
     this.model.on("change:paths", () => this.redraw());
     this.model.on("change:status", () => this.say(this.model.get("status"), this.model.get("problem")));
     this.stop = () => (watched.disconnect(), sized.disconnect(), scheme.removeEventListener("change", changed));

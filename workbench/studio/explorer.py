@@ -1,16 +1,17 @@
 """The explorer: linked maps of a population, from a selection of samples to a direction and its pictures.
 
 One script of our own draws the maps, in JupyterLab and in an exported page alike. jupyter-scatter and embedding-atlas
-were considered. The first links its views through the kernel, so an exported page has maps that know nothing of each
-other; the second brings a database and 20 MB of scripts. The script draws on a canvas pixel by pixel instead of by
-WebGL: a page may hold more maps than the sixteen WebGL contexts of a browser, machines without a graphics card draw as
-well (50,000 points in about 5 ms), and it is shorter.
+were considered. The first links its views through the kernel, so that in an exported page no map knows of another; the
+second brings a database and tens of megabytes of scripts. The script fills the pixels of a canvas itself instead of
+using WebGL, of which a browser allows 16 contexts a page and which is slow without a graphics card: in a headless
+Chromium on two busy cores a map of 50,000 points took 8 ms against 211 ms.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +28,15 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
-from workbench.editing.render import EditGrid
+from workbench.directions.selection import Selection
+from workbench.editing.render import EditGrid, sample_labels
 from workbench.hspace.store import HStore
 from workbench.report.alive import embedded
 from workbench.report.pages import write_page
 from workbench.studio.desk import METHODS, PREVIEW_SCALE, PREVIEW_STEPS, SCALES, Desk, rows_of
 from workbench.studio.markup import address
 from workbench.studio.payload import Images, pack, strips_of
-from workbench.studio.state import Progress
+from workbench.studio.state import Cancelled, Progress
 from workbench.studio.worker import Worker
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ _FRAMES = 12
 """Timesteps that a moving map shows, at most; fewer of many samples."""
 _VALUES = 400_000
 _TO_STUDIO = 8
-_DRAWN = "A group that was drawn on a map of h lies apart in h by construction. What the edit does, beside a random one, shows whether it means anything."
+_DRAWN = (
+    "A group that was drawn on a map of h lies apart in h by construction. What the edit does, beside a random one, "
+    "shows whether it means anything."
+)
 
 
 class Explorer(anywidget.AnyWidget):
@@ -91,26 +96,38 @@ class Explorer(anywidget.AnyWidget):
         data = pack(maps, colours=colours or {}, names=names, images=images, neighbours=neighbours, notes=notes)
         self.maps, self.names, self.desk, self.studio = list(maps), names, desk, studio
         self.folder = paths.directions() if folder is None else paths.writable(folder, folder=True)
-        self.selection = None
-        self._sides: tuple[list[int], list[int]] = ([], [])
-        self._worker = Worker(lambda part: None, self._on_problem)
-        self._asked = {"render": self._render, "save": self._save, "studio": self._to_studio, "predict": self._predict}
-        offers = {}
+        self.selection: Selection | None = None
+        self.sides: tuple[list[int], list[int]] = ([], [])
+        # The studio's own thread: a network is run by one at a time.
+        self._worker = Worker(lambda part: None, self._on_problem) if studio is None else studio
+        offers, asked = {}, {}
         if desk is not None:
-            offers = {"render": "Render beside a random direction", "save": "Save"}
-            offers |= {"studio": "To the studio"} if studio is not None else {}
-            offers |= {"predict": "Predicted image over t"} if desk.store.seeds is not None else {}
-            traits = {"methods": METHODS} | traits
-        super().__init__(data=data, offers=offers | traits.pop("offers", {}), live=desk is not None or studio is not None, **traits)
+            offers, asked = (
+                {"render": "Render beside a random direction", "save": "Save"},
+                {"render": self._render, "save": self._save},
+            )
+            if studio is not None:
+                offers, asked = offers | {"studio": "To the studio"}, asked | {"studio": self._to_studio}
+            if desk.store.seeds is not None:
+                offers, asked = offers | {"predict": "Predicted image over t"}, asked | {"predict": self._predict}
+        self._asked = asked
+        methods = {} if desk is None else METHODS
+        super().__init__(
+            data=data, offers=offers, methods=methods, live=desk is not None or studio is not None, **traits
+        )
         self.observe(self._on_view, "view")
-        self.observe(self._on_method, "method")
+        self.observe(lambda _: self._look(), "method")
         self.on_msg(self._on_message)
         if desk is not None:
-            self._worker.submit(desk.prepare)
+            self._submit(desk.prepare)
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until all computations finish; False after `timeout` seconds."""
         return self._worker.wait(timeout)
+
+    def on_ask(self, what: str, words: str, action: Callable[[Progress], None]) -> None:
+        """Offer something else to do with a selection."""
+        self._asked[what], self.offers = action, self.offers | {what: words}
 
     def save_html(self, path: str | Path, *, title: str = "Explorer") -> Path:
         """Write a page that needs neither a kernel nor a network."""
@@ -121,57 +138,77 @@ class Explorer(anywidget.AnyWidget):
         """Select samples by their positions, as a lasso does."""
         self.view = {**self.view, "a": _spans(a), "b": _spans(b)}
 
+    def within(self, name: str, points: np.ndarray) -> list[list[float]]:
+        """Points of shape (m, 2) of a map as its script has them, for `paths`."""
+        packed = next(each for each in json.loads(self.data)["maps"] if each["name"] == name)
+        return ((points - packed["centre"]) / packed["half"]).tolist()
+
     @property
-    def t(self) -> int | None:
-        """Timestep of the map that was selected on."""
-        which = min(int(self.view.get("map") or 0), len(self.maps) - 1)
-        timesteps = self.maps[which].timesteps
-        return timesteps[int(self.view.get("frame", 0)) if len(timesteps) > 1 else 0] if timesteps else None
+    def t(self) -> int:
+        """Timestep of the map that was selected on; of a map without one, that in the middle."""
+        which = min(int(self.view.get("map", 0)), len(self.maps) - 1)
+        timesteps = self.maps[which].timesteps or self.desk.store.timesteps[len(self.desk.store.timesteps) // 2 :][:1]
+        return timesteps[int(self.view.get("frame", 0)) if len(timesteps) > 1 else 0]
 
     # From a selection to a direction.
 
     def _on_view(self, change) -> None:
         sides = tuple(_members(self.view.get(side, "")) for side in "ab")
-        if sides != self._sides:
-            self._sides, self.selection = sides, None
-            if self.desk is not None and sides[0]:
-                self._worker.show(self._work)
+        if sides != self.sides:
+            self.sides, self.selection = sides, None
+            self._look()
 
-    def _on_method(self, change) -> None:
-        if self.desk is not None and self._sides[0]:
-            self._worker.show(self._work)
+    def _look(self) -> None:
+        if self.desk is not None and self.sides[0]:
+            wanted = self.sides, self.method
+            self._submit(lambda progress: self._find(*wanted, progress))
 
-    def _work(self, progress: Progress) -> None:
-        a, b = self._sides[0], self._sides[1] or None
-        words = {"a": _spans(a), "b": _spans(b or []), "title": f"{self.name}: {METHODS[self.method]}"}
+    def _submit(self, action: Callable[[Progress], None]) -> None:
+        def task(progress: Progress) -> None:
+            try:
+                action(progress)
+            except (ValueError, OSError) as error:
+                self._on_problem(str(error))
+
+        self._worker.submit(task)
+
+    def _find(self, sides: tuple[list[int], list[int]], method: str, progress: Progress) -> None:
+        def still_wanted() -> None:
+            if (sides, method) != (self.sides, self.method):
+                raise Cancelled
+
+        still_wanted()
+        a, b = sides[0], sides[1] or None
         self.say("finding the direction")
         before, after = self.desk.glimpse(a, b, progress)
-        seed = self.desk.runs.seeds
-        label = "sample" if seed is None else f"seed {seed[0]}"
-        pictures = [[address(before), f"{label}, before"], [address(after), f"{PREVIEW_SCALE:+g} sigma, {PREVIEW_STEPS} steps"]]
-        self.found = words | {"pictures": pictures, "note": "measuring the direction at all timesteps"}
-        progress.update(0)
-        t = self.desk.store.timesteps[len(self.desk.store.timesteps) // 2] if self.t is None else self.t
-        found = self.desk.find(a, b, t=t, method=self.method, name=self.name)
-        progress.update(0)
+        label = sample_labels(self.desk.runs)[0]
+        shown = [[before, f"{label}, before"], [after, f"{PREVIEW_SCALE:+g} sigma, {PREVIEW_STEPS} steps"]]
+        words = {"a": _spans(a), "b": _spans(b or []), "title": f"{self.name}: {METHODS[method]}"}
+        words["pictures"] = [[address(image), caption] for image, caption in shown]
+        still_wanted()
+        self.found = words | {"note": "measuring it at all timesteps"}
+        found = self.desk.find(a, b, t=self.t, method=method, name=self.name)
+        still_wanted()
         self.selection = found
-        self.found = self.found | {"rows": rows_of(found), "warning": found.warning, "note": _DRAWN}
+        self.found = words | {"rows": rows_of(found), "warning": found.warning, "note": _DRAWN}
         self.say("")
 
-    def _chosen(self):
+    def _chosen(self) -> Selection:
         if self.selection is None:
-            raise ValueError("no direction is found yet; select samples as A, at least 2")
+            raise ValueError("no direction is found yet; select at least 2 samples as A")
         return self.selection
 
     def _on_message(self, _, content: dict, buffers: list) -> None:
-        asked = self._asked.get(content.get("ask"))
-        if asked is not None:
-            self._worker.submit(asked)
+        if content.get("ask") in self._asked:
+            self._submit(self._asked[content["ask"]])
 
     def _render(self, progress: Progress) -> None:
         found = self._chosen()
         self.say(f"rendering {len(self.desk.runs)} samples at {len(SCALES)} strengths")
-        self.strips = [*self.strips, *strips_of(self.desk.strip(found, self.method, progress), title="The direction of the selection")]
+        self.strips = [
+            *self.strips,
+            *strips_of(self.desk.strip(found, self.method, progress), title="The direction of the selection"),
+        ]
         self.say("")
 
     def _predict(self, progress: Progress) -> None:
@@ -190,10 +227,6 @@ class Explorer(anywidget.AnyWidget):
         name = self.studio.session.add(self.desk.edit_of(self._chosen(), self.method))
         self.studio.refresh()
         self.say(f"{name} has a slider in the studio")
-
-    def on_ask(self, what: str, words: str, action) -> None:
-        """Offer something else to do with a selection: `action` is called with the studio's progress, on its thread."""
-        self._asked[what], self.offers = action, self.offers | {what: words}
 
     def say(self, words: str) -> None:
         """Show a line of text below everything."""
@@ -297,9 +330,23 @@ def explore(
     if model is not None:
         numeric = None if table is None else table.select_dtypes(["number", "bool"])
         desk = Desk(first, model, runs=runs, scores=numeric, known=directions)
-    shown = {} if strips is None else {"strips": strips_of(strips, note=f"{strips.images.shape[0]} rows were rendered beforehand.")}
+    shown = (
+        {}
+        if strips is None
+        else {"strips": strips_of(strips, note=f"{strips.images.shape[0]} rows were rendered beforehand.")}
+    )
     names = list(own or [f"sample {i}" for i in range(n)])
-    return Explorer(made, names=names, colours=colours, images=images, neighbours=near, notes=notes, desk=desk, studio=studio, **shown)
+    return Explorer(
+        made,
+        names=names,
+        colours=colours,
+        images=images,
+        neighbours=near,
+        notes=notes,
+        desk=desk,
+        studio=studio,
+        **shown,
+    )
 
 
 def _given(name: str, points: np.ndarray, n: int) -> Map:

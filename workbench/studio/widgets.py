@@ -66,7 +66,7 @@ class EditStudio(widgets.VBox):
     classifier : Classifier, optional
         Bars show its probabilities before and after the edit.
     store : HStore, optional
-        Samples of the map; by default those of `runs`.
+        Samples of the map; by default those of `runs`. A selection of them can become another direction.
     folder : path, optional
         Folder for saved files, by default `data/edits`.
 
@@ -94,6 +94,7 @@ class EditStudio(widgets.VBox):
         self.session = EditSession(model, runs, directions, classifier=classifier)
         if store is not None:
             _refuse_other_store(store, self.session)
+        self.runs = runs[:2]
         self.store, self.folder = store, paths.edits() if folder is None else paths.writable(folder, folder=True)
         self.rendering: Rendering | None = None
         self._without_view = False
