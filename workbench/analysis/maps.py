@@ -118,9 +118,9 @@ def _moving(space: str, read: Batches, n: int, timesteps: Sequence[int], seed: i
     return Map(f"{space}, {METHODS['paths']}", points, _axes(fit), tuple(timesteps), note)
 
 
-def _some(read: Batches, t: int, n: int, *, most: int = MOST) -> np.ndarray:
+def _some(read: Batches, t: int, n: int, *, most: int | None = None) -> np.ndarray:
     """At most so many of n samples, evenly spread over all of them."""
-    rows, start, chosen = np.linspace(0, n - 1, min(n, most)).round().astype(int), 0, []
+    rows, start, chosen = np.linspace(0, n - 1, min(n, most or MOST)).round().astype(int), 0, []
     for batch in read(t):
         chosen.append(batch[rows[(rows >= start) & (rows < start + len(batch))] - start])
         start += len(batch)

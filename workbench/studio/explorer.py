@@ -245,6 +245,7 @@ def explore(
     boundaries: Sequence[Boundary] = (),
     timesteps: Sequence[int] | None = None,
     methods: Sequence[str] = ("pca",),
+    with_x: bool = False,
     maps: Mapping[str, np.ndarray] | None = None,
     strips: EditGrid | None = None,
     runs: Trajectory | None = None,
@@ -276,6 +277,8 @@ def explore(
         Visited ones to map; by default three.
     methods : sequence of {"pca", "umap", "paths"}
         "paths" is one plane for all timesteps, through which samples move.
+    with_x : bool
+        Map x_t as well, if it was recorded.
     maps : mapping of str -> array of shape (n, 2), optional
         Further maps, such as those of another method.
     strips : EditGrid, optional
@@ -310,6 +313,7 @@ def explore(
         timesteps = [visited[round(part * (len(visited) - 1))] for part in (0.3, 0.55, 0.8)]
     timesteps = list(dict.fromkeys(int(t) for t in timesteps))
     spaces = {name: each.batches for name, each in stores.items()}
+    spaces |= {"x": partial(first.batches, space="x")} if with_x else {}
     frames = max(2, min(_FRAMES, len(visited), _VALUES // n))
     moving = [visited[round(k)] for k in np.linspace(0, len(visited) - 1, frames)] if len(visited) > 1 else visited
     made = make_maps(spaces, n=n, timesteps=timesteps, visited=moving, methods=methods, seed=seed)

@@ -120,19 +120,18 @@ def thumbnails(images: Images, n: int) -> dict:
     first = to_pixels(images(slice(0, min(n, 64))))
     height, width = first.shape[1:3]
     longest = max(height, width)
-    for side in (longest, *(s for s in _SIDES if s < longest)):
-        if side > _SIDES[0]:
-            continue
+    start = min(longest, _SIDES[0])
+    for side, exact in ((start, True), *((side, False) for side in (start, *(s for s in _SIDES if s < start)))):
         size = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
-        if len(_sheet(first, size)) / len(first) * n <= _PICTURE_BYTES:
+        if len(_sheet(first, size, exact=exact)) / len(first) * n <= _PICTURE_BYTES * (0.25 if exact else 1.0):
             break
     columns = max(1, min(_COLUMNS, _SHEET // size[0]))
     per = columns * max(1, _SHEET // size[1])
-    sheets = [_sheet(to_pixels(images(slice(k, min(k + per, n)))), size, columns) for k in range(0, n, per)]
+    sheets = [_sheet(to_pixels(images(slice(k, min(k + per, n)))), size, columns, exact) for k in range(0, n, per)]
     return {"width": size[0], "height": size[1], "columns": columns, "per": per, "sheets": sheets}
 
 
-def _sheet(pictures: np.ndarray, size: tuple[int, int], columns: int = _COLUMNS) -> str:
+def _sheet(pictures: np.ndarray, size: tuple[int, int], columns: int = _COLUMNS, exact: bool = False) -> str:
     """Pictures side by side as the address of a WebP."""
     wide, high = size
     sheet = Image.new("RGB", (wide * min(columns, len(pictures)), high * -(-len(pictures) // columns)))
@@ -141,7 +140,7 @@ def _sheet(pictures: np.ndarray, size: tuple[int, int], columns: int = _COLUMNS)
         image = image if image.size == size else image.resize(size, Image.Resampling.BOX)
         sheet.paste(image, (k % columns * wide, k // columns * high))
     data = io.BytesIO()
-    sheet.save(data, format="WEBP", quality=85, method=2)
+    sheet.save(data, format="WEBP", lossless=exact, quality=85, method=2)
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
@@ -164,7 +163,7 @@ def strips_of(grid: EditGrid, *, title: str = "Edits", note: str = "") -> list[d
             {
                 **{"name": name, "title": title, "note": note, "lines": lines, "samples": samples, "columns": columns},
                 **{"start": start, "width": size[0], "height": size[1]},
-                "sheet": _sheet(to_pixels(images), size, len(columns)),
+                "sheet": _sheet(to_pixels(images), size, len(columns), max(size) <= 64),
             }
         )
     return made
