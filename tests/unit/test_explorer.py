@@ -143,7 +143,7 @@ def test_a_selection_leads_to_a_picture_and_to_what_there_is_to_say(live, tiny, 
 def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):
     live.select(range(6), [7, 8, 9, 10])
     live.view = {**live.view, "pinned": 2}
-    for what in ("render", "save", "predict"):
+    for what in ("render", "predict", "save"):
         live._on_message(live, {"ask": what}, [])
     assert live.wait()
     edited, predicted = live.strips
@@ -154,12 +154,14 @@ def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):
     np.testing.assert_array_equal(pixels(predicted["sheet"])[:, -8:], wb.plots.to_pixels(last)[0])
     (file,) = live.folder.iterdir()
     saved = wb.load_direction(file, model=tiny)
-    assert saved.provenance["parameters"]["selection"]["b"] == [7, 8, 9, 10] and file.name in live.status
+    assert saved.provenance["parameters"]["selection"]["b"] == [7, 8, 9, 10] and live.status == f"saved {file}"
     live.method = "svm"
     live._on_message(live, {"ask": "save"}, [])
     live._on_message(live, {"ask": "render"}, [])
     assert live.wait() and not live.problem
     assert len(list(live.folder.iterdir())) == 2 and len(live.strips) == 3
+    live._on_message(live, {"ask": "save"}, [])
+    assert live.wait() and live.status.startswith("replaced ")
 
 
 def test_what_can_not_be_done_is_a_sentence_at_the_bottom(live):

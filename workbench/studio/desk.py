@@ -133,13 +133,15 @@ class Desk:
         columns = tuple(f"t = {t}" for t in run.timesteps)
         return EditGrid(images[None], (f"predicted image\nseed {seed}",), columns, {})
 
-    def save(self, found: Selection, method: str, folder: Path) -> Path:
-        """Write what was found to a file whose provenance lists the selected samples."""
+    def save(self, found: Selection, method: str, folder: Path) -> str:
+        """Write what was found to a file whose provenance lists the selected samples; returns what was done."""
         made = self.edit_of(found, method)
         ending = f"-{made.space}-t{made.t}" if isinstance(made, Boundary) else ""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{self.model.name.replace('/', '--')}-{file_name(made.name)}{ending}.safetensors"
-        return made.save(writable(folder / name))
+        path = writable(folder / name)
+        word = "replaced" if path.exists() else "saved"
+        return f"{word} {made.save(path)}"
 
 
 def rows_of(found: Selection) -> list[list[str]]:

@@ -221,7 +221,7 @@ class Explorer(anywidget.AnyWidget):
         self.say("")
 
     def _save(self, progress: Progress) -> None:
-        self.say(f"saved {self.desk.save(self._chosen(), self.method, self.folder)}")
+        self.say(self.desk.save(self._chosen(), self.method, self.folder))
 
     def _to_studio(self, progress: Progress) -> None:
         name = self.studio.session.add(self.desk.edit_of(self._chosen(), self.method))
