@@ -110,7 +110,7 @@ def test_a_lasso_selects_what_lies_in_it_on_all_maps_and_the_link_leads_back(ope
     assert min(counts) > 20
     page.locator("canvas").first.focus()
     page.keyboard.press("+")
-    page.get_by_label("Smiling").press("ArrowRight")
+    page.get_by_role("slider", name="Smiling").press("ArrowRight")
     page.wait_for_function("() => location.hash.includes('step%22%3A3')")
     again = open_page(page.url)
     for what in ("[...e.selected.a]", "[...e.selected.b]", "e.maps[2].camera", "e.view.step"):

@@ -81,7 +81,7 @@ class PointMap {
       if ((state === 0) !== pale) continue;
       const x = Math.round(screen[2 * i]), y = Math.round(screen[2 * i + 1]);
       if (state > 1) this.stamp(ring, x, y, ...(state === 2 ? ORANGE : BLUE), 256);
-      this.stamp(stamp, x, y, rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], pale ? 70 : 230);
+      this.stamp(stamp, x, y, rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], pale ? 100 : 230);
     }
   }
 
