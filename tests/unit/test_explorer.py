@@ -190,7 +190,6 @@ def test_bad_input_is_refused_in_a_sentence(store, scores, tiny, make_unet, tmp_
         ("12 categories", lambda: wb.explore(store, scores=scores.assign(name=[f"n{i}" for i in range(N)]))),
         ("the scores are 5", lambda: wb.explore(store, scores=pd.DataFrame({"a": np.ones(5)}).to_numpy()[:, 0])),
         ("timestep 3 was not visited", lambda: wb.explore(store, timesteps=[3])),
-        (r"'mine' has shape \(5, 2\)", lambda: wb.explore(store, maps={"mine": np.zeros((5, 2))})),
         ("'other' has other samples", lambda: wb.explore({"h": store, "other": few})),
         ("another model", lambda: wb.explore(bare, model=tiny)),
         ("no x", lambda: wb.explore(bare, with_x=True)),
@@ -227,7 +226,7 @@ def test_a_report_keeps_the_widgets_that_it_shows_and_that_need_no_kernel():
 
 
 def test_a_saved_page_asks_for_nothing_and_no_text_in_it_ends_a_script(store, tmp_path):
-    made = wb.explore(store, maps={"</script><b>": np.random.default_rng(0).normal(size=(N, 2))})
+    made = Explorer([Map("</script><b>", np.random.default_rng(0).normal(size=(N, 2)), ("x", "y"))], names=range(N))
     page = made.save_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "</script><b>" not in page and not re.search(r"<(script|link|img)[^>]*\s(src|href)=.(https?:)?//", page)
     state = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1])

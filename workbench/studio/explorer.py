@@ -90,35 +90,28 @@ class Explorer(anywidget.AnyWidget):
         notes: Sequence[str] = (),
         desk: Desk | None = None,
         studio: EditStudio | None = None,
-        folder: str | Path | None = None,
         **traits,
     ) -> None:
         data = pack(maps, colours=colours or {}, names=names, images=images, neighbours=neighbours, notes=notes)
         self.maps, self.names, self.desk, self.studio = list(maps), names, desk, studio
-        self.folder = paths.directions() if folder is None else paths.writable(folder, folder=True)
+        self.folder = paths.directions()
         self.selection: Selection | None = None
         self.sides: tuple[list[int], list[int]] = ([], [])
+        self._asked: dict[str, Callable[[Progress], None]] = {}
         # The studio's own thread: a network is run by one at a time.
         self._worker = Worker(lambda part: None, self._on_problem) if studio is None else studio
-        offers, asked = {}, {}
-        if desk is not None:
-            offers, asked = (
-                {"render": "Render beside a random direction", "save": "Save"},
-                {"render": self._render, "save": self._save},
-            )
-            if studio is not None:
-                offers, asked = offers | {"studio": "To the studio"}, asked | {"studio": self._to_studio}
-            if desk.store.seeds is not None:
-                offers, asked = offers | {"predict": "Predicted image over t"}, asked | {"predict": self._predict}
-        self._asked = asked
-        methods = {} if desk is None else METHODS
-        super().__init__(
-            data=data, offers=offers, methods=methods, live=desk is not None or studio is not None, **traits
-        )
+        live = desk is not None or studio is not None
+        super().__init__(data=data, methods={} if desk is None else METHODS, live=live, **traits)
         self.observe(self._on_view, "view")
         self.observe(lambda _: self._look(), "method")
         self.on_msg(self._on_message)
         if desk is not None:
+            self.on_ask("render", "Render beside a random direction", self._render)
+            self.on_ask("save", "Save", self._save)
+            if studio is not None:
+                self.on_ask("studio", "To the studio", self._to_studio)
+            if desk.store.seeds is not None:
+                self.on_ask("predict", "Predicted image over t", self._predict)
             self._submit(desk.prepare)
 
     def wait(self, timeout: float = 60.0) -> bool:
@@ -246,7 +239,6 @@ def explore(
     timesteps: Sequence[int] | None = None,
     methods: Sequence[str] = ("pca",),
     with_x: bool = False,
-    maps: Mapping[str, np.ndarray] | None = None,
     strips: EditGrid | None = None,
     runs: Trajectory | None = None,
     neighbours: int = 8,
@@ -279,8 +271,6 @@ def explore(
         "paths" is one plane for all timesteps, through which samples move.
     with_x : bool
         Map x_t as well, if it was recorded.
-    maps : mapping of str -> array of shape (n, 2), optional
-        Further maps, such as those of another method.
     strips : EditGrid, optional
         Edits to slide through; rows whose name begins with "random" are the control in each.
     runs : Trajectory, optional
@@ -317,7 +307,6 @@ def explore(
     frames = max(2, min(_FRAMES, len(visited), _VALUES // n))
     moving = [visited[round(k)] for k in np.linspace(0, len(visited) - 1, frames)] if len(visited) > 1 else visited
     made = make_maps(spaces, n=n, timesteps=timesteps, visited=moving, methods=methods, seed=seed)
-    made += [_given(name, points, n) for name, points in (maps or {}).items()]
     t = timesteps[len(timesteps) // 2]
     table = None if scores is None else matched(first, scores, "the scores")
     table = table.to_frame(str(table.name or "score")) if isinstance(table, pd.Series) else table
@@ -351,13 +340,6 @@ def explore(
         studio=studio,
         **shown,
     )
-
-
-def _given(name: str, points: np.ndarray, n: int) -> Map:
-    points = np.asarray(points, dtype=float)
-    if points.shape != (n, 2) or not np.isfinite(points).all():
-        raise ValueError(f"the map {name!r} has shape {points.shape}; it must be ({n}, 2), all of it finite")
-    return Map(name, points, ("", ""))
 
 
 def _measured(store: HStore, t: int, directions: Sequence[Direction], boundaries: Sequence[Boundary]) -> dict:

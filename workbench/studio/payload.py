@@ -19,7 +19,7 @@ from PIL import Image
 from workbench.analysis.maps import Map
 from workbench.editing.render import EditGrid
 from workbench.report.pictures import to_pixels
-from workbench.report.style import PALETTE, words
+from workbench.report.style import PALETTE, colors_of, words
 
 MOST_BYTES = 20_000_000
 """Of all that the script is given: more is a page that nobody waits for."""
@@ -88,28 +88,19 @@ def _packed(each: Map) -> dict:
 
 
 def _colour(name: str, values: pd.Series) -> dict:
-    """Real numbers get a ramp; words, booleans and at most 8 different integers a legend; what is missing is grey."""
-    missing, categories, low, high = values.isna().to_numpy(), None, 0.0, 1.0
+    """Colours as `colors_of` tells numbers from categories; what is missing is grey."""
+    missing = values.isna().to_numpy()
+    if pd.api.types.is_float_dtype(values):
+        missing = ~np.isfinite(values.to_numpy())
     if missing.all():
-        raise ValueError(f"all {len(values)} values of {name!r} are NaN; leave it out")
-    known = values[~missing]
-    if pd.api.types.is_float_dtype(values) and set(known.unique()) - {0.0, 1.0}:
-        missing = missing | ~np.isfinite(values.to_numpy(dtype=float))
-        known = values[~missing].astype(float)
-        if known.empty:
-            raise ValueError(f"all {len(values)} values of {name!r} are NaN or infinite; leave it out")
-        low, high = float(known.min()), float(known.max())
-        codes = (known - low) / max(high - low, 1e-300) * (_MISSING - 1)
-    elif known.nunique() <= len(PALETTE) or not pd.api.types.is_numeric_dtype(known):
-        known = known.astype(int) if pd.api.types.is_float_dtype(known) else known
-        codes, found = pd.factorize(known, sort=True)
-        categories = [str(each) for each in found]
-        if len(categories) > len(PALETTE):
-            raise ValueError(f"{name!r} has {len(categories)} categories; {len(PALETTE)} can be told apart, merge some")
-    else:
-        return _colour(name, values.astype(float))
+        raise ValueError(f"all {len(values)} values of {name!r} are NaN or infinite; leave it out")
+    known = values[~missing].to_numpy()
+    codes, categories = colors_of(known, len(known))
+    low, high = (float(codes.min()), float(codes.max())) if categories is None else (0.0, 1.0)
+    if categories is None:
+        codes = np.round((codes - low) / max(high - low, 1e-300) * (_MISSING - 1))
     packed = np.full(len(values), _MISSING, dtype=np.uint16)
-    packed[~missing] = np.round(np.asarray(codes)).astype(np.uint16)
+    packed[~missing] = codes
     note = f"grey: {missing.sum()} of {len(values)} samples have no value" if missing.any() else ""
     about = {"name": words(name), "categories": categories, "low": low, "high": high, "note": note}
     return about | {"values": _text(packed)}
