@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -87,7 +87,10 @@ def figure(
 @command("report", example="workbench report --profile full --only 00 10")
 def report(
     profile: Annotated[str, Option(help="a file of profiles/: quick (minutes), standard, full (hours), ...")] = "quick",
-    domain: Annotated[str | None, Option(help="images to report on: avataaars, or eurosat in reports/eurosat")] = None,
+    domain: Annotated[
+        Literal["avataaars", "eurosat"] | None,
+        Option(help="its model, images and attributes instead of the profile's; the folder is reports/DOMAIN"),
+    ] = None,
     jobs: Annotated[int | None, Option(help="notebooks run in parallel (default: as cores and memory allow)")] = None,
     only: Annotated[list[str] | None, Option(metavar="NOTEBOOK...", help="run only these notebooks")] = None,
 ):

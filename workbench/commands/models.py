@@ -327,7 +327,7 @@ def train_classifier(
     out: opt.OutFolder,
     labels: opt.Labels,
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
-    steps: Annotated[int, Option(help="largest number of batches of 128 images")] = 2000,
+    steps: Annotated[int, Option(help="largest number of batches of 128 images")] = 3000,
     design: Annotated[Literal["labeller", "judge"], Option(help="it labels samples, or judges edits")] = "labeller",
     flips: Annotated[bool, Option("--flips", help="mirror images with probability 0.5")] = False,
     turns: Annotated[

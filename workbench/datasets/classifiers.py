@@ -169,7 +169,7 @@ def train_classifier(
     *,
     out: str | Path,
     seed: int = 0,
-    steps: int = 2000,
+    steps: int = 3000,
     design: str = "labeller",
     flips: bool = False,
     turns: bool = False,
@@ -194,7 +194,7 @@ def train_classifier(
         Folder for `config.json` and `model.safetensors`; `load_classifier` reads it. Files of these names are replaced.
     seed : int
         Seed of the initial weights, the order of the images and their augmentation.
-    steps : int, default 2000
+    steps : int, default 3000
         Largest number of batches of 128 images.
     design : {"labeller", "judge"}
         Which of two networks; use one to label and the other to judge.

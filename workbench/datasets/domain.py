@@ -37,7 +37,7 @@ class Domain:
     region : callable (name, *, size) -> bool array of shape (H, W), or None
         Returns the mask of a region.
     choices : mapping of str to value
-        Attributes that suit the domain, for the parameters of notebooks with these names.
+        Attributes and other values that suit the domain, for the parameters of notebooks with these names.
     """
 
     name: str
@@ -89,12 +89,13 @@ EUROSAT = Domain(
     frequencies=eurosat.FREQUENCIES,
     pairs={},
     choices={
-        "attributes": ["Residential", "Forest", "River", "AnnualCrop"],
-        "colors": ["Forest", "SeaLake"],
-        "target": "Residential",
-        "nuisances": ["Industrial", "Highway", "Forest"],
+        "steps": 20,
+        "attributes": ["Forest", "SeaLake", "AnnualCrop", "Industrial"],
+        "colors": ["AnnualCrop", "HerbaceousVegetation"],
+        "target": "Forest",
+        "nuisances": ["SeaLake", "AnnualCrop", "Pasture"],
         "attribute": "Forest",
-        "other": "Residential",
+        "other": "SeaLake",
         "pair": ["River", "Residential"],
         "regions": [],
     },
