@@ -191,7 +191,7 @@ def test_bad_input_is_refused_in_a_sentence(store, scores, tiny, make_unet, tmp_
         ("the scores are 5", lambda: wb.explore(store, scores=pd.DataFrame({"a": np.ones(5)}).to_numpy()[:, 0])),
         ("timestep 3 was not visited", lambda: wb.explore(store, timesteps=[3])),
         ("'other' has other samples", lambda: wb.explore({"h": store, "other": few})),
-        ("another model", lambda: wb.explore(bare, model=tiny)),
+        ("bare.zarr belongs to the model", lambda: wb.explore(bare, model=tiny)),
         ("no x", lambda: wb.explore(bare, with_x=True)),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Injection, Trajectory, replay, sample
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, random_like
@@ -19,7 +19,6 @@ from workbench.editing.edits import check_run
 from workbench.editing.preview import abridged, predicted_images, same_effect
 from workbench.editing.render import EditGrid, render
 from workbench.hspace.store import HStore
-from workbench.io import provenance_mismatch
 from workbench.paths import file_name, writable
 from workbench.studio.state import Progress
 
@@ -58,9 +57,7 @@ class Desk:
         scores: pd.DataFrame | None = None,
         known: Sequence[Direction] = (),
     ) -> None:
-        own, other = model.provenance(), store.provenance["model"]
-        if (own["hash"], own["tap"]) != (other["hash"], other["tap"]) or provenance_mismatch(own, other):
-            raise ValueError(f"{store.path} is of another model, tap or schedule than {model.name!r}")
+        refuse_other_model(str(store.path), store.provenance["model"], model.provenance())
         for each in known:
             each.check_fits(model)
         if runs is not None:
@@ -82,16 +79,16 @@ class Desk:
         etas = tuple(self.store.provenance["etas"])
         return sample(self.model, seeds, steps=self.store.timesteps, eta=etas, progress=False, **options)
 
-    def prepare(self, progress: Progress | None = None) -> None:
+    def prepare(self, progress: Progress) -> None:
         """Compute the sample of the first picture, so that the picture comes at once."""
         if self._plain is None:
-            self._plain = replay(replace(self.runs[0], batch_size=1), record_x=True, progress=progress or Progress())
-            few = self._plain.steps <= PREVIEW_STEPS
-            self._rest = self._plain if few else abridged(self._plain, 0, PREVIEW_STEPS)
+            self._plain = replay(replace(self.runs[0], batch_size=1), record_x=True, progress=progress)
+            plain = self._plain
+            self._rest = plain if plain.steps <= PREVIEW_STEPS else abridged(plain, 0, PREVIEW_STEPS)
 
-    def glimpse(self, a: Sequence[int], b: Sequence[int] | None, progress: Progress | None = None):
+    def glimpse(self, a: Sequence[int], b: Sequence[int] | None, progress: Progress) -> tuple:
         """One sample before and after the edit, each of shape (C, H, W): few timesteps, few steps."""
-        steps, values = len(self.store.timesteps), len(self.store) * int(torch.tensor(self.store.h_shape).prod())
+        steps, values = len(self.store.timesteps), len(self.store) * math.prod(self.store.h_shape)
         count = max(1, min(PREVIEW_STEPS, steps, _QUICK_VALUES // values))
         some = [self.store.timesteps[round((i + 0.5) * steps / count - 0.5)] for i in range(count)]
         found = find_from_selection(self.store, a, b, t=some[0], timesteps=some, progress=False).direction
@@ -99,8 +96,8 @@ class Desk:
         delta = found.resampled(self.store.timesteps).delta(PREVIEW_SCALE)[:, None]
         if self._rest is not self._plain:
             delta = same_effect(self._plain, delta, self._rest, asymmetric=False)
-        edit = Injection.adding(delta)
-        after = replay(self._rest, edit=edit, residual=self._rest.residual is not None, progress=progress or Progress())
+        edit, residual = Injection.adding(delta), self._rest.residual is not None
+        after = replay(self._rest, edit=edit, residual=residual, progress=progress)
         return self._plain.images[0], after.images[0]
 
     def find(self, a: Sequence[int], b: Sequence[int] | None, *, t: int, method: str, name: str) -> Selection:
@@ -146,24 +143,16 @@ class Desk:
 
 def rows_of(found: Selection) -> list[list[str]]:
     """What there is to say about a selection, as pairs of words."""
-    a, b = found.counts
-    direction = found.direction
-    gap = direction.extras["class_gap"]
-    rows = [["samples", f"A {a}, B {b}"], ["means apart by", f"{gap:.2f} sigma, each sample left out in turn"]]
-    low, high = float(direction.sigma.min()), float(direction.sigma.max())
-    rows.append(["1 sigma", f"{low:.3g} to {high:.3g} in h over {len(direction.timesteps)} timesteps, calibrated"])
-    if found.boundary is not None:
-        held = found.boundary.balanced_accuracy
-        where = f"boundary at t = {found.boundary.t}, n = {found.boundary.accuracy.n}"
-        rows.append(
-            ["held-out separability", f"{held.value:.0%} (95% interval {held.low:.0%} to {held.high:.0%}), {where}"]
-        )
-    else:
-        rows.append(["held-out separability", "unknown: it takes 3 samples on each side"])
-    if len(found.cosines):
-        shown = ", ".join(f"{name} {value:+.2f}" for name, value in found.cosines.head(5).items())
-        rows.append(["cosine to known directions", shown])
-    if len(found.attributes):
-        shown = ", ".join(f"{name} {auc:.2f}" for name, auc in found.attributes["auc"].head(3).items())
-        rows.append(["attributes (area under the curve)", shown])
-    return rows
+    sigma, held = found.direction.sigma, "unknown: it takes 3 samples on each side"
+    if (boundary := found.boundary) is not None:
+        share, where = boundary.balanced_accuracy, f"boundary at t = {boundary.t}, n = {boundary.accuracy.n}"
+        held = f"{share.value:.0%} (95% interval {share.low:.0%} to {share.high:.0%}), {where}"
+    rows = {
+        "samples": "A {}, B {}".format(*found.counts),
+        "means apart by": f"{found.direction.extras['class_gap']:.2f} sigma, each sample left out in turn",
+        "1 sigma": f"{sigma.min():.3g} to {sigma.max():.3g} in h over {len(sigma)} timesteps, calibrated",
+        "held-out separability": held,
+        "cosine to known directions": ", ".join(f"{k} {v:+.2f}" for k, v in found.cosines.head(5).items()),
+        "attributes (area under the curve)": ", ".join(f"{k} {v:.2f}" for k, v in found.attributes.auc.head(3).items()),
+    }
+    return [[name, words] for name, words in rows.items() if words]

@@ -32,14 +32,8 @@ LOOPBACK = "127.0.0.1"
 _OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
 
 
-def serve_studio(
-    options: dict,
-    *,
-    on_ready: Callable[[str], None],
-    port: int = 0,
-    theme: str = "light",
-) -> None:
-    """Serve a studio; `options` are arguments of `open_studio`, as JSON can hold them. Otherwise as `serve`."""
+def serve_studio(options: dict, **page) -> None:
+    """Serve a studio; `options` are arguments of `open_studio`, as JSON can hold them. `page` as of `serve`."""
 
     def check() -> None:
         model = load_model(options["model"], device=options.get("device"), **options.get("condition", {}))
@@ -47,7 +41,7 @@ def serve_studio(
         if options.get("classifier"):
             load_classifier(options["classifier"], device=options.get("device"))
 
-    serve("open_studio", options, check, title="h-space edit studio", on_ready=on_ready, port=port, theme=theme)
+    serve("open_studio", options, check, title="h-space edit studio", **page)
 
 
 def serve(
@@ -105,29 +99,20 @@ def open_explorer(
 ) -> Explorer:
     """The explorer of a store on disk, as `workbench explore` shows it.
 
-    Without a model that loads, there are maps and no edits. `directions` as in `open_studio`. Raises FileNotFoundError
-    or ValueError if something named is not there, or does not fit.
+    By default the model is the store's own; with "", there are maps and no edits. `directions` as in `open_studio`.
+    Raises FileNotFoundError or ValueError if something named is not there, or does not fit.
     """
     opened = open_store(store)
     own, loaded = opened.provenance["model"], None
     if model != "":
-        try:
-            loaded = load_model(model or own["name"], device=device)
-        except (FileNotFoundError, ValueError, OSError):
-            if model is not None:
-                raise
-        else:
-            loaded = loaded.as_recorded(own)
+        loaded = load_model(model or own["name"], device=device).as_recorded(own)
     found = find_editables(loaded, directions, opened.timesteps) if loaded is not None else []
-    scores = None
-    if classifier:
-        table = load_classifier(classifier, device=device)(opened.images[:])
-        scores = table.set_axis(list(opened.seeds or opened.names or table.index))
-    kinds = {
-        "directions": [d for d in found if isinstance(d, Direction) and d.timesteps == opened.timesteps],
-        "boundaries": [b for b in found if isinstance(b, Boundary) and b.space in opened.group],
-    }
-    return explore(opened, scores=scores, model=loaded, methods=methods, **kinds)
+    known = [each for each in found if isinstance(each, Direction) and each.timesteps == opened.timesteps]
+    crossed = [each for each in found if isinstance(each, Boundary) and each.space in opened.group]
+    scores = load_classifier(classifier, device=device)(opened.images[:]) if classifier else None
+    if scores is not None:
+        scores.index = list(opened.seeds or opened.names or scores.index)
+    return explore(opened, scores=scores, model=loaded, methods=methods, directions=known, boundaries=crossed)
 
 
 def open_studio(
@@ -194,12 +179,8 @@ def _absolute(options: dict) -> dict:
 
     given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
     changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}
-    if options.get("store"):
-        changed["store"] = str(
-            paths.place(options["store"])
-            if paths.is_address(options["store"])
-            else paths.local(options["store"]).absolute()
-        )
+    if options.get("store") and not paths.is_address(options["store"]):
+        changed["store"] = str(paths.local(options["store"]).absolute())
     if options.get("directions") is not None:
         changed["directions"] = [str(paths.local(name).absolute()) for name in options["directions"]]
     return options | changed
