@@ -27,7 +27,7 @@ from workbench.analysis.samples import matched
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.boundary import Boundary
-from workbench.directions.direction import Direction
+from workbench.directions.direction import Direction, projections
 from workbench.directions.selection import Selection
 from workbench.editing.render import EditGrid, sample_labels
 from workbench.hspace.store import HStore
@@ -344,17 +344,12 @@ def explore(
 
 def _measured(store: HStore, t: int, directions: Sequence[Direction], boundaries: Sequence[Boundary]) -> dict:
     """Colours that are measured in the store: norms, projections on directions and distances from boundaries."""
-    units = {each.name: each for each in directions if t in each.timesteps}
-    norms, along = [], {name: [] for name in units}
-    for batch in store.batches(t):
-        norms.append(np.linalg.norm(batch, axis=1))
-        for name, each in units.items():
+    colours = {f"norm of h, t = {t}": np.concatenate([np.linalg.norm(h, axis=1) for h in store.batches(t)])}
+    for each in directions:
+        if t in each.timesteps:
             i = each.timesteps.index(t)
-            along[name].append(batch @ each.unit[i].flatten().numpy() / max(float(each.sigma[i]), 1e-12))
-    colours = {f"norm of h, t = {t}": np.concatenate(norms)}
-    for name, values in along.items():
-        values = np.concatenate(values)
-        colours[f"along {name}, t = {t} (sigma)"] = values - values.mean()
+            along = projections(store.batches(t), each.unit[i].flatten()[None].numpy())[:, 0]
+            colours[f"along {each.name}, t = {t} (sigma)"] = (along - along.mean()) / max(float(each.sigma[i]), 1e-12)
     for each in boundaries:
         distances = [each.distance(batch) for batch in store.batches(each.t, space=each.space)]
         colours[f"distance to {each.name} ({each.space}, t = {each.t})"] = np.concatenate(distances)

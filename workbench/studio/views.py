@@ -114,25 +114,23 @@ class Map(View):
         self.method = widgets.ToggleButtons(options=[("PCA", "pca"), ("UMAP", "umap")], style={"button_width": "70px"})
         studio.follow(self.method)
         self.explorer: Explorer | None = None
-        self._made: dict[tuple[str, int], Explorer] = {}
+        self._made: tuple[str, int] | None = None
         super().__init__(studio, self.method)
 
     def show(self, state: EditState, progress: Progress) -> None:
         session, store = self.session, self.studio.store
-        key = self.method.value, len(session.samples if store is None else store)
-        if key not in self._made:
+        wanted = self.method.value, len(session.samples if store is None else store)
+        if wanted != self._made:
             self.studio.say("making the map")
-            self._made = {known: kept for known, kept in self._made.items() if known[1] == key[1]}
-            self._made[key] = self._explore(key[0], progress)
-            self._made[key].on_ask("take", "Edit these samples", self._take)
-            self.studio.say("")
-        if self._made[key] is not self.explorer:
-            self.explorer = self._made[key]
+            self.explorer, self._made = self._explore(wanted[0], progress), wanted
+            self.explorer.on_ask("take", "Edit these samples", self._take)
             self.children = [self.children[0], self.explorer, self.shown]
-        places = {each.name: (each.place, each.timesteps[0]) for each in self.explorer.maps}
+            self.studio.say("")
+        paths = {
+            each.name: session.path(each.timesteps[0], state=state, progress=progress) for each in self.explorer.maps
+        }
         self.explorer.paths = {
-            name: self.explorer.within(name, place(session.path(t, state=state, progress=progress)))
-            for name, (place, t) in places.items()
+            each.name: self.explorer.within(each.name, each.place(paths[each.name])) for each in self.explorer.maps
         }
 
     def _explore(self, method: str, progress: Progress) -> Explorer:
