@@ -138,9 +138,8 @@ class Explorer(anywidget.AnyWidget):
 
     @property
     def t(self) -> int:
-        """Timestep of the map that was selected on; of a map without one, that in the middle."""
-        which = min(int(self.view.get("map", 0)), len(self.maps) - 1)
-        timesteps = self.maps[which].timesteps or self.desk.store.timesteps[len(self.desk.store.timesteps) // 2 :][:1]
+        """Timestep of the map that was selected on."""
+        timesteps = self.maps[min(int(self.view.get("map", 0)), len(self.maps) - 1)].timesteps
         return timesteps[int(self.view.get("frame", 0)) if len(timesteps) > 1 else 0]
 
     # From a selection to a direction.

@@ -126,12 +126,9 @@ class Map(View):
             self.explorer.on_ask("take", "Edit these samples", self._take)
             self.children = [self.children[0], self.explorer, self.shown]
             self.studio.say("")
-        paths = {
-            each.name: session.path(each.timesteps[0], state=state, progress=progress) for each in self.explorer.maps
-        }
-        self.explorer.paths = {
-            each.name: self.explorer.within(each.name, each.place(paths[each.name])) for each in self.explorer.maps
-        }
+        middle = self.explorer.maps[len(self.explorer.maps) // 2]
+        path = session.path(middle.timesteps[0], state=state, progress=progress)
+        self.explorer.paths = {middle.name: self.explorer.within(middle.name, middle.place(path))}
 
     def _explore(self, method: str, progress: Progress) -> Explorer:
         store, session, model = self.studio.store, self.session, self.session.model
