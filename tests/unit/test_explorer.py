@@ -64,6 +64,8 @@ def test_points_keep_their_shape_within_a_square():
     np.testing.assert_allclose(within * packed["half"] + packed["centre"], points, atol=1e-3)
     np.testing.assert_allclose(made.within("one", points), within, atol=1e-4)
     assert numbers(json.loads(made.data)["ids"], np.uint32).tolist() == [7, 8, 9, 300_000]
+    huge = json.loads(Explorer([Map("one", points, ("x", "y"))], names=[0, 1, 2, 2**63]).data)
+    assert huge["ids"] is None and huge["names"][-1] == f"seed {2**63}"
 
 
 def test_colours_are_numbers_or_categories_and_what_is_missing_is_told(store, scores):

@@ -44,12 +44,12 @@ def pack(
 ) -> str:
     """JSON of everything but the strips; ValueError if it takes more than MOST_BYTES. Numbers as names are seeds."""
     n = maps[0].points.shape[-2]
-    numbered = not isinstance(names[0], str)
+    numbered = not isinstance(names[0], str) and max(names) < 2**32
     data = {
         "n": n,
         "prefix": "seed ",
         "ids": _text(np.asarray(names, dtype=np.uint32)) if numbered else None,
-        "names": None if numbered else list(names),
+        "names": None if numbered else [each if isinstance(each, str) else f"seed {each}" for each in names],
         "maps": [_packed(each) for each in maps],
         "colours": [_colour(name, pd.Series(np.asarray(values))) for name, values in colours.items()],
         "ramp": _text((matplotlib.colormaps["viridis"](np.linspace(0.08, 0.97, 256))[:, :3] * 255).astype(np.uint8)),
