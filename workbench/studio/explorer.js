@@ -340,15 +340,15 @@ class Explorer {
   }
 
   recolour() {
-    const parse = (name) => {
-      const probe = make("span", {});
+    // JupyterLab puts the element into the page later; until then no style tells its colours.
+    this.themed = this.el.isConnected;
+    const probe = make("span"), parse = (name, otherwise) => {
       probe.style.color = `var(${name})`;
-      this.el.append(probe);
-      const found = getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number);
-      probe.remove();
-      return found;
+      return getComputedStyle(probe).color.match(/[\d.]+/g)?.slice(0, 3).map(Number) ?? otherwise;
     };
-    [this.page, this.ink] = [parse("--hx-page"), parse("--hx-ink")];
+    this.el.append(probe);
+    [this.page, this.ink] = [parse("--hx-page", [255, 255, 255]), parse("--hx-ink", [34, 34, 34])];
+    probe.remove();
     this.rgb = this.colours.all(this.view.colour, this.n, this.dark);
     this.showLegend();
     this.redraw();
@@ -372,7 +372,7 @@ class Explorer {
       this.maps.forEach((map, k) => map.draw({ rgb: this.rgb, states: this.states, page: this.page, ink: this.ink, ratio: this.ratio,
         frame: map.moving ? this.view.frame : 0, sprites: this.showPictures && this.pictures, hovered: this.hovered,
         near: this.nearOf(this.hovered), lasso: this.lassoed === map ? this.lasso : [], path: paths[this.data.maps[k].name] }));
-      this.painted ??= performance.now();
+      if (this.themed) this.painted ??= performance.now();
     });
   }
 
@@ -532,7 +532,7 @@ class Explorer {
     const watched = new MutationObserver(() => this.recolour()), about = { attributes: true, attributeFilter: ["data-jp-theme-light", "class", "style"] };
     watched.observe(document.body, about);
     watched.observe(document.documentElement, about);
-    const scheme = matchMedia("(prefers-color-scheme: dark)"), changed = () => this.recolour(), sized = new ResizeObserver(() => this.redraw());
+    const scheme = matchMedia("(prefers-color-scheme: dark)"), changed = () => this.recolour(), sized = new ResizeObserver(() => (this.themed ? this.redraw() : this.recolour()));
     scheme.addEventListener("change", changed);
     sized.observe(this.el);
     this.model.on("change:found", () => this.showFound());
