@@ -262,7 +262,7 @@ def test_a_lasso_on_the_map_becomes_a_direction_with_a_slider(lab):
     slider(lab, "selection").focus()
     for _ in range(10):
         lab.keyboard.press("ArrowRight")
-    wait_for_after(lab, "Smiling +2.3 sigma, selection +1 sigma")
+    lab.wait_for_selector('.hspace-studio img[alt^="after: Smiling +2.3 sigma, selection +1 sigma"][alt$="steps)"]')
 
 
 def test_everything_is_readable_in_the_dark_theme(lab):
