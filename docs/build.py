@@ -98,7 +98,7 @@ def _offline(notebook: nbformat.NotebookNode) -> None:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     notebook.metadata.pop("widgets", None)
     if "Plotly.newPlot" in json.dumps(notebook):
-        script = "```{raw} html\n<script src=\"../_static/plotly.js\"></script>\n```"
+        script = '```{raw} html\n<script src="../_static/plotly.js"></script>\n```'
         notebook.cells.insert(1, new_markdown_cell(script))
 
 
@@ -111,7 +111,12 @@ def write_api(folder: Path) -> None:
     rooms = defaultdict(list)
     for name, module in wb._NAMES.items():
         rooms[module.split(".")[0]].append((name, f"workbench.{module}"))
-    lines = ["# API reference", "", "Everything that `import workbench as wb` offers, by the room that it comes from.", ""]
+    lines = [
+        "# API reference",
+        "",
+        "Everything that `import workbench as wb` offers, by the room that it comes from.",
+        "",
+    ]
     for room, names in rooms.items():
         about = (inspect.getdoc(sys.modules.get(f"workbench.{room}")) or "").partition("\n")[0]
         page = [f"# workbench.{room}", "", about, ""]
@@ -120,7 +125,16 @@ def write_api(folder: Path) -> None:
             found = getattr(wb, name)
             kind = "autoclass" if inspect.isclass(found) else "autofunction"
             members = "\n   :members:" if kind == "autoclass" else ""
-            page += [f"## {name}", "", "```{eval-rst}", f".. py:currentmodule:: {module}", "", f".. {kind}:: {name}{members}", "```", ""]
+            page += [
+                f"## {name}",
+                "",
+                "```{eval-rst}",
+                f".. py:currentmodule:: {module}",
+                "",
+                f".. {kind}:: {name}{members}",
+                "```",
+                "",
+            ]
         (folder / f"{room}.md").write_text("\n".join(page))
     plots = wb.plots
     names = [name for name, value in vars(plots).items() if inspect.isfunction(value) and not name.startswith("_")]
@@ -128,7 +142,16 @@ def write_api(folder: Path) -> None:
     page = ["# workbench.plots", "", "Figures: `wb.plots.NAME`.", ""]
     for name in names:
         module = getattr(plots, name).__module__
-        page += [f"## {name}", "", "```{eval-rst}", f".. py:currentmodule:: {module}", "", f".. autofunction:: {name}", "```", ""]
+        page += [
+            f"## {name}",
+            "",
+            "```{eval-rst}",
+            f".. py:currentmodule:: {module}",
+            "",
+            f".. autofunction:: {name}",
+            "```",
+            "",
+        ]
     (folder / "plots.md").write_text("\n".join(page))
     lines += ["- [plots](plots.md): " + ", ".join(f"`{name}`" for name in names)]
     lines += ["", "```{toctree}", ":hidden:", "", *rooms, "plots", "```", ""]
@@ -140,15 +163,25 @@ def write_api(folder: Path) -> None:
 
 def write_gallery(folder: Path, executed: dict[str, nbformat.NotebookNode]) -> None:
     """A page of the papers' figures: picture, numbers with intervals, verdicts, and where they come from."""
-    records = {path.stem: json.loads(path.read_text()) for path in (paths.data() / "records").glob("avataaars32/*.json")}
+    records = {
+        path.stem: json.loads(path.read_text()) for path in (paths.data() / "records").glob("avataaars32/*.json")
+    }
     by_number = {(claim.figure, claim.number): claim for claim in claims.load_claims()}
-    known = sorted(figures.list_figures().values(), key=lambda each: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", each.name)])
+    known = sorted(
+        figures.list_figures().values(),
+        key=lambda each: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", each.name)],
+    )
     (folder / "figures").mkdir()
     lines = ["# Gallery of the papers' figures", "", _GALLERY, ""]
     for paper, title in {"haas": "Haas et al. 2024", "zhu": "Zhu et al. 2023"}.items():
         lines += [f"## {title}", ""]
         for each in (each for each in known if each.name.startswith(paper)):
-            lines += [f"### {each.name}", "", f"{each.title}. Notebook [{each.notebook}](../notebooks/{each.notebook}.ipynb).", ""]
+            lines += [
+                f"### {each.name}",
+                "",
+                f"{each.title}. Notebook [{each.notebook}](../notebooks/{each.notebook}.ipynb).",
+                "",
+            ]
             picture = _picture(executed.get(each.notebook), each.name)
             if picture:
                 (folder / "figures" / f"{each.name}.png").write_bytes(picture)
@@ -158,9 +191,11 @@ def write_gallery(folder: Path, executed: dict[str, nbformat.NotebookNode]) -> N
     (folder / "gallery.md").write_text("\n".join(lines))
 
 
-_GALLERY = """`workbench figure NAME` draws any of these at column and page width as PDF, SVG and PNG. The numbers are the records
-of `avataaars32` in `data/records`: value, 95% interval and n. The pictures come from the reports that were there when this site
-was built, with the parameters that the notebook's page names, so they may rest on fewer samples than the numbers below them."""
+_GALLERY = """\
+`workbench figure NAME` draws any of these at column and page width as PDF, SVG and PNG. The numbers are the records of
+`avataaars32` in `data/records`: value, 95% interval and n. The pictures come from the reports that were there when this
+site was built, with the parameters that the notebook's page names: they may rest on fewer samples than the numbers.
+"""
 
 
 def _numbers(record: dict, by_number: dict) -> list[str]:
@@ -224,7 +259,9 @@ def follow_links(site: Path) -> tuple[list[str], set[str]]:
                     broken.append(f"{path.relative_to(site.resolve())} loads {address[:100]} from the network")
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            lost = not target.exists() or (target in read and parts.fragment and unquote(parts.fragment) not in read[target].anchors)
+            lost = not target.exists() or (
+                target in read and parts.fragment and unquote(parts.fragment) not in read[target].anchors
+            )
             if lost:
                 broken.append(f"{path.relative_to(site.resolve())} links to {address}, which is not there")
     return sorted(set(broken)), elsewhere

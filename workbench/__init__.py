@@ -59,6 +59,7 @@ _WHERE = {
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
+    "exercises": "exercises",
     "paths": "paths",
     "plots": "report.plots",
 }
