@@ -71,7 +71,9 @@ def write_notebooks(stage: Path) -> dict[str, nbformat.NotebookNode]:
             executed[name] = source = found
             record = found.metadata.workbench
             values = ", ".join(f"`{key} = {value!r}`" for key, value in record.parameters.items())
-            note = f"Executed on {record.date} in {record.seconds:.0f} s, at commit {record.commit}, with {values}."
+            note = (
+                f"Executed on {record.date} in {record.seconds:.0f} s, at commit {record.commit[:10]}, with {values}."
+            )
         else:
             note = f"Shown without outputs: run `workbench run {name}`, then `make docs`, to see them here."
         rows.append(f"../notebooks/{name}")
@@ -209,7 +211,7 @@ def _numbers(record: dict, by_number: dict) -> list[str]:
         lines += [f"| `{name}` | {found['value']:.3g} | {interval} | {found['n']} | {text} | {verdict} |"]
     chosen = ", ".join(f"`{key}={value}`" for key, value in about["parameters"].items() if value not in ({}, ""))
     sources = ", ".join(f"{role} {source['name']} `{source['hash'][:12]}`" for role, source in about["sources"].items())
-    return [*lines, "", f"Recorded with {chosen}; {sources}; code `{about['code']}`.", ""]
+    return [*lines, "", f"Recorded with {chosen}; {sources}; code {about['code'] or 'not recorded'}.", ""]
 
 
 def _picture(notebook: nbformat.NotebookNode | None, name: str) -> bytes | None:

@@ -31,6 +31,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 suppress_warnings = ["mystnb.unknown_mime_type"]  # of widgets, which a page without a kernel can't show
 
+default_role = "py:obj"  # names in backticks become links where they are documented
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 numpydoc_xref_param_type = False

@@ -106,7 +106,7 @@ def _plain(value: object) -> object:
 
 def _same(answer: object, value: object) -> bool:
     if isinstance(value, str) or isinstance(answer, str):
-        return isinstance(answer, str) and answer.strip() == value
+        return isinstance(value, str) and isinstance(answer, str) and answer.strip() == value
     try:
         answer, value = np.asarray(answer, dtype=np.float64), np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):

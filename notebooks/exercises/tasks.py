@@ -127,9 +127,11 @@ prediction("2.3")
 @task("2.4")
 def _(ratios):
     yield max(ratios, key=ratios.get), "right. Is it at the end that you predicted?"
-    yield min(ratios, key=ratios.get), "that is the timestep of the smallest ratio."
+    yield (
+        min(ratios, key=ratios.get),
+        "that is the timestep of the smallest ratio, or a position in the list of timesteps.",
+    )
     yield max(ratios.values()), "that is the largest ratio; asked is the timestep at which it is reached."
-    yield list(ratios).index(max(ratios, key=ratios.get)), "that is its position in the list; asked is the timestep."
 
 
 def _neighbours(points: np.ndarray, k: int, *, itself: bool = False) -> list[set[int]]:
