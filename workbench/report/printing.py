@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -33,20 +34,24 @@ def find_browser() -> str:
     return found
 
 
-def print_pdf(page: str | Path, *, timeout: int = 300) -> Path:
+def print_pdf(page: str | Path, *, timeout: int = 120) -> Path:
     """Print a report's HTML beside it as PDF; plotly's figures stay vectors, pictures of matplotlib stay pictures.
 
-    Raises RuntimeError if the browser writes nothing.
+    Raises RuntimeError if the browser writes nothing within so many seconds.
     """
     page, browser = paths.local(page).absolute(), find_browser()
     with TemporaryDirectory() as profile, written(page.with_suffix(".pdf")) as partial:
-        options = ["--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={profile}"]
-        # Plotly draws at the width of the window: that of a page less its margins. Root may not use the sandbox.
-        options += ["--window-size=718,1000", "--virtual-time-budget=20000", f"--print-to-pdf={partial}"]
+        options = ["--headless", "--no-pdf-header-footer", f"--user-data-dir={profile}", f"--print-to-pdf={partial}"]
+        # Plotly draws at the width of the window: that of a page less its margins. Plots in 3D need WebGL, here without
+        # a GPU. Root may not use the sandbox.
+        options += ["--window-size=718,1000", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
         options += ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
-        done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=timeout)
+        log = Path(profile) / "messages.txt"
+        with log.open("w") as messages:  # no pipe, which helpers of the browser would keep open after it has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([browser, *options, page.as_uri()], stdout=messages, stderr=messages, timeout=timeout)
         if not partial.exists():
-            said = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
             raise RuntimeError(f"{browser} could not print {page}: {said[0]}; print it in a browser by hand")
     return page.with_suffix(".pdf")
 
