@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -34,7 +34,12 @@ def _start(debug: Annotated[bool, Option("--debug", help="show the traceback of 
     """Explore the bottleneck space (h-space) of diffusion models."""
 
 
-@command("run", example="workbench run 10_extract -p n 512 -p steps 20\n  workbench run 10_extract --list")
+@command(
+    "run",
+    example="""workbench run 10_extract -p n 512 -p steps 20
+  workbench run 20_geometry -p domain eurosat
+  workbench run 10_extract --list""",
+)
 def run(
     notebook: Annotated[str | None, Argument(help="name or number, e.g. 10_extract or 10")] = None,
     parameter: Parameters = None,
@@ -91,6 +96,10 @@ def figure(
 @command("report", example="workbench report --profile full --only 00 10")
 def report(
     profile: Annotated[str, Option(help="a file of profiles/: quick (minutes), standard, full (hours), ...")] = "quick",
+    domain: Annotated[
+        Literal["avataaars", "eurosat"] | None,
+        Option(help="its model, images and attributes instead of the profile's; the folder is reports/DOMAIN"),
+    ] = None,
     jobs: Annotated[int | None, Option(help="notebooks run in parallel (default: as cores and memory allow)")] = None,
     only: Annotated[list[str] | None, Option(metavar="NOTEBOOK...", help="run only these notebooks")] = None,
 ):
@@ -99,10 +108,10 @@ def report(
     from workbench.report import reports  # takes seconds, part of the reported time
 
     before = set(paths.cache().glob("*.zarr"))
-    reports.report(profile, only=only, jobs=jobs, since=start)
+    reports.report(profile, domain=domain, only=only, jobs=jobs, since=start)
     made = len(set(paths.cache().glob("*.zarr")) - before)
     print(f"extractions: {f'{made} made, and kept in' if made else 'all from'} {paths.cache()}")
-    print(f"report: {paths.reports() / 'index.html'} ({time.monotonic() - start:.0f} s)")
+    print(f"report: {paths.reports() / (domain or '') / 'index.html'} ({time.monotonic() - start:.0f} s)")
 
 
 @command("sweep", example="workbench sweep seeds.yaml --workers 2")

@@ -36,6 +36,10 @@ BEGIN, END = "<!-- evaluation: written by workbench evaluate-model -->", "<!-- /
 HALVINGS = 5
 """Times that the held-out images are halved at random, for the distances' means and ranges."""
 
+GOOD_RATIO, POOR_RATIO, LOW_RECALL, ENOUGH_IMAGES, GOOD_DECIBEL, FAR_POINTS = 3.0, 10.0, 0.5, 250, 25.0, 5.0
+"""Bounds of `Evaluation.statement`, the workbench's own: Frechet distance as a multiple and recall as a share of those
+of real images, images on a side of a distance, dB of reconstructions, and percentage points of attributes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -90,6 +94,7 @@ class Evaluation:
         ]
         parts = [
             "## Measured quality",
+            "\n".join(f"- {sentence}" for sentence in self.statement()),
             f"{a['n']:,} samples (seeds {a['seed']} to {a['seed'] + a['n'] - 1}, {a['steps']} steps, eta {a['eta']:g}, "
             f"weights {a['hash']}), {a['held_out']:,} held-out images. Distances are between {a['m']:,} and {a['m']:,} "
             f"images, means over {HALVINGS} random halvings of the held-out ones (in brackets their range). `real` is "
@@ -125,6 +130,43 @@ class Evaluation:
             parts += ["Planted pairs, each expected and found, in percent:"]
             parts += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
         return "\n\n".join([*parts, f"{self._memorised()} {self._inverted()}"])
+
+    def statement(self) -> list[str]:
+        """What the numbers say that the model is good for, and what not; a sentence each.
+
+        Of several feature spaces, the worst decides.
+        """
+        ratio, m = float(self.distances["ratio"].max()), self.about["m"]
+        share = min(row.recall.value / max(row.recall_real.value, 1e-9) for row in self.coverage.itertuples())
+        kind = "poor" if ratio > POOR_RATIO or share < LOW_RECALL else "good" if ratio <= GOOD_RATIO else "usable"
+        if kind != "poor" and m < ENOUGH_IMAGES:
+            kind = f"not known to be good or poor from {m} images"
+        sentences = [
+            f"The samples are {kind}: their Frechet distance is {ratio:.1f} times that of other real images (up to "
+            f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and they have {100 * share:.0f}% of the recall."
+        ]
+        if self.copies is not None:
+            copied = self.copies.low > self.copies_real.high
+            sentences.append(
+                "Some samples are copies of training images; use more images or fewer steps."
+                if copied
+                else "No sign that the model copies its training images."
+            )
+        if len(self.inversion):
+            decibel = float(np.median(self.inversion))
+            words = (
+                "can be edited" if decibel >= GOOD_DECIBEL else "change by the inversion alone; edit samples instead"
+            )
+            sentences.append(f"Real images {words}: their reconstruction has {decibel:.0f} dB.")
+        if len(self.frequencies):
+            gap = 100 * (self.frequencies["found"] - self.frequencies["drawn"]).abs()
+            far = [f"{name} ({gap[name]:.0f} points)" for name in gap.index[gap > FAR_POINTS]]
+            sentences.append(
+                f"Attributes that the judge sees more or less often in samples than in real images: {', '.join(far)}."
+                if far
+                else f"Attributes are as frequent as in real images, within {FAR_POINTS:g} points."
+            )
+        return sentences
 
     def _inverted(self) -> str:
         if not len(self.inversion):

@@ -326,6 +326,29 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alon
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_training_ends_once_held_out_images_gain_nothing(sheets_folder, tmp_path, monkeypatch):
+    """Labels that say nothing of the images can be learned by heart, and only the images held out show that they
+    were."""
+    monkeypatch.setattr(attribute_net, "CHECK_EVERY", 5)
+    images = sheet(sheets_folder / "many", 300, seed=2)
+    table = images.labels[["Bright"]].assign(Chance=np.random.default_rng(0).integers(0, 2, len(images)))
+    training = {}
+    for name in table:
+        table[[name]].to_csv(tmp_path / f"{name}.csv")
+        labelled = load_images(sheets_folder / "many", labels=tmp_path / f"{name}.csv")
+        train_classifier(labelled, out=tmp_path / name, steps=150, **TINY)
+        training[name] = json.loads((tmp_path / name / "config.json").read_text())["training"]
+    assert training["Chance"]["steps"] < 100 and training["Chance"]["held_out_loss"] > 0.5
+    assert training["Bright"]["steps"] > training["Chance"]["steps"] and training["Bright"]["held_out_loss"] < 0.4
+    assert training["Chance"]["held_out"] == 30
+
+
+def test_a_network_is_no_larger_than_the_images_that_it_is_trained_on(sheets, tmp_path):
+    options = TINY | {"design": "judge"}
+    train_classifier(sheets[0].at_size(16), out=tmp_path / "out", steps=1, **options)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["network"]["size"] == 16
+
+
 def test_training_writes_what_is_loaded(sheets, trained):
     classifier, out = trained
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]

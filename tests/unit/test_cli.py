@@ -168,7 +168,7 @@ ARRIVES = {
     "train FACES --out made --from TINY --minutes 2": ("workbench.train_model", {"minutes": 2.0, "resume": False}),
     "train-classifier FACES --out made --steps 5 --design judge": (
         "workbench.train_classifier",
-        {"out": Path("made"), "seed": 0, "steps": 5, "design": "judge"},
+        {"out": Path("made"), "seed": 0, "steps": 5, "design": "judge", "flips": False, "turns": False},
     ),
     f"evaluate-model TINY --n 6 {CHAIN} --training FACES FACES --classifiers avataaars --inverted 2": (
         "workbench.evaluate_model",
@@ -177,6 +177,10 @@ ARRIVES = {
     "data avataaars --n 5 --part 12": (
         "workbench.datasets.avataaars.build",
         {"n": 5, "part": 12, "out": Path("avataaars-part12")},
+    ),
+    "data eurosat FACES --part 1": (
+        "workbench.datasets.eurosat.build",
+        {"part": 1, "out": Path("eurosat-part1")},
     ),
     "find scores avataaars32 --n 6 --steps 2 --attributes Smiling --k 2": (
         "workbench.find_from_scores",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,17 @@ def test_real_images_are_as_near_as_real_images_and_bad_ones_are_not(drawn, nois
     assert (good.abs() < frechet["generated"] / 20).all(), "without bias, near 0 where the other can't be"
     assert (bad > 5 * good.abs()).all()
     assert (frechet["real_low"] <= frechet["real"]).all() and (frechet["real"] <= frechet["real_high"]).all()
+
+
+def test_the_statement_says_what_the_numbers_say(drawn, noisy):
+    good, bad = "\n".join(drawn.statement()), "\n".join(noisy.statement())
+    assert "not known to be good or poor from 200 images" in good and "copies of training images" in good
+    assert "Smiling" not in good and "Smiling (" in bad and "copies" not in bad
+    assert all(f"- {sentence}" in noisy.to_markdown() for sentence in noisy.statement())
+    distances = drawn.distances.assign(ratio=drawn.distances["ratio"] * 20)
+    assert "are poor: " in replace(drawn, distances=distances).statement()[0]
+    many = replace(drawn, about=drawn.about | {"m": 1000})
+    assert "are good: " in many.statement()[0]
 
 
 def test_inversion_is_left_out_where_no_image_is_to_be_inverted(model, images, judges):

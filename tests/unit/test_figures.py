@@ -275,3 +275,16 @@ def test_a_claim_without_a_record_is_not_measured(tmp_path):
     first = judged.loc["h carries what an image shows (Fig. 2a)"]
     assert (first.verdict, first.value, first.n, first.current) == ("holds", 0.9, 10, False)
     assert (judged.verdict == "not measured").sum() == len(claims.load_claims()) - 1
+
+
+def test_claims_of_two_domains_stand_side_by_side_and_differ_only_where_one_holds_and_the_other_fails():
+    verdicts = {"one": ["holds", "holds", "holds", "not measured"], "two": ["fails", "undecided", "holds", "fails"]}
+    judged = {}
+    for domain, found in verdicts.items():
+        rows = pd.DataFrame({"paper": "a paper", "claim": list("abcd"), "verdict": found})
+        judged[domain] = rows.assign(value=0.5, low=0.25, high=0.75).where(rows["verdict"] != "not measured")
+        judged[domain]["verdict"] = found
+    table = claims.compare(judged)
+    assert table["differ"].tolist() == [True, False, False, False]
+    assert table["two"].tolist()[:2] == ["fails 0.50 (0.25 to 0.75)", "undecided 0.50 (0.25 to 0.75)"]
+    assert table["one"].iloc[3] == "not measured"

@@ -213,7 +213,7 @@ COMMANDS = {
     "train": "IMAGES -o out",
     "evaluate-model": "MODEL",
     "train-classifier": "IMAGES -o out",
-    "data": "avataaars",
+    "data": "eurosat IMAGES",
     "run": "00_quickstart",
     "sweep": "x.yaml",
 }

@@ -279,18 +279,21 @@ def evaluate_model(
     seed: opt.Seed = 0,
     classifiers: Annotated[list[str], Option(metavar="NAME...", help="feature spaces; the last one judges")] = DOMAIN,
     inverted: Annotated[int, Option(help="images to invert and reconstruct")] = 32,
-    recipe: Annotated[bool, Option("--recipe", help="expect the bundled domain's probabilities")] = False,
+    recipe: Annotated[bool, Option("--recipe", help="expect the domain's probabilities")] = False,
     card: Annotated[str | None, Option(help="model folder; writes the numbers to its README.md")] = None,
 ):
     """Measure samples against held-out images.
 
     --card writes the numbers into the model card, and a contact sheet beside it.
     """
-    from workbench.datasets.domain import AVATAAARS
+    from workbench.datasets.domain import DOMAINS
 
     folder = None if card is None else paths.local(card)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {folder} to write the card in")
+    domain = next((domain for domain in DOMAINS if domain.classifiers.keys() & set(classifiers)), None)
+    if recipe and domain is None:
+        raise ValueError(f"--recipe is for classifiers of a domain, and {', '.join(classifiers)} are not")
     model = network.load()
     evaluation = wb.evaluate_model(
         model,
@@ -301,8 +304,8 @@ def evaluate_model(
         seed=seed,
         n_inverted=inverted,
         **network.chain,
-        frequencies=AVATAAARS.frequencies if recipe else None,
-        pairs=AVATAAARS.pairs if recipe else None,
+        frequencies=domain.frequencies if recipe else None,
+        pairs=domain.pairs if recipe else None,
     )
     print(evaluation.to_markdown())
     if folder is None:
@@ -318,32 +321,47 @@ def evaluate_model(
     print(evaluation.write(folder).resolve())
 
 
-@command("train-classifier", example="workbench train-classifier FOLDER --out DIR --seed 0")
+@command("train-classifier", example="workbench train-classifier FOLDER --out DIR --size 32 --flips")
 def train_classifier(
     images: Annotated[str, Argument(help="folder or zip of labelled images, or avataaars")],
     out: opt.OutFolder,
     labels: opt.Labels,
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
-    steps: Annotated[int, Option(help="number of batches of 128 images")] = 2000,
+    steps: Annotated[int, Option(help="largest number of batches of 128 images")] = 3000,
     design: Annotated[Literal["labeller", "judge"], Option(help="it labels samples, or judges edits")] = "labeller",
+    flips: Annotated[bool, Option("--flips", help="mirror images with probability 0.5")] = False,
+    turns: Annotated[
+        bool, Option("--turns", help="turn images by right angles, as pictures from above may be")
+    ] = False,
     size: Annotated[
         list[int] | None,
         Option(metavar="N...", help="of the models that it judges, [channels] height width (default: colour squares)"),
     ] = None,
 ):
     """Train an attribute classifier on labelled images."""
-    classifier = wb.train_classifier(labels.load(images, size), out=out, seed=seed, steps=steps, design=design)
+    options = {"seed": seed, "steps": steps, "design": design, "flips": flips, "turns": turns}
+    classifier = wb.train_classifier(labels.load(images, size), out=out, **options)
     print(f"{classifier}\n{out.resolve()}")
 
 
-@command("data", example="workbench data avataaars --n 2000 --part 10")
+@command("data", example="workbench data avataaars --n 2000 --part 10\n  workbench data eurosat EuroSAT_RGB.zip")
 def data(
-    name: Annotated[Literal["avataaars"], Argument(help="the bundled domain")],
-    n: opt.Count = 2000,
-    part: Annotated[int, Option(help="0 and 1 are for training, 10 and above are held out")] = 10,
+    name: Annotated[Literal["avataaars", "eurosat"], Argument(help="avataaars are drawn, eurosat is read")],
+    source: Annotated[str | None, Argument(help="of eurosat: folder or zip of EuroSAT RGB as published")] = None,
+    n: Annotated[int | None, Option(callback=opt.positive, help="number of avatars (default 2000)")] = None,
+    part: Annotated[int, Option(help="0 and 1 are for training, 10 (of avataaars: and above) is held out")] = 10,
     out: opt.OutImages = None,
 ):
-    """Draw images of the bundled domain."""
-    from workbench.datasets import avataaars
+    """Write the labelled images of a domain."""
+    from workbench.datasets import avataaars, eurosat
 
-    print(avataaars.build(n, part=part, out=out or Path(f"avataaars-part{part}")).resolve())
+    if name == "avataaars":
+        if source is not None:
+            raise ValueError(f"avataaars are drawn and not read from {source!r}; leave it out")
+        made = avataaars.build(n or 2000, part=part, out=out or Path(f"avataaars-part{part}"))
+    elif source is None or n is not None:
+        raise ValueError(f"give the folder or zip with EuroSAT RGB ({eurosat.ORIGIN}); all of its images are read")
+    else:
+        bundled = paths.data() / "eurosat" if part == 10 else Path(f"eurosat-part{part}")
+        made = eurosat.build(source, part=part, out=out or bundled)
+    print(made.resolve())

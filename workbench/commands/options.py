@@ -170,7 +170,7 @@ Labeller = Annotated[str, Option(help="classifier that labels samples")]
 Judge = Annotated[str, Option(help="classifier that scores edits")]
 OutFolder = Annotated[str | None, _out(_folder, "folder to write")]
 OutFound = Annotated[str | None, _out(_folder, "folder (default: data/directions, or data/boundaries)")]
-OutImages = Annotated[str | None, _out(_folder, "folder (default: avataaars-part<PART>)")]
+OutImages = Annotated[str | None, _out(_folder, "folder (default: NAME-part<PART>, or data/eurosat)")]
 OutEdit = Annotated[str, _out(_edit, "figure as PNG, PDF and SVG, or .safetensors of values")]
 OutPicture = Annotated[str, _out(_picture, "PNG, JPEG, WebP, TIFF, PDF or SVG")]
 

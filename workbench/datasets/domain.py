@@ -7,18 +7,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.datasets import avataaars
+from workbench.datasets import avataaars, eurosat
 from workbench.io import one_of
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Classifiers, regions and frequencies of one kind of images; empty but for the name if not in `DOMAINS`.
+    """What is known of one kind of images; a record without anything but the name if it is not in `DOMAINS`.
 
     Attributes
     ----------
     name : str
         Name of the images, for `load_images`.
+    model : str or None
+        Name of a bundled model of them, for `load_model`.
+    origin : str or None
+        How to get the images, where they are not bundled.
     labeller, judge : str or None
         Names of two classifiers, for `load_classifier`: one labels, the other judges.
     classifiers : mapping of str to str
@@ -32,9 +36,13 @@ class Domain:
         Names of the image regions with a mask.
     region : callable (name, size=) -> bool array of shape (H, W), or None
         Returns the mask of a region.
+    choices : mapping of str to value
+        Attributes and other values that suit the domain, for the parameters of notebooks with these names.
     """
 
     name: str
+    model: str | None = None
+    origin: str | None = None
     labeller: str | None = None
     judge: str | None = None
     classifiers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -42,7 +50,14 @@ class Domain:
     pairs: Mapping[tuple[str, str], tuple[float, float, float, float]] = field(default_factory=dict, repr=False)
     regions: tuple[str, ...] = ()
     region: Callable[..., np.ndarray] | None = field(default=None, repr=False)
+    choices: Mapping[str, object] = field(default_factory=dict, repr=False)
     _mask: Callable[..., np.ndarray | None] | None = field(default=None, repr=False)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """Values for the parameters of notebooks, by their names; each notebook takes those that it has."""
+        names = {"model_name": self.model, "images_name": self.name}
+        return names | {"classifier_name": self.labeller, "judge_name": self.judge} | dict(self.choices)
 
     def masks(self, attributes: Iterable[str], size: int | Sequence[int]) -> dict[str, np.ndarray]:
         """Masks of attributes in images of a size (as of `load_images`), bool (H, W); only attributes with a region."""
@@ -52,6 +67,7 @@ class Domain:
 
 AVATAAARS = Domain(
     name="avataaars",
+    model="avataaars32",
     labeller="avataaars",
     judge="avataaars-judge",
     classifiers={"avataaars": "avataaars-attributes/labeller", "avataaars-judge": "avataaars-attributes/judge"},
@@ -63,7 +79,30 @@ AVATAAARS = Domain(
 )
 """The bundled domain: drawn avatars."""
 
-DOMAINS = (AVATAAARS,)
+EUROSAT = Domain(
+    name="eurosat",
+    model="eurosat32",
+    origin=f"write them by `workbench data eurosat PATH`, with EuroSAT RGB as published ({eurosat.ORIGIN}) at PATH",
+    labeller="eurosat",
+    judge="eurosat-judge",
+    classifiers={"eurosat": "eurosat-attributes/labeller", "eurosat-judge": "eurosat-attributes/judge"},
+    frequencies=eurosat.FREQUENCIES,
+    pairs={},
+    choices={
+        "steps": 20,
+        "attributes": ["Forest", "SeaLake", "AnnualCrop", "Industrial"],
+        "colors": ["AnnualCrop", "HerbaceousVegetation"],
+        "target": "Forest",
+        "nuisances": ["SeaLake", "AnnualCrop", "Pasture"],
+        "attribute": "Forest",
+        "other": "SeaLake",
+        "pair": ["River", "Residential"],
+        "regions": [],
+    },
+)
+"""Satellite photographs; its models are bundled, its images are not."""
+
+DOMAINS = (AVATAAARS, EUROSAT)
 
 
 def domain_of(images: str) -> Domain:

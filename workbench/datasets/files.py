@@ -13,11 +13,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from workbench.datasets.domain import DOMAINS
+from workbench import paths
+from workbench.datasets.domain import DOMAINS, domain_of
 from workbench.datasets.tables import LABEL_FILES, LISTS, common_folder, some
 
 BUNDLED = tuple(domain.name for domain in DOMAINS)
-"""Names of bundled images, each a folder below data."""
+"""Names of images, each a folder below data."""
 
 ARRAY = ".npy"
 
@@ -90,6 +91,16 @@ def _open_zip(path: Path, stamp: tuple[int, int], process: int) -> zipfile.ZipFi
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a complete zip ({error}); copy or build it again") from error
+
+
+def folder_of(source: str | Path) -> Path:
+    """Folder or file of images: below data by the name of a domain, else as the path says."""
+    if source not in BUNDLED:
+        return paths.local(source)
+    folder, origin = paths.data() / source, domain_of(source).origin
+    if origin and not folder.is_dir():
+        raise FileNotFoundError(f"the images of {source} are not bundled; {origin}")
+    return folder
 
 
 def find_files(source: Path) -> tuple[Folder | Zip, list[str], list[str]]:

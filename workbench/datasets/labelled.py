@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from workbench import paths
-from workbench.datasets.files import BUNDLED, Folder, Zip, find_files, find_labels, warn_of_others
+from workbench.datasets.files import Folder, Zip, find_files, find_labels, folder_of, warn_of_others
 from workbench.datasets.tables import classes_of, labels_of, some
 from workbench.diffusion.images import Unsuitable, array_to_tensor, picture_to_tensor
 from workbench.io import one_of
@@ -261,8 +261,8 @@ def load_images(
     Parameters
     ----------
     source : str or Path
-        "avataaars" for the bundled set, a folder of images (or with an `images.zip`), or a zip. `./avataaars` is a
-        folder.
+        "avataaars" for the bundled set, "eurosat" for what `workbench data eurosat` wrote, a folder of images (or with
+        an `images.zip`), or a zip. `./avataaars` is a folder.
     size : int, (height, width) or (channels, height, width), optional
         Pixels to resize the largest centred part of that aspect ratio to; one number is the side of a square. One
         channel is grey, 3 (default) are colours, and a model's `image_shape` has all three. Default: the native size,
@@ -299,7 +299,7 @@ def load_images(
     shape = _checked(size)
     if crop is not None:
         one_of("crop", crop, CROPS)
-    files, names, others = find_files(paths.data() / source if source in BUNDLED else paths.local(source))
+    files, names, others = find_files(folder_of(source))
     if labels == "folders":
         table = classes_of(names, str(source))
     else:

@@ -86,3 +86,30 @@ def verdicts(records: Mapping[str, Mapping]) -> pd.DataFrame:
             )
     columns = ["paper", "claim", "verdict", "measured", "value", "low", "high", "n", "side", "figure", "current"]
     return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def compare(judged: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The claims' verdicts on several domains side by side.
+
+    Parameters
+    ----------
+    judged : mapping of domain -> DataFrame
+        From `verdicts`.
+
+    Returns
+    -------
+    DataFrame, one row per claim
+        `paper`, `claim`; for each domain its verdict, with value and 95% interval; and `differ`: whether the claim
+        holds on one domain and fails on another.
+    """
+    first = next(iter(judged.values()))
+    table = first[["paper", "claim"]].copy()
+    for domain, rows in judged.items():
+        numbers = [
+            f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" if pd.notna(r.value) else "" for r in rows.itertuples()
+        ]
+        table[domain] = [
+            f"{verdict} {number}".strip() for verdict, number in zip(rows["verdict"], numbers, strict=True)
+        ]
+    found = [set(each) for each in zip(*(rows["verdict"] for rows in judged.values()), strict=True)]
+    return table.assign(differ=[{"holds", "fails"} <= each for each in found])

@@ -165,7 +165,7 @@ def draw_figure(
     """
     # A notebook's kernel, which imports this module, does not need papermill.
     from workbench.report.notebooks import NotebookFailed, run_notebook
-    from workbench.report.parameters import notebook_parameters, read_parameters
+    from workbench.report.parameters import DOMAIN, notebook_parameters, read_parameters
     from workbench.report.plans import read_profile
 
     out = paths.writable(out, folder=True).absolute()
@@ -177,7 +177,7 @@ def draw_figure(
             raise ValueError(f"there is no figure {each!r}; `workbench figure --list` has {', '.join(known)}")
     notebooks = list(dict.fromkeys(known[each].notebook for each in names))
     plan = read_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
-    taken = {notebook: notebook_parameters(notebook).keys() & parameters.keys() for notebook in notebooks}
+    taken = {n: {DOMAIN, *notebook_parameters(n)} & parameters.keys() for n in notebooks}
     for key in parameters:
         if not any(key in keys for keys in taken.values()):
             raise ValueError(f"{' and '.join(notebooks)} have no parameter {key!r}; see `workbench run NAME --list`")

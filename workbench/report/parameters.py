@@ -18,12 +18,16 @@ import papermill
 import yaml
 
 from workbench import paths
+from workbench.io import one_of
 from workbench.report.sources import check_sources, from_here
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _PLAIN = (str, bool, int, float, list, dict, type(None))
 _CONDITION = {"prompt": "str", "negative_prompt": "str", "label": "int", "negative": "int", "guidance_scale": "float"}
 """What the parameter `condition` may hold, with its types: options of `Model.conditioned` that a text can give."""
+
+DOMAIN = "domain"
+"""A parameter of every notebook: the name of a domain, instead of its model, images, classifiers and attributes."""
 
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -94,6 +98,19 @@ def notebook_defaults(name: str | Path) -> dict[str, object]:
     return {key: parameter.default for key, parameter in notebook_parameters(name).items()}
 
 
+def with_domain(name: str | Path, given: Mapping[str, object]) -> dict[str, object]:
+    """Given values, with those that suit the domain `given["domain"]` instead of its name; others that are given
+    win."""
+    if DOMAIN not in given:
+        return dict(given)
+    from workbench.datasets.domain import DOMAINS
+
+    domains = {domain.name: domain for domain in DOMAINS}
+    known = notebook_parameters(name)
+    chosen = domains[one_of(DOMAIN, given[DOMAIN], domains)].parameters
+    return {key: chosen[key] for key in known if key in chosen} | {k: v for k, v in given.items() if k != DOMAIN}
+
+
 def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, object]:
     """Values as JSON has them, of the types that the notebook declares.
 
@@ -103,7 +120,8 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
         As for `find_notebook`.
     given : mapping of str to value
         Texts are read by the declared type; a list may be written "[-1, 0, 1]" or "-1,0,1", a condition
-        "{prompt: a face}". numpy scalars, arrays, tuples and paths are converted.
+        "{prompt: a face}". numpy scalars, arrays, tuples and paths are converted. `domain`, the name of a domain that
+        the notebook need not declare, stands for its model, images, classifiers and attributes.
 
     Returns
     -------
@@ -115,7 +133,7 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
         If the notebook has no such parameter, or the value is not of its type.
     """
     notebook, known, values = find_notebook(name).stem, notebook_parameters(name), {}
-    for key, value in given.items():
+    for key, value in with_domain(name, given).items():
         if key not in known:
             names = ", ".join(known) or "no parameters"
             raise ValueError(f"{notebook} has no parameter {key!r}; it takes {names}{suggestion(key, known)}")

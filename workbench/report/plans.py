@@ -15,6 +15,7 @@ import yaml
 from workbench import paths
 from workbench.io import code_hash
 from workbench.report.parameters import (
+    DOMAIN,
     Texts,
     check_parameters,
     find_notebook,
@@ -23,6 +24,7 @@ from workbench.report.parameters import (
     read_parameters,
     read_value,
     suggestion,
+    with_domain,
 )
 from workbench.report.sources import naming, new_reader
 
@@ -91,11 +93,14 @@ class Plan:
         return {run.name: run.parameters for run in self.runs}
 
 
-def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool = True) -> Plan:
+def read_profile(
+    profile: str, only: Sequence[str] | None = None, *, domain: str | None = None, check: bool = True
+) -> Plan:
     """A profile, by the name of its YAML file in `profiles/`: one run of each notebook, or of those in `only`.
 
-    Without `check`, what parameters name need not be there. ValueError or FileNotFoundError if the profile is unknown
-    or of another form, or names an unknown notebook or parameter, or one of another type.
+    What suits a domain replaces the profile's model, images, classifiers and attributes, and its reports have a folder
+    of their own. Without `check`, what parameters name need not be there. ValueError or FileNotFoundError if the
+    profile is unknown or of another form, or names an unknown notebook or parameter, or one of another type.
     """
     known = list_notebooks()
     if not known:
@@ -118,13 +123,15 @@ def read_profile(profile: str, only: Sequence[str] | None = None, *, check: bool
         values = {}
         for name, each, _ in given:
             checked = check and name in wanted
+            each = each if domain is None else each | with_domain(name, {DOMAIN: domain})
             values[name] = check_parameters(name, each, reader=reader) if checked else read_parameters(name, each)
     try:
         passes = {find_notebook(name).stem: read_value(count, "int") for name, count in content["passes"].items()}
     except ValueError as error:
         raise ValueError(f"passes of {path} is {content['passes']!r}; it must map notebooks to numbers") from error
-    runs = tuple(Run(name, values[name], paths.reports() / f"{name}.ipynb") for name in known if name in wanted)
-    return Plan(runs, paths.reports(), content["timeout"], passes, content["in_short_for"] or None)
+    folder = paths.reports() / (domain or "")
+    runs = tuple(Run(name, values[name], folder / f"{name}.ipynb") for name in known if name in wanted)
+    return Plan(runs, folder, content["timeout"], passes, content["in_short_for"] or None)
 
 
 def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan:
@@ -157,7 +164,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
         for notebook, given, axes in _combined({find_notebook(start).stem: {} for start in starts}, content):
             values = check_parameters(notebook, given, reader=reader)
             key = content_key(notebook, values)
-            own, varied = f"{notebook}-{key}", {axis: values[axis] for axis in axes}
+            own, varied = f"{notebook}-{key}", {axis: values.get(axis, value) for axis, value in axes.items()}
             runs[own] = Run(notebook, values, folder / f"{own}.ipynb", key, varied, folder / "logs" / f"{own}.log")
     return Plan(tuple(runs.values()), folder, content["timeout"])
 
@@ -200,9 +207,9 @@ def _weights(parameters: Mapping) -> list[Path]:
     return [*files, *(place for place in places if place.is_file())]
 
 
-def _combined(own: Mapping[str, dict], content: Mapping) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
-    """Each notebook with its own parameters, the common ones and those of the matrix that it has; and these axes."""
-    known = {name: notebook_defaults(name) for name in own}
+def _combined(own: Mapping[str, dict], content: Mapping) -> Iterator[tuple[str, dict, dict]]:
+    """Each notebook with its own parameters, the common ones and those of the matrix that it has; and these alone."""
+    known = {name: {DOMAIN, *notebook_defaults(name)} for name in own}
     common, matrix = content["common"], content.get("matrix", {})
     for key in [*common, *matrix]:
         if not any(key in each for each in known.values()):
@@ -212,7 +219,8 @@ def _combined(own: Mapping[str, dict], content: Mapping) -> Iterator[tuple[str, 
         shared = {key: value for key, value in common.items() if key in known[name]}
         axes = {key: value for key, value in matrix.items() if key in known[name]}
         for combination in product(*axes.values()):
-            yield name, shared | values | dict(zip(axes, combination, strict=True)), tuple(axes)
+            varied = dict(zip(axes, combination, strict=True))
+            yield name, shared | values | varied, varied
 
 
 def _sections(content: object, sections: Sequence[str], where: str | Path) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from workbench import paths
 from workbench.io import duration
@@ -21,6 +22,7 @@ UNFINISHED = ".unfinished"
 def report(
     profile: str = "quick",
     *,
+    domain: str | None = None,
     only: Sequence[str] | str | None = None,
     jobs: int | None = None,
     since: float | None = None,
@@ -38,6 +40,9 @@ def report(
         runs with its defaults), its `common` holds parameters for every notebook that has them, its `timeout` the
         seconds that one cell may take, its `passes` how many passes of a network each notebook takes, and
         `in_short_for` names the profile that it cuts short.
+    domain : str, optional
+        Name of a domain, whose model, images, classifiers and attributes replace the profile's. The reports are then in
+        a folder of `reports/` with this name.
     only : sequence of str or str, optional
         Run these notebooks alone; names or their starts.
     jobs : int, optional
@@ -62,11 +67,11 @@ def report(
     """
     since = time.monotonic() if since is None else since
     with start_kernels(jobs) as kernels:
-        plan = read_profile(profile, [only] if isinstance(only, str) else only)
+        plan = read_profile(profile, [only] if isinstance(only, str) else only, domain=domain)
         plan = replace(plan, runs=tuple(replace(r, key=content_key(r.notebook, r.parameters)) for r in plan.runs))
         jobs, kept, marker = min(jobs or default_jobs(), len(plan.runs)), _finished(plan), plan.folder / UNFINISHED
         if not marker.exists():
-            marker.parent.mkdir(exist_ok=True)
+            marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
         with Board(plan, kept, jobs=jobs, kernels=kernels, notes=find_cuts(plan), show=progress) as board:
             results = board.run()
@@ -82,7 +87,7 @@ def report(
             board.say(f"{words}.")
             if plan.in_short_for:
                 board.say(f"Cut short for speed; for pictures worth printing: --profile {plan.in_short_for}")
-    return _outcome(results)
+    return _outcome(results, plan.folder)
 
 
 def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
@@ -124,7 +129,7 @@ def _finished(plan: Plan) -> dict[str, Report]:
     return kept
 
 
-def _outcome(results: dict[str, Report | Exception]) -> list[Report]:
+def _outcome(results: dict[str, Report | Exception], folder: Path) -> list[Report]:
     failures = [each for each in results.values() if isinstance(each, Exception)]
     for failure in failures:
         if len(failures) == 1 or not isinstance(failure, NotebookFailed):
@@ -132,7 +137,7 @@ def _outcome(results: dict[str, Report | Exception]) -> list[Report]:
     if failures:
         first = failures[0]
         what = "; ".join(f"{each.name} in cell {each.cell} ({each.ename})" for each in failures)
-        message = f"{len(failures)} of {len(results)} notebooks failed: {what}; see {paths.reports() / 'index.html'}"
+        message = f"{len(failures)} of {len(results)} notebooks failed: {what}; see {folder / 'index.html'}"
         details = {key: getattr(first, key) for key in ("name", "cell", "ename", "evalue", "path")}
         raise NotebookFailed(message, **details) from first
     return list(results.values())

@@ -39,14 +39,14 @@ def _is_path(key: str, value: object, folder: Path) -> bool:
 
 
 def _is_bundled(key: str, value: str) -> bool:
-    from workbench.datasets import classifiers, labelled  # torch: only where a file could be meant
+    from workbench.datasets import classifiers, files  # torch: only where a file could be meant
     from workbench.diffusion.loading import has_unet
 
     if key == "model_name":
         return re.fullmatch(r"[\w.-]+", value) is not None and has_unet(paths.models() / value)
     if key in ("classifier_name", "judge_name"):
-        return value in (*classifiers.BUNDLED, "clip")
-    return key == "images_name" and value in labelled.BUNDLED
+        return value in (*classifiers.BUNDLED, classifiers.PIXELS, "clip")
+    return key == "images_name" and value in files.BUNDLED
 
 
 def new_reader() -> Callable[[str, str], object]:

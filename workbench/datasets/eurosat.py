@@ -1,0 +1,102 @@
+"""The domain of EuroSAT: satellite photographs of ten kinds of land, 64 x 64 pixels (Helber et al. 2019).
+
+The photographs are not bundled. `build` reads the published folder (EuroSAT RGB, doi.org/10.5281/zenodo.7711810, MIT
+licence; contains modified Copernicus Sentinel data) and writes the parts that the bundled models were made with. The
+part of a photograph follows from its file name alone, so that it is the same whichever photographs are at hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from tqdm.auto import tqdm
+
+from workbench import paths
+from workbench.io import one_of, written
+
+ORIGIN = "doi.org/10.5281/zenodo.7711810"
+
+COUNTS = {
+    "AnnualCrop": 3000,
+    "Forest": 3000,
+    "HerbaceousVegetation": 3000,
+    "Highway": 2500,
+    "Industrial": 2500,
+    "Pasture": 2000,
+    "PermanentCrop": 2500,
+    "Residential": 3000,
+    "River": 2500,
+    "SeaLake": 3000,
+}
+"""Photographs of each class as published."""
+
+FREQUENCIES = {name: count / sum(COUNTS.values()) for name, count in COUNTS.items()}
+
+PARTS = (0, 1, 10)
+"""0 trained the labeller, 1 the judge, both the diffusion model; 10 is held out from all of them. 45%, 45% and 10%."""
+
+_NAME = re.compile(rf"({'|'.join(COUNTS)})_\d+\.jpe?g", re.IGNORECASE)
+
+
+def part_of(file: str) -> int:
+    """The part of a photograph, by its name as published, such as "River_12.jpg"."""
+    place = zlib.crc32(PurePosixPath(file).name.encode()) % 20
+    return 10 if place < 2 else place % 2
+
+
+def build(source: str | Path, *, part: int = 10, out: str | Path, progress: bool = True) -> Path:
+    """Write the photographs of a part as a labelled folder that `load_images` reads.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder or zip with EuroSAT RGB as published, or with some of its photographs; the name of a file says its class.
+    part : {0, 1, 10}
+        See `PARTS`.
+    out : str or Path
+        Folder for `images.zip`, with the files as they are, and `attributes.csv`, a column of 0 and 1 for each class.
+        Made if missing; files of these names are replaced.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such source.
+    ValueError
+        If no file of it has a name of EuroSAT's and belongs to the part, or there is no such part.
+    """
+    from workbench.datasets.files import find_files  # it asks domains for their names
+
+    one_of("part", part, PARTS)
+    source = paths.local(source)
+    files, names, _ = find_files(source)
+    wanted = [name for name in names if _NAME.fullmatch(PurePosixPath(name).name) and part_of(name) == part]
+    if not wanted:
+        raise ValueError(
+            f"{source} has no photograph of part {part} with a name such as Forest_1.jpg; give EuroSAT RGB as "
+            f"published ({ORIGIN})"
+        )
+    out = paths.writable(out, folder=True)
+    with (
+        written(out / "attributes.csv") as table,
+        written(out / "images.zip") as archive,
+        zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as images,
+        table.open("w", newline="", encoding="utf-8") as text,
+    ):
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["file", *COUNTS])
+        for name in tqdm(wanted, "photographs", unit="image", disable=not progress):
+            file = PurePosixPath(name).name
+            images.writestr(zipfile.ZipInfo(file), files.read(name))
+            rows.writerow([file, *(int(file.startswith(f"{each}_")) for each in COUNTS)])
+    return out
