@@ -9,7 +9,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 
 .DEFAULT_GOAL := help
-.PHONY: help install report lint test test-all lab bench clean
+.PHONY: help install report lint test test-all lab docs bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(lastword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -30,10 +30,13 @@ test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, br
 		--ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 test-all: $(VENV)/installed-test  ## the slow ones too: trainings, sweeps, kills, every notebook as it stands
-	$(PYTEST) tests notebooks --ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(PYTEST) tests notebooks --ignore tests/benchmarks --ignore notebooks/exercises --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 lab: $(VENV)/installed-lab  ## open JupyterLab on the notebooks
 	cd $(ROOT) && $(BIN)/jupyter lab notebooks
+
+docs: $(VENV)/installed-docs  ## build the documentation as a site in build/docs, and check its links
+	cd $(ROOT) && $(BIN)/python docs/build.py
 
 bench: $(VENV)/installed-test  ## run the benchmarks, write reports/benchmarks.html (10 minutes on a quiet machine)
 	cd $(ROOT) && $(BIN)/python -m pytest tests/benchmarks --benchmark-json reports/benchmarks.json
@@ -53,6 +56,10 @@ $(VENV)/installed: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 $(VENV)/installed-lab: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 	$(INSTALL) lab
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
+	$(INSTALL) docs
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-test: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt

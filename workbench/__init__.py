@@ -61,12 +61,13 @@ _WHERE = {
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {
+    "exercises": "exercises",
     "paths": "paths",
     "plots": "report.plots",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [*sorted(_NAMES), *sorted(_MODULES)]
 
 

@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from workbench import paths
-from workbench.commands import edits, models  # noqa: F401 (they register their commands)
+from workbench.commands import doctor, edits, models  # noqa: F401 (they register their commands)
 from workbench.commands.options import OutFolder, Parameters, app, assignments, command
 
 EXAMPLES = """\b
@@ -25,12 +25,13 @@ examples:
   workbench studio --model avataaars32            edit with sliders in the browser
   workbench run 20_geometry -p n 512              a notebook as a report; --list shows its parameters
   workbench report                                all notebooks, and reports/index.html
+  workbench doctor                                what is installed, and what is missing for what
 """
 
 
 @app.callback(epilog=EXAMPLES)
 def _start(debug: Annotated[bool, Option("--debug", help="show the traceback of an error")] = False):
-    """Explore the bottleneck space (h-space) of pixel diffusion models."""
+    """Explore the bottleneck space (h-space) of diffusion models."""
 
 
 @command(
@@ -44,9 +45,11 @@ def run(
     parameter: Parameters = None,
     show: Annotated[bool, Option("--list", help="list its parameters; without a notebook, list all")] = False,
     out: Annotated[str | None, Option("-o", "--out", help="executed notebook (default: reports/NAME.ipynb)")] = None,
+    pdf: Annotated[bool, Option("--pdf", help="print the report with a Chromium, too")] = False,
+    slides: Annotated[bool, Option("--slides", help="write slides, too: one a section, in one HTML file")] = False,
 ):
     """Run one notebook as a report, or list its parameters."""
-    from workbench.report import notebooks, parameters
+    from workbench.report import notebooks, parameters, printing
 
     if notebook is None and not show:
         raise ValueError("name a notebook; `workbench run --list` shows them")
@@ -57,7 +60,13 @@ def run(
             print(f"{each.name:16s} {each.type:11s} {each.default!s:20s} {each.help}")
     else:
         given = parameters.read_parameters(notebook, assignments(parameter))
-        print(notebooks.run_notebook(notebook, given, out).html)
+        if pdf:
+            printing.find_browser()  # before the notebook runs
+        page = notebooks.run_notebook(notebook, given, out).html
+        print(page)
+        for wanted, make in ((pdf, printing.print_pdf), (slides, printing.write_slides)):
+            if wanted:
+                print(make(page))
 
 
 @command("figure", example="workbench figure haas-fig4 -p n 128 --out figures\n  workbench figure --list")

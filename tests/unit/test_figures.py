@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import matplotlib
 import nbformat
 import pandas as pd
 import pytest
@@ -172,6 +174,14 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         saved(folder=tmp_path / folder)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_a_figure_is_the_same_file_next_year_by_the_same_versions(tmp_path):
+    """PNG and PDF are compressed, which differs by machine; an SVG is text, with its letters as outlines."""
+    saved(folder=tmp_path)
+    drawn = (tmp_path / "haas-fig2a-single.svg").read_bytes()
+    digest = hashlib.sha256(drawn).hexdigest()[:16]
+    assert digest == "967277d48e08b61f", f"drawn by matplotlib {matplotlib.__version__}"
 
 
 def test_without_a_folder_nothing_is_written_but_the_verdicts_stand_there(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ class Domain:
         correlation is known.
     regions : tuple of str
         Names of the image regions with a mask.
-    region : callable (name, *, size) -> bool array of shape (H, W), or None
+    region : callable (name, size=) -> bool array of shape (H, W), or None
         Returns the mask of a region.
     choices : mapping of str to value
         Attributes and other values that suit the domain, for the parameters of notebooks with these names.

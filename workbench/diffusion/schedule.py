@@ -62,12 +62,14 @@ def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) ->
 class NoiseSchedule:
     """Noise level at every timestep, and the quantities derived from it.
 
-    | here | DDPM (Ho et al.) | DDIM, Asyrp, Haas et al. |
-    |---|---|---|
-    | alpha_bar(t) | alpha-bar_t | alpha_t |
-    | predict_x0 | x-hat_0 | P_t |
-    | direction_to_xt | | D_t |
-    | sigma | sigma_t | sigma_t |
+    ===============  ================  ========================
+    here             DDPM (Ho et al.)  DDIM, Asyrp, Haas et al.
+    ===============  ================  ========================
+    alpha_bar(t)     alpha-bar_t       alpha_t
+    predict_x0       x-hat_0           P_t
+    direction_to_xt  (none)            D_t
+    sigma            sigma_t           sigma_t
+    ===============  ================  ========================
 
     Attributes
     ----------

@@ -169,9 +169,9 @@ class Direction:
         *others : Direction
         per_step : bool, default False
             Project each timestep separately. By default inner products run over all timesteps, as in the paper. Here
-            one unit of each direction is projected, sigma_t along v_t / |v_t|; the paper projects eq. 11's difference
-            of means v_t. |v_t| over sigma_t varies along t (2.7 to 2.1 for long hair of the bundled model), so the
-            weights of the timesteps differ slightly. With `per_step` both give the same direction.
+            one unit of each direction is projected, sigma_t along ``v_t / |v_t|``; the paper projects eq. 11's
+            difference of means v_t. ``|v_t|`` over sigma_t varies along t (2.7 to 2.1 for long hair of the bundled
+            model), so the weights of the timesteps differ slightly. With `per_step` both give the same direction.
 
         Returns
         -------

@@ -41,7 +41,7 @@ class PrincipalComponents(Sequence):
     explained_variance_interval : ndarray of shape (T, k, 2)
         95% bootstrap interval of that share: the samples are drawn again, the axes stay.
     matched_cosine : ndarray of shape (T-1, k), values in [0, 1]
-        |cos| between a component at neighbouring timesteps. Where it is low, the component is not the same one.
+        ``|cos|`` between a component at neighbouring timesteps. Where it is low, the component is not the same one.
     mean : Tensor of shape (T, C, h, w), float32
     scores : ndarray of shape (n, T, k), float32
         Projections of the centred h_t; divided by sigma they are in units of scale, if a little too far out.
@@ -98,7 +98,7 @@ def find_pca(
     """Find principal components of h_t, one direction per component (Haas et al., section on unsupervised directions).
 
     By default every timestep has its own PCA, as in the paper. Order and signs are then aligned: from the noisiest
-    timestep on, components are matched with those of the previous timestep by |cos| (Hungarian method) and signs
+    timestep on, components are matched with those of the previous timestep by ``|cos|`` (Hungarian method) and signs
     flipped to agree; the chains that explain most variance, on average over timesteps, come first.
 
     With `joint`, one PCA over all timesteps together, each scaled to a total variance of 1, gives one set of scores;

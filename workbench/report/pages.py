@@ -53,7 +53,7 @@ def export_html(
     notebook = nbformat.read(notebook_path, as_version=4)
     cells, widgets = [cell for cell in notebook.cells if cell.cell_type == "code"], widgets_of(notebook)
     for i, cell in enumerate(cells):
-        outputs = [_offline(output, f"plot-{i}-{k}", widgets) for k, output in enumerate(cell.outputs)]
+        outputs = [offline(output, f"plot-{i}-{k}", widgets) for k, output in enumerate(cell.outputs)]
         cell.outputs = [output for output in outputs if output is not None]
     alive = any("Plotly.newPlot" in _html_of(output) for cell in cells for output in cell.outputs)
     page = {
@@ -160,7 +160,7 @@ def _formula(latex: str, display: str) -> str:
     return formula
 
 
-def _offline(output: NotebookNode, div_id: str, widgets: Mapping[str, dict]) -> NotebookNode | None:
+def offline(output: NotebookNode, div_id: str, widgets: Mapping[str, dict]) -> NotebookNode | None:
     """The output as the HTML page shows it, or None for a progress bar."""
     if output.output_type == "stream":
         output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)

@@ -144,7 +144,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
     if not isinstance(source, Mapping):
         where = paths.local(source)
         if not where.is_file():
-            raise FileNotFoundError(f"there is no sweep at {where}; write one, for example the one in the README")
+            raise FileNotFoundError(f"there is no sweep at {where}; write one, as docs/how-to/cluster.md shows")
         name, source = name or where.stem, _load_yaml(where)
     content = _sections(source, _SWEEP, where)
     starts = content["notebooks"]
