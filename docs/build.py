@@ -94,7 +94,7 @@ def _code(notebook: nbformat.NotebookNode) -> list[str]:
 def _offline(notebook: nbformat.NotebookNode) -> None:
     """Outputs as a page without a kernel and without network shows them."""
     for i, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
-        outputs = [pages.offline(output, f"plot-{i}-{k}") for k, output in enumerate(cell.outputs)]
+        outputs = [pages.offline(output, f"plot-{i}-{k}", {}) for k, output in enumerate(cell.outputs)]
         cell.outputs = [output for output in outputs if output is not None]
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)

@@ -34,6 +34,7 @@ _WHERE = {
     "directions.boundary_accuracy": ("accuracy_over_samples", "accuracy_over_time"),
     "directions.boundary_fit": ("fit_boundaries", "fit_boundary"),
     "directions.direction": ("Direction", "load_direction", "random_like"),
+    "directions.selection": ("Selection", "find_from_selection"),
     "directions.asyrp": ("DeltaFunction", "load_asyrp"),
     "directions.jacobian": ("find_jacobian", "find_pullback"),
     "directions.pca": ("find_pca",),
@@ -56,6 +57,7 @@ _WHERE = {
     "report.figures": ("save_figure",),
     "report.notebooks": ("run_notebook",),
     "report.sweep": ("sweep",),
+    "studio.explorer": ("Explorer", "explore"),
     "studio.widgets": ("EditStudio",),
 }
 _MODULES = {

@@ -21,7 +21,7 @@ def check_report(
     *,
     images: int,
     plotly: int,
-    hover: int = 0,
+    explorers: int = 0,
     formulas: int = 0,
     screenshot: Path | None = None,
     patience: int = 20_000,
@@ -33,9 +33,9 @@ def check_report(
     browser : playwright.sync_api.Browser
     html_path : Path
     images, plotly : int
-        Static figures and plotly figures (those with thumbnails included) that it must show, exactly.
-    hover : int
-        Plotly figures in the plane whose points must show a thumbnail on hover, exactly.
+        Static figures and plotly figures that it must show, exactly.
+    explorers : int
+        Explorers whose maps must be drawn and whose points must show a thumbnail on hover, exactly.
     formulas : int
         Formulas that it must show, at least.
     screenshot : Path, optional
@@ -73,22 +73,64 @@ def check_report(
         text = page.inner_text("main")
         assert "$$" not in text and "\\begin{" not in text, "a formula is still LaTeX"
 
-        plots_with_tips = page.locator(".js-plotly-plot:has(.hover-thumbnail):has(.scatterlayer)")
-        assert plots_with_tips.count() == hover, f"{plots_with_tips.count()} figures with thumbnails, expected {hover}"
-        for i in range(hover):
-            plot = plots_with_tips.nth(i)
-            assert not plot.locator(".hover-thumbnail").is_visible(), "a thumbnail shows before anything is hovered"
-            plot.scroll_into_view_if_needed()
-            point = plot.locator(".scatterlayer .points path").first.bounding_box()
-            page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2, steps=3)
-            plot.locator(".hover-thumbnail img").wait_for(state="visible", timeout=patience)
-            width = plot.locator(".hover-thumbnail img").evaluate(
-                "async (img) => { await img.decode(); return img.naturalWidth; }"
-            )
-            assert width > 1, "the thumbnail on hover is empty"
-            page.mouse.move(5, 5)
-            plot.locator(".hover-thumbnail").wait_for(state="hidden", timeout=patience)
+        found = page.locator(".hspace-explorer")
+        assert found.count() == explorers, f"{found.count()} explorers, expected {explorers}"
+        for i in range(explorers):
+            hover_over(page, found.nth(i), patience)
 
     outside = [url for url in requests if not url.startswith(("file:", "data:", "blob:", "about:"))]
     assert not outside, f"the report asks the network for {outside}"
     assert not errors, f"the page logs errors: {errors}"
+
+
+def hover_over(page, explorer, patience: int) -> None:
+    """Point at a sample of an explorer: its thumbnail shows, and goes with the mouse."""
+    page.wait_for_function("(el) => el.explorer?.painted", arg=explorer.element_handle(), timeout=patience)
+    canvas, tip = explorer.locator(".hx-frame canvas").first, explorer.locator(".hx-tip")
+    canvas.scroll_into_view_if_needed()
+    assert not tip.is_visible(), "a thumbnail shows before anything is hovered"
+    page.mouse.move(*point_of(explorer, 0), steps=3)
+    tip.locator("canvas").wait_for(state="visible", timeout=patience)
+    page.wait_for_function(_HAS_COLOURS, arg=tip.locator("canvas").element_handle(), timeout=patience)
+    page.mouse.move(5, 5)
+    tip.wait_for(state="hidden", timeout=patience)
+
+
+_HAS_COLOURS = """(canvas) => {
+    const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+    return data.some((value, k) => k % 4 < 3 && value > 0);
+}"""
+
+
+def point_of(explorer, i: int, which: int = 0) -> list[float]:
+    """Where a sample is on the screen, on one of the maps."""
+    return explorer.evaluate(
+        """(el, [i, which]) => {
+            const { canvas, screen } = el.explorer.maps[which], box = canvas.getBoundingClientRect();
+            const scale = box.width / canvas.width;
+            return [box.left + screen[2 * i] * scale, box.top + screen[2 * i + 1] * scale];
+        }""",
+        [i, which],
+    )
+
+
+def contrast(page, selector: str) -> float:
+    """Contrast of a text with what is behind it, as WCAG 2 defines it; 4.5 is asked for small text."""
+    return page.evaluate(
+        """(selector) => {
+            const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+            const luminance = ([r, g, b]) => {
+                const part = (v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
+                return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+            };
+            const text = document.querySelector(selector);
+            let behind = text, back = [0, 0, 0, 0];
+            while (behind && (back[3] ?? 1) === 0) {
+                back = parse(getComputedStyle(behind).backgroundColor);
+                behind = behind.parentElement;
+            }
+            const [high, low] = [luminance(parse(getComputedStyle(text).color)), luminance(back)].sort((a, b) => b - a);
+            return (high + 0.05) / (low + 0.05);
+        }""",
+        selector,
+    )

@@ -17,6 +17,7 @@ from another_domain import renamed
 from report_checks import CHROMIUM, check_report
 
 from workbench import cli, paths
+from workbench.report.alive import widgets_of
 from workbench.report.claims import load_claims
 from workbench.report.facts import read_facts
 from workbench.report.figures import list_figures
@@ -137,15 +138,12 @@ def test_figures_are_saved_where_the_parameter_says(reports):
 def test_every_figure_of_the_notebook_is_on_the_page(browser, reports, name):
     notebook = nbformat.read(reports / f"{name}.ipynb", as_version=4)
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
-    with_thumbnails = [o.data["text/html"] for o in outputs if "hover-thumbnail" in o.data.get("text/html", "")]
-    # What a figure draws stands before its template, which names every type of trace.
-    drawn = [page.rpartition("Plotly.newPlot(")[2].partition('"template"')[0] for page in with_thumbnails]
-    hover = sum('"type":"scatter3d"' not in traces for traces in drawn)
     flat = sum("image/png" in o.data for o in outputs)
-    plotly = len(with_thumbnails) + sum("application/vnd.plotly.v1+json" in o.data for o in outputs)
-    assert flat + plotly > 0
+    plotly = sum("application/vnd.plotly.v1+json" in o.data for o in outputs)
+    explorers = len(widgets_of(notebook))
+    assert flat + plotly + explorers > 0
     formulas = sum(cell.source.count("$$") // 2 for cell in notebook.cells if cell.cell_type == "markdown")
-    check_report(browser, reports / f"{name}.html", images=flat, plotly=plotly, hover=hover, formulas=formulas)
+    check_report(browser, reports / f"{name}.html", images=flat, plotly=plotly, explorers=explorers, formulas=formulas)
 
 
 def test_notebooks_share_extractions_and_the_report_says_how_many_were_made(made):

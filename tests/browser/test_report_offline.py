@@ -24,18 +24,21 @@ IMPORTS = """import matplotlib.pyplot as plt
 import numpy as np
 import plotly.express as px
 from tqdm.auto import tqdm
+from workbench.analysis.maps import Map
 from workbench.report import plots
+from workbench.studio.explorer import Explorer
 rng = np.random.default_rng(seed)
 images = rng.uniform(-1, 1, (40, 3, 32, 32))
 points = rng.normal(size=(40, 2))
+maps = [Map('one', points, ('PC 1', 'PC 2')), Map('two', -points, ('a', 'b'))]
 for i in tqdm(range(3)): pass"""
 CELLS = (
     IMPORTS,
     "plots.image_grid(images[:8])",
     "plots.scatter(points, images=images, xlabel='PC 1', ylabel='PC 2')",
     "px.scatter(x=[1, 2, 3], y=[3, 1, 2])",
-    "plots.scatter_hover(points, images, color=points[:, 0], xlabel='PC 1', ylabel='PC 2', caption='Hover.')",
-    "plots.scatter_hover(points, images, color=points[:, 0] > 0, xlabel='PC 1', ylabel='PC 2')",
+    "Explorer(maps, names=range(40), colours={'x': points[:, 0]}, images=lambda rows: images[rows])",
+    "Explorer(maps, names=range(40), colours={'right': points[:, 0] > 0}, images=lambda rows: images[rows])",
 )
 
 
@@ -51,7 +54,7 @@ def page(tmp_path_factory):
 
 
 def test_every_figure_and_formula_is_there(browser, page):
-    check_report(browser, page, images=2, plotly=3, hover=2, formulas=3, screenshot=page.with_suffix(".png"))
+    check_report(browser, page, images=2, plotly=1, explorers=2, formulas=3, screenshot=page.with_suffix(".png"))
 
 
 def test_each_figure_is_stored_once(page):
@@ -70,11 +73,11 @@ def test_each_figure_is_stored_once(page):
         (lambda text: text.replace("Plotly.newPlot", "Plotly.missing"), "0 live plotly figures"),
         (lambda text: text.replace("</main>", '<img src="https://example.org/a.png" alt=""></main>'), "network"),
         (lambda text: text.replace("<main>", "<main>$$x$$"), "LaTeX"),
-        (lambda text: text.replace('graph.on("plotly_hover"', 'graph.on("plotly_never"'), "Timeout"),
+        (lambda text: text.replace("this.showTip(i, event)", "undefined"), "Timeout"),
     ],
 )
 def test_the_check_sees_what_is_missing(browser, page, tmp_path, damage, message):
     damaged = tmp_path / "damaged.html"
     damaged.write_text(damage(page.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(Exception, match=message):
-        check_report(browser, damaged, images=2, plotly=3, hover=2, formulas=3, patience=2_000)
+        check_report(browser, damaged, images=2, plotly=1, explorers=2, formulas=3, patience=2_000)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from report_checks import CHROMIUM
+from report_checks import CHROMIUM, contrast, point_of
 
 import workbench as wb
 from workbench import paths
@@ -234,15 +234,35 @@ def test_the_views_show_pictures_and_the_map_is_drawn(lab):
             "([panel, count]) => panel.querySelectorAll('img').length >= count", arg=[panel.element_handle(), count]
         )
     open_view(lab, "Map")
-    lab.locator(".hspace-studio .scatterlayer .trace").nth(1).wait_for()
-    middles = "paths => paths.map(p => p.getBoundingClientRect()).map(r => [r.x + r.width / 2, r.y + r.height / 2])"
-    points = np.array(lab.locator(".hspace-studio .scatterlayer .points path").evaluate_all(middles))
-    samples = lab.locator(".hspace-studio .scatterlayer .trace").first.locator(".points path").count()
-    apart = np.linalg.norm(points[:samples, None] - points[None], axis=-1)
-    seed = np.sort(apart, axis=1)[:, 1].argmax()  # that no other point lies on
-    lab.mouse.move(*points[seed], steps=4)
-    lab.wait_for_selector(f'.hspace-studio img[alt="sample: seed {seed}"]')
+    explorer = lab.locator(".hspace-studio .hspace-explorer")
+    explorer.wait_for()
+    lab.wait_for_function("() => document.querySelector('.hspace-studio .hspace-explorer').explorer?.painted")
+    explorer.locator("canvas").first.scroll_into_view_if_needed()
+    lab.mouse.move(*point_of(explorer, 7), steps=4)
+    lab.locator(".hspace-studio .hx-tip canvas").wait_for()
     screenshot(lab, "map")
+
+
+def test_a_lasso_on_the_map_becomes_a_direction_with_a_slider(lab):
+    explorer = lab.locator(".hspace-studio .hspace-explorer")
+    lab.mouse.move(5, 5)
+    box = explorer.locator(".hx-frame canvas").first.bounding_box()
+    left, top, middle = box["x"] + 4, box["y"] + 4, box["x"] + box["width"] / 2
+    lab.mouse.move(left, top)
+    lab.mouse.down()
+    for corner in ((middle, top), (middle, top + box["height"] - 8), (left, top + box["height"] - 8)):
+        lab.mouse.move(*corner, steps=5)
+    lab.mouse.up()
+    found = explorer.locator(".hx-panel", has_text="held-out separability")
+    found.wait_for()
+    assert found.locator("img").count() == 2 and "cosine to known directions" in found.inner_text()
+    screenshot(lab, "map-selection")
+    explorer.get_by_role("button", name="To the studio").click()
+    lab.locator(".widget-slider", has=lab.locator('.widget-label:text-is("selection")')).wait_for()
+    slider(lab, "selection").focus()
+    for _ in range(10):
+        lab.keyboard.press("ArrowRight")
+    wait_for_after(lab, "Smiling +2.3 sigma, selection +1 sigma")
 
 
 def test_everything_is_readable_in_the_dark_theme(lab):
@@ -252,28 +272,6 @@ def test_everything_is_readable_in_the_dark_theme(lab):
     for selector in (".widget-label", ".widget-readout", "h4", "figcaption", ".hspace-bars th", ".hspace-drop span"):
         assert contrast(lab, f".hspace-studio {selector}") > 4.5, selector
     screenshot(lab, "dark")
-
-
-def contrast(page, selector: str) -> float:
-    """Contrast of a text with what is behind it, as WCAG 2 defines it; 4.5 is asked for small text."""
-    return page.evaluate(
-        """(selector) => {
-            const parse = (color) => color.match(/[\\d.]+/g).map(Number);
-            const luminance = ([r, g, b]) => {
-                const part = (v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
-                return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
-            };
-            const text = document.querySelector(selector);
-            let behind = text, back = [0, 0, 0, 0];
-            while (behind && (back[3] ?? 1) === 0) {
-                back = parse(getComputedStyle(behind).backgroundColor);
-                behind = behind.parentElement;
-            }
-            const [high, low] = [luminance(parse(getComputedStyle(text).color)), luminance(back)].sort((a, b) => b - a);
-            return (high + 0.05) / (low + 0.05);
-        }""",
-        selector,
-    )
 
 
 # As a page on its own

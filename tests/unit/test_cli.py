@@ -198,6 +198,17 @@ ARRIVES = {
         "workbench.studio.server.serve_studio",
         {"options": {**STUDIO, "device": None}, "port": 8, "theme": "dark"},
     ),
+    "explore a.zarr --classifier c --methods pca umap --port 8 --theme dark": (
+        "workbench.studio.server.serve",
+        {
+            "function": "open_explorer",
+            "options": {
+                **{"store": "a.zarr", "model": None, "directions": None, "classifier": "c"},
+                **{"methods": ["pca", "umap"], "device": None},
+            },
+            **{"port": 8, "theme": "dark"},
+        },
+    ),
     "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2": (
         "workbench.studio.server.serve_studio",
         {
@@ -510,6 +521,8 @@ MISTAKES = [
     ("studio --model nope", "no model 'nope'"),
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
     ("studio --directions .", "there is no direction in ."),
+    ("explore nope.zarr", "there is no store at nope.zarr"),
+    ("explore nope.zarr --out page.pdf", "ends in .pdf"),
     ("edit nope.json", "there is no recipe nope.json"),
     ("sample avataaars32 --prompt cat", "prompt is 'cat', and avataaars32 has no text encoder"),
     ("sample avataaars32 --negative-prompt cat", "--negative-prompt"),

@@ -16,7 +16,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from workbench.analysis import samples
 from workbench.analysis.dimension import dimensions, dimensions_over_time, levina_bickel, participation_ratio, two_nn
-from workbench.analysis.embedding import embed, embed_jointly, map_quality
+from workbench.analysis.embedding import embed, map_quality
+from workbench.analysis.maps import make_maps
 from workbench.analysis.samples import distances_of, gram
 from workbench.analysis.similarity import (
     angles_over_time,
@@ -66,15 +67,14 @@ def test_gram_is_the_inner_product_over_all_blocks(rng, monkeypatch):
     np.testing.assert_allclose(gram(h, centred=False), h @ h.T, atol=1e-12)
 
 
-def test_pca_map_agrees_with_the_singular_vectors_and_is_a_table_to_plot(blobs):
+def test_pca_map_agrees_with_the_singular_vectors(blobs):
     h, groups = blobs
     found = embed(h, k=3)
     u, s, _ = np.linalg.svd(h - h.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(np.abs(found.points), np.abs(u * s)[:, :3], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(found.explained_variance_ratio, s[:3] ** 2 / (s**2).sum(), rtol=1e-4)
     assert found.variance_kept == pytest.approx(found.explained_variance_ratio.sum())
-    frame = embed(h.reshape(120, 5, 3, 2)).frame(group=groups)
-    assert list(frame) == ["sample", "PC 1", "PC 2", "group"] and len(frame) == 120
+    assert embed(h.reshape(120, 5, 3, 2)).axes == ["PC 1", "PC 2"]
 
 
 @pytest.mark.parametrize(("method", "options"), [("umap", {"min_dist": 0.2}), ("tsne", {})])
@@ -102,21 +102,14 @@ def test_other_samples_find_their_place_in_a_finished_map(blobs, method):
         embed(h, method="tsne").place(h[:2])
 
 
-def test_joint_map_places_every_timestep_by_one_fit(rng):
-    base = rng.standard_normal((25, 40))
-    by_t = {t: base * scale + shift for t, scale, shift in ((900, 1.0, 0.0), (500, 2.0, 1.0), (0, 3.0, 5.0))}
-    joint = embed_jointly(Store(by_t), k=2)
-    pca = PCA(2, svd_solver="full").fit(np.concatenate(list(by_t.values())))
-    for t, h in by_t.items():
-        np.testing.assert_allclose(np.abs(joint.points[t]), np.abs(pca.transform(h)), atol=1e-6)
-    assert joint.paths.shape == (25, 3, 2) and list(joint.points) == [900, 500, 0]
-    np.testing.assert_array_equal(joint.paths[4, 1], joint.points[500][4])
-    frame = joint.frame(label=np.arange(25))
-    row = frame[(frame["t"] == 0) & (frame["sample"] == 4)].iloc[0]
-    np.testing.assert_array_equal(row[["PC 1", "PC 2"]].astype(float), joint.points[0][4])
-    assert row["label"] == 4
-    centred = embed_jointly({t: base * (t + 1) + 10 * t for t in range(3)}, centre="timestep")
-    np.testing.assert_allclose(centred.points[0], centred.points[2], atol=1e-6)
+def test_umap_of_a_timestep_is_laid_out_as_the_one_before(rng):
+    turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    base = np.stack([np.cos(turn), np.sin(turn)], axis=1) @ rng.standard_normal((2, 10))
+    base += 0.02 * rng.standard_normal(base.shape)
+    by_t = {500: base, 100: -base[:, rng.permutation(10)]}  # the same ring, in other coordinates
+    made = make_maps({"h": lambda t: [by_t[t]]}, n=60, timesteps=[500, 100], methods=["umap"])
+    first, second = (each.points.ravel() for each in made)
+    assert np.corrcoef(first, second)[0, 1] > 0.9
 
 
 def test_the_identity_map_is_trusted_fully_and_a_random_one_at_chance(rng):
@@ -328,8 +321,8 @@ def test_bad_input_is_refused_in_a_sentence(rng):
         ("have shape \\(19,\\); there are 20 samples", lambda: map_quality(h, h, labels=np.arange(19), neighbours=3)),
         ("sample 2 is missing", lambda: map_quality(h, h, labels=[0, 1, None] + [1] * 17, neighbours=3)),
         ("the map has 19 points and h 20 samples", lambda: map_quality(h, h[:19])),
-        ("1 timestep given where a curve needs at least 2", lambda: embed_jointly({5: h})),
-        ("timestep 1 has 19 samples and the one before 20", lambda: embed_jointly({2: h, 1: h[:19]})),
+        ("1 timestep given where a curve needs at least 2", lambda: cka_over_time({5: h})),
+        ("timestep 1 has 19 samples and the one before 20", lambda: cka_over_time({2: h, 1: h[:19]})),
         ("samples 1 and 5 are the same", lambda: two_nn(distances_of(gram(np.concatenate([h[:5], h[1:]]))))),
         ("all samples are the same", lambda: participation_ratio(gram(np.ones((5, 3))))),
         ("only 'a'", lambda: attribute_angles(h, {"a": np.arange(20) % 2})),

@@ -25,7 +25,7 @@ from plotly import graph_objects as go
 from workbench import cli
 from workbench.diffusion.models import Model
 from workbench.io import commit
-from workbench.report import notebooks, pages, parameters, plots, running
+from workbench.report import notebooks, pages, parameters, running
 from workbench.report.plans import plan_sweep
 from workbench.report.sources import from_here
 
@@ -449,8 +449,8 @@ class TestHtml:
     def test_plotly_figures_share_one_copy_of_the_library(self, home, tmp_path):
         figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
         plain = self.cell_with({"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": "f"})
-        hover = plots.scatter_hover(np.zeros((2, 2)), np.zeros((2, 3, 8, 8)), xlabel="x", ylabel="y")
-        page = self.export(tmp_path, plain, self.cell_with(hover._repr_mimebundle_()))
+        own = {"text/html": figure.to_html(full_html=False, include_plotlyjs=True)}
+        page = self.export(tmp_path, plain, self.cell_with(own))
         assert page.count("Plotly.newPlot(") >= 2
         assert page.count(pages.get_plotlyjs()[:300]) == 1
         assert "Plotly" not in self.export(tmp_path, new_markdown_cell("no figure"))

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "workbench"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FUNCTIONS = [name for name in wb.__all__ if name in wb._NAMES and name[0].islower()]
-STATEFUL = {"EditSession", "EditStudio"}  # what a person changes by its controls
+STATEFUL = {"EditSession", "EditStudio", "Explorer"}  # what a person changes by its controls
 PROTOCOLS = {"Edit"}  # what others implement
 RECORDS = [name for name in wb.__all__ if name in wb._NAMES and name[0].isupper() and name not in STATEFUL | PROTOCOLS]
 
@@ -52,7 +52,7 @@ ONLY_IN = {
     "papermill": {"report/running.py", "report/parameters.py"},
     "nbconvert": {"report/pages.py"},
     "ipywidgets": {"studio/widgets.py", "studio/views.py"},
-    "anywidget": {"studio/widgets.py"},
+    "anywidget": {"studio/widgets.py", "studio/explorer.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
     "transformers": {"datasets/huggingface.py", "diffusion/text.py"},

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import re
 
 import matplotlib
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 import torch
 from matplotlib.collections import PathCollection
 from PIL import Image
-from plotly import graph_objects as go
 
 from workbench.analysis.mixing_criteria import MixingStep
 from workbench.report import plots
@@ -214,7 +211,6 @@ class TestScatter:
         assert box.width == pytest.approx(box.height, rel=0.02)
         assert len(plots.scatter([[1.0, 2.0]], images=images[:1], xlabel="x", ylabel="y").axes[0].images) == 1
 
-    @pytest.mark.parametrize("function", [plots.scatter, plots.scatter_hover])
     @pytest.mark.parametrize(
         ("points", "extra", "message"),
         [
@@ -226,42 +222,50 @@ class TestScatter:
             (np.zeros((12, 2)), {"color": [str(i) for i in range(12)]}, "12 categories"),
         ],
     )
-    def test_refuses_what_does_not_match(self, images, function, points, extra, message):
+    def test_refuses_what_does_not_match(self, images, points, extra, message):
         with pytest.raises(ValueError, match=message):
-            function(points, images=images, xlabel="x", ylabel="y", **extra)
+            plots.scatter(points, images=images, xlabel="x", ylabel="y", **extra)
 
 
-class TestScatterHover:
-    def test_each_point_carries_its_own_thumbnail(self, images):
-        points, names = np.random.default_rng(0).normal(size=(12, 2)), [f"face {i}" for i in range(12)]
-        (trace,) = plots.scatter_hover(points, images, xlabel="PC 1", ylabel="PC 2", text=names).data
-        assert np.allclose(np.stack([trace.x, trace.y], 1), points)
-        for i, (uri, text) in enumerate(trace.customdata):
-            pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
-            assert pixels[0, 0] == pytest.approx([round(255 * i / 11)] * 3, abs=1)
-            assert text == f"face {i}"
+class TestAnimate:
+    @pytest.mark.parametrize("suffix", [".gif", ".webp"])
+    def test_a_film_has_every_frame_there_and_back(self, tmp_path, suffix):
+        shades = np.linspace(-1, 1, 4)
+        images = np.broadcast_to(shades[None, :, None, None, None], (2, 4, 3, 8, 8))
+        film = Image.open(plots.animate(images, tmp_path / f"film{suffix}", fps=10, side=16))
+        assert (film.n_frames, film.size, film.info["loop"]) == (6, (32, 16), 0)
+        seen = []
+        for k in range(film.n_frames):
+            film.seek(k)
+            seen.append(np.asarray(film.convert("RGB"))[3, 3, 0])
+        expected = (np.array([*shades, *shades[2:0:-1]]) + 1) * 127.5
+        assert np.allclose(seen, expected, atol=2) and film.info["duration"] == 100
 
-    def test_displays_and_saves_as_html_that_needs_no_network(self, images, tmp_path):
-        figure = plots.scatter_hover(np.zeros((12, 2)), images, xlabel="x", ylabel="y")
-        bundle, (path,) = figure._repr_mimebundle_(), plots.save_figure(figure, tmp_path / "hover.pdf")
-        assert set(bundle) == {"text/html", "text/plain"} and path.name == "hover.html"
-        for page in (bundle["text/html"], path.read_text(encoding="utf-8")):
-            assert "plotly_hover" in page and not re.search(r"<script[^>]*\ssrc=", page)
+    def test_an_mp4_is_made_by_ffmpeg_from_the_frames_or_refused_in_a_sentence(self, tmp_path, monkeypatch):
+        images = np.zeros((3, 3, 8, 8))
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ValueError, match="ffmpeg, which is not installed"):
+            plots.animate(images, tmp_path / "film.mp4")
+        program = tmp_path / "ffmpeg"
+        program.write_text('#!/bin/sh\nfor last; do :; done\n/bin/cat > "$last"\n')
+        program.chmod(0o755)
+        assert plots.animate(images, tmp_path / "film.mp4", side=8, back=False).stat().st_size == 3 * 8 * 8 * 3
+        program.write_text("#!/bin/sh\n/bin/cat > /dev/null\necho no codec >&2\nexit 1\n")
+        with pytest.raises(ValueError, match="no codec"):
+            plots.animate(images, tmp_path / "other.mp4")
+        assert not (tmp_path / "other.mp4").exists()
 
-    def test_categories_and_space_and_large_images_are_reduced(self, images):
-        figure = plots.scatter_hover(
-            np.zeros((12, 3)), images, color=np.arange(12) % 2 == 0, xlabel="x", ylabel="y", zlabel="z", title="T"
-        )
-        assert [trace.name for trace in figure.data] == ["False", "True"]
-        assert all(isinstance(trace, go.Scatter3d) for trace in figure.data)
-        assert figure.layout.title.text == "T"
-        assert {text for trace in figure.data for _, text in trace.customdata} == {
-            f"sample {i}\ncolour: {i % 2 == 0}" for i in range(12)
-        }
-
-        figure = plots.scatter_hover(np.zeros((1, 2)), np.zeros((1, 3, 256, 256)), xlabel="x", ylabel="y")
-        uri = figure.data[0].customdata[0][0]
-        assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (64, 64)
+    @pytest.mark.parametrize(
+        ("shape", "path", "options", "message"),
+        [
+            ((1, 3, 8, 8), "a.gif", {}, r"\(1, 1, 3, 8, 8\)"),
+            ((3, 3, 8, 8), "a.png", {}, "ends in .png"),
+            ((3, 3, 8, 8), "a.gif", {"fps": 0}, "fps is 0"),
+        ],
+    )
+    def test_refuses_what_is_no_film(self, tmp_path, shape, path, options, message):
+        with pytest.raises(ValueError, match=message):
+            plots.animate(np.zeros(shape), tmp_path / path, **options)
 
 
 class TestSaveFigure:

@@ -56,6 +56,16 @@ def test_without_any_saved_direction_principal_components_are_found(saved, tiny_
     assert studio.wait() and list(studio.scales) == ["PC1", "PC2", "PC3", "PC4"]
 
 
+def test_an_explorer_is_opened_by_a_store(saved, tiny_folder, tmp_path):
+    model, _ = saved
+    store = wb.extract(model, 6, steps=4, out=tmp_path / "some.zarr", progress=False)
+    explorer = server.open_explorer(str(store.path), model=str(tiny_folder), device="cpu")
+    assert explorer.wait() and explorer.live and [d.name for d in explorer.desk.known] == ["hair", "smile"]
+    assert not server.open_explorer(str(store.path), model="").live
+    with pytest.raises(FileNotFoundError, match="no store at"):
+        server.open_explorer(str(tmp_path / "none.zarr"))
+
+
 def test_the_pages_notebook_names_whole_paths(saved, tmp_path, monkeypatch):
     _, folder = saved
     monkeypatch.chdir(folder.parent)
@@ -64,7 +74,7 @@ def test_the_pages_notebook_names_whole_paths(saved, tmp_path, monkeypatch):
     (folder.parent / "avataaars-judge").mkdir()
     named = {"model": "avataaars32", "classifier": "avataaars-judge"}
     assert server._absolute(named) == named, "a bundled name stays one"
-    (cell,) = json.loads(json.dumps(server._notebook(options)))["cells"]
+    (cell,) = json.loads(json.dumps(server._notebook("open_studio", options, "title")))["cells"]
     compile(cell["source"], "studio", "exec")
 
 

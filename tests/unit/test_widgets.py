@@ -135,18 +135,39 @@ def test_views_are_computed_when_they_are_looked_at(studio):
     np.testing.assert_array_equal(pixels(studio.predictions.predicted.value), plots.to_pixels(predicted.before)[0])
 
 
-def test_the_map_shows_the_samples_and_the_edits_path_and_a_lasso_picks(studio):
+def test_the_map_shows_the_samples_and_the_edits_path_and_selected_ones_are_edited(studio):
     studio.scales["smile"].value = 2.0
     studio.views.selected_index = 4
-    assert studio.wait() and studio.map.figure in studio.map.children
-    points, path = studio.map.figure.data
-    assert len(points.x) == 4 and len(path.x) == 5
-    assert (path.x[0], path.y[0]) == pytest.approx((points.x[0], points.y[0]), abs=1e-3)
-    assert np.hypot(path.x[-1] - path.x[0], path.y[-1] - path.y[0]) > 1e-3
-    studio.map.hover(points, [1])
-    assert "seed 1" in studio.map.shown.value
-    studio.map.take([3, 1])
-    assert studio.wait() and studio.session.state.sample == 3
+    assert studio.wait() and studio.map.explorer in studio.map.children
+    explorer = studio.map.explorer
+    (only,) = explorer.maps
+    (path,) = explorer.paths.values()
+    assert len(path) == 5
+    assert path[0] == pytest.approx(explorer.within(only.name, only.points)[0], abs=1e-3)
+    assert np.hypot(*np.subtract(path[-1], path[0])) > 1e-3
+    explorer._on_message(explorer, {"ask": "take"}, [])
+    assert studio.wait() and "no sample is selected" in explorer.status
+    explorer.select([1, 3])
+    explorer._on_message(explorer, {"ask": "take"}, [])
+    assert studio.wait() and studio.session.state.sample == 1
+
+
+def test_a_direction_of_the_map_gets_a_slider(tiny, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(widgets, "REST", 0.0)
+    store = wb.extract(tiny, 10, steps=STEPS, out=tmp_path / "a.zarr", progress=False)
+    runs = wb.sample(tiny, [20, 21], steps=STEPS, progress=False)
+    studio = EditStudio(tiny, runs, parts[:2], store=store, folder=tmp_path)
+    studio.views.selected_index = 4
+    assert studio.wait()
+    explorer = studio.map.explorer
+    explorer.select(range(4))
+    for ask in ("studio", "take"):
+        explorer._on_message(explorer, {"ask": ask}, [])
+    assert studio.wait() and list(studio.scales) == ["smile", "hair", "selection"]
+    assert [studio.session.label(k) for k in range(2, 6)] == [f"seed {k}" for k in range(4)]
+    studio.scales["selection"].value = 2.0
+    np.testing.assert_array_equal(shown(studio), expected(studio))
+    assert list(explorer.paths) == [explorer.maps[1].name]
 
 
 def test_a_dropped_image_joins_the_samples_and_what_is_none_is_a_sentence(studio):

@@ -22,7 +22,6 @@ from workbench.analysis.samples import (
     gram,
     half_interval,
     half_samples,
-    over_timesteps,
 )
 from workbench.io import one_of
 
@@ -67,45 +66,12 @@ class Embedding:
         """Names of the axes, such as "UMAP 1"."""
         return [f"{METHODS[self.method]} {i + 1}" for i in range(self.points.shape[1])]
 
-    def frame(self, **columns) -> pd.DataFrame:
-        """One row per sample: `sample`, the axes, and `columns` (arrays of length n, to colour by)."""
-        points = pd.DataFrame(self.points, columns=self.axes)
-        points.insert(0, "sample", np.arange(len(points)))
-        return points.assign(**{name: np.asarray(values) for name, values in columns.items()})
-
     def __repr__(self) -> str:
         n, k = self.points.shape
         return (
             f"Embedding({METHODS[self.method]} by {self.backend}, {n} samples in {k} dimensions, "
             f"{self.variance_kept:.0%} of the variance kept, {self.parameters})"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class JointEmbedding:
-    """One map of the same n samples at several timesteps.
-
-    Attributes
-    ----------
-    points : dict of int -> ndarray of shape (n, k), float64
-        By timestep.
-    fit : Embedding
-        The shared fit; its points are those of all timesteps, one timestep after the other.
-    """
-
-    points: dict[int, np.ndarray] = field(repr=False)
-    fit: Embedding
-
-    @property
-    def paths(self) -> np.ndarray:
-        """Trajectories of the samples: ndarray of shape (n, T, k)."""
-        return np.stack(list(self.points.values()), axis=1)
-
-    def frame(self, **columns) -> pd.DataFrame:
-        """One row per sample and timestep: `sample`, `t`, the axes, and `columns` (arrays of length n)."""
-        columns = {name: np.asarray(values) for name, values in columns.items()}
-        tables = {t: pd.DataFrame(xy, columns=self.fit.axes).assign(**columns) for t, xy in self.points.items()}
-        return pd.concat(tables, names=["t", "sample"]).swaplevel().reset_index()
 
 
 def embed(
@@ -162,38 +128,6 @@ def embed(
         parameters |= {"n_pcs": n_pcs, "neighbours": neighbours}
     kept = float(pca.explained_variance_ratio_.sum())
     return Embedding(np.asarray(points, dtype=np.float64), method, backend, ratio, kept, parameters, transform)
-
-
-def embed_jointly(h_by_t: Any, *, centre: str = "shared", **options) -> JointEmbedding:
-    """Map the same samples at several timesteps to one plane, with one fit.
-
-    Parameters
-    ----------
-    h_by_t : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
-    centre : {"shared", "timestep"}
-        "shared": h as it is, so that the samples travel together as their mean moves with t. "timestep": each timestep
-        is centred and divided by the root of its total variance, so that only differences between samples are left.
-    **options
-        Of `embed`.
-
-    Returns
-    -------
-    JointEmbedding
-
-    Raises
-    ------
-    ValueError
-        As in `embed`, and if there is only one timestep or their numbers of samples differ.
-    """
-    one_of("centre", centre, ("shared", "timestep"))
-    by_t = {}
-    for t, h in over_timesteps(h_by_t):
-        if centre == "timestep":
-            h = h - h.mean(axis=0)
-            h = h / np.sqrt(max(h.var(axis=0).sum(), np.finfo(np.float32).tiny))
-        by_t[t] = h
-    fit = embed(np.concatenate(list(by_t.values())), **options)
-    return JointEmbedding(dict(zip(by_t, np.split(fit.points, len(by_t)), strict=True)), fit)
 
 
 def _estimator(method: str, k: int, seed: int, neighbours: int, options: dict[str, Any]) -> tuple[Any, str]:

@@ -317,6 +317,45 @@ def studio(
     )
 
 
+@command("explore", example="workbench explore data/cache/NAME.zarr --classifier avataaars")
+def explore(
+    store: Annotated[str, Argument(help="folder that `workbench extract` wrote, or its address")],
+    model: Annotated[str | None, Option(help="another path of the store's model; '' for maps alone")] = None,
+    directions: Annotated[list[str] | None, Option(metavar="PATH...", help="default: the model's own")] = None,
+    classifier: Annotated[str, Option(help="its scores colour the samples, e.g. avataaars")] = "",
+    methods: Annotated[list[str], Option(metavar="METHOD...", help="pca, umap, paths")] = ("pca",),
+    device: opt.Device = None,
+    port: Annotated[int, Option(help="port of the page; 0 picks a free one")] = 0,
+    theme: Annotated[Literal["light", "dark"], Option(help="theme of the page")] = "light",
+    out: opt.OutPage = None,
+):
+    """Explore a population on linked maps in the browser.
+
+    The page is reachable from this machine alone. With --out, write a page that needs no kernel instead.
+    """
+    from workbench.hspace.store import open_store
+    from workbench.studio.server import open_explorer, serve
+
+    settings = {"store": store, "model": model, "directions": directions, "classifier": classifier}
+    settings |= {"methods": list(methods), "device": device}
+    if out is not None:
+        print(
+            open_explorer(**settings | {"model": model or ""})
+            .save_html(out, title=f"Explorer: {Path(store).name}")
+            .resolve()
+        )
+        return
+    serve(
+        "open_explorer",
+        settings,
+        lambda: open_store(store),
+        title="h-space explorer",
+        on_ready=lambda address: print(f"the explorer is at\n  {address}\nuntil Ctrl-C", flush=True),
+        port=port,
+        theme=theme,
+    )
+
+
 @command("edit", example="workbench edit data/edits/edit.json -o edit.png")
 def edit(
     recipe: Annotated[str, Argument(help=".json file, with its .parts folder beside it")],

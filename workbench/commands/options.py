@@ -172,6 +172,7 @@ OutFolder = Annotated[str | None, _out(_folder, "folder to write")]
 OutFound = Annotated[str | None, _out(_folder, "folder (default: data/directions, or data/boundaries)")]
 OutImages = Annotated[str | None, _out(_folder, "folder (default: NAME-part<PART>, or data/eurosat)")]
 OutEdit = Annotated[str, _out(_edit, "figure as PNG, PDF and SVG, or .safetensors of values")]
+OutPage = Annotated[str | None, _out(functools.partial(paths.writable, suffixes=(".html",)), "HTML page")]
 OutPicture = Annotated[str, _out(_picture, "PNG, JPEG, WebP, TIFF, PDF or SVG")]
 
 

@@ -38,11 +38,8 @@ BATCH, WARMUP = 128, 100
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.02
 DECAY = 0.25  # last share of the steps, in which the learning rate falls to 0
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share and number of the images that decide when to stop
-CHECK_EVERY, PATIENCE, LEAST_GAIN = (
-    50,
-    4,
-    0.005,
-)  # steps between looks at them; looks without that gain before the decay
+CHECK_EVERY, PATIENCE, LEAST_GAIN = 100, 8, 0.005
+"""Steps between looks at the held-out loss, and looks without a gain of that share after which the rate decays."""
 
 SMALLEST_MODEL = 32  # pixels of the smallest images that a network is trained to work on, unless it is smaller itself
 

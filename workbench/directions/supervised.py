@@ -43,6 +43,7 @@ def find_from_labels(
     balance: pd.DataFrame | pd.Series | None = None,
     pairs: Labels | None = None,
     name: str | None = None,
+    timesteps: Sequence[int] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Direction:
@@ -75,6 +76,8 @@ def find_from_labels(
         equal weight; samples with a missing group are left out.
     name : str, optional
         By default the name of the Series.
+    timesteps : sequence of int, optional
+        Some that the store visited, decreasing, where fewer are enough; `Direction.resampled` fills the gaps.
     seed : int
         Seed of the folds of a probe.
     progress : bool
@@ -97,7 +100,8 @@ def find_from_labels(
         contrast = _from_labels(y, name, _balance_of(store, balance))
     else:
         contrast = _from_pairs(y, name, matched(store, pairs, "the pairs"))
-    return _find(store, [contrast], method=method, source="labels", seed=seed, progress=progress)[0]
+    options = {"timesteps": timesteps, "seed": seed, "progress": progress}
+    return _find(store, [contrast], method=method, source="labels", **options)[0]
 
 
 def find_many(
@@ -374,14 +378,22 @@ def _counts(weights: np.ndarray) -> dict[str, int]:
 
 
 def _find(
-    store: HStore, contrasts: list[_Contrast], *, method: str, source: str, seed: int, progress: bool
+    store: HStore,
+    contrasts: list[_Contrast],
+    *,
+    method: str,
+    source: str,
+    seed: int,
+    progress: bool,
+    timesteps: Sequence[int] | None = None,
 ) -> list[Direction]:
     one_of("method", method, METHODS)
     weights = np.stack([contrast.weights for contrast in contrasts], axis=1)
     if method == "lda" and any(len(np.unique(column[column != 0])) > 2 for column in weights.T):
         raise ValueError('"lda" takes no weights, so no balance or uneven pairs; use "mean", "logistic" or "ridge"')
     units, sigmas, gaps = [], [], []
-    for t in tqdm(store.timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
+    timesteps = store.timesteps if timesteps is None else tuple(timesteps)
+    for t in tqdm(timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
         batches = _reader(store, t)
         found, along = _differences(batches, weights) if method == "mean" else _probe(batches, weights, method, seed)
         if not np.isfinite(found).all():
@@ -396,7 +408,7 @@ def _find(
         Direction(
             unit=torch.from_numpy(np.stack([unit[j] for unit in units]).reshape(shape)),
             sigma=torch.from_numpy(np.array([sigma[j] for sigma in sigmas])),
-            timesteps=store.timesteps,
+            timesteps=timesteps,
             name=contrast.name,
             provenance=origin_of(store)
             | {"method": source, "parameters": {"estimator": method, **contrast.parameters, "seed": seed}},

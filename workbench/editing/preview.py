@@ -1,8 +1,9 @@
-"""Previews of edits: few steps along a sample's own x_t, with an edit of the same first-order effect."""
+"""Previews of edits, in few steps along a sample's own x_t with the same first-order effect; predicted images."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -67,3 +68,16 @@ def same_effect(plain: Trajectory, delta: torch.Tensor, rest: Trajectory, *, asy
         ]
         shortened.append(torch.einsum("i,i...->...", torch.tensor(weights), delta[begin:end]))
     return torch.stack(shortened)
+
+
+@torch.inference_mode()
+def predicted_images(run: Trajectory, positions: Sequence[int]) -> torch.Tensor:
+    """P_t of a run of one sample with its x_t, edited if the run is, as images; (len(positions), C, H, W)."""
+    predicted, model = [], run.model
+    for i in positions:
+        t, x_t = run.timesteps[i], run.x.values[i].to(model.device)
+        bottleneck = model.encode(x_t, t)
+        h = None if run.edit is None else run.edit.change(i, bottleneck.h, slice(None))
+        eps = model.decode(bottleneck if h is None else bottleneck.with_h(h))
+        predicted.append(model.schedule.predict_x0(x_t, eps, t).cpu())
+    return model.to_images(torch.cat(predicted))

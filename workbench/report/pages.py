@@ -25,11 +25,11 @@ from pygments.formatters import HtmlFormatter
 
 from workbench import paths
 from workbench.io import duration, write_text
+from workbench.report.alive import VIEW, embedded, widgets_of
 from workbench.report.pictures import png_address
 
 _ROOM = Path(__file__).parent
 _PLOTLY = "application/vnd.plotly.v1+json"
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 _REMOTE_SCRIPT = re.compile(r'<script[^>]*\ssrc="(?:https?:)?//[^>]*>\s*</script>')
 _TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(_ROOM), autoescape=True)
 
@@ -45,15 +45,15 @@ def export_html(
     """Write an executed notebook as one HTML file that asks the network for nothing.
 
     Formulas become MathML, which browsers draw themselves. Plotly figures stay alive, with one copy of plotly.js for
-    all of them. Code is folded away, or left out. Progress bars are left out; a widget shows its picture, if it has
-    one. `footer` has the rows of the table "How this report was made"; pictures that the text names lie in `folder`,
-    by default with the staged notebooks.
+    all of them; so do widgets that can (see `alive`), and others show their picture, if they have one. Code is folded
+    away, or left out. Progress bars are left out. `footer` has the rows of the table "How this report was made";
+    pictures that the text names lie in `folder`, by default with the staged notebooks.
     """
     notebook_path, html_path = paths.local(notebook_path), paths.local(html_path)
     notebook = nbformat.read(notebook_path, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells, widgets = [cell for cell in notebook.cells if cell.cell_type == "code"], widgets_of(notebook)
     for i, cell in enumerate(cells):
-        outputs = [offline(output, f"plot-{i}-{k}") for k, output in enumerate(cell.outputs)]
+        outputs = [offline(output, f"plot-{i}-{k}", widgets) for k, output in enumerate(cell.outputs)]
         cell.outputs = [output for output in outputs if output is not None]
     alive = any("Plotly.newPlot" in _html_of(output) for cell in cells for output in cell.outputs)
     page = {
@@ -160,7 +160,7 @@ def _formula(latex: str, display: str) -> str:
     return formula
 
 
-def offline(output: NotebookNode, div_id: str) -> NotebookNode | None:
+def offline(output: NotebookNode, div_id: str, widgets: Mapping[str, dict]) -> NotebookNode | None:
     """The output as the HTML page shows it, or None for a progress bar."""
     if output.output_type == "stream":
         output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
@@ -168,7 +168,11 @@ def offline(output: NotebookNode, div_id: str) -> NotebookNode | None:
     if output.output_type == "error":
         return output
     data = output.data
-    if data.pop(_WIDGET, None) is not None and set(data) <= {"text/plain"}:
+    view = data.pop(VIEW, None)
+    if view is not None and view["model_id"] in widgets:
+        data["text/html"] = embedded(widgets[view["model_id"]], div_id)
+        return output
+    if view is not None and set(data) <= {"text/plain"}:
         return None
     if _PLOTLY in data:
         figure = {key: value for key, value in data.pop(_PLOTLY).items() if key != "config"}

@@ -1,7 +1,7 @@
 """Figures: every function takes data and returns a figure; none shows or saves.
 
 Static figures are matplotlib's, drawn in one style (`hspace.mplstyle`) that is applied inside each function and changes
-nothing outside of it. Interactive ones are plotly's, used only where hovering pays.
+nothing outside of it. `animate` writes moving ones; maps to hover over are `wb.explore`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from workbench.analysis.mixing_criteria import MixingStep
-from workbench.report.hover import HoverFigure, scatter_hover
+from workbench.report.animation import animate
 from workbench.report.network import network
 from workbench.report.pictures import before_after, edit_grid, edit_strips, image_grid, pictures_of, to_pixels
 from workbench.report.style import (
@@ -43,8 +43,8 @@ __all__ = [
     "PALETTE",
     "STYLE",
     "Figure",
-    "HoverFigure",
     "add_caption",
+    "animate",
     "bars",
     "before_after",
     "curves",
@@ -59,7 +59,6 @@ __all__ = [
     "pareto",
     "save_figure",
     "scatter",
-    "scatter_hover",
     "to_pixels",
     "training_curve",
 ]

@@ -17,6 +17,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from workbench import paths
+from workbench.report.alive import keep_shown
 from workbench.report.kernels import KernelServer, environment
 from workbench.report.parameters import braced
 
@@ -145,12 +146,13 @@ class _Engine(NBClientEngine):
             startup_timeout=180,
             log=logging.getLogger(f"papermill.{job.name}"),
             log_output=options["log_output"],
-            store_widget_state=False,
             extra_arguments=["--log-level=CRITICAL"],
             resources={"metadata": {"path": folder}},
         )
         job.follow(nb_man, client)
-        return client.execute(env=job.environment())
+        done = client.execute(env=job.environment())
+        keep_shown(nb_man.nb)
+        return done
 
 
 papermill_engines.register("workbench", _Engine)

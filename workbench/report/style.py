@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure as MatplotlibFigure
-from plotly import graph_objects as go
 
 from workbench.paths import local, writable
 
@@ -127,16 +126,15 @@ def colors_of(color, n: int) -> tuple[np.ndarray | None, list[str] | None]:
     raise ValueError(f"color has {len(names)} categories; at most {len(PALETTE)} can be told apart, so merge some")
 
 
-def save_figure(figure: MatplotlibFigure | go.Figure, path: str | Path) -> tuple[Path, ...]:
+def save_figure(figure: MatplotlibFigure, path: str | Path) -> tuple[Path, ...]:
     """Write a figure to files for a paper or a page.
 
-    A matplotlib figure becomes a PDF and an SVG (fonts included) and a PNG of 300 dots an inch; the same figure gives
-    the same bytes at any date. A plotly figure becomes one HTML file that needs no network: its static formats would
-    take a browser to draw, and its point is the hovering.
+    It becomes a PDF and an SVG (fonts included) and a PNG of 300 dots an inch; the same figure gives the same bytes at
+    any date.
 
     Parameters
     ----------
-    figure : matplotlib or plotly Figure
+    figure : matplotlib Figure
     path : str or Path
         With one of the suffixes, or with none. Missing folders are made.
 
@@ -150,28 +148,23 @@ def save_figure(figure: MatplotlibFigure | go.Figure, path: str | Path) -> tuple
     ValueError
         If the figure is of another kind, or `path` ends in another format or can't be written.
     """
-    is_plotly = isinstance(figure, go.Figure)
-    if not is_plotly and not isinstance(figure, MatplotlibFigure):
-        raise ValueError(f"save_figure takes a matplotlib or plotly figure; got {type(figure).__name__}")
-    files = figure_files(path, (".html",) if is_plotly else _FORMATS)
+    if not isinstance(figure, MatplotlibFigure):
+        raise ValueError(f"save_figure takes a matplotlib figure; got {type(figure).__name__}")
+    files = figure_files(path)
     files[0].parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=files[0].parent, prefix=f".{files[0].stem}-") as folder, style.context(STYLE):
         for file in files:
-            beside = Path(folder) / file.name
-            if is_plotly:
-                beside.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
-            else:
-                figure.savefig(beside, metadata=_NO_DATES[file.suffix])
+            figure.savefig(Path(folder) / file.name, metadata=_NO_DATES[file.suffix])
         for file in files:
             os.replace(Path(folder) / file.name, file)
     return files
 
 
-def figure_files(path: str | Path, suffixes: tuple[str, ...] = _FORMATS) -> tuple[Path, ...]:
+def figure_files(path: str | Path) -> tuple[Path, ...]:
     """What `save_figure` will write; ValueError before any work if it can't be, or is asked to be another format."""
     path = local(path)
     kind = path.suffix.lower()
     if kind.removeprefix(".") in _OTHER_FORMATS:
-        raise ValueError(f"{path} ends in {path.suffix}; figures are written as {', '.join((*_FORMATS, '.html'))}")
-    stem = path.name[: -len(path.suffix)] if kind in (*_FORMATS, ".html") else path.name
-    return tuple(writable(path.with_name(f"{stem}{suffix}")) for suffix in suffixes)
+        raise ValueError(f"{path} ends in {path.suffix}; figures are written as {', '.join(_FORMATS)}")
+    stem = path.name[: -len(path.suffix)] if kind in _FORMATS else path.name
+    return tuple(writable(path.with_name(f"{stem}{suffix}")) for suffix in _FORMATS)

@@ -27,7 +27,7 @@ from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import check_run
-from workbench.editing.preview import abridged, same_effect
+from workbench.editing.preview import abridged, predicted_images, same_effect
 from workbench.editing.render import EditGrid
 from workbench.studio.state import EditState, Predictions, Progress, Rendering
 
@@ -272,7 +272,7 @@ class Renderings:
         timesteps = self.timesteps if timesteps is None else tuple(timesteps)
         positions = [index_of(t, self.timesteps, trained=self.model.schedule.T) for t in timesteps]
         plain = self._plain(state, progress)
-        before = self._predict(plain, positions)
+        before = predicted_images(plain, positions)
         if not state.edits:
             return Predictions(timesteps, before, before)
         run = self._edited([state], progress=progress, record_x=True)
@@ -280,7 +280,7 @@ class Renderings:
         later = [k for k, p in enumerate(positions) if p >= first]
         after = before.clone()
         if later:
-            after[later] = self._predict(run, [positions[k] - first for k in later])
+            after[later] = predicted_images(run, [positions[k] - first for k in later])
         return Predictions(timesteps, before, after)
 
     def strip(
@@ -524,18 +524,6 @@ class Renderings:
     @torch.inference_mode()
     def _h(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
         return self.model.encode(x_t.to(self.model.device), t).h.cpu().contiguous()
-
-    @torch.inference_mode()
-    def _predict(self, run: Trajectory, positions: Sequence[int]) -> torch.Tensor:
-        """P_t of a run of one sample with its x_t, edited if the run is, as images; (len(positions), C, H, W)."""
-        predicted = []
-        for i in positions:
-            t, x_t = run.timesteps[i], run.x.values[i].to(self.model.device)
-            bottleneck = self.model.encode(x_t, t)
-            h = None if run.edit is None else run.edit.change(i, bottleneck.h, slice(None))
-            eps = self.model.decode(bottleneck if h is None else bottleneck.with_h(h))
-            predicted.append(self.model.schedule.predict_x0(x_t, eps, t).cpu())
-        return self.model.to_images(torch.cat(predicted))
 
 
 def _keep(cache: dict, key: tuple, value) -> None:

@@ -1,4 +1,4 @@
-"""The edit studio as a page on its own, served by Voila to this machine alone."""
+"""The edit studio and the explorer as pages on their own, served by Voila to this machine alone."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.directions.pca import find_pca
 from workbench.hspace.extract import extract
+from workbench.hspace.store import open_store
+from workbench.studio.explorer import Explorer, explore
 from workbench.studio.recipe import load_editable
 from workbench.studio.widgets import EditStudio
 
@@ -30,31 +32,43 @@ LOOPBACK = "127.0.0.1"
 _OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
 
 
-def serve_studio(
+def serve_studio(options: dict, **page) -> None:
+    """Serve a studio; `options` are arguments of `open_studio`, as JSON can hold them. `page` as of `serve`."""
+
+    def check() -> None:
+        model = load_model(options["model"], device=options.get("device"), **options.get("condition", {}))
+        find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
+        if options.get("classifier"):
+            load_classifier(options["classifier"], device=options.get("device"))
+
+    serve("open_studio", options, check, title="h-space edit studio", **page)
+
+
+def serve(
+    function: str,
     options: dict,
+    check: Callable[[], None],
     *,
+    title: str,
     on_ready: Callable[[str], None],
     port: int = 0,
     theme: str = "light",
 ) -> None:
-    """Serve a studio until interrupted, to this machine alone and only with the token in the address.
+    """Serve a widget until interrupted, to this machine alone and only with the token in the address.
 
-    `options` are arguments of `open_studio`, as JSON can hold them; what they name is checked before anything is
-    served. `on_ready` is called with the address when the page can be opened. Port 0 takes a free one. Raises as
-    `open_studio`; ValueError if there is no such port or voila is not installed, OSError if the port is taken.
+    `function` of this module makes it from `options`; `check` raises for what these name, before anything is served.
+    `on_ready` is called with the address when the page can be opened. Port 0 takes a free one. ValueError if there is
+    no such port or voila is not installed, OSError if the port is taken.
     """
     try:
-        from voila.app import Voila  # slow to import, and needed by this command alone
+        from voila.app import Voila  # slow to import, and needed by these commands alone
     except ModuleNotFoundError as error:
-        raise ValueError("the studio's own page needs voila: pip install -c constraints.txt -e '.[lab]'") from error
+        raise ValueError("a page of its own needs voila: pip install -c constraints.txt -e '.[lab]'") from error
 
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port} is invalid; give 1 to 65535, or 0 for a free one")
     port = _free_port(port)
-    model = load_model(options["model"], device=options.get("device"), **options.get("condition", {}))
-    find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
-    if options.get("classifier"):
-        load_classifier(options["classifier"], device=options.get("device"))
+    check()
     token = secrets.token_urlsafe(24)
     config = Config()
     config.Voila.update(ip=LOOPBACK, port=port, port_retries=0, token=token, open_browser=False, log_level="ERROR")
@@ -63,7 +77,7 @@ def serve_studio(
     config.VoilaConfiguration.update(theme=theme, strip_sources=True)
     with TemporaryDirectory(prefix="studio-") as folder:
         notebook = Path(folder) / "studio.ipynb"
-        notebook.write_text(json.dumps(_notebook(_absolute(options))), encoding="utf-8")
+        notebook.write_text(json.dumps(_notebook(function, _absolute(options), title)), encoding="utf-8")
         app = Voila.instance(config=config)
         # As arguments, since a voila.json of the user's would come before the configuration, and may open the page to
         # all. They stay in this process: other users of the machine don't see the token.
@@ -72,6 +86,33 @@ def serve_studio(
         address = f"http://{LOOPBACK}:{port}/?token={token}"
         on_ready(address)
         app.start()
+
+
+def open_explorer(
+    store: str,
+    *,
+    model: str | None = None,
+    directions: Sequence[str] | None = None,
+    classifier: str = "",
+    methods: Sequence[str] = ("pca",),
+    device: str | None = None,
+) -> Explorer:
+    """The explorer of a store on disk, as `workbench explore` shows it.
+
+    By default the model is the store's own; with "", there are maps and no edits. `directions` as in `open_studio`.
+    Raises FileNotFoundError or ValueError if something named is not there, or does not fit.
+    """
+    opened = open_store(store)
+    own, loaded = opened.provenance["model"], None
+    if model != "":
+        loaded = load_model(model or own["name"], device=device).as_recorded(own)
+    found = find_editables(loaded, directions, opened.timesteps) if loaded is not None else []
+    known = [each for each in found if isinstance(each, Direction) and each.timesteps == opened.timesteps]
+    crossed = [each for each in found if isinstance(each, Boundary) and each.space in opened.group]
+    scores = load_classifier(classifier, device=device)(opened.images[:]) if classifier else None
+    if scores is not None:
+        scores.index = list(opened.seeds or opened.names or scores.index)
+    return explore(opened, scores=scores, model=loaded, methods=methods, directions=known, boundaries=crossed)
 
 
 def open_studio(
@@ -138,15 +179,17 @@ def _absolute(options: dict) -> dict:
 
     given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
     changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}
+    if options.get("store") and not paths.is_address(options["store"]):
+        changed["store"] = str(paths.local(options["store"]).absolute())
     if options.get("directions") is not None:
         changed["directions"] = [str(paths.local(name).absolute()) for name in options["directions"]]
     return options | changed
 
 
-def _notebook(options: dict) -> dict:
-    cell = new_code_cell(f"from workbench.studio.server import open_studio\n\nopen_studio(**{options!r})")
+def _notebook(function: str, options: dict, title: str) -> dict:
+    cell = new_code_cell(f"from workbench.studio.server import {function}\n\n{function}(**{options!r})")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": "h-space edit studio"})
+    return new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": title})
 
 
 def _free_port(port: int = 0) -> int:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import ipywidgets as widgets
 import numpy as np
 import torch
-from plotly import graph_objects as go
 
-from workbench.analysis.embedding import Embedding, embed
+from workbench.analysis.maps import make_maps
 from workbench.diffusion.sampling import replay
 from workbench.editing.render import EditGrid
-from workbench.studio.markup import AFTER, BEFORE, bars, cells, picture
+from workbench.studio.explorer import Explorer, explore
+from workbench.studio.markup import bars, cells, picture
 from workbench.studio.state import EditState, Predictions, Progress
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 _STRIP = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 _GRID = (-2.0, -1.0, 0.0, 1.0, 2.0)
-_MOST_LASSOED = 8
-_MAPS = 16
-"""Maps that are kept, so that going back to one is quick."""
+_MOST_TAKEN = 8
 
 
 class View(widgets.VBox):
@@ -110,105 +108,56 @@ class Timesteps(View):
 
 
 class Map(View):
-    """Samples in the plane, and the path of the edit; a lasso takes samples into the studio."""
+    """Samples on linked maps, and the path of the edit; what is selected can be edited, or become a direction."""
 
     def __init__(self, studio: EditStudio) -> None:
         self.method = widgets.ToggleButtons(options=[("PCA", "pca"), ("UMAP", "umap")], style={"button_width": "70px"})
-        self.timestep = timestep_slider(studio.session.timesteps, "timestep of the map", continuous_update=False)
-        for control in (self.method, self.timestep):
-            studio.follow(control)
-        self.figure: go.FigureWidget | None = None
-        self._maps: dict[tuple[str, int, int], tuple[Embedding, list[str]]] = {}
-        self._images: np.ndarray | None = None
-        super().__init__(studio, self.method, self.timestep)
-        self.shown.add_class("hspace-small").value = "Hover over a point to see its image."
+        studio.follow(self.method)
+        self.explorer: Explorer | None = None
+        self._made: tuple[str, int] | None = None
+        super().__init__(studio, self.method)
 
     def show(self, state: EditState, progress: Progress) -> None:
-        method, t, store = self.method.value, self.timestep.value, self.studio.store
-        n = len(self.session.samples if store is None else store)
-        if n < 4:
-            self.shown.value = "A map takes at least 4 samples; give store= for one of a whole population."
-            return
-        if (method, t, n) not in self._maps:
+        session, store = self.session, self.studio.store
+        wanted = self.method.value, len(session.samples if store is None else store)
+        if wanted != self._made:
             self.studio.say("making the map")
-            h, self._images, names = self._points(t, progress)
-            options = {} if method == "pca" else {"neighbours": min(15, n - 1)}
-            self._maps[method, t, n] = embed(h, method=method, **options), names
-            while len(self._maps) > _MAPS:
-                del self._maps[next(iter(self._maps))]
+            self.explorer, self._made = self._explore(wanted[0], progress), wanted
+            self.explorer.on_ask("take", "Edit these samples", self._take)
+            self.children = [self.children[0], self.explorer, self.shown]
             self.studio.say("")
-        found, names = self._maps[method, t, n]
-        path = found.place(self.session.path(t, state=state, progress=progress))
-        if self.figure is None:
-            self.figure = self._new_figure()
-            self.children = [self.children[0], self.figure, self.shown]
-        points, line = self.figure.data
-        with self.figure.batch_update():
-            points.x, points.y, points.text = found.points[:, 0], found.points[:, 1], names
-            line.x, line.y = path[:, 0], path[:, 1]
-            self.figure.update_layout(xaxis_title=found.axes[0], yaxis_title=found.axes[1])
+        middle = self.explorer.maps[len(self.explorer.maps) // 2]
+        path = session.path(middle.timesteps[0], state=state, progress=progress)
+        self.explorer.paths = {middle.name: self.explorer.within(middle.name, middle.place(path))}
 
-    def _points(self, t: int, progress: Progress) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """h_t, images and names of the points of the map."""
-        store, session = self.studio.store, self.session
+    def _explore(self, method: str, progress: Progress) -> Explorer:
+        store, session, model = self.studio.store, self.session, self.session.model
         if store is not None:
-            seeds = store.seeds
-            names = [f"sample {i}" if seeds is None else f"seed {seeds[i]}" for i in range(len(store))]
-            return store.at(t), store.images[:], names
+            own = {"model": model, "runs": self.studio.runs, "studio": self.studio}
+            return explore(store, methods=[method], directions=list(session.directions.values()), **own)
         runs = [replay(run, record_h=True, progress=progress) for run in session.samples]
         images = np.concatenate([run.images.numpy() for run in session.samples])
-        return np.concatenate([run.h.at(t) for run in runs]), images, [session.label(k) for k in range(len(runs))]
+        t, n = session.timesteps[len(session.timesteps) // 2], len(runs)
+        made = make_maps({"h": lambda t: [run.h.at(t) for run in runs]}, n=n, timesteps=[t], methods=[method])
+        names = [session.label(k) for k in range(n)]
+        return Explorer(made, names=names, images=lambda rows: images[rows], studio=self.studio)
 
-    def _new_figure(self) -> go.FigureWidget:
-        figure = go.FigureWidget()
-        marker = {"size": 8, "color": BEFORE, "opacity": 0.8}
-        figure.add_scatter(mode="markers", marker=marker, name="samples", hoverinfo="text")
-        line, end = {"color": AFTER, "width": 3}, {"color": AFTER, "size": [7, 5, 5, 5, 13]}
-        figure.add_scatter(mode="lines+markers", line=line, marker=end, name="the edit's path", hoverinfo="name")
-        figure.update_layout(
-            width=540,  # a tab that is not shown has no width to follow
-            height=420,
-            margin={"l": 50, "r": 10, "t": 10, "b": 45},
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font_color="#888",
-            dragmode="lasso",
-            hovermode="closest",
-            legend={"orientation": "h", "y": 1.08},
-        )
-        figure.update_xaxes(gridcolor="rgba(136,136,136,0.3)", zeroline=False)
-        figure.update_yaxes(gridcolor="rgba(136,136,136,0.3)", zeroline=False)
-        points = figure.data[0]
-        points.on_hover(lambda trace, found, _: self.hover(trace, found.point_inds))
-        points.on_click(lambda trace, found, _: self.take(found.point_inds))
-        points.on_selection(lambda trace, found, _: self.take(found.point_inds))
-        return figure
-
-    def hover(self, trace, chosen: Sequence[int]) -> None:
-        """Show the image of a point."""
-        if chosen:
-            self.shown.value = picture(torch.from_numpy(self._images[chosen[0]]), "sample", trace.text[chosen[0]])
-
-    def take(self, chosen: Sequence[int]) -> None:
-        """Take points into the studio, and edit the first of them."""
-        if not len(chosen):
-            return
-
-        def task(progress: Progress) -> None:
-            taken, store = list(chosen)[:_MOST_LASSOED], self.studio.store
-            if store is None:
-                positions = taken
-            elif store.seeds is not None:
-                positions = self.session.add_seeds([store.seeds[i] for i in taken], progress=progress)
-            else:
-                images = torch.from_numpy(np.stack([store.images[i] for i in taken]))
-                positions = [self.session.add_image(image.clamp(-1, 1), progress=progress) for image in images]
-            self.studio.pick(positions[0])
-            left = len(chosen) - len(taken)
-            more = f"; {left} more were left out" if left else ""
-            self.studio.say(f"{len(taken)} samples are in the studio{more}")
-
-        self.studio.submit(task)
+    def _take(self, progress: Progress) -> None:
+        """Edit the selected samples; the first of them is shown."""
+        chosen, store = self.explorer.sides[0], self.studio.store
+        taken = chosen[:_MOST_TAKEN]
+        if not taken:
+            raise ValueError("no sample is selected; draw around some")
+        if store is None:
+            positions = taken
+        elif store.seeds is not None:
+            positions = self.session.add_seeds([store.seeds[i] for i in taken], progress=progress)
+        else:
+            images = torch.from_numpy(np.stack([store.images[i] for i in taken]))
+            positions = [self.session.add_image(image.clamp(-1, 1), progress=progress) for image in images]
+        self.studio.pick(positions[0])
+        left = len(chosen) - len(taken)
+        self.explorer.say(f"{len(taken)} samples are in the studio" + (f"; {left} more were left out" if left else ""))
 
 
 def timestep_slider(timesteps: Sequence[int], tooltip: str, **options) -> widgets.SelectionSlider:

@@ -21,12 +21,11 @@ from traitlets import Unicode
 
 from workbench import paths
 from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction
 from workbench.hspace.store import HStore
-from workbench.io import provenance_mismatch
 from workbench.report import plots
 from workbench.studio.markup import address, picture
 from workbench.studio.recipe import apply_recipe, save_recipe
@@ -66,7 +65,7 @@ class EditStudio(widgets.VBox):
     classifier : Classifier, optional
         Bars show its probabilities before and after the edit.
     store : HStore, optional
-        Samples of the map; by default those of `runs`.
+        Samples of the map; by default those of `runs`. A selection of them can become another direction.
     folder : path, optional
         Folder for saved files, by default `data/edits`.
 
@@ -94,6 +93,7 @@ class EditStudio(widgets.VBox):
         self.session = EditSession(model, runs, directions, classifier=classifier)
         if store is not None:
             _refuse_other_store(store, self.session)
+        self.runs = runs[:2]
         self.store, self.folder = store, paths.edits() if folder is None else paths.writable(folder, folder=True)
         self.rendering: Rendering | None = None
         self._without_view = False
@@ -468,9 +468,7 @@ def _saved(path: Path) -> str:
 
 
 def _refuse_other_store(store: HStore, session: EditSession) -> None:
-    own, other = session.model.provenance(), store.provenance["model"]
-    if (own["hash"], own["tap"]) != (other["hash"], other["tap"]) or provenance_mismatch(own, other):
-        raise ValueError(f"{store.path} is of another model, tap or schedule than {session.model.name!r}")
+    refuse_other_model(str(store.path), store.provenance["model"], session.model.provenance())
     if tuple(store.timesteps) != session.timesteps:
         raise ValueError(f"{store.path} has other timesteps than the samples; extract it with as many steps")
     etas = {run.etas for run in session.samples if run.seeds is not None}

@@ -1,0 +1,66 @@
+"""Widgets that stay alive in a page without a kernel and without a network.
+
+An anywidget is a script and a state. One whose trait `offline` is true can do without a kernel: the page holds both,
+and a stand-in for the kernel's side that answers `get` and `set`. Its trait `view` is kept in the address of the page,
+so that a link leads back to what is seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from nbformat import NotebookNode
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+_STATE = "application/vnd.jupyter.widget-state+json"
+
+_STAND_IN = """
+const here = document.getElementById("KEY"), state = JSON.parse(here.nextElementSibling.textContent);
+const linked = () => location.hash.slice(1).split("&").find((part) => part.startsWith("KEY="))?.slice("KEY=".length);
+// An address may name no view, or a broken one.
+try { state.view = JSON.parse(decodeURIComponent(linked())); } catch {}
+addEventListener("hashchange", () => linked() && location.reload());
+const model = {
+  get: (name) => state[name],
+  set: (name, value) => { state[name] = value; },
+  save_changes() {
+    const others = location.hash.slice(1).split("&").filter((part) => part.includes("=") && !part.startsWith("KEY="));
+    const own = "KEY=" + encodeURIComponent(JSON.stringify(state.view));
+    history.replaceState(null, "", "#" + [...others, own].join("&"));
+  },
+  on() {}, off() {},
+};
+const code = URL.createObjectURL(new Blob([state._esm], { type: "text/javascript" }));
+(await import(code)).default.render({ model, el: here });
+"""
+
+
+def embedded(state: Mapping[str, object], key: str) -> str:
+    """HTML of a widget's state; `key`, a name without special characters, tells its view from others in the address."""
+    own = {name: value for name, value in state.items() if name == "_esm" or not name.startswith("_")}
+    # Nothing in the text of a script may look like its end.
+    text = json.dumps(own).replace("<", "\\u003c")
+    return (
+        f'<style>{state.get("_css") or ""}</style><div id="{key}" class="alive"></div>'
+        f'<script type="application/json">{text}</script>'
+        f'<script type="module">{_STAND_IN.replace("KEY", key)}</script>'
+    )
+
+
+def widgets_of(notebook: NotebookNode) -> dict[str, dict]:
+    """States of the widgets of an executed notebook that can do without a kernel, by model."""
+    kept = notebook.metadata.get("widgets", {}).get(_STATE, {}).get("state", {})
+    return {name: model["state"] for name, model in kept.items() if model["state"].get("offline")}
+
+
+def keep_shown(notebook: NotebookNode) -> None:
+    """Drop the states of all widgets from a notebook but of those that stay alive where an output shows them."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    shown = {output.get("data", {}).get(VIEW, {}).get("model_id") for output in outputs}
+    states = notebook.metadata.get("widgets", {}).get(_STATE, {}).get("state", {})
+    alive = {name: states[name] for name in widgets_of(notebook).keys() & shown}
+    notebook.metadata.pop("widgets", None)
+    if alive:
+        state = {"state": alive, "version_major": 2, "version_minor": 0}
+        notebook.metadata["widgets"] = NotebookNode({_STATE: state})
