@@ -128,8 +128,12 @@ def write_api(folder: Path) -> None:
     for module in wb._MODULES:
         found = getattr(wb, module)
         public = {name: value for name, value in vars(found).items() if name[0] != "_" and inspect.getdoc(value)}
-        own = {name: value for name, value in public.items() if inspect.isfunction(value) or inspect.isclass(value)}
-        own = {name: value for name, value in own.items() if value.__module__.startswith("workbench.")}
+        own = {
+            name: value
+            for name, value in public.items()
+            if (inspect.isfunction(value) and value.__module__.startswith("workbench."))
+            or (inspect.isclass(value) and value.__module__ == found.__name__)
+        }
         page = [f"# wb.{module}", "", inspect.getdoc(found).partition("\n")[0], ""]
         page += [_entry(value, name, value.__module__) for name, value in own.items()]
         (folder / f"{module}.md").write_text("\n".join(page))
