@@ -123,41 +123,29 @@ def write_api(folder: Path) -> None:
         about = (inspect.getdoc(sys.modules.get(f"workbench.{room}")) or "").partition("\n")[0]
         page = [f"# workbench.{room}", "", about, ""]
         lines += [f"- [{room}]({room}.md): " + ", ".join(f"`{name}`" for name, _ in names)]
-        for name, module in names:
-            found = getattr(wb, name)
-            kind = "autoclass" if inspect.isclass(found) else "autofunction"
-            members = "\n   :members:" if kind == "autoclass" else ""
-            page += [
-                f"## {name}",
-                "",
-                "```{eval-rst}",
-                f".. py:currentmodule:: {module}",
-                "",
-                f".. {kind}:: {name}{members}",
-                "```",
-                "",
-            ]
+        page += [_entry(getattr(wb, name), name, module) for name, module in names]
         (folder / f"{room}.md").write_text("\n".join(page))
-    plots = wb.plots
-    names = [name for name, value in vars(plots).items() if inspect.isfunction(value) and not name.startswith("_")]
-    names = [name for name in names if inspect.getdoc(getattr(plots, name))]
-    page = ["# workbench.plots", "", "Figures: `wb.plots.NAME`.", ""]
-    for name in names:
-        module = getattr(plots, name).__module__
-        page += [
-            f"## {name}",
-            "",
-            "```{eval-rst}",
-            f".. py:currentmodule:: {module}",
-            "",
-            f".. autofunction:: {name}",
-            "```",
-            "",
-        ]
-    (folder / "plots.md").write_text("\n".join(page))
-    lines += ["- [plots](plots.md): " + ", ".join(f"`{name}`" for name in names)]
-    lines += ["", "```{toctree}", ":hidden:", "", *rooms, "plots", "```", ""]
+    for module in wb._MODULES:
+        found = getattr(wb, module)
+        public = {name: value for name, value in vars(found).items() if name[0] != "_" and inspect.getdoc(value)}
+        own = {
+            name: value
+            for name, value in public.items()
+            if (inspect.isfunction(value) and value.__module__.startswith("workbench."))
+            or (inspect.isclass(value) and value.__module__ == found.__name__)
+        }
+        page = [f"# wb.{module}", "", inspect.getdoc(found).partition("\n")[0], ""]
+        page += [_entry(value, name, value.__module__) for name, value in own.items()]
+        (folder / f"{module}.md").write_text("\n".join(page))
+        lines += [f"- [{module}]({module}.md): " + ", ".join(f"`{name}`" for name in own)]
+    lines += ["", "```{toctree}", ":hidden:", "", *rooms, *wb._MODULES, "```", ""]
     (folder / "index.md").write_text("\n".join(lines))
+
+
+def _entry(found: object, name: str, module: str) -> str:
+    """A heading, and what autodoc makes of a docstring."""
+    kind = f"autoclass:: {name}\n   :members:" if inspect.isclass(found) else f"autofunction:: {name}"
+    return f"## {name}\n\n```{{eval-rst}}\n.. py:currentmodule:: {module}\n\n.. {kind}\n```\n"
 
 
 # Figures

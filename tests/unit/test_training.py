@@ -133,7 +133,7 @@ training.train_model(torch.load(sys.argv[2]), settings, out=sys.argv[3], **eval(
 
 @pytest.mark.slow
 def test_two_processes_train_the_model_that_one_does(images, tmp_path):
-    """On a CPU without a word of accelerate's, as the README launches them."""
+    """On a CPU without a word of accelerate's, as docs/how-to/train.md launches them."""
     torch.save(images, tmp_path / "images.pt")
     (tmp_path / "train.py").write_text(LAUNCHED)
     settings = {**TINY, "steps": 20, "flips": True, "precision": "float32", "learning_rate": 3e-4}

@@ -58,8 +58,8 @@ def build(source: str | Path, *, part: int = 10, out: str | Path, progress: bool
     part : {0, 1, 10}
         See `PARTS`.
     out : str or Path
-        Folder for `images.zip`, with the files as they are, and `attributes.csv`, a column of 0 and 1 for each class.
-        Made if missing; files of these names are replaced.
+        Folder for `images.zip`, with the files as they are, named so that their order mixes the classes, and
+        `attributes.csv`, a column of 0 and 1 for each class. Made if missing; files of these names are replaced.
     progress : bool
         Show a bar.
 
@@ -97,6 +97,7 @@ def build(source: str | Path, *, part: int = 10, out: str | Path, progress: bool
         rows.writerow(["file", *COUNTS])
         for name in tqdm(wanted, "photographs", unit="image", disable=not progress):
             file = PurePosixPath(name).name
-            images.writestr(zipfile.ZipInfo(file), files.read(name))
-            rows.writerow([file, *(int(file.startswith(f"{each}_")) for each in COUNTS)])
+            mixed = f"{zlib.crc32(file.encode()):08x}_{file}"  # the first images by name are of all classes
+            images.writestr(zipfile.ZipInfo(mixed), files.read(name))
+            rows.writerow([mixed, *(int(file.startswith(f"{each}_")) for each in COUNTS)])
     return out
