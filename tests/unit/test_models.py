@@ -23,7 +23,12 @@ from workbench.diffusion.models import refuse_other_model
 from workbench.formats.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-BUNDLED = {"avataaars32": "d24fc2efe1c1dd40", "avataaars32-h": "f6abe8066c1f7a14", "avataaars64": "3d7729cecc72861c"}
+BUNDLED = {
+    "avataaars32": "d24fc2efe1c1dd40",
+    "avataaars32-h": "f6abe8066c1f7a14",
+    "avataaars64": "3d7729cecc72861c",
+    "eurosat32": "c3a0e42b933ace3a",
+}
 """The bundled models and their weights."""
 
 

@@ -110,6 +110,7 @@ def calls(tiny):
         "EditGrid.save.path": wb.EditGrid(images, ("a",), ("b",), {}).save,
         "EditSession.add_image.image": session.add_image,
         "EditStudio.__init__.folder": lambda path: wb.EditStudio(tiny, run, direction, folder=path),
+        "Explorer.save_html.path": lambda path: wb.Explorer.save_html(None, f"{path}.html"),
         "Evaluation.write.folder": lambda path: wb.Evaluation.write(None, path),
         "convert_checkpoint.file": lambda path: wb.convert_checkpoint(path, "out"),
         "convert_checkpoint.out": lambda path: wb.convert_checkpoint("x.ckpt", path),
@@ -137,6 +138,7 @@ def calls(tiny):
         "save_figure.folder": lambda path: wb.save_figure(
             "a", picture, title="", caption="", table=None, numbers={}, sources={}, folder=path
         ),
+        "plots.animate.path": lambda path: wb.plots.animate(images[None], f"{path}.gif"),
         "plots.figure_files.path": wb.plots.figure_files,
         "plots.save_figure.path": lambda path: wb.plots.save_figure(picture, path),
     }
@@ -209,6 +211,7 @@ COMMANDS = {
     "benchmark": "MODEL",
     "figure": "haas-fig2a",
     "studio": "--model MODEL",
+    "explore": "STORE --model MODEL",
     "edit": "RECIPE --model MODEL",
     "train": "IMAGES -o out",
     "evaluate-model": "MODEL",
@@ -260,6 +263,8 @@ def test_every_option_takes_a_home_folder_and_says_in_one_sentence_what_is_wrong
     made = {"MODEL": tiny_folder, "IMAGES": paths.data() / "avataaars"}
     if "BOUNDARY" in arguments:
         made["BOUNDARY"] = planted_boundary(tiny, "h", 500).save(tmp_path / "b.safetensors")
+    if "STORE" in arguments:
+        made["STORE"] = wb.extract(wb.load_model(tiny_folder), 2, steps=2, out=tmp_path / "s", progress=False).path
     if "RECIPE" in arguments:
         run = wb.sample(tiny, [0], steps=2, record_h=True, progress=False)
         session = EditSession(tiny, run, planted(tiny, run, 1, "d"))

@@ -235,6 +235,14 @@ def read_records(folder: str | Path | None = None, *, model: Model, **sources: o
     return records
 
 
+def domain_records() -> dict[str, dict[str, dict]]:
+    """Bundled records of the model of every domain, by the domain's name, as of `read_records`."""
+    from workbench.datasets.domain import DOMAINS
+    from workbench.diffusion.loading import load_model
+
+    return {domain.name: read_records(model=load_model(domain.model, device="cpu")) for domain in DOMAINS}
+
+
 def resized(figure: Figure, width: float) -> Figure:
     """The figure at another width on paper, with all that is drawn on it, letters as far as they stay legible.
 

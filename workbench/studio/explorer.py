@@ -124,6 +124,7 @@ class Explorer(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path, *, title: str = "Explorer") -> Path:
         """Write a page that needs neither a kernel nor a network."""
+        path = paths.writable(path, suffixes=(".html",))
         state = {name: getattr(self, name) for name in ("_esm", "_css", *Explorer.class_own_traits(sync=True))}
         return write_page(path, title=title, body=embedded(state, "maps"))
 
