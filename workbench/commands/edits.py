@@ -333,8 +333,7 @@ def explore(
 
     The page is reachable from this machine alone. With --out, write a page that needs no kernel instead.
     """
-    from workbench.hspace.store import open_store
-    from workbench.studio.server import open_explorer, serve
+    from workbench.studio.server import check_explorer, open_explorer, serve
 
     settings = {"store": store, "model": model, "directions": directions, "classifier": classifier}
     settings |= {"methods": list(methods), "device": device}
@@ -348,7 +347,7 @@ def explore(
     serve(
         "open_explorer",
         settings,
-        lambda: open_store(store),
+        lambda: check_explorer(**settings),
         title="h-space explorer",
         on_ready=lambda address: print(f"the explorer is at\n  {address}\nuntil Ctrl-C", flush=True),
         port=port,

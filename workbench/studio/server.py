@@ -115,6 +115,17 @@ def open_explorer(
     return explore(opened, scores=scores, model=loaded, methods=methods, directions=known, boundaries=crossed)
 
 
+def check_explorer(store: str, model: str | None, directions, classifier: str, device: str | None, **_) -> None:
+    """Raise what `open_explorer` would raise for what these name, without computing anything."""
+    opened = open_store(store)
+    if model != "":
+        own = opened.provenance["model"]
+        found = load_model(model or own["name"], device=device).as_recorded(own)
+        find_editables(found, directions, opened.timesteps)
+    if classifier:
+        load_classifier(classifier, device=device)
+
+
 def open_studio(
     model: str,
     *,
