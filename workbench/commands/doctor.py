@@ -88,14 +88,14 @@ def _features() -> list[str]:
 
 
 def _present(need: str) -> bool:
-    """Whether there is a module, a "library x" of the system, or a "program x"."""
+    """Whether there is a module, a "library x" of the system, or a "program" that prints pages."""
     kind, _, name = need.rpartition(" ")
     if kind == "library":
         return find_library(name) is not None
     if kind == "program":
         from workbench.report.printing import BROWSERS
 
-        return any(map(shutil.which, BROWSERS if name == "chromium" else (name,)))
+        return any(map(shutil.which, BROWSERS))
     return importlib.util.find_spec(name) is not None
 
 

@@ -333,7 +333,7 @@ def explore(
 
     The page is reachable from this machine alone. With --out, write a page that needs no kernel instead.
     """
-    from workbench.studio.server import check_explorer, open_explorer, serve
+    from workbench.studio.server import open_explorer, serve_explorer
 
     settings = {"store": store, "model": model, "directions": directions, "classifier": classifier}
     settings |= {"methods": list(methods), "device": device}
@@ -344,11 +344,8 @@ def explore(
             .resolve()
         )
         return
-    serve(
-        "open_explorer",
+    serve_explorer(
         settings,
-        lambda: check_explorer(**settings),
-        title="h-space explorer",
         on_ready=lambda address: print(f"the explorer is at\n  {address}\nuntil Ctrl-C", flush=True),
         port=port,
         theme=theme,

@@ -210,8 +210,9 @@ def fit_network(
     by half a percent. With fewer than two batches of images none is held out, and all steps are taken.
     """
     labels = torch.tensor(labels.to_numpy(np.float32))
-    order = torch.randperm(len(pixels), generator=generator) if len(pixels) >= 2 * BATCH else torch.arange(len(pixels))
-    k = min(int(HELD_OUT * len(pixels)), MOST_HELD_OUT) if len(pixels) >= 2 * BATCH else 0
+    n = len(pixels)
+    k = min(int(HELD_OUT * n), MOST_HELD_OUT) if n >= 2 * BATCH else 0
+    order = torch.randperm(n, generator=generator) if k else torch.arange(n)
     held, rest = order[:k], order[k:]
     network.train().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -220,7 +221,7 @@ def fit_network(
     rows_of, started = _shuffled(len(rest), generator), time.monotonic()
     bar = tqdm(total=steps, desc="training", unit="step", delay=2, leave=False, disable=not progress)
     for i in itertools.count():
-        if i == min(end, 3) == 3 and progress and (seconds := (time.monotonic() - started) / 3 * end) > 20:
+        if i == 3 and progress and (seconds := (time.monotonic() - started) / 3 * end) > 20:
             tqdm.write(
                 f"at most {end:,} steps, about {seconds / 60:.1g} minutes; fewer if the held-out loss stops falling"
             )

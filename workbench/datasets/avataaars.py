@@ -9,10 +9,8 @@ to `Gray_Hair` (.5 against .2). Everything else is drawn independently.
 
 from __future__ import annotations
 
-import csv
 import io
 import os
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from workbench import paths
+from workbench.datasets.labelled_folder import write_folder
 from workbench.io import written
 from workbench.shapes import crop_centre, shape_of
 
@@ -253,22 +252,11 @@ def build(n: int, *, part: int, out: str | Path, correlated: bool = True, progre
     jobs = (_draw, repeat(part), range(n), repeat(correlated))
     drawn = pool.map(*jobs, chunksize=16) if pool else map(*jobs)
     try:
-        with (
-            written(out / "attributes.csv") as table,
-            written(out / "images.zip") as archive,
-            zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as images,
-            table.open("w", newline="", encoding="utf-8") as text,
-        ):
-            rows = csv.DictWriter(text, ["file", *names], lineterminator="\n")
-            rows.writeheader()
-            for i, (webp, labels) in enumerate(tqdm(drawn, "avatars", n, unit="image", disable=not progress)):
-                file = f"{i:05d}.webp"
-                images.writestr(_stamped(file), webp)
-                rows.writerow({"file": file, **labels})
+        shown = enumerate(tqdm(drawn, "avatars", n, unit="image", disable=not progress))
+        return write_folder(out, names, ((f"{i:05d}.webp", webp, labels) for i, (webp, labels) in shown))
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-    return out
 
 
 def region_mask(name: str, *, size: int | Sequence[int] = SIZE, tilt: float = 0.0) -> np.ndarray:
@@ -415,14 +403,6 @@ def _draw(part: int, i: int, correlated: bool) -> tuple[bytes, dict[str, int | f
     webp = io.BytesIO()
     picture.save(webp, "WEBP", lossless=True)
     return webp.getvalue(), attributes(drawn)
-
-
-def _stamped(file: str) -> zipfile.ZipInfo:
-    """Member without anything that depends on the time or the system."""
-    member = zipfile.ZipInfo(file, date_time=(1980, 1, 1, 0, 0, 0))
-    member.create_system = 3
-    member.external_attr = 0o644 << 16
-    return member
 
 
 def _import_extra():

@@ -7,16 +7,15 @@ part of a photograph follows from its file name alone, so that it is the same wh
 
 from __future__ import annotations
 
-import csv
 import re
-import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
 from workbench import paths
-from workbench.io import one_of, written
+from workbench.datasets.labelled_folder import write_folder
+from workbench.io import one_of
 
 ORIGIN = "doi.org/10.5281/zenodo.7711810"
 
@@ -39,7 +38,7 @@ FREQUENCIES = {name: count / sum(COUNTS.values()) for name, count in COUNTS.item
 PARTS = (0, 1, 10)
 """0 trained the labeller, 1 the judge, both the diffusion model; 10 is held out from all of them. 45%, 45% and 10%."""
 
-_NAME = re.compile(rf"({'|'.join(COUNTS)})_\d+\.jpe?g", re.IGNORECASE)
+_NAME = re.compile(rf"({'|'.join(COUNTS)})_\d+\.(?i:jpe?g)")
 
 
 def part_of(file: str) -> int:
@@ -86,18 +85,11 @@ def build(source: str | Path, *, part: int = 10, out: str | Path, progress: bool
             f"{source} has no photograph of part {part} with a name such as Forest_1.jpg; give EuroSAT RGB as "
             f"published ({ORIGIN})"
         )
-    out = paths.writable(out, folder=True)
-    with (
-        written(out / "attributes.csv") as table,
-        written(out / "images.zip") as archive,
-        zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as images,
-        table.open("w", newline="", encoding="utf-8") as text,
-    ):
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["file", *COUNTS])
+
+    def photographs():
         for name in tqdm(wanted, "photographs", unit="image", disable=not progress):
             file = PurePosixPath(name).name
             mixed = f"{zlib.crc32(file.encode()):08x}_{file}"  # the first images by name are of all classes
-            images.writestr(zipfile.ZipInfo(mixed), files.read(name))
-            rows.writerow([mixed, *(int(file.startswith(f"{each}_")) for each in COUNTS)])
-    return out
+            yield mixed, files.read(name), {each: int(file.startswith(f"{each}_")) for each in COUNTS}
+
+    return write_folder(out, list(COUNTS), photographs())

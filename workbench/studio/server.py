@@ -102,28 +102,29 @@ def open_explorer(
     By default the model is the store's own; with "", there are maps and no edits. `directions` as in `open_studio`.
     Raises FileNotFoundError or ValueError if something named is not there, or does not fit.
     """
-    opened = open_store(store)
-    own, loaded = opened.provenance["model"], None
-    if model != "":
-        loaded = load_model(model or own["name"], device=device).as_recorded(own)
-    found = find_editables(loaded, directions, opened.timesteps) if loaded is not None else []
+    opened, loaded, found, judge = _named(store, model, directions, classifier, device)
     known = [each for each in found if isinstance(each, Direction) and each.timesteps == opened.timesteps]
     crossed = [each for each in found if isinstance(each, Boundary) and each.space in opened.group]
-    scores = load_classifier(classifier, device=device)(opened.images[:]) if classifier else None
+    scores = None if judge is None else judge(opened.images[:])
     if scores is not None:
         scores.index = list(opened.seeds or opened.names or scores.index)
     return explore(opened, scores=scores, model=loaded, methods=methods, directions=known, boundaries=crossed)
 
 
-def check_explorer(store: str, model: str | None, directions, classifier: str, device: str | None, **_) -> None:
-    """Raise what `open_explorer` would raise for what these name, without computing anything."""
-    opened = open_store(store)
+def serve_explorer(options: dict, **page) -> None:
+    """Serve an explorer; `options` are arguments of `open_explorer`, as JSON can hold them. `page` as of `serve`."""
+    named = [options[key] for key in ("store", "model", "directions", "classifier", "device")]
+    serve("open_explorer", options, lambda: _named(*named), title="h-space explorer", **page)
+
+
+def _named(store: str, model: str | None, directions: Sequence[str] | None, classifier: str, device: str | None):
+    """Store, model, editables and classifier that the arguments of `open_explorer` name; raises as it does."""
+    opened, loaded, found = open_store(store), None, []
     if model != "":
         own = opened.provenance["model"]
-        found = load_model(model or own["name"], device=device).as_recorded(own)
-        find_editables(found, directions, opened.timesteps)
-    if classifier:
-        load_classifier(classifier, device=device)
+        loaded = load_model(model or own["name"], device=device).as_recorded(own)
+        found = find_editables(loaded, directions, opened.timesteps)
+    return opened, loaded, found, load_classifier(classifier, device=device) if classifier else None
 
 
 def open_studio(
