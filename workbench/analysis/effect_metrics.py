@@ -197,10 +197,8 @@ def _listed(scores: pd.DataFrame) -> str:
 
 def _change(before: pd.DataFrame, after: pd.DataFrame, name: str) -> np.ndarray:
     if before.shape != after.shape or list(before.columns) != list(after.columns) or not len(before):
-        raise ValueError(
-            f"the scores before and after {name} are of other samples or attributes: {before.shape} with columns "
-            f"{list(before.columns)[:4]}, and {after.shape} with {list(after.columns)[:4]}"
-        )
+        shapes = f"{before.shape} with columns {list(before.columns)[:4]}, {after.shape} with {list(after.columns)[:4]}"
+        raise ValueError(f"the scores before and after {name} are of other samples or attributes: {shapes}")
     change = after.to_numpy(dtype=float) - before.to_numpy(dtype=float)
     if not np.isfinite(change).all():
         raise ValueError(f"a score before or after {name} is not finite; check the classifier's output")

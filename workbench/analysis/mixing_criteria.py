@@ -454,10 +454,8 @@ def _reduced(
             rows.append(reduce(x))
         kept.append(np.stack(rows))
     if timesteps[0] != timesteps[1]:
-        raise ValueError(
-            f"the two ensembles visit different timesteps ({timesteps[0][:3]}... and {timesteps[1][:3]}...); "
-            "make both with the same steps"
-        )
+        first, second = (f"{each[:3]}..." for each in timesteps)
+        raise ValueError(f"the ensembles visit different timesteps, {first} and {second}; make both alike")
     n = min(len(each[0]) for each in kept)
     return timesteps[0], (kept[0][:, :n], kept[1][:, :n]), d
 

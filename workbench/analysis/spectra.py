@@ -180,10 +180,7 @@ def linear_gaussian_inversion(
         raise ValueError(f"timesteps must lie in 0..{len(alpha_bars) - 1}, not {list(visited)[:8]}")
     one_of("start", start, ("first", "clean"))
     if noise_repair and start == "clean":
-        raise ValueError(
-            'start "clean" has no noise to repair: the repair makes a clean image one of the first timestep; '
-            'use start="first" with noise_repair'
-        )
+        raise ValueError('start "clean" has no noise to repair; use start="first" with noise_repair')
     s2 = np.asarray(spectrum.power, dtype=np.float64)
     weight = spectrum.weight / spectrum.weight.sum()
     mean_square = spectrum.mean_square if mean_square is None else mean_square

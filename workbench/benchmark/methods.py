@@ -304,9 +304,8 @@ def found_edit(found: Direction | Edit) -> Edit:
 def _enough(labels: pd.Series, what: str) -> pd.Series:
     fewest = int(min(labels.sum(), len(labels) - labels.sum()))
     if fewest < FEWEST:
-        raise NotApplicable(
-            f"{int(labels.sum())} of {len(labels)} {what} have {labels.name}; {FEWEST} must have and {FEWEST} lack it"
-        )
+        has, least = int(labels.sum()), f"{FEWEST} must have and {FEWEST} lack it"
+        raise NotApplicable(f"{has} of {len(labels)} {what} have {labels.name}; {least}")
     return labels
 
 

@@ -110,9 +110,7 @@ def invert(
     if edit_friendly and min(etas) == 0.0:
         raise ValueError('an edit-friendly inversion needs an eta in (0, 1], not 0; for eta 0 use method="ddim"')
     if edit_friendly and noise_repair:
-        raise ValueError(
-            'noise_repair is for "ddim" and "fixed-point"; an edit-friendly inversion has noise at every step'
-        )
+        raise ValueError('noise_repair is for "ddim" and "fixed-point"; "edit-friendly" has noise at every step')
     n = len(images)
     inverted = Trajectory(
         model=model,

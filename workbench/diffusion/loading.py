@@ -161,10 +161,7 @@ def load_shapes(source: str | Path) -> SplitUNet:
     if source in known:
         return SplitUNet(_build(known[source].config(), path=Path("the preset"))).blank()
     if paths.local(source).is_file():
-        raise ValueError(
-            f"{source} is a file, and its network is unknown until it is read; convert it with `workbench convert`, or "
-            f"give its preset, one of {', '.join(layouts.PRESETS)}"
-        )
+        raise ValueError(f"{source} is a file, and its network is unknown until it is read; convert it first")
     files = checkpoints.find_model_files(_locate(source)[0])
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config)).blank()
 
@@ -202,9 +199,7 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(
-            f"{file} is a folder, and convert takes a file; there is {' and '.join(inside) or 'none'} in it"
-        )
+        raise ValueError(f"{file} is a folder, and convert takes a file; in it is {' and '.join(inside) or 'none'}")
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
@@ -344,9 +339,7 @@ def _read_scheduler(path: Path) -> DDPMScheduler:
     config = checkpoints.read_json(path)
     if config.get("trained_betas") is None and "beta_schedule" not in config:
         kind = config.get("_class_name", "an unnamed scheduler")
-        raise ValueError(
-            f"{path} describes {kind}, which has no betas, as flow models; the workbench takes those of DDPM and DDIM"
-        )
+        raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
     if isinstance(config.get("timesteps"), int):
         config.setdefault("num_train_timesteps", config["timesteps"])
     if config.get("predict_epsilon") is False:

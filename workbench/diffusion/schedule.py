@@ -135,10 +135,8 @@ class NoiseSchedule:
                 raise ValueError(f"steps is {steps}; a model trained on {self.T} timesteps takes 1 to {self.T} steps")
             visited = self._spaced(int(steps))
             if visited[0] >= self.T:
-                raise ValueError(
-                    f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}; give "
-                    "fewer steps, or the timesteps themselves"
-                )
+                begin = f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}"
+                raise ValueError(f"{begin}; give fewer steps, or the timesteps themselves")
             return self._with_signal(tuple(int(t) for t in visited))
         try:
             visited = tuple(operator.index(t) for t in steps)
@@ -146,18 +144,13 @@ class NoiseSchedule:
             raise ValueError(f"steps is a whole number or a list of whole timesteps, not {steps!r}") from error
         inside = all(0 <= t < self.T for t in visited)
         if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
-            raise ValueError(
-                f"a list of timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}"
-            )
+            raise ValueError(f"timesteps decrease strictly within {self.T - 1}..0; these are {list(visited)[:8]}")
         return self._with_signal(visited)
 
     def _with_signal(self, visited: tuple[int, ...]) -> tuple[int, ...]:
         """The timesteps, unless alpha_bar is 0 at the first: eps does not determine x_0 there."""
         if self.alpha_bars[visited[0]] == 0:
-            raise ValueError(
-                f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR), where eps does not determine x_0; give "
-                f"steps as a list that begins at {visited[0] - 1} or below"
-            )
+            raise ValueError(f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR); give lower ones")
         return visited
 
     def _spaced(self, steps: int) -> np.ndarray:
@@ -266,9 +259,7 @@ class NoiseSchedule:
         """
         values = tuple(map(float, eta)) if isinstance(eta, (Sequence, np.ndarray)) else (float(eta),) * steps
         if len(values) != steps:
-            raise ValueError(
-                f"eta is a list of {len(values)} values for {steps} steps; give one number, or one per step"
-            )
+            raise ValueError(f"eta is a list of {len(values)} values for {steps} steps; give one, or one per step")
         if not all(0.0 <= v <= 1.0 for v in values):
             raise ValueError(f"eta must lie in [0, 1] (0 is DDIM, 1 is DDPM), not {min(values)}..{max(values)}")
         return values

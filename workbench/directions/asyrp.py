@@ -220,10 +220,8 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     weights = content.get(str(index)) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         plain = isinstance(weights, torch.Tensor)
-        raise ValueError(
-            f"{path} has no DeltaBlock {str(index)!r}"
-            + ("; it holds a plain Delta h, which is no function of h" if plain else " as Asyrp saves them")
-        )
+        why = "; it holds a plain Delta h, which is no function of h" if plain else " as Asyrp saves them"
+        raise ValueError(f"{path} has no DeltaBlock {str(index)!r}{why}")
     try:
         block = DeltaBlock.of_weights(weights)
     except ValueError as error:
@@ -232,10 +230,8 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     with torch.no_grad():
         given = model.h_shape[0], model.unet.embed(0, 1).shape[1]
     if taken != given:
-        raise ValueError(
-            f"{path} takes h of {taken[0]} channels and an embedding of {taken[1]}; {model.name} has {given[0]} and "
-            f"{given[1]}"
-        )
+        own, theirs = (f"h of {c} channels and an embedding of {e}" for c, e in (given, taken))
+        raise ValueError(f"{path} takes {theirs}; {model.name} has {own}")
     name = re.split(r"_LC_|\.", path.name)[0] if name is None else name
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,))

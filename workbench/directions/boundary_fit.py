@@ -144,10 +144,8 @@ def _fit(
     }
     for name, y in classes.items():
         if min(y.sum(), (~y).sum()) < 3:
-            raise ValueError(
-                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, "
-                "so that 2 are left when one is held out"
-            )
+            sizes = f"{y.sum()} positives and {(~y).sum()} negatives"
+            raise ValueError(f"{name!r} has {sizes}; a boundary needs at least 3 of each")
     span, mean = Span.of(samples.values), samples.values.mean(axis=0, dtype=np.float64)
     settings = {"C": C, "balance": balance, "cv": cv, "seed": seed}
     found = {}

@@ -215,15 +215,11 @@ class Swap(InjectionEdit):
         donor = self.donor
         h = donor.h if isinstance(donor, Trajectory) else None
         if h is None:
-            raise ValueError(
-                'modes "replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)'
-            )
+            raise ValueError('"replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)')
         refuse_other_model("the donor", donor.model.provenance(), run.model.provenance())
         if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
-            raise ValueError(
-                f"the donor has {len(donor)} samples at {donor.steps} timesteps; it needs 1 or {len(run)} samples "
-                f"and the run's own {run.steps} timesteps"
-            )
+            needed = f"it needs 1 or {len(run)} samples and the run's own {run.steps} timesteps"
+            raise ValueError(f"the donor has {len(donor)} samples at {donor.steps} timesteps; {needed}")
         return h.values
 
 
@@ -270,9 +266,7 @@ class MoveNoise(Edit):
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
         if run.timesteps != self.timesteps:
-            raise NotApplicable(
-                "this move was found at other timesteps than the run's; find it at the run's own timesteps"
-            )
+            raise NotApplicable("this move was found at other timesteps than the run's; find it at the run's own")
         noise = run.noise
         stochastic = noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
         moved = [(run.x_T + s * self.units[0], noise + s * stochastic * self.units[1:, None]) for s in scales]
@@ -305,10 +299,8 @@ def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool
     high, low = t_range
     active = tuple(low <= t <= high for t in run.timesteps)
     if not any(active):
-        raise ValueError(
-            f"no visited timestep lies in t_range {high}..{low}; this run visits {run.timesteps[0]}, ..., "
-            f"{run.timesteps[-1]} (give the noisier end first)"
-        )
+        visits = f"{run.timesteps[0]}, ..., {run.timesteps[-1]} (give the noisier end first)"
+        raise ValueError(f"no visited timestep lies in t_range {high}..{low}; this run visits {visits}")
     return active
 
 

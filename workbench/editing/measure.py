@@ -68,10 +68,8 @@ class Effects:
         """
         rows = self.table[(self.table["edit"] == edit) & (self.table["scale"] == scale)]
         if rows.empty:
-            raise ValueError(
-                f"there is no edit {edit!r} at scale {scale:g}; measured are {', '.join(self.edits)} at "
-                f"{', '.join(f'{s:g}' for s in self.scales)}"
-            )
+            measured = f"{', '.join(self.edits)} at {', '.join(f'{s:g}' for s in self.scales)}"
+            raise ValueError(f"there is no edit {edit!r} at scale {scale:g}; measured are {measured}")
         attributes, seeds = rows["attribute"].unique(), rows["seed"].unique()
         wide = rows.pivot(index="seed", columns="attribute", values=["before", "after"])
         before, after = (wide[which].loc[seeds, attributes] for which in ("before", "after"))
@@ -325,10 +323,8 @@ def _add_image_measures(
 def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
     if not isinstance(scores, pd.DataFrame) or len(scores) != n:
         shape = getattr(scores, "shape", None)
-        raise ValueError(
-            f"the classifier gave {type(scores).__name__} of shape {shape} for {n} images; "
-            "it must give a DataFrame with one row an image and one column an attribute"
-        )
+        given = f"{type(scores).__name__} of shape {shape} for {n} images"
+        raise ValueError(f"the classifier gave {given}; it must give a DataFrame with one row an image")
     return scores
 
 

@@ -257,10 +257,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     names = [name for _, state in states for name in state]
     parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
     if latent := [name for name in names if name.startswith(parts) or ".transformer_blocks." in name]:
-        raise ValueError(
-            f"{path} is a whole latent or text-conditional model in one file (it has {latent[0]}); give its folder in "
-            "the layout of diffusers, or its hub id"
-        )
+        what = f"a whole latent or text-conditional model in one file (it has {latent[0]})"
+        raise ValueError(f"{path} is {what}; give its diffusers folder, or its hub id")
     found = [
         (where, name.removesuffix(anchor), layout, state)
         for where, state in states
@@ -269,10 +267,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", name)
     ]
     if not found:
+        found = ", ".join(names[:3]) or "no tensors by name"
         raise ValueError(
-            f"{path} holds no network that the workbench knows ({', '.join(names[:3]) or 'no tensors by name'}); it "
-            "reads the layouts of the original DDPM (temb.dense.0 ...), of guided-diffusion (time_embed.0 ...) and of "
-            "denoising-diffusion-pytorch (downs.0.0.block1 ...)"
+            f"{path} holds no network that is known ({found}); the workbench reads those of the original DDPM, of "
+            "guided-diffusion and of denoising-diffusion-pytorch"
         )
     where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
     if layout == "diffusers":

@@ -327,10 +327,8 @@ def ask_for(missing: list[str], found: Architecture | None = None) -> None:
     options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
     if "head_channels" in missing:
         also = f", or heads=4, their number, in place of head_channels{also}"
-    raise ValueError(
-        f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
-        f"`workbench convert FILE FOLDER {options}`){also}"
-    )
+    command = f"on the command line to `workbench convert FILE FOLDER {options}`"
+    raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; {command}){also}")
 
 
 def refuse_unknown_schedule(architecture: Architecture) -> None:

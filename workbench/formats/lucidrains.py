@@ -58,10 +58,8 @@ def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, *
     first, time = _shape(state, "init_conv.weight", 4), _shape(state, "time_mlp.1.weight", 2)
     outputs = _shape(state, "final_conv.weight", 4)[0]
     if outputs not in (first[1], 2 * first[1]):
-        raise ValueError(
-            f"the network has {first[1]} input and {outputs} output channels; self-conditioning and conditions on "
-            "other images are not supported"
-        )
+        channels = f"{first[1]} input and {outputs} output channels"
+        raise ValueError(f"the network has {channels}; self-conditioning and other conditions are not supported")
     full = tuple(f"downs.{i}.2.to_out.weight" in state for i in range(levels))
     # (2, heads, head channels, number); the last two are the other way round in softmax attention.
     memories = [_shape(state, f"downs.{i}.2.mem_kv", 4) for i in range(levels)]

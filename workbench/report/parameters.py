@@ -151,9 +151,8 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
             truth = " (true or false)" if parameter.type == "bool" else ""
             kind = f"{parameter.type}{truth}, like its default {parameter.default!r}"
             kind = kind if isinstance(value, _PLAIN) else "a plain value"
-            raise ValueError(
-                f"parameter {key} of {notebook} is {value!r} ({type(value).__name__}); it must be {kind}"
-            ) from None
+            given = f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"parameter {key} of {notebook} is {given}; it must be {kind}") from None
     return values
 
 
@@ -161,10 +160,8 @@ def _read_condition(given: object, notebook: str) -> dict[str, object]:
     """A condition of a model with values of the types that its keys have."""
     mapping = _from_text(given or "{}", "dict") if isinstance(given, str) else given
     if not isinstance(mapping, Mapping):
-        raise ValueError(
-            f"parameter condition of {notebook} is {given!r}; it must be a mapping such as {{prompt: a face}} or "
-            "{label: 3}"
-        )
+        example = "a mapping such as {prompt: a face} or {label: 3}"
+        raise ValueError(f"parameter condition of {notebook} is {given!r}; it must be {example}")
     found = {}
     for key, value in mapping.items():
         if key not in _CONDITION:

@@ -134,10 +134,8 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
     recipe = read_recipe(path)
     parts = _parts_of(recipe, path, session.model)
     if tuple(recipe["timesteps"]) != session.timesteps:
-        raise ValueError(
-            f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}; render it with "
-            "`workbench edit`, or open it by itself"
-        )
+        steps = f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}"
+        raise ValueError(f"{steps}; render it with `workbench edit`, or open it by itself")
     named: dict[str, str] = {}
     for name, part in parts.items():
         named[name] = _place_of(part, session, taken=named.values())

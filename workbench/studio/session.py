@@ -122,10 +122,8 @@ class EditSession(Renderings):
             If the range has no visited timestep.
         """
         if not any(low <= t <= high for t in self.timesteps):
-            raise ValueError(
-                f"no visited timestep lies in {high}..{low}; the samples visit {self.timesteps[0]}, ..., "
-                f"{self.timesteps[-1]} (give the noisier end first)"
-            )
+            visits = f"{self.timesteps[0]}, ..., {self.timesteps[-1]} (give the noisier end first)"
+            raise ValueError(f"no visited timestep lies in {high}..{low}; the samples visit {visits}")
         self._change("window", t_range=(int(high), int(low)))
 
     def set_process(self, process: str) -> None:
@@ -134,9 +132,7 @@ class EditSession(Renderings):
         if process == "single-step" and not self.boundaries:
             raise ValueError("a single step crosses boundaries, and there is none; fit one with wb.fit_boundary")
         if process != "single-step" and not self.directions:
-            raise ValueError(
-                f"there is no direction to edit along; boundaries are crossed in a single step, not {process}"
-            )
+            raise ValueError(f"there is no direction to edit along; cross boundaries in a single step, not {process}")
         self._change("process", process=process)
 
     def set_eta(self, eta: float | None) -> None:
