@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from workbench.analysis.intervals import Estimate, share_of
+from workbench.analysis.probes import Span
 from workbench.analysis.samples import Labels, check_classes, check_samples, matched
 from workbench.diffusion.images import fingerprint
 from workbench.diffusion.models import Model, refuse_other_model
@@ -360,9 +362,7 @@ def _rows(z: Points, boundary: Boundary) -> np.ndarray:
     return values.reshape(len(values), -1).astype(np.float64)
 
 
-def load_boundary(
-    path: str | Path, *, model: Model | None = None, t: int | None = None, space: str | None = None
-) -> Boundary:
+def load_boundary(path: str | Path, *, model: Model | None = None) -> Boundary:
     """Read a boundary written by `Boundary.save`.
 
     Parameters
@@ -370,10 +370,6 @@ def load_boundary(
     path : path
     model : Model, optional
         Refuse a boundary with other weights or another tap.
-    t : int, optional
-        Refuse another timestep.
-    space : {"h", "x"}, optional
-        Refuse another space.
 
     Returns
     -------
@@ -384,7 +380,7 @@ def load_boundary(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is corrupt, is not a boundary, or belongs to another model, tap, timestep or space.
+        If the file is corrupt, is not a boundary, or belongs to another model or tap.
     """
     tensors, about = load_tensors(path, kind="boundary")
     about |= {key: about[key] and Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
@@ -392,9 +388,6 @@ def load_boundary(
     found = Boundary(**tensors, **about)
     if model is not None:
         found.check_fits(model)
-    for what, own, asked in (("timestep", found.t, t), ("space", found.space, space)):
-        if asked is not None and own != asked:
-            raise ValueError(f"{path} holds a boundary of {what} {own}, not {asked}; fit one there")
     return found
 
 
@@ -425,10 +418,20 @@ class SamplesAt:
     def __len__(self) -> int:
         return len(self.values)
 
+    @cached_property
+    def span(self) -> Span:
+        return Span.of(self.values)
 
-def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
+    @cached_property
+    def mean(self) -> np.ndarray:
+        return self.values.mean(axis=0, dtype=np.float64)
+
+
+def samples_at(source: Samples | SamplesAt, t: int, space: str) -> SamplesAt:
     """The h_t or x_t of a store, a run with records, or an array, of which neither model nor timestep is known."""
     one_of("space", space, SPACES)
+    if isinstance(source, SamplesAt):
+        return source
     if isinstance(source, HStore):
         origin = {**origin_of(source), "timesteps": list(source.timesteps)}
         values = check_samples(source.at(t, space=space), t=t)

@@ -4,15 +4,14 @@
     t_edit .. t_boost plain DDIM
     below t_boost     plain, with noise (eta 1): "quality boosting"
 
-t_edit is the smallest timestep at which the perceptual distance of P_t from the image reaches a threshold times the
-cosine between the texts of source and target; t_boost the smallest at which that of x_t reaches a second threshold.
-Asyrp's thresholds are 0.33 and 1.2 of LPIPS, averaged over 100 images.
+t_edit is the smallest timestep at which the perceptual distance of P_t from the image reaches a threshold; t_boost the
+smallest at which that of x_t reaches a second one. Asyrp's are 0.33 (times the cosine between the texts of source and
+target) and 1.2 of LPIPS, averaged over 100 images.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -25,10 +24,9 @@ from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction
 from workbench.editing.mixing_search import Distance, distance_of, prediction_errors
 from workbench.editing.render import edit
-from workbench.paths import local
 
-LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0)}
-"""Thresholds of P_t and of x_t. Those of "features" are ours, in units of the distance of two images."""
+LEVELS = (0.5, 1.0)
+"""Thresholds of P_t and of x_t for "features": our own, in units of the distance of two images."""
 
 TRAINED_STEPS = 40
 """Steps that the published DeltaBlocks were trained with; with more steps each does less."""
@@ -46,67 +44,11 @@ class EditingInterval:
         Noise is added at t < t_boost.
     curves : pandas.DataFrame, optional
         Mean distance from the image of "P_t" and of "x_t"; index: t.
-    levels : (float, float)
-        Thresholds of both curves.
     """
 
     t_edit: int
     t_boost: int
     curves: pd.DataFrame | None = field(default=None, repr=False)
-    levels: tuple[float, float] = LEVELS["lpips"]
-
-    def for_cosine(self, cosine: float) -> EditingInterval:
-        """Interval of an edit between texts of this cosine: the more they differ, the longer the edit acts.
-
-        Parameters
-        ----------
-        cosine : float in (0, 1]
-            Between the embeddings of the source's and the target's text.
-
-        Returns
-        -------
-        EditingInterval
-
-        Raises
-        ------
-        ValueError
-            If there are no curves, or the cosine is outside of (0, 1].
-        """
-        if self.curves is None:
-            raise ValueError("this interval has no curves; read_interval takes Asyrp's tables, find_interval a model")
-        return _read_off(self.curves, self.levels, cosine)
-
-
-PUBLISHED = {
-    "celeba_hq": EditingInterval(538, 167),
-    "afhq_dog": EditingInterval(482, 167),
-    "church_outdoor": EditingInterval(396, 293),
-    "bedroom": EditingInterval(384, 221),
-    "metfaces": EditingInterval(396, 180),
-}
-"""Read off the tables that Asyrp publishes, for a cosine of 1; for others read the tables with `read_interval`."""
-
-
-def read_interval(predicted: str | Path, noisy: str | Path, *, cosine: float = 1.0) -> EditingInterval:
-    """The interval of Asyrp's published tables (`*_LPIPS_distance_x0_t.tsv` and `*_LPIPS_distance_x.tsv`).
-
-    Parameters
-    ----------
-    predicted, noisy : path
-        Tables of `t<TAB>mean LPIPS` of P_t and of x_t.
-    cosine : float in (0, 1], default 1
-
-    Returns
-    -------
-    EditingInterval
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a table is not there or is none.
-    """
-    curves = pd.DataFrame({"P_t": _read_table(local(predicted)), "x_t": _read_table(local(noisy))}).dropna()
-    return _read_off(curves.sort_index(), LEVELS["lpips"], cosine)
 
 
 def find_interval(
@@ -114,8 +56,7 @@ def find_interval(
     *,
     classifier: Classifier | None = None,
     distance: str | Distance = "features",
-    levels: tuple[float, float] | None = None,
-    cosine: float = 1.0,
+    levels: tuple[float, float] = LEVELS,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> EditingInterval:
@@ -126,10 +67,9 @@ def find_interval(
     run : Trajectory
         Inverted with `record_x=True`; Asyrp takes 100 images.
     classifier, distance
-        As in `mixing_step`: "features" of a classifier work offline, "lpips" is the distance of the paper.
-    levels : (float, float), optional
-        Thresholds of P_t and of x_t; by default `LEVELS`. Required for a distance of your own.
-    cosine : float in (0, 1], default 1
+        As in `mixing_step`.
+    levels : (float, float)
+        Thresholds of P_t and of x_t; by default those for "features".
     batch_size, progress
         As in `sample`.
 
@@ -140,10 +80,8 @@ def find_interval(
     Raises
     ------
     ValueError
-        If a distance never reaches its level, or levels or a classifier are missing.
+        If a distance never reaches its level, or a classifier is missing.
     """
-    if levels is None and not (isinstance(distance, str) and distance in LEVELS):
-        raise ValueError("a distance of your own needs levels=, the thresholds of P_t and of x_t")
     if distance == "features" and classifier is None:
         raise ValueError('distance "features" needs classifier=, such as load_classifier("avataaars-judge")')
     measure, _ = distance_of(distance, classifier, run.images)
@@ -151,7 +89,13 @@ def find_interval(
     predicted = prediction_errors(run, run.timesteps, measure, running).mean(axis=1)
     noisy = [measure(run.model.to_images(run.x_at(t)), run.images).mean() for t in run.timesteps]
     curves = pd.DataFrame({"P_t": predicted, "x_t": noisy}, index=pd.Index(run.timesteps, name="t")).sort_index()
-    return _read_off(curves, levels or LEVELS[distance], cosine)
+    found = []
+    for name, level in zip(curves, levels, strict=True):
+        reached = curves.index[curves[name] >= level]
+        if not len(reached):
+            raise ValueError(f"{name} reaches {curves[name].max():.3g} from the image, never {level:.3g}; lower levels")
+        found.append(int(reached.min()))
+    return EditingInterval(*found, curves)
 
 
 def boosted(run: Trajectory, t_boost: int, *, seed: int = 0) -> Trajectory:
@@ -233,28 +177,3 @@ def edit_asyrp(
         t_range=(model.schedule.T - 1, interval.t_edit),
         progress=progress,
     )
-
-
-def _read_off(curves: pd.DataFrame, levels: tuple[float, float], cosine: float) -> EditingInterval:
-    if not 0.0 < cosine <= 1.0:
-        raise ValueError(f"cosine is {cosine}; it lies in (0, 1]")
-    found = []
-    for name, level in zip(("P_t", "x_t"), (levels[0] * cosine, levels[1]), strict=True):
-        reached = curves.index[curves[name] >= level]
-        if not len(reached):
-            most = curves[name].max()
-            raise ValueError(f"{name} reaches a distance of {most:.3g} from the image, never {level:.3g}")
-        found.append(int(reached.min()))
-    return EditingInterval(found[0], found[1], curves, levels)
-
-
-def _read_table(path: Path) -> pd.Series:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table {path}; Asyrp has them in its folder utils")
-    try:
-        table = pd.read_csv(path, sep="\t", header=None, names=["t", "distance"], dtype=float)
-        if table.empty or table.isna().any(axis=None):
-            raise ValueError("there are none, or some lack a value")
-        return table.set_index(table["t"].astype(int))["distance"]
-    except ValueError as error:
-        raise ValueError(f"{path} should have lines of t<TAB>distance ({error})") from error

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
-from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory
-from workbench.directions.boundary import Boundary
-from workbench.directions.direction import Direction, finite
+from workbench.directions.direction import finite
 from workbench.io import one_of
-from workbench.studio.renderings import PREVIEW_STEPS, Renderings, known
+from workbench.studio.renderings import Renderings, known
 from workbench.studio.state import PROCESSES, EditState, describe
 
 
@@ -46,19 +43,13 @@ class EditSession(Renderings):
         If there is no direction or boundary, or one belongs to another model, tap or timestep.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        runs: Trajectory,
-        directions: Direction | Boundary | Sequence[Direction | Boundary],
-        *,
-        classifier: Classifier | None = None,
-        preview_steps: int = PREVIEW_STEPS,
-    ) -> None:
-        super().__init__(model, runs, directions, classifier=classifier, preview_steps=preview_steps)
+    _position, _control = 0, None
+
+    @cached_property
+    def _history(self) -> list[EditState]:
+        """States, the first without an edit."""
         process = "symmetric" if self.directions else "single-step"
-        self._history = [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
-        self._position, self._control = 0, None
+        return [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
 
     # Controls. Each change is one entry of the history; further ones of the same control, until `rest`, belong to it.
 
