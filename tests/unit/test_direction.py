@@ -58,7 +58,7 @@ def test_from_delta_splits_length_and_unit_and_keeps_zeros():
     [
         ({"unit": torch.full((4, *SHAPE), 1.0)}, "length 1 or 0"),
         ({"unit": torch.full((4, *SHAPE), torch.nan)}, "length 1 or 0"),
-        ({"sigma": torch.ones(3)}, "4 sigmas"),
+        ({"sigma": torch.ones(3)}, "and 3 sigmas"),
         ({"sigma": -torch.ones(4)}, "not negative"),
         ({"timesteps": (0, 250, 500, 750)}, "decreasing"),
         ({"timesteps": (500, 0)}, "2 timesteps"),

@@ -24,7 +24,6 @@ from threadpoolctl import threadpool_limits
 from workbench import paths
 from workbench.analysis.image_metrics import (
     cosine_similarity,
-    outside,
     peak_signal_to_noise,
     perceptual_distance,
 )
@@ -56,6 +55,7 @@ class Bench:
     judge: Classifier = field(repr=False)
     images: LabelledImages = field(repr=False)
     masks: dict[str, np.ndarray] = field(repr=False)
+    _studies: dict[int, Study] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         p = self.protocol
@@ -118,10 +118,6 @@ class Bench:
                 masks=self.masks,
             )
         return self._studies[repeat]
-
-    @cached_property
-    def _studies(self) -> dict[int, Study]:
-        return {}
 
     @property
     def code(self) -> str:
@@ -245,15 +241,12 @@ class Bench:
         for images in edited.unbind(1):
             images = images.clamp(-1, 1)
             values, features = images.numpy(), self.judge.features(images)
-            beyond = outside(plain, values, mask)
             found = {
                 "logits": self._logits(images),
                 "rms": np.sqrt(((values - plain) ** 2).mean(axis=(1, 2, 3))),
                 "psnr": peak_signal_to_noise(values, plain),
                 "psnr_outside": peak_signal_to_noise(values, plain, mask=~mask),
-                "psnr_backdrop": peak_signal_to_noise(values, plain, mask=backdrop(plain)),
                 "perceptual": perceptual_distance(self.judge.maps(values), maps),
-                "perceptual_outside": perceptual_distance(self.judge.maps(beyond), maps),
                 "identity": cosine_similarity(features, self.plain["features"]),
                 "features": features,
                 "pixels": self.pixels.transform(values.reshape(n, -1)),

@@ -109,7 +109,7 @@ def _parse(text: str, where: str) -> pd.DataFrame:
     # CelebA's list begins with the number of its rows.
     count = int(lines.pop(0)) if lines and lines[0].strip().isdecimal() else None
     if not lines:
-        raise ValueError(f"{where} cannot be read as a table, having no rows; give a line of names, then one per image")
+        raise ValueError(f"{where} cannot be read as a table (it has no rows); give a line of names, then one an image")
     separator = _separator(lines[:21])
     names = _cells(lines[0], separator)
     if separator in (None, "\t") and len(lines) > 1 and len(names) < len(_cells(lines[1], separator)):

@@ -144,7 +144,7 @@ class NoiseSchedule:
             raise ValueError(f"steps is a whole number or a list of whole timesteps, not {steps!r}") from error
         inside = all(0 <= t < self.T for t in visited)
         if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
-            raise ValueError(f"timesteps decrease strictly within {self.T - 1}..0; these are {list(visited)[:8]}")
+            raise ValueError(f"timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}")
         return self._with_signal(visited)
 
     def _with_signal(self, visited: tuple[int, ...]) -> tuple[int, ...]:

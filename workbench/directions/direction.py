@@ -68,8 +68,8 @@ class Direction:
         sigma = torch.as_tensor(self.sigma, dtype=torch.float32).detach().cpu()
         timesteps = tuple(int(t) for t in self.timesteps)
         if unit.ndim != 4 or len(unit) != len(timesteps) or sigma.shape != (len(timesteps),):
-            shapes = f"{tuple(unit.shape)} and {tuple(sigma.shape)}"
-            raise ValueError(f"units and sigmas have shapes {shapes}; give (T, C, h, w) and (T,), T={len(timesteps)}")
+            shapes = f"{tuple(unit.shape)} and {sigma.numel()} sigmas, not one of each at {len(timesteps)} timesteps"
+            raise ValueError(f"a direction has units of shape {shapes}")
         if not timesteps or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
             raise ValueError(f"the timesteps of a direction are decreasing, not {list(timesteps)[:8]}")
         lengths = unit.flatten(1).norm(dim=1)

@@ -231,7 +231,8 @@ class Cross(Edit):
     def _columns(self, targets: Mapping[str, np.ndarray | None]) -> int:
         columns = {wanted.shape[1] for wanted in targets.values() if wanted is not None}
         if len(columns) != 1:
-            raise ValueError(f"distances have {sorted(columns)} columns for h and x; give as many for both")
+            given = " and ".join(map(str, sorted(columns)))
+            raise ValueError(f"distances have {given} columns for h and x; give as many for both")
         return columns.pop()
 
     def _own_h(self, run: Trajectory) -> torch.Tensor | None:

@@ -87,7 +87,7 @@ def cancel_effects(
             change = f"changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to {high:.2g})"
             raise ValueError(f"the direction of {name} {change}, not distinguishable from 0; take a larger scale")
     if np.linalg.cond(of_others) > 100.0:
-        raise ValueError(f"the effects of {', '.join(names)} can't be told apart; take a larger scale or more samples")
+        raise ValueError(f"the effects of {', '.join(names)} are too similar, or small; take a larger scale")
     c, edited = np.zeros(len(names)), direction
     for _ in range(rounds):
         c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited}).mean.to_numpy()[0])
@@ -148,7 +148,7 @@ def matched_scale(
         raise ValueError(f"all samples have {attribute} already; edit some that don't")
     best = max(rates, key=lambda s: rates[s].value)
     reached = f"the best is {best:g} with {rates[best].value:.0%} (n={rates[best].n})"
-    raise ValueError(f"no measured scale gives {attribute} to {success:.0%}; {reached}; measure larger scales")
+    raise ValueError(f"no measured scale gives {attribute} to {success:.0%} of them; {reached}; measure larger scales")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +232,9 @@ def disentangling_table(
     if len(directions) < 2:
         raise ValueError(f"{len(directions)} direction given; give at least two")
     if repeats < 2 or len(runs) % repeats:
-        raise ValueError(f"repeats is {repeats}; give 2 or more that divide {len(runs)} samples")
+        raise ValueError(
+            f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
+        )
     unknown = set(directions) - set(classifier(runs.images[:1]).columns)
     if unknown:
         raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, the name of a direction")
@@ -322,7 +324,7 @@ def few_examples(
         raise ValueError("x_T decides the image at eta 0 alone; extract and sample with eta=0")
     origin = store.provenance["model"]
     if (origin["hash"], origin["tap"], store.timesteps) != (model.hash, model.tap, runs.timesteps):
-        raise ValueError(f"{store} differs from {runs} in model, tap or timesteps; extract it with those of the runs")
+        raise ValueError(f"{store} is of another model, tap or timesteps than {runs}; extract it as the runs")
     if labels.name not in classifier(runs.images[:1]):
         raise ValueError(f"the classifier has no attribute {labels.name!r}, the name of the labels")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.x_shape)

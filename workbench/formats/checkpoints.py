@@ -269,8 +269,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not found:
         found = ", ".join(names[:3]) or "no tensors by name"
         raise ValueError(
-            f"{path} holds no network that is known ({found}); the workbench reads those of the original DDPM, of "
-            "guided-diffusion and of denoising-diffusion-pytorch"
+            f"{path} holds no network that is known ({found}); the workbench reads those of the original DDPM "
+            "(temb.dense.0 ...), of guided-diffusion and of denoising-diffusion-pytorch"
         )
     where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
     if layout == "diffusers":
