@@ -29,7 +29,7 @@ class EffectMatrix:
         Number of samples.
     """
 
-    mean: pd.DataFrame
+    mean: pd.DataFrame = field(repr=False)
     low: pd.DataFrame = field(repr=False)
     high: pd.DataFrame = field(repr=False)
     draws: np.ndarray = field(repr=False)
@@ -43,9 +43,6 @@ class EffectMatrix:
             raise ValueError(f"there is no attribute {missing!r}; the scores have {_listed(self.mean)}")
         mean, low, high = (frame.iloc[:, columns] for frame in (self.mean, self.low, self.high))
         return replace(self, mean=mean, low=low, high=high, draws=self.draws[:, :, columns])
-
-    def __repr__(self) -> str:
-        return f"EffectMatrix({len(self.mean)} directions x {self.mean.shape[1]} attributes, {self.n} samples)"
 
 
 def effect_matrix(

@@ -273,12 +273,6 @@ class StepGeometry:
     centred_cosines: np.ndarray = field(repr=False)
     straightness: np.ndarray = field(repr=False)
 
-    def __repr__(self) -> str:
-        return (
-            f"StepGeometry({self.lengths.shape[1]} trajectories of {len(self.timesteps)} states, "
-            f"mean turn {np.nanmean(self.angles):.1f} degrees, straightness {self.straightness.mean():.3f})"
-        )
-
 
 def step_geometry(trajectory: Any, *, timesteps: Sequence[int] | None = None) -> StepGeometry:
     """Lengths, turns, curvature and cosines of the steps of trajectories of x_t or h_t, in one pass.

@@ -60,10 +60,6 @@ class Spectrum:
         """One row per frequency: `frequency`, `power`, `weight`."""
         return pd.DataFrame({"frequency": self.frequency, "power": self.power, "weight": self.weight})
 
-    def __repr__(self) -> str:
-        f = self.frequency
-        return f"Spectrum({len(f)} frequencies {f.min():g}..{f.max():g}, mean square {self.mean_square:.4f})"
-
 
 def data_spectrum(images: Any) -> Spectrum:
     """Radial power spectrum of images: power at every frequency, mean over samples and channels.

@@ -176,13 +176,6 @@ class DisentanglingTable:
         order = rows["direction"].unique()
         return rows.pivot(index="direction", columns="attribute", values=value).loc[order, order]
 
-    def __repr__(self) -> str:
-        means = self.entanglement[["original", "disentangled"]].mean()
-        return (
-            f"DisentanglingTable({len(self.entanglement)} directions, mean entanglement {means['original']:.2f} "
-            f"-> {means['disentangled']:.2f})"
-        )
-
 
 def disentangling_table(
     model: Model,

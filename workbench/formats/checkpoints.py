@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from workbench.formats.layouts import ANCHORS
+from workbench.formats.layouts import NAMES
 from workbench.paths import local
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -263,7 +263,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         (where, name.removesuffix(anchor), layout, state)
         for where, state in states
         for name in state
-        for layout, anchor in ANCHORS.items()
+        for layout, anchor in NAMES["anchors"].items()
         if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", name)
     ]
     if not found:

@@ -9,7 +9,7 @@ from functools import cached_property
 from workbench.directions.direction import finite
 from workbench.io import one_of
 from workbench.studio.renderings import Renderings, known
-from workbench.studio.state import PROCESSES, EditState, describe
+from workbench.studio.state import PROCESSES, EditState
 
 
 class EditSession(Renderings):
@@ -185,10 +185,3 @@ class EditSession(Renderings):
             return
         self._history[first:] = [changed]
         self._position, self._control = first, control
-
-    def __repr__(self) -> str:
-        names = [*self.directions, *self.boundaries]
-        return (
-            f"EditSession({self.model.name!r}, {len(self.samples)} samples, {len(self.timesteps)} steps, "
-            f"{', '.join(names)}; {self.label(self.state.sample)}, {describe(self.state)})"
-        )
