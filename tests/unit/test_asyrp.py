@@ -240,7 +240,7 @@ def test_files_of_something_else_and_weights_that_do_not_fit_are_refused(wide, t
 
 def test_a_block_of_other_widths_is_refused(tmp_path, wide):
     path = save(randomised(DDPMDelta(96, 128)), tmp_path / "smile.pth")
-    with pytest.raises(ValueError, match="takes h of 96 channels and an embedding of 128; wide has 64 and 32"):
+    with pytest.raises(ValueError, match="takes h of 96 channels and an embedding of 128; wide has h of 64 channels"):
         load_asyrp(path, wide)
     path = save(randomised(DDPMDelta(CHANNELS, EMB)), tmp_path / "smile.pth")
     with pytest.raises(ValueError, match='edits h "after" the mid block'):
