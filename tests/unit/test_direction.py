@@ -150,7 +150,7 @@ def test_restricted_to_includes_both_ends_and_is_zero_outside():
     part = d.restricted_to((500, 250))
     assert not part.delta()[[0, 3]].any() and not part.unit[[0, 3]].any() and not part.sigma[[0, 3]].any()
     assert torch.equal(part.delta()[1:3], d.delta()[1:3])
-    with pytest.raises(ValueError, match="no timestep of d0 lies in 250..500"):
+    with pytest.raises(ValueError, match="no visited timestep lies in 250..500"):
         d.restricted_to((250, 500))
 
 

@@ -58,6 +58,16 @@ def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) ->
     raise ValueError(f"timestep {t} was not visited; {len(visited)} steps{of} visit {shown} (nearest {nearest})")
 
 
+def within(t_range: tuple[int, int] | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
+    """Which timesteps lie in a range (from, to), from >= t >= to; ValueError if none does. None is all of them."""
+    high, low = t_range or (timesteps[0], timesteps[-1])
+    inside = tuple(low <= t <= high for t in timesteps)
+    if not any(inside):
+        visits = f"{timesteps[0]}, ..., {timesteps[-1]} (give the noisier end first)"
+        raise ValueError(f"no visited timestep lies in {high}..{low}; visited are {visits}")
+    return inside
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """Noise level at every timestep, and the quantities derived from it.
@@ -169,11 +179,6 @@ class NoiseSchedule:
         """
         visited = self.timesteps(steps)
         return list(zip(visited, (*visited[1:], CLEAN), strict=True))
-
-    def snr(self, t: int) -> float:
-        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timestep `t`."""
-        a = self.alpha_bar(t)
-        return float("inf") if a == 1.0 else a / (1.0 - a)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
         """x_t of the forward process: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (DDPM eq. 4)."""

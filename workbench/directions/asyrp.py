@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -76,24 +75,22 @@ class DeltaBlock(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class DeltaFunction:
-    """Delta h as a function of h and t: a weighted sum of DeltaBlocks; made by `load_asyrp`, used by `edit`.
-
-    `2 * smiling + glasses` is a DeltaFunction too. Asyrp divides the sum over m attributes by sqrt(m).
+    """Delta h as a function of h and t, by a DeltaBlock; made by `load_asyrp`, used by `edit`.
 
     Attributes
     ----------
     model : Model
         Gives the embedding of the timestep.
-    terms : tuple of (float, DeltaBlock)
+    block : DeltaBlock
     name : str
-    sources : tuple of str
-        SHA-256 of the files.
+    source : str
+        SHA-256 of the file.
     """
 
     model: Model = field(repr=False)
-    terms: tuple[tuple[float, DeltaBlock], ...] = field(repr=False)
+    block: DeltaBlock = field(repr=False)
     name: str
-    sources: tuple[str, ...] = field(repr=False)
+    source: str = field(repr=False)
 
     def __call__(self, h: torch.Tensor, t: int) -> torch.Tensor:
         """Delta h at timestep `t`.
@@ -107,32 +104,7 @@ class DeltaFunction:
         -------
         Tensor of shape (n, C, h, w), float32
         """
-        emb = self.model.unet.embed(t, len(h)).float()
-        return sum(factor * block(h.float(), emb) for factor, block in self.terms)
-
-    def __mul__(self, factor: float) -> DeltaFunction:
-        """The function whose Delta h is `factor` times as long."""
-        if not isinstance(factor, Real):
-            return NotImplemented
-        terms = tuple((float(factor) * own, block) for own, block in self.terms)
-        return replace(self, terms=terms, name=f"{factor:g} {self.name}")
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> DeltaFunction:
-        return replace(self * -1.0, name=f"-{self.name}")
-
-    def __add__(self, other: DeltaFunction) -> DeltaFunction:
-        """Sum of two functions."""
-        if not isinstance(other, DeltaFunction):
-            return NotImplemented
-        other.check_fits(self.model)
-        return replace(
-            self,
-            terms=self.terms + other.terms,
-            name=f"{self.name} + {other.name}",
-            sources=self.sources + other.sources,
-        )
+        return self.block(h.float(), self.model.unet.embed(t, len(h)).float())
 
     def mean(self, store: HStore, *, calibrate: bool = True, progress: bool = True) -> Direction:
         """Mean of Delta h_t over samples, as an ordinary direction.
@@ -165,7 +137,7 @@ class DeltaFunction:
                     h = torch.from_numpy(batch).unflatten(1, self.model.h_shape).to(device)
                     total += self(h, t).cpu().double().sum(0)  # MPS has no float64
                 means.append(total / len(store))
-        parameters = {"files": list(self.sources), "factors": [factor for factor, _ in self.terms], "n": len(store)}
+        parameters = {"file": self.source, "n": len(store)}
         direction = Direction.from_delta(
             torch.stack(means),
             timesteps=store.timesteps,
@@ -234,6 +206,6 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
         raise ValueError(f"{path} takes {theirs}; {model.name} has {own}")
     name = re.split(r"_LC_|\.", path.name)[0] if name is None else name
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,))
+    function = DeltaFunction(model, block.to(model.device), name, digest)
     function.check_fits(model)
     return function

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model, refuse_other_model
-from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
 
@@ -208,10 +208,7 @@ class Direction:
             If no timestep of the direction is in that range.
         """
         t_high, t_low = t_range
-        inside = torch.tensor([t_low <= t <= t_high for t in self.timesteps])
-        if not inside.any():
-            own = f"{_visits(self.timesteps)}, and the range is (noisier, cleaner)"
-            raise ValueError(f"no timestep of {self.name} lies in {t_high}..{t_low}; it has {own}")
+        inside = torch.tensor(within(t_range, self.timesteps))
         return self._derived(
             "restricted",
             f"{bracketed(self.name)} [{t_high}..{t_low}]",

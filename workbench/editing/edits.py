@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Injection, Trajectory, at_step
-from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
 from workbench.io import one_of
@@ -154,7 +154,7 @@ class Shift(InjectionEdit):
     def _weights(self, run: Trajectory) -> torch.Tensor:
         """Factor of the edit at every step: 0 outside of t_range, else `match_gain` if asked for, else 1."""
         one_of("gain", self.gain, (None, "match"))
-        weights = torch.tensor(active_steps(run, self.t_range)).float()
+        weights = torch.tensor(within(self.t_range, run.timesteps)).float()
         if self.gain is None or not self.asymmetric:
             return weights
         schedule = run.model.schedule
@@ -196,7 +196,7 @@ class Swap(InjectionEdit):
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
         one_of("mode", self.mode, ("replace", "slerp"))
-        values, active = self._donor_h(run), active_steps(run, self.t_range)
+        values, active = self._donor_h(run), within(self.t_range, run.timesteps)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
             raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
 
@@ -209,7 +209,7 @@ class Swap(InjectionEdit):
         return Injection(change, self.asymmetric, run.timesteps)
 
     def _first(self, run: Trajectory) -> int:
-        return active_steps(run, self.t_range).index(True)
+        return within(self.t_range, run.timesteps).index(True)
 
     def _donor_h(self, run: Trajectory) -> torch.Tensor:
         donor = self.donor
@@ -290,18 +290,6 @@ def check_run(model: Model, run: Trajectory) -> None:
     refuse_other_model("the run", run.model.provenance(), model.provenance())
     if run.edit is not None:
         raise ValueError("this run is edited already; edit the plain run, with the sum of both directions")
-
-
-def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool, ...]:
-    """Which steps of a run lie in the range (from, to), from >= t >= to; ValueError if none does."""
-    if t_range is None:
-        return (True,) * run.steps
-    high, low = t_range
-    active = tuple(low <= t <= high for t in run.timesteps)
-    if not any(active):
-        visits = f"{run.timesteps[0]}, ..., {run.timesteps[-1]} (give the noisier end first)"
-        raise ValueError(f"no visited timestep lies in t_range {high}..{low}; this run visits {visits}")
-    return active
 
 
 def eps_effects(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> tuple[float, float]:

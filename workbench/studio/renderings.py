@@ -23,7 +23,7 @@ from workbench.diffusion.images import check_images
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Injection, Trajectory, replay, sample
-from workbench.diffusion.schedule import index_of
+from workbench.diffusion.schedule import index_of, within
 from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import check_run
@@ -219,7 +219,7 @@ class Renderings:
         combined = parts[0]
         for part in parts[1:]:
             combined = combined + part
-        if all(state.t_range[1] <= t <= state.t_range[0] for t in self.timesteps):
+        if all(within(state.t_range, self.timesteps)):
             return combined
         return combined.restricted_to(state.t_range)
 

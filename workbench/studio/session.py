@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
+from workbench.diffusion.schedule import within
 from workbench.directions.direction import finite
 from workbench.io import one_of
 from workbench.studio.renderings import Renderings, known
@@ -112,9 +113,7 @@ class EditSession(Renderings):
         ValueError
             If the range has no visited timestep.
         """
-        if not any(low <= t <= high for t in self.timesteps):
-            visits = f"{self.timesteps[0]}, ..., {self.timesteps[-1]} (give the noisier end first)"
-            raise ValueError(f"no visited timestep lies in {high}..{low}; the samples visit {visits}")
+        within((high, low), self.timesteps)
         self._change("window", t_range=(int(high), int(low)))
 
     def set_process(self, process: str) -> None:
