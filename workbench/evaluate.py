@@ -91,7 +91,7 @@ class Evaluation:
         return _render("quality", **about, **vars(self), median=median)
 
     def statement(self) -> list[str]:
-        """What the numbers say that the model is good for, and what not; a sentence each.
+        """Say in sentences what the model is good for by its numbers, and what not.
 
         Of several feature spaces, the worst decides.
         """

@@ -443,7 +443,7 @@ def radius_total_variation(alpha_bar: float, *, d: int, mean_square: float = 0.3
 def _reduced(
     a: object, b: object, reduce: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[list[int], tuple[np.ndarray, np.ndarray], int]:
-    """What is kept of two ensembles at every timestep, of the same number of samples: timesteps, arrays, d."""
+    """Reduced ensembles of the same number of samples: timesteps, arrays, d."""
     kept, timesteps, d = [], [], 0
     for ensemble in (a, b):
         rows = []

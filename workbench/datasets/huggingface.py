@@ -27,7 +27,7 @@ from workbench.paths import local
 from workbench.shapes import with_channels
 
 CLIP = "openai/clip-vit-base-patch32"
-"""What "clip" stands for."""
+"""Repository of the name "clip"."""
 
 BATCH = 32
 

@@ -148,7 +148,7 @@ def _parse(text: str, where: str) -> pd.DataFrame:
 
 
 def _separator(lines: list[str]) -> str | None:
-    """What stands between the values; None for white space. Most likely is what all lines have as often."""
+    """Separator of the values; None for white space. Most likely is the one that all lines have equally often."""
     found = [separator for separator in ",;\t" if separator in lines[0]]
     alike = {separator: len({line.count(separator) for line in lines}) == 1 for separator in found}
     return max(found, key=lambda separator: (alike[separator], lines[0].count(separator)), default=None)

@@ -159,7 +159,7 @@ def _is_picture(image) -> bool:
 
 
 def _as_tensor(image, shape: tuple[int, int, int]) -> torch.Tensor:
-    """What was given as a tensor; pictures get the given shape."""
+    """An image of any kind as a tensor; pictures get the given shape."""
     if isinstance(image, Image.Image):
         return picture_to_tensor(image, shape)[None]
     if hasattr(image, "at_size"):

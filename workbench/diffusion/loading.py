@@ -43,7 +43,7 @@ AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 @dataclass(frozen=True)
 class FileSettings:
-    """What a single file of weights does not tell about its network; options of `load_model`."""
+    """Settings of a network that its single file does not record; options of `load_model`."""
 
     preset: str | None = None
     image_size: int | None = None
@@ -418,7 +418,7 @@ def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[t
 
 
 def _prediction_of(checkpoint: checkpoints.Checkpoint, path: Path) -> str:
-    """What a network of lucidrains' layout predicts, as its file tells; else v, its library's default, and say so."""
+    """Kind of prediction of a file in lucidrains' layout; v, its library's default, with a warning if it is unknown."""
     if checkpoint.betas is not None and checkpoint.loss_weight is not None:
         if told := lucidrains.predicted(checkpoint.betas, checkpoint.loss_weight):
             return told

@@ -110,7 +110,7 @@ class Model:
 
     @property
     def condition(self) -> Condition | None:
-        """What every pass of a conditional model is given."""
+        """Condition of all passes; None for an unconditional model."""
         return self.unet.condition
 
     @property
@@ -164,7 +164,7 @@ class Model:
         return self._as_eps(self.unet.decode(bottleneck), bottleneck.noisy)
 
     def _noisy(self, x_t: torch.Tensor, t: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What a prediction of v or x_0 becomes eps with: x_t, and alpha_bar."""
+        """x_t and alpha_bar, which turn a prediction of v or x_0 into eps; None for eps."""
         if self.prediction == "epsilon":
             return None
         t = torch.as_tensor(t).cpu().expand(len(x_t))
@@ -494,7 +494,7 @@ def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
 
 
 def prediction_of(scheduler: SchedulerMixin | NoiseSchedule) -> str:
-    """What the network of a diffusers scheduler predicts; eps where there is none."""
+    """Kind of prediction of a diffusers scheduler; eps where there is none."""
     return "epsilon" if isinstance(scheduler, NoiseSchedule) else scheduler.config.get("prediction_type", "epsilon")
 
 

@@ -32,7 +32,7 @@ _BOUNDS = {
     "a number from 0 to below 1": (("dropout", "ema"), lambda value: 0 <= value < 1),
     "0 or more": (("warmup", "weight_decay", "seed", "skips"), lambda value: value is None or value >= 0),
 }
-"""What settings may be."""
+"""Ranges of the settings."""
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def read_tensors(path: Path) -> object:
 
 
 def _other_kind(head: bytes, path: Path) -> str | None:
-    """What came in place of weights, by how the file begins; None where it may be weights."""
+    """Description of a file that holds no weights, by its first bytes; None if it may hold some."""
     if not any(head):
         return "empty, or a download that was cut short; download or copy it again"
     if head.startswith(b"PK"):
@@ -213,7 +213,7 @@ def _other_kind(head: bytes, path: Path) -> str | None:
 
 
 def _kind_of_zip(path: Path) -> str | None:
-    """What is in a zip archive that torch.save did not write; None for one of its own, and for what is cut short."""
+    """Description of a zip archive that torch.save did not write; None for its own, and for one that is cut short."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:

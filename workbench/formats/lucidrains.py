@@ -78,7 +78,7 @@ def convert(state: Mapping[str, torch.Tensor], config: dict) -> dict[str, torch.
 
 
 def predicted(betas: torch.Tensor, loss_weight: torch.Tensor) -> str | None:
-    """What a network predicts, in diffusers' words, by the weight of its loss at every timestep; None if unclear.
+    """Kind of prediction, in diffusers' words, by the weight of the loss at every timestep; None if unclear.
 
     The weights are 1 for the noise, the signal-to-noise ratio r for x_0 and r / (r + 1) for v; a bound on r (min-SNR)
     may change those above it.

@@ -24,7 +24,7 @@ from workbench.report.sources import check_sources, from_here
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _PLAIN = (str, bool, int, float, list, dict, type(None))
 _CONDITION = {"prompt": "str", "negative_prompt": "str", "label": "int", "negative": "int", "guidance_scale": "float"}
-"""What the parameter `condition` may hold, with its types: options of `Model.conditioned` that a text can give."""
+"""Keys of the parameter `condition` with their types: options of `Model.conditioned` that a text can give."""
 
 DOMAIN = "domain"
 """A parameter of every notebook: the name of a domain, instead of its model, images, classifiers and attributes."""
@@ -228,7 +228,7 @@ class _Unfit(ValueError):
 
 
 def _from_text(text: str, kind: str) -> object:
-    """What a text says; the text itself, where that is nothing of the kind."""
+    """Value of a text as one of a kind; the text itself if it is none."""
     try:
         if kind == "bool":
             return _TRUTH.get(text.strip().lower(), text)

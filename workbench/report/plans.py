@@ -168,7 +168,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
 
 
 def find_cuts(plan: Plan) -> dict[str, str]:
-    """What each notebook of a profile has less of than in the one that it cuts short, in words."""
+    """Parameters of a profile that differ from the profile that it shortens, in words, by notebook."""
     if plan.in_short_for is None:
         return {}
     cuts, longer = {}, read_profile(plan.in_short_for, check=False).parameters

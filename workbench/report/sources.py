@@ -124,7 +124,7 @@ def _check_attributes(notebook: str, values: Mapping[str, object], arguments: li
 
 
 def _check_condition(notebook: str, values: Mapping[str, object], network) -> None:
-    """What the parameter `condition` holds must be what the model is conditioned on."""
+    """The parameter `condition` must fit the model."""
     from workbench.diffusion.conditions import check_options
 
     kind = network.conditioned_on

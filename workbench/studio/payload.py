@@ -1,4 +1,4 @@
-"""What the explorer's script is given: maps, colours, thumbnails, neighbours and strips of edits, as JSON.
+"""Data of the explorer's script as JSON: maps, colours, thumbnails, neighbours and strips of edits.
 
 Numbers are 16 bits wide and pictures lie in sheets, so that 50,000 samples fit in a page: positions to 1/30000 of a
 map's width, colours to 1/65000 of their range, and thumbnails as large as leaves room.
