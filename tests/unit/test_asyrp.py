@@ -58,10 +58,18 @@ def test_a_delta_block_computes_what_the_original_does(block, function, wide):
         expected = block(h, wide.unet.embed(t, 2))
         torch.testing.assert_close(function(h, t), expected, atol=1e-5, rtol=1e-5)
     emb = torch.randn(2, EMB, generator=torch.Generator().manual_seed(1))
-    ours = function.block
+    ((_, ours),) = function.terms
     torch.testing.assert_close(ours(h, emb), block(h, emb), atol=1e-5, rtol=1e-5)
     assert (ours(h, emb) - ours(h, -emb)).abs().max() > 0.1
     assert function.name == "smiling"
+
+
+def test_several_blocks_add_up(function, wide):
+    h = torch.randn(2, *wide.h_shape, generator=torch.Generator().manual_seed(0))
+    both = 2 * function + -function
+    torch.testing.assert_close(both(h, 500), function(h, 500), atol=1e-5, rtol=1e-5)
+    assert both.name == "2 smiling + -smiling"
+    assert len(both.sources) == 2
 
 
 def test_the_mean_over_samples_is_an_ordinary_direction(function, wide, tmp_path):
@@ -232,7 +240,7 @@ def test_files_of_something_else_and_weights_that_do_not_fit_are_refused(wide, t
 
 def test_a_block_of_other_widths_is_refused(tmp_path, wide):
     path = save(randomised(DDPMDelta(96, 128)), tmp_path / "smile.pth")
-    with pytest.raises(ValueError, match="takes h of 96 channels and an embedding of 128; wide has h of 64 channels"):
+    with pytest.raises(ValueError, match="takes h of 96 channels and an embedding of 128; wide has 64 and 32"):
         load_asyrp(path, wide)
     path = save(randomised(DDPMDelta(CHANNELS, EMB)), tmp_path / "smile.pth")
     with pytest.raises(ValueError, match='edits h "after" the mid block'):
@@ -261,7 +269,7 @@ def test_published_delta_blocks_compute_what_the_original_does(make_unet, name):
     model = wb.wrap(unet, DDPMScheduler(), name="wide", device="cpu")
     function = load_asyrp(SHARED / name, model)
     h = torch.randn(2, 512, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = function.block
+    ((_, ours),) = function.terms
     for emb in torch.randn(2, 2, 512, generator=torch.Generator().manual_seed(1)):
         with torch.no_grad():
             torch.testing.assert_close(ours(h, emb), original(h, emb), atol=1e-6, rtol=1e-5)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -75,22 +76,24 @@ class DeltaBlock(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class DeltaFunction:
-    """Delta h as a function of h and t, by a DeltaBlock; made by `load_asyrp`, used by `edit`.
+    """Delta h as a function of h and t: a weighted sum of DeltaBlocks; made by `load_asyrp`, used by `edit`.
+
+    `2 * smiling + glasses` is a DeltaFunction too. Asyrp divides the sum over m attributes by sqrt(m).
 
     Attributes
     ----------
     model : Model
         Gives the embedding of the timestep.
-    block : DeltaBlock
+    terms : tuple of (float, DeltaBlock)
     name : str
-    source : str
-        SHA-256 of the file.
+    sources : tuple of str
+        SHA-256 of the files.
     """
 
     model: Model = field(repr=False)
-    block: DeltaBlock = field(repr=False)
+    terms: tuple[tuple[float, DeltaBlock], ...] = field(repr=False)
     name: str
-    source: str = field(repr=False)
+    sources: tuple[str, ...] = field(repr=False)
 
     def __call__(self, h: torch.Tensor, t: int) -> torch.Tensor:
         """Delta h at timestep `t`.
@@ -104,7 +107,32 @@ class DeltaFunction:
         -------
         Tensor of shape (n, C, h, w), float32
         """
-        return self.block(h.float(), self.model.unet.embed(t, len(h)).float())
+        emb = self.model.unet.embed(t, len(h)).float()
+        return sum(factor * block(h.float(), emb) for factor, block in self.terms)
+
+    def __mul__(self, factor: float) -> DeltaFunction:
+        """The function whose Delta h is `factor` times as long."""
+        if not isinstance(factor, Real):
+            return NotImplemented
+        terms = tuple((float(factor) * own, block) for own, block in self.terms)
+        return replace(self, terms=terms, name=f"{factor:g} {self.name}")
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> DeltaFunction:
+        return replace(self * -1.0, name=f"-{self.name}")
+
+    def __add__(self, other: DeltaFunction) -> DeltaFunction:
+        """Sum of two functions."""
+        if not isinstance(other, DeltaFunction):
+            return NotImplemented
+        other.check_fits(self.model)
+        return replace(
+            self,
+            terms=self.terms + other.terms,
+            name=f"{self.name} + {other.name}",
+            sources=self.sources + other.sources,
+        )
 
     def mean(self, store: HStore, *, calibrate: bool = True, progress: bool = True) -> Direction:
         """Mean of Delta h_t over samples, as an ordinary direction.
@@ -137,7 +165,7 @@ class DeltaFunction:
                     h = torch.from_numpy(batch).unflatten(1, self.model.h_shape).to(device)
                     total += self(h, t).cpu().double().sum(0)  # MPS has no float64
                 means.append(total / len(store))
-        parameters = {"file": self.source, "n": len(store)}
+        parameters = {"files": list(self.sources), "factors": [factor for factor, _ in self.terms], "n": len(store)}
         direction = Direction.from_delta(
             torch.stack(means),
             timesteps=store.timesteps,
@@ -192,8 +220,10 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     weights = content.get(str(index)) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         plain = isinstance(weights, torch.Tensor)
-        why = "; it holds a plain Delta h, which is no function of h" if plain else " as Asyrp saves them"
-        raise ValueError(f"{path} has no DeltaBlock {str(index)!r}{why}")
+        raise ValueError(
+            f"{path} has no DeltaBlock {str(index)!r}"
+            + ("; it holds a plain Delta h, which is no function of h" if plain else " as Asyrp saves them")
+        )
     try:
         block = DeltaBlock.of_weights(weights)
     except ValueError as error:
@@ -202,10 +232,12 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     with torch.no_grad():
         given = model.h_shape[0], model.unet.embed(0, 1).shape[1]
     if taken != given:
-        own, theirs = (f"h of {c} channels and an embedding of {e}" for c, e in (given, taken))
-        raise ValueError(f"{path} takes {theirs}; {model.name} has {own}")
+        raise ValueError(
+            f"{path} takes h of {taken[0]} channels and an embedding of {taken[1]}; {model.name} has {given[0]} and "
+            f"{given[1]}"
+        )
     name = re.split(r"_LC_|\.", path.name)[0] if name is None else name
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    function = DeltaFunction(model, block.to(model.device), name, digest)
+    function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,))
     function.check_fits(model)
     return function
