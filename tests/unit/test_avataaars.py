@@ -194,7 +194,7 @@ def test_build_gives_the_same_bytes_again_also_in_a_pool(tmp_path, monkeypatch):
 def test_an_interrupted_build_leaves_the_last_one_untouched(tmp_path, monkeypatch):
     avataaars.build(2, part=10, out=tmp_path, progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    drawn = [avataaars._draw(12, 0, True)]
+    drawn = [avataaars._draw(12, 0)]
     monkeypatch.setattr(avataaars, "_draw", lambda *_: drawn.pop())
     with pytest.raises(IndexError):
         avataaars.build(3, part=12, out=tmp_path, progress=False)

@@ -510,7 +510,7 @@ def test_blur_is_gaussian():
 def test_degrading_keeps_the_picture(held_out):
     """Augmented images look like the original: no flip, no other colours, no large shift."""
     faces = held_out[:6]
-    degraded = attribute_net._degrade(faces, torch.Generator().manual_seed(0))
+    degraded = attribute_net.degrade(faces, torch.Generator().manual_seed(0))
     back = F.interpolate(degraded, size=faces.shape[2:], mode="bicubic", antialias=True)
     assert (back - faces).abs().mean() < 0.16 < (back.flip(3) - faces).abs().mean()
     assert not torch.equal(back, faces)
