@@ -107,15 +107,8 @@ def cancel_effects(
     )
 
 
-def matched_scale(
-    effects: Effects,
-    attribute: str,
-    *,
-    success: float = 0.8,
-    edit: str | None = None,
-    threshold: float = 0.5,
-) -> float:
-    """Find the smallest measured scale at which an edit succeeds, to compare directions at the same effect.
+def matched_scale(effects: Effects, attribute: str, *, success: float = 0.8) -> float:
+    """Find the smallest measured scale at which the edit of an attribute succeeds, to compare directions at the same effect.
 
     Parameters
     ----------
@@ -123,10 +116,6 @@ def matched_scale(
     attribute : str
     success : float in [0, 1], default 0.8
         Share of the samples without the attribute that must have it after the edit.
-    edit : str, optional
-        By default the edit named like the attribute.
-    threshold : float, default 0.5
-        A sample has the attribute if its score is above the threshold.
 
     Returns
     -------
@@ -138,7 +127,7 @@ def matched_scale(
     ValueError
         If no measured scale reaches `success`; the message names the best.
     """
-    rates = {s: r for s, r in effects.success(attribute, edit=edit, threshold=threshold).items() if s >= 0}
+    rates = {s: r for s, r in effects.success(attribute).items() if s >= 0}
     if not rates:
         raise ValueError(f"no scale of at least 0 was measured, only {', '.join(f'{s:g}' for s in effects.scales)}")
     for scale, rate in rates.items():
