@@ -108,7 +108,7 @@ def cancel_effects(
 
 
 def matched_scale(effects: Effects, attribute: str, *, success: float = 0.8) -> float:
-    """Find the smallest measured scale at which the edit of an attribute succeeds, to compare directions at the same effect.
+    """Find the smallest measured scale at which an attribute's edit succeeds, to compare directions at equal effect.
 
     Parameters
     ----------
