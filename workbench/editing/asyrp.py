@@ -25,8 +25,8 @@ from workbench.directions.direction import Direction
 from workbench.editing.mixing_search import Distance, distance_of, prediction_errors
 from workbench.editing.render import edit
 
-LEVELS = (0.5, 1.0)
-"""Thresholds of P_t and of x_t for "features": our own, in units of the distance of two images."""
+LEVELS = {"features": (0.5, 1.0)}
+"""Thresholds of P_t and of x_t by distance: our own, in units of the distance of two images."""
 
 TRAINED_STEPS = 40
 """Steps that the published DeltaBlocks were trained with; with more steps each does less."""
@@ -56,7 +56,8 @@ def find_interval(
     *,
     classifier: Classifier | None = None,
     distance: str | Distance = "features",
-    levels: tuple[float, float] = LEVELS,
+    levels: tuple[float, float] = LEVELS["features"],
+    cosine: float = 1.0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> EditingInterval:
@@ -70,6 +71,8 @@ def find_interval(
         As in `mixing_step`.
     levels : (float, float)
         Thresholds of P_t and of x_t; by default those for "features".
+    cosine : float in (0, 1], default 1
+        Of the texts of source and target, a factor of P_t's level: the more they differ, the longer the edit acts.
     batch_size, progress
         As in `sample`.
 
@@ -80,8 +83,10 @@ def find_interval(
     Raises
     ------
     ValueError
-        If a distance never reaches its level, or a classifier is missing.
+        If a distance never reaches its level, `cosine` lies outside (0, 1], or a classifier is missing.
     """
+    if not 0.0 < cosine <= 1.0:
+        raise ValueError(f"cosine is {cosine}; it lies in (0, 1]")
     if distance == "features" and classifier is None:
         raise ValueError('distance "features" needs classifier=, such as load_classifier("avataaars-judge")')
     measure, _ = distance_of(distance, classifier, run.images)
@@ -90,7 +95,7 @@ def find_interval(
     noisy = [measure(run.model.to_images(run.x_at(t)), run.images).mean() for t in run.timesteps]
     curves = pd.DataFrame({"P_t": predicted, "x_t": noisy}, index=pd.Index(run.timesteps, name="t")).sort_index()
     found = []
-    for name, level in zip(curves, levels, strict=True):
+    for name, level in zip(curves, (levels[0] * cosine, levels[1]), strict=True):
         reached = curves.index[curves[name] >= level]
         if not len(reached):
             raise ValueError(f"{name} reaches {curves[name].max():.3g} from the image, never {level:.3g}; lower levels")
