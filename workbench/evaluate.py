@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pandas as pd
 import torch
@@ -85,54 +86,12 @@ class Evaluation:
 
     def to_markdown(self) -> str:
         """Format as a section of a model card."""
-        a = self.about
-        recipe = a["expected"] == "recipe"
-        expected = "the recipe's probability" if recipe else "the frequency among the held-out images"
-        distances = [
-            [*names, _ranged(row, "generated"), _ranged(row, "real"), "" if np.isnan(row.ratio) else f"{row.ratio:.1f}"]
-            for names, row in self.distances.iterrows()
-        ]
-        parts = [
-            "## Measured quality",
-            "\n".join(f"- {sentence}" for sentence in self.statement()),
-            f"{a['n']:,} samples (seeds {a['seed']} to {a['seed'] + a['n'] - 1}, {a['steps']} steps, eta {a['eta']:g}, "
-            f"weights {a['hash']}), {a['held_out']:,} held-out images. Distances are between {a['m']:,} and {a['m']:,} "
-            f"images, means over {HALVINGS} random halvings of the held-out ones (in brackets their range). `real` is "
-            "the distance of the two halves: what a perfect model would have.",
-            _table(["feature space", "measure", "generated", "real", "ratio"], distances),
-            "Precision (share of samples among the real images) and recall (share of real images among the samples), "
-            "k = 3, and those of real images in the samples' place:",
-            _table(
-                ["feature space", "precision", "recall", "precision of real", "recall of real"],
-                [[space, *map(_percent, row)] for space, row in self.coverage.iterrows()],
-            ),
-        ]
-        if len(self.frequencies):
-            parts += [
-                f"Attributes by the judge, `{a['judge']}`: {expected}, what it finds among the samples with the 95% "
-                "interval, their distance (total variation, in points), and what it finds among the held-out images.",
-                _table(
-                    ["attribute", "expected", "samples", "interval", "points off", "held out"],
-                    [
-                        [f"`{name}`", *_points(row[["expected", "found"]]), " to ".join(_points(row[["low", "high"]]))]
-                        + _points(row[["distance", "drawn"]])
-                        for name, row in self.frequencies.iterrows()
-                    ],
-                ),
-            ]
-        if len(self.pairs):
-            rows = [
-                [", ".join(f"`{name}`" for name in pair)]
-                + [", ".join(_points([row["expected", cell], row["found", cell]])) for cell in ("00", "01", "10", "11")]
-                + _points([row["distance", ""]])
-                for pair, row in self.pairs.iterrows()
-            ]
-            parts += ["Planted pairs, each expected and found, in percent:"]
-            parts += [_table(["pair", "neither", "second alone", "first alone", "both", "points off"], rows)]
-        return "\n\n".join([*parts, f"{self._memorised()} {self._inverted()}"])
+        about = {"a": self.about, "statement": self.statement(), "halvings": HALVINGS}
+        median = np.median(self.inversion) if len(self.inversion) else None
+        return _render("quality", **about, **vars(self), median=median)
 
     def statement(self) -> list[str]:
-        """What the numbers say that the model is good for, and what not; a sentence each.
+        """Say in sentences what the model is good for by its numbers, and what not.
 
         Of several feature spaces, the worst decides.
         """
@@ -167,24 +126,6 @@ class Evaluation:
                 else f"Attributes are as frequent as in real images, within {FAR_POINTS:g} points."
             )
         return sentences
-
-    def _inverted(self) -> str:
-        if not len(self.inversion):
-            return "Inversion was not measured (no images were inverted)."
-        return (
-            f"DDIM inversion of {len(self.inversion)} held-out images and back, in {self.about['inversion_steps']} "
-            f"steps: median {np.median(self.inversion):.1f} dB, {self.inversion.min():.1f} to "
-            f"{self.inversion.max():.1f}."
-        )
-
-    def _memorised(self) -> str:
-        if self.copies is None:
-            return "Memorisation was not measured (no training images were given)."
-        return (
-            f"{_percent(self.copies)} of the samples are nearer in pixels to one of {self.about['compared']:,} "
-            "training images than to one of as many held-out ones; of other real images it is "
-            f"{_percent(self.copies_real)} (a half is what a model that copies nothing gives)."
-        )
 
     def numbers(self) -> dict:
         """All numbers, as JSON values."""
@@ -355,31 +296,8 @@ def new_card(folder: str | Path) -> str:
     if not path.is_file():
         return f"# {folder.resolve().name}\n"
     about = json.loads(path.read_text(encoding="utf-8"))
-    s, noise = about["settings"], about.get("scheduler", {})
-    T, predicts = noise.get("num_train_timesteps", 1000), noise.get("prediction_type", "epsilon")
-    betas = f"linear beta {noise.get('beta_start', 1e-4):g}..{noise.get('beta_end', 0.02):g}"
-    betas = "the betas of its start" if noise.get("trained_betas") else betas
-    begun = "random weights" if s["start"] is None else f"the weights of `{s['start']}`"
-    begun += " with a finer resolution around them" if s.get("grow") else ""
-    return f"""# {folder.resolve().name}
-
-A DDPM of images of shape {read_settings(folder).size}: {about["parameters"] / 1e6:.2f} M parameters, `UNet2DModel`, \
-T = {T}, {betas}, predicts `{predicts}`. Averaged weights, float32 safetensors. Loads with `workbench.load_model` and \
-with diffusers' `DDPMPipeline.from_pretrained`. The scheduler file has `clip_sample` on, as the public DDPMs do; \
-`load_model` switches it off.
-
-## Training
-
-{about["images"]["n"]:,} images, from {begun}; {about["step"]:,} steps of {s["batch_size"]} images, \
-{about["hours"]:.1f} hours, learning rate {s["learning_rate"]:g} after {s["warmup"]} steps of warmup and cosine decay, \
-weight decay {s["weight_decay"]:g}, gradient norm clipped at {s["clip"]:g}, average of the weights {s["ema"]:g}, \
-min-SNR weights (gamma {s["gamma"]:g}), {"" if s["flips"] else "no "}flips, dropout {s["dropout"]:g}, \
-{s["precision"]}, seed {s["seed"]}. All settings, the images' checksum, versions and the commit are in `training.json`.
-
-## Use and limits
-
-To be written: what the images are and under which licence, what the model is for, and what it does badly.
-"""
+    known = {"name": folder.resolve().name, "size": read_settings(folder).size}
+    return _render("card", s=about["settings"], noise=about.get("scheduler", {}), **about, **known) + "\n"
 
 
 def _compare(
@@ -407,17 +325,21 @@ def _stacked(images, model: Model) -> torch.Tensor:
     return (images.at_size(model.image_shape) if hasattr(images, "at_size") else images)[:].clamp(-1, 1)
 
 
-def _points(shares: Iterable[float]) -> list[str]:
-    return [f"{100 * share:.1f}" for share in shares]
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _percent(share: Estimate) -> str:
-    return "{}% ({} to {})".format(*_points([share.value, share.low, share.high]))
+    return f"{_points(share.value)}% ({_points(share.low)} to {_points(share.high)})"
 
 
 def _ranged(row: pd.Series, name: str) -> str:
     return f"{row[name]:.4g} ({row[f'{name}_low']:.4g} to {row[f'{name}_high']:.4g})"
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+def _render(template: str, **values: object) -> str:
+    """A Markdown text of a template beside this module."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    made = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"points": _points, "percent": _percent, "ranged": _ranged}
+    return made.get_template(f"{template}.md.j2").render(values)

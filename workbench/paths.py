@@ -56,10 +56,7 @@ def local(path: str | os.PathLike) -> Path:
     """As `place`, where only files and folders of this machine make sense; ValueError for an address."""
     found = place(path)
     if is_address(found):
-        raise ValueError(
-            f"{found!r} is an address; only stores of `extract` may lie elsewhere, so give a file or folder of this "
-            "machine"
-        )
+        raise ValueError(f"{found!r} is an address, where only stores may lie; give a file or folder of this machine")
     return found
 
 
@@ -124,10 +121,7 @@ def home() -> Path:
     named = os.environ.get("WORKBENCH_HOME")
     root = local(named).resolve() if named else Path(__file__).resolve().parent.parent
     if not (root / "data").is_dir():
-        raise FileNotFoundError(
-            f"{root} has no data/ folder; install the workbench from a clone with `pip install -e .`, "
-            "or set WORKBENCH_HOME to the clone"
-        )
+        raise FileNotFoundError(f"{root} has no data/ folder; install from a clone, or set WORKBENCH_HOME")
     return root
 
 

@@ -27,9 +27,7 @@ def shape_of(size: int | Sequence[int]) -> tuple[int, int, int]:
     sides = given * 2 if len(given) == 1 else given
     shape = (3, *sides) if len(sides) == 2 else sides
     if len(shape) != 3 or not all(isinstance(each, Integral) and each >= 1 for each in shape):
-        raise ValueError(
-            f"size is {size}; give the side of a square, (height, width) or (channels, height, width), each 1 or more"
-        )
+        raise ValueError(f"size is {size}; give a side, (height, width) or (channels, height, width), each 1 or more")
     return tuple(map(int, shape))
 
 

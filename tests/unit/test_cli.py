@@ -301,7 +301,7 @@ def test_import_a_boundary_then_load(tiny_folder, tmp_path, capsys):
     status, out, _ = run(capsys, "boundary", "import", tmp_path / "smile.sav", *where, "--space", "h")
     assert status == 0 and "Boundary('smile' in h at t=500, svm of BoundaryDiffusion" in out
     path = tmp_path / "out" / "tiny-smile-h-t500.safetensors"
-    boundary = load_boundary(path, model=wb.load_model(tiny_folder, device="cpu"), t=500, space="h")
+    boundary = load_boundary(path, model=wb.load_model(tiny_folder, device="cpu"))
     assert np.abs(boundary.distance(z) - fitted.decision_function(z) / np.linalg.norm(fitted.coef_)).max() < 1e-5
     (tmp_path / "evil.sav").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     for file, space in (("smile.sav", "x"), ("evil.sav", "h"), ("none.sav", "h")):

@@ -58,7 +58,7 @@ def test_from_delta_splits_length_and_unit_and_keeps_zeros():
     [
         ({"unit": torch.full((4, *SHAPE), 1.0)}, "length 1 or 0"),
         ({"unit": torch.full((4, *SHAPE), torch.nan)}, "length 1 or 0"),
-        ({"sigma": torch.ones(3)}, "4 sigmas"),
+        ({"sigma": torch.ones(3)}, "and 3 sigmas"),
         ({"sigma": -torch.ones(4)}, "not negative"),
         ({"timesteps": (0, 250, 500, 750)}, "decreasing"),
         ({"timesteps": (500, 0)}, "2 timesteps"),
@@ -150,7 +150,7 @@ def test_restricted_to_includes_both_ends_and_is_zero_outside():
     part = d.restricted_to((500, 250))
     assert not part.delta()[[0, 3]].any() and not part.unit[[0, 3]].any() and not part.sigma[[0, 3]].any()
     assert torch.equal(part.delta()[1:3], d.delta()[1:3])
-    with pytest.raises(ValueError, match="no timestep of d0 lies in 250..500"):
+    with pytest.raises(ValueError, match="no visited timestep lies in 250..500"):
         d.restricted_to((250, 500))
 
 

@@ -160,7 +160,7 @@ def test_folders_of_another_kind_or_with_missing_files_are_refused(hub, tmp_path
         load_classifier(folder, prompts={"Smiling": ("a", "b")})
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "classifier" not in k}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="mine has no weights for classifier"):
+    with pytest.raises(ValueError, match="mine lacks the weights classifier"):
         load_classifier(folder)
     save_file(weights, folder / "model.safetensors")
     (folder / "preprocessor_config.json").unlink()

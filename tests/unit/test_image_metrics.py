@@ -19,7 +19,6 @@ from workbench.analysis.image_metrics import (
     kernel_distance_interval,
     memorisation,
     nearest_neighbours,
-    outside,
     peak_signal_to_noise,
     perceptual_distance,
     precision_recall,
@@ -38,8 +37,6 @@ def test_psnr_is_its_definition_infinite_for_equal_images_and_within_a_mask_sees
     assert np.allclose(peak_signal_to_noise(images, others, mask=mask), expected)
     assert np.isnan(peak_signal_to_noise(images, others, mask=none)).all()
     assert np.isfinite(peak_signal_to_noise(images, others, mask=own)).tolist() == [False, True, False]
-    found = outside(images, others, mask)
-    assert (found[:, :, mask] == images[:, :, mask]).all() and (found[:, :, ~mask] == others[:, :, ~mask]).all()
 
 
 def test_the_kernel_distance_is_unbiased_and_sees_a_difference():

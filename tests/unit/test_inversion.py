@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler
 from exact import exact_model
 from planted import planted
 
 import workbench as wb
 from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
-from workbench.diffusion.inversion import LEVELS
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.editing.render import edit, edit_grid
 
@@ -194,31 +192,3 @@ def test_noise_repair_gives_what_the_linear_gaussian_model_predicts():
 def test_an_edit_friendly_inversion_needs_no_repair(tiny, images):
     with pytest.raises(ValueError, match="noise_repair is for"):
         inverted(tiny, images, noise_repair=True)
-
-
-def test_level_next_is_the_inversion_of_diffusers(tiny, images):
-    scheduler = DDIMInverseScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
-    x_t, states = images, []
-    with torch.inference_mode():
-        for t in scheduler.timesteps:
-            x_t = scheduler.step(tiny(x_t, int(t)), t, x_t).prev_sample
-            states.append(x_t)
-    run = wb.invert(tiny, images, steps=STEPS, level="next", record_x=True, record_h=True, progress=False)
-    assert list(run.timesteps) == scheduler.timesteps.tolist()[::-1]
-    torch.testing.assert_close(run.x.values, torch.stack(states[::-1]), atol=1e-4, rtol=1e-4)
-    with torch.inference_mode():
-        h = [tiny.encode(run.x_at(t), t).h for t in run.timesteps]
-    torch.testing.assert_close(run.h.values, torch.stack(h), atol=1e-5, rtol=1e-5)
-
-
-def test_the_fixed_point_does_not_depend_on_the_first_guess(tiny, images):
-    """On Gaussian data with the exact eps, where the iteration is known to converge."""
-    model = exact_model(torch.zeros(3, 8, 8), torch.full((3, 8, 8), 0.4))
-    options = {"steps": 20, "method": "fixed-point", "progress": False}
-    first, second = (wb.invert(model, images, level=level, iterations=0, **options).x_T for level in LEVELS)
-    assert (first - second).abs().max() > 0.01
-    first, second = (wb.invert(model, images, level=level, iterations=60, **options).x_T for level in LEVELS)
-    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="level 'last' is not known; it is one of current, next"):
-        wb.invert(tiny, images, level="last")

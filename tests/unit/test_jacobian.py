@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -122,45 +120,6 @@ def test_the_products_are_adjoint_and_exact(model, run, J):
     torch.testing.assert_close((Jv * u).sum(1), (v * Ju).sum(1), rtol=1e-4, atol=1e-4 * float(J.norm()))
     torch.testing.assert_close(Jv, v @ J.T, rtol=0, atol=1e-5 * float(Jv.abs().max()))
     torch.testing.assert_close(Ju, u @ J, rtol=0, atol=1e-5 * float(Ju.abs().max()))
-
-
-def conv(x, *, size=3, groups=1, **settings):
-    weight = torch.randn(6, 4 // groups, size, size, generator=torch.Generator().manual_seed(1))
-    return F.conv2d(x, weight, torch.ones(6), groups=groups, **settings)
-
-
-def norm(x, *, groups=2, affine=True):
-    rng = torch.Generator().manual_seed(1)
-    weight, bias = (torch.randn(4, generator=rng) for _ in range(2)) if affine else (None, None)
-    return F.group_norm(x, groups, weight, bias, 1e-3)
-
-
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize(
-    "f",
-    [
-        conv,
-        partial(conv, padding=1),
-        partial(conv, padding="same"),
-        partial(conv, stride=2, padding=1),
-        partial(conv, stride=(2, 1), padding=(0, 1), dilation=2, groups=2),
-        partial(conv, size=1),
-        norm,
-        partial(norm, groups=4, affine=False),
-        F.silu,
-        lambda x: F.silu(norm(conv(x, padding=1)[:, :4] + x)) * x,
-    ],
-)
-def test_lean_operations_have_the_derivatives_of_torchs(f, width):
-    """Value, J v and J'u of each operation that replaces torch's, and of some together."""
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 7, 6, generator=rng)
-    J = dense(f, x)
-    linear = Linearised(f, x, width=width)
-    u, v = (torch.randn(3, n, dtype=torch.double, generator=rng) for n in J.shape)
-    torch.testing.assert_close(linear._y[:1].detach(), f(x))
-    for products, expected in ((linear.vjp(u), u @ J), (linear.jvp(v), v @ J.T), (linear.vjp(u), u @ J)):
-        torch.testing.assert_close(products, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("block", [None, 9])

@@ -197,7 +197,7 @@ def test_a_schedule_of_zero_terminal_snr_runs_where_eps_is_defined(make_unet):
         wb.sample(model, [0], steps=4, progress=False)
     run = wb.sample(model, [0], steps=[998, 700, 300, 0], progress=False)
     assert torch.isfinite(run.x0).all()
-    assert model.schedule.snr(999) == 0.0
+    assert model.schedule.alpha_bar(999) == 0.0
 
 
 @pytest.fixture(scope="module")

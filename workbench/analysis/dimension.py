@@ -135,7 +135,5 @@ def _nearest(distances: np.ndarray, k: int) -> np.ndarray:
     same = nearest[:, 0] <= 1e-6 * np.median(distances)
     if same.any():
         i = int(np.argmax(same))
-        raise ValueError(
-            f"samples {i} and {int(np.argmin(others[i]))} are the same; leave one out, the dimension needs distances"
-        )
+        raise ValueError(f"samples {i} and {int(np.argmin(others[i]))} are the same; leave one of them out")
     return nearest

@@ -29,7 +29,7 @@ class EffectMatrix:
         Number of samples.
     """
 
-    mean: pd.DataFrame
+    mean: pd.DataFrame = field(repr=False)
     low: pd.DataFrame = field(repr=False)
     high: pd.DataFrame = field(repr=False)
     draws: np.ndarray = field(repr=False)
@@ -43,9 +43,6 @@ class EffectMatrix:
             raise ValueError(f"there is no attribute {missing!r}; the scores have {_listed(self.mean)}")
         mean, low, high = (frame.iloc[:, columns] for frame in (self.mean, self.low, self.high))
         return replace(self, mean=mean, low=low, high=high, draws=self.draws[:, :, columns])
-
-    def __repr__(self) -> str:
-        return f"EffectMatrix({len(self.mean)} directions x {self.mean.shape[1]} attributes, {self.n} samples)"
 
 
 def effect_matrix(
@@ -197,10 +194,8 @@ def _listed(scores: pd.DataFrame) -> str:
 
 def _change(before: pd.DataFrame, after: pd.DataFrame, name: str) -> np.ndarray:
     if before.shape != after.shape or list(before.columns) != list(after.columns) or not len(before):
-        raise ValueError(
-            f"the scores before and after {name} are of other samples or attributes: {before.shape} with columns "
-            f"{list(before.columns)[:4]}, and {after.shape} with {list(after.columns)[:4]}"
-        )
+        shapes = f"{before.shape} with columns {list(before.columns)[:4]}, {after.shape} with {list(after.columns)[:4]}"
+        raise ValueError(f"the scores before and after {name} are of other samples or attributes: {shapes}")
     change = after.to_numpy(dtype=float) - before.to_numpy(dtype=float)
     if not np.isfinite(change).all():
         raise ValueError(f"a score before or after {name} is not finite; check the classifier's output")

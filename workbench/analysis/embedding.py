@@ -49,7 +49,7 @@ class Embedding:
     points: np.ndarray = field(repr=False)
     method: str
     backend: str
-    explained_variance_ratio: np.ndarray | None
+    explained_variance_ratio: np.ndarray | None = field(repr=False)
     variance_kept: float
     parameters: dict = field(default_factory=dict)
     _transform: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False)
@@ -65,13 +65,6 @@ class Embedding:
     def axes(self) -> list[str]:
         """Names of the axes, such as "UMAP 1"."""
         return [f"{METHODS[self.method]} {i + 1}" for i in range(self.points.shape[1])]
-
-    def __repr__(self) -> str:
-        n, k = self.points.shape
-        return (
-            f"Embedding({METHODS[self.method]} by {self.backend}, {n} samples in {k} dimensions, "
-            f"{self.variance_kept:.0%} of the variance kept, {self.parameters})"
-        )
 
 
 def embed(

@@ -47,11 +47,6 @@ def perceptual_distance(maps: Sequence[np.ndarray], others: Sequence[np.ndarray]
     return total
 
 
-def outside(images: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The edited images with the pixels of a bool mask, (H, W) or (n, 1, H, W), as they were before the edit."""
-    return np.where(mask, images, edited)
-
-
 def cosine_similarity(features: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Cosine of the angle between feature vectors, pair by pair: identity, if a network of faces gives them.
 

@@ -254,8 +254,6 @@ class StepGeometry:
         Of the steps.
     angles : ndarray of shape (S-2, n), degrees in [0, 180]
         Between a step and the next; 0 is straight on. NaN where a step has length 0.
-    curvatures : ndarray of shape (S-2, n), one over the units of the states
-        Angle in radians over the mean length of the two steps.
     cosines : ndarray of shape (S-1, n), in [-1, 1]
         Between a state and the next, from the origin.
     centred_cosines : ndarray of shape (S-1, n), in [-1, 1]
@@ -268,20 +266,13 @@ class StepGeometry:
     timesteps: tuple[int, ...]
     lengths: np.ndarray = field(repr=False)
     angles: np.ndarray = field(repr=False)
-    curvatures: np.ndarray = field(repr=False)
     cosines: np.ndarray = field(repr=False)
     centred_cosines: np.ndarray = field(repr=False)
     straightness: np.ndarray = field(repr=False)
 
-    def __repr__(self) -> str:
-        return (
-            f"StepGeometry({self.lengths.shape[1]} trajectories of {len(self.timesteps)} states, "
-            f"mean turn {np.nanmean(self.angles):.1f} degrees, straightness {self.straightness.mean():.3f})"
-        )
-
 
 def step_geometry(trajectory: Any, *, timesteps: Sequence[int] | None = None) -> StepGeometry:
-    """Lengths, turns, curvature and cosines of the steps of trajectories of x_t or h_t, in one pass.
+    """Lengths, turns and cosines of the steps of trajectories of x_t or h_t, in one pass.
 
     Parameters
     ----------
@@ -305,7 +296,7 @@ def step_geometry(trajectory: Any, *, timesteps: Sequence[int] | None = None) ->
         pairs = enumerate(trajectory)
     else:
         pairs = zip(timesteps, trajectory, strict=True)
-    visited, lengths, angles, curvatures, cosines, centred = [], [], [], [], [], []
+    visited, lengths, angles, cosines, centred = [], [], [], [], []
     begin = state = step = None
     for t, x in over_timesteps(pairs, fewest=3, samples=1):
         before, state = state, x.astype(np.float64)
@@ -320,14 +311,12 @@ def step_geometry(trajectory: Any, *, timesteps: Sequence[int] | None = None) ->
         if step_before is not None:
             turn = np.arccos(np.clip(_cosine(step_before, step), -1.0, 1.0))
             angles.append(np.degrees(turn))
-            curvatures.append(2 * turn / (lengths[-2] + lengths[-1]))
     path = np.sum(lengths, axis=0)
     chord = np.linalg.norm(state - begin, axis=1)
     return StepGeometry(
         tuple(visited),
         np.stack(lengths),
         np.stack(angles),
-        np.stack(curvatures),
         np.stack(cosines),
         np.stack(centred),
         np.divide(chord, path, out=np.ones_like(path), where=path > 0),

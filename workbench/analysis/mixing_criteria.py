@@ -443,7 +443,7 @@ def radius_total_variation(alpha_bar: float, *, d: int, mean_square: float = 0.3
 def _reduced(
     a: object, b: object, reduce: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[list[int], tuple[np.ndarray, np.ndarray], int]:
-    """What is kept of two ensembles at every timestep, of the same number of samples: timesteps, arrays, d."""
+    """Reduced ensembles of the same number of samples: timesteps, arrays, d."""
     kept, timesteps, d = [], [], 0
     for ensemble in (a, b):
         rows = []
@@ -454,10 +454,8 @@ def _reduced(
             rows.append(reduce(x))
         kept.append(np.stack(rows))
     if timesteps[0] != timesteps[1]:
-        raise ValueError(
-            f"the two ensembles visit different timesteps ({timesteps[0][:3]}... and {timesteps[1][:3]}...); "
-            "make both with the same steps"
-        )
+        first, second = (f"{each[:3]}..." for each in timesteps)
+        raise ValueError(f"the ensembles visit different timesteps, {first} and {second}; make both alike")
     n = min(len(each[0]) for each in kept)
     return timesteps[0], (kept[0][:, :n], kept[1][:, :n]), d
 

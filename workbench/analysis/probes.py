@@ -248,10 +248,8 @@ def _separability(span: Span, labels: np.ndarray, *, folds: int, seed: int, shuf
     names, groups, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     if not 2 <= folds <= sizes.min():
         smallest = int(np.argmin(sizes))
-        raise ValueError(
-            f"folds is {folds}, and the group {names[smallest]!s} has {sizes[smallest]} samples; "
-            f"take 2 to {sizes.min()} folds, or more samples"
-        )
+        of = f"the group {names[smallest]!s} has {sizes[smallest]} samples"
+        raise ValueError(f"folds is {folds}, and {of}; take 2 to {sizes.min()} folds, or more samples")
     if shuffled:
         groups = np.random.default_rng(seed).permutation(groups)
     predicted = np.empty_like(groups)

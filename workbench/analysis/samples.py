@@ -33,10 +33,8 @@ def check_samples(h: Any, *, t: int | None = None, fewest: int = 2) -> np.ndarra
         h = h.astype(np.float32 if h.dtype == np.float16 else np.float64)
     finite = np.isfinite(h).all(axis=1)
     if not finite.all():
-        raise ValueError(
-            f"sample {int(np.argmin(finite))}{at} has NaN or infinite values ({int((~finite).sum())} of {len(h)} "
-            "samples do); leave these out"
-        )
+        bad = f"{int((~finite).sum())} of {len(h)} samples"
+        raise ValueError(f"sample {int(np.argmin(finite))}{at} has NaN or infinite values ({bad} do); leave these out")
     return h
 
 

@@ -38,14 +38,6 @@ class Angles:
         """Mean principal angle of every pair, in degrees."""
         return pd.DataFrame(self.angles.mean(axis=2), index=list(self.names), columns=list(self.names))
 
-    def __repr__(self) -> str:
-        m, k = len(self.names), self.angles.shape[2]
-        off = self.angles.mean(axis=2)[~np.eye(m, dtype=bool)]
-        return (
-            f"Angles({m} subspaces of dimension {k}: mean {off.min():.1f} to {off.max():.1f} degrees between them, "
-            f"{self.within.mean():.1f} between halves of the samples, {self.chance:.1f} by chance)"
-        )
-
 
 def angles_over_time(h_by_t: Any, *, k: int = 10, seed: int = 0) -> Angles:
     """Angles between the subspaces of the k first principal components at every two timesteps.

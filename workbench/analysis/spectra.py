@@ -60,10 +60,6 @@ class Spectrum:
         """One row per frequency: `frequency`, `power`, `weight`."""
         return pd.DataFrame({"frequency": self.frequency, "power": self.power, "weight": self.weight})
 
-    def __repr__(self) -> str:
-        f = self.frequency
-        return f"Spectrum({len(f)} frequencies {f.min():g}..{f.max():g}, mean square {self.mean_square:.4f})"
-
 
 def data_spectrum(images: Any) -> Spectrum:
     """Radial power spectrum of images: power at every frequency, mean over samples and channels.
@@ -180,10 +176,7 @@ def linear_gaussian_inversion(
         raise ValueError(f"timesteps must lie in 0..{len(alpha_bars) - 1}, not {list(visited)[:8]}")
     one_of("start", start, ("first", "clean"))
     if noise_repair and start == "clean":
-        raise ValueError(
-            'start "clean" has no noise to repair: the repair makes a clean image one of the first timestep; '
-            'use start="first" with noise_repair'
-        )
+        raise ValueError('start "clean" has no noise to repair; use start="first" with noise_repair')
     s2 = np.asarray(spectrum.power, dtype=np.float64)
     weight = spectrum.weight / spectrum.weight.sum()
     mean_square = spectrum.mean_square if mean_square is None else mean_square

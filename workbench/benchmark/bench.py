@@ -25,7 +25,6 @@ from workbench import paths
 from workbench.analysis.image_metrics import (
     cosine_similarity,
     directional_similarity,
-    outside,
     peak_signal_to_noise,
     perceptual_distance,
 )
@@ -58,6 +57,7 @@ class Bench:
     images: LabelledImages = field(repr=False)
     masks: dict[str, np.ndarray] = field(repr=False)
     texts: TextModels | None = field(default=None, repr=False)
+    _studies: dict[int, Study] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         p = self.protocol
@@ -121,10 +121,6 @@ class Bench:
                 texts=self.texts,
             )
         return self._studies[repeat]
-
-    @cached_property
-    def _studies(self) -> dict[int, Study]:
-        return {}
 
     @property
     def code(self) -> str:
@@ -250,15 +246,12 @@ class Bench:
         for images in edited.unbind(1):
             images = images.clamp(-1, 1)
             values, features = images.numpy(), self.judge.features(images)
-            beyond = outside(plain, values, mask)
             found = {
                 "logits": self._logits(images),
                 "rms": np.sqrt(((values - plain) ** 2).mean(axis=(1, 2, 3))),
                 "psnr": peak_signal_to_noise(values, plain),
                 "psnr_outside": peak_signal_to_noise(values, plain, mask=~mask),
-                "psnr_backdrop": peak_signal_to_noise(values, plain, mask=backdrop(plain)),
                 "perceptual": perceptual_distance(self.judge.maps(values), maps),
-                "perceptual_outside": perceptual_distance(self.judge.maps(beyond), maps),
                 "identity": cosine_similarity(features, self.plain["features"]),
                 "features": features,
                 "pixels": self.pixels.transform(values.reshape(n, -1)),

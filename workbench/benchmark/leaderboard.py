@@ -302,9 +302,7 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
             )
         )
     if not curves:
-        raise ValueError(
-            f"no attribute has {FEWEST} held-out samples without it, so no success can be measured; take more"
-        )
+        raise ValueError(f"no attribute has {FEWEST} held-out samples without it to measure success by; take more")
     return curves
 
 

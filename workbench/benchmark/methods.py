@@ -208,18 +208,19 @@ class Study:
     masks: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     texts: TextModels | None = field(default=None, repr=False)
     cost: dict[str, Counter] = field(default_factory=dict, repr=False)
+    _kept: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def store(self) -> HStore:
         """h_t and x_t of the population at every visited timestep."""
         self.cost["population"] = Counter(passes=self.n * self.steps)
-        return self._store
+        return self.learned("store", self._extracted)
 
     @property
     def scores(self) -> pd.DataFrame:
         """The labeller's probabilities, one row per sample of the population, by seed."""
         self.cost["scores"] = Counter(scored=self.n)
-        return self._scores
+        return self.learned("scores", self._scored)
 
     def labels(self, attribute: str) -> pd.Series:
         """Which samples of the population have an attribute, by the labeller; 0 or 1, by seed.
@@ -235,7 +236,8 @@ class Study:
     def inverted(self) -> HStore:
         """h_t and x_t of the labelled images, by DDIM inversion."""
         self.cost["inversion"] = Counter(passes=len(self._images) * self.steps)
-        return self._inverted
+        options = {"images": self._images, "steps": self.steps, "progress": False}
+        return self.learned("inverted", lambda: extract(self.model, **options))
 
     def truth(self, attribute: str) -> pd.Series:
         """Which images have an attribute, by their labels; raises as `labels`."""
@@ -244,10 +246,11 @@ class Study:
         self.cost["truth"] = Counter(labels=len(self._images))
         return _enough(self._images.labels[attribute].astype(int), "images")
 
-    @property
+    @cached_property
     def run(self) -> Trajectory:
         """The first samples of the population, as a run."""
-        return self._run
+        seeds = range(self.seed, self.seed + self.n)[: max(TRIED, 2)]
+        return sample(self.model, seeds, steps=self.steps, eta=self.eta, progress=False)
 
     def mask(self, attribute: str) -> np.ndarray:
         """Where an attribute can be; raises NotApplicable if that is not known."""
@@ -293,44 +296,29 @@ class Study:
         self.cost["candidates"] = Counter(passes=len(signed) * TRIED * self.steps, scored=len(signed) * TRIED)
 
         def tried() -> pd.DataFrame:
-            run = self._run[:TRIED]
+            run = self.run[:TRIED]
             images = run_plans(run, [edit.plan(run, [scale, -scale]) for edit in edits], progress=False)
             after = self.labeller(images.transpose(1, 2).flatten(0, 2))
-            before = self.labeller(self._run.images[:TRIED])
+            before = self.labeller(run.images)
             changes = after.to_numpy().reshape(len(signed), -1, after.shape[1]) - before.to_numpy()
             return pd.DataFrame(changes.mean(axis=1), columns=after.columns)
 
         changes = self.learned(f"{name}, tried", tried)
         return signed[int(changes[attribute].to_numpy().argmax())]
 
-    @cached_property
-    def _store(self) -> HStore:
-        return extract(
-            self.model, self.n, seed=self.seed, steps=self.steps, eta=self.eta, record_x=True, progress=False
-        )
+    def _extracted(self) -> HStore:
+        options = {"steps": self.steps, "eta": self.eta, "record_x": True, "progress": False}
+        return extract(self.model, self.n, seed=self.seed, **options)
 
-    @cached_property
-    def _scores(self) -> pd.DataFrame:
-        return self.labeller(self._store.images[:]).set_axis(list(self._store.seeds))
-
-    @cached_property
-    def _inverted(self) -> HStore:
-        return extract(self.model, images=self._images, steps=self.steps, progress=False)
+    def _scored(self) -> pd.DataFrame:
+        store = self.learned("store", self._extracted)
+        return self.labeller(store.images[:]).set_axis(list(store.seeds))
 
     @property
     def _images(self) -> LabelledImages:
         if self.images is None:
             raise NotApplicable("there are no labelled images")
         return self.images
-
-    @cached_property
-    def _run(self) -> Trajectory:
-        seeds = range(self.seed, self.seed + self.n)
-        return sample(self.model, seeds[: max(TRIED, 2)], steps=self.steps, eta=self.eta, progress=False)
-
-    @cached_property
-    def _kept(self) -> dict:
-        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,9 +339,8 @@ def found_edit(found: Direction | Edit) -> Edit:
 def _enough(labels: pd.Series, what: str) -> pd.Series:
     fewest = int(min(labels.sum(), len(labels) - labels.sum()))
     if fewest < FEWEST:
-        raise NotApplicable(
-            f"{int(labels.sum())} of {len(labels)} {what} have {labels.name}; {FEWEST} must have and {FEWEST} lack it"
-        )
+        has, least = int(labels.sum()), f"{FEWEST} must have and {FEWEST} lack it"
+        raise NotApplicable(f"{has} of {len(labels)} {what} have {labels.name}; {least}")
     return labels
 
 

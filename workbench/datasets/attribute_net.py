@@ -174,9 +174,7 @@ def binary_labels(images: LabelledImages) -> pd.DataFrame:
         raise ValueError(f"{images} has no attribute of 0 and 1{why}; give images with such labels, or labels=")
     constant = [name for name in labels if labels[name].nunique() < 2]
     if constant:
-        raise ValueError(
-            f"{', '.join(constant)} does not vary among these {len(images)} images; give more images or drop the column"
-        )
+        raise ValueError(f"{', '.join(constant)} does not vary in {len(images)} images; give more or drop the column")
     if others:
         warnings.warn(f"labels other than 0 and 1 are left out: {'; '.join(others.values())}", stacklevel=3)
     return labels

@@ -389,9 +389,7 @@ def _draw_region(factor: str, options: Sequence[str]) -> np.ndarray:
 def _read_regions(file: Path) -> dict[str, Image.Image]:
     """Masks of the upright avatar: L, 198x210, 0 or 255."""
     if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no {file}; restore it or make it again with build_regions({str(file.parent)!r})"
-        )
+        raise FileNotFoundError(f"there is no {file}; restore it, or call build_regions({str(file.parent)!r})")
     with np.load(file) as regions:
         return {name: Image.fromarray(regions[name].astype(np.uint8) * 255) for name in REGIONS}
 

@@ -13,7 +13,7 @@ from workbench.io import one_of
 
 @dataclass(frozen=True)
 class Domain:
-    """What is known of one kind of images; a record without anything but the name if it is not in `DOMAINS`.
+    """Facts about one kind of images; a record without anything but the name if it is not in `DOMAINS`.
 
     Attributes
     ----------

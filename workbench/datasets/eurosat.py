@@ -81,10 +81,8 @@ def build(source: str | Path, *, part: int = 10, out: str | Path, progress: bool
     files, names, _ = find_files(source)
     wanted = [name for name in names if _NAME.fullmatch(PurePosixPath(name).name) and part_of(name) == part]
     if not wanted:
-        raise ValueError(
-            f"{source} has no photograph of part {part} with a name such as Forest_1.jpg; give EuroSAT RGB as "
-            f"published ({ORIGIN})"
-        )
+        what = f"no photograph of part {part} with a name such as Forest_1.jpg"
+        raise ValueError(f"{source} has {what}; give EuroSAT RGB as published ({ORIGIN})")
 
     def photographs():
         for name in tqdm(wanted, "photographs", unit="image", disable=not progress):

@@ -117,10 +117,7 @@ def find_files(source: Path) -> tuple[Folder | Zip, list[str], list[str]]:
         state = source.stat()
         files = Zip(source.resolve(), (state.st_mtime_ns, state.st_size))
     else:
-        raise FileNotFoundError(
-            f"there is no folder or zip {source}; give a folder of images, a zip of images, or one of "
-            f"{', '.join(BUNDLED)}"
-        )
+        raise FileNotFoundError(f"there is no folder or zip {source}; give one of images, or of {', '.join(BUNDLED)}")
     members = sorted(name for name in files.members() if not _is_hidden(name))
     images = [name for name in members if name.lower().endswith(suffixes)]
     if not images and (source / "images.zip").is_file():
@@ -129,9 +126,7 @@ def find_files(source: Path) -> tuple[Folder | Zip, list[str], list[str]]:
     others = sorted({*members}.difference(images))
     if not images:
         there = f" (there is {some(others)})" if others else ""
-        raise ValueError(
-            f"{source} holds no images{there}; give a folder or a zip with .png, .jpg or other images, or .npy arrays"
-        )
+        raise ValueError(f"{source} holds no images{there}; give a folder or a zip of pictures, or of .npy arrays")
     files = replace(files, prefix=common_folder(images))
     return files, [name.removeprefix(files.prefix) for name in images], others
 

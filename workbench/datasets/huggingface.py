@@ -110,9 +110,7 @@ def load_network(kind, folder: Path, name: str, device: torch.device) -> nn.Modu
             log.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(
-            f"{name} has no weights for {missing[0]} ({len(missing)} are missing); it is not a finished model"
-        )
+        raise ValueError(f"{name} lacks the weights {missing[0]} and {len(missing) - 1} more; take a finished model")
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -130,7 +128,5 @@ def load_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            f"classifiers from the hub need transformers; install it with `pip install -e .[hf]` ({error})"
-        ) from error
+        raise ImportError(f"networks of the hub need transformers; run `pip install -e .[hf]` ({error})") from error
     return transformers

@@ -216,18 +216,14 @@ class LabelledImages:
         try:
             return np.asarray(np.arange(len(self))[chosen])
         except IndexError as error:
-            raise IndexError(
-                f"there are {len(self)} images, give positions below that or a boolean mask of that length ({error})"
-            ) from error
+            raise IndexError(f"there are {len(self)} images ({error}); give positions of these, or a mask") from error
 
     def _decode(self, position: int) -> torch.Tensor:
         name = self.labels.index[position]
         image = self._open(name)
         if image.shape != self.image_shape:
-            raise ValueError(
-                f"{self._where(name)} has the shape {tuple(image.shape)} and the first image {self.image_shape}; give "
-                "one size for all, such as size=64"
-            )
+            what = f"{self._where(name)} has the shape {tuple(image.shape)} and the first image {self.image_shape}"
+            raise ValueError(f"{what}; give one size for all, such as size=64")
         return image
 
     def _open(self, name: str) -> torch.Tensor:
@@ -416,9 +412,9 @@ def _cropped(image: Image.Image, crop: str | None) -> Image.Image:
     size, box = CROPS[crop]
     if image.size != size:
         width, height = size
+        given = f"not {image.width} x {image.height}"
         raise Unsuitable(
-            f"the crop {crop!r} is for images of {width} x {height} pixels, not {image.width} x {image.height}; leave "
-            "it out for others"
+            f"the crop {crop!r} is for images of {width} x {height} pixels, {given}; leave it out for others"
         )
     return image.crop(box)
 

@@ -75,10 +75,8 @@ def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:
     parts = [[part for part in name.split("/")[:-1] if part not in _PARTS] for name in names]
     classes = pd.Series([re.sub(r"_(train|val|test)(_lmdb)?$", "", (part or [""])[0]) for part in parts])
     if classes.nunique() < 2 or (classes == "").any():
-        raise ValueError(
-            f'labels="folders" takes a folder for each of two classes or more; {source} has '
-            f"{', '.join(sorted(set(classes) - {''})) or 'none'}"
-        )
+        found = ", ".join(sorted(set(classes) - {""})) or "none"
+        raise ValueError(f'labels="folders" takes folders of two classes or more; {source} has {found}')
     return pd.get_dummies(classes).astype(int).set_index(pd.Index(names, name="file"))
 
 
@@ -128,9 +126,7 @@ def _parse(text: str, where: str) -> pd.DataFrame:
     # CelebA's list begins with the number of its rows.
     count = int(lines.pop(0)) if lines and lines[0].strip().isdecimal() else None
     if not lines:
-        raise ValueError(
-            f"{where} cannot be read as a table (it has no rows); give a line of names, then one per image"
-        )
+        raise ValueError(f"{where} cannot be read as a table (it has no rows); give a line of names, then one an image")
     separator = _separator(lines[:21])
     names = _cells(lines[0], separator)
     if separator in (None, "\t") and len(lines) > 1 and len(names) < len(_cells(lines[1], separator)):
@@ -169,7 +165,7 @@ def _parse(text: str, where: str) -> pd.DataFrame:
 
 
 def _separator(lines: list[str]) -> str | None:
-    """What stands between the values; None for white space. Most likely is what all lines have as often."""
+    """Separator of the values; None for white space. Most likely is the one that all lines have equally often."""
     found = [separator for separator in ",;\t" if separator in lines[0]]
     alike = {separator: len({line.count(separator) for line in lines}) == 1 for separator in found}
     return max(found, key=lambda separator: (alike[separator], lines[0].count(separator)), default=None)

@@ -44,10 +44,7 @@ def picture_to_tensor(image: Image.Image, size: int | Sequence[int] | None = Non
     picture = _to_rgb(image)
     channels, height, width = shape_of((picture.height, picture.width) if size is None else size)
     if channels not in (1, 3):
-        raise Unsuitable(
-            f"a picture has 3 channels, or 1 (grey), not {channels}; save images of others as .npy arrays of shape "
-            "(channels, height, width)"
-        )
+        raise Unsuitable(f"a picture has 3 channels, or 1 (grey), not {channels}; save others as .npy arrays (C, H, W)")
     bands = picture.convert("L" if channels == 1 else "RGB").split()
     return _fitted(bands, height, width) / 127.5 - 1
 
@@ -73,10 +70,8 @@ def array_to_tensor(values: np.ndarray, size: int | Sequence[int] | None = None)
     """
     kind = str(values.dtype)
     if values.ndim not in (2, 3) or 0 in values.shape or kind not in _ARRAYS:
-        raise Unsuitable(
-            f"it holds {kind} of shape {values.shape}; give one image of shape (channels, height, width), uint8, "
-            "uint16 or floats in [-1, 1]"
-        )
+        what = f"it holds {kind} of shape {values.shape}"
+        raise Unsuitable(f"{what}; give an image (channels, height, width) of uint8, uint16 or floats in [-1, 1]")
     values = values[None] if values.ndim == 2 else values
     values = np.moveaxis(values, 2, 0) if values.shape[2] < values.shape[0] else values
     channels, height, width = values.shape if size is None else shape_of(size)
@@ -164,7 +159,7 @@ def _is_picture(image) -> bool:
 
 
 def _as_tensor(image, shape: tuple[int, int, int]) -> torch.Tensor:
-    """What was given as a tensor; pictures get the given shape."""
+    """An image of any kind as a tensor; pictures get the given shape."""
     if isinstance(image, Image.Image):
         return picture_to_tensor(image, shape)[None]
     if hasattr(image, "at_size"):
@@ -173,10 +168,7 @@ def _as_tensor(image, shape: tuple[int, int, int]) -> torch.Tensor:
         return image.detach()
     if hasattr(image, "__array__"):
         return torch.from_numpy(np.asarray(image))
-    raise ValueError(
-        f"images are a {type(image).__name__}; give tensors, PIL images or LabelledImages (load_image and load_images "
-        "open files)"
-    )
+    raise ValueError(f"images are a {type(image).__name__}; give tensors, PIL images or LabelledImages")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -26,7 +26,6 @@ from workbench.diffusion.schedule import CLEAN
 from workbench.io import one_of
 
 INVERSIONS = ("ddim", "fixed-point", "edit-friendly")
-LEVELS = ("current", "next")
 
 
 def invert(
@@ -37,7 +36,6 @@ def invert(
     method: str = "ddim",
     iterations: int = 5,
     eta: float | Sequence[float] = 1.0,
-    level: str = "current",
     noise_repair: bool = False,
     seed: int = 0,
     residual: bool = False,
@@ -50,8 +48,8 @@ def invert(
 
     "ddim" and "fixed-point" run the deterministic process (eta 0) backwards: the step from t_prev to t solves
     x_prev = DDIM(x_t, eps(x_t, t)) for x_t. "ddim" approximates with eps at (x_prev, t_prev), with one network pass per
-    step and first-order accuracy; "fixed-point" starts there and iterates x_t <- the solution with eps at the last
-    (x_t, t), with `iterations` more passes per step.
+    step (DDIM eq. 13) and first-order accuracy; "fixed-point" starts there and iterates x_t <- the solution with eps at
+    the last (x_t, t), with `iterations` more passes per step.
 
     "edit-friendly" (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140) draws every x_t of the forward process
     with independent noise, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t, and stores the step noises
@@ -72,10 +70,6 @@ def invert(
         For "fixed-point".
     eta : float or sequence of float (one per step), values in (0, 1], default 1
         For "edit-friendly"; the others have eta 0.
-    level : {"current", "next"}
-        Timestep of eps in a DDIM step at x_prev: t_prev ("current"), as in DDIM eq. 13 and BoundaryDiffusion, or t
-        ("next"), as in diffusers' `DDIMInverseScheduler`. "next" evaluates eps at the correct t but at the previous x,
-        and reconstructs better with few steps. For "fixed-point" it gives the first guess.
     noise_repair : bool, default False
         For "ddim" and "fixed-point": draw x at the least noisy timestep from the forward process, instead of inverting
         a step from the clean image. The network expects a little noise there and a clean image has none, so its
@@ -103,16 +97,13 @@ def invert(
     """
     images = model.to_latents(check_images(images, model))
     one_of("method", method, INVERSIONS)
-    one_of("level", level, LEVELS)
     visited = model.schedule.timesteps(steps)
     edit_friendly = method == "edit-friendly"
     etas = model.schedule.etas(eta if edit_friendly else 0.0, len(visited))
     if edit_friendly and min(etas) == 0.0:
         raise ValueError('an edit-friendly inversion needs an eta in (0, 1], not 0; for eta 0 use method="ddim"')
     if edit_friendly and noise_repair:
-        raise ValueError(
-            'noise_repair is for "ddim" and "fixed-point"; an edit-friendly inversion has noise at every step'
-        )
+        raise ValueError('noise_repair is for "ddim" and "fixed-point"; "edit-friendly" has noise at every step')
     n = len(images)
     inverted = Trajectory(
         model=model,
@@ -134,7 +125,7 @@ def invert(
                 _fill_edit_friendly(inverted, batch, seeds[batch], bar)
             else:
                 repair = seeds[batch] if noise_repair else None
-                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, level, repair, bar)
+                _fill_ddim(inverted, batch, iterations if method == "fixed-point" else 0, repair, bar)
 
         inverted = replace(inverted, batch_size=in_batches(fill, n, inverted.batch_size))
     if residual and not edit_friendly:
@@ -142,9 +133,7 @@ def invert(
     return inverted
 
 
-def _fill_ddim(
-    inverted: Trajectory, batch: slice, iterations: int, level: str, repair: Sequence[int] | None, bar: tqdm
-) -> None:
+def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, repair: Sequence[int] | None, bar: tqdm) -> None:
     """Invert the images of a batch by DDIM backwards, from clean to noisy."""
     model, h, x = inverted.model, inverted.h, inverted.x
     pairs = model.schedule.pairs(inverted.timesteps)
@@ -157,12 +146,10 @@ def _fill_ddim(
             x.put(i, batch, x_t)
         bar.update(batch.stop - batch.start)
     for i, (t, t_prev) in reversed(steps):
-        if level == "current" or h is not None:
-            bottleneck = model.encode(x_t, max(t_prev, 0))
+        bottleneck = model.encode(x_t, max(t_prev, 0))
         if h is not None and t_prev != CLEAN:
             h.put(i + 1, batch, bottleneck.h)
-        eps = model.decode(bottleneck) if level == "current" else model(x_t, t)
-        x_prev, x_t = x_t, _ddim_inverse(model, x_t, eps, (t, t_prev))
+        x_prev, x_t = x_t, _ddim_inverse(model, x_t, model.decode(bottleneck), (t, t_prev))
         for _ in range(iterations):
             x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
         if x is not None:

@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +40,27 @@ CLASSES = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionMo
 """Networks that folders may have, by the names in their configs."""
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """Settings of a network that its single file does not record; options of `load_model`."""
+
+    preset: str | None = None
+    image_size: int | None = None
+    head_channels: int | None = None
+    heads: int | None = None
+    attention_order: str | None = None
+    schedule: str | None = None
+    timesteps: int | None = None
+    rescale_timesteps: bool = False
+    prediction: str | None = None
+
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        """Those that decide the architecture."""
+        names = ("image_size", "head_channels", "heads", "attention_order")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def load_model(
@@ -124,24 +146,15 @@ def load_model(
         for a single file.
     """
     target, path = find_device(device), paths.local(source)
-    options = {
-        "preset": preset,
-        "image_size": image_size,
-        "head_channels": head_channels,
-        "heads": heads,
-        "attention_order": attention_order,
-        "schedule": schedule,
-        "timesteps": timesteps,
-        "rescale_timesteps": rescale_timesteps or None,
-        "prediction": prediction,
-    }
+    sizes = (preset, image_size, head_channels, heads, attention_order)
+    settings = FileSettings(*sizes, schedule, timesteps, rescale_timesteps, prediction)
     if path.is_file():
-        unet, scheduler = _read_file(path, target, **options)
+        unet, scheduler = _read_file(path, target, settings)
         parts = {"unet": unet, "schedule": schedule_of(scheduler), "prediction": prediction_of(scheduler)}
         name = path.stem
     else:
         folder, name = _locate(source)
-        given = next((option for option, value in options.items() if value is not None), None)
+        given = next((option for option, value in vars(settings).items() if value), None)
         if given is not None:
             raise ValueError(f"{given} is for single files; {folder} has a config of its own")
         parts = _read_folder(folder, target)
@@ -201,10 +214,7 @@ def load_shapes(source: str | Path) -> SplitUNet:
     if source in known:
         return SplitUNet(_build(known[source].config(), path=Path("the preset"))).blank()
     if paths.local(source).is_file():
-        raise ValueError(
-            f"{source} is a file, and its network is unknown until it is read; convert it with `workbench convert`, or "
-            f"give its preset, one of {', '.join(layouts.PRESETS)}"
-        )
+        raise ValueError(f"{source} is a file, and its network is unknown until it is read; convert it first")
     files = checkpoints.find_model_files(_locate(source)[0])
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config)).blank()
 
@@ -242,14 +252,12 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
     file, out = paths.local(file), paths.writable(out, folder=True)
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(
-            f"{file} is a folder, and convert takes a file; there is {' and '.join(inside) or 'none'} in it"
-        )
+        raise ValueError(f"{file} is a folder, and convert takes a file; in it is {' and '.join(inside) or 'none'}")
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
         raise FileExistsError(f"{out} exists already; give a new folder")
-    unet, scheduler = _read_file(file, torch.device("cpu"), **options)
+    unet, scheduler = _read_file(file, torch.device("cpu"), FileSettings(**options))
     SplitUNet(unet)  # refuses what could not be loaded again
     with written(out, folder=True) as partial:
         write_parts(unet, scheduler, partial)
@@ -394,9 +402,7 @@ def _read_scheduler(path: Path) -> DDPMScheduler:
     config = checkpoints.read_json(path)
     if config.get("trained_betas") is None and "beta_schedule" not in config:
         kind = config.get("_class_name", "an unnamed scheduler")
-        raise ValueError(
-            f"{path} describes {kind}, which has no betas, as flow models; the workbench takes those of DDPM and DDIM"
-        )
+        raise ValueError(f"{path} describes {kind}, which has no betas; the workbench takes those of DDPM and DDIM")
     if isinstance(config.get("timesteps"), int):
         config.setdefault("num_train_timesteps", config["timesteps"])
     if config.get("predict_epsilon") is False:
@@ -410,32 +416,18 @@ def _read_scheduler(path: Path) -> DDPMScheduler:
     return scheduler
 
 
-def _read_file(
-    path: Path,
-    device: torch.device,
-    *,
-    preset: str | None = None,
-    image_size: int | None = None,
-    head_channels: int | None = None,
-    heads: int | None = None,
-    attention_order: str | None = None,
-    schedule: str | None = None,
-    timesteps: int | None = None,
-    rescale_timesteps: bool | None = False,
-    prediction: str | None = None,
-) -> tuple[torch.nn.Module, DDPMScheduler]:
-    """The network and scheduler of a single file; the options are those of `load_model`."""
-    if rescale_timesteps and timesteps is None:
+def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[torch.nn.Module, DDPMScheduler]:
+    """The network and scheduler of a single file."""
+    schedule, timesteps, prediction, sizes = given.schedule, given.timesteps, given.prediction, given.sizes
+    if given.rescale_timesteps and timesteps is None:
         raise ValueError("rescale_timesteps needs the number of timesteps; give timesteps, such as 4000")
     if prediction is not None:
         one_of("prediction", prediction, PREDICTIONS)
     usual, T = "linear", 1000 if timesteps is None else timesteps
-    asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(rescale_timesteps))
-    sizes = {"image_size": image_size, "head_channels": head_channels, "heads": heads}
-    sizes = {name: value for name, value in (sizes | {"attention_order": attention_order}).items() if value is not None}
-    if preset is not None and sizes:
+    asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(given.rescale_timesteps))
+    if given.preset is not None and sizes:
         raise ValueError(f"a preset sets {next(iter(sizes))}; give one of the two")
-    name = layouts.find_preset(preset, "" if sizes else path.name)
+    name = layouts.find_preset(given.preset, "" if sizes else path.name)
     known = layouts.PRESETS.get(name)
     if known is not None and schedule is None and timesteps is not None and known.schedule != layouts.LINEAR:
         raise ValueError(f"the preset of {path} has a noise schedule of its own; give schedule with timesteps")
@@ -446,7 +438,7 @@ def _read_file(
         if known is None and checkpoint.layout == "lucidrains":
             config, usual = lucidrains.infer(checkpoint.state, **sizes), "sigmoid"
             state = lucidrains.convert(checkpoint.state, config)
-            asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(rescale_timesteps))
+            asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(given.rescale_timesteps))
             prediction = prediction or _prediction_of(checkpoint, path)
         else:
             architecture = known.architecture if known else layouts.infer(checkpoint.state, checkpoint.layout, **sizes)
@@ -476,7 +468,7 @@ def _read_file(
 
 
 def _prediction_of(checkpoint: checkpoints.Checkpoint, path: Path) -> str:
-    """What a network of lucidrains' layout predicts, as its file tells; else v, its library's default, and say so."""
+    """Kind of prediction of a file in lucidrains' layout; v, its library's default, with a warning if it is unknown."""
     if checkpoint.betas is not None and checkpoint.loss_weight is not None:
         if told := lucidrains.predicted(checkpoint.betas, checkpoint.loss_weight):
             return told

@@ -110,7 +110,7 @@ class Model:
 
     @property
     def condition(self) -> Condition | None:
-        """What every pass of a conditional model is given."""
+        """Condition of all passes; None for an unconditional model."""
         return self.unet.condition
 
     @property
@@ -164,7 +164,7 @@ class Model:
         return self._as_eps(self.unet.decode(bottleneck), bottleneck.noisy)
 
     def _noisy(self, x_t: torch.Tensor, t: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What a prediction of v or x_0 becomes eps with: x_t, and alpha_bar."""
+        """x_t and alpha_bar, which turn a prediction of v or x_0 into eps; None for eps."""
         if self.prediction == "epsilon":
             return None
         t = torch.as_tensor(t).cpu().expand(len(x_t))
@@ -355,15 +355,11 @@ def refuse_other_model(
     if own is None or model is None:
         return
     if own["hash"] != model["hash"]:
-        raise ValueError(
-            f"{what} belongs to the model {own['name']!r} (weights {own['hash']}), {whose} to {model['name']!r} "
-            f"(weights {model['hash']}); {remedy}"
-        )
+        own, other = (f"{each['name']!r} (weights {each['hash']})" for each in (own, model))
+        raise ValueError(f"{what} belongs to the model {own}, {whose} to {other}; {remedy}")
     if tap and own["tap"] != model["tap"]:
-        raise ValueError(
-            f"{what} has h at the tap {own['tap']!r}, {whose} has it at {model['tap']!r}; use "
-            f"model.tapped({own['tap']!r})"
-        )
+        taps = f"{what} has h at the tap {own['tap']!r}, {whose} has it at {model['tap']!r}"
+        raise ValueError(f"{taps}; use model.tapped({own['tap']!r})")
     if mismatch := provenance_mismatch(own, model, condition=condition):
         raise ValueError(f"{what} belongs to a model with another {mismatch} than {whose} does")
 
@@ -438,9 +434,8 @@ def make_model(
     unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
     codec = None if vae is None else Codec(vae.float().to(device))
     if codec is not None and vae.config.latent_channels != split.x_shape[0]:
-        raise ValueError(
-            f"the autoencoder has latents of {vae.config.latent_channels} channels, the network {split.x_shape[0]}"
-        )
+        channels = vae.config.latent_channels
+        raise ValueError(f"the autoencoder's latents have {channels} channels, the network's {split.x_shape[0]}")
     return Model(name, split, schedule, hash_weights(unet), prediction, codec, text)
 
 
@@ -468,10 +463,8 @@ def compile_blocks(model: Model, mode: str = "default", *, n: int = 1) -> None:
     expected, found = torch.cat(expected), torch.cat(found)
     difference, norm = float((found - expected).norm()), float(expected.norm())
     if not difference <= COMPILE_TOLERANCE[model.dtype] * norm:
-        raise ValueError(
-            f"compiled by the mode {mode!r}, {model.name} predicts noise that differs by {difference:.2g} from the "
-            f"plain network's, whose norm is {norm:.2g}; load it with compile=False"
-        )
+        differs = f"differs by {difference:.2g} from the plain network's, whose norm is {norm:.2g}"
+        raise ValueError(f"the noise of {model.name}, compiled by {mode!r}, {differs}; load it with compile=False")
 
 
 def _with_own_code(function: FunctionType) -> FunctionType:
@@ -490,10 +483,7 @@ def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler; ValueError where the workbench can't use it."""
     config = scheduler.config
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"{type(scheduler).__name__} has no alpha_bar, as of flow models; the workbench takes "
-            "those of DDPM and DDIM"
-        )
+        raise ValueError(f"{type(scheduler).__name__} has no alpha_bar; the workbench takes those of DDPM and DDIM")
     alpha_bars = scheduler.alphas_cumprod.double().numpy()
     return NoiseSchedule(
         alpha_bars,
@@ -504,7 +494,7 @@ def schedule_of(scheduler: SchedulerMixin) -> NoiseSchedule:
 
 
 def prediction_of(scheduler: SchedulerMixin | NoiseSchedule) -> str:
-    """What the network of a diffusers scheduler predicts; eps where there is none."""
+    """Kind of prediction of a diffusers scheduler; eps where there is none."""
     return "epsilon" if isinstance(scheduler, NoiseSchedule) else scheduler.config.get("prediction_type", "epsilon")
 
 

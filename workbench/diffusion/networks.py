@@ -33,7 +33,7 @@ _BOUNDS = {
     "a number from 0 to below 1": (("dropout", "text_dropout", "ema"), lambda value: 0 <= value < 1),
     "0 or more": (("warmup", "weight_decay", "seed", "skips"), lambda value: value is None or value >= 0),
 }
-"""What settings may be."""
+"""Ranges of the settings."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,8 @@ class TrainingSettings:
         sides = self.size[1:]
         for side in sides:
             if side % 2**halvings:
-                raise ValueError(
-                    f"images of {side} pixels can't be halved {halvings} times; give fewer widths, or a "
-                    f"multiple of {2**halvings}"
-                )
+                remedy = f"give fewer widths, or a multiple of {2**halvings}"
+                raise ValueError(f"images of {side} pixels can't be halved {halvings} times; {remedy}")
         width_at = {min(sides) >> level: width for level, width in enumerate(self.widths)}
         for side in self.attention:
             if side not in width_at:
@@ -274,15 +272,9 @@ def _network_of(model: Model, *, grow: bool, dropout: float, seed: int) -> UNet2
     """The network of a model, with its weights; grown to twice the size of its images if asked for."""
     unet, (channels, height, width) = model.unet.unet, model.x_shape
     if model.latent or model.unet.stages.conditioned_on or type(unet) is not UNet2DModel:
-        raise ValueError(
-            f"{model.name} is conditional, of latents, or no UNet2DModel; trainings here begin with unconditional ones "
-            "of pixels"
-        )
+        raise ValueError(f"{model.name} is conditional, latent or no UNet2DModel; begin with another, or with none")
     if unet.config.out_channels != channels:
-        raise ValueError(
-            f"{model.name} has {unet.config.out_channels} outputs for {channels} channels; trainings here are without "
-            "a learned variance"
-        )
+        raise ValueError(f"{model.name} has {unet.config.out_channels} outputs, a learned variance; take another")
     config = {**unet.config, "sample_size": height if height == width else (height, width), "dropout": dropout}
     if grow:
         return _grown(config, unet.state_dict(), seed=seed)

@@ -58,6 +58,16 @@ def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) ->
     raise ValueError(f"timestep {t} was not visited; {len(visited)} steps{of} visit {shown} (nearest {nearest})")
 
 
+def within(t_range: tuple[int, int] | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
+    """Which timesteps lie in a range (from, to), from >= t >= to; ValueError if none does. None is all of them."""
+    high, low = t_range or (timesteps[0], timesteps[-1])
+    inside = tuple(low <= t <= high for t in timesteps)
+    if not any(inside):
+        visits = f"{timesteps[0]}, ..., {timesteps[-1]} (give the noisier end first)"
+        raise ValueError(f"no visited timestep lies in {high}..{low}; visited are {visits}")
+    return inside
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """Noise level at every timestep, and the quantities derived from it.
@@ -135,10 +145,8 @@ class NoiseSchedule:
                 raise ValueError(f"steps is {steps}; a model trained on {self.T} timesteps takes 1 to {self.T} steps")
             visited = self._spaced(int(steps))
             if visited[0] >= self.T:
-                raise ValueError(
-                    f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}; give "
-                    "fewer steps, or the timesteps themselves"
-                )
+                begin = f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}"
+                raise ValueError(f"{begin}; give fewer steps, or the timesteps themselves")
             return self._with_signal(tuple(int(t) for t in visited))
         try:
             visited = tuple(operator.index(t) for t in steps)
@@ -146,18 +154,13 @@ class NoiseSchedule:
             raise ValueError(f"steps is a whole number or a list of whole timesteps, not {steps!r}") from error
         inside = all(0 <= t < self.T for t in visited)
         if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
-            raise ValueError(
-                f"a list of timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}"
-            )
+            raise ValueError(f"timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}")
         return self._with_signal(visited)
 
     def _with_signal(self, visited: tuple[int, ...]) -> tuple[int, ...]:
         """The timesteps, unless alpha_bar is 0 at the first: eps does not determine x_0 there."""
         if self.alpha_bars[visited[0]] == 0:
-            raise ValueError(
-                f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR), where eps does not determine x_0; give "
-                f"steps as a list that begins at {visited[0] - 1} or below"
-            )
+            raise ValueError(f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR); give lower ones")
         return visited
 
     def _spaced(self, steps: int) -> np.ndarray:
@@ -176,11 +179,6 @@ class NoiseSchedule:
         """
         visited = self.timesteps(steps)
         return list(zip(visited, (*visited[1:], CLEAN), strict=True))
-
-    def snr(self, t: int) -> float:
-        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timestep `t`."""
-        a = self.alpha_bar(t)
-        return float("inf") if a == 1.0 else a / (1.0 - a)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
         """x_t of the forward process: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (DDPM eq. 4)."""
@@ -266,9 +264,7 @@ class NoiseSchedule:
         """
         values = tuple(map(float, eta)) if isinstance(eta, (Sequence, np.ndarray)) else (float(eta),) * steps
         if len(values) != steps:
-            raise ValueError(
-                f"eta is a list of {len(values)} values for {steps} steps; give one number, or one per step"
-            )
+            raise ValueError(f"eta is a list of {len(values)} values for {steps} steps; give one, or one per step")
         if not all(0.0 <= v <= 1.0 for v in values):
             raise ValueError(f"eta must lie in [0, 1] (0 is DDIM, 1 is DDPM), not {min(values)}..{max(values)}")
         return values

@@ -274,10 +274,8 @@ def _x_shape(config, *, halvings: int) -> tuple[int, int, int]:
     if any(side % 2**halvings for side in sides):
         raise ValueError(f"sample_size is {size}; this U-Net takes multiples of {2**halvings}")
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ValueError(
-            f"in_channels is {config.in_channels} and out_channels is {config.out_channels}; the workbench takes as "
-            "many of both, or twice as many outputs for a learned variance"
-        )
+        given = f"in_channels is {config.in_channels} and out_channels is {config.out_channels}"
+        raise ValueError(f"{given}; the workbench takes as many, or twice as many outputs for a learned variance")
     return (config.in_channels, *sides)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from workbench.analysis.intervals import Estimate, share_of
+from workbench.analysis.probes import Span
 from workbench.analysis.samples import Labels, check_classes, check_samples, matched
 from workbench.diffusion.images import fingerprint
 from workbench.diffusion.models import Model, refuse_other_model
@@ -88,9 +90,7 @@ class Boundary:
             If no held-out samples were measured.
         """
         if self.deviations is None:
-            raise ValueError(
-                f"the deviations of {self.name} are not known; measure them with boundary.measured(samples, labels)"
-            )
+            raise ValueError(f"the deviations of {self.name} are not known; measure them with boundary.measured(...)")
         return math.sqrt(sum(s**2 for s in self.deviations) / 2)
 
     def coordinate(self, z: Points) -> np.ndarray:
@@ -230,10 +230,8 @@ class Boundary:
             raise ValueError(f"{self.name} was fitted at timestep {self.t}, not at {t}; fit one there")
         shape = model.h_shape if self.space == "h" else model.x_shape
         if self.normal.numel() != math.prod(shape):
-            raise ValueError(
-                f"{self.name} has a normal of {self.normal.numel()} values; {self.space}_t of {model.name} has shape "
-                f"{shape}"
-            )
+            normal = f"{self.name} has a normal of {self.normal.numel()} values"
+            raise ValueError(f"{normal}; {self.space}_t of {model.name} has shape {shape}")
 
     def save(self, path: str | Path) -> Path:
         """Write the boundary atomically to a safetensors file, with all other attributes in the header.
@@ -265,10 +263,8 @@ class Boundary:
 
     def _check_same_space(self, other: Boundary) -> None:
         if (self.space, self.t, self.normal.numel()) != (other.space, other.t, other.normal.numel()):
-            raise ValueError(
-                f"{self.name} is in {self.space} at t={self.t}, {other.name} in {other.space} at t={other.t}; "
-                "boundaries combine within one space and timestep"
-            )
+            own, theirs = (f"{b.name} is in {b.space} at t={b.t}" for b in (self, other))
+            raise ValueError(f"{own}, {theirs}; boundaries combine within one space and timestep")
         if other.provenance["model"] is not None:
             self._refuse_other_model(other.provenance["model"], other.name)
 
@@ -334,10 +330,7 @@ def move_jointly(
         room = (rows**2).sum(axis=1) - (inside**2).sum(axis=1)
         if (room < 0).any():
             length = np.linalg.norm(rows[room.argmin()])
-            raise ValueError(
-                f"a sample has length {length:.4g}, and its distances are reached by no "
-                "point of that length; give smaller distances, or keep_norm=False"
-            )
+            raise ValueError(f"length {length:.4g}: no point of that length has these distances; move less")
         with np.errstate(invalid="ignore", divide="ignore"):
             factor = np.sqrt(room / (outside**2).sum(axis=1))
         moved = inside + factor[:, None] * outside
@@ -353,10 +346,7 @@ def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str
     wanted = np.asarray(to, dtype=np.float64)
     n, m = distances.shape
     if wanted.shape not in ((m,), (n, m)) or not np.isfinite(wanted).all():
-        raise ValueError(
-            f"distances of {n} samples to {m} boundaries must be finite, of shape ({m},) or ({n}, {m}), not "
-            f"{wanted.shape}"
-        )
+        raise ValueError(f"distances must be finite, of shape ({m},) or ({n}, {m}), not {wanted.shape}")
     if mode == "absolute":
         return wanted - distances
     return wanted * distances if mode == "mirror" else np.broadcast_to(wanted, distances.shape)
@@ -367,16 +357,12 @@ def _rows(z: Points, boundary: Boundary) -> np.ndarray:
     values = z.detach().cpu().numpy() if torch.is_tensor(z) else np.asarray(z)
     if values.ndim < 2 or math.prod(values.shape[1:]) != boundary.normal.numel():
         shape = ", ".join(map(str, boundary.normal.shape))
-        raise ValueError(
-            f"samples of shape {values.shape} don't fit {boundary.name}, whose {boundary.space}_t have shape "
-            f"(n, {shape})"
-        )
+        wanted = f"{boundary.space}_t of shape (n, {shape})"
+        raise ValueError(f"samples of shape {values.shape} don't fit {boundary.name}, which takes {wanted}")
     return values.reshape(len(values), -1).astype(np.float64)
 
 
-def load_boundary(
-    path: str | Path, *, model: Model | None = None, t: int | None = None, space: str | None = None
-) -> Boundary:
+def load_boundary(path: str | Path, *, model: Model | None = None) -> Boundary:
     """Read a boundary written by `Boundary.save`.
 
     Parameters
@@ -384,10 +370,6 @@ def load_boundary(
     path : path
     model : Model, optional
         Refuse a boundary with other weights or another tap.
-    t : int, optional
-        Refuse another timestep.
-    space : {"h", "x"}, optional
-        Refuse another space.
 
     Returns
     -------
@@ -398,7 +380,7 @@ def load_boundary(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is corrupt, is not a boundary, or belongs to another model, tap, timestep or space.
+        If the file is corrupt, is not a boundary, or belongs to another model or tap.
     """
     tensors, about = load_tensors(path, kind="boundary")
     about |= {key: about[key] and Estimate(**about[key]) for key in ("accuracy", "balanced_accuracy")}
@@ -406,9 +388,6 @@ def load_boundary(
     found = Boundary(**tensors, **about)
     if model is not None:
         found.check_fits(model)
-    for what, own, asked in (("timestep", found.t, t), ("space", found.space, space)):
-        if asked is not None and own != asked:
-            raise ValueError(f"{path} holds a boundary of {what} {own}, not {asked}; fit one there")
     return found
 
 
@@ -439,10 +418,20 @@ class SamplesAt:
     def __len__(self) -> int:
         return len(self.values)
 
+    @cached_property
+    def span(self) -> Span:
+        return Span.of(self.values)
 
-def samples_at(source: Samples, t: int, space: str) -> SamplesAt:
+    @cached_property
+    def mean(self) -> np.ndarray:
+        return self.values.mean(axis=0, dtype=np.float64)
+
+
+def samples_at(source: Samples | SamplesAt, t: int, space: str) -> SamplesAt:
     """The h_t or x_t of a store, a run with records, or an array, of which neither model nor timestep is known."""
     one_of("space", space, SPACES)
+    if isinstance(source, SamplesAt):
+        return source
     if isinstance(source, HStore):
         origin = {**origin_of(source), "timesteps": list(source.timesteps)}
         values = check_samples(source.at(t, space=space), t=t)

@@ -19,14 +19,14 @@ from workbench.analysis.probes import (
     samples_needed,
 )
 from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
-from workbench.directions.boundary import Boundary, Samples, held_out, samples_at
+from workbench.directions.boundary import Boundary, Samples, SamplesAt, held_out, samples_at
 from workbench.io import one_of
 
 METHODS = ("svm", "mean", "lda", "logistic")
 
 
 def fit_boundary(
-    source: Samples,
+    source: Samples | SamplesAt,
     labels: Labels,
     *,
     t: int,
@@ -90,12 +90,50 @@ def fit_boundary(
         unknown, or labels differ from the samples in length or index, are missing, not 0 or 1, or have fewer than 3
         samples of a class.
     """
-    name = name or name_of(labels, "label")
-    options = {"space": space, "method": method, "C": C, "balance": balance, "cv": cv, "seed": seed, "wanted": wanted}
-    return _fit(source, {name: labels}, t=t, **options)[name]
+    one_of("method", method, METHODS)
+    if cv < 2 or not C > 0:
+        raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
+    if wanted is not None and not 0.5 < wanted < 1.0:
+        raise ValueError(f"wanted is {wanted}; give an accuracy between 0.5 and 1")
+    name, samples = name or name_of(labels, "label"), samples_at(source, t, space)
+    y = check_classes(matched(samples, labels, f"the labels {name!r}"), name)
+    positives, negatives = int(y.sum()), int((~y).sum())
+    if min(positives, negatives) < 3:
+        sizes = f"{positives} positives and {negatives} negatives"
+        raise ValueError(f"{name!r} has {sizes}; a boundary needs at least 3 of each")
+    span = samples.span
+    probe = _probe(span, y, np.arange(len(y)), method, C, balance)
+    normal = sum(a * row.astype(np.float64) for a, row in zip(probe.a, samples.values, strict=True) if a)
+    length = float(np.linalg.norm(normal))
+    if not length > 0.0:
+        raise ValueError(f"the classes of {name!r} have the same mean; there is no boundary between them")
+    distances, middle = _cross_validated(span, y, method, C, balance, cv, seed)
+    separation, d = class_separation(span.products, y)
+    settings = {"C": C, "balance": balance, "cv": cv, "seed": seed}
+    counts = {"positives": positives, "negatives": negatives, "labels": digest_of(y)}
+    found = Boundary(
+        normal=torch.from_numpy(normal / length).view(samples.shape),
+        intercept=(probe.b - float(normal @ samples.mean)) / length - middle,
+        t=int(t),
+        space=space,
+        name=name,
+        provenance={**samples.origin, "method": method, "parameters": settings | counts},
+        **held_out(distances, y, cross_validated=True),
+        extras={
+            "weight_norm": length,
+            "training_accuracy": float(((span.products @ probe.a + probe.b > middle * length) == y).mean()),
+            "class_distance": separation,
+            "dimensions": d,
+        },
+    )
+    if wanted is not None and found.accuracy.value < wanted:
+        _warn(found, wanted)
+    return found
 
 
-def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options: object) -> dict[str, Boundary]:
+def fit_boundaries(
+    source: Samples, labels: pd.DataFrame, *, t: int, space: str = "h", **options: object
+) -> dict[str, Boundary]:
     """Fit boundaries of many attributes as `fit_boundary` does, from one matrix of inner products.
 
     Parameters
@@ -104,8 +142,9 @@ def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options: 
     labels : DataFrame of shape (n, attributes), values 0 or 1
         Matched by its index, as in `fit_boundary`.
     t : int
+    space : {"h", "x"}
     **options
-        Options of `fit_boundary`, except `name`.
+        Other options of `fit_boundary`, except `name`.
 
     Returns
     -------
@@ -117,67 +156,10 @@ def fit_boundaries(source: Samples, labels: pd.DataFrame, *, t: int, **options: 
         As `fit_boundary`, naming the attribute.
     """
     check_table(labels, "fit_boundaries")
-    return _fit(source, {str(attribute): labels[attribute] for attribute in labels.columns}, t=t, **options)
-
-
-def _fit(
-    source: Samples,
-    labels: dict[str, Labels],
-    *,
-    t: int,
-    space: str = "h",
-    method: str = "svm",
-    C: float = 1.0,
-    balance: bool = False,
-    cv: int = 5,
-    seed: int = 0,
-    wanted: float | None = None,
-) -> dict[str, Boundary]:
-    one_of("method", method, METHODS)
-    if cv < 2 or not C > 0:
-        raise ValueError(f"cv is {cv} and C is {C}; there are 2 folds or more, and C is above 0")
-    if wanted is not None and not 0.5 < wanted < 1.0:
-        raise ValueError(f"wanted is {wanted}; give an accuracy between 0.5 and 1")
     samples = samples_at(source, t, space)
-    classes = {
-        name: check_classes(matched(samples, values, f"the labels {name!r}"), name) for name, values in labels.items()
+    return {
+        str(name): fit_boundary(samples, labels[name], t=t, space=space, name=str(name), **options) for name in labels
     }
-    for name, y in classes.items():
-        if min(y.sum(), (~y).sum()) < 3:
-            raise ValueError(
-                f"{name!r} has {y.sum()} positives and {(~y).sum()} negatives; a boundary needs at least 3 of each, "
-                "so that 2 are left when one is held out"
-            )
-    span, mean = Span.of(samples.values), samples.values.mean(axis=0, dtype=np.float64)
-    settings = {"C": C, "balance": balance, "cv": cv, "seed": seed}
-    found = {}
-    for name, y in classes.items():
-        probe = _probe(span, y, np.arange(len(y)), method, C, balance)
-        normal = sum(a * row.astype(np.float64) for a, row in zip(probe.a, samples.values, strict=True) if a)
-        length = float(np.linalg.norm(normal))
-        if not length > 0.0:
-            raise ValueError(f"the classes of {name!r} have the same mean; there is no boundary between them")
-        distances, middle = _cross_validated(span, y, method, C, balance, cv, seed)
-        separation, d = class_separation(span.products, y)
-        counts = {"positives": int(y.sum()), "negatives": int((~y).sum()), "labels": digest_of(y)}
-        found[name] = Boundary(
-            normal=torch.from_numpy(normal / length).view(samples.shape),
-            intercept=(probe.b - float(normal @ mean)) / length - middle,
-            t=int(t),
-            space=space,
-            name=name,
-            provenance={**samples.origin, "method": method, "parameters": settings | counts},
-            **held_out(distances, y, cross_validated=True),
-            extras={
-                "weight_norm": length,
-                "training_accuracy": float(((span.products @ probe.a + probe.b > middle * length) == y).mean()),
-                "class_distance": separation,
-                "dimensions": d,
-            },
-        )
-        if wanted is not None and found[name].accuracy.value < wanted:
-            _warn(found[name], wanted)
-    return found
 
 
 def _probe(span: Span, y: np.ndarray, rows: np.ndarray, method: str, C: float, balance: bool):
@@ -221,4 +203,4 @@ def _warn(boundary: Boundary, wanted: float) -> None:
     if needed <= boundary.accuracy.n:
         law = f"the sample-size law expects {expected_accuracy(delta, d, boundary.accuracy.n):.0%} from that many"
     accuracy = f"has a held-out accuracy of {boundary.accuracy.value:.1%}, below the {wanted:.0%} asked for"
-    warnings.warn(f"{boundary.name} in {boundary.space} at t={boundary.t} {accuracy}; {law}", stacklevel=4)
+    warnings.warn(f"{boundary.name} in {boundary.space} at t={boundary.t} {accuracy}; {law}", stacklevel=3)

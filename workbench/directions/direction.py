@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from workbench.diffusion.models import Model, refuse_other_model
-from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
 
@@ -68,10 +68,8 @@ class Direction:
         sigma = torch.as_tensor(self.sigma, dtype=torch.float32).detach().cpu()
         timesteps = tuple(int(t) for t in self.timesteps)
         if unit.ndim != 4 or len(unit) != len(timesteps) or sigma.shape != (len(timesteps),):
-            raise ValueError(
-                f"a direction at {len(timesteps)} timesteps has unit vectors of shape ({len(timesteps)}, C, h, w) and "
-                f"{len(timesteps)} sigmas, not {tuple(unit.shape)} and {tuple(sigma.shape)}"
-            )
+            shapes = f"{tuple(unit.shape)} and {sigma.numel()} sigmas, not one of each at {len(timesteps)} timesteps"
+            raise ValueError(f"a direction has units of shape {shapes}")
         if not timesteps or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
             raise ValueError(f"the timesteps of a direction are decreasing, not {list(timesteps)[:8]}")
         lengths = unit.flatten(1).norm(dim=1)
@@ -210,12 +208,7 @@ class Direction:
             If no timestep of the direction is in that range.
         """
         t_high, t_low = t_range
-        inside = torch.tensor([t_low <= t <= t_high for t in self.timesteps])
-        if not inside.any():
-            raise ValueError(
-                f"no timestep of {self.name} lies in {t_high}..{t_low}; it has {len(self.timesteps)}, "
-                f"{self.timesteps[0]}..{self.timesteps[-1]}, and the range is (noisier, cleaner)"
-            )
+        inside = torch.tensor(within(t_range, self.timesteps))
         return self._derived(
             "restricted",
             f"{bracketed(self.name)} [{t_high}..{t_low}]",
@@ -340,10 +333,8 @@ class Direction:
         """
         self._refuse_other_model(model.provenance(), "this model")
         if timesteps is not None and tuple(timesteps) != self.timesteps:
-            raise ValueError(
-                f"{self.name} has {_visits(self.timesteps)}, the run has {_visits(tuple(timesteps))}; "
-                "use direction.resampled(run.timesteps)"
-            )
+            own, given = _visits(self.timesteps), _visits(tuple(timesteps))
+            raise ValueError(f"{self.name} has {own}, the run has {given}; use direction.resampled(run.timesteps)")
 
     def save(self, path: str | Path) -> Path:
         """Write the direction atomically to a safetensors file, with its provenance in the header.
@@ -393,10 +384,8 @@ class Direction:
     def _check_same_space(self, other: Direction) -> None:
         self._refuse_other_model(other.provenance["model"], other.name)
         if other.timesteps != self.timesteps:
-            raise ValueError(
-                f"{self.name} has {_visits(self.timesteps)}, {other.name} has {_visits(other.timesteps)}; "
-                "resample one to the other's, with resampled"
-            )
+            own, theirs = (f"{d.name} has {_visits(d.timesteps)}" for d in (self, other))
+            raise ValueError(f"{own}, {theirs}; resample one to the other's, with resampled")
 
 
 def load_direction(path: str | Path, *, model: Model | None = None) -> Direction:

@@ -306,9 +306,7 @@ def _check_run(model: Model, run: Trajectory) -> None:
     remedy = "sample or invert with the same model"
     refuse_other_model("the run", run.model.provenance(), model.provenance(), tap=False, remedy=remedy)
     if model.dtype != torch.float32:
-        raise ValueError(
-            f"a Jacobian's spectrum needs float32, and {model.name} computes in {model.dtype}; load it in float32"
-        )
+        raise ValueError(f"a Jacobian's spectrum needs float32; load {model.name} in it, not in {model.dtype}")
     if model.compiled:
         raise ValueError(f"{model.name} is compiled, which keeps no derivatives; load it with compile=False")
 
@@ -317,10 +315,8 @@ def _check_population(population: HStore, model: Model, run: Trajectory) -> None
     refuse_other_model(str(population.path), population.provenance["model"], model.provenance())
     missing = sorted(set(run.timesteps) - set(population.timesteps), reverse=True)
     if missing:
-        raise ValueError(
-            f"{population.path} lacks {len(missing)} of the run's {run.steps} timesteps, such as {missing[0]}; "
-            "extract it with the same steps as the run"
-        )
+        lacks = f"{len(missing)} of the run's {run.steps} timesteps, such as {missing[0]}"
+        raise ValueError(f"{population.path} lacks {lacks}; extract it with the same steps as the run")
     if len(population) < 2:
         raise ValueError("a store of one sample has no standard deviation; give at least two")
 

@@ -121,10 +121,8 @@ def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name
         raise ValueError(f"t is {t}; {model.name} has the timesteps 0..{model.schedule.T - 1}")
     shape = model.h_shape if space == "h" else model.x_shape
     if found.normal.size != math.prod(shape):
-        raise ValueError(
-            f"{path} has a normal of {found.normal.size} values; {space}_t of {model.name} has shape {shape}, which is "
-            f"{math.prod(shape)}; give the model and the space (h or x) that it was fitted in"
-        )
+        what = f"{path} has a normal of {found.normal.size} values; {space}_t of {model.name} has shape {shape}"
+        raise ValueError(f"{what}; give the model and the space (h or x) that it was fitted in")
     provenance = {
         "model": model.provenance(),
         "etas": None,
@@ -159,10 +157,8 @@ def _boundary_of(saved: dict, path: Path) -> LegacyBoundary:
         arrays[name] = value.astype(np.float64)
     dual, support = arrays["dual_coef_"], arrays["support_vectors_"]
     if support.ndim != 2 or dual.shape != (1, len(support)) or arrays["classes_"].shape != (2,):
-        raise ValueError(
-            f"{path} tells {arrays['classes_'].size} classes apart with weights of shape {dual.shape} for "
-            f"{len(support)} support vectors; a boundary has 2"
-        )
+        classes = f"{arrays['classes_'].size} classes, {len(support)} support vectors and weights of shape {dual.shape}"
+        raise ValueError(f"{path} has {classes}; a boundary has 2 classes and one weight a vector")
     weights, intercept = (dual @ support)[0], float(arrays["intercept_"].ravel()[0])
     norm = float(np.linalg.norm(weights))
     if not np.isfinite(norm) or norm == 0.0 or not np.isfinite(intercept):

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from workbench.analysis.intervals import holm
-from workbench.directions.boundary import Boundary
+from workbench.directions.boundary import Boundary, SamplesAt
 from workbench.directions.boundary_fit import fit_boundary
 from workbench.directions.direction import Direction, origin_of
 from workbench.directions.supervised import find_from_labels
@@ -153,13 +153,10 @@ def _boundary(store, sides, t: int, method: str, name: str, chosen: dict, seed: 
     rng = np.random.default_rng(seed)
     kept = [np.sort(rng.permutation(side)[:_MOST]) for side in sides]
     rows, y = np.concatenate(kept), np.repeat([1, 0], [len(side) for side in kept])
-    found = fit_boundary(store.at(t)[rows], y, t=t, method=method, balance=True, seed=seed, name=name)
-    provenance = found.provenance | origin_of(store)
-    return replace(
-        found,
-        normal=found.normal.reshape(store.h_shape),
-        provenance=provenance | {"parameters": found.provenance["parameters"] | {"selection": chosen}},
-    )
+    samples = SamplesAt(store.at(t)[rows], store.h_shape, origin_of(store))
+    found = fit_boundary(samples, y, t=t, method=method, balance=True, seed=seed, name=name)
+    parameters = found.provenance["parameters"] | {"selection": chosen}
+    return replace(found, provenance=found.provenance | {"parameters": parameters})
 
 
 def _explained(scores: pd.DataFrame | None, sides: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:

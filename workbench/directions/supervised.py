@@ -332,10 +332,8 @@ def _stratified(
     counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
     if (counts == 0).any():
         side, s = np.argwhere(counts == 0)[0]
-        raise ValueError(
-            f"no sample with {name}={1 - side} has {names[s]}, but {counts[1 - side, s]} with {name}={side} do; "
-            "balance other attributes, with few values each, take more samples, or give these a missing pair"
-        )
+        lacking = f"no sample with {name}={1 - side} has {names[s]}, but {counts[1 - side, s]} with {name}={side} do"
+        raise ValueError(f"{lacking}; take more samples, balance other attributes, or give these a missing pair")
     share = share_of(counts)
     weight = share / share.sum() / counts
     return np.where(positive, weight[0, stratum], -weight[1, stratum])
@@ -351,10 +349,8 @@ def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | N
             continue
         if values[ranked[size - 1]] == values[ranked[-size]]:
             where = "" if len(names) == 1 else f" with {names[s]}"
-            raise ValueError(
-                f"the {size} highest and the {size} lowest of {len(members)} scores {name!r}{where} share the value "
-                f"{values[ranked[-size]]:g}; take a smaller k"
-            )
+            ends = f"the {size} highest and the {size} lowest of {len(members)} scores {name!r}{where}"
+            raise ValueError(f"{ends} share the value {values[ranked[-size]]:g}; take a smaller k")
         weights[ranked[-size:]], weights[ranked[:size]] = 1.0 / k, -1.0 / k
     balanced = [] if others is None else [str(c) for c in others.columns]
     return _Contrast(name, weights, {"k": k, "balance": balanced, "scores": digest_of(values)})

@@ -106,9 +106,8 @@ class Cross(Edit):
         if not found["h"] and not found["x"]:
             raise ValueError('there is no boundary to cross; give one in h (h_policy "none" ignores it) or one in x')
         if found["h"] and found["x"] and len(found["h"]) != len(found["x"]):
-            raise ValueError(
-                f"there are {len(found['h'])} boundaries in h and {len(found['x'])} in x; give both for each attribute"
-            )
+            counts = f"{len(found['h'])} boundaries in h and {len(found['x'])} in x"
+            raise ValueError(f"there are {counts}; give both for each attribute")
         object.__setattr__(self, "name", self.name or (found["x"] or found["h"])[0].name)
 
     def plan(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> list[Trajectory]:
@@ -223,10 +222,8 @@ class Cross(Edit):
         if values.ndim == 2 and values.shape[1] in (1, m):
             values = np.broadcast_to(values, (n, len(values), m))
         if values.ndim != 3 or values.shape != (n, values.shape[1], m) or values.size == 0:
-            raise ValueError(
-                f"distances have shape {given.shape}; give (k,), (k, {m}) or ({n}, k, {m}) for k columns, "
-                f"{m} boundaries and {n} samples"
-            )
+            allowed = f"(k,), (k, {m}) or ({n}, k, {m}) for k columns, {m} boundaries and {n} samples"
+            raise ValueError(f"distances have shape {given.shape}; give {allowed}")
         if self.unit == "sd" and self.mode != "mirror":
             values = values * [boundary.sigma for boundary in boundaries]
         return values
@@ -234,9 +231,8 @@ class Cross(Edit):
     def _columns(self, targets: Mapping[str, np.ndarray | None]) -> int:
         columns = {wanted.shape[1] for wanted in targets.values() if wanted is not None}
         if len(columns) != 1:
-            raise ValueError(
-                f"distances have {' and '.join(map(str, sorted(columns)))} columns for h and x; give as many"
-            )
+            given = " and ".join(map(str, sorted(columns)))
+            raise ValueError(f"distances have {given} columns for h and x; give as many for both")
         return columns.pop()
 
     def _own_h(self, run: Trajectory) -> torch.Tensor | None:

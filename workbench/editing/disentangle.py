@@ -84,15 +84,10 @@ def cancel_effects(
     for i, name in enumerate(names):
         low, high = matrix.low.iloc[i, i], matrix.high.iloc[i, i]
         if low <= NOTHING and high >= -NOTHING:
-            raise ValueError(
-                f"the direction of {name} changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to "
-                f"{high:.2g}), not distinguishable from 0; take a larger scale or more samples, or leave it out"
-            )
+            change = f"changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to {high:.2g})"
+            raise ValueError(f"the direction of {name} {change}, not distinguishable from 0; take a larger scale")
     if np.linalg.cond(of_others) > 100.0:
-        raise ValueError(
-            f"the effects of {', '.join(names)} at scale {scale:g} are too similar, or too small, to separate; "
-            "take a larger scale, more samples or fewer directions"
-        )
+        raise ValueError(f"the effects of {', '.join(names)} are too similar, or small; take a larger scale")
     c, edited = np.zeros(len(names)), direction
     for _ in range(rounds):
         c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited}).mean.to_numpy()[0])
@@ -112,15 +107,8 @@ def cancel_effects(
     )
 
 
-def matched_scale(
-    effects: Effects,
-    attribute: str,
-    *,
-    success: float = 0.8,
-    edit: str | None = None,
-    threshold: float = 0.5,
-) -> float:
-    """Find the smallest measured scale at which an edit succeeds, to compare directions at the same effect.
+def matched_scale(effects: Effects, attribute: str, *, success: float = 0.8) -> float:
+    """Find the smallest measured scale at which an attribute's edit succeeds, to compare directions at equal effect.
 
     Parameters
     ----------
@@ -128,10 +116,6 @@ def matched_scale(
     attribute : str
     success : float in [0, 1], default 0.8
         Share of the samples without the attribute that must have it after the edit.
-    edit : str, optional
-        By default the edit named like the attribute.
-    threshold : float, default 0.5
-        A sample has the attribute if its score is above the threshold.
 
     Returns
     -------
@@ -143,7 +127,7 @@ def matched_scale(
     ValueError
         If no measured scale reaches `success`; the message names the best.
     """
-    rates = {s: r for s, r in effects.success(attribute, edit=edit, threshold=threshold).items() if s >= 0}
+    rates = {s: r for s, r in effects.success(attribute).items() if s >= 0}
     if not rates:
         raise ValueError(f"no scale of at least 0 was measured, only {', '.join(f'{s:g}' for s in effects.scales)}")
     for scale, rate in rates.items():
@@ -152,10 +136,8 @@ def matched_scale(
     if all(rate.n == 0 for rate in rates.values()):
         raise ValueError(f"all samples have {attribute} already; edit some that don't")
     best = max(rates, key=lambda s: rates[s].value)
-    raise ValueError(
-        f"no measured scale gives {attribute} to {success:.0%} of the samples without it; the best is {best:g} with "
-        f"{rates[best].value:.0%} (n={rates[best].n}); measure larger scales"
-    )
+    reached = f"the best is {best:g} with {rates[best].value:.0%} (n={rates[best].n})"
+    raise ValueError(f"no measured scale gives {attribute} to {success:.0%} of them; {reached}; measure larger scales")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,13 +164,6 @@ class DisentanglingTable:
         rows = self.table[self.table["variant"] == variant]
         order = rows["direction"].unique()
         return rows.pivot(index="direction", columns="attribute", values=value).loc[order, order]
-
-    def __repr__(self) -> str:
-        means = self.entanglement[["original", "disentangled"]].mean()
-        return (
-            f"DisentanglingTable({len(self.entanglement)} directions, mean entanglement {means['original']:.2f} "
-            f"-> {means['disentangled']:.2f})"
-        )
 
 
 def disentangling_table(
@@ -331,9 +306,7 @@ def few_examples(
         raise ValueError("x_T decides the image at eta 0 alone; extract and sample with eta=0")
     origin = store.provenance["model"]
     if (origin["hash"], origin["tap"], store.timesteps) != (model.hash, model.tap, runs.timesteps):
-        raise ValueError(
-            f"{store} is of another model, tap or timesteps than {runs}; extract it with those of the runs"
-        )
+        raise ValueError(f"{store} is of another model, tap or timesteps than {runs}; extract it as the runs")
     if labels.name not in classifier(runs.images[:1]):
         raise ValueError(f"the classifier has no attribute {labels.name!r}, the name of the labels")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.x_shape)

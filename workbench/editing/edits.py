@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Injection, Trajectory, at_step
-from workbench.diffusion.schedule import NoiseSchedule, index_of
+from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
 from workbench.io import one_of
@@ -154,7 +154,7 @@ class Shift(InjectionEdit):
     def _weights(self, run: Trajectory) -> torch.Tensor:
         """Factor of the edit at every step: 0 outside of t_range, else `match_gain` if asked for, else 1."""
         one_of("gain", self.gain, (None, "match"))
-        weights = torch.tensor(active_steps(run, self.t_range)).float()
+        weights = torch.tensor(within(self.t_range, run.timesteps)).float()
         if self.gain is None or not self.asymmetric:
             return weights
         schedule = run.model.schedule
@@ -196,7 +196,7 @@ class Swap(InjectionEdit):
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
         one_of("mode", self.mode, ("replace", "slerp"))
-        values, active = self._donor_h(run), active_steps(run, self.t_range)
+        values, active = self._donor_h(run), within(self.t_range, run.timesteps)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
             raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
 
@@ -209,21 +209,17 @@ class Swap(InjectionEdit):
         return Injection(change, self.asymmetric, run.timesteps)
 
     def _first(self, run: Trajectory) -> int:
-        return active_steps(run, self.t_range).index(True)
+        return within(self.t_range, run.timesteps).index(True)
 
     def _donor_h(self, run: Trajectory) -> torch.Tensor:
         donor = self.donor
         h = donor.h if isinstance(donor, Trajectory) else None
         if h is None:
-            raise ValueError(
-                'modes "replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)'
-            )
+            raise ValueError('"replace" and "slerp" take a run with recorded h as donor (sample with record_h=True)')
         refuse_other_model("the donor", donor.model.provenance(), run.model.provenance())
         if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
-            raise ValueError(
-                f"the donor has {len(donor)} samples at {donor.steps} timesteps; it needs 1 or {len(run)} samples "
-                f"and the run's own {run.steps} timesteps"
-            )
+            needed = f"it needs 1 or {len(run)} samples and the run's own {run.steps} timesteps"
+            raise ValueError(f"the donor has {len(donor)} samples at {donor.steps} timesteps; {needed}")
         return h.values
 
 
@@ -270,9 +266,7 @@ class MoveNoise(Edit):
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
         if run.timesteps != self.timesteps:
-            raise NotApplicable(
-                "this move was found at other timesteps than the run's; find it at the run's own timesteps"
-            )
+            raise NotApplicable("this move was found at other timesteps than the run's; find it at the run's own")
         noise = run.noise
         stochastic = noise.flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
         moved = [(run.x_T + s * self.units[0], noise + s * stochastic * self.units[1:, None]) for s in scales]
@@ -296,20 +290,6 @@ def check_run(model: Model, run: Trajectory) -> None:
     refuse_other_model("the run", run.model.provenance(), model.provenance())
     if run.edit is not None:
         raise ValueError("this run is edited already; edit the plain run, with the sum of both directions")
-
-
-def active_steps(run: Trajectory, t_range: tuple[int, int] | None) -> tuple[bool, ...]:
-    """Which steps of a run lie in the range (from, to), from >= t >= to; ValueError if none does."""
-    if t_range is None:
-        return (True,) * run.steps
-    high, low = t_range
-    active = tuple(low <= t <= high for t in run.timesteps)
-    if not any(active):
-        raise ValueError(
-            f"no visited timestep lies in t_range {high}..{low}; this run visits {run.timesteps[0]}, ..., "
-            f"{run.timesteps[-1]} (give the noisier end first)"
-        )
-    return active
 
 
 def eps_effects(schedule: NoiseSchedule, pair: tuple[int, int], *, eta: float) -> tuple[float, float]:

@@ -20,10 +20,10 @@ from workbench.analysis.image_metrics import (
 from workbench.analysis.intervals import Estimate, mean_interval
 from workbench.datasets.clip import Clip
 from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory, batches, replay
+from workbench.diffusion.sampling import Trajectory, batches
 from workbench.directions.direction import Direction
-from workbench.editing.edits import Edit, as_edit, check_run
-from workbench.editing.render import cells_bar, name_edits, run_plans
+from workbench.editing.edits import check_run
+from workbench.editing.render import Edits, cells_bar, name_edits, run_plans
 
 Classifier = Callable[[torch.Tensor], pd.DataFrame]
 
@@ -78,10 +78,8 @@ class Effects:
         """
         rows = self.table[(self.table["edit"] == edit) & (self.table["scale"] == scale)]
         if rows.empty:
-            raise ValueError(
-                f"there is no edit {edit!r} at scale {scale:g}; measured are {', '.join(self.edits)} at "
-                f"{', '.join(f'{s:g}' for s in self.scales)}"
-            )
+            measured = f"{', '.join(self.edits)} at {', '.join(f'{s:g}' for s in self.scales)}"
+            raise ValueError(f"there is no edit {edit!r} at scale {scale:g}; measured are {measured}")
         attributes, seeds = rows["attribute"].unique(), rows["seed"].unique()
         wide = rows.pivot(index="seed", columns="attribute", values=["before", "after"])
         before, after = (wide[which].loc[seeds, attributes] for which in ("before", "after"))
@@ -187,7 +185,7 @@ class Effects:
 
 def measure(
     run: Trajectory,
-    edits: Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction],
+    edits: Edits,
     scales: Sequence[float],
     *,
     classifier: Classifier,
@@ -198,6 +196,7 @@ def measure(
     segmenter: Callable[[torch.Tensor], np.ndarray] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    **options: object,
 ) -> Effects:
     """Edit samples and score the images; keep only the measurements.
 
@@ -224,6 +223,8 @@ def measure(
     batch_size : int, optional
         Cells per pass; chosen by the model if not given.
     progress : bool
+    **options
+        `asymmetric`, `gain` and `t_range` of `edit`, for Directions.
 
     Returns
     -------
@@ -236,7 +237,7 @@ def measure(
         does not fit the images.
     """
     check_run(run.model, run)
-    named, scales = name_edits(edits), [float(s) for s in dict.fromkeys(scales)]
+    named, scales = name_edits(edits, **options), [float(s) for s in dict.fromkeys(scales)]
     if not named or not scales:
         raise ValueError("measuring effects needs at least one edit and one scale")
     names = [name for name, _ in named]
@@ -246,8 +247,12 @@ def measure(
     if (clip is None) != (not prompts):
         raise ValueError("S_dir compares images with texts; give clip= and prompts= together")
     texts = {name: clip.texts(pair) for name, pair in (prompts or {}).items()}
-    plans, plains = [edit.plan(run, scales) for _, edit in named], _Plains(run)
-    plain_of = [plains.position(edit.plain(run)) for _, edit in named]
+    plans, plains, plain_of = [edit.plan(run, scales) for _, edit in named], [], []
+    for _, edit in named:
+        plain = edit.plain(run)
+        plain_of.append(next((i for i, other in enumerate(plains) if _alike(plain, other)), len(plains)))
+        if plain_of[-1] == len(plains):
+            plains.append(plain)
     ids = np.arange(len(run)) if run.seeds is None else np.array(run.seeds)
     size = max(1, IMAGE_BYTES // (4 * len(named) * len(scales) * math.prod(run.model.image_shape)))
     tables, features = [], [[] for _ in named]
@@ -256,7 +261,8 @@ def measure(
             part = run[samples]
             parts = [[part if plan is run else plan[samples] for plan in row] for row in plans]
             edited = run_plans(part, parts, batch_size=batch_size, progress=bar)
-            unedited = plains.images(part, samples, batch_size)
+            own = [[[part if plain is run else plain[samples]]] for plain in plains]
+            unedited = [run_plans(part, each, batch_size=batch_size, progress=False)[0, :, 0] for each in own]
             scores = [_checked(classifier(images), len(images)) for images in unedited]
             for e, name in enumerate(names):
                 images, plain = edited[e], unedited[plain_of[e]]
@@ -282,32 +288,13 @@ def measure(
     return Effects(table, pd.DataFrame(rows))
 
 
-class _Plains:
-    """The processes without a change that edits of a run are compared with, each once."""
-
-    def __init__(self, run: Trajectory) -> None:
-        self.run, self._found = run, []
-
-    def position(self, plain: Trajectory) -> int:
-        """Where a process stands in the list; a new one is added."""
-        for i, other in enumerate(self._found):
-            same = (plain.timesteps, plain.etas, plain.seeds) == (other.timesteps, other.etas, other.seeds)
-            kept = plain.stored_noise is None and other.stored_noise is None and plain.edit is other.edit is None
-            if plain is other or (same and kept and torch.equal(plain.x_T, other.x_T)):
-                return i
-        self._found.append(plain)
-        return len(self._found) - 1
-
-    def images(self, part: Trajectory, samples: slice, batch_size: int | None) -> list[torch.Tensor]:
-        """What each gives for some of the samples."""
-        found = []
-        for plain in self._found:
-            if plain is not self.run:
-                plans = [[plain[samples]]]
-                found.append(run_plans(part, plans, batch_size=batch_size, progress=False)[0, :, 0])
-            else:
-                found.append((part if part.seeds is not None else replay(part, progress=False)).images)
-        return found
+def _alike(plain: Trajectory, other: Trajectory) -> bool:
+    """Whether two processes without a change are the same."""
+    if plain is other:
+        return True
+    kept = plain.stored_noise is other.stored_noise is plain.edit is other.edit is None
+    same = (plain.timesteps, plain.etas, plain.seeds) == (other.timesteps, other.etas, other.seeds)
+    return kept and same and torch.equal(plain.x_T, other.x_T)
 
 
 def _table(
@@ -368,10 +355,8 @@ def _add_text_measures(
 def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
     if not isinstance(scores, pd.DataFrame) or len(scores) != n:
         shape = getattr(scores, "shape", None)
-        raise ValueError(
-            f"the classifier gave {type(scores).__name__} of shape {shape} for {n} images; "
-            "it must give a DataFrame with one row an image and one column an attribute"
-        )
+        given = f"{type(scores).__name__} of shape {shape} for {n} images"
+        raise ValueError(f"the classifier gave {given}; it must give a DataFrame with one row an image")
     return scores
 
 
@@ -382,11 +367,7 @@ def measure_effects(
     *,
     classifier: Classifier,
     scales: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
-    asymmetric: bool = False,
-    gain: str | None = None,
-    t_range: tuple[int, int] | None = None,
-    batch_size: int | None = None,
-    progress: bool = True,
+    **options: object,
 ) -> Effects:
     """Edit samples along directions and score the images: `measure` with one `Shift` per direction.
 
@@ -400,10 +381,8 @@ def measure_effects(
         As in `measure`.
     scales : sequence of float
         In standard deviations of the population's projection.
-    asymmetric, gain, t_range
-        As in `edit`.
-    batch_size, progress
-        As in `measure`.
+    **options
+        Others of `measure`.
 
     Returns
     -------
@@ -416,10 +395,4 @@ def measure_effects(
         As `measure`.
     """
     check_run(model, runs)
-    ways = {"asymmetric": asymmetric, "gain": gain, "t_range": t_range}
-    if not isinstance(directions, Mapping):
-        directions = directions if isinstance(directions, Sequence) else [directions]
-        edits = [as_edit(direction, **ways) for direction in directions]
-    else:
-        edits = {name: as_edit(direction, **ways) for name, direction in directions.items()}
-    return measure(runs, edits, scales, classifier=classifier, batch_size=batch_size, progress=progress)
+    return measure(runs, directions, scales, classifier=classifier, **options)

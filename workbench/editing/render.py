@@ -27,6 +27,8 @@ from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import Edit, InjectionEdit, Swap, as_edit, check_run
 from workbench.formats.tensors import load_tensors, save_tensors
 
+Edits = Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction]
+
 
 @dataclass(frozen=True, eq=False)
 class EditGrid:
@@ -66,12 +68,13 @@ class EditGrid:
 
 def render(
     run: Trajectory,
-    edits: Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction],
+    edits: Edits,
     scales: Sequence[float],
     *,
     residual: bool = False,
     batch_size: int | None = None,
     progress: bool | tqdm = True,
+    **options: object,
 ) -> EditGrid:
     """Edit several samples in one or several ways at several scales.
 
@@ -92,6 +95,8 @@ def render(
     batch_size : int, optional
         Cells per pass; chosen by the model if not given.
     progress : bool or tqdm
+    **options
+        `asymmetric`, `gain` and `t_range` of `edit`, for Directions.
 
     Returns
     -------
@@ -104,7 +109,7 @@ def render(
         If there is no edit or scale, an edit does not fit the run, the run is already edited, or it lacks the requested
         residual.
     """
-    named = name_edits(edits)
+    named = name_edits(edits, **options)
     check_run(run.model, run)
     plans = [edit.plan(run, scales) for _, edit in named]
     if not plans or not plans[0]:
@@ -220,13 +225,11 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
         ).cpu()
 
 
-def name_edits(
-    edits: Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction],
-) -> list[tuple[str, Edit]]:
-    """Edits with their names, or with those of a mapping."""
+def name_edits(edits: Edits, **options: object) -> list[tuple[str, Edit]]:
+    """Edits with their names, or with those of a mapping; the options are those of `Shift`, for directions."""
     if isinstance(edits, Mapping):
-        return [(name, as_edit(edit)) for name, edit in edits.items()]
-    listed = [as_edit(edit) for edit in (edits if isinstance(edits, Sequence) else [edits])]
+        return [(name, as_edit(edit, **options)) for name, edit in edits.items()]
+    listed = [as_edit(edit, **options) for edit in (edits if isinstance(edits, Sequence) else [edits])]
     return [(edit.name, edit) for edit in listed]
 
 
@@ -315,12 +318,7 @@ def edit_grid(
     directions: Direction | Sequence[Direction],
     *,
     scales: Sequence[float] = (-3.0, -1.5, 0.0, 1.5, 3.0),
-    asymmetric: bool = False,
-    gain: str | None = None,
-    t_range: tuple[int, int] | None = None,
-    residual: bool = False,
-    batch_size: int | None = None,
-    progress: bool | tqdm = True,
+    **options: object,
 ) -> EditGrid:
     """Edit several samples along one or several directions at several scales: `render` with one `Shift` per direction.
 
@@ -332,10 +330,8 @@ def edit_grid(
     directions : Direction or DeltaFunction, or a sequence of them
     scales : sequence of float
         In standard deviations of the population's projection, one per column.
-    asymmetric, gain, t_range
-        As in `edit`.
-    residual, batch_size, progress
-        As in `render`.
+    **options
+        `asymmetric`, `gain` and `t_range` of `edit`; `residual`, `batch_size` and `progress` of `render`.
 
     Returns
     -------
@@ -348,6 +344,4 @@ def edit_grid(
         As `render`.
     """
     check_run(model, runs)
-    directions = directions if isinstance(directions, Sequence) else [directions]
-    edits = [as_edit(each, asymmetric=asymmetric, gain=gain, t_range=t_range) for each in directions]
-    return render(runs, edits, scales, residual=residual, batch_size=batch_size, progress=progress)
+    return render(runs, directions, scales, **options)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from workbench.formats.layouts import ANCHORS
+from workbench.formats.layouts import NAMES
 from workbench.paths import local
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -195,7 +195,7 @@ def read_tensors(path: Path) -> object:
 
 
 def _other_kind(head: bytes, path: Path) -> str | None:
-    """What came in place of weights, by how the file begins; None where it may be weights."""
+    """Description of a file that holds no weights, by its first bytes; None if it may hold some."""
     if not any(head):
         return "empty, or a download that was cut short; download or copy it again"
     if head.startswith(b"PK"):
@@ -213,7 +213,7 @@ def _other_kind(head: bytes, path: Path) -> str | None:
 
 
 def _kind_of_zip(path: Path) -> str | None:
-    """What is in a zip archive that torch.save did not write; None for one of its own, and for what is cut short."""
+    """Description of a zip archive that torch.save did not write; None for its own, and for one that is cut short."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
@@ -257,22 +257,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     names = [name for _, state in states for name in state]
     parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
     if latent := [name for name in names if name.startswith(parts) or ".transformer_blocks." in name]:
-        raise ValueError(
-            f"{path} is a whole latent or text-conditional model in one file (it has {latent[0]}); give its folder in "
-            "the layout of diffusers, or its hub id"
-        )
+        what = f"a whole latent or text-conditional model in one file (it has {latent[0]})"
+        raise ValueError(f"{path} is {what}; give its diffusers folder, or its hub id")
     found = [
         (where, name.removesuffix(anchor), layout, state)
         for where, state in states
         for name in state
-        for layout, anchor in ANCHORS.items()
+        for layout, anchor in NAMES["anchors"].items()
         if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", name)
     ]
     if not found:
+        found = ", ".join(names[:3]) or "no tensors by name"
         raise ValueError(
-            f"{path} holds no network that the workbench knows ({', '.join(names[:3]) or 'no tensors by name'}); it "
-            "reads the layouts of the original DDPM (temb.dense.0 ...), of guided-diffusion (time_embed.0 ...) and of "
-            "denoising-diffusion-pytorch (downs.0.0.block1 ...)"
+            f"{path} holds no network that is known ({found}); the workbench reads those of the original DDPM "
+            "(temb.dense.0 ...), of guided-diffusion and of denoising-diffusion-pytorch"
         )
     where, prefix, layout, state = max(found, key=lambda candidate: _is_average(candidate[0] + candidate[1]))
     if layout == "diffusers":

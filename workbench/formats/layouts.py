@@ -25,13 +25,13 @@ import yaml
 
 from workbench.io import one_of
 
-ANCHORS = {
-    "ddpm": "temb.dense.0.weight",
-    "guided": "time_embed.0.weight",
-    "lucidrains": "downs.0.0.block1.proj.weight",
-    "diffusers": "time_embedding.linear_1.weight",
-}
-"""One weight by which a layout is known, at the end of whatever prefix."""
+
+def _read_yaml(name: str) -> dict:
+    return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+NAMES = _read_yaml("names.yaml")
+"""Names of weights in the files, and here."""
 
 ORDERS = ("legacy", "new")
 """Rows of guided-diffusion's qkv: [head][q, k, v][channel], or [q, k, v][head][channel]."""
@@ -82,53 +82,6 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
 
 
 LINEAR, COSINE = map(noise_schedule, SCHEDULES[:2])
-
-_INSIDE = {
-    "resnet": {
-        "ddpm": {
-            "norm1": "norm1",
-            "conv1": "conv1",
-            "temb_proj": "time_emb_proj",
-            "norm2": "norm2",
-            "conv2": "conv2",
-            "nin_shortcut": "conv_shortcut",
-        },
-        "guided": {
-            "in_layers.0": "norm1",
-            "in_layers.2": "conv1",
-            "emb_layers.1": "time_emb_proj",
-            "out_layers.0": "norm2",
-            "out_layers.3": "conv2",
-            "skip_connection": "conv_shortcut",
-        },
-    },
-    "attention": {
-        "ddpm": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
-        "guided": {"norm": "group_norm", "qkv": "to_q to_k to_v", "proj_out": "to_out.0"},
-    },
-}
-_MIDDLE = {
-    "ddpm": ("mid.block_1", "mid.attn_1", "mid.block_2"),
-    "guided": ("middle_block.0", "middle_block.1", "middle_block.2"),
-    "diffusers": ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
-}
-_OUTSIDE = {
-    "ddpm": {
-        "temb.dense.0": "time_embedding.linear_1",
-        "temb.dense.1": "time_embedding.linear_2",
-        "conv_in": "conv_in",
-        "norm_out": "conv_norm_out",
-        "conv_out": "conv_out",
-    },
-    "guided": {
-        "time_embed.0": "time_embedding.linear_1",
-        "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in",
-        "label_emb": "class_embedding",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -260,7 +213,7 @@ class Preset:
 
 
 def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]]:
-    content = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    content = _read_yaml("published.yaml")
     networks = {
         name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
         for name, each in content["architectures"].items()
@@ -327,10 +280,8 @@ def ask_for(missing: list[str], found: Architecture | None = None) -> None:
     options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
     if "head_channels" in missing:
         also = f", or heads=4, their number, in place of head_channels{also}"
-    raise ValueError(
-        f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; on the command line to "
-        f"`workbench convert FILE FOLDER {options}`){also}"
-    )
+    command = f"on the command line to `workbench convert FILE FOLDER {options}`"
+    raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; {command}){also}")
 
 
 def refuse_unknown_schedule(architecture: Architecture) -> None:
@@ -427,13 +378,13 @@ def _split(rows: torch.Tensor, parts: int, architecture: Architecture) -> tuple[
 
 def _layers(a: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Names of layers in the file and in `UNet2DModel`, in the order of the network; of qkv, three of the latter."""
-    outside = [(source, (target,)) for source, target in _OUTSIDE[a.layout].items()]
+    outside = [(source, (target,)) for source, target in NAMES["outside"][a.layout].items()]
     yield from outside[:3]
     for kind, source, target in _blocks(a):
         if kind == "layer":
             yield source, (target,)
         else:
-            for theirs, ours in _INSIDE[kind][a.layout].items():
+            for theirs, ours in NAMES[kind][a.layout].items():
                 yield f"{source}.{theirs}", tuple(f"{target}.{name}" for name in ours.split())
     yield from outside[3:]
 
@@ -443,7 +394,8 @@ def _blocks(a: Architecture) -> Iterator[tuple[str, str, str]]:
     last = len(a.channels) - 1
     for way in ("down", "up"):
         if way == "up":
-            yield from zip(("resnet", "attention", "resnet"), _MIDDLE[a.layout], _MIDDLE["diffusers"], strict=True)
+            middle = NAMES["middle"]
+            yield from zip(("resnet", "attention", "resnet"), middle[a.layout], middle["diffusers"], strict=True)
         for i in range(last + 1) if way == "down" else reversed(range(last + 1)):
             ours = f"{way}_blocks.{i if way == 'down' else last - i}"
             for j in range(a.layers + (way == "up")):

@@ -12,30 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from workbench.formats.layouts import ask_for
-
-_OURS = (
-    (r"^init_conv\.", "conv_in."),
-    (r"^final_conv\.", "conv_out."),
-    (r"^final_res_block\.", "up_blocks.{last}.end."),
-    (r"^time_mlp\.1\.", "time_embedding.linear_1."),
-    (r"^time_mlp\.3\.", "time_embedding.linear_2."),
-    (r"^mid_(block1|block2)\.", r"mid_block.\1."),
-    (r"^mid_attn\.", "mid_block.attention."),
-    (r"^(down|up)s\.(\d+)\.0\.", r"\1_blocks.\2.block1."),
-    (r"^(down|up)s\.(\d+)\.1\.", r"\1_blocks.\2.block2."),
-    (r"^(down|up)s\.(\d+)\.2\.", r"\1_blocks.\2.attention."),
-    (r"^(down|up)s\.(\d+)\.3\.", r"\1_blocks.\2.resample."),
-    (r"\.mlp\.1\.", ".time."),
-    (r"\.block([12])\.proj\.", r".conv\1."),
-    (r"\.block([12])\.norm\.g$", r".norm\1.scale"),
-    (r"\.res_conv\.", ".shortcut."),
-    (r"\.attention\.norm\.g$", ".attention.norm.scale"),
-    (r"\.mem_kv$", ".memory"),
-    (r"\.to_out\.0\.", ".to_out."),
-    (r"\.to_out\.1\.g$", ".out_norm.scale"),
-)
-"""Patterns of the file's names and what they are in ours, applied one after the other."""
+from workbench.formats.layouts import NAMES, ask_for
 
 
 def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, **unused: object) -> dict:
@@ -58,10 +35,8 @@ def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, *
     first, time = _shape(state, "init_conv.weight", 4), _shape(state, "time_mlp.1.weight", 2)
     outputs = _shape(state, "final_conv.weight", 4)[0]
     if outputs not in (first[1], 2 * first[1]):
-        raise ValueError(
-            f"the network has {first[1]} input and {outputs} output channels; self-conditioning and conditions on "
-            "other images are not supported"
-        )
+        channels = f"{first[1]} input and {outputs} output channels"
+        raise ValueError(f"the network has {channels}; self-conditioning and other conditions are not supported")
     full = tuple(f"downs.{i}.2.to_out.weight" in state for i in range(levels))
     # (2, heads, head channels, number); the last two are the other way round in softmax attention.
     memories = [_shape(state, f"downs.{i}.2.mem_kv", 4) for i in range(levels)]
@@ -95,7 +70,7 @@ def convert(state: Mapping[str, torch.Tensor], config: dict) -> dict[str, torch.
     converted, last = {}, len(config["full"]) - 1
     for name, tensor in state.items():
         ours = name
-        for pattern, replacement in _OURS:
+        for pattern, replacement in NAMES["lucidrains"]:
             ours = re.sub(pattern, replacement.replace("{last}", str(last)), ours)
         softmax = name == "mid_attn.mem_kv" or name.removesuffix("mem_kv") + "to_out.weight" in state
         converted[ours] = tensor.mT.contiguous() if name.endswith("mem_kv") and softmax else tensor
@@ -103,7 +78,7 @@ def convert(state: Mapping[str, torch.Tensor], config: dict) -> dict[str, torch.
 
 
 def predicted(betas: torch.Tensor, loss_weight: torch.Tensor) -> str | None:
-    """What a network predicts, in diffusers' words, by the weight of its loss at every timestep; None if unclear.
+    """Kind of prediction, in diffusers' words, by the weight of the loss at every timestep; None if unclear.
 
     The weights are 1 for the noise, the signal-to-noise ratio r for x_0 and r / (r + 1) for v; a bound on r (min-SNR)
     may change those above it.

@@ -40,9 +40,8 @@ def load_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, torch.Tensor
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         about = json.loads(header.get(kind, "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} can't be read as a {kind} ({type(error).__name__}); it is truncated or of another kind"
-        ) from error
+        reason = f"{type(error).__name__}; it is truncated or of another kind"
+        raise ValueError(f"{path} can't be read as a {kind} ({reason})") from error
     if not about:
         raise ValueError(f"{path} is a safetensors file but no {kind.replace('_', ' ')} of the workbench")
     if header.get("version", VERSION) != VERSION:

@@ -280,7 +280,5 @@ def _refuse_other_inputs(store: HStore, provenance: dict) -> None:
         found = store.provenance.get(name)
         if found != wanted and not (name == "model" and {**found, "name": ""} == {**wanted, "name": ""}):
             found, wanted = (textwrap.shorten(str(value), 80, placeholder="...") for value in (found, wanted))
-            raise ValueError(
-                f"{store.path} holds an extraction of other inputs: its {name} is {found}, not {wanted}; "
-                "choose another path, or delete it"
-            )
+            differs = f"its {name} is {found}, not {wanted}"
+            raise ValueError(f"{store.path} holds an extraction of other inputs: {differs}; choose another path")

@@ -149,10 +149,8 @@ class HStore:
             try:
                 values = array[rows, i]
             except (ValueError, RuntimeError, BaseZarrError) as error:
-                raise ValueError(
-                    f"{self.path} is corrupt: samples {start}..{rows.stop - 1} of {space} can't be read; "
-                    "delete it and extract again"
-                ) from error
+                lost = f"samples {start}..{rows.stop - 1} of {space} can't be read"
+                raise ValueError(f"{self.path} is corrupt: {lost}; delete it and extract again") from error
             yield rows, values.reshape(len(values), -1).astype(np.float32)
 
     def _of(self, space: str) -> zarr.Array:
@@ -209,10 +207,8 @@ def open_store(path: str | Path) -> HStore:
     store = read_store(path)
     if not store.complete:
         done = int(store.group["done"][:].sum()) * store.provenance["chunk"]
-        raise ValueError(
-            f"{path} is not finished (about {min(done, len(store))} of {len(store)} samples); "
-            "repeat the call to extract to resume it"
-        )
+        done = f"about {min(done, len(store))} of {len(store)} samples"
+        raise ValueError(f"{path} is not finished ({done}); repeat the call to extract to resume it")
     return store
 
 
@@ -227,9 +223,8 @@ def read_store(path: str | Path) -> HStore:
         if attributes.get("format") != FORMAT:
             raise ValueError(f"{path} is a Zarr group but not a store of the workbench; choose another path")
         if attributes.get("version") != VERSION:
-            raise ValueError(
-                f"{path} has store format {attributes.get('version')}, this version reads {VERSION}; extract again"
-            )
+            version = attributes.get("version")
+            raise ValueError(f"{path} has store format {version}, this version reads {VERSION}; extract again")
         store = HStore(path, attributes["provenance"], group)
         arrays = {name for name, _ in group.arrays()}
         if {"h", "done"} - arrays or group["h"].shape[1] != len(store.timesteps):
@@ -240,10 +235,8 @@ def read_store(path: str | Path) -> HStore:
     except (BaseZarrError, KeyError, OSError, json.JSONDecodeError, TypeError) as error:
         if is_address(path) or not all((path / name / "zarr.json").is_file() for name in ("h", "done")):
             raise ValueError(f"{path} is not a store of the workbench; choose another path") from error
-        raise ValueError(
-            f"{path} is a store that can't be read ({type(error).__name__}); delete it and extract again, or choose "
-            "another path"
-        ) from error
+        reason = f"is a store that can't be read ({type(error).__name__})"
+        raise ValueError(f"{path} {reason}; delete it and extract again") from error
     return store
 
 

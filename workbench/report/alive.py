@@ -9,31 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from nbformat import NotebookNode
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 _STATE = "application/vnd.jupyter.widget-state+json"
 
-_STAND_IN = """
-const here = document.getElementById("KEY"), state = JSON.parse(here.nextElementSibling.textContent);
-const linked = () => location.hash.slice(1).split("&").find((part) => part.startsWith("KEY="))?.slice("KEY=".length);
-// An address may name no view, or a broken one.
-try { state.view = JSON.parse(decodeURIComponent(linked())); } catch {}
-addEventListener("hashchange", () => linked() && location.reload());
-const model = {
-  get: (name) => state[name],
-  set: (name, value) => { state[name] = value; },
-  save_changes() {
-    const others = location.hash.slice(1).split("&").filter((part) => part.includes("=") && !part.startsWith("KEY="));
-    const own = "KEY=" + encodeURIComponent(JSON.stringify(state.view));
-    history.replaceState(null, "", "#" + [...others, own].join("&"));
-  },
-  on() {}, off() {},
-};
-const code = URL.createObjectURL(new Blob([state._esm], { type: "text/javascript" }));
-(await import(code)).default.render({ model, el: here });
-"""
+_STAND_IN = Path(__file__).with_suffix(".js")
 
 
 def embedded(state: Mapping[str, object], key: str) -> str:
@@ -44,7 +27,7 @@ def embedded(state: Mapping[str, object], key: str) -> str:
     return (
         f'<style>{state.get("_css") or ""}</style><div id="{key}" class="alive"></div>'
         f'<script type="application/json">{text}</script>'
-        f'<script type="module">{_STAND_IN.replace("KEY", key)}</script>'
+        f'<script type="module">{_STAND_IN.read_text(encoding="utf-8").replace("KEY", key)}</script>'
     )
 
 

@@ -60,9 +60,7 @@ def _plain(name: str, value: object) -> object:
         return {part: _plain(name, getattr(value, part)) for part in _PARTS if hasattr(value, part)}
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if not isinstance(value, str | bool | int | float):
-        raise ValueError(
-            f"fact {name!r} is {type(value).__name__}; give a number, a text, or a value with its interval"
-        )
+        raise ValueError(f"fact {name!r} is {type(value).__name__}; give a number, a text, or an Estimate")
     # JSON has no NaN and no infinity.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -36,7 +36,7 @@ LIBRARIES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
-"""What libraries read when they are loaded: threads that wait sleep, and freed memory is kept for the next pass.
+"""Variables that libraries read when loaded: waiting threads sleep, and freed memory is kept for the next pass.
 
 Threads that spin while they wait take the core of another notebook, or of whatever runs on the machine.
 """

@@ -205,7 +205,7 @@ def _card(name: str, good: Path | None, bad: Path | None, state: str, note: str)
 
 @lru_cache(maxsize=256)
 def _content(path: Path, changed: int) -> dict:
-    """What a card shows of an executed notebook; `changed` is the time of its last change."""
+    """Title, picture and record of an executed notebook for its card; `changed` is the time of its last change."""
     notebook = nbformat.read(path, as_version=4)
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     encoded = next((output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})), None)

@@ -24,7 +24,7 @@ from workbench.report.sources import check_sources, from_here
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _PLAIN = (str, bool, int, float, list, dict, type(None))
 _CONDITION = {"prompt": "str", "negative_prompt": "str", "label": "int", "negative": "int", "guidance_scale": "float"}
-"""What the parameter `condition` may hold, with its types: options of `Model.conditioned` that a text can give."""
+"""Keys of the parameter `condition` with their types: options of `Model.conditioned` that a text can give."""
 
 DOMAIN = "domain"
 """A parameter of every notebook: the name of a domain, instead of its model, images, classifiers and attributes."""
@@ -151,9 +151,8 @@ def read_parameters(name: str | Path, given: Mapping[str, object]) -> dict[str, 
             truth = " (true or false)" if parameter.type == "bool" else ""
             kind = f"{parameter.type}{truth}, like its default {parameter.default!r}"
             kind = kind if isinstance(value, _PLAIN) else "a plain value"
-            raise ValueError(
-                f"parameter {key} of {notebook} is {value!r} ({type(value).__name__}); it must be {kind}"
-            ) from None
+            given = f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"parameter {key} of {notebook} is {given}; it must be {kind}") from None
     return values
 
 
@@ -161,10 +160,8 @@ def _read_condition(given: object, notebook: str) -> dict[str, object]:
     """A condition of a model with values of the types that its keys have."""
     mapping = _from_text(given or "{}", "dict") if isinstance(given, str) else given
     if not isinstance(mapping, Mapping):
-        raise ValueError(
-            f"parameter condition of {notebook} is {given!r}; it must be a mapping such as {{prompt: a face}} or "
-            "{label: 3}"
-        )
+        example = "a mapping such as {prompt: a face} or {label: 3}"
+        raise ValueError(f"parameter condition of {notebook} is {given!r}; it must be {example}")
     found = {}
     for key, value in mapping.items():
         if key not in _CONDITION:
@@ -231,7 +228,7 @@ class _Unfit(ValueError):
 
 
 def _from_text(text: str, kind: str) -> object:
-    """What a text says; the text itself, where that is nothing of the kind."""
+    """Value of a text as one of a kind; the text itself if it is none."""
     try:
         if kind == "bool":
             return _TRUTH.get(text.strip().lower(), text)

@@ -58,9 +58,7 @@ def image_grid(
     images = as_array(images)
     if images.ndim == 5:
         if columns is not None:
-            raise ValueError(
-                "images of shape (rows, columns, C, H, W) set the columns; leave out the argument `columns`"
-            )
+            raise ValueError("images of five dimensions set the columns; leave out the argument `columns`")
         columns = images.shape[1]
         images = images.reshape(-1, *images.shape[2:])
     pictures = pictures_of(images, "images")

@@ -152,10 +152,8 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
         starts = read_value(str(starts) if type(starts) is int else starts, "list") if starts else list_notebooks()
         starts = read_value([str(start) if type(start) is int else start for start in starts], "list[str]")
     except ValueError as error:
-        raise ValueError(
-            f"notebooks of {where} is {content['notebooks']!r}; it must be a list of names or their starts, such as "
-            "[20_geometry, 50]"
-        ) from error
+        given = f"{content['notebooks']!r}; it must be a list of names or their starts, such as [20_geometry, 50]"
+        raise ValueError(f"notebooks of {where} is {given}") from error
     for key, values in content["matrix"].items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"matrix {key!r} of {where} is {values!r}; it must be a list of values")
@@ -170,7 +168,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
 
 
 def find_cuts(plan: Plan) -> dict[str, str]:
-    """What each notebook of a profile has less of than in the one that it cuts short, in words."""
+    """Parameters of a profile that differ from the profile that it shortens, in words, by notebook."""
     if plan.in_short_for is None:
         return {}
     cuts, longer = {}, read_profile(plan.in_short_for, check=False).parameters
@@ -228,10 +226,8 @@ def _sections(content: object, sections: Sequence[str], where: str | Path) -> di
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping of {', '.join(sections)}, not {content!r}")
     if unknown := [key for key in content if key not in sections]:
-        raise ValueError(
-            f"{where} has a {unknown[0]!r}; it must be a mapping of {', '.join(sections)}"
-            f"{suggestion(unknown[0], sections)}"
-        )
+        known = f"{', '.join(sections)}{suggestion(unknown[0], sections)}"
+        raise ValueError(f"{where} has a {unknown[0]!r}; it must be a mapping of {known}")
     found = {section: {} if content.get(section) in (None, "") else content[section] for section in sections}
     for section in ("common", "matrix", "passes"):
         _mapping(found.get(section, {}), f"{section} of {where}")

@@ -28,9 +28,7 @@ def find_browser() -> str:
     """
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        raise FileNotFoundError(
-            "there is no Chromium or Chrome on the PATH to print a PDF; install one, or print the HTML in any browser"
-        )
+        raise FileNotFoundError("there is no Chromium or Chrome on the PATH to print a PDF; install one")
     return found
 
 

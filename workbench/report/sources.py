@@ -124,7 +124,7 @@ def _check_attributes(notebook: str, values: Mapping[str, object], arguments: li
 
 
 def _check_condition(notebook: str, values: Mapping[str, object], network) -> None:
-    """What the parameter `condition` holds must be what the model is conditioned on."""
+    """The parameter `condition` must fit the model."""
     from workbench.diffusion.conditions import check_options
 
     kind = network.conditioned_on
@@ -145,10 +145,8 @@ def _check_timesteps(notebook: str, values: Mapping[str, object], schedule) -> N
         if key in ("timestep", "timesteps"):
             for t in value if isinstance(value, list) else [value]:
                 if not 0 <= t < schedule.T:
-                    raise ValueError(
-                        f"{key} of {notebook} is {value}; the model {values['model_name']} was trained on timesteps "
-                        f"0 to {schedule.T - 1}"
-                    )
+                    trained = f"the model {values['model_name']} was trained on timesteps 0 to {schedule.T - 1}"
+                    raise ValueError(f"{key} of {notebook} is {value}; {trained}")
 
 
 @contextmanager

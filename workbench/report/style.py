@@ -161,7 +161,7 @@ def save_figure(figure: MatplotlibFigure, path: str | Path) -> tuple[Path, ...]:
 
 
 def figure_files(path: str | Path) -> tuple[Path, ...]:
-    """What `save_figure` will write; ValueError before any work if it can't be, or is asked to be another format."""
+    """Files that `save_figure` will write; ValueError before any work if they can't be written so."""
     path = local(path)
     kind = path.suffix.lower()
     if kind.removeprefix(".") in _OTHER_FORMATS:

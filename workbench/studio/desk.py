@@ -1,4 +1,4 @@
-"""What a selection of samples leads to: a direction, its first picture, a strip beside a random control, a file."""
+"""From a selection of samples to a direction: its first picture, a strip beside a random control, a file."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Desk:
         return find_from_selection(self.store, a, b, **options, progress=False)
 
     def edit_of(self, found: Selection, method: str) -> Direction | Boundary:
-        """What the method found: the direction, or the boundary."""
+        """Result of the method: the direction, or the boundary."""
         if method == "mean":
             return found.direction
         if found.boundary is None:
@@ -142,7 +142,7 @@ class Desk:
 
 
 def rows_of(found: Selection) -> list[list[str]]:
-    """What there is to say about a selection, as pairs of words."""
+    """Facts about a selection, as pairs of words."""
     sigma, held = found.direction.sigma, "unknown: it takes 3 samples on each side"
     if (boundary := found.boundary) is not None:
         share, where = boundary.balanced_accuracy, f"boundary at t = {boundary.t}, n = {boundary.accuracy.n}"

@@ -323,11 +323,7 @@ def explore(
     if model is not None:
         numeric = None if table is None else table.select_dtypes(["number", "bool"])
         desk = Desk(first, model, runs=runs, scores=numeric, known=directions)
-    shown = (
-        {}
-        if strips is None
-        else {"strips": strips_of(strips, note=f"{strips.images.shape[0]} rows were rendered beforehand.")}
-    )
+    shown = [] if strips is None else strips_of(strips, note=f"{len(strips.images)} rows were rendered beforehand.")
     names = list(own or [f"sample {i}" for i in range(n)])
     return Explorer(
         made,
@@ -338,7 +334,7 @@ def explore(
         notes=notes,
         desk=desk,
         studio=studio,
-        **shown,
+        strips=shown,
     )
 
 

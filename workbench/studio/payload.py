@@ -1,4 +1,4 @@
-"""What the explorer's script is given: maps, colours, thumbnails, neighbours and strips of edits, as JSON.
+"""Data of the explorer's script as JSON: maps, colours, thumbnails, neighbours and strips of edits.
 
 Numbers are 16 bits wide and pictures lie in sheets, so that 50,000 samples fit in a page: positions to 1/30000 of a
 map's width, colours to 1/65000 of their range, and thumbnails as large as leaves room.
@@ -63,10 +63,8 @@ def pack(
         data["neighbours"] = {"k": found.shape[1], "ids": _text(found.astype(np.int32)), "words": how}
     text = json.dumps(data)
     if len(text) > MOST_BYTES:
-        raise ValueError(
-            f"{len(maps)} maps of {n} samples take {len(text) / 1e6:.0f} MB, and a page holds {MOST_BYTES / 1e6:.0f}; "
-            "leave out maps, colours or neighbours, or take fewer samples"
-        )
+        size = f"{len(text) / 1e6:.0f} MB, and a page holds {MOST_BYTES / 1e6:.0f}"
+        raise ValueError(f"{len(maps)} maps of {n} samples take {size}; leave out maps or colours, or take fewer")
     return text
 
 

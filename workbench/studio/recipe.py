@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from workbench.datasets.classifiers import Classifier
 from workbench.diffusion.loading import load_model
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import Boundary, load_boundary
 from workbench.directions.direction import Direction, load_direction
 from workbench.formats.tensors import digest, kind_of
-from workbench.io import provenance_mismatch, write_text
+from workbench.io import write_text
 from workbench.paths import file_name, local, writable
 from workbench.studio.session import EditSession
 from workbench.studio.state import EditState, Rendering
@@ -134,10 +134,8 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
     recipe = read_recipe(path)
     parts = _parts_of(recipe, path, session.model)
     if tuple(recipe["timesteps"]) != session.timesteps:
-        raise ValueError(
-            f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}; render it with "
-            "`workbench edit`, or open it by itself"
-        )
+        steps = f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}"
+        raise ValueError(f"{steps}; render it with `workbench edit`, or open it by itself")
     named: dict[str, str] = {}
     for name, part in parts.items():
         named[name] = _place_of(part, session, taken=named.values())
@@ -213,16 +211,7 @@ def checksum_of(part: Direction | Boundary) -> str:
 
 
 def _parts_of(recipe: dict, path: Path, model: Model) -> dict[str, Direction | Boundary]:
-    own = recipe["model"]
-    given = model.provenance()
-    for key, what in {"hash": "weights", "tap": "h", "network": "a network", "schedule": "a schedule"}.items():
-        if own[key] != given[key]:
-            raise ValueError(
-                f"{path} is an edit of the model {own['name']!r} with {what} {own[key]!r}, not of {model.name!r} with "
-                f"{given[key]!r}"
-            )
-    if mismatch := provenance_mismatch(own, given):
-        raise ValueError(f"{path} is an edit of {own['name']!r} with another {mismatch} than {model.name!r} has")
+    refuse_other_model(str(path), recipe["model"], model.provenance())
     found = {d["name"]: load_direction(_part(path, d["file"]), model=model) for d in recipe["directions"]}
     return found | {b["name"]: load_boundary(_part(path, b["file"]), model=model) for b in recipe["boundaries"]}
 

@@ -23,7 +23,7 @@ from workbench.diffusion.images import check_images
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Injection, Trajectory, replay, sample
-from workbench.diffusion.schedule import index_of
+from workbench.diffusion.schedule import index_of, within
 from workbench.directions.boundary import Boundary, move_jointly
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import check_run
@@ -69,10 +69,7 @@ class Renderings:
         for each in [directions] if isinstance(directions, Direction | Boundary) else list(directions):
             self.add(each)
         if not self.directions and not self.boundaries:
-            raise ValueError(
-                "there is no direction and no boundary to edit with; wb.find_pca(store) finds some, and "
-                "wb.load_direction reads a saved one"
-            )
+            raise ValueError("there is no direction and no boundary to edit with; find one with wb.find_pca(store)")
         self._plains: dict[tuple, Trajectory] = {}
         self._rests: dict[tuple, Trajectory] = {}
         self._projected: dict[tuple, Direction] = {}
@@ -103,9 +100,7 @@ class Renderings:
             name = _unused(f"{each.name} ({each.space}, t={each.t})", self.boundaries)
             self.boundaries[name] = each
         else:
-            raise ValueError(
-                f"a studio takes directions and boundaries, not a {type(each).__name__}; a DeltaFunction's mean is one"
-            )
+            raise ValueError(f"a studio takes directions and boundaries, not a {type(each).__name__}")
         return name
 
     def add_samples(self, runs: Trajectory) -> int:
@@ -224,7 +219,7 @@ class Renderings:
         combined = parts[0]
         for part in parts[1:]:
             combined = combined + part
-        if all(state.t_range[1] <= t <= state.t_range[0] for t in self.timesteps):
+        if all(within(state.t_range, self.timesteps)):
             return combined
         return combined.restricted_to(state.t_range)
 
@@ -498,10 +493,8 @@ class Renderings:
     def _step_of(self, states: Sequence[EditState]) -> int:
         (t, first), *others = {self.boundaries[k].t: k for state in states for k in state.distances}.items()
         if others:
-            raise ValueError(
-                f"a single step is at one timestep; {first} is at t={t} and {others[0][1]} at t={others[0][0]}, so "
-                "move to one of them"
-            )
+            other = f"{first} is at t={t} and {others[0][1]} at t={others[0][0]}"
+            raise ValueError(f"a single step is at one timestep; {other}, so move to one of them")
         return index_of(t, self.timesteps)
 
     def _moves(self, states: Sequence[EditState], progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
-from workbench.datasets.classifiers import Classifier
-from workbench.diffusion.models import Model
-from workbench.diffusion.sampling import Trajectory
-from workbench.directions.boundary import Boundary
-from workbench.directions.direction import Direction, finite
+from workbench.diffusion.schedule import within
+from workbench.directions.direction import finite
 from workbench.io import one_of
-from workbench.studio.renderings import PREVIEW_STEPS, Renderings, known
-from workbench.studio.state import PROCESSES, EditState, describe
+from workbench.studio.renderings import Renderings, known
+from workbench.studio.state import PROCESSES, EditState
 
 
 class EditSession(Renderings):
@@ -46,19 +44,13 @@ class EditSession(Renderings):
         If there is no direction or boundary, or one belongs to another model, tap or timestep.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        runs: Trajectory,
-        directions: Direction | Boundary | Sequence[Direction | Boundary],
-        *,
-        classifier: Classifier | None = None,
-        preview_steps: int = PREVIEW_STEPS,
-    ) -> None:
-        super().__init__(model, runs, directions, classifier=classifier, preview_steps=preview_steps)
+    _position, _control = 0, None
+
+    @cached_property
+    def _history(self) -> list[EditState]:
+        """States, the first without an edit."""
         process = "symmetric" if self.directions else "single-step"
-        self._history = [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
-        self._position, self._control = 0, None
+        return [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
 
     # Controls. Each change is one entry of the history; further ones of the same control, until `rest`, belong to it.
 
@@ -121,11 +113,7 @@ class EditSession(Renderings):
         ValueError
             If the range has no visited timestep.
         """
-        if not any(low <= t <= high for t in self.timesteps):
-            raise ValueError(
-                f"no visited timestep lies in {high}..{low}; the samples visit {self.timesteps[0]}, ..., "
-                f"{self.timesteps[-1]} (give the noisier end first)"
-            )
+        within((high, low), self.timesteps)
         self._change("window", t_range=(int(high), int(low)))
 
     def set_process(self, process: str) -> None:
@@ -134,9 +122,7 @@ class EditSession(Renderings):
         if process == "single-step" and not self.boundaries:
             raise ValueError("a single step crosses boundaries, and there is none; fit one with wb.fit_boundary")
         if process != "single-step" and not self.directions:
-            raise ValueError(
-                f"there is no direction to edit along; boundaries are crossed in a single step, not {process}"
-            )
+            raise ValueError(f"there is no direction to edit along; cross boundaries in a single step, not {process}")
         self._change("process", process=process)
 
     def set_eta(self, eta: float | None) -> None:
@@ -198,10 +184,3 @@ class EditSession(Renderings):
             return
         self._history[first:] = [changed]
         self._position, self._control = first, control
-
-    def __repr__(self) -> str:
-        names = [*self.directions, *self.boundaries]
-        return (
-            f"EditSession({self.model.name!r}, {len(self.samples)} samples, {len(self.timesteps)} steps, "
-            f"{', '.join(names)}; {self.label(self.state.sample)}, {describe(self.state)})"
-        )

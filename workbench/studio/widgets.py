@@ -321,7 +321,7 @@ class EditStudio(widgets.VBox):
         self.submit(task)
 
     def _on_file(self, ending: str, action: Callable[[Path, EditState], str]) -> None:
-        """What is saved, and where, is decided at the click, however long the worker is busy with something else."""
+        """Save or load by the worker, with the state and the name at the time of the click."""
         name, state = self.file_name.value.strip(), self.session.state
         try:
             if not name or Path(name).name != name:
