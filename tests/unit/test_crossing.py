@@ -137,16 +137,6 @@ def test_a_batch_of_edits_is_its_edits_one_by_one_of_the_same_x_and_noise(tiny, 
         torch.testing.assert_close(parts, whole, **NEAR)
 
 
-def test_the_seed_gives_the_noise_of_eta_1_and_nothing_at_eta_0(tiny, three, b):
-    still, again, noisy, other = (
-        cross(tiny, three, None, b["x"][0], distances=[1.0], eta=eta, seed=seed).images
-        for eta in (0.0, 1.0)
-        for seed in (0, 50)
-    )
-    assert torch.equal(still, again)
-    assert (noisy - other).abs().max() > 1e-2 and (noisy - still).abs().max() > 1e-2
-
-
 def test_the_passes_are_one_encoder_a_sample_and_the_steps_of_every_cell(tiny, three, b, monkeypatch):
     passes = []
     encode = type(tiny).encode
@@ -197,16 +187,6 @@ def test_other_steps_can_decode(tiny, three, b):
         cross(tiny, three, None, bx, steps=VISITED)
 
 
-def test_the_steps_of_the_released_code_have_its_sigmas():
-    """The grid of 40 points from 500 down: sigma of 500 -> 487 at eta 1, of 12 -> 0, and of the last step."""
-    schedule = wb.NoiseSchedule.linear()
-    assert schedule.sigma(500, 487, 1.0) == pytest.approx(0.3469, abs=1e-4)
-    a_prev = schedule.alpha_bar(487)
-    assert (1 - a_prev - schedule.sigma(500, 487, 1.0) ** 2) ** 0.5 == pytest.approx(0.8894, abs=1e-4)
-    assert schedule.sigma(12, 0, 1.0) == pytest.approx(0.0098, abs=1e-4)
-    assert schedule.sigma(0, -1, 1.0) == 0.0
-
-
 # What is done to h
 
 
@@ -239,12 +219,6 @@ def test_an_asymmetric_offset_is_asyrps(tiny, three, b):
     delta = torch.from_numpy(direction_h).expand(3, 3, *tiny.h_shape)
     theirs = wb.replay(three, edit=Injection.adding(delta.contiguous(), asymmetric=True), progress=False).x0
     torch.testing.assert_close(ours.images[:, 0], theirs, **NEAR)
-
-
-def test_stale_without_a_boundary_in_h_still_lags(tiny, three, b):
-    bx, same = b["x"][0], {"distances": [0.0], "mode": "shift", "eta": 0.0}
-    stale = cross(tiny, three, None, bx, h_policy="stale", **same).images
-    assert (stale - cross(tiny, three, None, bx, **same).images).abs().max() > 1e-3
 
 
 def test_a_lagged_h_comes_from_the_next_cleaner_timestep(tiny, three, inverted, b):

@@ -178,17 +178,6 @@ def test_bad_input_is_a_sentence(tiny, run, direction, change, message):
         change(tiny, run, direction)
 
 
-def test_a_plan_is_a_run_that_has_not_run(tiny, run, direction):
-    late = Shift(direction, t_range=(run.timesteps[2], 0))
-    still, plan = late.plan(run, [0.0, 2.0])
-    assert still is run
-    assert plan.timesteps == run.timesteps[2:] and torch.equal(plan.x_T, run.reached(2))
-    h = torch.zeros(1, *tiny.h_shape)
-    torch.testing.assert_close(plan.edit.change(0, h, slice(0, 1))[0], direction.delta(2.0)[2])
-    alone = edit(tiny, run, direction, scale=2.0, t_range=(run.timesteps[2], 0), progress=False).x0
-    assert torch.equal(wb.replay(plan, progress=False).x0, alone)
-
-
 def test_a_grid_of_different_edits_is_each_of_them(tiny, run, direction):
     vector = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(4))
     t = run.timesteps[2]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import resource
-import signal
 import time
 from pathlib import Path
 
@@ -13,13 +11,12 @@ import pytest
 import torch
 import zarr
 from diffusers import DDPMScheduler
-from PIL import Image
 from processes import start_process
 from zarr.storage import LocalStore
 
 import workbench as wb
 from workbench.hspace import extract as extraction
-from workbench.hspace.store import create_store, read_store
+from workbench.hspace.store import read_store
 
 STEPS = 4
 
@@ -262,17 +259,6 @@ def test_a_failure_at_any_write_is_made_good_by_the_same_call(tiny, tmp_path, sm
     assert failures >= 15
 
 
-def test_a_kill_right_after_the_store_appeared_loses_no_seeds(tiny, tmp_path, monkeypatch):
-    def killed(*arguments, **options):
-        create_store(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(extraction, "create_store", killed)
-        extract(tiny, 3, seed=7, out=tmp_path / "a.zarr")
-    assert extract(tiny, 3, seed=7, out=tmp_path / "a.zarr").seeds == (7, 8, 9)
-
-
 def extract_until_stuck(model: wb.Model, path: Path) -> None:
     """In a process of its own: the third chunk is written and never noted as done."""
     write = extraction.write_chunk
@@ -314,20 +300,6 @@ def test_a_killed_extraction_resumes_and_a_second_process_is_refused(tiny, tmp_p
     assert_same(path, tmp_path / "whole.zarr")
 
 
-def test_a_real_limit_of_the_operating_system_is_met_the_same_way(tiny, tmp_path):
-    """No file may grow beyond 16 kB, as under a quota: zarr's own files fit, a chunk of h does not."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
-        with pytest.raises(OSError, match="the disk is full after 0 of 20 samples"):
-            extract(tiny, 20, out=tmp_path / "a.zarr")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-    assert extract(tiny, 20, out=tmp_path / "a.zarr").complete
-
-
 @pytest.mark.parametrize("number, words", [(errno.ENOSPC, "after 2 of 5 samples"), (errno.EIO, "the disk's own words")])
 def test_a_full_disk_is_a_sentence_another_error_is_passed_on_and_the_store_resumes(
     tiny, tmp_path, small_chunks, monkeypatch, number, words
@@ -360,18 +332,6 @@ def test_an_overflow_is_named_and_never_stored(tiny, cache):
 
 
 # Bad input
-
-
-def test_images_of_every_kind_are_extracted_alike(tiny, cache, tmp_path):
-    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "navy")]
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
-    folder = wb.load_images(tmp_path)
-    stores = [extract(tiny, images=images) for images in (pictures, folder, folder[:])]
-    assert stores[2].cached  # the tensor is that of the pictures
-    assert np.array_equal(stores[0].at(stores[0].timesteps[0]), stores[1].at(stores[1].timesteps[0]))
-    with pytest.warns(UserWarning, match=r"images in \[0, 1\]"):
-        extract(tiny, images=torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(

@@ -422,13 +422,6 @@ def test_pipelines_of_other_kinds_are_refused_by_their_part(tiny_folder, index, 
         wb.load_model(tiny_folder)
 
 
-def test_a_flow_model_is_refused(tiny_folder):
-    config = '{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}'
-    (tiny_folder / "scheduler" / "scheduler_config.json").write_text(config)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler.*flow"):
-        wb.load_model(tiny_folder)
-
-
 @pytest.mark.parametrize("prompt", ["", "   ", 3, "0 1"])
 def test_prompts_without_known_words_are_refused(stable_diffusion, prompt):
     with pytest.raises(ValueError, match=repr(prompt)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 from scipy.spatial.distance import pdist
@@ -117,12 +116,6 @@ def test_kolmogorov_smirnov_tests_are_scipys_with_bonferroni(rng):
 def test_corrected_tests_rarely_reject_a_normal_ensemble(rng):
     rejected = [numbers(rng.standard_normal((30, 60)), tests=20).ks_coordinates_p < 0.05 for _ in range(40)]
     assert np.mean(rejected) < 0.15
-
-
-def test_identical_ensembles_give_identical_statistics(rng):
-    x = rng.standard_normal((20, 3, 8, 8)).astype(np.float32)
-    table = statistics_over_time({5: x, 3: x.copy()})
-    pd.testing.assert_series_equal(table.loc[5], table.loc[3], check_names=False)
 
 
 def test_autocorrelation_is_zero_for_noise_and_that_of_a_known_filter(rng):

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import workbench as wb
 from workbench import paths
 from workbench.diffusion.loading import load_shapes
-from workbench.diffusion.models import refuse_other_model
 from workbench.formats.checkpoints import hash_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -418,24 +417,3 @@ def test_a_precision_or_a_device_that_is_not_there_is_refused(tiny_folder):
     refused("'int8' .*one of float32, bfloat16, float16", tiny_folder, dtype="int8")
     for device in ("cuda:99" if torch.cuda.is_available() else "cuda", "warp-drive"):
         refused(f"device '{device}'", tiny_folder, device=device)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"hash": "ffff"}, "the run belongs to the model 'tiny'.*weights ffff.*sample it again"),
-        ({"tap": "before"}, r"'after'.*'before'; use model.tapped\('after'\)"),
-        ({"network": "ffff"}, "another network around the same weights"),
-        ({"schedule": {"hash": "ffff"}}, "another noise schedule"),
-    ],
-)
-def test_what_was_made_with_another_model_is_refused(tiny, change, match):
-    own = tiny.provenance()
-    with pytest.raises(ValueError, match=match):
-        refuse_other_model("the run", own, own | change, remedy="sample it again")
-    refuse_other_model("the run", own, own | {"name": "another name"})
-    refuse_other_model("the boundary", None, own | change)
-    refuse_other_model("the boundary", own, None)
-    refuse_other_model("x_t", own, own | {"tap": "before"}, tap=False)
-    old = {key: own[key] for key in ("name", "hash", "tap")}  # of a file that says no more
-    refuse_other_model("the direction", old, own)

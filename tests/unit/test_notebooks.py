@@ -24,7 +24,6 @@ from plotly import graph_objects as go
 
 from workbench import cli
 from workbench.diffusion.models import Model
-from workbench.io import commit
 from workbench.report import notebooks, pages, parameters, running
 from workbench.report.plans import plan_sweep
 from workbench.report.sources import from_here
@@ -273,20 +272,6 @@ def test_names_are_in_order_and_unknown_or_ambiguous_ones_are_refused(home, note
     ):
         with pytest.raises(error, match=message):
             parameters.notebook_parameters(name)
-
-
-def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
-    def git(*words):
-        subprocess.run(["git", "-C", str(home), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
-
-    assert commit() is None
-    git("init", "--quiet")
-    (home / "file").write_text("1")
-    git("add", "file")
-    git("commit", "--quiet", "--message", "one")
-    assert re.fullmatch("[0-9a-f]{40}", commit())
-    (home / "file").write_text("2")
-    assert re.fullmatch("[0-9a-f]{40}-dirty", commit())
 
 
 class TestRun:

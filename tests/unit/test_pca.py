@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,19 +122,6 @@ def test_one_component_follows_a_factor_that_falls_back_for_a_while_and_takes_on
         assert np.abs((found * axes[:, last]).sum(axis=1))[steps].min() > 0.99
 
 
-def test_alignment_does_not_depend_on_signs_and_order_that_a_decomposition_returns():
-    _, axes, _, _ = planted(steps=5)
-    rng = np.random.default_rng(1)
-
-    def aligned(components):
-        order, signs = pca._chain(components)
-        return np.stack([c[o] * s[:, None] for c, o, s in zip(components, order, signs, strict=True)])
-
-    shuffled = [axes[0], *(a[rng.permutation(4)] for a in axes[1:])]
-    flipped = [a * rng.choice([-1.0, 1.0], size=(4, 1)) for a in shuffled]
-    np.testing.assert_allclose(aligned(flipped), aligned(list(axes)))
-
-
 def test_result_does_not_depend_on_the_chunks_of_the_store(tmp_path):
     h, *_ = planted()
     one, other = (find_pca(make_store(tmp_path / f"{c}.zarr", h, chunk=c), 4) for c in (7, 300))
@@ -154,33 +140,6 @@ def test_blocks_of_samples_give_the_components_of_the_whole(tmp_path, monkeypatc
     blocks = find_pca(store, 4)
     assert (units_of(blocks) * units_of(whole)).sum(axis=2).min() > 0.999
     np.testing.assert_allclose(blocks.explained_variance_ratio, whole.explained_variance_ratio, rtol=1e-2)
-
-
-def test_memory_is_that_of_one_timestep_or_of_one_block(tmp_path, monkeypatch):
-    """Of n x d floats a timestep: they are held once, for one timestep at a time, or not at all above the limit."""
-    n, d = 4000, 800
-    store = make_store(tmp_path / "h.zarr", planted(n, d, steps=2)[0], chunk=100)
-
-    def peak() -> float:
-        tracemalloc.start()
-        fits = [pca._fit(store, t, n, 8, 0) for t in store.timesteps]
-        highest = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert len(fits) == 2
-        return highest / (4 * n * d)
-
-    assert 1.0 < peak() < 1.8
-    monkeypatch.setattr(pca, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(pca, "BLOCK_ROWS", 100)
-    assert peak() < 0.7
-
-
-@pytest.mark.parametrize(("chunk", "rows", "n"), [(7, 5, 40), (7, 7, 40), (16, 40, 40), (16, 15, 33), (3, 100, 2)])
-def test_blocks_hold_the_first_n_samples_in_order(tmp_path, chunk, rows, n):
-    h = np.random.default_rng(0).standard_normal((40, 2, D)).astype(np.float32)
-    blocks = list(pca._blocks(make_store(tmp_path / "h.zarr", h, chunk=chunk), 0, n, rows))
-    np.testing.assert_array_equal(np.concatenate(blocks), h[:n, 1])
-    assert {len(b) for b in blocks[:-1]} <= {rows} and len(blocks[-1]) <= rows
 
 
 @pytest.mark.parametrize("rows", [7, 60, 1000])

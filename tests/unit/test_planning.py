@@ -60,11 +60,6 @@ def test_the_schedule_is_the_models_and_needs_no_weights(tiny, tiny_folder):
     assert load_schedule(tiny_folder).provenance() == tiny.schedule.provenance()
 
 
-def test_shapes_are_the_models(network):
-    model = wb.load_model("avataaars32", device="cpu")
-    assert planning.shapes_of(network) == (model.image_shape, model.h_shape)
-
-
 def test_time_is_passes_by_rate_and_processes_share_it(network):
     one, four = plan(network), plan(network, processes=4)
     assert one.passes == 50

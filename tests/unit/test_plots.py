@@ -280,12 +280,6 @@ class TestSaveFigure:
         assert Image.open(written[2]).info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
 
-    def test_the_same_figure_gives_the_same_bytes(self, tmp_path, images):
-        first, second = (
-            plots.save_figure(plots.image_grid(images, caption="c"), tmp_path / name) for name in ("a", "b")
-        )
-        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-
     def test_a_failure_leaves_the_old_files(self, tmp_path):
         (tmp_path / "f.pdf").write_text("old")
         figure = plots.line([0, 1], [0, 1], xlabel="$\\unknown$", ylabel="y")

@@ -229,16 +229,6 @@ def test_a_grey_model_that_is_not_square_samples_inverts_and_edits(grey, scans, 
     assert boundary.accuracy.value > 0.9  # left or right: what the pixels of x_t tell
 
 
-def test_the_studio_takes_any_picture_for_its_model(grey, scans, cache):
-    run = wb.sample(grey, range(2), steps=5, record_h=True, progress=False)
-    direction = wb.find_pca(wb.extract(grey, 6, steps=5, progress=False), k=1)[0]
-    session = wb.EditSession(grey, run, direction)
-    position = session.add_image((scans / "01.png").read_bytes(), method="ddim")
-    assert session.samples[position].x0.shape == (1, 1, 16, 24)
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        session.add_image(b"nothing")
-
-
 def test_a_training_writes_its_shape_and_schedule_as_diffusers_reads_them(grey, trained):
     pipeline = DDPMPipeline.from_pretrained(trained)
     scheduler = pipeline.scheduler

@@ -253,21 +253,6 @@ def test_balance_removes_a_planted_confounder_and_weakens_it_for_a_probe(store, 
         assert (drags > 0.3).all() and (left < 0.12).all() and (cosines(balanced, axes[:, 0]) > 0.6).all()
 
 
-def test_balanced_weights_give_both_classes_the_same_strata(table):
-    others = table[["B"]].assign(C=np.arange(N) % 3)
-    contrast = supervised._from_labels(table["A"].reset_index(drop=True), "A", others.reset_index(drop=True))
-    y = table["A"].to_numpy() == 1
-    for side in (y, ~y):
-        assert np.abs(contrast.weights[side]).sum() == pytest.approx(1)
-    shares = [
-        pd.Series(np.abs(contrast.weights[side]))
-        .groupby([others["B"].to_numpy()[side], others["C"].to_numpy()[side]])
-        .sum()
-        for side in (y, ~y)
-    ]
-    np.testing.assert_allclose(*shares)
-
-
 def test_scores_are_balanced_by_picking_alike_from_every_stratum(store, axes, table):
     rng = np.random.default_rng(6)
     scores = table["A"] + 0.5 * table["B"] + 0.1 * rng.random(N)
@@ -298,19 +283,6 @@ def test_scores_take_the_highest_against_the_lowest(store, seeds, h):
     found = find_from_scores(store, scores, k=30, progress=False)
     assert_along(found, flat[rows[-30:]].mean(axis=0) - flat[rows[:30]].mean(axis=0))
     assert found.name == "Yaw"
-
-
-def test_shares_of_strata_add_up_and_what_small_ones_have_no_room_for_the_large_ones_take():
-    np.testing.assert_array_equal(supervised._shares(np.array([50, 30, 20]), 10), [5, 3, 2])
-    np.testing.assert_array_equal(supervised._shares(np.array([3, 3, 4]), 4), [1, 1, 2])
-    rng = np.random.default_rng(0)
-    for sizes in [np.array([3, 3, 3, 1]), np.array([1] * 10 + [90]), *(rng.integers(1, 30, 8) for _ in range(20))]:
-        most = (sizes // 2).sum()
-        for k in range(1, most + 1):
-            shares = supervised._shares(sizes, k)
-            assert shares.sum() == k and (shares <= sizes // 2).all()
-        with pytest.raises(ValueError, match=f"at most {most} on a side"):
-            supervised._shares(sizes, most + 1)
 
 
 # Few examples
