@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 NAME = "browser-test"
 AFTER = '.hspace-studio img[alt^="after"]'
 PATIENCE = 120_000
-N, STEPS = 40, 10
+N, STEPS = 24, 6
 """Samples that directions are found on, and timesteps."""
 
 
@@ -280,6 +280,7 @@ def test_everything_is_readable_in_the_dark_theme(lab):
 # As a page on its own
 
 
+@pytest.mark.slow  # tests/unit/test_server.py holds who may open it
 def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, browser, tmp_path):
     parts = paths.edits() / f"{NAME}.parts"
     command = [sys.executable, "-m", "workbench.cli", "studio", "--directions", str(parts)]
