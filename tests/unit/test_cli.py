@@ -178,10 +178,7 @@ ARRIVES = {
         "workbench.datasets.avataaars.build",
         {"n": 5, "part": 12, "out": Path("avataaars-part12")},
     ),
-    "data eurosat FACES --part 1": (
-        "workbench.datasets.eurosat.build",
-        {"part": 1, "out": Path("eurosat-part1")},
-    ),
+    "data eurosat FACES --part 1": ("workbench.datasets.eurosat.build", {"part": 1, "out": Path("eurosat-part1")}),
     "find scores avataaars32 --n 6 --steps 2 --attributes Smiling --k 2": (
         "workbench.find_from_scores",
         {"k": 2, "name": "Smiling"},

@@ -124,9 +124,7 @@ def test_an_edit_of_a_skip_reaches_only_the_decoder(tiny):
     model, x_t = tiny.tapped("skip.3"), noise(tiny.unet.unet)
     b = model.encode(x_t, 250)
     assert torch.equal(b.residual, tiny.encode(x_t, 250).h)
-    expected = tiny.unet.decode(
-        wb.Bottleneck(b.residual, (*b.skips[:3], b.skips[3] + 1.0), b.emb, "after"),
-    )
+    expected = tiny.unet.decode(wb.Bottleneck(b.residual, (*b.skips[:3], b.skips[3] + 1.0), b.emb, "after"))
     assert torch.equal(model.decode(b, torch.ones_like(b.h)), expected)
 
 

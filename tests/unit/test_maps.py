@@ -67,8 +67,7 @@ def test_neighbours_are_those_of_the_space(rng, exact, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "options", "message"),
-    [(3, {}, "there are 3"), (1, {}, "there is 1"), (8, {"methods": ["lle"]}, "'lle'")],
+    ("n", "options", "message"), [(3, {}, "there are 3"), (1, {}, "there is 1"), (8, {"methods": ["lle"]}, "'lle'")]
 )
 def test_what_gives_no_map_is_a_sentence(rng, n, options, message):
     with pytest.raises(ValueError, match=message):
