@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,37 +266,3 @@ def test_a_block_of_other_widths_is_refused(tmp_path, wide):
 
 
 # Published files, beside the project where they are: `../shared/data/asyrp`
-
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "asyrp"
-published = pytest.mark.skipif(not SHARED.is_dir(), reason="Asyrp's published files are not here")
-
-
-@published
-@pytest.mark.parametrize(
-    "name", [path.name for path in sorted(SHARED.glob("*.pth"))] if SHARED.is_dir() else ["smiling"]
-)
-def test_published_delta_blocks_compute_what_the_original_does(make_unet, name):
-    weights = torch.load(SHARED / name, map_location="cpu", weights_only=True)["0"]
-    original = next(
-        block
-        for block in (layout(512, 512) for layout in LAYOUTS.values())
-        if block.state_dict().keys() == weights.keys()
-    )
-    original.load_state_dict(weights)
-    unet = make_unet(block_out_channels=(128, 512), norm_num_groups=32)
-    model = wb.wrap(unet, DDPMScheduler(), name="wide", device="cpu")
-    function = load_asyrp(SHARED / name, model)
-    h = torch.randn(2, 512, 8, 8, generator=torch.Generator().manual_seed(0))
-    ((_, ours),) = function.terms
-    for emb in torch.randn(2, 2, 512, generator=torch.Generator().manual_seed(1)):
-        with torch.no_grad():
-            torch.testing.assert_close(ours(h, emb), original(h, emb), atol=1e-6, rtol=1e-5)
-    assert function.name == name.split("_LC_")[0]
-
-
-@published
-def test_the_published_tables_give_the_published_interval():
-    tables = [SHARED / f"celeba_LPIPS_distance_{which}.tsv" for which in ("x0_t", "x")]
-    assert (read_interval(*tables).t_edit, read_interval(*tables).t_boost) == (538, 167)
-    # The published t_edit of "smiling" is 513; the cosine of its texts is about 0.9.
-    assert {read_interval(*tables, cosine=c).t_edit for c in np.linspace(0.89, 0.92, 31)} >= {513}

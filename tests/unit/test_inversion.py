@@ -126,9 +126,6 @@ def test_the_bundled_model_reconstructs_a_held_out_image_better_with_steps_and_i
     [
         ({"eta": 0.0}, r'eta in \(0, 1\].*method="ddim"'),
         ({"eta": [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]}, r"eta in \(0, 1\]"),
-        ({"eta": 1.5}, r"eta must lie in \[0, 1\]"),
-        ({"eta": [1.0, 1.0]}, "2 values for 6 steps"),
-        ({"seed": -1}, "seeds must be integers"),
     ],
 )
 def test_an_eta_or_seed_that_cannot_be_is_refused(tiny, images, options, message):

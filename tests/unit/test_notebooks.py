@@ -149,12 +149,6 @@ class TestCondition:
         with pytest.raises(ValueError, match=message):
             read(given)
 
-    def test_is_a_part_of_a_sweep_and_of_what_names_its_runs(self, home):
-        write_notebook(home / "notebooks" / "10_first.ipynb", parameters="condition: dict = {}")
-        plan = plan_sweep({"notebooks": 10, "matrix": {"condition": [{"label": "1"}, {"label": 2}]}})
-        assert [run.parameters for run in plan.runs] == [{"condition": {"label": label}} for label in (1, 2)]
-        assert len({run.key for run in plan.runs}) == 2
-
     def test_takes_the_options_of_models_that_a_text_can_give(self):
         known = inspect.signature(Model.conditioned).parameters
         assert parameters._CONDITION.keys() == known.keys() - {"self", "condition"}

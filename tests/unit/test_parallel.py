@@ -13,7 +13,7 @@ from processes import start_process
 
 import workbench as wb
 from workbench.diffusion import parallel
-from workbench.diffusion.parallel import cpu_batch, in_threads, split, thread_count, threads_each
+from workbench.diffusion.parallel import cpu_batch, in_threads, split, thread_count
 
 
 @pytest.fixture
@@ -154,14 +154,6 @@ def test_a_batch_has_work_for_every_thread(threads):
     threads(16)
     assert [cpu_batch((3, side, side)) for side in (32, 64, 256)] == [128, 32, 16]
     assert len(split(128, (3, 32, 32))) == 16
-
-
-def test_large_images_that_are_few_have_several_threads_each(threads):
-    threads(8)
-    assert threads_each(split(1, (3, 256, 256)), (3, 256, 256)) == 8
-    assert threads_each(split(2, (3, 128, 128)), (3, 128, 128)) == 4
-    assert threads_each(split(16, (3, 256, 256)), (3, 256, 256)) == 1
-    assert threads_each(split(1, (3, 64, 64)), (3, 64, 64)) == 1
 
 
 def test_passes_are_counted_for_whoever_follows(model, tmp_path, monkeypatch):

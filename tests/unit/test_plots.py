@@ -104,15 +104,6 @@ class TestImageGrid:
         for one, other in zip(shown, expected, strict=True):
             np.testing.assert_array_equal(one.get_array(), other.get_array())
 
-    def test_refuses_labels_that_do_not_match(self, images):
-        for shape, options, message in (
-            ((12,), {"titles": ["a", "b"]}, "titles has 2 entries for 12 images"),
-            ((12,), {"columns": 0}, "columns is 0"),
-            ((3, 4), {"columns": 2}, "leave out the argument `columns`"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                plots.image_grid(images.reshape(*shape, 3, 8, 8), **options)
-
 
 class TestCurves:
     """Of a tidy table, and of arrays by `line`, which draws by it."""
@@ -203,13 +194,6 @@ class TestScatter:
         assert (np.abs(centres[:, None] - points[None]).max(-1).min(1) < 1e-9).all()
         assert np.allclose(centres[0], [40, 0]), "the outlier is shown"
         assert np.asarray(axes.images[0].get_array()).min() == 255, "with its own picture"
-
-    def test_thumbnails_are_square_on_the_page(self, images):
-        figure = plots.scatter(np.random.default_rng(0).normal(size=(12, 2)), images=images, xlabel="x", ylabel="y")
-        figure._repr_png_()
-        box = figure.axes[0].images[0].get_window_extent()
-        assert box.width == pytest.approx(box.height, rel=0.02)
-        assert len(plots.scatter([[1.0, 2.0]], images=images[:1], xlabel="x", ylabel="y").axes[0].images) == 1
 
     @pytest.mark.parametrize(
         ("points", "extra", "message"),
