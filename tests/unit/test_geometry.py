@@ -151,8 +151,8 @@ def test_silhouette_is_given_for_the_map_and_for_h_and_leaves_groups_of_one_samp
 
 def test_half_sample_intervals_cover_the_spread_between_samples(rng):
     """The interval is as wide as the statistic varies from one set of samples to the next."""
-    draws = [rng.standard_normal((150, 6)) for _ in range(40)]
-    tables = [map_quality(h, h[:, :2], resamples=60).set_index("measure").loc["trustworthiness"] for h in draws]
+    draws = [rng.standard_normal((120, 6)) for _ in range(30)]
+    tables = [map_quality(h, h[:, :2], resamples=40).set_index("measure").loc["trustworthiness"] for h in draws]
     spread = np.std([table["value"] for table in tables])
     width = np.mean([table["high"] - table["low"] for table in tables]) / (2 * 1.96)
     assert 0.6 < width / spread < 1.6
