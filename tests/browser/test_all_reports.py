@@ -40,7 +40,7 @@ NOTEBOOKS = {
         "attributes": [renamed("Black_Hair"), renamed("Long_Hair")],
         "colors": [renamed("Blond_Hair")],
         "target": renamed("Black_Hair"),
-        "n_measured": 5,
+        "n_measured": 3,
     },
     "55_disentangling": {
         "k": 12,

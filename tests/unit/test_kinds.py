@@ -302,30 +302,6 @@ def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet):
         wb.edit(other, wb.sample(model, [0], steps=2, progress=False), None)
 
 
-@pytest.mark.parametrize("kind", ["class", "DeepFloyd IF, stage I"])
-def test_a_loop_of_diffusers_over_a_conditional_network_gives_the_same_images(make_unet, kind):
-    scheduler, own, other = DDIMScheduler(clip_sample=False), tokens(0), tokens(1)
-    if kind == "class":
-        unet = make_unet(num_class_embeds=4)
-        model = wb.wrap(unet, scheduler, name="a", label=1, device="cpu")
-    else:
-        unet = text_unet(**TEXT[kind])
-        model = wb.wrap(unet, scheduler, name="a", condition=own, negative=other, guidance_scale=7.0, device="cpu")
-    run = wb.sample(model, [3, 4], steps=3, eta=0.0, progress=False)
-    x = run.x_T.clone()
-    scheduler.set_timesteps(3)
-    for t in scheduler.timesteps:
-        if kind == "class":
-            eps = unet(x, t, torch.tensor([1, 1])).sample
-        else:
-            both = torch.cat([other, own]).repeat_interleave(2, dim=0)
-            plain, conditional = unet(torch.cat([x, x]), t, both).sample[:, :3].chunk(2)
-            eps = plain + 7.0 * (conditional - plain)
-        x = scheduler.step(eps, t, x, eta=0.0).prev_sample
-    # Untrained networks diverge: to 1e-5 of the values' range.
-    torch.testing.assert_close(run.x0, x, atol=1e-5 * float(x.abs().max()), rtol=0)
-
-
 def test_a_model_comes_back_as_a_provenance_recorded_it(stable_diffusion, make_unet):
     folder, _ = stable_diffusion
     plain = wb.load_model(folder, device="cpu")

@@ -103,7 +103,7 @@ def test_random_labels_are_separable_by_chance_alone(run):
 
 def test_commitment_is_that_of_the_exact_posterior(run, classifier):
     copies = 8
-    found = find(run, criterion="commit", classifier=classifier, n=75, copies=copies, grid=run.timesteps[::2])
+    found = find(run, criterion="commit", classifier=classifier, n=75, copies=copies, grid=run.timesteps[::4])
     larger = np.maximum(np.arange(copies + 1), copies - np.arange(copies + 1)) / copies
 
     def committed(t: int) -> float:
@@ -119,7 +119,7 @@ def test_commitment_is_that_of_the_exact_posterior(run, classifier):
 
     expected = np.array([committed(t) for t in found.curve.index])
     assert np.abs(found.curve["value"] - expected).max() < 0.12
-    assert abs(found.t - crossing(committed, 0.5, found.curve.index)) <= 2 * STEP
+    assert abs(found.t - crossing(committed, 0.5, found.curve.index)) <= 4 * STEP
     assert found.reached and found.threshold == 0.5 and found.n == 75
 
 
@@ -355,12 +355,6 @@ def test_real_images_are_compared_with_deterministic_samples(tiny):
     sampled = wb.sample(tiny, range(8), steps=4, eta=0.0, record_x=True, progress=False)
     by_itself, given = find(inverted, resamples=5), find(sampled, against=inverted, resamples=5)
     pd.testing.assert_frame_equal(by_itself.curve, given.curve)
-
-
-def test_labels_are_matched_by_seed(run, labels):
-    order = np.random.default_rng(0).permutation(len(labels))
-    a, b = (find(run, table, resamples=5).curve for table in (labels, labels.iloc[order]))
-    pd.testing.assert_frame_equal(a, b)
 
 
 @pytest.mark.parametrize("n", [4, 31, 62, 63, 85, 170, 171, 183])
