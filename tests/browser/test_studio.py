@@ -96,7 +96,7 @@ def lab(browser, tmp_path_factory):
     saved = [paths.edits() / f"{NAME}{ending}" for ending in (".json", ".png", ".pdf", ".svg", ".safetensors")]
     with serving(command, environment, folder / "lab.log"):
         base = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while answers(f"{base}/api?token={token}") != 200:
             assert time.monotonic() < deadline, (folder / "lab.log").read_text()
             time.sleep(0.2)
@@ -287,7 +287,7 @@ def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, b
     log = tmp_path / "studio.log"
     command += ["--seeds", f"{N}-{N + 1}", "--steps", str(STEPS), "--theme", "dark"]
     with serving(command, {}, log):
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", log.read_text())):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)

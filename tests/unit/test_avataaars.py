@@ -186,17 +186,6 @@ def test_build_gives_the_same_bytes_again_also_in_a_pool(tmp_path, monkeypatch):
     assert (alone / "attributes.csv").read_text().splitlines() == shipped[:5]
 
 
-@drawing
-def test_an_interrupted_build_leaves_the_last_one_untouched(tmp_path, monkeypatch):
-    avataaars.build(2, part=10, out=tmp_path, progress=False)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    drawn = [avataaars._draw(12, 0, True)]
-    monkeypatch.setattr(avataaars, "_draw", lambda *_: drawn.pop())
-    with pytest.raises(IndexError):
-        avataaars.build(3, part=12, out=tmp_path, progress=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 NONE, DEFAULT = dict.fromkeys(("beard", "glasses"), "NONE"), dict.fromkeys(("eyes", "eyebrows"), "DEFAULT")
 LOOKS = {"hair": "BOB", "hair_color": "BROWN", "mouth": "SMILE", "skin": "PALE", "shirt": "RED"}
 BASE = avataaars.Factors(**NONE, **DEFAULT, **LOOKS, background=(200, 220, 240), tilt=0.0)

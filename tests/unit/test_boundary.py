@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
 from scipy.stats import norm
 from sklearn.svm import SVC
 
@@ -340,7 +339,7 @@ def test_a_boundary_survives_its_file(run, labels, boundary, tmp_path):
     assert load_boundary(bare.save(tmp_path / "bare.safetensors")).accuracy is None
 
 
-def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, tmp_path):
+def test_a_file_of_another_model_timestep_or_space_is_refused(run, labels, boundary, make_unet, tmp_path):
     path = boundary.save(tmp_path / "b.safetensors")
     other = wb.wrap(make_unet(seed=1), run.model.schedule, name="other", device="cpu")
     noise = NoiseSchedule(run.model.schedule.alpha_bars**1.1)
@@ -356,15 +355,6 @@ def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, 
             load_boundary(path, **options)
     load_boundary(path, t=500, space="h", model=run.model)
     fit_boundary(run, labels, t=500, space="x").check_fits(run.model.tapped("before"), t=500, space="x")
-    with pytest.raises(FileNotFoundError, match="none.safetensors"):
-        load_boundary(tmp_path / "none.safetensors")
-    content = path.read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
-    (tmp_path / "damaged.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    save_file({"normal": torch.ones(3)}, tmp_path / "foreign.safetensors")
-    for name in ("cut", "damaged", "foreign"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors"):
-            load_boundary(tmp_path / f"{name}.safetensors")
 
 
 # Bad input

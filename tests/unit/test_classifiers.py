@@ -343,11 +343,6 @@ def test_columns_that_are_not_binary_are_left_out_by_name(sheets, relabelled, tm
     assert classifier.attributes == ("Bright", "Red")
 
 
-def test_images_between_0_and_1_are_warned_of(sheets, bundled):
-    with pytest.warns(UserWarning, match=r"images in \[0, 1\]"):
-        bundled((sheets[1][:2] + 1) / 2)
-
-
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
