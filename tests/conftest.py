@@ -53,6 +53,18 @@ def model():
     return wb.load_model("avataaars32", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory):
+    """Images of coloured squares with captions, and the folder of a CLIP that was trained on them."""
+    pytest.importorskip("transformers")
+    from small_models import paint_squares
+
+    folder = tmp_path_factory.mktemp("squares")
+    images = paint_squares(folder, 80)
+    wb.train_clip(images, out=folder / "clip", steps=60, batch_size=8, progress=False)
+    return images, folder / "clip"
+
+
 @pytest.fixture
 def tiny_folder(tmp_path):
     """The tiny network as a model folder with unet/ and scheduler/."""

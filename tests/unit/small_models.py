@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from originals import Lucidrains, randomised
+from PIL import Image
 
+from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.diffusion.loading import convert_checkpoint
 
 WIDTH = 8
@@ -74,6 +77,22 @@ def stable_diffusion(folder: Path) -> StableDiffusionPipeline:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "model")
     return pipeline
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (230, 230, 230)}
+
+
+def paint_squares(folder: Path, n: int) -> LabelledImages:
+    """Images of 8 x 8 pixels in four colours, each a little different, with two captions each."""
+    rng = np.random.default_rng(0)
+    lines = ["file,caption"]
+    for i in range(n):
+        name = list(COLOURS)[i % 4]
+        pixels = np.clip(np.array(COLOURS[name]) + rng.normal(0, 20, (8, 8, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+        lines += [f"{i:03d}.png,{text}" for text in (f"a {name} square", f"the square is {name}")]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return load_images(folder, size=8)
 
 
 def save(folder: Path, unet: torch.nn.Module, **schedule) -> Path:

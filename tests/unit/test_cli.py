@@ -129,6 +129,7 @@ STUDIO = {
     "steps": 50,
     "eta": 1.0,
     "classifier": "",
+    "clip": "",
 }
 ARRIVES = {
     f"sample TINY --seeds 0-2,7 {CHAIN}": (

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
 from workbench.datasets.classifiers import load_classifier, read_attributes
-from workbench.datasets.huggingface import load_clip, load_segmenter
+from workbench.datasets.clip import load_clip
+from workbench.datasets.huggingface import load_segmenter
 from workbench.datasets.labelled import load_images
 from workbench.formats import hub as formats_hub
 
@@ -122,8 +123,8 @@ def test_clip_by_pairs_of_prompts(hub, faces, pixels):
 
 
 def test_clip_embeds_images_and_texts_in_one_space(hub, faces):
-    images, texts = load_clip(hub.folder / "clip", device="cpu")
-    before, after, text = images(faces), images(-faces), texts(["a smiling person", "a person"])
+    clip = load_clip(hub.folder / "clip", device="cpu")
+    before, after, text = clip.images(faces), clip.images(-faces), clip.texts(["a smiling person", "a person"])
     assert before.shape == (6, 8) and text.shape == (2, 8)
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([before, text]), axis=1), 1.0, rtol=1e-5)
     found = directional_similarity(before, after, source=text[1], target=text[0])

@@ -12,6 +12,7 @@ import torch
 from planted import planted, random_tensor
 
 import workbench as wb
+from workbench.analysis.image_metrics import segmentation_consistency
 from workbench.diffusion.sampling import Injection
 from workbench.directions.supervised import few_shot_directions
 from workbench.editing import measure as module
@@ -134,6 +135,31 @@ def test_distance_to_real_images_is_measured_where_they_are_given(tiny, run, dir
     found = measure(run, directions["red"], [1.0, 2.0], classifier=Judge(), real=real, progress=False)
     assert found.realism["scale"].tolist() == [1.0, 2.0] and found.realism["kid"].notna().all()
     assert "kid" in found.summary("red")
+
+
+def test_texts_and_segments_are_measured_where_they_are_given(tiny, run, directions, squares):
+    """S_dir, CLIP score and SC of the table are those of the images, one by one."""
+    clip, pair = wb.load_clip(squares[1], device="cpu"), ("a red square", "a blue square")
+
+    def segmenter(images):
+        return (images.mean(dim=1) > 0).long().numpy()
+
+    options = {"clip": clip, "prompts": {"red": pair}, "segmenter": segmenter, "progress": False}
+    found = measure(run, {"one": directions["red"]}, [1.0, 3.0], classifier=brightness, **options)
+    own = found.table[found.table.attribute == "red"].pivot(index="seed", columns="scale").loc[list(run.seeds)]
+    target, source = clip.texts(pair)
+    for scale in (1.0, 3.0):
+        edited = edit(tiny, run, directions["red"], scale=scale, progress=False).x0
+        moved = clip.images(edited) - clip.images(run.x0)
+        expected = moved @ (target - source) / np.linalg.norm(moved, axis=1) / np.linalg.norm(target - source)
+        np.testing.assert_allclose(own["s_dir"][scale], expected, atol=1e-2)
+        np.testing.assert_allclose(own["clip_score"][scale], clip.images(edited) @ target, atol=1e-4)
+        both = segmenter(edited), segmenter(run.x0)
+        np.testing.assert_allclose(own["consistency"][scale], segmentation_consistency(*both), atol=1e-6)
+    assert found.table[found.table.attribute == "green"]["s_dir"].isna().all()
+    assert {"s_dir", "clip_score", "consistency"} <= set(found.summary("red"))
+    with pytest.raises(ValueError, match="prompts"):
+        measure(run, directions, [1.0], classifier=brightness, clip=clip)
 
 
 def test_scale_zero_has_no_effect(tiny, run, directions):

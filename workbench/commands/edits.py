@@ -13,6 +13,7 @@ from workbench import paths
 from workbench.commands import options as opt
 from workbench.commands.options import check_attributes, command
 
+SOURCE = "a person"
 FIND = "workbench find pca avataaars32 --n 512 --k 5"
 FIT = "workbench boundary fit avataaars32 --t 500 --attributes Smiling Beard"
 find = opt.subcommands("find", "Find directions in h-space and save them.", example=FIND)
@@ -133,6 +134,24 @@ def find_labels(
     save(found, model, place.out or paths.directions(), f"-labels{place.ending}")
 
 
+@command("text", app=find, example="workbench find text avataaars32 --text 'a smiling person' 'a person with a beard'")
+def find_text(
+    samples: Samples,
+    place: Place,
+    text: Annotated[list[str], Option(metavar="TEXT...", help="a direction of each")],
+    against: Annotated[str, Option(help="text of what is changed")] = SOURCE,
+    k: Annotated[int | None, Option(callback=opt.positive, help="samples on each side (default: all that fit)")] = None,
+    clip: Annotated[str, Option(help="avataaars-clip, clip, a hub id or a folder")] = "avataaars-clip",
+):
+    """From the samples that fit one text to those that fit another, by CLIP's scores."""
+    network = wb.load_clip(clip, device=samples.device)
+    network.texts([*text, against])  # refuses words that it does not know
+    model = samples.load(place.tap)
+    store = samples.extract(model)
+    found = (wb.find_from_text(store, each, against=against, clip=network, k=k) for each in text)
+    save(found, model, place.out or paths.directions(), f"-text{place.ending}")
+
+
 @command("fit", app=boundary, example=FIT)
 def boundary_fit(
     network: opt.Network,
@@ -206,6 +225,30 @@ def _with_two_classes(images) -> list[str]:
     if left_out := [name for name in images.names if name not in names]:
         print(f"no boundary, for lack of two classes or of labels: {', '.join(left_out)}")
     return names
+
+
+@command("text", app=boundary, example="workbench boundary text 'a person with long red hair' --model avataaars32")
+def boundary_text(
+    text: Annotated[str, Argument(help="prompt of the images with the attribute")],
+    place: Place,
+    model: Annotated[str, Option(help="the model that is edited")] = "avataaars32",
+    source: Annotated[str, Option(help="prompt of the images without it")] = SOURCE,
+    generator: Annotated[str, Option(help="text-to-image model that makes the images")] = "avataaars32-text",
+    guidance_scale: Annotated[float, Option(help="of the generator")] = 4.0,
+    n: Annotated[int, Option(callback=opt.positive, help="images of each prompt")] = 64,
+    t: Annotated[int | None, Option(help="timestep (default: that of the paper's noise level)")] = None,
+    steps: Annotated[int, Option(callback=opt.positive, help="timesteps of generator and inversion")] = 20,
+    method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
+    seed: opt.Seed = 0,
+    device: opt.Device = None,
+):
+    """Fit boundaries in x and h from a sentence, with the images of a text-to-image model."""
+    network = wb.load_model(model, device=device).tapped(place.tap)
+    options = {"n": n, "t": t, "steps": steps, "generator_steps": steps, "seed": seed, "method": method}
+    options |= {"guidance_scale": guidance_scale, "generator": generator}
+    for space, found in wb.boundary_from_text(text, source=source, model=network, **options).items():
+        ending = place.ending if space == "h" else ""
+        save([found], network, place.out or paths.boundaries(), f"-{space}-t{found.t}-text{ending}")
 
 
 @command("import", app=boundary, example="workbench boundary import smile_h.sav --model celeba_hq --t 500 --space h")
@@ -290,6 +333,7 @@ def studio(
     steps: opt.Steps = 50,
     eta: opt.Eta = 1.0,
     classifier: Annotated[str, Option(help="scores images before and after the edit, e.g. avataaars-judge")] = "",
+    clip: Annotated[str, Option(help="type sentences to get sliders, by this CLIP, e.g. avataaars-clip")] = "",
     device: opt.Device = None,
     port: Annotated[int, Option(help="port of the page; 0 picks a free one")] = 0,
     theme: Annotated[Literal["light", "dark"], Option(help="theme of the page")] = "light",
@@ -310,7 +354,7 @@ def studio(
         "eta": eta,
     }
     serve_studio(
-        settings | {"classifier": classifier, "device": device},
+        settings | {"classifier": classifier, "clip": clip, "device": device},
         on_ready=lambda address: print(f"the studio is at\n  {address}\nuntil Ctrl-C", flush=True),
         port=port,
         theme=theme,

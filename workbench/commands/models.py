@@ -204,6 +204,10 @@ class Training:
     attention: Annotated[list[int] | None, Option(metavar="N...", help="at resolutions; 0: none (default 8)")] = None
     head_channels: Annotated[int | None, Option(help="channels of an attention head (default 48)")] = None
     skips: Annotated[int | None, Option(help="number of outermost skip connections kept (default: all)")] = None
+    text: Annotated[
+        str | None, Option(metavar="CLIP", help="condition on captions of the images, by the text encoder of this CLIP")
+    ] = None
+    text_dropout: Annotated[float | None, Option(help="share of captions left out, for guidance (default 0.1)")] = None
     dropout: Annotated[float | None, Option(help="share of dropped activations (default 0)")] = None
     steps: Annotated[int | None, Option(help="optimiser steps (default 10000)")] = None
     batch_size: Annotated[int | None, Option(help="images per step, over all processes (default 32)")] = None
@@ -344,21 +348,42 @@ def train_classifier(
     print(f"{classifier}\n{out.resolve()}")
 
 
+@command("train-clip", example="workbench train-clip FOLDER --out data/models/my-clip --size 32")
+def train_clip(
+    images: Annotated[str, Argument(help="folder of images with captions.csv or metadata.csv")],
+    out: opt.OutFolder,
+    size: Annotated[int, Option(callback=opt.positive, help="side of the images in pixels, a multiple of 4")] = 32,
+    steps: Annotated[int, Option(callback=opt.positive, help="number of batches")] = 3000,
+    batch_size: Annotated[int, Option(help="images, each with a caption, in a batch")] = 256,
+    seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
+    device: opt.Device = None,
+):
+    """Train a small CLIP on images with captions."""
+    given = wb.load_images(images, size=size)
+    found = wb.train_clip(given, out=out, steps=steps, batch_size=batch_size, seed=seed, device=device)
+    print(f"{found}\n{out.resolve()}")
+
+
 @command("data", example="workbench data avataaars --n 2000 --part 10\n  workbench data eurosat EuroSAT_RGB.zip")
 def data(
     name: Annotated[Literal["avataaars", "eurosat"], Argument(help="avataaars are drawn, eurosat is read")],
     source: Annotated[str | None, Argument(help="of eurosat: folder or zip of EuroSAT RGB as published")] = None,
     n: Annotated[int | None, Option(callback=opt.positive, help="number of avatars (default 2000)")] = None,
     part: Annotated[int, Option(help="0 and 1 are for training, 10 (of avataaars: and above) is held out")] = 10,
+    captions: Annotated[bool, Option("--captions", help="avatars, some with hats, and sentences about them")] = False,
     out: opt.OutImages = None,
 ):
     """Write the labelled images of a domain."""
     from workbench.datasets import avataaars, eurosat
+    from workbench.datasets import captions as captioned
 
     if name == "avataaars":
         if source is not None:
             raise ValueError(f"avataaars are drawn and not read from {source!r}; leave it out")
-        made = avataaars.build(n or 2000, part=part, out=out or Path(f"avataaars-part{part}"))
+        domain, ending = (captioned, "-captions") if captions else (avataaars, "")
+        made = domain.build(n or 2000, part=part, out=out or Path(f"avataaars-part{part}{ending}"))
+    elif captions:
+        raise ValueError(f"--captions are of avataaars; {name} has none")
     elif source is None or n is not None:
         raise ValueError(f"give the folder or zip with EuroSAT RGB ({eurosat.ORIGIN}); all of its images are read")
     else:

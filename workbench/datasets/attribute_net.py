@@ -238,7 +238,7 @@ def fit_network(
             group["lr"] = LEARNING_RATE * rate
         rows = rest[next(rows_of)]
         batch = _turn(pixels[rows].float() / 127.5 - 1, generator, flips=flips, turns=turns)
-        batch = network.prepare(_degrade(batch, generator))
+        batch = network.prepare(degrade(batch, generator))
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type != "mps"):
             scores = network(batch)
         loss = _loss(scores, labels[rows])
@@ -288,7 +288,7 @@ def _turn(images: torch.Tensor, generator: torch.Generator, *, flips: bool, turn
     return images
 
 
-def _degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Imitate a small diffusion model's defects: shifts, colours, sizes, blur, noise."""
     n, channels, side = len(images), images.shape[1], min(images.shape[2:])
     shift = torch.eye(2, 3).repeat(n, 1, 1)

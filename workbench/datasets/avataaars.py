@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -35,6 +35,8 @@ HELD_OUT_PART = 10
 """The part that is bundled; this one and all above it are never trained on. Parts 0 and 1 are for training."""
 
 LONG_HAIR = ("STRAIGHT_1", "STRAIGHT_2", "CURVY", "LONG_NOT_TOO_LONG", "BOB", "BIG_HAIR")
+HATS = ("HAT", "WINTER_HAT_1", "WINTER_HAT_3")
+"""Of pictures with captions alone: they take the place of the hair."""
 SHORT_HAIR = ("SHORT_FLAT", "SHORT_ROUND", "SHORT_WAVED", "CAESAR", "SHORT_CURLY", "CAESAR_SIDE_PART")
 GRAY_COLORS = {"SILVER_GRAY": 0.70, "PLATINUM": 0.30}
 HAIR_COLORS = {
@@ -185,8 +187,8 @@ def factors(part: int, i: int) -> Factors:
 
 
 def attributes(factors: Factors) -> dict[str, int | float]:
-    """Labels of a picture: 14 attributes of 0 or 1, and `Tilt` in degrees; the hair colours are 0 for a bald head."""
-    shown = vars(factors) | {"hair_color": None if factors.hair == "NONE" else factors.hair_color}
+    """Labels of a picture: 14 attributes of 0 or 1, and `Tilt` in degrees; hair colours are 0 without hair."""
+    shown = vars(factors) | {"hair_color": None if factors.hair in ("NONE", *HATS) else factors.hair_color}
     labels = {name: int(shown[a.factor] in a.options) for name, a in ATTRIBUTES.items()}
     return {**labels, "Tilt": factors.tilt}
 
@@ -241,19 +243,27 @@ def build(n: int, *, part: int, out: str | Path, correlated: bool = True, progre
     Path
         The folder.
     """
+    return write_pictures(n, part=part, out=out, draw=_draw if correlated else _draw_unlinked, progress=progress)
+
+
+def write_pictures(
+    n: int, *, part: int, out: str | Path, draw: Callable[[int, int], tuple[bytes, dict]], progress: bool
+) -> Path:
+    """Write what `draw(part, i)` gives for the first `n` images, a picture's bytes and labels; as `build`."""
     if not 1 <= n <= _MOST_IMAGES:
         raise ValueError(f"n is {n}; give a number of images from 1 to {_MOST_IMAGES}")
-    names = list(attributes(factors(part, 0)))
     _import_extra()
     out = paths.writable(out, folder=True)
     # Fork is unsafe in a process that has started torch's threads.
     workers = min(os.cpu_count() or 1, n // _POOL_FROM)
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
-    jobs = (_draw, repeat(part), range(n), repeat(correlated))
+    jobs = (draw, repeat(part), range(n))
     drawn = pool.map(*jobs, chunksize=16) if pool else map(*jobs)
     try:
-        shown = enumerate(tqdm(drawn, "avatars", n, unit="image", disable=not progress))
-        return write_folder(out, names, ((f"{i:05d}.webp", webp, labels) for i, (webp, labels) in shown))
+        shown = iter(tqdm(drawn, "avatars", n, unit="image", disable=not progress))
+        first = next(shown)
+        images = enumerate(chain([first], shown))
+        return write_folder(out, list(first[1]), ((f"{i:05d}.webp", webp, labels) for i, (webp, labels) in images))
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
@@ -331,7 +341,7 @@ def _rasterise(factors: Factors) -> Image.Image:
     python_avatars, cairosvg = _import_extra()
     svg = python_avatars.Avatar(
         style=python_avatars.AvatarStyle.TRANSPARENT,
-        top=python_avatars.HairType[factors.hair],
+        top=(python_avatars.HatType if factors.hair in HATS else python_avatars.HairType)[factors.hair],
         hair_color=python_avatars.HairColor[factors.hair_color],
         facial_hair=python_avatars.FacialHairType[factors.beard],
         facial_hair_color=python_avatars.HairColor[factors.hair_color],
@@ -394,15 +404,26 @@ def _free_hair_color(svg: str) -> bytes:
     return ElementTree.tostring(avatar)
 
 
-def _draw(part: int, i: int, correlated: bool) -> tuple[bytes, dict[str, int | float]]:
-    """Image `i` as a lossless WebP, and its labels."""
-    drawn, recoloured = (factors(part, i), None) if correlated else unlinked(part, i)
-    picture = render(drawn)
-    if recoloured and i % 2:
-        picture = Image.blend(picture, render(recoloured), np.random.default_rng([part, i]).uniform(0, 1 / 3))
+def encode(picture: Image.Image) -> bytes:
+    """A picture as a lossless WebP."""
     webp = io.BytesIO()
     picture.save(webp, "WEBP", lossless=True)
-    return webp.getvalue(), attributes(drawn)
+    return webp.getvalue()
+
+
+def _draw(part: int, i: int) -> tuple[bytes, dict[str, int | float]]:
+    """Image `i` of the recipe, and its labels."""
+    drawn = factors(part, i)
+    return encode(render(drawn)), attributes(drawn)
+
+
+def _draw_unlinked(part: int, i: int) -> tuple[bytes, dict[str, int | float]]:
+    """Image `i` without the planted correlations, every second one blended, and its labels."""
+    drawn, recoloured = unlinked(part, i)
+    picture = render(drawn)
+    if i % 2:
+        picture = Image.blend(picture, render(recoloured), np.random.default_rng([part, i]).uniform(0, 1 / 3))
+    return encode(picture), attributes(drawn)
 
 
 def _import_extra():

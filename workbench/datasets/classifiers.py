@@ -10,6 +10,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,18 @@ from workbench.datasets.attribute_net import (
     write_network,
 )
 from workbench.datasets.classifier import Classifier
+from workbench.datasets.clip import load_clip
 from workbench.datasets.domain import DOMAINS
 from workbench.datasets.labelled import LabelledImages, load_images
 from workbench.datasets.pixel_amounts import AMOUNTS, measure_pixels
 from workbench.diffusion.images import to_bytes
 from workbench.diffusion.models import find_device
 from workbench.formats.checkpoints import hash_weights, read_json
+from workbench.formats.hub import CLIP, find_folder
 from workbench.io import one_of
 
 BUNDLED = {name: folder for domain in DOMAINS for name, folder in domain.classifiers.items()}
+BUNDLED |= {domain.clip: domain.clip for domain in DOMAINS if domain.clip}
 """Bundled classifiers and their folders below data/models."""
 
 PIXELS = "pixels"
@@ -71,14 +75,15 @@ def load_classifier(
         - "pixels": amounts that are computed from the pixels, see `measure_pixels`;
         - a folder written by `train_classifier`;
         - a hub id or folder of a transformers image classifier: one attribute per class;
-        - "clip", or a hub id or folder of another CLIP: zero-shot, one attribute per pair of prompts;
+        - "clip", "avataaars-clip" (bundled), or a hub id or folder of another CLIP: zero-shot, one attribute per pair
+          of prompts;
         - a function or module from a Tensor of shape (n, C, H, W), values in [-1, 1], to probabilities: a DataFrame
           with these columns, or an array of shape (n, len(attributes)).
     device : str or torch.device, optional
         By default the best available; for a callable, that of its weights, or the CPU.
     prompts : mapping of str to (str, str), optional
         For CLIP: each attribute's prompts with and without it; the probability is the softmax over the pair. Default:
-        the five pairs of Haas et al. 2024, Table I.
+        those of the domain of a bundled CLIP, or the five pairs of Haas et al. 2024, Table I.
     attributes : sequence of str
         For a callable: names of its columns.
 
@@ -107,7 +112,7 @@ def load_classifier(
     folder, name, config = _find(source)
     kind = config.get("model_type")
     if kind == "clip":
-        return huggingface.prompted_classifier(folder, prompts or TABLE_I_PROMPTS, name=name, device=device)
+        return replace(load_clip(folder, device=device), name=name).classifier(prompts or _prompts_of(source))
     if prompts is not None:
         raise ValueError(f"prompts= is for CLIP; {name} is {f'a model of type {kind!r}' if kind else 'none'}")
     if kind is None:
@@ -121,9 +126,14 @@ def read_attributes(source: str | Path) -> tuple[str, ...] | None:
         return AMOUNTS
     config = {"model_type": "clip"} if source == "clip" else _find(source)[2]
     if config.get("model_type") == "clip":
-        return tuple(TABLE_I_PROMPTS)
+        return tuple(_prompts_of(source))
     known = config.get("attributes", config.get("id2label"))
     return None if known is None else tuple(known.values() if isinstance(known, dict) else known)
+
+
+def _prompts_of(source: str | Path) -> Mapping[str, tuple[str, str]]:
+    """Prompts of the attributes of a CLIP's domain, or of Table I."""
+    return next((domain.prompts for domain in DOMAINS if domain.clip == source), TABLE_I_PROMPTS)
 
 
 def check_attributes(
@@ -264,9 +274,10 @@ def _locate(source: str | Path) -> tuple[Path, str]:
             raise FileNotFoundError(f"{path} has no config.json; give the folder of a classifier")
         return path, path.resolve().name
     if source == "clip":
-        source = huggingface.CLIP
+        source = CLIP
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return huggingface.find_folder(source, bundled=BUNDLED), source
+        huggingface.load_transformers()
+        return find_folder(source, bundled=BUNDLED), source
     raise FileNotFoundError(
         f'no classifier {str(path)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "{PIXELS}", "clip", a folder, the '
         "hub id of an image classifier, or a function with attributes="

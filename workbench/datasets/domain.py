@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.datasets import avataaars, eurosat
+from workbench.datasets import avataaars, captions, eurosat
 from workbench.io import one_of
 
 
@@ -25,6 +25,10 @@ class Domain:
         How to get the images, where they are not bundled.
     labeller, judge : str or None
         Names of two classifiers, for `load_classifier`: one labels, the other judges.
+    clip : str or None
+        Name of a bundled CLIP of them, for `load_clip`.
+    prompts : mapping of str to (str, str)
+        Prompts with and without each attribute, in that CLIP's words.
     classifiers : mapping of str to str
         Folders of the classifiers, below data/models.
     frequencies : mapping of str to float
@@ -45,6 +49,8 @@ class Domain:
     origin: str | None = None
     labeller: str | None = None
     judge: str | None = None
+    clip: str | None = None
+    prompts: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     classifiers: Mapping[str, str] = field(default_factory=dict, repr=False)
     frequencies: Mapping[str, float] = field(default_factory=dict, repr=False)
     pairs: Mapping[tuple[str, str], tuple[float, float, float, float]] = field(default_factory=dict, repr=False)
@@ -70,6 +76,8 @@ AVATAAARS = Domain(
     model="avataaars32",
     labeller="avataaars",
     judge="avataaars-judge",
+    clip="avataaars-clip",
+    prompts=captions.PROMPTS,
     classifiers={"avataaars": "avataaars-attributes/labeller", "avataaars-judge": "avataaars-attributes/judge"},
     frequencies=avataaars.FREQUENCIES,
     pairs=avataaars.PLANTED,

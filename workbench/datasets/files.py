@@ -15,7 +15,7 @@ from PIL import Image
 
 from workbench import paths
 from workbench.datasets.domain import DOMAINS, domain_of
-from workbench.datasets.tables import LABEL_FILES, LISTS, common_folder, some
+from workbench.datasets.tables import CAPTION_FILES, LABEL_FILES, LISTS, common_folder, some
 
 BUNDLED = tuple(domain.name for domain in DOMAINS)
 """Names of images, each a folder below data."""
@@ -152,7 +152,8 @@ def warn_of_others(source: str | Path, others: list[str], *, tables: bool = Fals
     notes, skipped = [], [name for name in others if not name.lower().endswith(_COMPANIONS)]
     if skipped:
         notes.append(f"files without an extension of an image are skipped: {len(skipped)} ({some(skipped)})")
-    unread = [name for name in others if name.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
+    endings = (".csv", ".tsv", ".jsonl", ".parquet")
+    unread = [name for name in others if name.lower().endswith(endings) and name not in CAPTION_FILES]
     if tables and unread:
         notes.append(
             f"no labels are read, since no table is called {LABEL_FILES[0]} ({some(unread)}); give one as labels="

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.datasets.files import Folder, Zip, find_files, find_labels, folder_of, warn_of_others
-from workbench.datasets.tables import classes_of, labels_of, some
+from workbench.datasets.tables import classes_of, labels_of, read_captions, some
 from workbench.diffusion.images import Unsuitable, array_to_tensor, picture_to_tensor
 from workbench.io import one_of
 from workbench.shapes import shape_of
@@ -118,6 +118,29 @@ class LabelledImages:
             length, checksum = source.checksum(file)
             digest.update(f"{name}\0{length}\0{checksum}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """Captions of every image, none or several, in order.
+
+        They are read from `captions.csv` beside the images (columns `file`, `caption`), or from `metadata.csv` (columns
+        `file_name`, `text`, as the hub's image folders have it): a row a caption.
+
+        Raises
+        ------
+        ValueError
+            If there is no such table, or none of its rows is of these images.
+        """
+        found = {part: read_captions(source.path) for part, source in self._sources.items()}
+        captions = []
+        for name in self.labels.index:
+            part = next(part for part in found if name.startswith(part))
+            source = self._sources[part]
+            captions.append(found[part].get(source.prefix + name.removeprefix(part), []))
+        if not any(captions):
+            where = " and ".join(str(source.path) for source in self._sources.values())
+            raise ValueError(f"none of the {len(self)} images of {where} has a caption")
+        return captions
 
     def label(self, name: str) -> pd.Series:
         """Labels of one attribute.

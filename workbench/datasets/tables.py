@@ -14,6 +14,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,9 @@ LISTS = ("list_attr_celeba.txt", "list_attr_celeba.csv", "CelebAMask-HQ-attribut
 LABEL_FILES = ("attributes.csv", "attributes.tsv", "metadata.csv", *LISTS)
 FILE_COLUMN = "file_name"
 """Column of the file names in a `metadata.csv`, wherever it stands; elsewhere it is the first one."""
+
+CAPTION_FILES = {"captions.csv": ("file", "caption"), "metadata.csv": (FILE_COLUMN, "text")}
+"""Tables of captions, and their columns."""
 
 _WORDS = {"true": 1, "yes": 1, "false": 0, "no": 0}
 _PARTS = ("train", "val", "valid", "validation", "test")
@@ -51,6 +55,19 @@ def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
     if notes:
         warnings.warn(f"{where}: {'; '.join(notes)}", stacklevel=3)
     return table
+
+
+def read_captions(place: Path) -> dict[str, list[str]]:
+    """Captions by file name, from a table in a folder of images or beside a zip of them."""
+    folder = place if place.is_dir() else place.parent
+    found = [name for name in CAPTION_FILES if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{folder} has no captions; write {' or '.join(CAPTION_FILES)} beside the images")
+    table = pd.read_csv(folder / found[0], dtype=str)
+    file, caption = CAPTION_FILES[found[0]]
+    if missing := {file, caption}.difference(table):
+        raise ValueError(f"{folder / found[0]} has no column {min(missing)!r}; it has {', '.join(table)}")
+    return table.dropna(subset=[caption]).groupby(file, sort=False)[caption].agg(list).to_dict()
 
 
 def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:

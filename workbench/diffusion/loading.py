@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -152,6 +153,45 @@ def load_model(
     return model
 
 
+def load_pipeline(
+    source: str | Path, *, steps: int, guidance_scale: float, device: str | torch.device | None = None
+) -> Callable[[str, int, int], torch.Tensor]:
+    """Any pipeline of diffusers from text to images, as a function (prompt, n, seed) -> images in [-1, 1].
+
+    Parameters
+    ----------
+    source : str or path
+        Hub id or folder.
+    steps, guidance_scale
+        As the pipeline's own `num_inference_steps` and `guidance_scale`.
+    device : str or torch.device, optional
+        By default the best available.
+
+    Raises
+    ------
+    ValueError
+        If there is no such pipeline, or diffusers can't load it.
+    """
+    from diffusers import AutoPipelineForText2Image  # imports all of its pipelines
+
+    try:
+        pipeline = AutoPipelineForText2Image.from_pretrained(source).to(find_device(device))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source} is no pipeline from text to images that can be loaded ({reason})") from error
+    pipeline.set_progress_bar_config(disable=True)
+
+    def make(prompt: str, n: int, seed: int) -> torch.Tensor:
+        images = []
+        for i in range(n):
+            noise = torch.Generator().manual_seed(seed + 2 * i)
+            options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+            images.append(pipeline(prompt, generator=noise, **options).images)
+        return 2 * torch.cat(images).float().cpu() - 1
+
+    return make
+
+
 def load_shapes(source: str | Path) -> SplitUNet:
     """The network of a model without its weights, on the device "meta": memory, FLOPs and shapes follow from it.
 
@@ -212,12 +252,22 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
     unet, scheduler = _read_file(file, torch.device("cpu"), **options)
     SplitUNet(unet)  # refuses what could not be loaded again
     with written(out, folder=True) as partial:
-        if type(unet) is UNet2DModel:
-            DDPMPipeline(unet, scheduler).save_pretrained(partial)
-        else:  # diffusers has no class for it, so it can't load the folder as a pipeline
-            unet.save_pretrained(partial / "unet")
-            scheduler.save_pretrained(partial / "scheduler")
+        write_parts(unet, scheduler, partial)
     return out
+
+
+def write_parts(unet: torch.nn.Module, scheduler: DDPMScheduler, folder: Path) -> None:
+    """Write a network and its noise schedule as a model folder; a text encoder has to be beside them already."""
+    if type(unet) is UNet2DModel:
+        DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        return
+    # diffusers has no pipeline for it, so it can't load the folder as one
+    unet.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    if isinstance(unet, UNet2DConditionModel):
+        parts = {"unet": "diffusers", "scheduler": "diffusers", "text_encoder": "transformers"}
+        index = {name: [library, ""] for name, library in {**parts, "tokenizer": "transformers"}.items()}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def list_models() -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
@@ -29,7 +30,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BOUNDS = {
     "1 or more": (("layers", "head_channels", "steps", "batch_size"), lambda value: value >= 1),
     "a number above 0": (("learning_rate", "clip", "gamma"), lambda value: value > 0),
-    "a number from 0 to below 1": (("dropout", "ema"), lambda value: 0 <= value < 1),
+    "a number from 0 to below 1": (("dropout", "text_dropout", "ema"), lambda value: 0 <= value < 1),
     "0 or more": (("warmup", "weight_decay", "seed", "skips"), lambda value: value is None or value >= 0),
 }
 """What settings may be."""
@@ -66,6 +67,12 @@ class TrainingSettings:
         Number of skip connections to keep, counted from the input; the others have weights of 0 in the decoder, so that
         coarser features reach the image through h alone (except through the mean and variance of channel groups shared
         by both paths). By default all.
+    text : str or None
+        Folder or hub id of a CLIP: the network is conditioned on captions of the images, by cross-attention to the
+        tokens of its text encoder, wherever it has self-attention. The blocks of attention are new, with `start` too,
+        and give nothing at first.
+    text_dropout : float in [0, 1)
+        Share of captions that are replaced by the empty text, for guidance (Ho and Salimans 2022).
     dropout : float in [0, 1)
     steps, batch_size : int
         Optimiser steps, and images per step over all processes.
@@ -101,6 +108,8 @@ class TrainingSettings:
     start: str | None = None
     grow: bool = False
     skips: int | None = None
+    text: str | None = None
+    text_dropout: float = 0.1
     dropout: float = 0.0
     steps: int = 10_000
     batch_size: int = 32
@@ -172,23 +181,37 @@ def seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
         yield
 
 
-def empty_unet(config: dict) -> UNet2DModel:
+def empty_unet(config: dict) -> UNet2DModel | UNet2DConditionModel:
     """A network whose weights are read next."""
+    kind = UNet2DConditionModel if "cross_attention_dim" in config else UNet2DModel
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(config)
+        unet = kind.from_config(config)
     return unet.to_empty(device="cpu")
 
 
-def first_unet(settings: TrainingSettings) -> tuple[UNet2DModel, DDPMScheduler]:
-    """The network that a training begins with, and its noise schedule with the kind of prediction."""
+def first_unet(
+    settings: TrainingSettings, *, token_width: int | None = None
+) -> tuple[UNet2DModel | UNet2DConditionModel, DDPMScheduler]:
+    """The network that a training begins with, and its noise schedule with the kind of prediction.
+
+    With `token_width` it is conditioned on texts of tokens of that width.
+    """
     s = settings
     if s.start is not None:
         model = load_model(s.start, device="cpu")
-        return _network_of(model, grow=s.grow, dropout=s.dropout, seed=s.seed), _scheduler_of(model)
+        unet, scheduler = _network_of(model, grow=s.grow, dropout=s.dropout, seed=s.seed), _scheduler_of(model)
+    else:
+        unet, scheduler = _new_unet(s), DDPMScheduler(**noise_schedule(T=s.timesteps), prediction_type=s.prediction)
+    if token_width is not None:
+        unet = conditioned_unet(unet, token_width=token_width, seed=s.seed)
+    return unet, scheduler
+
+
+def _new_unet(s: TrainingSettings) -> UNet2DModel:
     channels, height, width = s.size
     attends = ["Attn" if min(height, width) >> level in s.attention else "" for level in range(len(s.widths))]
     with seeded([s.seed, _WEIGHTS]):
-        unet = UNet2DModel(
+        return UNet2DModel(
             sample_size=height if height == width else (height, width),
             in_channels=channels,
             out_channels=channels,
@@ -200,7 +223,40 @@ def first_unet(settings: TrainingSettings) -> tuple[UNet2DModel, DDPMScheduler]:
             norm_num_groups=NORM_GROUPS,
             dropout=s.dropout,
         )
-    return unet, DDPMScheduler(**noise_schedule(T=s.timesteps), prediction_type=s.prediction)
+
+
+def conditioned_unet(unet: UNet2DModel, *, token_width: int, seed: int) -> UNet2DConditionModel:
+    """A network on texts with the weights of an unconditional one, but for its attention.
+
+    Where that has self-attention, this one has transformer blocks (self-attention and cross-attention to the tokens),
+    whose last layers are 0 at first, so that each begins as the identity.
+    """
+    c = unet.config
+    shared = {
+        name: c[name]
+        for name in inspect.signature(UNet2DConditionModel).parameters
+        if name in c and name not in ("down_block_types", "up_block_types", "mid_block_type", "num_class_embeds")
+    }
+    heads = [max(1, width // c.attention_head_dim) for width in c.block_out_channels]
+    with seeded([seed, _WEIGHTS]):
+        conditioned = UNet2DConditionModel(
+            **shared
+            | {
+                "down_block_types": tuple(name.replace("AttnDown", "CrossAttnDown") for name in c.down_block_types),
+                "up_block_types": tuple(name.replace("AttnUp", "CrossAttnUp") for name in c.up_block_types),
+                "attention_head_dim": heads,  # diffusers' name for the number of heads
+                "cross_attention_dim": token_width,
+            }
+        )
+    kept = {name: weight for name, weight in unet.state_dict().items() if ".attentions." not in name}
+    missing, unexpected = conditioned.load_state_dict(kept, strict=False)
+    if unexpected or any(".attentions." not in name for name in missing):
+        raise ValueError(f"a network with {(unexpected or missing)[0]} can't be conditioned on texts")
+    for name, module in conditioned.named_modules():
+        if name.endswith("proj_out"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return conditioned
 
 
 def _scheduler_of(model: Model) -> DDPMScheduler:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+
+from workbench.formats.hub import find_folder
 
 T5_LENGTH = 77
 """Tokens that DeepFloyd IF gives its network; T5 itself has no limit."""
@@ -46,7 +50,27 @@ class TextEncoder:
         encoder = kinds[config.model_type].from_pretrained(self.folder / "text_encoder", local_files_only=True)
         return tokenizer, encoder.eval().float()
 
+    @property
+    def width(self) -> int:
+        """D of the tokens."""
+        config = self._parts[1].config
+        return config.d_model if config.model_type == "t5" else config.hidden_size
+
+    def tokenise(self, texts: Sequence[str]) -> torch.Tensor:
+        """Tokens (n, L) of texts, padded to the length that the network was trained on, or cut off there."""
+        tokenizer, encoder = self._parts
+        length = T5_LENGTH if encoder.config.model_type == "t5" else tokenizer.model_max_length
+        return tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
     @torch.no_grad()
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (n, L, D), float32, of tokens (n, L)."""
+        tokenizer, encoder = self._parts
+        masked = encoder.config.model_type == "t5" or getattr(encoder.config, "use_attention_mask", False)
+        return encoder(ids, attention_mask=(ids != tokenizer.pad_token_id).long() if masked else None)[0]
+
     def tokens(self, text: str, *, empty: bool = False) -> torch.Tensor:
         """Last hidden state of the text encoder, padded to the length that the network was trained on.
 
@@ -68,19 +92,36 @@ class TextEncoder:
         Warns
         -----
         UserWarning
-            If the text is too long and its end is cut off.
+            If the text is too long and its end is cut off, or the tokenizer knows some of its words only.
         """
         if not isinstance(text, str) or not (text.strip() or empty):
             raise ValueError(f"the prompt is {text!r}; give a text of at least one word")
         tokenizer, encoder = self._parts
-        t5 = encoder.config.model_type == "t5"
-        length = T5_LENGTH if t5 else tokenizer.model_max_length
-        text = text.lower().strip() if t5 else text  # as IF's own pipeline does
-        given = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        if len(tokenizer(text).input_ids) > length:
-            warnings.warn(f"the prompt has more than {length} tokens; its end is cut off", stacklevel=3)
-        known = set(given.input_ids[0].tolist()) - set(tokenizer.all_special_ids)
-        if not known and text.strip():
-            raise ValueError(f"the tokenizer of {self.folder.name} knows no word of {text!r}")
-        masked = t5 or getattr(encoder.config, "use_attention_mask", False)
-        return encoder(given.input_ids, attention_mask=given.attention_mask if masked else None)[0]
+        if encoder.config.model_type == "t5":
+            text = text.lower().strip()  # as IF's own pipeline does
+        ids = self.tokenise([text])
+        if text.strip():
+            check_words(tokenizer, text, self.folder.name)
+        if len(tokenizer(text).input_ids) > ids.shape[1]:
+            warnings.warn(f"the prompt has more than {ids.shape[1]} tokens; its end is cut off", stacklevel=3)
+        return self.encode(ids)
+
+
+def check_words(tokenizer, text: str, name: str) -> None:
+    """Raise a ValueError if a tokenizer knows no word of a text, and warn if it knows some only."""
+    ids = tokenizer(text).input_ids
+    if not set(ids).difference(tokenizer.all_special_ids):
+        raise ValueError(f"the tokenizer of {name} knows no word of {text!r}")
+    if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        unknown = [w for w in re.findall(r"[^\W\d_]+", text) if tokenizer.unk_token_id in tokenizer(w).input_ids]
+        warnings.warn(f"the tokenizer of {name} does not know {', '.join(map(repr, unknown))}", stacklevel=4)
+
+
+def copy_text_encoder(source: str | Path, out: Path) -> TextEncoder:
+    """Write the tokenizer and the text encoder of a CLIP (a folder or hub id) as parts of a pipeline's folder."""
+    import transformers
+
+    folder = find_folder(source)
+    transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out / "tokenizer")
+    transformers.CLIPTextModel.from_pretrained(folder, local_files_only=True).save_pretrained(out / "text_encoder")
+    return TextEncoder(out)

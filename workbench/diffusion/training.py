@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.diffusion.images import check_values, to_bytes, warn_of_unit_range
-from workbench.diffusion.loading import has_unet, load_model
+from workbench.diffusion.loading import has_unet, load_model, write_parts
 from workbench.diffusion.models import Model, wrap
 from workbench.diffusion.networks import (
     PRECISIONS,
@@ -49,6 +49,7 @@ from workbench.diffusion.networks import (
 )
 from workbench.diffusion.parallel import count_passes
 from workbench.diffusion.sampling import sample
+from workbench.diffusion.text import TextEncoder, copy_text_encoder
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats.checkpoints import hash_weights, read_json
 from workbench.io import commit, locked, write_text, written
@@ -60,7 +61,7 @@ CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
 """Edges of the bins of timesteps that the loss is logged in, as shares of T."""
 
-PREVIEW_STEPS = 20
+PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
 
 _ORDER, _DROPOUT = 1, 3
 """Streams of a training's seed, beside that of the steps and that of new weights."""
@@ -68,12 +69,17 @@ _ORDER, _DROPOUT = 1, 3
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Random choices of one step: rows of the images, mirrored rows, timesteps and noise (b, C, H, W)."""
+    """Random choices of one step: rows of the images, mirrored rows, timesteps and noise (b, C, H, W).
+
+    `caption` in [0, 1) says which of its captions an image has, if it has several, and `untold` that it has none.
+    """
 
     rows: np.ndarray
     flipped: np.ndarray
     t: np.ndarray
     noise: np.ndarray
+    caption: np.ndarray
+    untold: np.ndarray
 
 
 def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[int, int, int]) -> Batch:
@@ -90,6 +96,8 @@ def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[in
         flipped=(rng.random(b) < 0.5) & settings.flips,
         t=((np.arange(b) + rng.random()) / b * settings.timesteps).astype(int),
         noise=rng.standard_normal((b, *shape), dtype=np.float32),
+        caption=rng.random(b),
+        untold=rng.random(b) < settings.text_dropout,
     )
 
 
@@ -115,7 +123,7 @@ def train_model(
     ----------
     images : LabelledImages or Tensor of shape (n, C, H, W) with values in [-1, 1], or a list of these
         Of the size of the settings, which LabelledImages are cropped and resized to. Kept in memory as bytes; labels
-        are not used.
+        are not used. With `settings.text`, all are LabelledImages with `captions`.
     settings : TrainingSettings, optional
         Not given when resuming: a training keeps its settings.
     out : str or Path
@@ -183,17 +191,19 @@ def train_model(
         about = read_json(out / CONFIG)
         unet, scheduler = empty_unet(about["network"]), DDPMScheduler.from_config(about.get("scheduler", {}))
     else:
-        unet, scheduler = first_unet(settings)
+        text = None if settings.text is None else copy_text_encoder(settings.text, out)
+        unet, scheduler = first_unet(settings, token_width=text and text.width)
     shape = SplitUNet(unet).x_shape  # refuses what could not be loaded again
     noise = {"timesteps": scheduler.config.num_train_timesteps, "prediction": scheduler.config.prediction_type}
     settings = replace(settings, size=shape, **noise)
     pixels = _read_images(images, settings.size)
+    captions = None if settings.text is None else _Captions(TextEncoder(out), _read_captions(images))
     if settings.skips is not None:
         cut_skips(unet, kept=settings.skips)
-    description = _describe(settings, unet, scheduler, pixels)
+    description = _describe(settings, unet, scheduler, pixels, captions)
     if resume and (then := read_json(out / CONFIG)["images"]) != description["images"]:
         raise ValueError(f"the training in {out} used {then['n']} images, and these {len(pixels)} differ from them")
-    run = _Run(unet, scheduler, description, settings=settings, device=accelerator.device)
+    run = _Run(unet, scheduler, description, settings=settings, captions=captions, device=accelerator.device)
     if begun:
         run.load(out / STATE)
     accelerator.wait_for_everyone()
@@ -298,12 +308,13 @@ class _Run:
         description: dict,
         *,
         settings: TrainingSettings,
+        captions: _Captions | None,
         device: torch.device,
     ) -> None:
         # channels_last makes convolutions faster on CUDA; in bfloat16 on a CPU, slower by a sixth to a quarter.
         memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.unet = unet.to(device=device, memory_format=memory_format).train().requires_grad_(True)
-        self.scheduler, self.description, self.settings = scheduler, description, settings
+        self.scheduler, self.description, self.settings, self.captions = scheduler, description, settings, captions
         self.average = EMAModel(unet.parameters(), decay=settings.ema)
         self.optimiser = torch.optim.AdamW(
             unet.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
@@ -333,6 +344,9 @@ class _Run:
         unet = self.save_model(out)
         if previews:
             model = wrap(unet, self.scheduler, name=out.name, device=self.unet.device)
+            if self.captions is not None:
+                shown, blank = (self.captions.encode([text]) for text in (self.captions.texts[0][0], ""))
+                model = model.conditioned(condition=shown, negative=blank, guidance_scale=PREVIEW_GUIDANCE)
             images = sample(model, range(previews), steps=PREVIEW_STEPS, progress=False).images
             with written(out / "samples" / f"{self.step:07d}.png") as partial:
                 _contact_sheet(images).save(partial, "PNG")
@@ -342,7 +356,7 @@ class _Run:
         unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.average.copy_to(unet.parameters())
         with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-            DDPMPipeline(unet, self.scheduler).save_pretrained(partial)
+            write_parts(unet, self.scheduler, Path(partial))
             for file in filter(Path.is_file, Path(partial).rglob("*")):
                 target = out / file.relative_to(partial)
                 target.parent.mkdir(exist_ok=True)
@@ -378,6 +392,26 @@ class _Run:
             raise ValueError(f"{path} is no checkpoint of this training ({error}); train again") from error
 
 
+class _Captions:
+    """Captions of the images, as tokens, with the text encoder that the network sees them through."""
+
+    def __init__(self, encoder: TextEncoder, texts: list[list[str]]) -> None:
+        self.encoder, self.texts = encoder, texts
+        self._ids = encoder.tokenise([text for each in texts for text in each]).to(torch.int32)
+        self._ends = np.cumsum([len(each) for each in texts])
+        self._blank = encoder.tokenise([""])[0]
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return self.encoder.encode(self.encoder.tokenise(texts))
+
+    def of(self, batch: Batch, own: slice, device: torch.device) -> dict[str, torch.Tensor]:
+        """What the network takes for a process's rows of a batch: one caption of every image, or the empty text."""
+        counts = np.array([len(self.texts[row]) for row in batch.rows[own]])
+        chosen = self._ends[batch.rows[own]] - counts + (batch.caption[own] * counts).astype(int)
+        ids = torch.where(torch.from_numpy(batch.untold[own])[:, None], self._blank, self._ids[chosen].long())
+        return {"encoder_hidden_states": self.encoder.encode(ids).to(device)}
+
+
 def _take_step(
     run: _Run, network: torch.nn.Module, batch: Batch, *, pixels: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
@@ -397,7 +431,7 @@ def _take_step(
         seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
         torch.autocast(device.type, PRECISIONS[settings.precision], enabled=low),
     ):
-        predicted = network(x_t, t).sample
+        predicted = network(x_t, t, **({} if run.captions is None else run.captions.of(batch, own, device))).sample
     v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
     target = {"epsilon": noise, "v_prediction": v, "sample": x0}[settings.prediction]
     losses = run.share[t] * (predicted.float() - target).square().mean(dim=(1, 2, 3))
@@ -427,6 +461,17 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER, epoch]).permutation(n)
 
 
+def _read_captions(images: Sequence[torch.Tensor] | torch.Tensor) -> list[list[str]]:
+    """Captions of all images of one or several sources."""
+    if isinstance(images, (list, tuple)):
+        return [captions for part in images for captions in _read_captions(part)]
+    if not hasattr(images, "captions"):
+        raise ValueError("a network on texts is trained on images with captions, from `load_images`")
+    if missing := sum(not each for each in images.captions):
+        raise ValueError(f"{missing} of {len(images)} images have no caption; select the others")
+    return images.captions
+
+
 def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """All images of one or several sources in memory, 8 bits a value."""
     if isinstance(images, (list, tuple)):
@@ -446,12 +491,21 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
     return to_bytes(images)
 
 
-def _describe(settings: TrainingSettings, unet: UNet2DModel, scheduler: DDPMScheduler, pixels: torch.Tensor) -> dict:
+def _describe(
+    settings: TrainingSettings,
+    unet: torch.nn.Module,
+    scheduler: DDPMScheduler,
+    pixels: torch.Tensor,
+    captions: _Captions | None,
+) -> dict:
     """Content of `training.json`."""
+    images = {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()}
+    if captions is not None:
+        images["captions"] = hashlib.sha256(json.dumps(captions.texts).encode()).hexdigest()
     packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
         "settings": asdict(settings),
-        "images": {"n": len(pixels), "sha256": hashlib.sha256(pixels.numpy()).hexdigest()},
+        "images": images,
         "network": {key: value for key, value in unet.config.items() if not key.startswith("_")},
         "scheduler": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
         "parameters": sum(p.numel() for p in unet.parameters()),

@@ -10,6 +10,8 @@ but is meaningful only for its own.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,10 +30,17 @@ from workbench.diffusion.models import Model, refuse_other_model
 from workbench.directions.direction import Direction, origin_of
 from workbench.formats.checkpoints import read_tensors
 from workbench.hspace.store import HStore
-from workbench.paths import local
+from workbench.io import written
+from workbench.paths import local, writable
+
+GROUPS = 32
+"""Groups of a block's normalisation; fewer where they do not divide the channels, as in no published block."""
 
 _KINDS = {"ddpm": ("conv1", "temb_proj"), "guided": ("in_layers.2", "emb_layers.1")}
 """The first convolution, and the projection of the timestep, in each kind of file."""
+
+
+_METADATA = "workbench-delta-block"
 
 
 class DeltaBlock(nn.Module):
@@ -42,11 +53,12 @@ class DeltaBlock(nn.Module):
         super().__init__()
         self.kind = kind
         project, convolve = nn.Linear(emb_channels, channels), partial(nn.Conv2d, channels, channels, 1)
+        groups = math.gcd(GROUPS, channels)
         if kind == "ddpm":
             self.conv1, self.temb_proj = convolve(), project
-            self.norm2, self.conv2 = nn.GroupNorm(32, channels, eps=1e-6), convolve()
+            self.norm2, self.conv2 = nn.GroupNorm(groups, channels, eps=1e-6), convolve()
         else:
-            norm = partial(nn.GroupNorm, 32, channels)
+            norm = partial(nn.GroupNorm, groups, channels)
             self.in_layers = nn.Sequential(norm(), nn.SiLU(), convolve())
             self.emb_layers = nn.Sequential(nn.SiLU(), project)
             self.out_layers = nn.Sequential(norm(), nn.SiLU(), nn.Identity(), convolve())
@@ -88,12 +100,15 @@ class DeltaFunction:
     name : str
     sources : tuple of str
         SHA-256 of the files.
+    training : dict or None
+        Of one that `train_asyrp` made: its texts, settings and losses.
     """
 
     model: Model = field(repr=False)
     terms: tuple[tuple[float, DeltaBlock], ...] = field(repr=False)
     name: str
     sources: tuple[str, ...] = field(repr=False)
+    training: dict | None = field(default=None, repr=False)
 
     def __call__(self, h: torch.Tensor, t: int) -> torch.Tensor:
         """Delta h at timestep `t`.
@@ -133,6 +148,37 @@ class DeltaFunction:
             name=f"{self.name} + {other.name}",
             sources=self.sources + other.sources,
         )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the function, for `load_asyrp`.
+
+        Parameters
+        ----------
+        path : path
+            `.pth`: as Asyrp writes its blocks, without the model that they belong to. `.safetensors`: with the model's
+            identity, so that another model is refused.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        ValueError
+            If the function is a sum or a multiple, which a file does not hold, or the ending is another one.
+        """
+        path = writable(path, suffixes=(".pth", ".safetensors"))
+        (factor, block), *others = self.terms
+        if others or factor != 1.0:
+            raise ValueError(f"{self.name} is a combination of {len(self.terms)} blocks; save each block by itself")
+        state = {name: weight.detach().cpu().contiguous() for name, weight in block.state_dict().items()}
+        with written(path) as partial:
+            if path.suffix == ".pth":
+                torch.save({"0": state}, partial)
+            else:
+                about = {"name": self.name, "model": self.model.provenance(), "training": self.training}
+                save_file(state, partial, {_METADATA: json.dumps(about)})
+        return path
 
     def mean(self, store: HStore, *, calibrate: bool = True, progress: bool = True) -> Direction:
         """Mean of Delta h_t over samples, as an ordinary direction.
@@ -189,7 +235,7 @@ class DeltaFunction:
 
 
 def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | None = None) -> DeltaFunction:
-    """Read a DeltaBlock of a `.pth` file of Asyrp, without executing anything.
+    """Read a DeltaBlock of a `.pth` file of Asyrp, or of a file of `DeltaFunction.save`, without executing anything.
 
     Parameters
     ----------
@@ -200,7 +246,8 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     index : int, default 0
         Index of the block in a file with several.
     name : str, optional
-        By default the attribute at the start of the file name ("smiling_LC_CelebA_HQ_t999...").
+        By default the one in the file, or the attribute at the start of a file name of Asyrp
+        ("smiling_LC_CelebA_HQ_t999...").
 
     Returns
     -------
@@ -217,6 +264,10 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a .pth file of Asyrp")
     content = read_tensors(path)
+    own = _read_about(path)
+    if own is not None:
+        refuse_other_model(str(path), own["model"], model.provenance(), condition=False)
+        content = {"0": content}
     weights = content.get(str(index)) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         plain = isinstance(weights, torch.Tensor)
@@ -236,8 +287,19 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
             f"{path} takes h of {taken[0]} channels and an embedding of {taken[1]}; {model.name} has {given[0]} and "
             f"{given[1]}"
         )
-    name = re.split(r"_LC_|\.", path.name)[0] if name is None else name
+    name = name or (own["name"] if own else re.split(r"_LC_|\.", path.name)[0])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,))
+    function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,), own and own["training"])
     function.check_fits(model)
     return function
+
+
+def _read_about(path: Path) -> dict | None:
+    """What `DeltaFunction.save` wrote beside the weights; None of a file of Asyrp."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        about = (file.metadata() or {}).get(_METADATA)
+    if about is None:
+        raise ValueError(f"{path} holds no DeltaBlock; give a .pth file of Asyrp, or one that DeltaFunction.save wrote")
+    return json.loads(about)

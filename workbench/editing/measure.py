@@ -11,8 +11,14 @@ import pandas as pd
 import torch
 
 from workbench.analysis.effect_metrics import EffectMatrix, effect_matrix, monotonicity, success_rate
-from workbench.analysis.image_metrics import kernel_distance, peak_signal_to_noise
+from workbench.analysis.image_metrics import (
+    directional_similarity,
+    kernel_distance,
+    peak_signal_to_noise,
+    segmentation_consistency,
+)
 from workbench.analysis.intervals import Estimate, mean_interval
+from workbench.datasets.clip import Clip
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches, replay
 from workbench.directions.direction import Direction
@@ -20,6 +26,8 @@ from workbench.editing.edits import Edit, as_edit, check_run
 from workbench.editing.render import cells_bar, name_edits, run_plans
 
 Classifier = Callable[[torch.Tensor], pd.DataFrame]
+
+TEXT_MEASURES = ("s_dir", "clip_score", "consistency")
 
 IMAGE_BYTES = 2**28
 """Upper bound of the edited images in memory."""
@@ -35,7 +43,9 @@ class Effects:
         One row per edit, scale, sample and attribute: `edit`, `scale` (in the edit's unit), `seed` (the position of an
         inverted image), `attribute`, the score `before` (of the same process without the change) and `after`; and of
         the image `rms` (root mean square change), `psnr` against that process and `psnr_image` against the sample's
-        own image (dB), and `psnr_outside` of the attribute's region where that is known.
+        own image (dB), and `psnr_outside` of the attribute's region where that is known. With prompts, `s_dir` (S_dir,
+        `directional_similarity`; the loss of Asyrp and DiffusionCLIP is its complement, 1 - S_dir) and `clip_score`,
+        the cosine of the edited image with the attribute's prompt; with a segmenter, `consistency` (SC).
     realism : DataFrame
         One row per edit and scale: `kid`, the `kernel_distance` of the judge's features from those of real images;
         empty without real images.
@@ -129,7 +139,8 @@ class Effects:
             `edit`, `scale`; `change` of the attribute's score with its 95% interval `low`, `high` over the samples;
             `gained`, the share of samples without the attribute that gain it, and `lost`, the share of those with it
             that lose it, with their numbers (`without`, `with`); `others`, the mean size of the change
-            of all other attributes; median `psnr` and `psnr_image`; `kid` if known; `n`.
+            of all other attributes; median `psnr` and `psnr_image`; mean `s_dir`, `clip_score` and `consistency`, and
+            `kid`, where they are known; `n`.
         """
         rows = []
         for (edit, scale), part in self.table.groupby(["edit", "scale"], sort=False):
@@ -151,6 +162,7 @@ class Effects:
                     "others": (others["after"] - others["before"]).abs().mean(),
                     "psnr": own["psnr"].median(),
                     "psnr_image": own["psnr_image"].median(),
+                    **own[own.columns.intersection(TEXT_MEASURES)].mean(),
                     "n": len(own),
                 }
             )
@@ -181,6 +193,9 @@ def measure(
     classifier: Classifier,
     masks: Mapping[str, np.ndarray] | None = None,
     real: torch.Tensor | None = None,
+    clip: Clip | None = None,
+    prompts: Mapping[str, tuple[str, str]] | None = None,
+    segmenter: Callable[[torch.Tensor], np.ndarray] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
@@ -200,6 +215,12 @@ def measure(
         Region of each attribute; `psnr_outside` is measured outside of it.
     real : Tensor of shape (n, C, H, W), optional
         Real images to measure `kid` against; the classifier then needs `features`.
+    clip : Clip, optional
+        For `s_dir` and `clip_score`; with `prompts`.
+    prompts : mapping of attribute -> (str, str), optional
+        Texts with each attribute and without it, such as `domain_of(images).prompts`.
+    segmenter : callable (images) -> int array of shape (n, h, w), optional
+        For `consistency`; see `load_segmenter`.
     batch_size : int, optional
         Cells per pass; chosen by the model if not given.
     progress : bool
@@ -222,6 +243,9 @@ def measure(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two edits are named {twice!r}; give a mapping of name -> edit")
+    if (clip is None) != (not prompts):
+        raise ValueError("S_dir compares images with texts; give clip= and prompts= together")
+    texts = {name: clip.texts(pair) for name, pair in (prompts or {}).items()}
     plans, plains = [edit.plan(run, scales) for _, edit in named], _Plains(run)
     plain_of = [plains.position(edit.plain(run)) for _, edit in named]
     ids = np.arange(len(run)) if run.seeds is None else np.array(run.seeds)
@@ -238,6 +262,12 @@ def measure(
                 images, plain = edited[e], unedited[plain_of[e]]
                 tables.append(_table(classifier, scores[plain_of[e]], images, name, scales, ids[samples]))
                 _add_image_measures(tables[-1], images, plain, part.images, masks or {})
+                if texts:
+                    _add_text_measures(tables[-1], images, plain, clip, texts)
+                if segmenter is not None:
+                    maps = segmenter(plain).repeat(len(scales), axis=0)
+                    found = segmentation_consistency(segmenter(images.flatten(0, 1)), maps)
+                    tables[-1]["consistency"] = np.repeat(found, len(tables[-1]) // len(found))
                 if real is not None:
                     features[e].append([classifier.features(column) for column in images.unbind(1)])
     rows = []
@@ -320,6 +350,19 @@ def _add_image_measures(
         if attribute in masks:
             outside[:, a] = peak_signal_to_noise(values, before, mask=~masks[attribute])
     table["psnr_outside"] = outside.ravel()
+
+
+def _add_text_measures(
+    table: pd.DataFrame, edited: torch.Tensor, plain: torch.Tensor, clip: Clip, texts: Mapping[str, np.ndarray]
+) -> None:
+    before, after = clip.images(plain).repeat(edited.shape[1], axis=0), clip.images(edited.flatten(0, 1))
+    attributes = list(table["attribute"].unique())
+    for column in ("s_dir", "clip_score"):
+        values = np.full((len(after), len(attributes)), np.nan)
+        for a, (target, source) in ((a, texts[name]) for a, name in enumerate(attributes) if name in texts):
+            moved = directional_similarity(before, after, source=source, target=target)
+            values[:, a] = moved if column == "s_dir" else after @ target
+        table[column] = values.ravel()
 
 
 def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:

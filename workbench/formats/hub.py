@@ -7,6 +7,25 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from workbench import paths
+
+CLIP = "openai/clip-vit-base-patch32"
+"""What "clip" stands for."""
+
+
+def find_folder(source: str | Path, *, bundled: Iterable[str] = ()) -> Path:
+    """Folder of a model of transformers: a folder, a name below data/models, a hub id; "clip" is `CLIP`."""
+    for path in (paths.local(source), paths.models() / source):
+        if path.is_dir():
+            return path
+    kinds = ("*.safetensors", "pytorch_model*.bin")  # pickled weights are read without executing them
+    return fetch(
+        CLIP if source == "clip" else str(source),
+        *(("*.json", "*.txt", weights) for weights in kinds),
+        complete=lambda folder: any(path for kind in kinds for path in folder.glob(kind)),
+        bundled=bundled,
+    )
+
 
 def fetch(repository: str, *choices: Sequence[str], complete: Callable[[Path], bool], bundled: Iterable[str]) -> Path:
     """Folder of a hub repository, from the local cache if it is complete there, else fetched.

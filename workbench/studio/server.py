@@ -15,6 +15,7 @@ from traitlets.config import Config
 
 from workbench import paths
 from workbench.datasets.classifiers import load_classifier
+from workbench.datasets.clip import load_clip
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
@@ -28,6 +29,7 @@ from workbench.studio.explorer import Explorer, explore
 from workbench.studio.recipe import load_editable
 from workbench.studio.widgets import EditStudio
 
+WORDS_SAMPLES = 256
 LOOPBACK = "127.0.0.1"
 _OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
 
@@ -40,6 +42,8 @@ def serve_studio(options: dict, **page) -> None:
         find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
         if options.get("classifier"):
             load_classifier(options["classifier"], device=options.get("device"))
+        if options.get("clip"):
+            load_clip(options["clip"], device=options.get("device"))
 
     serve("open_studio", options, check, title="h-space edit studio", **page)
 
@@ -136,23 +140,27 @@ def open_studio(
     steps: int = 50,
     eta: float = 1.0,
     classifier: str = "",
+    clip: str = "",
     device: str | None = None,
 ) -> EditStudio:
     """The studio of names and files, as `workbench studio` shows it.
 
     `condition` are options of `load_model`, for a conditional model. `directions` are files of directions and
     boundaries, or folders of them; by default those saved for this model in `data/directions` and `data/boundaries`,
-    or, without any direction, principal components of 96 samples. Raises FileNotFoundError or ValueError if something
+    or, without any direction, principal components of 96 samples. With `clip`, as of `load_clip`, sentences become
+    directions, by the scores of 256 samples. Raises FileNotFoundError or ValueError if something
     named is not there, or does not fit the model.
     """
     loaded = load_model(model, device=device, **(condition or {}))
     runs = sample(loaded, seeds, steps=steps, eta=eta, progress=False)
     found = find_editables(loaded, directions, runs.timesteps)
-    if directions is None and not any(isinstance(each, Direction) for each in found):
-        store = extract(loaded, 96, steps=steps, eta=eta, progress=False)
-        found = [*find_pca(store, k=4), *found]
+    words, store = load_clip(clip, device=device) if clip else None, None
+    without = directions is None and not any(isinstance(each, Direction) for each in found)
+    if words or without:
+        store = extract(loaded, WORDS_SAMPLES if words else 96, steps=steps, eta=eta, progress=False)
+        found = [*(find_pca(store, k=4) if without else ()), *found]
     scores = load_classifier(classifier, device=device) if classifier else None
-    return EditStudio(loaded, runs, found, classifier=scores)
+    return EditStudio(loaded, runs, found, classifier=scores, store=store if words else None, clip=words)
 
 
 def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequence[int]) -> list[Direction | Boundary]:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from workbench.analysis.maps import make_maps
+from workbench.datasets.clip import Clip
 from workbench.diffusion.sampling import replay
+from workbench.directions.words import SOURCE, find_from_text
 from workbench.editing.render import EditGrid
 from workbench.studio.explorer import Explorer, explore
 from workbench.studio.markup import bars, cells, picture
@@ -158,6 +160,31 @@ class Map(View):
         self.studio.pick(positions[0])
         left = len(chosen) - len(taken)
         self.explorer.say(f"{len(taken)} samples are in the studio" + (f"; {left} more were left out" if left else ""))
+
+
+class Words(widgets.VBox):
+    """A field for a sentence, which becomes a direction of its own by the scores of a CLIP."""
+
+    def __init__(self, studio: EditStudio, clip: Clip) -> None:
+        self.studio, self.clip = studio, clip
+        self.text = widgets.Text(placeholder="a smiling person", description="Text", tooltip="what the samples become")
+        self.against = widgets.Text(SOURCE, description="against", tooltip="what the samples are without the edit")
+        self.find = widgets.Button(description="Add a slider", tooltip="find the direction of the text")
+        self.find.on_click(lambda _: self._ask())
+        super().__init__([self.text, self.against, self.find])
+
+    def _ask(self) -> None:
+        text, against = self.text.value, self.against.value
+        self.studio.say(f"looking for {text!r}")
+        self.studio.submit(lambda _: self._find(text, against))
+
+    def _find(self, text: str, against: str) -> None:
+        store = self.studio.store
+        found = find_from_text(store, text, against=against, clip=self.clip, progress=False)
+        name = self.studio.session.add(found)
+        self.studio.refresh()
+        samples = f"{found.provenance['parameters']['fitting']} of {len(store)} samples fit it"
+        self.studio.say(f"{name}: {samples} better than {against!r}")
 
 
 def timestep_slider(timesteps: Sequence[int], tooltip: str, **options) -> widgets.SelectionSlider:

@@ -21,6 +21,7 @@ from traitlets import Unicode
 
 from workbench import paths
 from workbench.datasets.classifiers import Classifier
+from workbench.datasets.clip import Clip
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory
 from workbench.directions.boundary import Boundary
@@ -31,7 +32,7 @@ from workbench.studio.markup import address, picture
 from workbench.studio.recipe import apply_recipe, save_recipe
 from workbench.studio.session import EditSession
 from workbench.studio.state import Cancelled, EditState, Progress, Rendering, describe
-from workbench.studio.views import Edits, Map, ReadOut, Timesteps, View
+from workbench.studio.views import Edits, Map, ReadOut, Timesteps, View, Words
 from workbench.studio.worker import Worker
 
 REST = 0.2
@@ -66,6 +67,8 @@ class EditStudio(widgets.VBox):
         Bars show its probabilities before and after the edit.
     store : HStore, optional
         Samples of the map; by default those of `runs`. A selection of them can become another direction.
+    clip : Clip, optional
+        Turns sentences into directions, by its scores of the samples of `store`: see `find_from_text`.
     folder : path, optional
         Folder for saved files, by default `data/edits`.
 
@@ -88,12 +91,15 @@ class EditStudio(widgets.VBox):
         *,
         classifier: Classifier | None = None,
         store: HStore | None = None,
+        clip: Clip | None = None,
         folder: str | Path | None = None,
     ) -> None:
+        if clip is not None and store is None:
+            raise ValueError("a text becomes a direction by the samples of a store; give store= beside clip=")
         self.session = EditSession(model, runs, directions, classifier=classifier)
         if store is not None:
             _refuse_other_store(store, self.session)
-        self.runs = runs[:2]
+        self.runs, self.clip = runs[:2], clip
         self.store, self.folder = store, paths.edits() if folder is None else paths.writable(folder, folder=True)
         self.rendering: Rendering | None = None
         self._without_view = False
@@ -179,7 +185,9 @@ class EditStudio(widgets.VBox):
         self.redo = self._button("Redo", session.redo)
         self.reset = self._button("Reset", session.reset)
         buttons = widgets.HBox([self.undo, self.redo, self.reset])
-        return [self.edits, _title("How"), self.process, self.window, self.eta, buttons]
+        self.words = None if self.clip is None else Words(self, self.clip)
+        words = [] if self.words is None else [_title("From words"), self.words]
+        return [self.edits, *words, _title("How"), self.process, self.window, self.eta, buttons]
 
     def _show_edits(self) -> None:
         """A slider for each direction and boundary that the session has; a recipe may bring some."""
