@@ -104,7 +104,7 @@ def test_a_file_of_ours_is_refused_by_another_model(trained, make_unet, tiny, tm
 
 
 def test_texts_that_differ_more_are_edited_for_longer(clip, run, monkeypatch):
-    monkeypatch.setitem(asyrp_training.LEVELS, "features", (0.1, 0.1))
+    monkeypatch.setitem(asyrp_training.LEVELS, "clip", (0.1, 0.1))
     near, far = (clip_interval(run, clip, cosine=cosine, **QUIET).t_edit for cosine in (1.0, 0.2))
     assert far <= near
 

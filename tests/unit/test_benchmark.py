@@ -12,17 +12,19 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from small_models import COLOURS
 
 import workbench as wb
 from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
 from workbench.benchmark import leaderboard, methods
 from workbench.benchmark.bench import Bench, _counted, backdrop
-from workbench.benchmark.methods import METHODS, register_method
+from workbench.benchmark.methods import METHODS, TextModels, register_method
 from workbench.benchmark.protocol import HELD_OUT, Protocol
 from workbench.benchmark.run import run_benchmark
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.foreign import LucidrainsUNet
 from workbench.directions.supervised import find_from_labels
+from workbench.editing import asyrp_training
 from workbench.editing.edits import Edit
 from workbench.editing.render import render
 
@@ -87,10 +89,25 @@ def images(tmp_path_factory):
     return load_images(folder, size=8)
 
 
+def draw(prompt, n, seed):
+    """A text-to-image model of coloured squares."""
+    colour = torch.tensor(COLOURS[next(name for name in COLOURS if name in prompt)]) / 127.5 - 1
+    noise = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return (colour[:, None, None] + 0.1 * noise).clamp(-1, 1)
+
+
 @pytest.fixture
-def setting(tiny, images, cache):
+def setting(tiny, images, cache, squares, monkeypatch):
+    monkeypatch.setitem(asyrp_training.LEVELS, "clip", (0.01, 0.01))  # an untrained network predicts no image
+    prompts = {"Bright": ("a white square", "a blue square"), "Red": ("a red square", "a green square")}
+    texts = TextModels(wb.load_clip(squares[1], device="cpu"), prompts, draw)
     parts = {"labeller": Network("labels", 30.0), "judge": Network("judges", 25.0), "images": images}
-    return parts | {"model": tiny, "progress": False, "masks": {"Bright": np.arange(64).reshape(8, 8) < 24}}
+    return parts | {
+        "texts": texts,
+        "model": tiny,
+        "progress": False,
+        "masks": {"Bright": np.arange(64).reshape(8, 8) < 24},
+    }
 
 
 def protocol(*names, **sizes):
@@ -113,7 +130,7 @@ def run(setting, plan):
 
 
 def bench_of(setting, plan=None):
-    parts = {name: setting[name] for name in ("labeller", "judge", "images", "masks")}
+    parts = {name: setting[name] for name in ("labeller", "judge", "images", "masks", "texts")}
     return Bench(setting["model"], plan or protocol(), **parts)
 
 
@@ -127,6 +144,7 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
     assert set(result.edits.method) == set(METHODS)
     assert (counts == 12 * 4).all()
     # Only where a method needs a region, and none is known, is there none.
+    assert result.edits.s_dir.notna().all() and result.edits.s_dir.abs().max() <= 1.0 + 1e-6
     assert set(result.skipped.method) == {"Jacobian, masked", "LOCO"} and set(result.skipped.attribute) == {"Red"}
     seeds = result.edits.groupby("method").seed.unique()
     assert all(list(s) == list(seeds.iloc[0]) and min(s) >= HELD_OUT for s in seeds)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from planted import planted, planted_boundary
+from small_models import COLOURS
 from test_session import T
 
 import workbench as wb
@@ -59,6 +60,27 @@ def shown(studio) -> np.ndarray:
 
 def expected(studio) -> np.ndarray:
     return plots.to_pixels(studio.session.render().after[None])[0]
+
+
+def test_a_sentence_becomes_a_slider(tiny, run, parts, squares, tmp_path):
+    """By the scores of the store's samples; what can't be found is said in the status."""
+    store = wb.extract(tiny, 16, steps=STEPS, out=tmp_path / "store.zarr", progress=False)
+    clip = wb.load_clip(squares[1], device="cpu")
+    with pytest.raises(ValueError, match="store="):
+        EditStudio(tiny, run, parts, clip=clip)
+    studio = EditStudio(tiny, run, parts, store=store, clip=clip, folder=tmp_path / "edits")
+    scores = clip.scores(store.images[:], [f"a {name} square" for name in COLOURS])
+    order = dict(zip(COLOURS, scores.T, strict=True))
+    text, against = next((a, b) for a in COLOURS for b in COLOURS if a != b and 2 <= (order[a] > order[b]).sum() <= 14)
+    studio.words.text.value, studio.words.against.value = f"a {text} square", f"a {against} square"
+    studio.words.find.click()
+    assert studio.wait() and f"a {text} square" in studio.scales
+    before = shown(studio)
+    studio.scales[f"a {text} square"].value = 3.0
+    assert (shown(studio) != before).any()
+    studio.words.text.value = "zebra"
+    studio.words.find.click()
+    assert studio.wait() and "zebra" in studio.status.value and "alert" in studio.status.value
 
 
 def test_a_slider_changes_the_image_to_what_the_session_renders(studio):

@@ -24,11 +24,12 @@ from threadpoolctl import threadpool_limits
 from workbench import paths
 from workbench.analysis.image_metrics import (
     cosine_similarity,
+    directional_similarity,
     outside,
     peak_signal_to_noise,
     perceptual_distance,
 )
-from workbench.benchmark.methods import METHODS, Method, Study, found_edit
+from workbench.benchmark.methods import METHODS, Method, Study, TextModels, found_edit
 from workbench.benchmark.protocol import HELD_OUT, Protocol
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
@@ -56,6 +57,7 @@ class Bench:
     judge: Classifier = field(repr=False)
     images: LabelledImages = field(repr=False)
     masks: dict[str, np.ndarray] = field(repr=False)
+    texts: TextModels | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         p = self.protocol
@@ -116,6 +118,7 @@ class Bench:
                 t=self._t,
                 images=self.images.select(slice(p.labelled)),
                 masks=self.masks,
+                texts=self.texts,
             )
         return self._studies[repeat]
 
@@ -161,6 +164,7 @@ class Bench:
         images = self.held_out.images
         return {
             "scores": self._logits(images),
+            "embedded": None if self.texts is None else self.texts.clip.images(images.clamp(-1, 1)),
             "features": self.judge.features(images),
             "maps": self.judge.maps(images),
         }
@@ -205,6 +209,7 @@ class Bench:
             "method": [method.name, method.code, list(method.scales)],
             "attribute": attribute,
             "repeat": repeat,
+            "texts": self.texts and self.texts.inputs(attribute),
             "mask": None if mask is None else hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16],
             "protocol": {
                 key: value for key, value in vars(p).items() if key not in ("methods", "attributes", "repeats")
@@ -258,10 +263,20 @@ class Bench:
                 "features": features,
                 "pixels": self.pixels.transform(values.reshape(n, -1)),
             }
+            if self.texts is not None:
+                found["s_dir"] = self._text_similarity(images, attribute)
             for name, value in found.items():
                 measured.setdefault(name, []).append(np.asarray(value, dtype=np.float32))
         kept = ((edited[self.shown].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return {name: np.stack(values, axis=1) for name, values in measured.items()} | {"shown": kept.numpy()}
+
+    def _text_similarity(self, edited: torch.Tensor, attribute: str) -> np.ndarray:
+        """S_dir of the held-out samples, (n,); NaN without texts of the attribute."""
+        if attribute not in self.texts.prompts:
+            return np.full(len(edited), np.nan)
+        clip, (text, against) = self.texts.clip, self.texts.prompts[attribute]
+        target, source = clip.texts([text, against])
+        return directional_similarity(self.plain["embedded"], clip.images(edited), source=source, target=target)
 
     def _transferred(self, edit: Edit, method: Method, attribute: str, study: Study) -> dict[str, np.ndarray]:
         """The attribute's logit before and after, on samples that it was found on and at other timesteps; (n, 2)."""

@@ -40,6 +40,7 @@ class _Curves:
     error_outside: np.ndarray = field(repr=False)
     identity: np.ndarray = field(repr=False)
     perceptual: np.ndarray = field(repr=False)
+    s_dir: np.ndarray | None = field(default=None, repr=False)
 
 
 def leaderboard(
@@ -69,6 +70,7 @@ def leaderboard(
     -------
     DataFrame, one row per method, best first
         `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
+        with text models `s_dir` there, the cosine of the changes of images and texts in CLIP's space;
         `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
         changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
         any strength, and over these `entanglement` (leakage by effect), `psnr_outside` (of the mean squared error, dB)
@@ -98,6 +100,8 @@ def leaderboard(
             "psnr_outside": _decibel(_mean(_succeeding(c, c.error_outside, success) for c in own)),
             "identity": _mean(_succeeding(c, c.identity, success) for c in own),
         }
+        if any(c.s_dir is not None for c in own):
+            values["s_dir"] = _mean(_at(c.rms, c.s_dir, change) for c in own if c.s_dir is not None)
         rows[method] = _with_intervals(values) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
     against = [name for name in controls if name in draws]
@@ -294,6 +298,7 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 error_outside=mean(4.0 * 10.0 ** (-of("psnr_outside") / 10.0)),
                 identity=1.0 + mean(of("identity") - 1.0),
                 perceptual=mean(of("perceptual")),
+                s_dir=mean(of("s_dir")) if "s_dir" in part and part["s_dir"].notna().any() else None,
             )
         )
     if not curves:

@@ -17,11 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
 import torch
 
+from workbench.datasets.clip import Clip, load_clip
+from workbench.datasets.domain import Domain
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise, step_noise
@@ -32,6 +35,8 @@ from workbench.directions.direction import Direction, finite, random_like
 from workbench.directions.jacobian import JacobianSpectrum, Spectrum, find_jacobian, find_pullback
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_scores, find_many
+from workbench.directions.words import Generator, boundary_from_text, find_from_text, name_of
+from workbench.editing.asyrp_training import train_asyrp
 from workbench.editing.cross import Cross
 from workbench.editing.edits import Edit, MoveNoise, MoveX, NotApplicable, Shift, as_edit
 from workbench.editing.measure import Classifier
@@ -47,6 +52,9 @@ FEWEST = 8
 
 TRIED = 8
 """Samples that candidates are tried on, to see which of them changes an attribute."""
+
+TRAINED = 24
+"""Samples that a network is trained on by texts."""
 
 CANDIDATES = 3
 """Vectors of a spectrum, at most, that an attribute is sought among; of principal components three times as many."""
@@ -132,6 +140,35 @@ def register_method(
 
 
 @dataclass(frozen=True, eq=False)
+class TextModels:
+    """What methods from words learn from, and S_dir is measured with.
+
+    Attributes
+    ----------
+    clip : Clip
+    prompts : mapping of attribute -> (str, str)
+        Texts with each attribute and without it.
+    generator : str or callable, optional
+        A text-to-image model, as of `boundary_from_text`.
+    """
+
+    clip: Clip = field(repr=False)
+    prompts: Mapping[str, tuple[str, str]]
+    generator: str | Generator | None = None
+
+    @classmethod
+    def of_domain(cls, domain: Domain) -> TextModels | None:
+        """Those of a domain; None where it has none, or transformers is missing."""
+        if domain.clip is None or find_spec("transformers") is None:
+            return None
+        return cls(load_clip(domain.clip), domain.prompts, domain.generator)
+
+    def inputs(self, attribute: str) -> list:
+        """What an attribute's measurements depend on, as JSON can hold it."""
+        return [self.clip.hash, self.prompts.get(attribute), self.generator and name_of(self.generator)]
+
+
+@dataclass(frozen=True, eq=False)
 class Study:
     """Samples, scores and labels for a method to learn from; their use is charged to `cost`, cached or not.
 
@@ -152,6 +189,8 @@ class Study:
         For methods that learn from labelled images.
     masks : mapping of attribute -> bool array of shape (H, W)
         Where an attribute can be.
+    texts : TextModels, optional
+        For methods that learn from words.
     cost : dict of str -> Counter
         By what it was for: `passes` of one sample through the U-Net (a product with a Jacobian counts as one),
         `scored`, samples that the labeller scored, and `labels`, images that people labelled.
@@ -167,6 +206,7 @@ class Study:
     t: int
     images: LabelledImages | None = field(default=None, repr=False)
     masks: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    texts: TextModels | None = field(default=None, repr=False)
     cost: dict[str, Counter] = field(default_factory=dict, repr=False)
 
     @property
@@ -214,6 +254,13 @@ class Study:
         if attribute not in self.masks:
             raise NotApplicable(f"no region of the image is known for {attribute}")
         return self.masks[attribute]
+
+    def words(self, attribute: str) -> dict[str, object]:
+        """CLIP and texts with and without an attribute, as `find_from_text` takes them; raises NotApplicable."""
+        if self.texts is None or attribute not in self.texts.prompts:
+            raise NotApplicable(f"there is no text model with a text for {attribute}")
+        text, against = self.texts.prompts[attribute]
+        return {"text": text, "against": against, "clip": self.texts.clip}
 
     def learned(self, name: str, find: Callable[[], object]) -> object:
         """Result of `find`, computed once for all attributes."""
@@ -424,7 +471,44 @@ def _probe(study: Study, attribute: str, method: str) -> Direction:
     return study.learned(method, lambda: find_many(store, table, method=method, progress=False))[attribute]
 
 
+@register_method("text direction")
+def text_direction(study: Study, attribute: str) -> Direction:
+    """From the samples that fit a text without the attribute to those that fit one with it, as CLIP scores them."""
+    words, store = study.words(attribute), study.store
+    study.cost["scores"] = Counter(scored=study.n)
+    try:
+        return find_from_text(store, **words, name=attribute, progress=False)
+    except ValueError as error:  # too few samples fit
+        raise NotApplicable(str(error)) from error
+
+
+@register_method("Asyrp", scales=(4.0, 8.0, 16.0, 32.0), unit="strength that it was trained at")
+def trained_block(study: Study, attribute: str) -> Edit:
+    """A function of h and t that CLIP's loss of two texts trained (Kwon et al. 2023), on the asymmetric process."""
+    words, steps = study.words(attribute), study.store.timesteps
+    target, source = words.pop("text"), words.pop("against")
+    seeds, options = range(study.seed, study.seed + TRAINED), {"eta": 0.0, "record_x": True, "progress": False}
+    run = sample(study.model, seeds, steps=steps, **options)
+    found = train_asyrp(study.model, target, source=source, run=run, **words, name=attribute, progress=False)
+    # Of a step: two passes of each process and a backward pass of the decoder.
+    study.cost["training"] = Counter(passes=5 * TRAINED * len(steps) * found.training["epochs"])
+    return Shift(found, asymmetric=True, t_range=(study.model.schedule.T - 1, found.training["t_edit"]))
+
+
 # Boundaries
+
+
+@register_method("boundary of text", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+def boundary_of_text(study: Study, attribute: str) -> Edit:
+    """Between inverted images that a text-to-image model draws of two texts (Zhu et al., text-based editing)."""
+    words = study.words(attribute)
+    if study.texts.generator is None:
+        raise NotApplicable("there is no text-to-image model")
+    options = {"source": words["against"], "generator": study.texts.generator, "steps": study.steps, "t": study.t}
+    n = max(FEWEST, study.n // 4)
+    found = boundary_from_text(words["text"], model=study.model, n=n, seed=study.seed, progress=False, **options)
+    study.cost["drawing"] = Counter(passes=2 * n * 3 * study.steps)
+    return _crossing(h=found["h"], x=found["x"])
 
 
 @register_method("boundary in h", scales=(4.0, 8.0, 16.0, 32.0), family="boundary", unit="sd")

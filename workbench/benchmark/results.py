@@ -35,7 +35,7 @@ class Benchmark:
         One row per method, attribute, population (`repeat`), strength (`scale`) and held-out sample (`seed`): the
         judge's probability of the attribute `before` and `after`, its `logit` after; the change of the image (`rms`),
         `psnr`, `psnr_outside` of the attribute's region, `psnr_backdrop`, `perceptual`, `perceptual_outside`,
-        `identity`; and `change NAME`, the change of every attribute's probability.
+        `identity`, with text models `s_dir`; and `change NAME`, the change of every attribute's probability.
     transfer : DataFrame
         One row per method, attribute, population and kind ("population", "other steps"): mean `effect` on samples
         without the attribute with its 95% interval `low`, `high`; the effect on `held_out` samples at the same `scale`
@@ -147,7 +147,7 @@ def _edits(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataF
             "after": after[:, :, own].ravel(),
             "logit": values["logits"][:, :, own].ravel(),
         }
-        columns |= {name: values[name].ravel() for name in MEASURES}
+        columns |= {name: values[name].ravel() for name in MEASURES if name in values}
         changes = after - before[:, None]
         columns |= {f"change {name}": changes[:, :, i].ravel() for i, name in enumerate(names)}
         parts.append(pd.DataFrame(columns))
@@ -209,6 +209,7 @@ MEASURES = (
     "perceptual",
     "perceptual_outside",
     "identity",
+    "s_dir",
 )
 """Columns of `Benchmark.edits` about the image itself."""
 

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench.benchmark.bench import Bench
-from workbench.benchmark.methods import METHODS, Method
+from workbench.benchmark.methods import METHODS, Method, TextModels
 from workbench.benchmark.protocol import Protocol
 from workbench.benchmark.results import Benchmark, gather
 from workbench.datasets.classifiers import Classifier
@@ -28,6 +28,7 @@ def run_benchmark(
     judge: Classifier,
     images: LabelledImages,
     masks: Mapping[str, np.ndarray] | None = None,
+    texts: TextModels | None = None,
     workers: int = 1,
     scheduler: str | None = None,
     progress: bool = True,
@@ -49,6 +50,8 @@ def run_benchmark(
         Methods learn from the first images; the last ones serve as real images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute.
+    texts : TextModels, optional
+        For methods that learn from words, and S_dir; such as `TextModels.of_domain(domain_of(images))`.
     workers : int
         Number of parallel processes, each with its share of the cores; each pair of method and population is a task.
         On a GPU, one is enough.
@@ -67,7 +70,8 @@ def run_benchmark(
         If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
-    bench = Bench(model, protocol, labeller=labeller, judge=judge, images=images, masks=dict(masks or {}))
+    parts = {"labeller": labeller, "judge": judge, "images": images, "masks": dict(masks or {}), "texts": texts}
+    bench = Bench(model, protocol, **parts)
     wanted = list(bench.cells())
     alone = (workers == 1 and scheduler is None) or not bench.kept
     todo = [] if alone else [key for key in wanted if not bench.measured(*key)]

@@ -235,9 +235,9 @@ def boundary_text(
     source: Annotated[str, Option(help="prompt of the images without it")] = SOURCE,
     generator: Annotated[str, Option(help="text-to-image model that makes the images")] = "avataaars32-text",
     guidance_scale: Annotated[float, Option(help="of the generator")] = 4.0,
-    n: Annotated[int, Option(callback=opt.positive, help="images of each prompt")] = 64,
+    n: Annotated[int, Option(callback=opt.positive, help="images of each prompt")] = 32,
     t: Annotated[int | None, Option(help="timestep (default: that of the paper's noise level)")] = None,
-    steps: Annotated[int, Option(callback=opt.positive, help="timesteps of generator and inversion")] = 20,
+    steps: Annotated[int, Option(callback=opt.positive, help="timesteps of generator and inversion")] = 12,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     seed: opt.Seed = 0,
     device: opt.Device = None,
@@ -471,7 +471,7 @@ def benchmark(
     import runpy
 
     from workbench.benchmark import leaderboard
-    from workbench.benchmark.methods import METHODS
+    from workbench.benchmark.methods import METHODS, TextModels
     from workbench.benchmark.protocol import HELD_OUT, QUICK_ATTRIBUTES, SIZES
 
     if plugin is not None:
@@ -492,6 +492,7 @@ def benchmark(
         judge=judged_by,
         images=labels.load(images, network.image_shape),
         masks=wb.domain_of(images).masks(attributes, size=network.image_shape),
+        texts=TextModels.of_domain(wb.domain_of(images)),
         workers=(os.cpu_count() if network.device.type == "cpu" else 1) if workers is None else workers,
         scheduler=scheduler,
     )

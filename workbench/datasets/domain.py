@@ -27,6 +27,8 @@ class Domain:
         Names of two classifiers, for `load_classifier`: one labels, the other judges.
     clip : str or None
         Name of a bundled CLIP of them, for `load_clip`.
+    generator : str or None
+        Name of a bundled text-to-image model of them, for `load_model`.
     prompts : mapping of str to (str, str)
         Prompts with and without each attribute, in that CLIP's words.
     classifiers : mapping of str to str
@@ -50,6 +52,7 @@ class Domain:
     labeller: str | None = None
     judge: str | None = None
     clip: str | None = None
+    generator: str | None = None
     prompts: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     classifiers: Mapping[str, str] = field(default_factory=dict, repr=False)
     frequencies: Mapping[str, float] = field(default_factory=dict, repr=False)
@@ -63,6 +66,7 @@ class Domain:
     def parameters(self) -> dict[str, object]:
         """Values for the parameters of notebooks, by their names; each notebook takes those that it has."""
         names = {"model_name": self.model, "images_name": self.name}
+        names |= {"clip_name": self.clip or "", "generator_name": self.generator or ""}
         return names | {"classifier_name": self.labeller, "judge_name": self.judge} | dict(self.choices)
 
     def masks(self, attributes: Iterable[str], size: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -77,6 +81,7 @@ AVATAAARS = Domain(
     labeller="avataaars",
     judge="avataaars-judge",
     clip="avataaars-clip",
+    generator="avataaars32-text",
     prompts=captions.PROMPTS,
     classifiers={"avataaars": "avataaars-attributes/labeller", "avataaars-judge": "avataaars-attributes/judge"},
     frequencies=avataaars.FREQUENCIES,

@@ -63,8 +63,8 @@ def find_from_text(
     clip : Clip, str or path, default "avataaars-clip"
         As of `load_clip`; the default is for the bundled domain.
     k : int, optional
-        Samples on each side; by default as many as fit `text` better than `against`, but at most a quarter of the
-        samples and 100, and at least 8.
+        Samples on each side; by default half as many as fit `text` better than `against`, since some fit by little, but
+        from 8 to 100, and at most a quarter of all.
     name : str, optional
         By default the text.
     progress : bool
@@ -90,7 +90,7 @@ def find_from_text(
     if fitting < 2:
         raise ValueError(f"{fitting} of {len(scores)} samples fit {text!r} better than {against!r}; use other words")
     if k is None:
-        k = min(max(fitting, FEWEST), max(2, len(scores) // 4), MOST)
+        k = max(2, min(max(fitting // 2, FEWEST), len(scores) // 4, MOST))
     direction = find_from_scores(store, scores, k=k, name=name, progress=progress, **options)
     parameters = {"text": text, "against": against, "clip": clip.hash, "fitting": fitting}
     about = direction.provenance["parameters"] | parameters
@@ -104,10 +104,10 @@ def boundary_from_text(
     model: Model,
     source: str = SOURCE,
     generator: Model | Generator | str | Path = GENERATOR,
-    n: int = 64,
+    n: int = 32,
     t: int | None = None,
-    steps: int = 20,
-    generator_steps: int = 20,
+    steps: int = 12,
+    generator_steps: int = 12,
     guidance_scale: float = GUIDANCE,
     seed: int = 0,
     progress: bool = True,
@@ -130,11 +130,11 @@ def boundary_from_text(
     generator : Model, str, path or callable, default "avataaars32-text"
         A text-to-image model, by `load_model`'s name, or the name of any other pipeline of diffusers from text to
         images; or a function of prompt, number of images and seed that returns images (n, C, H, W) in [-1, 1].
-    n : int, default 64
+    n : int, default 32
         Images of each prompt.
     t : int, optional
         Timestep of the boundaries; by default that with the log SNR of Zhu et al.'s, t = 500 of their model.
-    steps : int, default 20
+    steps : int, default 12
         Timesteps of the inversion, from 0 to t.
     generator_steps, guidance_scale
         Sampling of the generator, where it is no function.
@@ -167,7 +167,7 @@ def boundary_from_text(
     found = {
         space: fit_boundary(run, labels, t=t, space=space, name=text, seed=seed, **options) for space in ("x", "h")
     }
-    parameters = {"text": text, "source": source, "generator": _name_of(generator), "guidance_scale": guidance_scale}
+    parameters = {"text": text, "source": source, "generator": name_of(generator), "guidance_scale": guidance_scale}
     for boundary in found.values():
         boundary.provenance["parameters"] = boundary.provenance["parameters"] | parameters
     return found
@@ -181,7 +181,7 @@ def mixing_timestep(model: Model) -> int:
 def generator_of(
     generator: Model | Generator | str | Path,
     *,
-    steps: int = 20,
+    steps: int = 12,
     guidance_scale: float = GUIDANCE,
     progress: bool = True,
 ) -> Generator:
@@ -219,5 +219,6 @@ def _check_texts(text: str, other: str) -> None:
         raise ValueError(f"{text!r} is compared with itself; give two different texts")
 
 
-def _name_of(generator: Model | Generator | str | Path) -> str:
+def name_of(generator: Model | Generator | str | Path) -> str:
+    """Name of a generator, for provenance."""
     return getattr(generator, "name", None) or getattr(generator, "__name__", None) or str(generator)

@@ -27,8 +27,8 @@ from workbench.editing.mixing_search import Distance, distance_of, prediction_er
 from workbench.editing.render import edit
 from workbench.paths import local
 
-LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0)}
-"""Thresholds of P_t and of x_t. Those of "features" are ours, in units of the distance of two images."""
+LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0), "clip": (0.5, 0.8)}
+"""Thresholds of P_t and of x_t. Those of "features" and "clip" are ours, in units of the distance of two images."""
 
 TRAINED_STEPS = 40
 """Steps that the published DeltaBlocks were trained with; with more steps each does less."""

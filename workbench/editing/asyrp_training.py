@@ -165,7 +165,7 @@ def clip_interval(run: Trajectory, clip: Clip, *, cosine: float, progress: bool 
     def distance(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
         return np.linalg.norm(clip.images(a) - clip.images(b), axis=1)
 
-    return find_interval(run, distance=distance, levels=LEVELS["features"], cosine=cosine, progress=progress)
+    return find_interval(run, distance=distance, levels=LEVELS["clip"], cosine=cosine, progress=progress)
 
 
 def asyrp_loss(
