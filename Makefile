@@ -26,7 +26,7 @@ lint: $(VENV)/installed-test  ## check the style of the code
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, browser
-	$(PYTEST) -m "not slow" tests notebooks/00_quickstart.ipynb notebooks/90_your_images.ipynb \
+	$(PYTEST) -m "not slow" tests notebooks/00_quickstart.ipynb \
 		--ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 test-all: $(VENV)/installed-test  ## the slow ones too: trainings, sweeps, kills, every notebook as it stands

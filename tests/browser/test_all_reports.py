@@ -1,6 +1,6 @@
 """`workbench report` on the staged notebooks: it ends, and every page shows everything without network.
 
-The notebooks' own defaults run under nbval, so the reports are of another domain, by parameters alone.
+The first one runs under nbval as it is; the others here on another domain, by parameters alone.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import contextlib
 import io
 import json
 
-import another_domain
 import nbformat
 import pytest
+import small_domain
 import yaml
-from another_domain import renamed
+from diffusers import DDPMScheduler
 from report_checks import CHROMIUM, check_report
 
 from workbench import cli, paths
@@ -23,74 +23,37 @@ from workbench.report.facts import read_facts
 from workbench.report.figures import list_figures
 from workbench.report.parameters import list_notebooks
 
-# Small, since nothing is concluded from these reports; attributes that images of 16 pixels have, and lack.
-NOTEBOOKS = {
-    "20_geometry": {"attributes": [renamed("Black_Hair"), renamed("Long_Hair")]},
-    "25_spaces": {"attributes": [renamed("Long_Hair")], "taps": ["skip.1"], "scales": [2.0], "n_measured": 2},
-    "30_dynamics": {
-        "attributes": [renamed("Long_Hair"), renamed("Black_Hair")],
-        "inversion_steps": [3, 5],
-        "n_decoded": 4,
-        "n_edited": 9,
-    },
-    "40_pca": {"k": 3, "n_shown": 2, "n_measured": 3},
-    "45_jacobian": {"n_shown": 2, "n_measured": 3},
-    "50_supervised": {
-        "k": 12,
-        "attributes": [renamed("Black_Hair"), renamed("Long_Hair")],
-        "colors": [renamed("Blond_Hair")],
-        "target": renamed("Black_Hair"),
-        "n_measured": 5,
-    },
-    "55_disentangling": {
-        "k": 12,
-        "target": renamed("Long_Hair"),
-        "nuisances": [renamed("Black_Hair")],
-        "n_measured": 5,
-    },
-    "60_boundaries": {
-        "attribute": renamed("Long_Hair"),
-        "pair": [renamed("Black_Hair"), renamed("Long_Hair")],
-        "n_measured": 3,
-        "strength": 2.0,
-    },
-    "65_audit": {"attribute": renamed("Long_Hair"), "n_measured": 3, "strength": 1.0},
-    "70_edit_studio": {"k": 12, "attributes": [renamed("Black_Hair"), renamed("Long_Hair")], "n_samples": 4},
-    "80_benchmark": {
-        "methods": ["random h", "mean difference"],
-        "attributes": [renamed("Blond_Hair"), renamed("Black_Hair")],
-        "population": 40,
-    },
-    "85_appendix": {
-        "attribute": renamed("Long_Hair"),
-        "other": renamed("Black_Hair"),
-        "methods": ["random h", "mean difference"],
-        "n_measured": 3,
-        "strength": 2.0,
-        "k": 12,
-    },
-    "90_your_images": {"n_images": 2, "n_directions": 2},
-    "95_train_your_own": {"training_steps": 20},
-}
+NAMES = [name for name in list_notebooks() if name != "00_quickstart"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Reports of all notebooks on another domain, in a home with a cache of its own; and what was said of them."""
+def made(tiny_domain, tmp_path_factory):
+    """Reports of these notebooks on another domain, in a home with a cache of its own; and what was said of them."""
     home = tmp_path_factory.mktemp("home")
-    for folder in ("data", "profiles"):
+    for folder in ("data", "notebooks", "profiles"):
         (home / folder).mkdir()
     for source in paths.data().iterdir():
         if source.name not in ("cache", "directions", "boundaries", "edits"):
             (home / "data" / source.name).symlink_to(source)
-    (home / "notebooks").symlink_to(paths.notebooks())
-    common = {**another_domain.build(tmp_path_factory.mktemp("domain")), "n": 40, "steps": 4}
+    for source in paths.notebooks().iterdir():
+        if source.stem != "00_quickstart":
+            (home / "notebooks" / source.name).symlink_to(source)
+    sizes = {name: small_domain.sizes_of(name) for name in NAMES}
     # Of one notebook, since drawing a file takes seconds.
-    NOTEBOOKS["55_disentangling"]["figures"] = str(home / "reports" / "figures")
-    (home / "profiles" / "smoke.yaml").write_text(yaml.safe_dump({"common": common, "notebooks": NOTEBOOKS}))
+    sizes["55_disentangling"]["figures"] = str(home / "reports" / "figures")
+    (home / "profiles" / "smoke.yaml").write_text(yaml.safe_dump({"common": tiny_domain, "notebooks": sizes}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKBENCH_HOME", str(home))
         yield home / "reports", report("--profile", "smoke")
+
+
+@pytest.fixture(scope="module")
+def tiny_domain(make_unet, tmp_path_factory):
+    """Parameters that name an untrained model of 8 x 8 pixels, its images and two classifiers."""
+    folder = tmp_path_factory.mktemp("domain")
+    make_unet().save_pretrained(folder / "model" / "unet")
+    DDPMScheduler().save_pretrained(folder / "model" / "scheduler")
+    return small_domain.build(folder, {"model_name": str(folder / "model")})
 
 
 def report(*words: str) -> str:
@@ -107,7 +70,7 @@ def reports(made):
 
 def test_the_index_links_every_report(reports):
     index = (reports / "index.html").read_text()
-    for name in list_notebooks():
+    for name in NAMES:
         assert f'href="{name}.html"' in index
     assert "1,000 passes of avataaars32" in index
     assert not (reports / "failed").exists() or not list((reports / "failed").iterdir())
@@ -134,7 +97,7 @@ def test_figures_are_saved_where_the_parameter_says(reports):
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")
-@pytest.mark.parametrize("name", list_notebooks())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_figure_of_the_notebook_is_on_the_page(browser, reports, name):
     notebook = nbformat.read(reports / f"{name}.ipynb", as_version=4)
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]

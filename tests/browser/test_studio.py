@@ -96,7 +96,7 @@ def lab(browser, tmp_path_factory):
     saved = [paths.edits() / f"{NAME}{ending}" for ending in (".json", ".png", ".pdf", ".svg", ".safetensors")]
     with serving(command, environment, folder / "lab.log"):
         base = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while answers(f"{base}/api?token={token}") != 200:
             assert time.monotonic() < deadline, (folder / "lab.log").read_text()
             time.sleep(0.2)
@@ -280,13 +280,14 @@ def test_everything_is_readable_in_the_dark_theme(lab):
 # As a page on its own
 
 
+@pytest.mark.slow  # tests/unit/test_server.py holds who may open it
 def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, browser, tmp_path):
     parts = paths.edits() / f"{NAME}.parts"
     command = [sys.executable, "-m", "workbench.cli", "studio", "--directions", str(parts)]
     log = tmp_path / "studio.log"
     command += ["--seeds", f"{N}-{N + 1}", "--steps", str(STEPS), "--theme", "dark"]
     with serving(command, {}, log):
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", log.read_text())):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)

@@ -107,6 +107,9 @@ def test_texts_that_differ_more_are_edited_for_longer(clip, run, monkeypatch):
     monkeypatch.setitem(asyrp_training.LEVELS, "clip", (0.1, 0.1))
     near, far = (clip_interval(run, clip, cosine=cosine, **QUIET).t_edit for cosine in (1.0, 0.2))
     assert far <= near
+    monkeypatch.setitem(asyrp_training.LEVELS, "clip", (99.0, 99.0))
+    with pytest.warns(UserWarning, match="never 99"):
+        assert clip_interval(run, clip, cosine=1.0, **QUIET).t_edit == 0
 
 
 def test_it_edits_by_asyrps_process(trained, tiny, run):

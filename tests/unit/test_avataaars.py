@@ -138,11 +138,7 @@ def test_factors_depend_on_part_and_index_alone():
     assert avataaars.factors(4, 5) != first and avataaars.factors(3, 6) != first
 
 
-def test_labels_need_no_extra(no_extra):
-    assert list(avataaars.attributes(avataaars.factors(10, 0))) == [*BINARY, "Tilt"]
-
-
-def test_shipped_labels_are_those_of_part_10():
+def test_shipped_labels_are_those_of_part_10_and_need_no_extra(no_extra):
     with (paths.data() / "avataaars" / "attributes.csv").open(newline="") as table:
         rows = list(csv.DictReader(table))
     assert len(rows) == 2000
@@ -188,17 +184,6 @@ def test_build_gives_the_same_bytes_again_also_in_a_pool(tmp_path, monkeypatch):
     assert sorted(path.name for path in alone.iterdir()) == ["attributes.csv", "images.zip"]
     shipped = (paths.data() / "avataaars" / "attributes.csv").read_text().splitlines()
     assert (alone / "attributes.csv").read_text().splitlines() == shipped[:5]
-
-
-@drawing
-def test_an_interrupted_build_leaves_the_last_one_untouched(tmp_path, monkeypatch):
-    avataaars.build(2, part=10, out=tmp_path, progress=False)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    drawn = [avataaars._draw(12, 0)]
-    monkeypatch.setattr(avataaars, "_draw", lambda *_: drawn.pop())
-    with pytest.raises(IndexError):
-        avataaars.build(3, part=12, out=tmp_path, progress=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 NONE, DEFAULT = dict.fromkeys(("beard", "glasses"), "NONE"), dict.fromkeys(("eyes", "eyebrows"), "DEFAULT")
@@ -256,12 +241,6 @@ def test_tilt_turns_counter_clockwise_about_the_face():
     assert right < 4 < wrong
 
 
-@drawing
-def test_background_fills_the_corners_of_a_tilted_picture():
-    picture = pixels(hair="CAESAR", background=(214, 236, 208), tilt=10.0)
-    assert (picture[[0, 0], [0, -1]] == (214, 236, 208)).all()
-
-
 def centroid(mask: np.ndarray) -> np.ndarray:
     """Row and column of the middle of a mask, in pixels."""
     return np.argwhere(mask).mean(axis=0)
@@ -288,19 +267,6 @@ def test_region_masks_hold_a_part_of_the_picture_and_need_no_extra(name, no_extr
         assert 0.02 < mask.mean() < 0.75
     upright = avataaars.region_mask(name)
     assert (upright & upright[:, ::-1]).sum() > 0.85 * (upright | upright[:, ::-1]).sum()
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_regions_stand_in_the_order_of_a_face(size):
-    rows = {name: centroid(avataaars.region_mask(name, size=size))[0] for name in avataaars.REGIONS}
-    assert rows["brows"] < rows["eyes"] < rows["mouth"]
-    assert rows["hair"] < rows["beard"] and abs(rows["glasses"] - rows["eyes"]) < 0.03 * size
-
-
-def test_turning_the_other_way_mirrors_the_eyes():
-    left, right = (avataaars.region_mask("eyes", tilt=tilt) for tilt in (9.0, -9.0))
-    assert (left & right[:, ::-1]).sum() > 0.9 * (left | right[:, ::-1]).sum()
-    assert (left & right).sum() < 0.7 * (left | right).sum()
 
 
 def square(rows: slice, columns: slice) -> np.ndarray:
@@ -338,32 +304,6 @@ def test_regions_that_do_not_exist_are_refused_and_a_changed_mask_leaves_the_nex
     monkeypatch.setattr(paths, "data", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="build_regions"):
         avataaars.region_mask("eyes")
-
-
-def test_regions_are_written_with_the_same_bytes_and_read_anew(regions_in):
-    planted = {
-        name: np.random.default_rng(seed).random((210, 198)) < 0.5 for seed, name in enumerate(avataaars.REGIONS)
-    }
-    file = regions_in(planted)
-    first, mask = file.read_bytes(), avataaars.region_mask("hair")
-    assert regions_in(planted).read_bytes() == first
-    assert [path.name for path in file.parent.iterdir()] == ["regions.npz"]
-    regions_in(dict.fromkeys(avataaars.REGIONS, np.zeros((210, 198), bool)))
-    assert mask.any() and not avataaars.region_mask("hair").any()
-
-
-def test_interrupted_regions_leave_the_last_ones_untouched(regions_in, monkeypatch):
-    file = regions_in(dict.fromkeys(avataaars.REGIONS, np.ones((210, 198), bool)))
-    before = file.read_bytes()
-
-    def fail_late(written, **regions):
-        written.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(avataaars.np, "savez_compressed", fail_late)
-    with pytest.raises(KeyboardInterrupt):
-        avataaars.build_regions(file.parent, progress=False)
-    assert file.read_bytes() == before and [path.name for path in file.parent.iterdir()] == ["regions.npz"]
 
 
 @drawing

@@ -24,7 +24,6 @@ from workbench.benchmark.run import run_benchmark
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.foreign import LucidrainsUNet
 from workbench.directions.supervised import find_from_labels
-from workbench.editing import asyrp_training
 from workbench.editing.edits import Edit
 from workbench.editing.render import render
 
@@ -97,8 +96,7 @@ def draw(prompt, n, seed):
 
 
 @pytest.fixture
-def setting(tiny, images, cache, squares, monkeypatch):
-    monkeypatch.setitem(asyrp_training.LEVELS, "clip", (0.01, 0.01))  # an untrained network predicts no image
+def setting(tiny, images, cache, squares):
     prompts = {"Bright": ("a white square", "a blue square"), "Red": ("a red square", "a green square")}
     texts = TextModels(wb.load_clip(squares[1], device="cpu"), prompts, draw)
     parts = {"labeller": Network("labels", 30.0), "judge": Network("judges", 25.0), "images": images}

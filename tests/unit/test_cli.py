@@ -96,17 +96,6 @@ def test_every_parameter_has_a_help_and_short_names_are_those_of_old():
     }
 
 
-def test_every_command_that_takes_images_takes_their_labels_and_skips_broken_ones():
-    options = {name: {p.name for p in command.params} for name, command in commands().items()}
-    takers = {name for name, names in options.items() if "images" in names} - {"train-clip"}  # which has no labels
-    assert takers == {
-        *("extract", "benchmark", "find labels", "boundary fit", "boundary edit", "evaluate-model"),
-        *("train-classifier", "train"),
-    }
-    for name in takers:
-        assert "skip_broken" in options[name] and ("labels" in options[name] or name == "train")
-
-
 # What reaches the library
 
 
@@ -179,10 +168,7 @@ ARRIVES = {
         "workbench.datasets.avataaars.build",
         {"n": 5, "part": 12, "out": Path("avataaars-part12")},
     ),
-    "data eurosat FACES --part 1": (
-        "workbench.datasets.eurosat.build",
-        {"part": 1, "out": Path("eurosat-part1")},
-    ),
+    "data eurosat FACES --part 1": ("workbench.datasets.eurosat.build", {"part": 1, "out": Path("eurosat-part1")}),
     "find scores avataaars32 --n 6 --steps 2 --attributes Smiling --k 2": (
         "workbench.find_from_scores",
         {"k": 2, "name": "Smiling"},
@@ -480,61 +466,40 @@ MISTAKES = [
     ("sampel avataaars32", "'sampel'. Did you mean 'sample'"),
     ("sample avataaars32 --step 3", "--steps"),
     ("sample", "MODEL"),
-    ("sample avataaars32 --n 4", "--n"),
     ("sample nope", "bundled: avataaars32"),
-    ("sample avataaars32 --steps 1001", "1 to 1000 steps"),
     ("sample avataaars32 --steps many", "'many'"),
-    ("sample avataaars32 --eta 2", "eta"),
-    *((f"sample avataaars32 --eta={value}", f"'{value}' is not a finite number") for value in ("nan", "-inf")),
-    ("boundary edit avataaars32 --boundaries b --seeds 0 --distances 0 -inf", "'-inf' is not a finite number"),
-    *((f"sample avataaars32 --seeds={text}", text[-3:]) for text in ("a", "-1", "3-", "1,,2", "5-3", "1,5-3")),
+    ("sample avataaars32 --eta=nan", "'nan' is not a finite number"),
+    *((f"sample avataaars32 --seeds={text}", text[-3:]) for text in ("a", "3-", "1,5-3")),
     ("sample avataaars32 -o x.gif", ".gif; it can be written as .png"),
-    ("sample avataaars32 --precision float8", "'float8'"),
-    *((f"extract avataaars32 --n {n}", f"--n is {n}") for n in (-5, 0)),
-    ("extract avataaars32 --n 5 --seed -1", "seeds"),
-    ("extract avataaars32 --images missing", "missing"),
+    ("extract avataaars32 --n -5", "--n is -5"),
     ("find pca avataaars32 --n 5", "--k is 5; 5 samples have up to 4"),
-    ("find pca avataaars32 --k 0", "--k is 0"),
     ("find scores avataaars32 --n 50 --attributes Smiling", "--k is 100; 50 samples have 2 to 25"),
     ("find scores avataaars32 --attributes", "--attributes"),
-    ("find jacobian avataaars32 --t 510", "nearest 520 or 500"),
     ("find jacobian avataaars32 --t 500 --region nose", "nose"),
-    ("find labels avataaars32 --n -3 --attributes Smiling", "--n is -3"),
     ("boundary fit avataaars32 --t 510 --n 4 --attributes Beard", "nearest 520 or 500"),
-    *((f"{c} --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open")
-        for c in ("find labels avataaars32", "boundary fit avataaars32 --t 500")),
+    ("find labels avataaars32 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
     ("boundary fit avataaars32 --t 500 --positive a", "--negative"),
-    ("boundary fit avataaars32 --t 500 --positive a --negative b", "a"),
     ("boundary fit avataaars32 --t 500 --positive a --negative b --classifier c", "give either --classifier"),
     ("boundary fit avataaars32 --t 500 --positive a --negative b --attributes A B", "give one name"),
     ("boundary edit avataaars32 --boundaries b --seeds 1", "there is no boundary at b"),
     ("boundary edit avataaars32 --boundaries b", "--images or --seeds"),
     ("evaluate-model avataaars32 --card nothing", "no model folder nothing"),
-    ("evaluate-model avataaars32 --inverted -1", "n_inverted is -1"),
     ("verify google/ddpm-ema-none-256", "google/ddpm-ema-none-256"),
     ("convert MODELS made", "is a folder, and convert takes a file"),
-    ("convert MODELS/avataaars32/unet made", "diffusion_pytorch_model.safetensors"),
     ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),
-    ("benchmark --attributes Hat -o none", "attribute 'Hat' is not known"),
     ("studio --port 99999", "port 99999 is invalid"),
-    ("studio --model nope", "no model 'nope'"),
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
-    ("studio --directions .", "there is no direction in ."),
     ("explore nope.zarr", "there is no store at nope.zarr"),
     ("explore nope.zarr --out page.pdf", "ends in .pdf"),
     ("edit nope.json", "there is no recipe nope.json"),
     ("sample avataaars32 --prompt cat", "prompt is 'cat', and avataaars32 has no text encoder"),
     ("sample avataaars32 --negative-prompt cat", "--negative-prompt"),
-    ("sample avataaars32 --label 3", "this network is unconditional"),
-    ("extract avataaars32 --tap inside", "tap 'inside' is not known; it is one of before, middle, after, down.0"),
     ("figure", "name a figure, or `all`"),
     ("figure haas-fig99", "there is no figure 'haas-fig99'"),
     ("run", "workbench run --list"),
-    *((f"run 99_nothing{rest}", "99_nothing") for rest in ("", " --list")),
-    ("run 10_extract -p stepss 4", "steps"),
-    ("run 10_extract -p n many", "n"),
+    ("run 99_nothing", "99_nothing"),
     ("report --jobs 1 --profile nope", "nope"),
     ("report --jobs 1 --only 99_nothing", "99_nothing"),
 ]  # fmt: skip

@@ -235,8 +235,3 @@ def test_blocks_of_one_class_are_all_compiled_for_every_size_of_batch(make_unet,
             x_t = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(n))
             torch.testing.assert_close(model(x_t, 5), plain(x_t, 5), atol=1e-5, rtol=1e-5)
             assert len(calls) == len(model.unet.stages.blocks) == 11
-
-
-def test_an_unknown_mode_of_the_compiler_is_named(tiny_folder):
-    with pytest.raises(ValueError, match="compile 'fast' is not known"):
-        wb.load_model(tiny_folder, device="cpu", compile="fast")

@@ -192,18 +192,3 @@ def test_one_version_stands_in_the_package_the_changelog_and_the_citation():
     assert yaml.safe_load(text_of("CITATION.cff"))["version"] == version
     project = tomllib.loads(text_of("pyproject.toml"))
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "workbench.__version__"}
-
-
-def test_the_citation_names_what_the_licence_names():
-    citation = yaml.safe_load(text_of("CITATION.cff"))
-    assert citation["license"] == "MIT"
-    holder = re.search(r"Copyright \(c\) \d+ (.*)", text_of("LICENSE"))[1]
-    assert [author["name"].lower() for author in citation["authors"]] == [holder.lower()]
-
-
-def test_checks_before_a_commit_are_those_of_make_lint_and_of_the_notebooks():
-    (repository,) = yaml.safe_load(text_of(".pre-commit-config.yaml"))["repos"]
-    entries = {hook["id"]: hook["entry"] for hook in repository["hooks"]}
-    assert entries.keys() == {"ruff", "ruff-format", "nbstripout"}
-    assert repository["repo"] == "local", "the environment pins the versions, once"
-    assert importlib.metadata.version("ruff") and entries["ruff"].startswith("ruff check")

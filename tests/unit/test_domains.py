@@ -142,16 +142,3 @@ def test_an_edit_that_brightens_is_measured_by_its_rank_correlation(model):
     brighter = wb.MoveX(torch.ones(model.x_shape), t=run.timesteps[-1], name="brighter")
     effects = measure(run, brighter, [-0.4, -0.2, 0.2, 0.4], classifier=wb.load_classifier("pixels"))
     assert effects.monotonicity("Brightness")["brighter"] == pytest.approx(1)
-
-
-def test_a_direction_of_an_amount_is_found_from_its_scores(model, cache):
-    store = wb.extract(model, 8, steps=3, progress=False)
-    amounts = wb.load_classifier("pixels")(store.images[:]).set_axis(store.seeds)["Brightness"]
-    found = wb.find_from_scores(store, amounts, k=2, progress=False)
-    bright, dark = (
-        store.at(store.timesteps[0])[np.isin(store.seeds, rows)].mean(axis=0)
-        for rows in (amounts.nlargest(2).index, amounts.nsmallest(2).index)
-    )
-    delta = found.delta()[0].numpy().ravel()
-    assert found.name == "Brightness"
-    assert np.corrcoef(delta, (bright - dark).ravel())[0, 1] == pytest.approx(1, abs=1e-4)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import workbench as wb
 from workbench import cli
@@ -162,13 +163,11 @@ def test_what_does_not_fit_is_refused(model, images, judges):
         wb.evaluate_model(model, images, classifiers=judges, n=50, samples=torch.zeros(9, 3, 32, 32), **OPTIONS)
 
 
-def test_the_command_prints_the_numbers_and_writes_card_and_contact_sheet(tmp_path, capsys):
-    arguments = ["evaluate-model", "avataaars32", "--n", "8", "--steps", "2", "--classifiers", "avataaars-judge"]
+def test_the_command_prints_the_numbers_and_writes_card_and_contact_sheet(tiny_folder, tmp_path, capsys):
+    arguments = ["evaluate-model", str(tiny_folder), "--n", "8", "--steps", "2", "--classifiers", "avataaars-judge"]
     few = tmp_path / "few"
     few.mkdir()
-    from PIL import Image
-
-    for i, image in enumerate(wb.load_images("avataaars", size=32)[:20]):
+    for i, image in enumerate(wb.load_images("avataaars", size=8)[:20]):
         Image.fromarray(((image + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(few / f"{i:02d}.png")
     options = ["--images", str(few), "--training", str(few), "--recipe", "--inverted", "1", "--card", str(tmp_path)]
     assert cli.main([*arguments, *options]) == 0

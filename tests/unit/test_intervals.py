@@ -60,7 +60,7 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
 @pytest.mark.parametrize("n", [4, 6, 16])
 def test_the_interval_of_a_mean_of_few_values_is_as_sure_as_it_says(n):
     rng = np.random.default_rng(n)
-    ends = np.array([mean_interval(rng.standard_normal(n), resamples=400) for _ in range(400)])
+    ends = np.array([mean_interval(rng.standard_normal(n), resamples=250) for _ in range(300)])
     assert 0.91 < ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean() < 0.99
 
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from workbench.io import commit, duration, one_of, provenance_mismatch, write_text
+from workbench.io import commit, duration, one_of, write_text
 
 
 def test_an_unknown_value_is_refused_with_the_known_ones():
@@ -17,14 +17,6 @@ def test_durations_have_a_unit_that_suits_them():
     assert [duration(seconds) for seconds in (0.4, 119, 120, 3600, 7200)] == [
         *("0 s", "119 s", "2 min", "60 min", "2.0 hours")
     ]
-
-
-def test_models_differ_by_what_both_record_beside_their_weights():
-    own = {"name": "a", "hash": "1", "network": "skips", "schedule": {"hash": "x"}}
-    assert provenance_mismatch(own, own | {"name": "b", "hash": "2"}) == ""
-    assert "network" in provenance_mismatch(own, own | {"network": "none"})
-    assert "schedule" in provenance_mismatch(own, own | {"schedule": {"hash": "y"}})
-    assert provenance_mismatch(own, {"name": "array"}) == ""
 
 
 def test_the_commit_is_that_of_the_clone_and_says_if_files_differ(tmp_path, monkeypatch):

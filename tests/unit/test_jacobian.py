@@ -93,8 +93,9 @@ def assert_matches(found: JacobianSpectrum, J: torch.Tensor) -> None:
     assert angle(found.right, right[:k]) < 1e-3
 
 
-@pytest.mark.parametrize("time", ["default", "scale_shift"])
-@pytest.mark.parametrize("tap", ["after", "middle", "before"])
+@pytest.mark.parametrize(
+    ("tap", "time"), [("after", "default"), ("after", "scale_shift"), ("middle", "scale_shift"), ("before", "default")]
+)
 def test_the_spectrum_is_the_dense_ones(tap, time, small_model):
     """sigma to 1e-4 and the space of vectors to 1e-3 rad, with attention everywhere, at every tap."""
     model = small_model(resnet_time_scale_shift=time).tapped(tap)
@@ -147,12 +148,12 @@ def test_the_network_runs_once(model, run, block):
         {"attn_norm_num_groups": 2, "layers_per_block": 2},
     ],
 )
-@pytest.mark.parametrize("fused", [True, False])
-def test_every_layer_of_the_unet_has_its_products(config, fused, small_model):
-    """Kinds of blocks, attention (fused and written out), resampling and activations, against the dense Jacobian."""
+def test_every_layer_of_the_unet_has_its_products(config, small_model):
+    """Kinds of blocks, attention (fused, and written out in the mid block), resampling and activations, against the
+    dense Jacobian."""
     model = small_model(seed=3, **config)
-    for layer in model.unet.unet.modules():
-        if isinstance(layer, Attention) and not fused:
+    for layer in model.unet.unet.mid_block.modules():
+        if isinstance(layer, Attention):
             layer.set_processor(AttnProcessor())
     run = wb.sample(model, [5], steps=STEPS, record_x=True, progress=False)
     J = dense_of_h(model, run.x_at(T_FOUND), T_FOUND)
@@ -169,7 +170,7 @@ def test_eps_and_x0_give_the_same_directions(model, run):
     assert_matches(x0, dense_of_h(model, run.x_at(T_FOUND), T_FOUND, output="x0"))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
 def test_a_mask_only_removes_rows_and_a_full_one_none(model, run, J, shape):
     """The masked spectrum is that of the dense Jacobian without the rows outside; the left vectors are zero there."""
     mask, rows = half_mask(slice(2, 5), slice(1, 6), shape=shape)
@@ -187,7 +188,7 @@ def test_a_mask_only_removes_rows_and_a_full_one_none(model, run, J, shape):
     assert record["outputs"] == int(rows.sum()) and record["sha256"] != whole["sha256"]
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 7])
+@pytest.mark.parametrize("block", [1, 4])
 def test_the_papers_algorithms_find_the_same_as_lanczos(model, run, block):
     """Algorithm 1 with as many vectors as are asked for and with more, and Algorithm 2; they take more products."""
     lanczos = find_jacobian(model, run, t=T_FOUND, k=4, progress=False)
@@ -209,7 +210,7 @@ def test_the_jacobian_is_taken_on_the_runs_own_trajectory(model, run):
     assert difference > 1e-3, "the oracle can't tell the run's own noise from fresh noise"
 
 
-@pytest.mark.parametrize("block", [None, 1, 3])
+@pytest.mark.parametrize("block", [None, 3])
 def test_a_warm_start_needs_fewer_products(model, run, block):
     """From a neighbouring timestep, as found or as vectors, and fewer still from the answer; which stays the same."""
     options = {"t": 500, "k": 2, "block": block, "progress": False}
@@ -223,7 +224,7 @@ def test_a_warm_start_needs_fewer_products(model, run, block):
         assert again.products <= warm.products <= cold.products
 
 
-@pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("tol", [1e-2, 1e-5])
 def test_the_error_is_below_the_tolerance(model, run, J, tol):
     """for several starts; the space of vectors turns by no more than the gap allows."""
     _, sigma, right = torch.linalg.svd(J, full_matrices=False)

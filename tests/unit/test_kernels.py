@@ -15,7 +15,11 @@ from workbench.report.kernels import KernelServer, environment
 from workbench.report.plans import Run
 from workbench.report.running import Job
 
-pytestmark = pytest.mark.skipif(not KernelServer.possible(), reason="kernels are copied on Linux alone")
+# The reports of tests/browser/test_all_reports.py run in such kernels, where one is enough for all notebooks.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not KernelServer.possible(), reason="kernels are copied on Linux alone"),
+]
 
 
 @pytest.fixture(scope="module")

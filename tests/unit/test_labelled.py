@@ -62,13 +62,6 @@ def zip_of(folder: Path, target: Path, *, under: str = "") -> Path:
 # Conversion
 
 
-def test_values_are_minus_one_to_one():
-    black, gray, white = (to_tensor(Image.new("RGB", (2, 2), (v, v, v))) for v in (0, 51, 255))
-    assert (black == -1).all() and (white == 1).all()
-    torch.testing.assert_close(gray, torch.full((3, 2, 2), -0.6))
-    assert black.dtype == torch.float32
-
-
 @pytest.mark.parametrize("size", [5, 12, 30])
 def test_resize_is_pillows_antialiased_bicubic(size):
     image = picture(0)
@@ -140,17 +133,6 @@ def test_a_path_its_image_and_its_content_give_the_same(folder):
     path = folder / "a.png"
     for given in (path, str(path), path.read_bytes()):
         assert torch.equal(load_image(given, 7), to_tensor(Image.open(path), 7))
-
-
-@pytest.mark.parametrize("size", [0, -3])
-def test_a_size_below_one_is_refused(size, folder):
-    for call in (
-        lambda: load_image(folder / "a.png", size),
-        lambda: load_images(folder, size=size),
-        lambda: load_images(folder).at_size(size),
-    ):
-        with pytest.raises(ValueError, match=f"size is {size}"):
-            call()
 
 
 # Sources and access
@@ -354,13 +336,6 @@ def test_forked_processes_read_the_same_zip():
     assert os.getpid() not in {process for process, _ in results}
 
 
-def test_a_record_survives_pickling_after_use(folder, tmp_path):
-    images = load_images(zip_of(folder, tmp_path / "faces.zip"))
-    before = images[:]
-    again = pickle.loads(pickle.dumps(images))
-    assert torch.equal(again[:], before) and again.fingerprint == images.fingerprint
-
-
 # Fingerprint
 
 
@@ -514,12 +489,6 @@ def test_a_bad_table_is_a_sentence(name, content, message, folder):
     with pytest.raises(ValueError, match=message) as failure:
         load_images(folder)
     assert name in sentence(failure)
-
-
-def test_leading_zeros_count_in_file_names_and_spaces_around_them_do_not(tmp_path):
-    save_pictures(tmp_path, "001.png", "002.png")
-    (tmp_path / "attributes.csv").write_text("file,A\n001.png,1\n 002.png ,0\n")
-    assert load_images(tmp_path).labels["A"].to_dict() == {"001.png": 1, "002.png": 0}
 
 
 TABLES = {

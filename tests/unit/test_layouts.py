@@ -179,12 +179,17 @@ def test_the_wrong_order_of_attention_or_size_of_heads_gives_another_network(gui
         ("afhq_dog", (512, 8, 8), 93.56),
         ("adm_lsun", (1024, 8, 8), 552.81),
         ("improved_cifar10", (256, 4, 4), 52.55),
-        ("improved_imagenet_64", (512, 8, 8), 121.06),
         ("improved_imagenet_64_classes", (768, 8, 8), 273.05),
-        ("improved_lsun", (512, 8, 8), 113.68),
-        ("adm_imagenet_64", (768, 8, 8), 295.90),
-        ("adm_imagenet_128", (1024, 8, 8), 421.53),
-        ("adm_imagenet_256", (1024, 8, 8), 553.84),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in (
+                ("improved_imagenet_64", (512, 8, 8), 121.06),
+                ("improved_lsun", (512, 8, 8), 113.68),
+                ("adm_imagenet_64", (768, 8, 8), 295.90),
+                ("adm_imagenet_128", (1024, 8, 8), 421.53),
+                ("adm_imagenet_256", (1024, 8, 8), 553.84),
+            )
+        ),
     ],
 )
 def test_the_published_architectures_have_their_published_sizes(preset, h, millions):

@@ -38,16 +38,6 @@ def test_components_keep_their_signs_from_one_timestep_to_the_next(rng):
     assert agreement(*alone) == pytest.approx(1.0)
 
 
-def test_a_turn_is_the_best_rotation_and_keeps_distances(rng):
-    points, angle = rng.standard_normal((30, 2)), 2.1
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    points -= points.mean(axis=0)
-    for planted in (rotation, rotation @ np.diag([1.0, -1.0])):
-        np.testing.assert_allclose(points @ maps._turn(points, points @ planted, rotate=True), points @ planted)
-    signs = maps._turn(points, points @ np.diag([1.0, -1.0]), rotate=False)
-    np.testing.assert_array_equal(signs, np.diag([1.0, -1.0]))
-
-
 def test_of_many_samples_some_are_fitted_and_all_are_placed(rng, monkeypatch):
     h = stretched(rng, n=90)
     whole = make_maps({"h": batched({5: h})}, n=90, timesteps=[5])[0]
@@ -77,8 +67,7 @@ def test_neighbours_are_those_of_the_space(rng, exact, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "options", "message"),
-    [(3, {}, "there are 3"), (1, {}, "there is 1"), (8, {"methods": ["lle"]}, "'lle'")],
+    ("n", "options", "message"), [(3, {}, "there are 3"), (1, {}, "there is 1"), (8, {"methods": ["lle"]}, "'lle'")]
 )
 def test_what_gives_no_map_is_a_sentence(rng, n, options, message):
     with pytest.raises(ValueError, match=message):

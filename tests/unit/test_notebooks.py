@@ -24,7 +24,6 @@ from plotly import graph_objects as go
 
 from workbench import cli
 from workbench.diffusion.models import Model
-from workbench.io import commit
 from workbench.report import notebooks, pages, parameters, running
 from workbench.report.plans import plan_sweep
 from workbench.report.sources import from_here
@@ -150,12 +149,6 @@ class TestCondition:
         with pytest.raises(ValueError, match=message):
             read(given)
 
-    def test_is_a_part_of_a_sweep_and_of_what_names_its_runs(self, home):
-        write_notebook(home / "notebooks" / "10_first.ipynb", parameters="condition: dict = {}")
-        plan = plan_sweep({"notebooks": 10, "matrix": {"condition": [{"label": "1"}, {"label": 2}]}})
-        assert [run.parameters for run in plan.runs] == [{"condition": {"label": label}} for label in (1, 2)]
-        assert len({run.key for run in plan.runs}) == 2
-
     def test_takes_the_options_of_models_that_a_text_can_give(self):
         known = inspect.signature(Model.conditioned).parameters
         assert parameters._CONDITION.keys() == known.keys() - {"self", "condition"}
@@ -273,20 +266,6 @@ def test_names_are_in_order_and_unknown_or_ambiguous_ones_are_refused(home, note
     ):
         with pytest.raises(error, match=message):
             parameters.notebook_parameters(name)
-
-
-def test_the_commit_is_recorded_and_whether_the_tree_differs_from_it(home):
-    def git(*words):
-        subprocess.run(["git", "-C", str(home), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
-
-    assert commit() is None
-    git("init", "--quiet")
-    (home / "file").write_text("1")
-    git("add", "file")
-    git("commit", "--quiet", "--message", "one")
-    assert re.fullmatch("[0-9a-f]{40}", commit())
-    (home / "file").write_text("2")
-    assert re.fullmatch("[0-9a-f]{40}-dirty", commit())
 
 
 class TestRun:

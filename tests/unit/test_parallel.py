@@ -13,7 +13,7 @@ from processes import start_process
 
 import workbench as wb
 from workbench.diffusion import parallel
-from workbench.diffusion.parallel import cpu_batch, in_threads, split, thread_count, threads_each
+from workbench.diffusion.parallel import cpu_batch, in_threads, split, thread_count
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(make_unet, threads,
     model = wb.wrap(make_unet(sample_size=32), DDPMScheduler(), name="small", device="cpu")
     assert len(split(8, model.image_shape)) > 1
     results = []
-    for count, torchs in ((1, 1), (2, 1), (3, 2)):
+    for count, torchs in ((1, 1), (3, 2)):
         threads(count)
         before = torch.get_num_threads()
         torch.set_num_threads(torchs)
@@ -154,14 +154,6 @@ def test_a_batch_has_work_for_every_thread(threads):
     threads(16)
     assert [cpu_batch((3, side, side)) for side in (32, 64, 256)] == [128, 32, 16]
     assert len(split(128, (3, 32, 32))) == 16
-
-
-def test_large_images_that_are_few_have_several_threads_each(threads):
-    threads(8)
-    assert threads_each(split(1, (3, 256, 256)), (3, 256, 256)) == 8
-    assert threads_each(split(2, (3, 128, 128)), (3, 128, 128)) == 4
-    assert threads_each(split(16, (3, 256, 256)), (3, 256, 256)) == 1
-    assert threads_each(split(1, (3, 64, 64)), (3, 64, 64)) == 1
 
 
 def test_passes_are_counted_for_whoever_follows(model, tmp_path, monkeypatch):

@@ -11,10 +11,9 @@ from diffusers import UNet2DModel
 
 import workbench as wb
 from workbench import cli
-from workbench.diffusion.loading import known_models, load_schedule, load_shapes
+from workbench.diffusion.loading import load_schedule, load_shapes
 from workbench.diffusion.memory import estimate_memory
 from workbench.diffusion.unet import SplitUNet
-from workbench.formats import layouts
 from workbench.hspace import planning
 
 
@@ -60,11 +59,6 @@ def test_the_schedule_is_the_models_and_needs_no_weights(tiny, tiny_folder):
     assert load_schedule(tiny_folder).provenance() == tiny.schedule.provenance()
 
 
-def test_shapes_are_the_models(network):
-    model = wb.load_model("avataaars32", device="cpu")
-    assert planning.shapes_of(network) == (model.image_shape, model.h_shape)
-
-
 def test_time_is_passes_by_rate_and_processes_share_it(network):
     one, four = plan(network), plan(network, processes=4)
     assert one.passes == 50
@@ -76,15 +70,6 @@ def test_memory_is_bounded_by_parameters_and_batch_not_by_n(network):
     many = [plan(network, n=n, steps=20) for n in (1_000, 1_000_000)]
     assert many[0].ram == many[1].ram and many[0].gpu_memory == many[1].gpu_memory
     assert plan(network, batch_size=128).gpu_memory > plan(network, batch_size=64).gpu_memory
-
-
-def test_known_models_say_what_they_need():
-    rows = {row["name"]: row for row in known_models()}
-    assert rows.keys() == {*layouts.HUB, *layouts.PRESETS}
-    assert rows["google/ddpm-ema-celebahq-256"]["h"] == (512, 8, 8)
-    assert rows["adm_lsun"]["h"] == (1024, 8, 8)
-    assert rows["celeba_hq"]["parameters"] == 113_673_219
-    assert rows["celeba_hq"]["memory"].weights == 4 * 113_673_219
 
 
 def test_the_estimate_of_memory_counts_what_is_alive():

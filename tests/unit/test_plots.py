@@ -104,15 +104,6 @@ class TestImageGrid:
         for one, other in zip(shown, expected, strict=True):
             np.testing.assert_array_equal(one.get_array(), other.get_array())
 
-    def test_refuses_labels_that_do_not_match(self, images):
-        for shape, options, message in (
-            ((12,), {"titles": ["a", "b"]}, "titles has 2 entries for 12 images"),
-            ((12,), {"columns": 0}, "columns is 0"),
-            ((3, 4), {"columns": 2}, "leave out the argument `columns`"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                plots.image_grid(images.reshape(*shape, 3, 8, 8), **options)
-
 
 class TestCurves:
     """Of a tidy table, and of arrays by `line`, which draws by it."""
@@ -204,13 +195,6 @@ class TestScatter:
         assert np.allclose(centres[0], [40, 0]), "the outlier is shown"
         assert np.asarray(axes.images[0].get_array()).min() == 255, "with its own picture"
 
-    def test_thumbnails_are_square_on_the_page(self, images):
-        figure = plots.scatter(np.random.default_rng(0).normal(size=(12, 2)), images=images, xlabel="x", ylabel="y")
-        figure._repr_png_()
-        box = figure.axes[0].images[0].get_window_extent()
-        assert box.width == pytest.approx(box.height, rel=0.02)
-        assert len(plots.scatter([[1.0, 2.0]], images=images[:1], xlabel="x", ylabel="y").axes[0].images) == 1
-
     @pytest.mark.parametrize(
         ("points", "extra", "message"),
         [
@@ -279,12 +263,6 @@ class TestSaveFigure:
         assert b"<svg" in written[1].read_bytes() and b"<text" not in written[1].read_bytes(), "text is outlines"
         assert Image.open(written[2]).info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
-
-    def test_the_same_figure_gives_the_same_bytes(self, tmp_path, images):
-        first, second = (
-            plots.save_figure(plots.image_grid(images, caption="c"), tmp_path / name) for name in ("a", "b")
-        )
-        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
     def test_a_failure_leaves_the_old_files(self, tmp_path):
         (tmp_path / "f.pdf").write_text("old")

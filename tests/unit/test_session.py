@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -282,22 +280,6 @@ def test_a_pull_of_one_slider_is_one_change_until_it_rests(session):
     assert session.state.scales == {}
 
 
-def test_a_recipe_is_of_the_moment_that_it_is_saved_at(session, tmp_path, monkeypatch):
-    """Sliders stay alive while files are written."""
-    session.set_scale("smile", 2.0)
-    save = Direction.save
-
-    def pulling(self, path):
-        session.set_scale("smile", 1.0)
-        return save(self, path)
-
-    monkeypatch.setattr(Direction, "save", pulling)
-    recipe = read_recipe(save_recipe(session, tmp_path / "edit.json"))
-    assert recipe["directions"][0]["scale"] == 2.0
-    session.set_scale("smile", 2.0)
-    assert recipe["result"] == result_of(session.render())
-
-
 # Cancelling
 
 
@@ -312,16 +294,6 @@ def test_cancelled_work_stops_at_the_next_step_and_leaves_nothing_half_done(sess
     fresh = EditSession(session.model, session.samples[0], session.directions["smile"])
     fresh.set_scale("smile", 1.0)
     assert torch.equal(again.after, fresh.render().after)
-
-
-def test_waiting_ends_at_once_when_the_work_is_stopped():
-    progress = Progress()
-    timer = threading.Timer(0.05, progress.cancel)
-    timer.start()
-    start = time.monotonic()
-    with pytest.raises(Cancelled):
-        progress.wait(30.0)
-    assert time.monotonic() - start < 15
 
 
 # Samples and images
@@ -416,12 +388,6 @@ def test_a_mistake_is_a_sentence_and_changes_nothing(session, call, message):
     with pytest.raises(ValueError, match=message):
         call(session)
     assert session.state == before
-
-
-def test_two_sessions_have_states_of_their_own(session, tiny, run, smile):
-    other = EditSession(tiny, run, smile)
-    session.set_scale("smile", 3.0)
-    assert other.state.scales == {} and torch.equal(other.render().after, other.render().before)
 
 
 # Recipes

@@ -229,16 +229,6 @@ def test_a_grey_model_that_is_not_square_samples_inverts_and_edits(grey, scans, 
     assert boundary.accuracy.value > 0.9  # left or right: what the pixels of x_t tell
 
 
-def test_the_studio_takes_any_picture_for_its_model(grey, scans, cache):
-    run = wb.sample(grey, range(2), steps=5, record_h=True, progress=False)
-    direction = wb.find_pca(wb.extract(grey, 6, steps=5, progress=False), k=1)[0]
-    session = wb.EditSession(grey, run, direction)
-    position = session.add_image((scans / "01.png").read_bytes(), method="ddim")
-    assert session.samples[position].x0.shape == (1, 1, 16, 24)
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        session.add_image(b"nothing")
-
-
 def test_a_training_writes_its_shape_and_schedule_as_diffusers_reads_them(grey, trained):
     pipeline = DDPMPipeline.from_pretrained(trained)
     scheduler = pipeline.scheduler
@@ -252,26 +242,6 @@ def test_a_training_writes_its_shape_and_schedule_as_diffusers_reads_them(grey, 
     with Image.open(trained / "samples" / "0000080.png") as sheet:
         assert sheet.size == (2 * 24, 2 * 16)
         assert "(1, 16, 24)" in new_card(trained) and "T = 50, linear beta 0.002..0.4" in new_card(trained)
-
-
-def test_a_training_of_few_timesteps_resumes_exactly(tmp_path, monkeypatch):
-    images = torch.from_numpy(noise(0, 5, 1, 4, 6)) / 127.5 - 1
-    network = {"size": (1, 4, 6), "widths": (16, 16), "attention": (2,), "head_channels": 8, "batch_size": 2}
-    settings = wb.TrainingSettings(**network, timesteps=50, steps=6)
-    options = {"log_every": 3, "minutes": 0, **QUIET}
-    whole = wb.train_model(images, settings, out=tmp_path / "whole", **options)
-    take = training._take_step
-
-    def stopped(run, *args, **options):
-        if run.step == 4:
-            raise KeyboardInterrupt
-        return take(run, *args, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_take_step", stopped)
-        wb.train_model(images, settings, out=tmp_path / "parts", **options)
-    resumed = wb.train_model(images, out=tmp_path / "parts", resume=True, **options)
-    assert resumed.hash == whole.hash and resumed.schedule.T == 50
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -439,45 +409,27 @@ def test_regions_of_the_bundled_domain_are_cropped_as_its_images_are():
 
 
 def test_the_commands_train_and_use_a_grey_model(scans, tmp_path, capsys, cache):
-    out = tmp_path / "model"
+    out, judge = tmp_path / "model", tmp_path / "judge"
     network = "--size 1 16 24 --timesteps 50 --widths 16 16 --attention 8 --head-channels 16 --steps 2"
-    assert cli.main(["train", str(scans), "--out", str(out), *network.split()]) == 0
+
+    def run(words: str) -> int:
+        return cli.main(words.split())
+
+    assert run(f"train {scans} --out {out} {network}") == 0
     assert read_settings(out) == wb.TrainingSettings(**NETWORK, steps=2)
-    assert cli.main(["sample", str(out), "--seeds", "0-1", "--steps", "3", "--out", str(tmp_path / "s.png")]) == 0
-    classifier = [
-        "train-classifier",
-        str(scans),
-        "--out",
-        str(tmp_path / "judge"),
-        "--steps",
-        "3",
-        "--size",
-        "1",
-        "16",
-        "24",
-    ]
-    assert cli.main(classifier) == 0
-    evaluated = [
-        "evaluate-model",
-        str(out),
-        "--images",
-        str(scans),
-        "--classifiers",
-        str(tmp_path / "judge"),
-        "--n",
-        "8",
-    ]
-    assert cli.main([*evaluated, "--steps", "3", "--inverted", "2", "--training", str(scans)]) == 0
+    assert run(f"sample {out} --seeds 0-1 --steps 3 --out {tmp_path}/s.png") == 0
+    assert run(f"train-classifier {scans} --out {judge} --steps 3 --size 1 16 24") == 0
+    images = f"--images {scans} --training {scans} --classifiers {judge}"
+    assert run(f"evaluate-model {out} {images} --n 8 --steps 3 --inverted 2") == 0
     assert "Measured quality" in capsys.readouterr().out
     for options, words in (
-        (["--size", "1", "16", "24", "9"], "size is"),
-        (["--size", "2", "16", "24"], "not 2; save"),
-        (["--timesteps", "3"], "timesteps is 3"),
-        (["--from", str(out), "--timesteps", "60"], "leave out --timesteps"),
-        (["--from", str(out), "--prediction", "sample"], "leave out --prediction"),
+        ("--attention 8 --size 1 16 24 9", "size is"),
+        ("--attention 8 --size 2 16 24", "not 2; save"),
+        ("--attention 8 --timesteps 3", "timesteps is 3"),
+        (f"--from {out} --timesteps 60", "leave out --timesteps"),
+        (f"--from {out} --prediction sample", "leave out --prediction"),
     ):
-        options = ["--steps", "1", *([] if "--from" in options else network.split()[9:15]), *options]
-        assert cli.main(["train", str(scans), "--out", str(tmp_path / "none"), *options]) == 2
+        assert run(f"train {scans} --out {tmp_path}/none --steps 1 {options}") == 2
         said = capsys.readouterr().err
         assert words in said and len(said.splitlines()) == 1
     assert not (tmp_path / "none").exists()

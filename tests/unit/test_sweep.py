@@ -126,8 +126,6 @@ def test_a_bad_sweep_is_refused_before_anything_runs(home, content, sentence):
         ("notebooks: 20, 10", ["20_second", "10_first"]),
         ("notebooks: 20_second", ["20_second"]),
         ("notebooks:\n- 010", "'010'"),
-        ("notebooks:\n\t- 20", r"seeds.yaml, line 2, can't be read: .*indent with spaces"),
-        ("common: {n: 1}\ncommon: {n: 2}", "line 2, can't be read: 'common' stands there twice"),
         ("common: {n: 1", "line 1, can't be read"),
         ("", "seeds.yaml must be a mapping"),
         ("matrices: {}", "'matrices'.*did you mean matrix"),
@@ -142,18 +140,6 @@ def test_a_file_names_what_it_evidently_means_or_is_refused(home, text, names):
     else:
         with pytest.raises(ValueError, match=names):
             plan_sweep(path)
-
-
-def test_the_notebooks_declare_what_a_word_in_a_file_is(home):
-    types = 'name: str = ""\nnames: list[str] = []\nseed: int = 0'
-    write_notebook(home / "notebooks" / "30_third.ipynb", types)
-    path = home / "words.yaml"
-    path.write_text("notebooks: 30\ncommon: {name: 010}\nmatrix: {seed: [010, 2], names: [[Yes, 1:30], 3]}")
-    runs = plan_sweep(path).runs
-    assert [run.varied for run in runs] == [
-        {"seed": seed, "names": names} for seed in (10, 2) for names in (["Yes", "1:30"], ["3"])
-    ]
-    assert {run.parameters["name"] for run in runs} == {"010"}
 
 
 def test_a_missing_file_and_no_workers_are_sentences(home):

@@ -172,13 +172,6 @@ def test_gradients_flow_through_encode_and_decode(tiny):
     assert delta.grad.abs().sum() > 0
 
 
-def test_a_bottleneck_is_a_frozen_record_with_a_repr_of_one_line(tiny):
-    b = tiny.encode(images_for(tiny.unet.unet), 5)
-    assert repr(b) == "Bottleneck(h=(3, 16, 4, 4), tap='after', 4 skips)"
-    with pytest.raises(AttributeError):
-        b.h = None
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -63,8 +63,8 @@ def find_from_text(
     clip : Clip, str or path, default "avataaars-clip"
         As of `load_clip`; the default is for the bundled domain.
     k : int, optional
-        Samples on each side; by default half as many as fit `text` better than `against`, since some fit by little, but
-        from 8 to 100, and at most a quarter of all.
+        Samples on each side; by default as many as have half of the highest score or more, but from 8 to 100, and at
+        most a quarter of all. Of a rare attribute, many more samples fit the text by a little than have it.
     name : str, optional
         By default the text.
     progress : bool
@@ -90,7 +90,7 @@ def find_from_text(
     if fitting < 2:
         raise ValueError(f"{fitting} of {len(scores)} samples fit {text!r} better than {against!r}; use other words")
     if k is None:
-        k = max(2, min(max(fitting // 2, FEWEST), len(scores) // 4, MOST))
+        k = max(2, min(max(int((scores > scores.max() / 2).sum()), FEWEST), len(scores) // 4, MOST))
     direction = find_from_scores(store, scores, k=k, name=name, progress=progress, **options)
     parameters = {"text": text, "against": against, "clip": clip.hash, "fitting": fitting}
     about = direction.provenance["parameters"] | parameters

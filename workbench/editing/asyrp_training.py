@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,12 +161,19 @@ def train_asyrp(
 
 
 def clip_interval(run: Trajectory, clip: Clip, *, cosine: float, progress: bool = True) -> EditingInterval:
-    """Asyrp's editing interval by the distance of CLIP's embeddings of images; see `find_interval`."""
+    """Asyrp's editing interval by the distance of CLIP's embeddings of images; see `find_interval`.
+
+    All timesteps, with a warning, where a distance never reaches its level.
+    """
 
     def distance(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
         return np.linalg.norm(clip.images(a) - clip.images(b), axis=1)
 
-    return find_interval(run, distance=distance, levels=LEVELS["clip"], cosine=cosine, progress=progress)
+    try:
+        return find_interval(run, distance=distance, levels=LEVELS["clip"], cosine=cosine, progress=progress)
+    except ValueError as error:
+        warnings.warn(f"the edit acts at all timesteps, since no interval is found: {error}", stacklevel=3)
+        return EditingInterval(0, 0)
 
 
 def asyrp_loss(
