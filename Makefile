@@ -63,5 +63,5 @@ $(VENV)/installed-docs: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-test: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
-	$(INSTALL) lab test data hf
+	$(INSTALL) lab test data
 	@touch $@ $(VENV)/installed $(VENV)/installed-lab

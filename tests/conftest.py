@@ -56,7 +56,6 @@ def model():
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory):
     """Images of coloured squares with captions, and the folder of a CLIP that was trained on them."""
-    pytest.importorskip("transformers")
     from small_models import paint_squares
 
     folder = tmp_path_factory.mktemp("squares")

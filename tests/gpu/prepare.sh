@@ -13,7 +13,7 @@ platforms=()
 for glibc in 2_28 2_27 2_17; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
 ${PYTHON:-python3} -m pip download -q --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
     "${platforms[@]}" --platform manylinux2014_x86_64 -c constraints.txt -d "$wheels" "${names[@]}"
-small=(data/models/avataaars64 data/models/avataaars32-h data/models/eurosat32 data/avataaars)
+small=(data/models/avataaars64 data/models/avataaars32-h data/models/eurosat32 data/models/avataaars32-text data/avataaars)
 measure() {
     tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 stat -c %s | awk '{ n += $1 } END { print n }')
     echo "$(((tree + $(cat "$wheels"/*.whl | wc -c)) / 1048576)) MiB"

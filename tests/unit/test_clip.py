@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from small_models import COLOURS
 
 import workbench as wb
 from workbench.datasets.clip_training import train_clip
-
-transformers = pytest.importorskip("transformers")
 
 
 def test_it_learns_what_captions_say(squares):

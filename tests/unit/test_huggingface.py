@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
@@ -19,8 +19,6 @@ from workbench.datasets.clip import load_clip
 from workbench.datasets.huggingface import load_segmenter
 from workbench.datasets.labelled import load_images
 from workbench.formats import hub as formats_hub
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +197,3 @@ def test_a_hub_id_is_looked_up_in_the_cache_first(hub, faces, monkeypatch):
         load_classifier("somebody/letters")
     kinds = ("*.safetensors", "pytorch_model*.bin")
     assert asked[1:] == [("somebody/letters", kind, local) for local in (True, False) for kind in kinds]
-
-
-def test_the_extra_is_needed_for_the_hub_alone(hub, faces, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert len(load_classifier("avataaars", device="cpu")(faces)) == len(faces)
-    for source in ("clip", "somebody/vit", hub.folder / "vit", hub.folder / "clip"):
-        with pytest.raises(ImportError, match=r"pip install -e \.\[hf\]"):
-            load_classifier(source)

@@ -203,7 +203,6 @@ def test_a_schedule_of_zero_terminal_snr_runs_where_eps_is_defined(make_unet):
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
     """A tiny Stable Diffusion on disk, and its pipeline."""
-    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("sd")
     return folder / "model", small_models.stable_diffusion(folder)
 
@@ -425,7 +424,7 @@ def test_pipelines_of_other_kinds_are_refused_by_their_part(tiny_folder, index, 
 def test_a_flow_model_is_refused(tiny_folder):
     config = '{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}'
     (tiny_folder / "scheduler" / "scheduler_config.json").write_text(config)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler.*flow"):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
         wb.load_model(tiny_folder)
 
 

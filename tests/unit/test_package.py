@@ -55,7 +55,9 @@ ONLY_IN = {
     "anywidget": {"studio/widgets.py", "studio/explorer.py"},
     "voila": {"studio/server.py"},
     "python_avatars": {"datasets/avataaars.py"},
-    "transformers": {"datasets/huggingface.py", "diffusion/text.py"},
+    "transformers": {
+        f"{name}.py" for name in ("datasets/huggingface", "datasets/clip", "datasets/clip_training", "diffusion/text")
+    },
     "distributed": {"workers.py", "benchmark/run.py"},
 }
 

@@ -11,8 +11,6 @@ import pytest
 import workbench as wb
 from workbench.datasets.captions import captions, described_factors
 
-pytest.importorskip("transformers")
-
 SENTENCES = pd.read_csv(Path(__file__).with_name("sentences.csv"))
 SCALES = [2.0, 4.0, 6.0]
 

@@ -12,8 +12,6 @@ from workbench.diffusion import training
 from workbench.diffusion.networks import conditioned_unet
 from workbench.diffusion.training import TrainingSettings, make_batch, train_model
 
-pytest.importorskip("transformers")
-
 SMALL = {"size": 8, "widths": (16, 16), "attention": (4,), "head_channels": 8, "batch_size": 8, "learning_rate": 3e-3}
 QUIET = {"log_every": 2, "minutes": 0, "previews": 0, "progress": False}
 

@@ -11,8 +11,6 @@ import workbench as wb
 from workbench.diffusion.loading import load_pipeline
 from workbench.directions.words import boundary_from_text, find_from_text, generator_of, mixing_timestep
 
-pytest.importorskip("transformers")
-
 QUIET = {"progress": False}
 
 

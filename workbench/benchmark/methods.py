@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -158,8 +157,8 @@ class TextModels:
 
     @classmethod
     def of_domain(cls, domain: Domain) -> TextModels | None:
-        """Those of a domain; None where it has none, or transformers is missing."""
-        if domain.clip is None or find_spec("transformers") is None:
+        """Those of a domain; None where it has none."""
+        if domain.clip is None:
             return None
         return cls(load_clip(domain.clip), domain.prompts, domain.generator)
 

@@ -16,7 +16,6 @@ FEATURES = {
     "JupyterLab": (("jupyterlab",), "[lab]"),
     "the edit studio as a page": (("voila",), "[lab]"),
     "drawing avatars": (("python_avatars", "cairosvg", "library cairo"), "[data], and libcairo2"),
-    "Stable Diffusion, CLIP, classifiers of the hub": (("transformers",), "[hf]"),
     "tests": (("pytest", "xdist", "nbval", "nbstripout", "pytest_benchmark", "ruff"), "[test]"),
     "tests in a browser": (("playwright", "program chromium"), "[test], and chromium"),
     "reports as PDF": (("program chromium",), "chromium or chrome"),

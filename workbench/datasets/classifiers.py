@@ -95,8 +95,6 @@ def load_classifier(
     ------
     FileNotFoundError
         If the classifier is neither local nor downloadable.
-    ImportError
-        If the source is a transformers model and the extra `[hf]` is missing.
     ValueError
         If the files are damaged or of another kind, or an argument is missing or does not apply to the source.
     """
@@ -276,7 +274,6 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     if source == "clip":
         source = CLIP
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        huggingface.load_transformers()
         return find_folder(source, bundled=BUNDLED), source
     raise FileNotFoundError(
         f'no classifier {str(path)!r}; bundled: {", ".join(BUNDLED)}; otherwise give "{PIXELS}", "clip", a folder, the '

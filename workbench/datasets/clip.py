@@ -17,7 +17,6 @@ from workbench.datasets.huggingface import (
     batched,
     load_network,
     load_processor,
-    load_transformers,
     prepare,
     unreadable,
 )
@@ -163,12 +162,12 @@ def load_clip(source: str | Path = "clip", *, device: str | torch.device | None 
     ------
     FileNotFoundError
         If it is neither here nor downloadable.
-    ImportError
-        If the extra `[hf]` is missing.
     ValueError
         If it is a model of another kind, or damaged.
     """
-    transformers, folder = load_transformers(), find_folder(source)
+    import transformers  # takes a second or two
+
+    folder = find_folder(source)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a CLIP")
     kind = read_json(folder / "config.json").get("model_type")

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.datasets.attribute_net import degrade
-from workbench.datasets.huggingface import load_transformers
 from workbench.datasets.labelled import LabelledImages
 from workbench.datasets.tables import not_binary
 from workbench.diffusion.images import to_bytes
@@ -173,6 +172,7 @@ def train_clip(
 def _train_tokenizer(texts):
     """A tokenizer of whole words, lower case; every word that comes twice or more."""
     import tokenizers
+    import transformers
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unknown>"))
     tokenizer.normalizer = tokenizers.normalizers.Sequence(
@@ -186,13 +186,14 @@ def _train_tokenizer(texts):
         single="<start> $A <end>", special_tokens=[("<start>", START), ("<end>", END)]
     )
     names = {"pad_token": "<pad>", "unk_token": "<unknown>", "bos_token": "<start>", "eos_token": "<end>"}
-    return load_transformers().PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=LENGTH, model_input_names=["input_ids", "attention_mask"], **names
     )
 
 
 def _new_network(words: int, *, side: int) -> torch.nn.Module:
-    transformers = load_transformers()
+    import transformers
+
     size = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_attention_heads": HEADS, "projection_dim": WIDTH}
     text = {**size, "num_hidden_layers": TEXT_LAYERS, "vocab_size": words, "max_position_embeddings": LENGTH}
     ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
@@ -269,7 +270,8 @@ def _retrieve(network: torch.nn.Module, pixels: torch.Tensor, tokens: np.ndarray
 
 def _write(network: torch.nn.Module, tokenizer, out: Path, *, about: dict) -> None:
     """Write the folder; a file that is replaced is whole at any time."""
-    transformers = load_transformers()
+    import transformers
+
     side = network.config.vision_config.image_size
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}

@@ -1,4 +1,4 @@
-"""Networks of the Hugging Face hub, by transformers (extra `[hf]`): image classifiers and segmentations.
+"""Networks of the Hugging Face hub, by transformers: image classifiers and segmentations.
 
 Each sees 8-bit pictures as its own image processor prepares them, by transformers' PIL backend, which needs no
 torchvision.
@@ -29,7 +29,9 @@ _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attrib
 
 def image_classifier(folder: Path, *, name: str, device: torch.device) -> Classifier:
     """A transformers image classifier: an attribute a class."""
-    network = load_network(load_transformers().AutoModelForImageClassification, folder, name, device)
+    import transformers  # takes a second or two
+
+    network = load_network(transformers.AutoModelForImageClassification, folder, name, device)
     processor = load_processor(folder)
     config = network.config
     heads = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == config.num_labels]
@@ -63,8 +65,10 @@ def load_segmenter(source: str | Path, *, device: str | torch.device | None = No
     callable (images of shape (n, C, H, W), values in [-1, 1]) -> int array of shape (n, h, w)
         Class of every pixel, at the resolution of the network's output.
     """
+    import transformers
+
     folder, device = find_folder(source), torch.device(device or best_device())
-    network = load_network(load_transformers().AutoModelForSemanticSegmentation, folder, str(source), device)
+    network = load_network(transformers.AutoModelForSemanticSegmentation, folder, str(source), device)
     processor = load_processor(folder)
     return batched(lambda batch: network(pixel_values=prepare(processor, batch).to(device)).logits.argmax(dim=1))
 
@@ -79,8 +83,10 @@ def batched(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
 
 def load_processor(folder: Path):
     """The model's own image processor."""
+    import transformers
+
     with unreadable(f"{folder} has no image processor (preprocessor_config.json) that can be read"):
-        return load_transformers().AutoImageProcessor.from_pretrained(
+        return transformers.AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
 
@@ -93,7 +99,9 @@ def prepare(processor, images: torch.Tensor) -> torch.Tensor:
 
 def load_network(kind, folder: Path, name: str, device: torch.device) -> nn.Module:
     """A transformers network in eval mode, all of its weights read from the folder."""
-    log = load_transformers().utils.logging
+    import transformers
+
+    log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     # It warns of weights that are missing or left over; the missing ones are an error here.
     log.set_verbosity_error()
@@ -122,11 +130,3 @@ def unreadable(what: str) -> Iterator[None]:
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{what} ({reason}); copy the folder again") from error
-
-
-def load_transformers():
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"networks of the hub need transformers; run `pip install -e .[hf]` ({error})") from error
-    return transformers

@@ -31,10 +31,8 @@ class TextEncoder:
 
     @cached_property
     def _parts(self) -> tuple:
-        try:
-            import transformers
-        except ImportError as error:
-            raise ValueError("prompts need transformers; install hspace-workbench[hf]") from error
+        import transformers  # slow, and needed for prompts alone
+
         config = transformers.AutoConfig.from_pretrained(self.folder / "text_encoder", local_files_only=True)
         kinds = {
             "clip_text_model": transformers.CLIPTextModel,

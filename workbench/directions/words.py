@@ -32,6 +32,7 @@ MIXING_LOG_SNR = -2.47
 """log SNR of t = 500 in Zhu et al.'s CelebA-HQ model, their mixing step."""
 
 GUIDANCE = 4.0
+CLEAREST = 0.02  # share of the samples that certainly fit
 FEWEST, MOST = 8, 100  # samples on each side of a direction
 
 Generator = Callable[[str, int, int], torch.Tensor]
@@ -63,8 +64,9 @@ def find_from_text(
     clip : Clip, str or path, default "avataaars-clip"
         As of `load_clip`; the default is for the bundled domain.
     k : int, optional
-        Samples on each side; by default as many as have half of the highest score or more, but from 8 to 100, and at
-        most a quarter of all. Of a rare attribute, many more samples fit the text by a little than have it.
+        Samples on each side; by default as many as have at least half of the score that 2% of the samples exceed, but
+        from 8 to 100, and at most a quarter of all. Of a rare attribute, many more samples fit the text a little than
+        have it.
     name : str, optional
         By default the text.
     progress : bool
@@ -90,7 +92,8 @@ def find_from_text(
     if fitting < 2:
         raise ValueError(f"{fitting} of {len(scores)} samples fit {text!r} better than {against!r}; use other words")
     if k is None:
-        k = max(2, min(max(int((scores > scores.max() / 2).sum()), FEWEST), len(scores) // 4, MOST))
+        clear = int((scores > np.quantile(scores, 1 - CLEAREST) / 2).sum())
+        k = max(2, min(max(clear, FEWEST), len(scores) // 4, MOST))
     direction = find_from_scores(store, scores, k=k, name=name, progress=progress, **options)
     parameters = {"text": text, "against": against, "clip": clip.hash, "fitting": fitting}
     about = direction.provenance["parameters"] | parameters
