@@ -34,9 +34,9 @@ def test_clip_tells_faces_apart_by_them():
 def test_they_edit_nearly_as_well_as_labels(model):
     """Success, as the judge sees it, at the PSNR that the direction from labels has at 4 sigma."""
     clip, judge = wb.load_clip("avataaars-clip", device="cpu"), wb.load_classifier("avataaars-judge")
-    store = wb.extract(model, 256, steps=10, progress=False)
+    store = wb.extract(model, 512, steps=10, progress=False)
     labels = wb.load_classifier("avataaars")(store.images[:])
-    run = wb.sample(model, range(10_000, 10_024), steps=10, progress=False)
+    run = wb.sample(model, range(10_000, 10_032), steps=10, progress=False)
 
     def curve(direction, attribute):
         found = wb.measure(run, {"edit": direction}, SCALES, classifier=judge, progress=False)
@@ -46,7 +46,7 @@ def test_they_edit_nearly_as_well_as_labels(model):
     for sentence in SENTENCES.itertuples():
         attribute = sentence.attribute
         if attribute not in known:
-            k = int(np.clip((labels[attribute] > 0.5).sum(), 8, 64))
+            k = int(np.clip((labels[attribute] > 0.5).sum(), 8, 128))
             direction = wb.find_from_scores(store, labels[attribute].to_numpy(), k=k, name=attribute, progress=False)
             known[attribute] = curve(direction, attribute)
         text = wb.find_from_text(store, sentence.text, against=sentence.against, clip=clip, progress=False)
