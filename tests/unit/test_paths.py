@@ -105,18 +105,22 @@ def calls(tiny):
         "Benchmark.save.folder": lambda path: wb.Benchmark.save(None, path),
         "Boundary.save.path": lambda path: planted_boundary(tiny, "h", 500).save(path),
         "Direction.save.path": direction.save,
+        "DeltaFunction.save.path": lambda path: wb.DeltaFunction(tiny, ((1.0, None),), "a", ()).save(f"{path}.pth"),
         "EditGrid.load.path": wb.EditGrid.load,
         "EditGrid.save.path": wb.EditGrid(images, ("a",), ("b",), {}).save,
         "EditSession.add_image.image": session.add_image,
         "EditStudio.__init__.folder": lambda path: wb.EditStudio(tiny, run, direction, folder=path),
         "Explorer.save_html.path": lambda path: wb.Explorer.save_html(None, f"{path}.html"),
         "Evaluation.write.folder": lambda path: wb.Evaluation.write(None, path),
+        "boundary_from_text.generator": lambda path: wb.boundary_from_text("a", source="b", model=tiny, generator=path),
         "convert_checkpoint.file": lambda path: wb.convert_checkpoint(path, "out"),
         "convert_checkpoint.out": lambda path: wb.convert_checkpoint("x.ckpt", path),
         "extract.out": lambda path: wb.extract(tiny, 1, steps=2, out=path),
+        "find_from_text.clip": lambda path: wb.find_from_text(None, "a", against="b", clip=path),
         "load_asyrp.path": lambda path: wb.load_asyrp(path, tiny),
         "load_boundary.path": wb.load_boundary,
         "load_classifier.source": wb.load_classifier,
+        "load_clip.source": wb.load_clip,
         "load_direction.path": wb.load_direction,
         "load_image.path": wb.load_image,
         "load_images.source": wb.load_images,
@@ -131,8 +135,10 @@ def calls(tiny):
         "run_notebook.out": lambda path: wb.run_notebook("00_quickstart", out=f"{path}.ipynb"),
         "save_recipe.path": lambda path: wb.save_recipe(session, f"{path}.json"),
         "sweep.source": wb.sweep,
+        "train_asyrp.clip": lambda path: wb.train_asyrp(tiny, "a", source="b", clip=path),
         "train_classifier.images": lambda path: wb.train_classifier(path, out="out"),
         "train_classifier.out": lambda path: wb.train_classifier("avataaars", out=path),
+        "train_clip.out": lambda path: wb.train_clip(None, out=path),
         "train_model.out": lambda path: wb.train_model(images, out=path),
         "save_figure.folder": lambda path: wb.save_figure(
             "a", picture, title="", caption="", table=None, numbers={}, sources={}, folder=path
@@ -191,7 +197,7 @@ def test_no_function_is_left_in_the_table_that_there_is_no_more(calls):
 
 OTHER = set(
     "--preset --name --device --gpu --region --attributes --methods --scheduler --parameter --profile --only --against "
-    "--prompt --negative-prompt --tap names".split()
+    "--prompt --negative-prompt --tap --text --source text names".split()
 )
 COMMANDS = {
     "convert": "x.ckpt out",
@@ -204,7 +210,9 @@ COMMANDS = {
     "find jacobian": "MODEL --t 5",
     "find scores": "MODEL --attributes Smiling",
     "find labels": "MODEL --attributes Smiling",
+    "find text": "MODEL --text face",
     "boundary fit": "MODEL --t 500",
+    "boundary text": "face --model MODEL",
     "boundary import": "x.sav --model MODEL --t 5 --space h",
     "boundary edit": "MODEL --boundaries BOUNDARY --images IMAGES",
     "benchmark": "MODEL",
@@ -215,6 +223,7 @@ COMMANDS = {
     "train": "IMAGES -o out",
     "evaluate-model": "MODEL",
     "train-classifier": "IMAGES -o out",
+    "train-clip": "IMAGES -o out",
     "data": "eurosat IMAGES",
     "run": "00_quickstart",
     "sweep": "x.yaml",

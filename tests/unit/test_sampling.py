@@ -337,7 +337,7 @@ def test_images_of_every_kind_are_inverted_alike(tiny, tmp_path):
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "x / 127.5 - 1"),
         (torch.full((1, 3, 8, 8), 255.0), "x / 127.5 - 1"),
         (torch.full((1, 3, 8, 8), math.nan), "finite floats"),
-        ("photo.png", "a str; .*load_image"),
+        ("photo.png", "a str; .*LabelledImages"),
         (None, "a NoneType"),
         ([], r"\(0,\)"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"\(1, 3, 8, 9\)"),

@@ -72,12 +72,15 @@ def train_clip(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Retrieval:
-    """Train a CLIP of 1.6 M weights on images with captions.
+    """Train a CLIP of 0.9 M weights on images with captions.
 
-    A ViT of four layers sees patches of 4 x 4 pixels, at the size of the images; a text transformer of four layers, of
+    A ViT of four layers sees patches of 4 x 4 pixels, at the size of the images; a text transformer of two layers reads
     the captions' own words. The loss is CLIP's: every image is to have its own caption among those of the batch, and
-    the reverse. Images are shifted, blurred and made noisy as for `train_classifier`. The folder is written
-    every ten minutes and at the end; `load_clip`, `load_classifier` and `transformers.CLIPModel` read it.
+    the reverse. A layer that is not kept also guesses from the patches which words an image's captions have, and its
+    labels of 0 and 1, where there are some; the first quarter of the steps trains the image encoder by these guesses
+    alone, since by CLIP's loss a small ViT sees nothing but colours for many hundred steps. Images are shifted, blurred
+    and made noisy as for `train_classifier`. The folder is written every ten minutes and at the end; `load_clip`,
+    `load_classifier` and `transformers.CLIPModel` read it.
 
     Parameters
     ----------

@@ -187,6 +187,7 @@ def load_pipeline(
     """
     from diffusers import AutoPipelineForText2Image  # imports all of its pipelines
 
+    paths.local(source)  # refuses addresses
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(source).to(find_device(device))
     except (OSError, ValueError, KeyError) as error:

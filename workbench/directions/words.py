@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,7 @@ def find_from_text(
     direction = find_from_scores(store, scores, k=k, name=name, progress=progress, **options)
     parameters = {"text": text, "against": against, "clip": clip.hash, "fitting": fitting}
     about = direction.provenance["parameters"] | parameters
-    direction.provenance.update({"method": "text", "parameters": about})
-    return direction
+    return replace(direction, provenance=direction.provenance | {"method": "text", "parameters": about})
 
 
 def boundary_from_text(
@@ -171,9 +171,10 @@ def boundary_from_text(
         space: fit_boundary(run, labels, t=t, space=space, name=text, seed=seed, **options) for space in ("x", "h")
     }
     parameters = {"text": text, "source": source, "generator": name_of(generator), "guidance_scale": guidance_scale}
-    for boundary in found.values():
-        boundary.provenance["parameters"] = boundary.provenance["parameters"] | parameters
-    return found
+    return {
+        space: replace(each, provenance=each.provenance | {"parameters": each.provenance["parameters"] | parameters})
+        for space, each in found.items()
+    }
 
 
 def mixing_timestep(model: Model) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ def find_folder(source: str | Path, *, bundled: Iterable[str] = ()) -> Path:
     for path in (paths.local(source), paths.models() / source):
         if path.is_dir():
             return path
+    if source != "clip" and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(
+            f"there is no {paths.local(source)}; give a folder, or the id of a repository of the hub"
+        )
     kinds = ("*.safetensors", "pytorch_model*.bin")  # pickled weights are read without executing them
     return fetch(
         CLIP if source == "clip" else str(source),
