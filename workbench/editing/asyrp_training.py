@@ -52,7 +52,7 @@ def train_asyrp(
     """Train a function Delta h_t = f_t(h_t, t) that changes images from `source` to `target`.
 
     At every timestep from T down to t_edit, with P_t the image predicted from x_t without the edit and P~_t the one
-    with it, the loss is (Asyrp's code; lambda_1 and lambda_2 are the weights)
+    with it, the loss is (Asyrp's code; lambda_1 and lambda_2 are the weights) ::
 
         lambda_1 * -log((2 - L_dir) / 2) + lambda_2 cos(E_T(target), E_T(source)) mean |P~_t - P_t|,
         L_dir = 1 - cos(E_I(P~_t) - E_I(P_t), E_T(target) - E_T(source)).
@@ -132,7 +132,7 @@ def train_asyrp(
     function.check_fits(model)
     steps_taken = OPTIMISERS[optimiser](block.parameters(), learning_rate)
     decay = torch.optim.lr_scheduler.StepLR(steps_taken, DECAY_EVERY, DECAY)
-    pairs = [pair for pair in zip(run.timesteps, (*run.timesteps[1:], -1), strict=True) if pair[0] >= interval.t_edit]
+    pairs = [pair for pair in model.schedule.pairs(run.timesteps) if pair[0] >= interval.t_edit]
     rng, started, losses = np.random.default_rng(seed), time.monotonic(), []
     batches = -(-len(run) // batch_size)
     bar = tqdm(total=epochs * batches, desc=f"training {function.name}", unit="batch", disable=not progress)
