@@ -34,7 +34,7 @@ from workbench.directions.direction import Direction, finite, random_like
 from workbench.directions.jacobian import JacobianSpectrum, Spectrum, find_jacobian, find_pullback
 from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_scores, find_many
-from workbench.directions.words import Generator, boundary_from_text, find_from_text, name_of
+from workbench.directions.words import Generator, boundary_from_text, find_from_text, generator_of, name_of
 from workbench.editing.asyrp_training import train_asyrp
 from workbench.editing.cross import Cross
 from workbench.editing.edits import Edit, MoveNoise, MoveX, NotApplicable, Shift, as_edit
@@ -490,7 +490,8 @@ def boundary_of_text(study: Study, attribute: str) -> Edit:
     words = study.words(attribute)
     if study.texts.generator is None:
         raise NotApplicable("there is no text-to-image model")
-    options = {"source": words["against"], "generator": study.texts.generator, "steps": study.steps, "t": study.t}
+    make = study.learned("generator", lambda: generator_of(study.texts.generator, progress=False))
+    options = {"source": words["against"], "generator": make, "steps": study.steps, "t": study.t}
     n = max(FEWEST, study.n // 4)
     found = boundary_from_text(words["text"], model=study.model, n=n, seed=study.seed, progress=False, **options)
     study.cost["drawing"] = Counter(passes=2 * n * 3 * study.steps)

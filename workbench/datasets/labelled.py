@@ -131,12 +131,9 @@ class LabelledImages:
         ValueError
             If there is no such table, or none of its rows is of these images.
         """
-        found = {part: read_captions(source.path) for part, source in self._sources.items()}
-        captions = []
-        for name in self.labels.index:
-            part = next(part for part in found if name.startswith(part))
-            source = self._sources[part]
-            captions.append(found[part].get(source.prefix + name.removeprefix(part), []))
+        tables = {source: read_captions(source.path) for source in self._sources.values()}
+        places = [self._source(name) for name in self.labels.index]
+        captions = [tables[source].get(source.prefix + file, []) for source, file in places]
         if not any(captions):
             where = " and ".join(str(source.path) for source in self._sources.values())
             raise ValueError(f"none of the {len(self)} images of {where} has a caption")
