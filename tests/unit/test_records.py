@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import linecache
 from dataclasses import replace
 
 import nbformat
@@ -337,6 +339,35 @@ def test_a_method_of_ones_own_is_ranked_among_the_recorded_ones(record, small, t
         assert message in capsys.readouterr().err
     assert cli.main(["benchmark", small["model_name"], *chosen, "--against", "records", "-o", str(out)]) == 2
     assert "nothing to measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_template_ranks_its_method_with_a_record_and_without(request, recorded, small, tmp_path, monkeypatch):
+    if recorded:
+        request.getfixturevalue("record")
+    else:
+        monkeypatch.setattr(records, "record_folder", lambda model: tmp_path / "none")
+    template = paths.notebooks() / "templates" / "new_method.ipynb"
+    cells = [cell.source for cell in nbformat.read(template, as_version=4).cells if cell.cell_type == "code"]
+    (method,) = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef)]
+    assert method.end_lineno - method.lineno + len(method.decorator_list) < 15
+    given = small | {"population": 32, "held_out": 8, "steps": 4, "attributes": ["Bright"]}
+    assert check_parameters(template, given).keys() == given.keys()
+    before, scope = dict(METHODS), {}
+    try:
+        for k, cell in enumerate(cells):
+            # A method's source is read from its file, which in a kernel is the cell.
+            linecache.cache[f"<cell {k}>"] = (len(cell), None, cell.splitlines(keepends=True), f"<cell {k}>")
+            exec(compile(cell, f"<cell {k}>", "exec"), scope)
+            if "model_name: str" in cell:
+                scope |= given
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+    others = METHODS_RECORDED if recorded else ("mean difference", "random h")
+    assert scope["table"].new.to_dict() == dict.fromkeys(others, "") | {"two a side": "new"}
+    assert scope["strips"].keys() == {("two a side", "Bright")}
+    assert len(scope["result"].edits.seed.unique()) == 8
 
 
 # What is left to do
