@@ -28,8 +28,9 @@ from workbench.analysis.image_metrics import (
     peak_signal_to_noise,
     perceptual_distance,
 )
-from workbench.benchmark.methods import METHODS, Method, Study, TextModels, found_edit
+from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import HELD_OUT, Protocol
+from workbench.benchmark.study import Method, Study, TextModels, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model

@@ -32,6 +32,7 @@ class _Curves:
     method: str
     attribute: str
     n: int
+    others: int
     scales: np.ndarray
     rms: np.ndarray = field(repr=False)
     effect: np.ndarray = field(repr=False)
@@ -72,9 +73,11 @@ def leaderboard(
         `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
         with text models `s_dir` there, the cosine of the changes of images and texts in CLIP's space;
         `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
-        changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
-        any strength, and over these `entanglement` (leakage by effect), `psnr_outside` (of the mean squared error, dB)
-        and `identity`; each with its 95% interval, `..._low` and `..._high`. `p_random`, one-sided, that success is no
+        changes of all other attributes, and `precision`, the effect by the mean of these sizes (the editing precision
+        ratio of CASL, arXiv 2601.15441, whose exact form is inferred); `reached`, the share of attributes whose edits
+        succeed as often as asked for at any strength, and over these `entanglement` (leakage by effect), `psnr_outside`
+        (of the mean squared error, dB) and `identity`; each with its 95% interval, `..._low` and `..._high`.
+        `p_random`, one-sided, that success is no
         higher than a control's over the attributes that both have, of the control for which that is likeliest, adjusted
         for the number of methods by Holm's rule; NaN without an attribute in common. `monotonicity` and `linearity` of
         the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
@@ -95,6 +98,7 @@ def leaderboard(
             "change": _mean(_at(c.rms, c.rms, change) for c in own),
             "effect": _mean(_at(c.rms, c.effect, change) for c in own),
             "leakage": _mean(_at(c.rms, c.leak, change) for c in own),
+            "precision": _mean(_precision(c, change) for c in own),
             "reached": _mean((c.success.max(axis=1) >= success).astype(float) for c in own),
             "entanglement": _mean(_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own),
             "psnr_outside": _decibel(_mean(_succeeding(c, c.error_outside, success) for c in own)),
@@ -290,6 +294,7 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 str(method),
                 str(attribute),
                 int(without.sum()),
+                len(others),
                 np.concatenate([[0.0], scales]),
                 rms=mean(of("rms")),
                 effect=mean(of("after") - of("before")),
@@ -326,6 +331,15 @@ def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarr
     """Values where the edit first succeeds as often as asked for; NaN where it never does."""
     reached = curves.success.max(axis=1) >= success
     return np.where(reached, _at(curves.success, values, success), np.nan)
+
+
+def _precision(curves: _Curves, change: float) -> np.ndarray:
+    """Effect at a change of the image, by the mean size of the changes of the other attributes; NaN without others."""
+    leak = _at(curves.rms, curves.leak, change)
+    known = leak > 0 if curves.others else np.zeros(len(leak), dtype=bool)
+    return np.divide(
+        curves.others * _at(curves.rms, curves.effect, change), leak, out=np.full(len(leak), np.nan), where=known
+    )
 
 
 def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:

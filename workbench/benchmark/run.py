@@ -10,9 +10,10 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench.benchmark.bench import Bench
-from workbench.benchmark.methods import METHODS, Method, TextModels
+from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import Protocol
 from workbench.benchmark.results import Benchmark, gather
+from workbench.benchmark.study import Method, TextModels
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory

@@ -471,8 +471,9 @@ def benchmark(
     import runpy
 
     from workbench.benchmark import leaderboard
-    from workbench.benchmark.methods import METHODS, TextModels
+    from workbench.benchmark.methods import METHODS
     from workbench.benchmark.protocol import HELD_OUT, QUICK_ATTRIBUTES, SIZES
+    from workbench.benchmark.study import TextModels
 
     if plugin is not None:
         runpy.run_path(str(paths.local(plugin)))

@@ -32,7 +32,7 @@ SOURCE = "a person"
 MIXING_LOG_SNR = -2.47
 """log SNR of t = 500 in Zhu et al.'s CelebA-HQ model, their mixing step."""
 
-GUIDANCE = 4.0
+GUIDANCE, GENERATOR_STEPS = 4.0, 12
 CLEAREST = 0.02  # share of the samples that certainly fit
 FEWEST, MOST = 8, 100  # samples on each side of a direction
 
@@ -110,7 +110,7 @@ def boundary_from_text(
     n: int = 32,
     t: int | None = None,
     steps: int = 12,
-    generator_steps: int = 12,
+    generator_steps: int = GENERATOR_STEPS,
     guidance_scale: float = GUIDANCE,
     seed: int = 0,
     progress: bool = True,
@@ -185,7 +185,7 @@ def mixing_timestep(model: Model) -> int:
 def generator_of(
     generator: Model | Generator | str | Path,
     *,
-    steps: int = 12,
+    steps: int = GENERATOR_STEPS,
     guidance_scale: float = GUIDANCE,
     progress: bool = True,
 ) -> Generator:
