@@ -15,7 +15,7 @@ from PIL import Image
 from small_models import COLOURS
 
 import workbench as wb
-from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
+from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance, segmentation_consistency
 from workbench.benchmark import field_methods, leaderboard
 from workbench.benchmark.bench import Bench, _counted, backdrop
 from workbench.benchmark.methods import METHODS, register_method
@@ -146,6 +146,7 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
     assert (counts == 12 * 4).all()
     # Only where a method needs a region, and none is known, is there none.
     assert result.edits.s_dir.notna().all() and result.edits.s_dir.abs().max() <= 1.0 + 1e-6
+    assert result.edits.clip_gain.abs().between(0, 2).all()
     assert set(result.skipped.method) == {"Jacobian, masked", "LOCO"} and set(result.skipped.attribute) == {"Red"}
     seeds = result.edits.groupby("method").seed.unique()
     assert all(list(s) == list(seeds.iloc[0]) and min(s) >= HELD_OUT for s in seeds)
@@ -195,9 +196,14 @@ def test_costs_are_means_with_intervals():
     assert table.loc["a", "seconds_low"] < 2.5 == table.loc["a", "seconds"] < table.loc["a", "seconds_high"]
 
 
+def halves(images):
+    """A segmenter: bright or dark."""
+    return (torch.as_tensor(images).mean(dim=1) > 0).long().numpy()
+
+
 def test_a_row_is_what_the_edit_does(setting):
     """The difference of means, found and applied here, gives the recorded scores."""
-    result = run(setting, protocol("mean difference"))
+    result = run({**setting, "segmenter": halves}, protocol("mean difference"))
     bench = bench_of(setting, result.protocol)
     found = METHODS["mean difference"].find(bench.study(0), "Bright")
     held_out = wb.sample(setting["model"], range(HELD_OUT, HELD_OUT + 12), steps=4, progress=False)
@@ -218,6 +224,12 @@ def test_a_row_is_what_the_edit_does(setting):
     np.testing.assert_allclose(rows.identity, kept, atol=1e-5)
     maps = judge.maps(held_out.x0)
     np.testing.assert_allclose(rows.perceptual, perceptual_distance(judge.maps(edited), maps), rtol=1e-3)
+    np.testing.assert_allclose(rows.consistency, segmentation_consistency(halves(edited), halves(plain)), rtol=1e-5)
+    clip, (text, _) = setting["texts"].clip, setting["texts"].prompts["Bright"]
+    gained = (clip.images(edited) - clip.images(plain)) @ clip.texts([text])[0]
+    np.testing.assert_allclose(rows.clip_gain, gained, atol=1e-5)
+    at_rest = leaderboard.leaderboard(result.edits, change=1e-9, resamples=2).loc["mean difference"]
+    assert at_rest.consistency == pytest.approx(1, abs=1e-4) and at_rest.clip_gain == pytest.approx(0, abs=1e-4)
 
 
 def test_nothing_is_measured_twice_and_a_cut_is_resumed(setting, monkeypatch, cache):

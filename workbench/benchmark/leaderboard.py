@@ -19,6 +19,9 @@ from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, 
 
 CHANGE = 0.2  # root mean square change of an image, in [-1, 1], at which methods are compared by default
 SUCCESS = 0.5  # share of the samples without an attribute that have it after the edit, at which they are compared
+OPTIONAL = {"s_dir": 0.0, "clip_gain": 0.0, "consistency": 1.0}
+"""Columns that may be missing, with their values at scale 0."""
+
 FEWEST = 3  # held-out samples without an attribute, at least, for it to count
 
 
@@ -41,7 +44,7 @@ class _Curves:
     error_outside: np.ndarray = field(repr=False)
     identity: np.ndarray = field(repr=False)
     perceptual: np.ndarray = field(repr=False)
-    s_dir: np.ndarray | None = field(default=None, repr=False)
+    optional: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
 
 def leaderboard(
@@ -71,7 +74,8 @@ def leaderboard(
     -------
     DataFrame, one row per method, best first
         `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
-        with text models `s_dir` there, the cosine of the changes of images and texts in CLIP's space;
+        with text models `s_dir` there, the cosine of the changes of images and texts in CLIP's space, and `clip_gain`,
+        the rise of the image's own cosine with the text; with a segmenter `consistency`, the overlap of segmentations;
         `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
         changes of all other attributes, and `precision`, the effect by the mean of these sizes (the editing precision
         ratio of CASL, arXiv 2601.15441, whose exact form is inferred); `reached`, the share of attributes whose edits
@@ -104,8 +108,8 @@ def leaderboard(
             "psnr_outside": _decibel(_mean(_succeeding(c, c.error_outside, success) for c in own)),
             "identity": _mean(_succeeding(c, c.identity, success) for c in own),
         }
-        if any(c.s_dir is not None for c in own):
-            values["s_dir"] = _mean(_at(c.rms, c.s_dir, change) for c in own if c.s_dir is not None)
+        for name in dict.fromkeys(name for c in own for name in c.optional):
+            values[name] = _mean(_at(c.rms, c.optional[name], change) for c in own if name in c.optional)
         rows[method] = _with_intervals(values) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
     against = [name for name in controls if name in draws]
@@ -303,7 +307,11 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 error_outside=mean(4.0 * 10.0 ** (-of("psnr_outside") / 10.0)),
                 identity=1.0 + mean(of("identity") - 1.0),
                 perceptual=mean(of("perceptual")),
-                s_dir=mean(of("s_dir")) if "s_dir" in part and part["s_dir"].notna().any() else None,
+                optional={
+                    name: at_rest + mean(of(name) - at_rest)
+                    for name, at_rest in OPTIONAL.items()
+                    if name in part and part[name].notna().any()
+                },
             )
         )
     if not curves:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -30,6 +31,7 @@ def run_benchmark(
     images: LabelledImages,
     masks: Mapping[str, np.ndarray] | None = None,
     texts: TextModels | None = None,
+    segmenter: Callable[[torch.Tensor], np.ndarray] | None = None,
     workers: int = 1,
     scheduler: str | None = None,
     progress: bool = True,
@@ -37,7 +39,7 @@ def run_benchmark(
     """Measure the methods of a protocol, or read cached measurements.
 
     A measurement is reused as long as its inputs are unchanged: weights, methods' code, images, labels. A classifier
-    that is a function has no hash; with one, everything is measured again, in this process.
+    that is a function has no hash; with one, or with a segmenter, everything is measured again, in this process.
 
     Parameters
     ----------
@@ -52,7 +54,9 @@ def run_benchmark(
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute.
     texts : TextModels, optional
-        For methods that learn from words, and S_dir; such as `TextModels.of_domain(domain_of(images))`.
+        For methods that learn from words, S_dir and the CLIP score; such as `TextModels.of_domain(domain_of(images))`.
+    segmenter : callable, optional
+        For the segmentation consistency SC; see `load_segmenter`.
     workers : int
         Number of parallel processes, each with its share of the cores; each pair of method and population is a task.
         On a GPU, one is enough.
@@ -72,6 +76,7 @@ def run_benchmark(
         `workers` is below 1.
     """
     parts = {"labeller": labeller, "judge": judge, "images": images, "masks": dict(masks or {}), "texts": texts}
+    parts["segmenter"] = segmenter
     bench = Bench(model, protocol, **parts)
     wanted = list(bench.cells())
     alone = (workers == 1 and scheduler is None) or not bench.kept

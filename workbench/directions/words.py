@@ -21,6 +21,7 @@ from workbench.directions.boundary_fit import fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
 from workbench.hspace.store import HStore
+from workbench.io import check_text
 from workbench.shapes import with_channels
 
 CLIP, GENERATOR = "avataaars-clip", "avataaars32-text"
@@ -217,8 +218,7 @@ def _fitted(images: torch.Tensor, model: Model) -> torch.Tensor:
 
 def _check_texts(text: str, other: str) -> None:
     for given in (text, other):
-        if not isinstance(given, str) or not given.strip():
-            raise ValueError(f"the text is {given!r}; give at least one word")
+        check_text(given)
     if text.strip().lower() == other.strip().lower():
         raise ValueError(f"{text!r} is compared with itself; give two different texts")
 
