@@ -56,7 +56,7 @@ def learned_direction(study: Study, attribute: str) -> Edit:
     return study.pick("learned", found, attribute, scale=4.0)
 
 
-@register_method("sparse feature", scales=(8.0, 16.0, 32.0, 64.0), family="unsupervised, h")
+@register_method("sparse feature", scales=(16.0, 32.0, 64.0, 128.0), family="unsupervised, h")
 def sparse_feature(study: Study, attribute: str) -> Edit:
     """Of the features of a sparse autoencoder of h that go with the attribute, the one that changes it most."""
     code, labels = _sparse_code(study), study.labels(attribute)
@@ -65,7 +65,7 @@ def sparse_feature(study: Study, attribute: str) -> Edit:
     return study.pick(f"features of {attribute}", one, attribute, scale=16.0)
 
 
-@register_method("CASL", scales=(4.0, 8.0, 16.0, 32.0))
+@register_method("CASL", scales=(8.0, 16.0, 32.0, 64.0))
 def aligned_features(study: Study, attribute: str) -> Direction:
     """A few features of the sparse autoencoder, weighted by how they tell the attribute (He et al. 2026)."""
     code, labels = _sparse_code(study), study.labels(attribute)
@@ -113,7 +113,7 @@ def trained_block(study: Study, attribute: str) -> Edit:
 # In the skips
 
 
-@register_method("mean difference, skip", scales=(1.0, 2.0, 4.0, 8.0))
+@register_method("mean difference, skip", scales=(2.0, 4.0, 8.0, 16.0))
 def skip_difference(study: Study, attribute: str) -> Edit:
     """The difference of means of the skip connection of lowest resolution, which h meets first, instead of h."""
     study.labels(attribute)

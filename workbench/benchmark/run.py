@@ -50,7 +50,7 @@ def run_benchmark(
     judge : Classifier
         Scores the edits; not the labeller, but with the same attributes.
     images : LabelledImages
-        Methods learn from the first images; the last ones serve as real images.
+        In an order that the seed draws, methods learn from the first images, and the last ones serve as real images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute.
     texts : TextModels, optional
@@ -75,7 +75,7 @@ def run_benchmark(
         If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
-    parts = {"labeller": labeller, "judge": judge, "images": images, "masks": dict(masks or {}), "texts": texts}
+    parts = {"labeller": labeller, "judge": judge, "images": images.shuffled(protocol.seed), "masks": dict(masks or {}), "texts": texts}
     parts["segmenter"] = segmenter
     bench = Bench(model, protocol, **parts)
     wanted = list(bench.cells())
