@@ -75,8 +75,8 @@ def run_benchmark(
         If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
-    parts = {"labeller": labeller, "judge": judge, "images": images.shuffled(protocol.seed), "masks": dict(masks or {}), "texts": texts}
-    parts["segmenter"] = segmenter
+    parts = {"labeller": labeller, "judge": judge, "texts": texts, "segmenter": segmenter}
+    parts |= {"images": images.shuffled(protocol.seed), "masks": dict(masks or {})}
     bench = Bench(model, protocol, **parts)
     wanted = list(bench.cells())
     alone = (workers == 1 and scheduler is None) or not bench.kept
