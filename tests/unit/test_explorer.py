@@ -164,6 +164,10 @@ def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):
     assert len(list(live.folder.iterdir())) == 2 and len(live.strips) == 3
     live._on_message(live, {"ask": "save"}, [])
     assert live.wait() and live.status.startswith("replaced ")
+    live.name, live.method = "later", "mean"  # a name that is given after the direction was found
+    live._on_message(live, {"ask": "save"}, [])
+    assert live.wait() and live.status.endswith("tiny-later.safetensors")
+    assert wb.load_direction(live.folder / "tiny-later.safetensors").name == "later"
 
 
 def test_what_can_not_be_done_is_a_sentence_at_the_bottom(live):

@@ -47,6 +47,11 @@ class Selection:
     cosines: pd.Series = field(repr=False)
     attributes: pd.DataFrame = field(repr=False)
 
+    def named(self, name: str) -> Selection:
+        """The same under another name."""
+        boundary = None if self.boundary is None else replace(self.boundary, name=name)
+        return replace(self, direction=replace(self.direction, name=name), boundary=boundary)
+
     @property
     def warning(self) -> str:
         """A sentence, where one attribute by itself tells A from B; empty otherwise."""

@@ -189,7 +189,7 @@ class Explorer(anywidget.AnyWidget):
     def _chosen(self) -> Selection:
         if self.selection is None:
             raise ValueError("no direction is found yet; select at least 2 samples as A")
-        return self.selection
+        return self.selection.named(self.name)
 
     def _on_message(self, _, content: dict, buffers: list) -> None:
         if content.get("ask") in self._asked:
