@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import threading
 
 import numpy as np
 import pandas as pd
@@ -140,6 +141,22 @@ def test_a_selection_leads_to_a_picture_and_to_what_there_is_to_say(live, tiny, 
     np.testing.assert_array_equal(before, wb.plots.to_pixels(live.desk.runs.images[:1])[0])
     assert (before != after).any()
     assert not set(live.desk.runs.seeds) & set(store.seeds)
+
+
+def test_another_selection_stops_the_one_that_is_being_measured(live, monkeypatch):
+    find, started = live.desk.find, threading.Event()
+
+    def slow(a, b, progress, **options):
+        if len(a) == 6:
+            started.set()
+            progress.wait(60)
+        return find(a, b, progress, **options)
+
+    monkeypatch.setattr(live.desk, "find", slow)
+    live.select(range(6))
+    assert started.wait(20)
+    live.select(range(5))
+    assert live.wait(20) and dict(live.found["rows"])["samples"] == "A 5, B 7"
 
 
 def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):
