@@ -45,6 +45,7 @@ def check_report(
     """
     from playwright.sync_api import TimeoutError
 
+    assert Path(html_path).stat().st_size <= 20e6, f"{html_path} is larger than 20 MB"
     requests, errors = [], []
     with browser.new_context(offline=True, viewport={"width": 1100, "height": 900}) as context:
         page = context.new_page()

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ import workbench as wb
 from workbench.analysis.maps import Map
 from workbench.editing.render import EditGrid, render
 from workbench.report import alive
+from workbench.report.pages import export_html
 from workbench.studio import payload
 from workbench.studio.explorer import Explorer
 
@@ -246,6 +248,20 @@ def test_a_report_keeps_the_widgets_that_it_shows_and_that_need_no_kernel():
     notebook.cells[0].outputs = [other]
     alive.keep_shown(notebook)
     assert "widgets" not in notebook.metadata
+
+
+def test_explorers_beyond_what_a_page_holds_are_a_sentence(monkeypatch, tmp_path):
+    cells, states = [], {}
+    for name in ("first", "second", "third"):
+        cells.append(new_code_cell("", outputs=[new_output("display_data", data={alive.VIEW: {"model_id": name}})]))
+        states[name] = {"state": {"offline": True, "_esm": "script", "data": name * (1 if name == "third" else 10_000)}}
+    notebook = new_notebook(cells=cells)
+    notebook.metadata["widgets"] = {alive._STATE: {"state": states}}
+    nbformat.write(notebook, tmp_path / "three.ipynb")
+    monkeypatch.setattr(alive, "MOST_BYTES", 80_000)
+    page = export_html(tmp_path / "three.ipynb", tmp_path / "three.html", footer={}).read_text(encoding="utf-8")
+    assert "firstfirst" in page and '"data": "third"' in page and "secondsecond" not in page
+    assert "Maps of 0 MB are left out" in page and "save_html" in page
 
 
 def test_a_saved_page_asks_for_nothing_and_no_text_in_it_ends_a_script(store, tmp_path):
