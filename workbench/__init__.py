@@ -45,6 +45,7 @@ _WHERE = {
     "directions.words": ("boundary_from_text", "find_from_text"),
     "directions.supervised": ("find_from_labels", "find_from_scores", "find_many"),
     "benchmark.protocol": ("Protocol",),
+    "benchmark.records": ("load_benchmark",),
     "benchmark.results": ("Benchmark",),
     "benchmark.run": ("run_benchmark",),
     "benchmark.methods": ("register_method",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
+from workbench.hspace.planning import measure_pass_rate
+from workbench.io import duration
 from workbench.workers import start_workers
 
 
@@ -75,9 +77,8 @@ def run_benchmark(
         If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
-    parts = {"labeller": labeller, "judge": judge, "texts": texts, "segmenter": segmenter}
-    parts |= {"images": images.shuffled(protocol.seed), "masks": dict(masks or {})}
-    bench = Bench(model, protocol, **parts)
+    parts = {"labeller": labeller, "judge": judge, "masks": masks, "texts": texts, "segmenter": segmenter}
+    bench = _bench(model, protocol, images=images, **parts)
     wanted = list(bench.cells())
     alone = (workers == 1 and scheduler is None) or not bench.kept
     todo = [] if alone else [key for key in wanted if not bench.measured(*key)]
@@ -86,11 +87,70 @@ def run_benchmark(
         for done in _elsewhere(bench, todo, workers, scheduler):
             bar.update(done)
         for key in wanted:
-            bar.set_postfix_str(f"{key[0]}, {key[1]}")
+            bar.set_postfix_str(f"{len(wanted) - len(cells)} left: {key[0]}, {key[1]}")
             cells[key] = bench.measure(*key)
             bar.update(key not in todo)
     with threadpool_limits(1, user_api="blas"):
         return gather(bench, cells)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do of a benchmark.
+
+    Attributes
+    ----------
+    cells, left : int
+        Combinations of method, attribute and population: all of them, and those that are not in the cache.
+    passes : int
+        Samples through the U-Net, at most, of the samples and edits of these cells; an edit that begins late takes
+        fewer. What a method needs to find its edits is not known before, and not in it.
+    rate : float
+        Passes a second, measured here; 0 if nothing is left.
+    """
+
+    cells: int
+    left: int
+    passes: int
+    rate: float
+
+    def __str__(self) -> str:
+        counted = f"{self.cells:,} cells (method x attribute x population), {self.cells - self.left:,} of them cached"
+        if not self.left:
+            return counted
+        needs = f"{self.passes:,} passes at most, {duration(self.passes / self.rate)} at {self.rate:,.3g} a second"
+        return (
+            f"{counted}\nediting takes {needs}; finding the edits comes on top\n"
+            "Ctrl-C stops it, and the same command goes on where it stopped"
+        )
+
+
+def plan_benchmark(model: Model, protocol: Protocol, *, seconds: float = 3.0, **sources: object) -> Plan:
+    """What `run_benchmark` of the same model, protocol and sources (labeller, judge, ...) has left to do.
+
+    The rate is measured for a few seconds, unless nothing is left.
+    """
+    p, bench = protocol, _bench(model, protocol, **sources)
+    cells = list(bench.cells())
+    left = [key for key in cells if not bench.measured(*key)]
+    held_out, seen, finer = p.held_out * p.steps, 0, 0
+    if p.transfer:
+        seen, finer = min(p.held_out // 2, p.population) * p.steps, p.held_out // 2 * (2 * p.steps - 1)
+    samples = held_out + finer + len({repeat for _, _, repeat in left}) * (p.population * p.steps + seen)
+    edits = sum(held_out * len(METHODS[method].scales) + seen + finer for method, _, _ in left)
+    return Plan(
+        cells=len(cells),
+        left=len(left),
+        passes=samples + edits if left else 0,
+        rate=measure_pass_rate(model, seconds=seconds) if left else 0.0,
+    )
+
+
+def _bench(
+    model: Model, protocol: Protocol, *, images: LabelledImages, masks: Mapping | None = None, **sources: object
+) -> Bench:
+    """What all cells share, with the images in the order that the seed draws."""
+    return Bench(model, protocol, images=images.shuffled(protocol.seed), masks=dict(masks or {}), **sources)
 
 
 def _elsewhere(
