@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from stores import make_store
 
 import workbench as wb
+from workbench.directions import learned
 from workbench.directions.learned import learn_directions
 from workbench.directions.sparse import fit_sparse_code
 
@@ -19,10 +20,15 @@ ATOMS, CHANNELS = 6, 16
 @pytest.fixture(scope="module")
 def population(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("population") / "store.zarr"
-    return wb.extract(tiny, 24, steps=4, record_x=True, out=out, progress=False)
+    return wb.extract(tiny, 24, steps=[400, 300, 200, 100], record_x=True, out=out, progress=False)
 
 
-def test_learned_directions_are_told_apart_by_what_they_do_and_are_in_sigmas(tiny, population):
+def test_learned_directions_are_told_apart_by_what_they_do_and_are_in_sigmas(tiny, population, monkeypatch):
+    """As far as it can be seen: an untrained network's image hardly depends on h."""
+    monkeypatch.setattr(learned, "VISIBLE", 100.0)
+    hidden = learn_directions(tiny, population, k=3, steps=80, progress=False)
+    assert hidden[0].extras["accuracy"] < 0.55
+    monkeypatch.setattr(learned, "VISIBLE", 0.003)
     found = learn_directions(tiny, population, k=3, steps=80, progress=False)
     assert found[0].extras["accuracy"] > 0.6, "by chance a third"
     for direction in found:

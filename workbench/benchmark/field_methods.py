@@ -34,7 +34,7 @@ from workbench.hspace.extract import extract
 TRAINED = 24
 """Samples that a network is trained on by texts."""
 
-LEARNED = {"k": 3 * CANDIDATES, "steps": 200, "batch_size": 12}
+LEARNED = {"k": 3 * CANDIDATES, "steps": 400, "batch_size": 12}
 CODED = {"steps": 1500}
 """Training of the learned directions and of the sparse code."""
 
@@ -56,7 +56,7 @@ def learned_direction(study: Study, attribute: str) -> Edit:
     return study.pick("learned", found, attribute, scale=4.0)
 
 
-@register_method("sparse feature", scales=(16.0, 32.0, 64.0, 128.0), family="unsupervised, h")
+@register_method("sparse feature", scales=(8.0, 16.0, 32.0, 64.0), family="unsupervised, h")
 def sparse_feature(study: Study, attribute: str) -> Edit:
     """Of the features of a sparse autoencoder of h that go with the attribute, the one that changes it most."""
     code, labels = _sparse_code(study), study.labels(attribute)

@@ -97,7 +97,7 @@ def mean_difference_of_images(study: Study, attribute: str) -> Direction:
     return study.learned("images", lambda: find_many(store, table, progress=False))[attribute]
 
 
-@register_method("mean difference, projected")
+@register_method("mean difference, projected", scales=(1.0, 2.0, 4.0, 8.0))
 def projected(study: Study, attribute: str) -> Direction:
     """The difference of means outside of the span of those of all other attributes (Haas et al., eq. 12)."""
     study.labels(attribute)
@@ -110,13 +110,13 @@ def projected(study: Study, attribute: str) -> Direction:
     return rest.calibrated(store, like=found[attribute], progress=False)
 
 
-@register_method("probe, logistic")
+@register_method("probe, logistic", scales=(1.0, 2.0, 4.0, 8.0))
 def logistic_probe(study: Study, attribute: str) -> Direction:
     """The normal of a logistic regression at every timestep."""
     return _probe(study, attribute, "logistic")
 
 
-@register_method("probe, LDA")
+@register_method("probe, LDA", scales=(2.0, 4.0, 8.0, 16.0))
 def discriminant_probe(study: Study, attribute: str) -> Direction:
     """The normal of Fisher's discriminant with shrinkage at every timestep."""
     return _probe(study, attribute, "lda")
@@ -158,13 +158,13 @@ def boundary_of_text(study: Study, attribute: str) -> Edit:
     return _crossing(h=found["h"], x=found["x"])
 
 
-@register_method("boundary in h", scales=(4.0, 8.0, 16.0, 32.0), family="boundary", unit="sd")
+@register_method("boundary in h", scales=(16.0, 32.0, 64.0, 128.0), family="boundary", unit="sd")
 def boundary_in_h(study: Study, attribute: str) -> Edit:
     """h_t moved along the normal of a linear SVM, in one step (Zhu et al.)."""
     return _crossing(h=_boundary(study, attribute, "h"))
 
 
-@register_method("boundary in h, every step", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+@register_method("boundary in h, every step", scales=(4.0, 8.0, 16.0, 32.0), family="boundary", unit="sd")
 def boundary_in_h_throughout(study: Study, attribute: str) -> Edit:
     """The same change of h at every step from there on."""
     return _crossing(h=_boundary(study, attribute, "h"), h_policy="offset")

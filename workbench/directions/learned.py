@@ -20,6 +20,9 @@ SAMPLES = 256
 TYPICAL = 0.3
 """Length of a shift of strength 1, in units of the root of h's whole variance at a timestep."""
 
+VISIBLE = 0.05
+"""Change of a pixel, in [-1, 1], that is as large as the noise through which it is seen."""
+
 STRENGTHS = (0.5, 1.5)
 STRENGTH_WEIGHT, FIDELITY_WEIGHT = 0.25, 0.05
 """Weights of the strength's error and of the discriminator; that of the direction's cross entropy is 1."""
@@ -30,9 +33,9 @@ def learn_directions(
     store: HStore,
     *,
     k: int = 9,
-    steps: int = 200,
+    steps: int = 400,
     batch_size: int = 12,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> list[Direction]:
@@ -70,14 +73,15 @@ def learn_directions(
     -----
     The abstract is known; inferred is the rest. The authors shift the whole generative process and derive through all
     of it; here each batch takes one visited timestep, so that a step costs four passes a sample. The shift module is
-    Asyrp's DeltaBlock with a path around it, the length of a shift .3 of the root of h's variance.
+    Asyrp's DeltaBlock with a path around it, the length of a shift .3 of the root of h's variance, and the reconstructor
+    sees the change through noise.
     """
     if k < 2:
         raise ValueError(f"k is {k}; directions are told from each other, so there are at least 2")
     refuse_other_model(str(store.path), store.provenance["model"], model.provenance())
     visited = {t: _first(store, t) for t in store.timesteps}
     lengths = {t: TYPICAL * float(np.sqrt(store.at(t)[:SAMPLES].var(axis=0).sum())) for t in store.timesteps}
-    rng = np.random.default_rng(seed)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     with seeded([seed]):
         module = ShiftModule(k, model.h_shape, model.unet.embed(0, 1).shape[1]).to(model.device)
         channels = model.x_shape[0]
@@ -101,9 +105,10 @@ def learn_directions(
         critic.zero_grad(set_to_none=True)
         (F.relu(1 - real).mean() + F.relu(1 + made).mean()).backward()
         critic.step()
-        change = P_shifted - P
-        # At the scale of its own: a shift changes an image by a few hundredths.
-        told = reconstructor(torch.cat([P.clamp(-1, 1), change / change.detach().std().clamp(min=1e-6)], dim=1))
+        # Noise hides what could not be seen: without it, the least change would tell a direction.
+        change = (P_shifted - P) / VISIBLE
+        noise = torch.randn(change.shape, generator=generator).to(change)
+        told = reconstructor(torch.cat([P.clamp(-1, 1), change + noise], dim=1))
         loss = F.cross_entropy(told[:, :k], which) + STRENGTH_WEIGHT * (told[:, k] - strength).abs().mean()
         loss = loss - FIDELITY_WEIGHT * discriminator(P_shifted).mean()
         optimiser.zero_grad(set_to_none=True)
