@@ -45,6 +45,7 @@ def check_report(
     """
     from playwright.sync_api import TimeoutError
 
+    assert Path(html_path).stat().st_size <= 20e6, f"{html_path} is larger than 20 MB"
     requests, errors = [], []
     with browser.new_context(offline=True, viewport={"width": 1100, "height": 900}) as context:
         page = context.new_page()
@@ -112,6 +113,26 @@ def point_of(explorer, i: int, which: int = 0) -> list[float]:
         }""",
         [i, which],
     )
+
+
+def lasso(page, explorer, corners, which: int = 0) -> None:
+    """Draw around these places of a map, given in its own coordinates."""
+    canvas = explorer.locator(".hx-frame canvas").nth(which)
+    canvas.scroll_into_view_if_needed()
+    on_screen = explorer.evaluate(
+        """(el, [corners, which]) => {
+            const map = el.explorer.maps[which], { centre, half } = el.explorer.data.maps[which];
+            const box = map.canvas.getBoundingClientRect(), scale = box.width / map.canvas.width;
+            return corners.map(([x, y]) => map.place((x - centre[0]) / half, (y - centre[1]) / half))
+                .map(([x, y]) => [box.left + x * scale, box.top + y * scale]);
+        }""",
+        [[[float(x), float(y)] for x, y in corners], which],
+    )
+    page.mouse.move(*on_screen[0])
+    page.mouse.down()
+    for corner in on_screen[1:]:
+        page.mouse.move(*corner, steps=6)
+    page.mouse.up()
 
 
 def contrast(page, selector: str) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.path import Path as Outline
-from report_checks import CHROMIUM, contrast, hover_over, point_of
+from report_checks import CHROMIUM, contrast, hover_over, lasso, point_of
 
 from workbench import paths
 from workbench.analysis.maps import Map
@@ -71,38 +71,18 @@ def state(page, what: str):
     return explorer_of(page).evaluate(f"(el) => {{ const e = el.explorer; return {what}; }}")
 
 
-def lasso(page, corners):
-    """Draw around these places of the first map, given in its own coordinates."""
-    canvas = page.locator(".hx-frame canvas").first
-    canvas.scroll_into_view_if_needed()
-    on_screen = explorer_of(page).evaluate(
-        """(el, corners) => {
-            const map = el.explorer.maps[0], { centre, half } = el.explorer.data.maps[0];
-            const box = map.canvas.getBoundingClientRect(), scale = box.width / map.canvas.width;
-            return corners.map(([x, y]) => map.place((x - centre[0]) / half, (y - centre[1]) / half))
-                .map(([x, y]) => [box.left + x * scale, box.top + y * scale]);
-        }""",
-        np.asarray(corners).tolist(),
-    )
-    page.mouse.move(*on_screen[0])
-    page.mouse.down()
-    for corner in on_screen[1:]:
-        page.mouse.move(*corner, steps=6)
-    page.mouse.up()
-
-
 CORNERS = [(-0.9, -0.8), (0.9, -0.9), (1.1, 0.4), (0.2, 0.9), (-0.7, 0.5)]
 
 
 def test_a_lasso_selects_what_lies_in_it_on_all_maps_and_the_link_leads_back(open_page):
     page = open_page()
-    lasso(page, CORNERS)
+    lasso(page, explorer_of(page), CORNERS)
     expected = np.flatnonzero(Outline(CORNERS).contains_points(POINTS))
     assert 5 < len(expected) < N - 5
     assert state(page, "[...e.selected.a].sort((a, b) => a - b)") == expected.tolist()
     assert f"A: {len(expected)} of {N} samples" in page.locator(".hx-panel").nth(1).inner_text()
     page.get_by_label("into").select_option("b")
-    lasso(page, [(-2.5, -2.4), (-1, -2.4), (-1, 2.4), (-2.5, 2.4)])
+    lasso(page, explorer_of(page), [(-2.5, -2.4), (-1, -2.4), (-1, 2.4), (-2.5, 2.4)])
     left = np.flatnonzero((POINTS[:, 0] < -1) & (POINTS > -2.4).all(axis=1) & (POINTS[:, 1] < 2.4))
     assert state(page, "[...e.selected.b].sort((a, b) => a - b)") == left.tolist()
     # Orange and blue rings on the map that was not touched, where there were none before.
@@ -203,7 +183,7 @@ def test_the_colour_and_what_is_missing_are_told(open_page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_themes_can_be_read_and_1280_pixels_are_enough(open_page, scheme):
     page = open_page(scheme=scheme)
-    lasso(page, CORNERS)
+    lasso(page, explorer_of(page), CORNERS)
     page.mouse.move(*point_of(explorer_of(page), 7), steps=3)
     page.locator(".hx-tip").wait_for()
     for selector in ("figcaption", ".hx-note", ".hx-x", "button", ".hx-panel b", ".hx-tip span"):

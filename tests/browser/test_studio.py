@@ -9,22 +9,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import re
 import secrets
 import shutil
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from report_checks import CHROMIUM, contrast, point_of
+from servers import announced, answers, serving
 
 import workbench as wb
 from workbench import paths
@@ -39,28 +34,6 @@ AFTER = '.hspace-studio img[alt^="after"]'
 PATIENCE = 120_000
 N, STEPS = 40, 10
 """Samples that directions are found on, and timesteps."""
-
-
-@contextmanager
-def serving(command: list[str], environment: dict[str, str], log):
-    """A server in a process of its own, which ends with the block."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def answers(url: str) -> int:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
 
 
 @pytest.fixture(scope="module")
@@ -286,21 +259,16 @@ def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, b
     command = [sys.executable, "-m", "workbench.cli", "studio", "--directions", str(parts)]
     log = tmp_path / "studio.log"
     command += ["--seeds", f"{N}-{N + 1}", "--steps", str(STEPS), "--theme", "dark"]
-    with serving(command, {}, log):
-        deadline = time.monotonic() + 240
-        while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", log.read_text())):
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with serving(command, {}, log) as process:
+        address, server = announced(log, process)
         context = browser.new_context(viewport={"width": 1300, "height": 900})
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         asked = []
         page.on("response", lambda response: asked.append(response.url))
-        while answers(found[1]) == 0:
-            time.sleep(0.1)
-        page.goto(f"{found[1]}/?token=wrong")
+        page.goto(f"{server}/?token=wrong")
         assert page.locator(".hspace-studio").count() == 0 and "hspace" not in page.content()
-        page.goto(found[0])
+        page.goto(address)
         before = wait_for_after(page, "no edit")
         slider(page, "Smiling").focus()
         for _ in range(10):
@@ -314,4 +282,4 @@ def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, b
     np.testing.assert_array_equal(rendered(session), before)
     session.set_scale("Smiling", 1.0)
     np.testing.assert_array_equal(rendered(session), shown)
-    assert not [url for url in asked if not url.startswith((found[1], "data:", "blob:"))]
+    assert not [url for url in asked if not url.startswith((server, "data:", "blob:"))]

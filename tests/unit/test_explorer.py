@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import re
+import threading
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ import workbench as wb
 from workbench.analysis.maps import Map
 from workbench.editing.render import EditGrid, render
 from workbench.report import alive
+from workbench.report.pages import export_html
 from workbench.studio import payload
 from workbench.studio.explorer import Explorer
 
@@ -142,6 +145,22 @@ def test_a_selection_leads_to_a_picture_and_to_what_there_is_to_say(live, tiny, 
     assert not set(live.desk.runs.seeds) & set(store.seeds)
 
 
+def test_another_selection_stops_the_one_that_is_being_measured(live, monkeypatch):
+    find, started = live.desk.find, threading.Event()
+
+    def slow(a, b, progress, **options):
+        if len(a) == 6:
+            started.set()
+            progress.wait(60)
+        return find(a, b, progress, **options)
+
+    monkeypatch.setattr(live.desk, "find", slow)
+    live.select(range(6))
+    assert started.wait(20)
+    live.select(range(5))
+    assert live.wait(20) and dict(live.found["rows"])["samples"] == "A 5, B 7"
+
+
 def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):
     live.select(range(6), [7, 8, 9, 10])
     live.view = {**live.view, "pinned": 2}
@@ -164,6 +183,10 @@ def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):
     assert len(list(live.folder.iterdir())) == 2 and len(live.strips) == 3
     live._on_message(live, {"ask": "save"}, [])
     assert live.wait() and live.status.startswith("replaced ")
+    live.name, live.method = "later", "mean"  # a name that is given after the direction was found
+    live._on_message(live, {"ask": "save"}, [])
+    assert live.wait() and live.status.endswith("tiny-later.safetensors")
+    assert wb.load_direction(live.folder / "tiny-later.safetensors").name == "later"
 
 
 def test_what_can_not_be_done_is_a_sentence_at_the_bottom(live):
@@ -225,6 +248,20 @@ def test_a_report_keeps_the_widgets_that_it_shows_and_that_need_no_kernel():
     notebook.cells[0].outputs = [other]
     alive.keep_shown(notebook)
     assert "widgets" not in notebook.metadata
+
+
+def test_explorers_beyond_what_a_page_holds_are_a_sentence(monkeypatch, tmp_path):
+    cells, states = [], {}
+    for name in ("first", "second", "third"):
+        cells.append(new_code_cell("", outputs=[new_output("display_data", data={alive.VIEW: {"model_id": name}})]))
+        states[name] = {"state": {"offline": True, "_esm": "script", "data": name * (1 if name == "third" else 10_000)}}
+    notebook = new_notebook(cells=cells)
+    notebook.metadata["widgets"] = {alive._STATE: {"state": states}}
+    nbformat.write(notebook, tmp_path / "three.ipynb")
+    monkeypatch.setattr(alive, "MOST_BYTES", 80_000)
+    page = export_html(tmp_path / "three.ipynb", tmp_path / "three.html", footer={}).read_text(encoding="utf-8")
+    assert "firstfirst" in page and '"data": "third"' in page and "secondsecond" not in page
+    assert "Maps of 0 MB are left out" in page and "save_html" in page
 
 
 def test_a_saved_page_asks_for_nothing_and_no_text_in_it_ends_a_script(store, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 
 import matplotlib
 import numpy as np
@@ -238,6 +240,18 @@ class TestAnimate:
         with pytest.raises(ValueError, match="no codec"):
             plots.animate(images, tmp_path / "other.mp4")
         assert not (tmp_path / "other.mp4").exists()
+
+    @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+    def test_an_mp4_holds_the_frames(self, tmp_path):
+        shades = np.linspace(-0.9, 0.9, 4)
+        images = np.broadcast_to(shades[:, None, None, None], (4, 3, 9, 9))
+        film = plots.animate(images, tmp_path / "film.mp4", fps=10, side=27)
+        decode = ["ffmpeg", "-loglevel", "error", "-i", str(film), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        decoded = subprocess.run(decode, capture_output=True, check=True).stdout
+        seen = np.frombuffer(decoded, np.uint8).reshape(6, 28, 28, 3)  # an odd side is padded to an even one
+        expected = (np.array([*shades, *shades[2:0:-1]]) + 1) * 127.5
+        assert np.allclose(seen[:, 12, 12], expected[:, None], atol=6)
+        assert film.read_bytes()[4:8] == b"ftyp"
 
     @pytest.mark.parametrize(
         ("shape", "path", "options", "message"),

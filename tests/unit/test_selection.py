@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from stores import make_store
+from tqdm.auto import tqdm
 
 import workbench as wb
 
@@ -77,6 +78,42 @@ def test_known_directions_are_compared_and_a_few_timesteps_are_enough_for_a_glim
     some = select(store, range(20), timesteps=[100], known=[known])
     assert some.direction.timesteps == (100,) and some.boundary is None and some.cosines.empty
     assert np.allclose(some.direction.unit[0], known.unit[1]) and np.allclose(some.direction.sigma[0], known.sigma[1])
+
+
+def test_a_first_look_reads_the_chunks_that_hold_most_of_the_selection_and_nothing_else(tmp_path, monkeypatch):
+    rng, n, size = np.random.default_rng(0), 400, 8
+    axis, a = rng.normal(size=SHAPE), np.concatenate([np.arange(16, 40), [101, 203, 305]])
+    h = rng.normal(size=(n, 2, *SHAPE))
+    h[a] += 3 * axis
+    store, read = make_store(tmp_path / "s.zarr", h, chunk=size), []
+    batches = type(store).batches
+    monkeypatch.setattr(
+        type(store), "batches", lambda self, t, **o: read.append(list(o["chunks"])) or batches(self, t, **o)
+    )
+    found = select(store, a, timesteps=[100], most=8 * size).direction
+    (chunks,) = read
+    assert len(chunks) == 8 and {2, 3, 4} < set(chunks)
+    rows = store.rows_of(chunks)
+    assert rows.tolist() == [row for c in chunks for row in range(size * c, size * c + size)]
+    side = np.isin(rows, a)
+    expected = h[rows[side], 0].mean(axis=0) - h[rows[~side], 0].mean(axis=0)
+    np.testing.assert_allclose(found.unit[0], expected / np.linalg.norm(expected), atol=1e-5)
+    assert found.unit[0].numpy().ravel() @ axis.ravel() / np.linalg.norm(axis) > 0.9
+    # At least two samples of each side are read, however few and wherever they are.
+    for a, b in (([7, 393], None), (range(0, n, size), [3, 11])):
+        assert select(store, a, b, timesteps=[100], most=1).direction.unit.isfinite().all()
+
+
+def test_finding_is_stopped_by_its_bar(planted):
+    class Stopped(Exception):
+        pass
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        wb.find_from_selection(planted[0], range(20), t=0, progress=Bar(disable=True))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def test_an_explorer_is_opened_by_a_store(saved, tiny_folder, tmp_path):
     explorer = server.open_explorer(str(store.path), model=str(tiny_folder), device="cpu")
     assert explorer.wait() and explorer.live and [d.name for d in explorer.desk.known] == ["hair", "smile"]
     assert not server.open_explorer(str(store.path), model="").live
+    with pytest.raises(FileNotFoundError, match="some.zarr is of the model 'tiny'"):
+        server.open_explorer(str(store.path))
     with pytest.raises(FileNotFoundError, match="no store at"):
         server.open_explorer(str(tmp_path / "none.zarr"))
 

@@ -232,7 +232,7 @@ def test_many_attributes_at_once_are_the_same_as_one_by_one_and_share_one_readin
     balanced = find_many(store, table, balance=table, progress=False)
     same(balanced["A"], find(store, table["A"], balance=table["B"]))
     reads, batches = [], type(store).batches
-    monkeypatch.setattr(type(store), "batches", lambda self, t: reads.append(t) or batches(self, t))
+    monkeypatch.setattr(type(store), "batches", lambda self, t, **some: reads.append(t) or batches(self, t, **some))
     whole = find_many(store, table, progress=False)
     assert reads == list(TIMESTEPS)
     monkeypatch.setattr(supervised, "IN_MEMORY_BYTES", 0)

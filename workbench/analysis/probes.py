@@ -368,10 +368,7 @@ def class_separation(products: np.ndarray, y: np.ndarray) -> tuple[float, float]
     """
     n, share = len(y), 1 / y.sum() + 1 / (~y).sum()
     a = y / y.sum() - ~y / (~y).sum()
-    average = np.where(y[:, None] == y, 1.0, 0.0)
-    average /= average.sum(axis=1, keepdims=True)
-    centre = np.eye(n) - average
-    within, dof = centre @ products @ centre, n - 2
+    within, dof = _less_means(_less_means(products, y).T, y), n - 2
     trace, square = np.trace(within) / dof, (within**2).sum() / dof**2
     # tr S^2 of a sample covariance is too large by what its noise adds (Gaussian, `dof` degrees of freedom).
     square = dof**2 / ((dof - 1) * (dof + 2)) * (square - trace**2 / dof)
@@ -379,6 +376,12 @@ def class_separation(products: np.ndarray, y: np.ndarray) -> tuple[float, float]
     distance = a @ products @ a - share * trace
     if distance <= 0.0:
         return 0.0, trace**2 / square
-    along = ((centre @ products @ a) ** 2).sum() / dof - share * square
+    along = (_less_means(products @ a, y) ** 2).sum() / dof - share * square
     s2 = max(along / distance, 0.1 * square / trace)
     return float(np.sqrt(distance / s2)), float(square / s2**2)
+
+
+def _less_means(values: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rows less the mean of their class."""
+    means = np.stack([values[~y].mean(axis=0), values[y].mean(axis=0)])
+    return values - means[y.astype(int)]

@@ -167,11 +167,14 @@ def matched(store: Any, values: Labels | pd.DataFrame, what: str) -> pd.Series |
     A Series or DataFrame is matched by its index: seeds, or file names where the store knows them. An array, or an
     index 0..n-1 that can't mean seeds, is in the order of the samples.
     """
-    n, ids = len(store), store.seeds if store.seeds is not None else getattr(store, "names", None)
-    indexed = isinstance(values, (pd.Series, pd.DataFrame))
-    table = values if indexed else pd.Series(np.asarray(values))
+    n, ids, table = len(store), None, values
+    if isinstance(values, (pd.Series, pd.DataFrame)):
+        seeds = store.seeds  # of a store, this reads the disk
+        ids = seeds if seeds is not None else getattr(store, "names", None)
+    else:
+        table = pd.Series(np.asarray(values))
     numbered = table.index.equals(pd.RangeIndex(n))
-    if not indexed or ids is None:
+    if ids is None:
         if len(table) != n:
             raise ValueError(f"{what} are {len(table)} for {n} samples; give one per sample")
         if numbered:

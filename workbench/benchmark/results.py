@@ -40,8 +40,8 @@ class Benchmark:
     edits : DataFrame
         One row per method, attribute, population (`repeat`), strength (`scale`) and held-out sample (`seed`): the
         judge's probability of the attribute `before` and `after`, its `logit` after; the change of the image (`rms`),
-        `psnr`, `psnr_outside` of the attribute's region, `perceptual`, `identity`, with text models `s_dir`; and
-        `change NAME`, the change of every attribute's probability.
+        `psnr`, `psnr_outside` of the attribute's region, `perceptual`, `identity`; with text models `s_dir` and
+        `clip_gain`; with a segmenter `consistency`; and `change NAME`, the change of every attribute's probability.
     transfer : DataFrame
         One row per method, attribute, population and kind ("population", "other steps"): mean `effect` on samples
         without the attribute with its 95% interval `low`, `high`; the effect on `held_out` samples at the same `scale`
@@ -155,7 +155,7 @@ def identities(model: Model, *, labeller: Classifier, judge: Classifier, images:
         "model": model.provenance(),
         "labeller": [labeller.name, labeller.hash],
         "judge": [judge.name, judge.hash],
-        "images": images.fingerprint,
+        "images": images.hash,
     }
 
 
@@ -243,6 +243,8 @@ MEASURES = (
     "perceptual",
     "identity",
     "s_dir",
+    "clip_gain",
+    "consistency",
 )
 """Columns of `Benchmark.edits` about the image itself."""
 

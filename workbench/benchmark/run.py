@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench.benchmark.bench import Bench
-from workbench.benchmark.methods import METHODS, Method, TextModels
+from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import Protocol
 from workbench.benchmark.results import Benchmark, gather
+from workbench.benchmark.study import Method, TextModels
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory
@@ -31,6 +33,7 @@ def run_benchmark(
     images: LabelledImages,
     masks: Mapping[str, np.ndarray] | None = None,
     texts: TextModels | None = None,
+    segmenter: Callable[[torch.Tensor], np.ndarray] | None = None,
     workers: int = 1,
     scheduler: str | None = None,
     progress: bool = True,
@@ -38,7 +41,7 @@ def run_benchmark(
     """Measure the methods of a protocol, or read cached measurements.
 
     A measurement is reused as long as its inputs are unchanged: weights, methods' code, images, labels. A classifier
-    that is a function has no hash; with one, everything is measured again, in this process.
+    that is a function has no hash; with one, or with a segmenter, everything is measured again, in this process.
 
     Parameters
     ----------
@@ -49,11 +52,13 @@ def run_benchmark(
     judge : Classifier
         Scores the edits; not the labeller, but with the same attributes.
     images : LabelledImages
-        Methods learn from the first images; the last ones serve as real images.
+        In an order that the seed draws, methods learn from the first images, and the last ones serve as real images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute.
     texts : TextModels, optional
-        For methods that learn from words, and S_dir; such as `TextModels.of_domain(domain_of(images))`.
+        For methods that learn from words, S_dir and the CLIP score; such as `TextModels.of_domain(domain_of(images))`.
+    segmenter : callable, optional
+        For the segmentation consistency SC; see `load_segmenter`.
     workers : int
         Number of parallel processes, each with its share of the cores; each pair of method and population is a task.
         On a GPU, one is enough.
@@ -72,8 +77,8 @@ def run_benchmark(
         If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
-    parts = {"labeller": labeller, "judge": judge, "images": images, "masks": dict(masks or {}), "texts": texts}
-    bench = Bench(model, protocol, **parts)
+    parts = {"labeller": labeller, "judge": judge, "masks": masks, "texts": texts, "segmenter": segmenter}
+    bench = _bench(model, protocol, images=images, **parts)
     wanted = list(bench.cells())
     alone = (workers == 1 and scheduler is None) or not bench.kept
     todo = [] if alone else [key for key in wanted if not bench.measured(*key)]
@@ -126,7 +131,7 @@ def plan_benchmark(model: Model, protocol: Protocol, *, seconds: float = 3.0, **
 
     The rate is measured for a few seconds, unless nothing is left.
     """
-    p, bench = protocol, Bench(model, protocol, **{"masks": {}} | sources)
+    p, bench = protocol, _bench(model, protocol, **sources)
     cells = list(bench.cells())
     left = [key for key in cells if not bench.measured(*key)]
     held_out, seen, finer = p.held_out * p.steps, 0, 0
@@ -140,6 +145,13 @@ def plan_benchmark(model: Model, protocol: Protocol, *, seconds: float = 3.0, **
         passes=samples + edits if left else 0,
         rate=measure_pass_rate(model, seconds=seconds) if left else 0.0,
     )
+
+
+def _bench(
+    model: Model, protocol: Protocol, *, images: LabelledImages, masks: Mapping | None = None, **sources: object
+) -> Bench:
+    """What all cells share, with the images in the order that the seed draws."""
+    return Bench(model, protocol, images=images.shuffled(protocol.seed), masks=dict(masks or {}), **sources)
 
 
 def _elsewhere(

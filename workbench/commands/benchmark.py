@@ -68,9 +68,10 @@ def benchmark(
 
     from workbench.benchmark import leaderboard
     from workbench.benchmark import records as recorded
-    from workbench.benchmark.methods import METHODS, TextModels
+    from workbench.benchmark.methods import METHODS
     from workbench.benchmark.protocol import QUICK_ATTRIBUTES, SIZES
     from workbench.benchmark.run import plan_benchmark
+    from workbench.benchmark.study import TextModels
 
     bundled = set(METHODS)
     if plugin is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tqdm.auto import tqdm
 
 from workbench.analysis.intervals import holm
 from workbench.directions.boundary import Boundary, SamplesAt
@@ -47,6 +48,11 @@ class Selection:
     cosines: pd.Series = field(repr=False)
     attributes: pd.DataFrame = field(repr=False)
 
+    def named(self, name: str) -> Selection:
+        """The same under another name."""
+        boundary = None if self.boundary is None else replace(self.boundary, name=name)
+        return replace(self, direction=replace(self.direction, name=name), boundary=boundary)
+
     @property
     def warning(self) -> str:
         """A sentence, where one attribute by itself tells A from B; empty otherwise."""
@@ -70,8 +76,9 @@ def find_from_selection(
     known: Sequence[Direction] = (),
     name: str = "selection",
     timesteps: Sequence[int] | None = None,
+    most: int | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> Selection:
     """Find the direction from some samples to others that were selected, on a map for instance.
 
@@ -94,9 +101,13 @@ def find_from_selection(
     name : str
     timesteps : sequence of int, optional
         Visited ones of the direction; by default all. `known` is compared with only if they are all.
+    most : int, optional
+        Samples that the direction is found on, about, for a first look: those of the store's chunks that hold most of A
+        and of B, so that nothing else is read. By default all.
     seed : int
         Of the folds, and of the samples that a boundary is fitted to where there are more than 2000 in a group.
-    progress : bool
+    progress : bool or tqdm
+        As of `find_from_labels`.
 
     Returns
     -------
@@ -115,9 +126,8 @@ def find_from_selection(
     if counts[0] + counts[1] < len(store):  # the samples of neither group have no pair, and are left out
         among = np.full(len(store), None, dtype=object)
         among[np.concatenate(sides)] = "selected"
-    found = find_from_labels(
-        store, labels.to_numpy(), pairs=among, name=name, timesteps=timesteps, seed=seed, progress=progress
-    )
+    options = {"timesteps": timesteps, "chunks": most and _fullest(store, sides, most), "progress": progress}
+    found = find_from_labels(store, labels.to_numpy(), pairs=among, name=name, seed=seed, **options)
     ids = store.seeds or store.names or range(len(store))
     chosen = {"t": int(t), "a": [ids[i] for i in sides[0]], "b": "rest" if b is None else [ids[i] for i in sides[1]]}
     parameters = found.provenance["parameters"] | {"selection": chosen}
@@ -145,6 +155,14 @@ def _sides(a: Iterable[int], b: Iterable[int] | None, n: int) -> tuple[np.ndarra
     if len(both := np.intersect1d(first, second)):
         raise ValueError(f"sample {both[0]} is in A and in B; take it out of one")
     return first, second
+
+
+def _fullest(store: HStore, sides: tuple[np.ndarray, np.ndarray], most: int) -> list[int]:
+    """Chunks of about so many samples, by turns the one that holds most of A and of B; at least two of each."""
+    size, n = store.provenance["chunk"], len(store)
+    held = [np.bincount(side // size, minlength=-(-n // size)) for side in sides]
+    by_turns = np.stack([np.argsort(-counts, kind="stable") for counts in held], axis=1).ravel()
+    return sorted(list(dict.fromkeys(by_turns.tolist()))[: max(4, most // size)])
 
 
 def _boundary(store, sides, t: int, method: str, name: str, chosen: dict, seed: int) -> Boundary | None:

@@ -44,8 +44,9 @@ def find_from_labels(
     pairs: Labels | None = None,
     name: str | None = None,
     timesteps: Sequence[int] | None = None,
+    chunks: Sequence[int] | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> Direction:
     """Find the direction from the samples without an attribute to those with it.
 
@@ -78,9 +79,12 @@ def find_from_labels(
         By default the name of the Series.
     timesteps : sequence of int, optional
         Some that the store visited, decreasing, where fewer are enough; `Direction.resampled` fills the gaps.
+    chunks : sequence of int, optional
+        Some of the store's, where their samples (`HStore.rows_of`) are enough; nothing else is read.
     seed : int
         Seed of the folds of a probe.
-    progress : bool
+    progress : bool or tqdm
+        A bar that is given is updated by timesteps.
 
     Returns
     -------
@@ -96,11 +100,11 @@ def find_from_labels(
     y = matched(store, labels, f"the labels {name!r}")
     if pairs is not None and balance is not None:
         raise ValueError("give pairs or balance, not both: pairs are balanced in all that a pair has in common")
-    if pairs is None:
-        contrast = _from_labels(y, name, _balance_of(store, balance))
-    else:
-        contrast = _from_pairs(y, name, matched(store, pairs, "the pairs"))
-    options = {"timesteps": timesteps, "seed": seed, "progress": progress}
+    others, groups = _balance_of(store, balance), None if pairs is None else matched(store, pairs, "the pairs")
+    if chunks is not None:
+        y, others, groups = (None if each is None else each.iloc[store.rows_of(chunks)] for each in (y, others, groups))
+    contrast = _from_labels(y, name, others) if groups is None else _from_pairs(y, name, groups)
+    options = {"timesteps": timesteps, "chunks": chunks, "seed": seed, "progress": progress}
     return _find(store, [contrast], method=method, source="labels", **options)[0]
 
 
@@ -380,8 +384,9 @@ def _find(
     method: str,
     source: str,
     seed: int,
-    progress: bool,
+    progress: bool | tqdm,
     timesteps: Sequence[int] | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> list[Direction]:
     one_of("method", method, METHODS)
     weights = np.stack([contrast.weights for contrast in contrasts], axis=1)
@@ -389,8 +394,12 @@ def _find(
         raise ValueError('"lda" takes no weights, so no balance or uneven pairs; use "mean", "logistic" or "ridge"')
     units, sigmas, gaps = [], [], []
     timesteps = store.timesteps if timesteps is None else tuple(timesteps)
-    for t in tqdm(timesteps, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
-        batches = _reader(store, t)
+    told = {"desc": "directions", "unit": " timesteps", "delay": 2, "leave": False}
+    given = isinstance(progress, tqdm)
+    for t in timesteps if given else tqdm(timesteps, disable=not progress, **told):
+        if given:
+            progress.update()
+        batches = _reader(store, t, chunks)
         found, along = _differences(batches, weights) if method == "mean" else _probe(batches, weights, method, seed)
         if not np.isfinite(found).all():
             raise ValueError(f"h at timestep {t} is not finite; extract the store again")
@@ -414,11 +423,12 @@ def _find(
     ]
 
 
-def _reader(store: HStore, t: int) -> Callable[[], Iterable[np.ndarray]]:
+def _reader(store: HStore, t: int, chunks: Sequence[int] | None = None) -> Callable[[], Iterable[np.ndarray]]:
     """The batches of h_t as often as they are needed, read from disk once if they fit in memory."""
-    if 4 * len(store) * int(np.prod(store.h_shape)) > IN_MEMORY_BYTES:
-        return lambda: store.batches(t)
-    kept = list(store.batches(t))
+    n = len(store) if chunks is None else len(store.rows_of(chunks))
+    if 4 * n * int(np.prod(store.h_shape)) > IN_MEMORY_BYTES:
+        return lambda: store.batches(t, chunks=chunks)
+    kept = list(store.batches(t, chunks=chunks))
     return lambda: kept
 
 

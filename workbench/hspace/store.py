@@ -23,7 +23,7 @@ import glob
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,25 +131,38 @@ class HStore:
             values[rows] = batch
         return values
 
-    def batches(self, t: int, *, space: str = "h") -> Iterator[np.ndarray]:
-        """Iterate over the samples at timestep `t`, chunk by chunk, in the order of the store.
+    def batches(self, t: int, *, space: str = "h", chunks: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Iterate over the samples at timestep `t`, chunk by chunk, in the order of the store or of `chunks`.
+
+        Parameters
+        ----------
+        t : int
+        space : {"h", "x"}
+        chunks : sequence of int, optional
+            Some of the store's, where a part of the samples is enough.
 
         Yields
         ------
         ndarray of shape (at most `chunk`, C*h*w), float32
         """
-        return (batch for _, batch in self._chunks(t, space))
+        return (batch for _, batch in self._chunks(t, space, chunks))
 
-    def _chunks(self, t: int, space: str) -> Iterator[tuple[slice, np.ndarray]]:
+    def rows_of(self, chunks: Sequence[int]) -> np.ndarray:
+        """Positions of the samples of some chunks, in their order."""
+        size = self.provenance["chunk"]
+        rows = (np.asarray(chunks)[:, None] * size + np.arange(size)).ravel()
+        return rows[rows < len(self)]
+
+    def _chunks(self, t: int, space: str, chunks: Sequence[int] | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         array = self._of(space)
         i = index_of(t, self.timesteps, trained=self.provenance["model"]["schedule"].get("T"))
-        size = self.provenance["chunk"]
-        for start in range(0, len(self), size):
-            rows = slice(start, min(start + size, len(self)))
+        size, n = self.provenance["chunk"], array.shape[0]
+        for chunk in range(-(-n // size)) if chunks is None else chunks:
+            rows = slice(chunk * size, min((chunk + 1) * size, n))
             try:
                 values = array[rows, i]
             except (ValueError, RuntimeError, BaseZarrError) as error:
-                lost = f"samples {start}..{rows.stop - 1} of {space} can't be read"
+                lost = f"samples {rows.start}..{rows.stop - 1} of {space} can't be read"
                 raise ValueError(f"{self.path} is corrupt: {lost}; delete it and extract again") from error
             yield rows, values.reshape(len(values), -1).astype(np.float32)
 

@@ -16,11 +16,17 @@ from nbformat import NotebookNode
 VIEW = "application/vnd.jupyter.widget-view+json"
 _STATE = "application/vnd.jupyter.widget-state+json"
 
+MOST_BYTES = 20_000_000
+"""Of all widgets of a page: more is a page that nobody waits for."""
+
 _STAND_IN = Path(__file__).with_suffix(".js")
+_TOO_LARGE = "_too_large"
 
 
 def embedded(state: Mapping[str, object], key: str) -> str:
     """HTML of a widget's state; `key`, a name without special characters, tells its view from others in the address."""
+    if _TOO_LARGE in state:
+        return f"<p><em>{state[_TOO_LARGE]}</em></p>"
     own = {name: value for name, value in state.items() if name == "_esm" or not name.startswith("_")}
     # Nothing in the text of a script may look like its end.
     text = json.dumps(own).replace("<", "\\u003c")
@@ -35,6 +41,19 @@ def widgets_of(notebook: NotebookNode) -> dict[str, dict]:
     """States of the widgets of an executed notebook that can do without a kernel, by model."""
     kept = notebook.metadata.get("widgets", {}).get(_STATE, {}).get("state", {})
     return {name: model["state"] for name, model in kept.items() if model["state"].get("offline")}
+
+
+def fitting(states: Mapping[str, dict]) -> dict[str, dict]:
+    """States of the widgets that fit on one page; a sentence for each of the others."""
+    kept, room = {}, MOST_BYTES
+    for name, state in states.items():
+        size = len(embedded(state, name))
+        if size > room:
+            left = f"a page holds {MOST_BYTES / 1e6:.0f} MB of them, of which {room / 1e6:.0f} MB are left"
+            remedy = "write this one by save_html as a page of its own, or show fewer samples"
+            state, size = {_TOO_LARGE: f"Maps of {size / 1e6:.0f} MB are left out: {left}; {remedy}."}, 0
+        kept[name], room = state, room - size
+    return kept
 
 
 def keep_shown(notebook: NotebookNode) -> None:

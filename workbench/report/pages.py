@@ -25,7 +25,7 @@ from pygments.formatters import HtmlFormatter
 
 from workbench import paths
 from workbench.io import duration, write_text
-from workbench.report.alive import VIEW, embedded, widgets_of
+from workbench.report.alive import VIEW, embedded, fitting, widgets_of
 from workbench.report.pictures import png_address
 
 _ROOM = Path(__file__).parent
@@ -51,7 +51,7 @@ def export_html(
     """
     notebook_path, html_path = paths.local(notebook_path), paths.local(html_path)
     notebook = nbformat.read(notebook_path, as_version=4)
-    cells, widgets = [cell for cell in notebook.cells if cell.cell_type == "code"], widgets_of(notebook)
+    cells, widgets = [cell for cell in notebook.cells if cell.cell_type == "code"], fitting(widgets_of(notebook))
     for i, cell in enumerate(cells):
         outputs = [offline(output, f"plot-{i}-{k}", widgets) for k, output in enumerate(cell.outputs)]
         cell.outputs = [output for output in outputs if output is not None]

@@ -25,8 +25,8 @@ from workbench.studio.state import Progress
 METHODS = {"mean": "difference of means", "svm": "boundary (linear SVM)"}
 PREVIEW_STEPS, PREVIEW_SCALE = 8, 2.0
 SCALES = (-3.0, -1.5, 0.0, 1.5, 3.0)
-_QUICK_VALUES = 2**27
-"""Values of h that a first picture reads, at most: about a second's worth."""
+_QUICK_VALUES = 2**25
+"""Values of h that a first picture reads, about: half a second's worth."""
 
 
 class Desk:
@@ -88,10 +88,12 @@ class Desk:
 
     def glimpse(self, a: Sequence[int], b: Sequence[int] | None, progress: Progress) -> tuple:
         """One sample before and after the edit, each of shape (C, H, W): few timesteps, few steps."""
-        steps, values = len(self.store.timesteps), len(self.store) * math.prod(self.store.h_shape)
-        count = max(1, min(PREVIEW_STEPS, steps, _QUICK_VALUES // values))
+        steps = len(self.store.timesteps)
+        count = min(PREVIEW_STEPS, steps)
         some = [self.store.timesteps[round((i + 0.5) * steps / count - 0.5)] for i in range(count)]
-        found = find_from_selection(self.store, a, b, t=some[0], timesteps=some, progress=False).direction
+        most = _QUICK_VALUES // (count * math.prod(self.store.h_shape))
+        options = {"timesteps": some, "most": most, "progress": progress}
+        found = find_from_selection(self.store, a, b, t=some[0], **options).direction
         self.prepare(progress)
         delta = found.resampled(self.store.timesteps).delta(PREVIEW_SCALE)[:, None]
         if self._rest is not self._plain:
@@ -100,10 +102,12 @@ class Desk:
         after = replay(self._rest, edit=edit, residual=residual, progress=progress)
         return self._plain.images[0], after.images[0]
 
-    def find(self, a: Sequence[int], b: Sequence[int] | None, *, t: int, method: str, name: str) -> Selection:
+    def find(
+        self, a: Sequence[int], b: Sequence[int] | None, progress: Progress, *, t: int, method: str, name: str
+    ) -> Selection:
         """The direction at all timesteps, and the boundary at one."""
         options = {"t": t, "method": method, "name": name, "scores": self.scores, "known": self.known}
-        return find_from_selection(self.store, a, b, **options, progress=False)
+        return find_from_selection(self.store, a, b, **options, progress=progress)
 
     def edit_of(self, found: Selection, method: str) -> Direction | Boundary:
         """Result of the method: the direction, or the boundary."""

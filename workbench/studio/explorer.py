@@ -98,6 +98,7 @@ class Explorer(anywidget.AnyWidget):
         self.selection: Selection | None = None
         self.sides: tuple[list[int], list[int]] = ([], [])
         self._asked: dict[str, Callable[[Progress], None]] = {}
+        self._finding: Progress | None = None
         # The studio's own thread: a network is run by one at a time.
         self._worker = Worker(lambda part: None, self._on_problem) if studio is None else studio
         live = desk is not None or studio is not None
@@ -152,6 +153,8 @@ class Explorer(anywidget.AnyWidget):
             self._look()
 
     def _look(self) -> None:
+        if self._finding is not None:
+            self._finding.cancel()  # of many samples it takes minutes, and another selection is wanted now
         if self.desk is not None and self.sides[0]:
             wanted = self.sides, self.method
             self._submit(lambda progress: self._find(*wanted, progress))
@@ -170,6 +173,7 @@ class Explorer(anywidget.AnyWidget):
             if (sides, method) != (self.sides, self.method):
                 raise Cancelled
 
+        self._finding = progress
         still_wanted()
         a, b = sides[0], sides[1] or None
         self.say("finding the direction")
@@ -180,7 +184,7 @@ class Explorer(anywidget.AnyWidget):
         words["pictures"] = [[address(image), caption] for image, caption in shown]
         still_wanted()
         self.found = words | {"note": "measuring it at all timesteps"}
-        found = self.desk.find(a, b, t=self.t, method=method, name=self.name)
+        found = self.desk.find(a, b, progress, t=self.t, method=method, name=self.name)
         still_wanted()
         self.selection = found
         self.found = words | {"rows": rows_of(found), "warning": found.warning, "note": _DRAWN}
@@ -189,7 +193,7 @@ class Explorer(anywidget.AnyWidget):
     def _chosen(self) -> Selection:
         if self.selection is None:
             raise ValueError("no direction is found yet; select at least 2 samples as A")
-        return self.selection
+        return self.selection.named(self.name)
 
     def _on_message(self, _, content: dict, buffers: list) -> None:
         if content.get("ask") in self._asked:

@@ -18,11 +18,10 @@ from PIL import Image
 
 from workbench.analysis.maps import Map
 from workbench.editing.render import EditGrid
+from workbench.report.alive import MOST_BYTES
 from workbench.report.pictures import to_pixels
 from workbench.report.style import PALETTE, colors_of, words
 
-MOST_BYTES = 20_000_000
-"""Of all that the script is given: more is a page that nobody waits for."""
 _PICTURE_BYTES = 8_000_000
 _SIDES = (96, 64, 48, 32, 24, 16, 12, 8)
 _MISSING = 65535

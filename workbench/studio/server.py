@@ -126,7 +126,15 @@ def _named(store: str, model: str | None, directions: Sequence[str] | None, clas
     opened, loaded, found = open_store(store), None, []
     if model != "":
         own = opened.provenance["model"]
-        loaded = load_model(model or own["name"], device=device).as_recorded(own)
+        try:
+            loaded = load_model(model or own["name"], device=device).as_recorded(own)
+        except FileNotFoundError as error:
+            if model:
+                raise
+            remedy = "name its folder as the model, or '' for maps alone"
+            raise FileNotFoundError(
+                f"{store} is of the model {own['name']!r}, which is not bundled; {remedy}"
+            ) from error
         found = find_editables(loaded, directions, opened.timesteps)
     return opened, loaded, found, load_classifier(classifier, device=device) if classifier else None
 
