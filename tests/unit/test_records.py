@@ -63,6 +63,7 @@ def planted(methods=4, attributes=("A", "B", "C"), n=32, *, seed=0, populations=
                     "perceptual": rms.ravel() * 12 * np.exp(rng.normal(0, 0.3, rms.size)),
                     "identity": 1 - rms.ravel() * np.exp(rng.normal(0, 0.3, rms.size)),
                     "s_dir": rng.normal(0.05, 0.1, rms.size),
+                    "clip_gain": rng.normal(0.0, 0.05, rms.size),
                 }
                 changes = _probability(logits) - before[:, None]
                 columns |= {f"change {name}": changes[:, :, i].ravel() for i, name in enumerate(attributes)}
@@ -172,9 +173,10 @@ def _assert_ranked_alike(found, true) -> None:
     exact = ["reached", "attributes", "n"]
     pd.testing.assert_frame_equal(first[exact], second[exact])
     # The point at equal change moves with the rounded change of the image.
-    for name in ("success", "effect", "leakage", "change", "identity", "monotonicity", "linearity", "p_random"):
-        if name in second:
-            np.testing.assert_allclose(first[name], second[name], atol=0.01, err_msg=name)
+    for name in ("success", "effect", "leakage", "change", "identity", "monotonicity", "linearity"):
+        np.testing.assert_allclose(first[name], second[name], atol=0.015, err_msg=name)
+    if "p_random" in second:
+        np.testing.assert_allclose(first.p_random, second.p_random, atol=0.05)  # a few of a hundred draws are ties
     np.testing.assert_allclose(first.psnr_outside, second.psnr_outside, atol=0.1)
 
 
@@ -194,7 +196,7 @@ def test_a_rounded_table_ranks_as_the_table_and_success_is_exact(seed, tmp_path)
     assert (found.before == true.before).all() and ((found.after > 0.5) == (true.after > 0.5)).all()
     for name in ("logit", "rms", "psnr_outside", "perceptual"):
         np.testing.assert_allclose(found[name], true[name], rtol=0.00501, err_msg=name)
-    for name in ("identity", "s_dir"):
+    for name in ("identity", "s_dir", "clip_gain"):
         np.testing.assert_allclose(found[name], true[name], atol=0.000501)
     for name in (f"change {a}" for a in "ABC"):
         np.testing.assert_allclose(found[name], true[name], atol=0.00101)
@@ -216,7 +218,7 @@ def test_a_record_of_full_size_is_below_5_mb(tmp_path):
     table = pd.DataFrame({"method": ["method 0"], "attribute": ["A"], "repeat": [0], "value": [0.1]})
     made = Benchmark(wb.Protocol(("method 0",), attributes), edits, table, table, table, table, strips, {"a": 1})
     folder = made.save(tmp_path / "record", small=True)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    assert 3e6 < sum(path.stat().st_size for path in folder.iterdir()) < 5e6
 
 
 def test_what_is_no_benchmark_or_of_another_model_is_refused(record, sources, tiny, tmp_path, home):

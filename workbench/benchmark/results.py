@@ -77,10 +77,11 @@ class Benchmark:
         ----------
         folder : path
         small : bool
-            Write a record: changes of probabilities are rounded to 1/500, `identity` and `s_dir` to 1/1000, `logit`,
-            `rms`, `psnr_outside` and `perceptual` to 3 significant digits (`after` and `psnr` follow from these), so
-            that whether a sample has the attribute is exact. The strips are of two samples, and lossy. 27 methods,
-            14 attributes, 4 strengths and 128 samples take below 5 MB.
+            Write a record. Changes of probabilities are rounded to 1/500; `identity`, `s_dir`, `clip_gain` and
+            `consistency` to 1/1000; `logit`, `rms`, `psnr_outside` and `perceptual` to 3 significant digits (a
+            logit from 10 on to 1/100). `after` and `psnr` follow from these, so that whether a sample has the attribute
+            is exact. The strips are of two samples, and lossy. 27 methods, 14 attributes, 4 strengths, 128 samples and
+            one population take below 5 MB.
 
         Returns
         -------

@@ -14,9 +14,9 @@ ORDER = ["method", "attribute", "repeat", "seed", "scale"]
 """Rows in this order compress well."""
 
 DIGITS = ("logit", "rms", "psnr_outside", "perceptual")
-"""Columns of edits that are rounded to 3 significant digits."""
+"""Columns of edits that are rounded to 3 significant digits; a logit from 10 on to a hundredth."""
 
-THOUSANDTHS = ("identity", "s_dir")
+THOUSANDTHS = ("identity", "s_dir", "clip_gain", "consistency")
 """Columns that are rounded to a thousandth."""
 
 CHANGES = 500
@@ -38,7 +38,11 @@ def rounded(edits: pd.DataFrame) -> pd.DataFrame:
     found = edits.copy()
     for name in found:
         if name in DIGITS:
-            found[name] = _significant(found[name].to_numpy(dtype=float)).astype(np.float32)
+            values = found[name].to_numpy(dtype=float)
+            kept = _significant(values)
+            # The order of a sample's logits matters, and a weak edit changes a large one by little.
+            kept = np.where(np.abs(values) >= 10, values.round(2), kept) if name == "logit" else kept
+            found[name] = kept.astype(np.float32)
         elif name in THOUSANDTHS:
             found[name] = found[name].astype(float).round(3).astype(np.float32)
         elif name.startswith("change "):
