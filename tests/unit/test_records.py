@@ -5,6 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import linecache
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import nbformat
@@ -324,7 +329,7 @@ def test_a_method_of_ones_own_is_ranked_among_the_recorded_ones(record, small, t
     out = tmp_path / "out"
     assert cli.main([*words, "--against", "records", "--attributes", "Bright", "-o", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "1 cells" in shown and "passes at most" in shown
+    assert "1 cell (" in shown and "passes at most" in shown
     table = pd.read_csv(out / "leaderboard.csv", index_col="method", keep_default_na=False)
     assert table.new.to_dict() == dict.fromkeys(METHODS_RECORDED, "") | {"two a side": "new"}
     assert set(pd.read_parquet(out / "edits.parquet").seed) == set(range(HELD_OUT, HELD_OUT + 8))
@@ -385,3 +390,24 @@ def test_the_estimate_bounds_the_passes_and_knows_what_is_cached(sources, protoc
     assert (more.cells, more.left) == (9, 3)
     done = plan_benchmark(protocol=plan, **sources)
     assert (done.left, done.passes, done.rate) == (0, 0, 0) and "Ctrl-C" not in str(done)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_workers_without_a_traceback_and_whole_cells_stay(small, sources):
+    folder = paths.cache() / "benchmark"
+    before = set(folder.glob("*.safetensors"))
+    words = {"images": "images_name", "labeller": "classifier_name", "judge": "judge_name"}
+    chosen = [word for option, name in words.items() for word in (f"--{option}", small[name])]
+    chosen += ["--population", "32", "--held-out", "24", "--steps", "8", "--repeats", "3", "--workers", "2"]
+    command = [sys.executable, "-m", "workbench.cli", "benchmark", small["model_name"], *chosen, "--no-report"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process, deadline = subprocess.Popen([*command, "-o", str(folder / "out")], **options), time.monotonic() + 240
+    while len(set(folder.glob("*.safetensors")) - before) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers, too
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "workbench: interrupted" in errors and "Traceback" not in errors
+    sizes = {"population": 32, "labelled": 32, "held_out": 24, "repeats": 3, "steps": 8}
+    left = plan_benchmark(protocol=wb.Protocol(tuple(METHODS), tuple(NAMES), **sizes), seconds=0.1, **sources)
+    assert 2 <= left.cells - left.left < left.cells

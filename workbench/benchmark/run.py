@@ -115,7 +115,8 @@ class Plan:
     rate: float
 
     def __str__(self) -> str:
-        counted = f"{self.cells:,} cells (method x attribute x population), {self.cells - self.left:,} of them cached"
+        cells = f"{self.cells:,} cell{'s' * (self.cells != 1)} (method x attribute x population)"
+        counted = f"{cells}, {self.cells - self.left:,} of them cached"
         if not self.left:
             return counted
         needs = f"{self.passes:,} passes at most, {duration(self.passes / self.rate)} at {self.rate:,.3g} a second"
