@@ -62,11 +62,15 @@ def run(
         given = parameters.read_parameters(notebook, assignments(parameter))
         if pdf:
             printing.find_browser()  # before the notebook runs
-        page = notebooks.run_notebook(notebook, given, out).html
-        print(page)
-        for wanted, make in ((pdf, printing.print_pdf), (slides, printing.write_slides)):
-            if wanted:
-                print(make(page))
+        report = notebooks.run_notebook(notebook, given, out, vectors=pdf or slides)
+        print(report.html)
+        try:
+            for wanted, make in ((pdf, printing.print_pdf), (slides, printing.write_slides)):
+                if wanted:
+                    print(make(report.vectors))
+        finally:
+            if report.vectors is not None:
+                report.vectors.unlink()
 
 
 @command("figure", example="workbench figure haas-fig4 -p n 128 --out figures\n  workbench figure --list")

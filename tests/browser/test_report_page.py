@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import zlib
 
 import nbformat
 import numpy as np
@@ -101,6 +102,32 @@ def test_a_pdf_has_the_figures_and_plotlys_are_vectors(page):
     pictures = [int(width) for width in re.findall(rb"/Subtype /Image\s+/Width (\d+)", data)]
     assert len([width for width in pictures if width > 300]) == 2, pictures
     assert [path.name for path in page.parent.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_a_printed_run_has_vectors_and_its_page_and_notebook_stay_as_they_are_without(tmp_path, capsys):
+    curve = "from workbench.report import plots\n\n"
+    curve += "plots.line([1, 2, 3], {'planted': [0.1, 0.3, 0.2]}, xlabel='t', ylabel='y')"
+    cells = [new_markdown_cell("# One curve"), new_code_cell("seed: int = 0", metadata={"tags": ["parameters"]})]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    source = tmp_path / "curve.ipynb"
+    nbformat.write(new_notebook(cells=[*cells, new_code_cell(curve)], metadata={"kernelspec": kernel}), source)
+    out = tmp_path / "out" / "curve.ipynb"
+    assert cli.main(["run", str(source), "-o", str(out), "--pdf", "--slides"]) == 0
+    written = {path.name for path in out.parent.iterdir()}
+    assert written == {f"curve{end}" for end in (".ipynb", ".html", ".pdf", ".slides.html")}
+    assert [line.rpartition(".")[2] for line in capsys.readouterr().out.split()] == ["html", "pdf", "html"]
+    data = out.with_suffix(".pdf").read_bytes()
+    assert b"/Subtype /Image" not in data, "a figure is printed as pixels"
+    assert data.count(b"/Type /FontDescriptor") == data.count(b"/FontFile2") + data.count(b"/FontFile3") > 0
+    drawn = sum(
+        zlib.decompress(each).count(b" l\n") for each in re.findall(rb"(?s)stream\r?\n(x.*?)\r?\nendstream", data)
+    )
+    assert drawn > 50, "the curve, its axes and its letters are lines"
+    page, slides = (out.with_suffix(end).read_text(encoding="utf-8") for end in (".html", ".slides.html"))
+    assert "image/svg+xml" not in page and "data:image/png" in page and "data:image/svg+xml" in slides
+    assert "image/svg+xml" not in out.read_text(encoding="utf-8")
 
 
 @pytest.mark.browser

@@ -16,7 +16,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 
 from workbench.analysis.mixing_criteria import MixingStep
-from workbench.report import plots
+from workbench.report import plots, style
 
 
 @pytest.fixture
@@ -264,6 +264,15 @@ class TestAnimate:
     def test_refuses_what_is_no_film(self, tmp_path, shape, path, options, message):
         with pytest.raises(ValueError, match=message):
             plots.animate(np.zeros(shape), tmp_path / path, **options)
+
+
+def test_a_figure_is_a_vector_only_where_it_is_printed_and_not_too_large(monkeypatch):
+    figure = plots.line([1, 2], {"a": [0, 1]}, xlabel="x", ylabel="y")
+    assert figure._repr_svg_() is None
+    monkeypatch.setenv(style.VECTORS, "1")
+    assert figure._repr_svg_().startswith("<?xml") and figure._repr_svg_() == figure._repr_svg_()
+    monkeypatch.setattr(style, "_LARGEST", 1000)
+    assert figure._repr_svg_() is None
 
 
 class TestSaveFigure:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch.nn.functional as F
 from torch import from_numpy
 
@@ -61,7 +62,8 @@ def sparse_feature(study: Study, attribute: str) -> Edit:
     """Of the features of a sparse autoencoder of h that go with the attribute, the one that changes it most."""
     code, labels = _sparse_code(study), study.labels(attribute)
     likely = code.ranked(labels)[:CANDIDATES]
-    one = [code.direction((range(len(code.features)) == f) * 1.0, f"feature {f}", progress=False) for f in likely]
+    alone = np.eye(len(code.features))
+    one = [code.direction(alone[f], f"feature {f}", progress=False) for f in likely]
     return study.pick(f"features of {attribute}", one, attribute, scale=16.0)
 
 

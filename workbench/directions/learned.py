@@ -73,8 +73,8 @@ def learn_directions(
     -----
     The abstract is known; inferred is the rest. The authors shift the whole generative process and derive through all
     of it; here each batch takes one visited timestep, so that a step costs four passes a sample. The shift module is
-    Asyrp's DeltaBlock with a path around it, the length of a shift .3 of the root of h's variance, and the reconstructor
-    sees the change through noise.
+    Asyrp's DeltaBlock with a path around it, the length of a shift .3 of the root of h's variance, and the
+    reconstructor sees the change through noise.
     """
     if k < 2:
         raise ValueError(f"k is {k}; directions are told from each other, so there are at least 2")

@@ -20,7 +20,7 @@ import nbformat
 
 from workbench import paths
 from workbench.io import commit, duration
-from workbench.report.pages import export_html, now, problem_of, write_index
+from workbench.report.pages import SVG, export_html, now, problem_of, write_index
 from workbench.report.parameters import check_parameters, find_notebook, notebook_defaults
 from workbench.report.plans import Run
 from workbench.report.running import Job, logged
@@ -42,6 +42,8 @@ class Report:
     seconds : float
     key : str
         Name of its content, where it is one of a report or a sweep.
+    vectors : Path, optional
+        The HTML once more, with matplotlib's figures as vectors, for printing.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Report:
     parameters: dict
     seconds: float
     key: str = ""
+    vectors: Path | None = None
 
     def __repr__(self) -> str:
         return f"Report({self.name}, {self.seconds:.1f} s, {self.html})"
@@ -82,6 +85,7 @@ def run_notebook(
     progress: bool = True,
     timeout: int = 3600,
     keep_code: bool = True,
+    vectors: bool = False,
 ) -> Report:
     """Run a notebook in a fresh kernel and write the executed notebook with its HTML.
 
@@ -102,6 +106,8 @@ def run_notebook(
         Time limit of one cell in seconds.
     keep_code : bool
         Include the code in the HTML, folded.
+    vectors : bool
+        Write NAME.vectors.html, too, with matplotlib's figures as vectors: larger, and sharp in print.
 
     Returns
     -------
@@ -121,7 +127,7 @@ def run_notebook(
         raise ValueError(f"out is {out}; it must end in .ipynb, and the HTML goes beside it")
     options = {"progress": progress, "timeout": timeout, "keep_code": keep_code}
     # In a thread of its own, so that an interrupt meets this one, which knows how to stop a kernel.
-    with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(Job(source.stem)) as job:
+    with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(Job(source.stem, vectors=vectors)) as job:
         running = thread.submit(run_job, job, Run(source, checked, out), **options)
         try:
             return running.result()
@@ -149,7 +155,10 @@ def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600, 
         record |= {} if failure is None else {"failure": failure}
         page = executed.with_suffix(".html")
         try:
-            export_html(executed, page, footer=_footer(record), keep_code=keep_code, folder=source.parent)
+            options = {"footer": _footer(record), "keep_code": keep_code, "folder": source.parent}
+            export_html(executed, page, **options)
+            if job.vectors and failure is None:
+                export_html(executed, page.with_suffix(".vectors.html"), **options, vectors=True)
         except Exception as error:  # what was computed stays, whatever its page meets
             about = {"ename": type(error).__name__, "evalue": f"its page could not be made: {error}"}
             failure = record["failure"] = {"cell": 0} | about
@@ -160,13 +169,15 @@ def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600, 
         for stale in (failed, failed.with_suffix(".html")):
             stale.unlink(missing_ok=True)
         os.replace(executed, target)
-        if page.exists():
-            os.replace(page, target.with_suffix(".html"))
+        for suffix in (".html", ".vectors.html"):
+            if page.with_suffix(suffix).exists():
+                os.replace(page.with_suffix(suffix), target.with_suffix(suffix))
     if failure is not None:
         path, what = failed.with_suffix(".html"), f"cell {failure['cell']} ({problem_of(failure)})"
         message = f"{source.stem} failed in {what}; what it did until then is in {path}"
         raise NotebookFailed(message, name=source.stem, path=path, **failure)
-    return Report(source.stem, out, out.with_suffix(".html"), everything, seconds, run.key)
+    vectors = out.with_suffix(".vectors.html") if job.vectors else None
+    return Report(source.stem, out, out.with_suffix(".html"), everything, seconds, run.key, vectors)
 
 
 def read_report(path: Path) -> Report | None:
@@ -212,8 +223,10 @@ def _footer(record: Mapping) -> dict[str, str]:
 
 
 def _stamp(executed: Path, record: dict, name: str) -> None:
-    """Put the provenance in the notebook, for the index page and for readers of the file."""
+    """Put the provenance in the notebook, for the index page and for readers of the file; SVGs were for printing."""
     notebook = nbformat.read(executed, as_version=4)
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        output.get("data", {}).pop(SVG, None)
     notebook.metadata["workbench"] = record
     notebook.metadata.papermill.update(input_path=f"{record['name']}.ipynb", output_path=name)
     nbformat.write(notebook, executed)

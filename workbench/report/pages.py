@@ -29,6 +29,7 @@ from workbench.report.alive import VIEW, embedded, fitting, widgets_of
 from workbench.report.pictures import png_address
 
 _ROOM = Path(__file__).parent
+SVG = "image/svg+xml"
 _PLOTLY = "application/vnd.plotly.v1+json"
 _REMOTE_SCRIPT = re.compile(r'<script[^>]*\ssrc="(?:https?:)?//[^>]*>\s*</script>')
 _TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(_ROOM), autoescape=True)
@@ -41,19 +42,21 @@ def export_html(
     footer: Mapping[str, str],
     keep_code: bool = True,
     folder: str | Path | None = None,
+    vectors: bool = False,
 ) -> Path:
     """Write an executed notebook as one HTML file that asks the network for nothing.
 
     Formulas become MathML, which browsers draw themselves. Plotly figures stay alive, with one copy of plotly.js for
     all of them; so do widgets that can (see `alive`), and others show their picture, if they have one. Code is folded
-    away, or left out. Progress bars are left out. `footer` has the rows of the table "How this report was made";
-    pictures that the text names lie in `folder`, by default with the staged notebooks.
+    away, or left out. Progress bars are left out. Figures that were kept as SVG, too, are shown so with
+    `vectors`, which takes more space. `footer` has the rows of the table "How this report was made"; pictures that the
+    text names lie in `folder`, by default with the staged notebooks.
     """
     notebook_path, html_path = paths.local(notebook_path), paths.local(html_path)
     notebook = nbformat.read(notebook_path, as_version=4)
     cells, widgets = [cell for cell in notebook.cells if cell.cell_type == "code"], fitting(widgets_of(notebook))
     for i, cell in enumerate(cells):
-        outputs = [offline(output, f"plot-{i}-{k}", widgets) for k, output in enumerate(cell.outputs)]
+        outputs = [offline(output, f"plot-{i}-{k}", widgets, vectors=vectors) for k, output in enumerate(cell.outputs)]
         cell.outputs = [output for output in outputs if output is not None]
     alive = any("Plotly.newPlot" in _html_of(output) for cell in cells for output in cell.outputs)
     page = {
@@ -160,7 +163,9 @@ def _formula(latex: str, display: str) -> str:
     return formula
 
 
-def offline(output: NotebookNode, div_id: str, widgets: Mapping[str, dict]) -> NotebookNode | None:
+def offline(
+    output: NotebookNode, div_id: str, widgets: Mapping[str, dict], *, vectors: bool = False
+) -> NotebookNode | None:
     """The output as the HTML page shows it, or None for a progress bar."""
     if output.output_type == "stream":
         output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
@@ -178,6 +183,12 @@ def offline(output: NotebookNode, div_id: str, widgets: Mapping[str, dict]) -> N
         figure = {key: value for key, value in data.pop(_PLOTLY).items() if key != "config"}
         options = {"full_html": False, "include_plotlyjs": False, "validate": False, "default_height": "480px"}
         data["text/html"] = plotly_html(figure, **options, div_id=div_id)
+    elif SVG in data:
+        drawn = data.pop(SVG)
+        if vectors:  # as an image, whose names of parts are its own
+            width = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).width
+            encoded = base64.b64encode(drawn.encode()).decode()
+            data["text/html"] = f'<img width="{width}" src="data:{SVG};base64,{encoded}" alt="">'
     elif "text/html" in data:
         data["text/html"] = _REMOTE_SCRIPT.sub("", _html_of(output).replace(get_plotlyjs(), ""))
     return output

@@ -33,12 +33,13 @@ def find_browser() -> str:
 
 
 def print_pdf(page: str | Path, *, timeout: int = 120) -> Path:
-    """Print a report's HTML beside it as PDF; plotly's figures stay vectors, pictures of matplotlib stay pictures.
+    """Print a report's HTML beside it as NAME.pdf.
 
+    Plotly's figures are vectors, and those of matplotlib if the page is `Report.vectors`, with outlines as letters.
     Raises RuntimeError if the browser writes nothing within so many seconds.
     """
     page, browser = paths.local(page).absolute(), find_browser()
-    with TemporaryDirectory() as profile, written(page.with_suffix(".pdf")) as partial:
+    with TemporaryDirectory() as profile, written(_beside(page, ".pdf")) as partial:
         options = ["--headless", "--no-pdf-header-footer", f"--user-data-dir={profile}", f"--print-to-pdf={partial}"]
         # Plotly draws at the width of the window: that of a page less its margins. Plots in 3D need WebGL, here without
         # a GPU. Root may not use the sandbox.
@@ -51,7 +52,7 @@ def print_pdf(page: str | Path, *, timeout: int = 120) -> Path:
         if not partial.exists():
             said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
             raise RuntimeError(f"{browser} could not print {page}: {said[0]}; print it in a browser by hand")
-    return page.with_suffix(".pdf")
+    return _beside(page, ".pdf")
 
 
 def write_slides(page: str | Path) -> Path:
@@ -59,4 +60,9 @@ def write_slides(page: str | Path) -> Path:
     page = paths.local(page)
     text = page.read_text(encoding="utf-8")
     head, _, tail = text.rpartition("</body>")
-    return write_text(page.with_suffix(".slides.html"), f"{head}{_SLIDES.read_text(encoding='utf-8')}</body>{tail}")
+    return write_text(_beside(page, ".slides.html"), f"{head}{_SLIDES.read_text(encoding='utf-8')}</body>{tail}")
+
+
+def _beside(page: Path, suffix: str) -> Path:
+    """NAME of NAME.html or NAME.vectors.html, with another suffix."""
+    return page.with_name(page.name.removesuffix(".html").removesuffix(".vectors") + suffix)

@@ -20,6 +20,7 @@ from workbench import paths
 from workbench.report.alive import keep_shown
 from workbench.report.kernels import KernelServer, environment
 from workbench.report.parameters import braced
+from workbench.report.style import VECTORS
 
 
 class Job:
@@ -32,6 +33,8 @@ class Job:
         Threads of its kernel's linear algebra; by default as many as this process has.
     kernels : KernelServer, optional
         What its kernel is copied from; by default it starts anew.
+    vectors : bool
+        Keep figures as SVG, too.
 
     Attributes
     ----------
@@ -41,8 +44,10 @@ class Job:
     stopped : bool
     """
 
-    def __init__(self, name: str, *, threads: int | None = None, kernels: KernelServer | None = None) -> None:
-        self.name, self.kernels, self.state, self.stopped = name, kernels, "waiting", False
+    def __init__(
+        self, name: str, *, threads: int | None = None, kernels: KernelServer | None = None, vectors: bool = False
+    ) -> None:
+        self.name, self.kernels, self.vectors, self.state, self.stopped = name, kernels, vectors, "waiting", False
         self.cell = self.cells = 0
         self.counts = TemporaryDirectory(prefix="workbench-")
         self._threads, self._client, self._counted = threads, None, 0
@@ -91,6 +96,7 @@ class Job:
 
         # The home may be named relative to this folder, and the kernel's is another.
         own = {THREADS: str(thread_count()), PROGRESS: self.counts.name, "WORKBENCH_HOME": str(paths.home())}
+        own |= {VECTORS: "1" if self.vectors else ""}
         return environment(self._threads) | own
 
     def follow(self, manager, client) -> None:

@@ -27,6 +27,12 @@ _OTHER_FORMATS = {"jpg", "jpeg", "tif", "tiff", "webp", "gif", "avif", "eps", "p
 _NO_DATES = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
 
 
+VECTORS = "WORKBENCH_VECTORS"
+"""Variable with which a notebook's figures are kept as SVG beside the pixels, for printing."""
+_LARGEST = 3_000_000
+"""Bytes of an SVG beyond which a printed figure stays pixels."""
+
+
 class Figure(MatplotlibFigure):
     """A matplotlib figure that a notebook displays as a cell's last value, without pyplot's list of open figures."""
 
@@ -34,6 +40,13 @@ class Figure(MatplotlibFigure):
         picture = io.BytesIO()
         self.savefig(picture, format="png", dpi=self.dpi)
         return picture.getvalue()
+
+    def _repr_svg_(self) -> str | None:
+        if not os.environ.get(VECTORS):
+            return None
+        picture = io.StringIO()
+        self.savefig(picture, format="svg", metadata=_NO_DATES[".svg"])
+        return picture.getvalue() if picture.tell() <= _LARGEST else None
 
     def savefig(self, fname, **options) -> None:
         """As matplotlib's, with the labels, some of which stand outside of the canvas."""
