@@ -43,6 +43,12 @@ class Passed:
     def __repr__(self) -> str:
         return f"Task {self.task}: {self.remark}"
 
+    def _ipython_display_(self) -> None:
+        """Shown, and not the value of its cell, which nbgrader would take for a number of points."""
+        from IPython.display import display
+
+        display({"text/plain": repr(self)}, raw=True)
+
 
 def check(task: str, answer: object, **given: object) -> Passed:
     """Check an answer of an exercise sheet.

@@ -121,6 +121,8 @@ def test_every_page_is_in_the_table_of_contents():
         assert (ROOT / "docs" / f"{entry}.md").exists(), entry
     pages = {name.removeprefix("docs/").removesuffix(".md") for name in NAMES if name.startswith("docs/")}
     assert pages - {"index"} <= listed
+    shown = set(re.findall(r"\]\(([\w./-]+)\.md\)", text_of("docs/index.md")))
+    assert {page for page in pages if page.startswith("how-to/")} <= shown, "a reader of the page sees no hidden table"
 
 
 @pytest.mark.slow

@@ -125,6 +125,13 @@ def test_a_sheet_is_its_solution_without_the_regions_and_carries_the_metadata_of
     assert len(identities) == len(set(identities)) == 2 * len(checks_in(name))
 
 
+def test_a_right_answer_is_shown_and_is_no_value_that_nbgrader_would_take_for_points(capsys):
+    from IPython.core.formatters import DisplayFormatter
+
+    assert DisplayFormatter().format(exercises.Passed("1.1", "right.")) == ({}, {})
+    assert "Task 1.1: right." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("task", sorted(set(exercises._TASKS)))
 def test_a_gap_is_no_answer(task):
     for nothing in (..., None):
