@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,7 +277,7 @@ class MoveNoise(Edit):
         ]
 
 
-def as_edit(found: Edit | Direction | DeltaFunction, **options) -> Edit:
+def as_edit(found: Edit | Direction | DeltaFunction, **options: Any) -> Edit:
     """An edit as it is; a direction as a `Shift` with these options."""
     if isinstance(found, Edit):
         return found
