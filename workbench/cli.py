@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from workbench import paths
-from workbench.commands import doctor, edits, models  # noqa: F401 (they register their commands)
+from workbench.commands import benchmark, doctor, edits, models  # noqa: F401 (they register their commands)
 from workbench.commands.options import OutFolder, Parameters, app, assignments, command
 
 EXAMPLES = """\b

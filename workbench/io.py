@@ -77,6 +77,12 @@ def one_of(what: str, value: Value, options: Iterable[Value]) -> Value:
     return value
 
 
+def check_text(text: object) -> None:
+    """Raise if it is no text of a word at least."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the text is {text!r}; give at least one word")
+
+
 def duration(seconds: float) -> str:
     """A duration in the unit that suits it: "90 s", "12 min", "3.5 hours"."""
     if seconds < 120:

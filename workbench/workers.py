@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 
@@ -52,7 +53,13 @@ def start_workers(n: int, *, scheduler: str | None = None) -> Iterator:
             memory_limit=0,
             host="127.0.0.1",
             silence_logs=logging.ERROR,
+            preload=__name__,
         ) as cluster,
         Client(cluster) as client,
     ):
         yield client
+
+
+def dask_setup(worker) -> None:
+    """In a worker, as dask preloads this module: leave Ctrl-C to who started it, else each prints a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

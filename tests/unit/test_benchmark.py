@@ -15,16 +15,17 @@ from PIL import Image
 from small_models import COLOURS
 
 import workbench as wb
-from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance
-from workbench.benchmark import leaderboard, methods
+from workbench.analysis.image_metrics import cosine_similarity, perceptual_distance, segmentation_consistency
+from workbench.benchmark import field_methods, leaderboard
 from workbench.benchmark.bench import Bench, _counted, backdrop
-from workbench.benchmark.methods import METHODS, TextModels, register_method
+from workbench.benchmark.methods import METHODS, register_method
 from workbench.benchmark.protocol import HELD_OUT, Protocol
 from workbench.benchmark.run import run_benchmark
+from workbench.benchmark.study import TextModels, found_edit
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.foreign import LucidrainsUNet
 from workbench.directions.supervised import find_from_labels
-from workbench.editing.edits import Edit
+from workbench.editing.edits import Edit, NotApplicable
 from workbench.editing.render import render
 
 NAMES = ("Bright", "Red")
@@ -96,7 +97,9 @@ def draw(prompt, n, seed):
 
 
 @pytest.fixture
-def setting(tiny, images, cache, squares):
+def setting(tiny, images, cache, squares, monkeypatch):
+    for name, value in {"LEARNED": {"k": 3, "steps": 4, "batch_size": 6}, "CODED": {"steps": 40}, "CARRIED": 2}.items():
+        monkeypatch.setattr(field_methods, name, value)  # as short as they can be
     prompts = {"Bright": ("a white square", "a blue square"), "Red": ("a red square", "a green square")}
     texts = TextModels(wb.load_clip(squares[1], device="cpu"), prompts, draw)
     parts = {"labeller": Network("labels", 30.0), "judge": Network("judges", 25.0), "images": images}
@@ -143,6 +146,7 @@ def test_every_registered_method_is_measured_on_the_same_samples(setting):
     assert (counts == 12 * 4).all()
     # Only where a method needs a region, and none is known, is there none.
     assert result.edits.s_dir.notna().all() and result.edits.s_dir.abs().max() <= 1.0 + 1e-6
+    assert result.edits.clip_gain.abs().between(0, 2).all()
     assert set(result.skipped.method) == {"Jacobian, masked", "LOCO"} and set(result.skipped.attribute) == {"Red"}
     seeds = result.edits.groupby("method").seed.unique()
     assert all(list(s) == list(seeds.iloc[0]) and min(s) >= HELD_OUT for s in seeds)
@@ -192,11 +196,16 @@ def test_costs_are_means_with_intervals():
     assert table.loc["a", "seconds_low"] < 2.5 == table.loc["a", "seconds"] < table.loc["a", "seconds_high"]
 
 
+def halves(images):
+    """A segmenter: bright or dark."""
+    return (torch.as_tensor(images).mean(dim=1) > 0).long().numpy()
+
+
 def test_a_row_is_what_the_edit_does(setting):
     """The difference of means, found and applied here, gives the recorded scores."""
-    result = run(setting, protocol("mean difference"))
+    result = run({**setting, "segmenter": halves}, protocol("mean difference"))
     bench = bench_of(setting, result.protocol)
-    found = methods.mean_difference(bench.study(0), "Bright")
+    found = METHODS["mean difference"].find(bench.study(0), "Bright")
     held_out = wb.sample(setting["model"], range(HELD_OUT, HELD_OUT + 12), steps=4, progress=False)
     edited = wb.edit_grid(setting["model"], held_out, found, scales=[2.0], progress=False).images[:, 0].clamp(-1, 1)
     rows = result.edits.query("attribute == 'Bright' and scale == 2.0").sort_values("seed")
@@ -215,6 +224,12 @@ def test_a_row_is_what_the_edit_does(setting):
     np.testing.assert_allclose(rows.identity, kept, atol=1e-5)
     maps = judge.maps(held_out.x0)
     np.testing.assert_allclose(rows.perceptual, perceptual_distance(judge.maps(edited), maps), rtol=1e-3)
+    np.testing.assert_allclose(rows.consistency, segmentation_consistency(halves(edited), halves(plain)), rtol=1e-5)
+    clip, (text, _) = setting["texts"].clip, setting["texts"].prompts["Bright"]
+    gained = (clip.images(edited) - clip.images(plain)) @ clip.texts([text])[0]
+    np.testing.assert_allclose(rows.clip_gain, gained, atol=1e-5)
+    at_rest = leaderboard.leaderboard(result.edits, change=1e-9, resamples=2).loc["mean difference"]
+    assert at_rest.consistency == pytest.approx(1, abs=1e-4) and at_rest.clip_gain == pytest.approx(0, abs=1e-4)
 
 
 def test_nothing_is_measured_twice_and_a_cut_is_resumed(setting, monkeypatch, cache):
@@ -275,7 +290,7 @@ def test_anyone_can_add_a_method_by_registering_one_function(setting, added):
     @register_method("brighter pixels", scales=(0.1, 0.2), family="x and noise", unit="pixel value")
     def brighter(study, attribute):
         if attribute != "Bright":
-            raise methods.NotApplicable("more light is all that this can do")
+            raise NotApplicable("more light is all that this can do")
         return Brighter(1.0)
 
     result = run(setting, protocol("brighter pixels", "random h"))
@@ -298,7 +313,7 @@ def test_scale_0_is_the_sample_for_every_method_and_the_noise_moves_towards_the_
     bench = bench_of(setting)
     study = bench.study(0)
     for name, method in METHODS.items():
-        edit = methods.found_edit(method.find(study, "Bright"))
+        edit = found_edit(method.find(study, "Bright"))
         still = render(bench.held_out, edit, [0.0], progress=False).images[:, 0]
         assert (still - bench.held_out.x0).abs().max() < 1e-5, name
     (plan,) = METHODS["noise"].find(study, "Red").plan(bench.held_out, [2.0])
@@ -356,7 +371,7 @@ def test_transfer_is_of_the_same_samples_at_timesteps_that_hold_those_of_the_oth
 
 def test_bad_input_is_a_sentence(setting):
     for changed, plan, message in (
-        ({}, protocol("magic"), "'magic'; there are random h, "),
+        ({}, protocol("magic"), "'magic'; there are .*random h, "),
         ({}, replace(protocol(), attributes=("Hat",)), "'Hat'; there are Bright, Red"),
         ({}, protocol(held_out=4), "population is 40, held_out 4"),
         ({}, protocol(labelled=50), "labelled is 50; keep half of 60 images"),
@@ -366,7 +381,7 @@ def test_bad_input_is_a_sentence(setting):
         with pytest.raises(ValueError, match=message):
             run(setting | changed, plan)
     with pytest.raises(ValueError, match="not a str"):
-        methods.found_edit("smile")
+        found_edit("smile")
 
 
 def test_the_backdrop_is_what_has_the_colour_of_the_corners():

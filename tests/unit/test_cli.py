@@ -489,6 +489,7 @@ MISTAKES = [
     ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "there is no method 'magic'"),
+    ("benchmark avataaars64 --records -o none", "there is no recorded benchmark of 'avataaars64'"),
     ("studio --port 99999", "port 99999 is invalid"),
     ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
     ("explore nope.zarr", "there is no store at nope.zarr"),

@@ -13,7 +13,8 @@ from test_sampling import naive
 import workbench as wb
 from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.direction import random_like
-from workbench.editing.edits import MoveX, Shift, Swap, match_gain, slerp
+from workbench.directions.jacobian import find_pullback
+from workbench.editing.edits import AtTap, MoveX, Shift, Swap, Transport, match_gain, slerp
 from workbench.editing.render import EditGrid, cells_bar, edit, edit_grid, render, run_plans
 
 STEPS = 5
@@ -240,3 +241,71 @@ def test_slerp_keeps_the_norm_and_is_whole_between_equal_and_opposite():
     assert half.flatten().tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)], abs=1e-6)
     assert torch.isfinite(slerp(a, a + 1e-6 * b, 0.5)).all()
     assert torch.isfinite(slerp(0 * a, b, 0.5)).all() and torch.isfinite(slerp(a, 0 * b, 0.5)).all()
+
+
+def injected(model, run, donor, *, weight, omega, t_edit, mask):
+    """InjectFusion step by step: the passes of its code, in the workbench's words."""
+    schedule, x = model.schedule, run.x_T
+    for i, pair in enumerate(schedule.pairs(run.timesteps)):
+        t, a = pair[0], schedule.alpha_bar(pair[0])
+        state = model.encode(x, t)
+        eps = model.decode(state)
+        if t >= t_edit:
+            other = torch.where(mask, donor.h.values[i].expand_as(state.h), state.h)
+            mixed = model.decode(state.with_h(slerp(state.h, other, weight)))
+            P, new = ((x - (1 - a) ** 0.5 * e) / a**0.5 for e in (eps, mixed))
+            for s in range(len(x)):  # the new image with the deviation of the old
+                new[s] = new[s].mean() + (new[s] - new[s].mean()) * P[s].std() / new[s].std()
+            x = x + a**0.5 * (new - P) + omega * (1 - a) ** 0.5 * (mixed - eps)
+            eps = model(x, t)
+        x = schedule.ddim_step(x, eps, pair, eta=run.etas[i], noise=run.noise_at(i))
+    return x
+
+
+def test_injection_with_calibration_is_the_released_codes_passes_and_a_mask_keeps_the_rest_of_h(tiny, run):
+    donor, t_edit = run[0], run.timesteps[2]
+    mask = torch.zeros(tiny.h_shape[1:], dtype=torch.bool)
+    mask[:, : tiny.h_shape[2] // 2] = True
+    options = {"t_range": (run.timesteps[0], t_edit), "calibration": 0.3}
+    swaps = [Swap(donor, "slerp", mask=m, **options) for m in (mask, ~mask & mask, None, mask | ~mask)]
+    half, none, without, whole = run_plans(run, [swap.plan(run, [0.7]) for swap in swaps], progress=False)[:, :, 0]
+    with torch.no_grad():
+        expected = injected(tiny, run, donor, weight=0.7, omega=0.3, t_edit=t_edit, mask=mask)
+    torch.testing.assert_close(half, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(none, run.x0, atol=1e-4, rtol=1e-4)
+    assert torch.equal(without, whole) and (whole - half).abs().max() > 1e-3
+    plain = run_plans(run, [Swap(donor, "slerp", t_range=options["t_range"]).plan(run, [0.7])], progress=False)[0, :, 0]
+    assert (plain - whole).abs().max() > 1e-3, "the calibration does something"
+    with pytest.raises(ValueError, match=r"shape \(3, 3\)"):
+        Swap(donor, "slerp", mask=np.ones((3, 3), bool)).plan(run, [1.0])
+
+
+def test_an_edit_at_another_tap_is_that_edit_of_the_run_at_that_tap(tiny, run):
+    """Also in one grid with edits of h, and with scale 0 as the sample."""
+    tapped = run.tapped("skip.0")
+    length = run.h.values.flatten(2).norm(dim=2).mean()
+    delta = torch.ones(run.steps, *tapped.model.h_shape) * length / 20
+    there = AtTap(Shift(planted(tapped.model, wb.replay(tapped, record_h=True), 0, "skip", delta=delta)), "skip.0")
+    here = Shift(planted(tiny, run, 1, "here"))
+    both = render(run, [there, here], [0.0, 1.0], progress=False).images.view(2, len(run), 2, *run.x0.shape[1:])
+    alone = render(tapped, there.edit, [1.0], progress=False).images[:, 0]
+    torch.testing.assert_close(both[0, :, 1], alone)
+    torch.testing.assert_close(both[1, :, 1], render(run, here, [1.0], progress=False).images[:, 0])
+    assert torch.equal(both[:, :, 0], run.x0.expand(2, *run.x0.shape)) and (alone - run.x0).abs().max() > 1e-3
+    assert there.about()["tap"] == "skip.0" and there.name == "skip at skip.0"
+
+
+def test_a_vector_of_h_is_carried_to_its_own_sample_as_it_was_and_to_others_as_their_own(tiny, run):
+    t = run.timesteps[2]
+    pullbacks = [find_pullback(tiny, run[i], t=t, k=3, map="x->h", progress=False) for i in range(len(run))]
+    carried = Transport(pullbacks[0].left[1], t, lambda run: pullbacks, "vector 2")
+    vectors = carried.vectors(run)
+    torch.testing.assert_close(vectors[0], pullbacks[0].right[1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(vectors.flatten(1).norm(dim=1), torch.ones(len(run)))
+    assert abs(float((vectors[1] * vectors[0]).sum())) < 0.999
+    own = MoveX(pullbacks[0].right[1], t, "own")
+    got, expected = (
+        run_plans(run[:1], [e.plan(run[:1], [5.0])], progress=False)
+        for e in (Transport(pullbacks[0].left[1], t, lambda run: pullbacks[:1], "vector 2"), own)
+    )
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)

@@ -218,9 +218,9 @@ def test_a_record_of_another_condition_is_of_another_source(tmp_path, make_unet,
 
 def test_records_of_other_sources_are_left_out(tmp_path, records_alone):
     model, judge = SimpleNamespace(name="m", hash="abc"), SimpleNamespace(name="j", hash="def")
-    images = SimpleNamespace(fingerprint="123")
+    images = SimpleNamespace(hash="123")
     saved(folder=tmp_path, sources={"model": model, "judge": judge, "images": images})
-    other = SimpleNamespace(name="m", hash="xyz", fingerprint="xyz")
+    other = SimpleNamespace(name="m", hash="xyz")
     assert list(figures.read_records(tmp_path, model=model)) == ["haas-fig2a"]
     assert list(figures.read_records(tmp_path, model=model, judge=judge, images=images)) == ["haas-fig2a"]
     # A figure that no labeller was needed for is of any.

@@ -61,6 +61,7 @@ def test_methods_are_ranked_at_equal_change_and_the_numbers_are_means(table):
     by_hand = part.assign(gains=part.after > 0.5).groupby("attribute").gains.mean().mean()
     assert found.loc["good", "success"] == pytest.approx(by_hand)
     assert found.loc["good", "leakage"] == pytest.approx(0.1 * 0.2 * 2)
+    assert found.loc["good", "precision"] == pytest.approx(found.loc["good", "effect"] / 0.04)
     assert found.loc["good", "change"] == pytest.approx(0.2)
     assert (found.success_low <= found.success).all() and (found.success <= found.success_high).all()
     assert found.loc["good", ["attributes", "n"]].tolist() == [2, 30]

@@ -16,7 +16,13 @@ from workbench.analysis.image_metrics import segmentation_consistency
 from workbench.diffusion.sampling import Injection
 from workbench.directions.supervised import few_shot_directions
 from workbench.editing import measure as module
-from workbench.editing.disentangle import cancel_effects, disentangling_table, few_examples, matched_scale
+from workbench.editing.disentangle import (
+    DisentanglingTable,
+    cancel_effects,
+    disentangling_table,
+    few_examples,
+    matched_scale,
+)
 from workbench.editing.edits import Edit, MoveX, Shift
 from workbench.editing.measure import Effects, measure, measure_effects
 from workbench.editing.render import edit
@@ -287,6 +293,35 @@ def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, direc
         np.testing.assert_allclose(table.entanglement[variant], expected, rtol=1e-6)
     falls = 1 - table.entanglement["disentangled"] / table.entanglement["original"]
     np.testing.assert_allclose(table.entanglement["reduction"], falls)
+    whole = {}
+    for variant in table.effects:
+        sizes = table.matrix(variant).abs().to_numpy()
+        whole[variant] = (sizes.sum() - np.trace(sizes)) / np.trace(sizes)
+    fall = table.fall()
+    assert (
+        fall.value == pytest.approx(whole["original"] - whole["disentangled"]) and fall.low <= fall.value <= fall.high
+    )
+
+
+def test_the_fall_at_equal_effect_takes_the_first_scale_as_effective_as_found():
+    """Planted: the projected direction is half as strong and a fifth as entangled, at any scale."""
+    rows = {"original": [], "disentangled": []}
+    for variant, own, other in (("original", 0.2, 0.2), ("disentangled", 0.1, 0.02)):
+        for name, of in (("A", "B"), ("B", "A")):
+            for scale in (1.0, 2.0, 3.0):
+                for attribute, change in sorted([(name, own * scale), (of, other * scale**2)]):
+                    for seed in range(6):
+                        row = {"edit": name, "scale": scale, "seed": seed, "attribute": attribute}
+                        rows[variant].append(row | {"before": 0.1, "after": 0.1 + change})
+    table = pd.DataFrame(
+        {"variant": v, "direction": name, "attribute": name, "effect": 0.0, "std": 0.0, "scale": 1.0}
+        for v in rows
+        for name in "AB"
+    )
+    effects = {variant: Effects(pd.DataFrame(listed)) for variant, listed in rows.items()}
+    found = DisentanglingTable(table, pd.DataFrame(), effects)
+    assert found.fall().value == pytest.approx(1.0 - 0.2)
+    assert found.fall(equal_effect=True).value == pytest.approx(1.0 - 0.02 * 4 / 0.2)
 
 
 @pytest.fixture(scope="module")

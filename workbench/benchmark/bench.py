@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,9 +27,11 @@ from workbench.analysis.image_metrics import (
     directional_similarity,
     peak_signal_to_noise,
     perceptual_distance,
+    segmentation_consistency,
 )
-from workbench.benchmark.methods import METHODS, Method, Study, TextModels, found_edit
+from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import HELD_OUT, Protocol
+from workbench.benchmark.study import Method, Study, TextModels, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
@@ -57,6 +59,7 @@ class Bench:
     images: LabelledImages = field(repr=False)
     masks: dict[str, np.ndarray] = field(repr=False)
     texts: TextModels | None = field(default=None, repr=False)
+    segmenter: Callable[[torch.Tensor], np.ndarray] | None = field(default=None, repr=False)
     _studies: dict[int, Study] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,8 +102,8 @@ class Bench:
 
     @property
     def kept(self) -> bool:
-        """Whether cells are kept: those of a classifier that is a function can't be told from another's."""
-        return None not in (self.labeller.hash, self.judge.hash)
+        """Whether cells are kept: those of a network that is a function can't be told from another's."""
+        return None not in (self.labeller.hash, self.judge.hash) and self.segmenter is None
 
     def study(self, repeat: int) -> Study:
         """Study of one population, for methods to learn from."""
@@ -163,6 +166,7 @@ class Bench:
             "embedded": None if self.texts is None else self.texts.clip.images(images.clamp(-1, 1)),
             "features": self.judge.features(images),
             "maps": self.judge.maps(images),
+            "segments": None if self.segmenter is None else self.segmenter(images.clamp(-1, 1)),
         }
 
     @cached_property
@@ -257,19 +261,23 @@ class Bench:
                 "pixels": self.pixels.transform(values.reshape(n, -1)),
             }
             if self.texts is not None:
-                found["s_dir"] = self._text_similarity(images, attribute)
+                found |= self._text_similarity(images, attribute)
+            if self.segmenter is not None:
+                found["consistency"] = segmentation_consistency(self.segmenter(images), self.plain["segments"])
             for name, value in found.items():
                 measured.setdefault(name, []).append(np.asarray(value, dtype=np.float32))
         kept = ((edited[self.shown].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return {name: np.stack(values, axis=1) for name, values in measured.items()} | {"shown": kept.numpy()}
 
-    def _text_similarity(self, edited: torch.Tensor, attribute: str) -> np.ndarray:
-        """S_dir of the held-out samples, (n,); NaN without texts of the attribute."""
+    def _text_similarity(self, edited: torch.Tensor, attribute: str) -> dict[str, np.ndarray]:
+        """S_dir and the gain in CLIP score of the held-out samples, (n,); NaN without texts of the attribute."""
         if attribute not in self.texts.prompts:
-            return np.full(len(edited), np.nan)
+            return dict.fromkeys(("s_dir", "clip_gain"), np.full(len(edited), np.nan))
         clip, (text, against) = self.texts.clip, self.texts.prompts[attribute]
         target, source = clip.texts([text, against])
-        return directional_similarity(self.plain["embedded"], clip.images(edited), source=source, target=target)
+        before, after = self.plain["embedded"], clip.images(edited)
+        s_dir = directional_similarity(before, after, source=source, target=target)
+        return {"s_dir": s_dir, "clip_gain": (after - before) @ target}
 
     def _transferred(self, edit: Edit, method: Method, attribute: str, study: Study) -> dict[str, np.ndarray]:
         """The attribute's logit before and after, on samples that it was found on and at other timesteps; (n, 2)."""

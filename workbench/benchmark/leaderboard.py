@@ -19,6 +19,9 @@ from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, 
 
 CHANGE = 0.2  # root mean square change of an image, in [-1, 1], at which methods are compared by default
 SUCCESS = 0.5  # share of the samples without an attribute that have it after the edit, at which they are compared
+OPTIONAL = {"s_dir": 0.0, "clip_gain": 0.0, "consistency": 1.0}
+"""Columns that may be missing, with their values at scale 0."""
+
 FEWEST = 3  # held-out samples without an attribute, at least, for it to count
 
 
@@ -32,6 +35,7 @@ class _Curves:
     method: str
     attribute: str
     n: int
+    others: int
     scales: np.ndarray
     rms: np.ndarray = field(repr=False)
     effect: np.ndarray = field(repr=False)
@@ -40,7 +44,7 @@ class _Curves:
     error_outside: np.ndarray = field(repr=False)
     identity: np.ndarray = field(repr=False)
     perceptual: np.ndarray = field(repr=False)
-    s_dir: np.ndarray | None = field(default=None, repr=False)
+    optional: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
 
 def leaderboard(
@@ -70,11 +74,14 @@ def leaderboard(
     -------
     DataFrame, one row per method, best first
         `success` and `effect` (mean change of the attribute's probability, on samples without it) at equal change;
-        with text models `s_dir` there, the cosine of the changes of images and texts in CLIP's space;
+        with text models `s_dir` there, the cosine of the changes of images and texts in CLIP's space, and `clip_gain`,
+        the rise of the image's own cosine with the text; with a segmenter `consistency`, the overlap of segmentations;
         `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
-        changes of all other attributes; `reached`, the share of attributes whose edits succeed as often as asked for at
-        any strength, and over these `entanglement` (leakage by effect), `psnr_outside` (of the mean squared error, dB)
-        and `identity`; each with its 95% interval, `..._low` and `..._high`. `p_random`, one-sided, that success is no
+        changes of all other attributes, and `precision`, the effect by the mean of these sizes (the editing precision
+        ratio of CASL, arXiv 2601.15441, whose exact form is inferred); `reached`, the share of attributes whose edits
+        succeed as often as asked for at any strength, and over these `entanglement` (leakage by effect), `psnr_outside`
+        (of the mean squared error, dB) and `identity`; each with its 95% interval, `..._low` and `..._high`.
+        `p_random`, one-sided, that success is no
         higher than a control's over the attributes that both have, of the control for which that is likeliest, adjusted
         for the number of methods by Holm's rule; NaN without an attribute in common. `monotonicity` and `linearity` of
         the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
@@ -95,13 +102,14 @@ def leaderboard(
             "change": _mean(_at(c.rms, c.rms, change) for c in own),
             "effect": _mean(_at(c.rms, c.effect, change) for c in own),
             "leakage": _mean(_at(c.rms, c.leak, change) for c in own),
+            "precision": _mean(_precision(c, change) for c in own),
             "reached": _mean((c.success.max(axis=1) >= success).astype(float) for c in own),
             "entanglement": _mean(_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own),
             "psnr_outside": _decibel(_mean(_succeeding(c, c.error_outside, success) for c in own)),
             "identity": _mean(_succeeding(c, c.identity, success) for c in own),
         }
-        if any(c.s_dir is not None for c in own):
-            values["s_dir"] = _mean(_at(c.rms, c.s_dir, change) for c in own if c.s_dir is not None)
+        for name in dict.fromkeys(name for c in own for name in c.optional):
+            values[name] = _mean(_at(c.rms, c.optional[name], change) for c in own if name in c.optional)
         rows[method] = _with_intervals(values) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
     against = [name for name in controls if name in draws]
@@ -290,6 +298,7 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 str(method),
                 str(attribute),
                 int(without.sum()),
+                len(others),
                 np.concatenate([[0.0], scales]),
                 rms=mean(of("rms")),
                 effect=mean(of("after") - of("before")),
@@ -298,7 +307,11 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
                 error_outside=mean(4.0 * 10.0 ** (-of("psnr_outside") / 10.0)),
                 identity=1.0 + mean(of("identity") - 1.0),
                 perceptual=mean(of("perceptual")),
-                s_dir=mean(of("s_dir")) if "s_dir" in part and part["s_dir"].notna().any() else None,
+                optional={
+                    name: at_rest + mean(of(name) - at_rest)
+                    for name, at_rest in OPTIONAL.items()
+                    if name in part and part[name].notna().any()
+                },
             )
         )
     if not curves:
@@ -326,6 +339,15 @@ def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarr
     """Values where the edit first succeeds as often as asked for; NaN where it never does."""
     reached = curves.success.max(axis=1) >= success
     return np.where(reached, _at(curves.success, values, success), np.nan)
+
+
+def _precision(curves: _Curves, change: float) -> np.ndarray:
+    """Effect at a change of the image, by the mean size of the changes of the other attributes; NaN without others."""
+    leak = _at(curves.rms, curves.leak, change)
+    known = leak > 0 if curves.others else np.zeros(len(leak), dtype=bool)
+    return np.divide(
+        curves.others * _at(curves.rms, curves.effect, change), leak, out=np.full(len(leak), np.nan), where=known
+    )
 
 
 def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from workbench.benchmark.bench import Bench
-from workbench.benchmark.methods import METHODS, Method, TextModels
+from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import Protocol
 from workbench.benchmark.results import Benchmark, gather
+from workbench.benchmark.study import Method, TextModels
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.memory import keep_freed_memory
 from workbench.diffusion.models import Model
+from workbench.hspace.planning import measure_pass_rate
+from workbench.io import duration
 from workbench.workers import start_workers
 
 
@@ -29,6 +33,7 @@ def run_benchmark(
     images: LabelledImages,
     masks: Mapping[str, np.ndarray] | None = None,
     texts: TextModels | None = None,
+    segmenter: Callable[[torch.Tensor], np.ndarray] | None = None,
     workers: int = 1,
     scheduler: str | None = None,
     progress: bool = True,
@@ -36,7 +41,7 @@ def run_benchmark(
     """Measure the methods of a protocol, or read cached measurements.
 
     A measurement is reused as long as its inputs are unchanged: weights, methods' code, images, labels. A classifier
-    that is a function has no hash; with one, everything is measured again, in this process.
+    that is a function has no hash; with one, or with a segmenter, everything is measured again, in this process.
 
     Parameters
     ----------
@@ -47,11 +52,13 @@ def run_benchmark(
     judge : Classifier
         Scores the edits; not the labeller, but with the same attributes.
     images : LabelledImages
-        Methods learn from the first images; the last ones serve as real images.
+        In an order that the seed draws, methods learn from the first images, and the last ones serve as real images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute.
     texts : TextModels, optional
-        For methods that learn from words, and S_dir; such as `TextModels.of_domain(domain_of(images))`.
+        For methods that learn from words, S_dir and the CLIP score; such as `TextModels.of_domain(domain_of(images))`.
+    segmenter : callable, optional
+        For the segmentation consistency SC; see `load_segmenter`.
     workers : int
         Number of parallel processes, each with its share of the cores; each pair of method and population is a task.
         On a GPU, one is enough.
@@ -70,8 +77,8 @@ def run_benchmark(
         If the judge is the labeller, a method or attribute is unknown, there are too few images or samples, or
         `workers` is below 1.
     """
-    parts = {"labeller": labeller, "judge": judge, "images": images, "masks": dict(masks or {}), "texts": texts}
-    bench = Bench(model, protocol, **parts)
+    parts = {"labeller": labeller, "judge": judge, "masks": masks, "texts": texts, "segmenter": segmenter}
+    bench = _bench(model, protocol, images=images, **parts)
     wanted = list(bench.cells())
     alone = (workers == 1 and scheduler is None) or not bench.kept
     todo = [] if alone else [key for key in wanted if not bench.measured(*key)]
@@ -80,11 +87,71 @@ def run_benchmark(
         for done in _elsewhere(bench, todo, workers, scheduler):
             bar.update(done)
         for key in wanted:
-            bar.set_postfix_str(f"{key[0]}, {key[1]}")
+            bar.set_postfix_str(f"{len(wanted) - len(cells)} left: {key[0]}, {key[1]}")
             cells[key] = bench.measure(*key)
             bar.update(key not in todo)
     with threadpool_limits(1, user_api="blas"):
         return gather(bench, cells)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do of a benchmark.
+
+    Attributes
+    ----------
+    cells, left : int
+        Combinations of method, attribute and population: all of them, and those that are not in the cache.
+    passes : int
+        Samples through the U-Net, at most, of the samples and edits of these cells; an edit that begins late takes
+        fewer. What a method needs to find its edits is not known before, and not in it.
+    rate : float
+        Passes a second, measured here; 0 if nothing is left.
+    """
+
+    cells: int
+    left: int
+    passes: int
+    rate: float
+
+    def __str__(self) -> str:
+        cells = f"{self.cells:,} cell{'s' * (self.cells != 1)} (method x attribute x population)"
+        counted = f"{cells}, {self.cells - self.left:,} of them cached"
+        if not self.left:
+            return counted
+        needs = f"{self.passes:,} passes at most, {duration(self.passes / self.rate)} at {self.rate:,.3g} a second"
+        return (
+            f"{counted}\nediting takes {needs}; finding the edits comes on top\n"
+            "Ctrl-C stops it, and the same command goes on where it stopped"
+        )
+
+
+def plan_benchmark(model: Model, protocol: Protocol, *, seconds: float = 3.0, **sources: object) -> Plan:
+    """What `run_benchmark` of the same model, protocol and sources (labeller, judge, ...) has left to do.
+
+    The rate is measured for a few seconds, unless nothing is left.
+    """
+    p, bench = protocol, _bench(model, protocol, **sources)
+    cells = list(bench.cells())
+    left = [key for key in cells if not bench.measured(*key)]
+    held_out, seen, finer = p.held_out * p.steps, 0, 0
+    if p.transfer:
+        seen, finer = min(p.held_out // 2, p.population) * p.steps, p.held_out // 2 * (2 * p.steps - 1)
+    samples = held_out + finer + len({repeat for _, _, repeat in left}) * (p.population * p.steps + seen)
+    edits = sum(held_out * len(METHODS[method].scales) + seen + finer for method, _, _ in left)
+    return Plan(
+        cells=len(cells),
+        left=len(left),
+        passes=samples + edits if left else 0,
+        rate=measure_pass_rate(model, seconds=seconds) if left else 0.0,
+    )
+
+
+def _bench(
+    model: Model, protocol: Protocol, *, images: LabelledImages, masks: Mapping | None = None, **sources: object
+) -> Bench:
+    """What all cells share, with the images in the order that the seed draws."""
+    return Bench(model, protocol, images=images.shuffled(protocol.seed), masks=dict(masks or {}), **sources)
 
 
 def _elsewhere(

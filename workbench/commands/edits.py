@@ -1,7 +1,6 @@
-"""Commands that find directions and boundaries, edit along them, and compare the methods."""
+"""Commands that find directions and boundaries, and edit along them."""
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -432,83 +431,3 @@ def edit(
         print(f"not the same bits as when it was saved ({made.format(**recorded)}; here {made.format(**here)})")
     for path in files:
         print(path.resolve())
-
-
-@dataclasses.dataclass
-class Size:
-    """Sizes of a benchmark; the defaults are those of --quick or of the full benchmark."""
-
-    population: Annotated[int | None, Option(help="samples, and labelled images, to find directions in")] = None
-    held_out: Annotated[int | None, Option(help="samples to edit")] = None
-    repeats: Annotated[int | None, Option(help="number of populations, each with its own seeds")] = None
-    steps: Annotated[int | None, Option(help="visited timesteps")] = None
-
-
-@command("benchmark", example="workbench benchmark --quick --methods PCA 'mean difference' -o benchmark")
-def benchmark(
-    size: Size,
-    labels: opt.Labels,
-    condition: opt.Condition,
-    model: Annotated[str, Argument(help="bundled name, diffusers folder, hub id or checkpoint file")] = "avataaars32",
-    quick: Annotated[bool, Option("--quick", help="few samples and three attributes: minutes, not hours")] = False,
-    methods: Annotated[list[str] | None, Option(metavar="METHOD...", help="default: all registered methods")] = None,
-    attributes: opt.Attributes = None,
-    plugin: Annotated[str | None, Option(help="Python file that registers more methods")] = None,
-    seed: Annotated[int, Option(help="seed of populations and held-out samples")] = 0,
-    images: opt.LabelledSource = "avataaars",
-    labeller: opt.Labeller = "avataaars",
-    judge: opt.Judge = "avataaars-judge",
-    device: opt.Device = None,
-    workers: Annotated[int | None, Option(help="processes (default: one per core, or one on a GPU)")] = None,
-    scheduler: Annotated[str | None, Option(help="address of a dask scheduler, such as tcp://host:8786")] = None,
-    no_report: Annotated[bool, Option("--no-report", help="leave out the HTML of 80_benchmark")] = False,
-    out: opt.OutFolder = "benchmark",
-):
-    """Compare methods on the same held-out samples.
-
-    Writes tables, curves, strips and, without --no-report, the report 80_benchmark.
-    """
-    import runpy
-
-    from workbench.benchmark import leaderboard
-    from workbench.benchmark.methods import METHODS, TextModels
-    from workbench.benchmark.protocol import HELD_OUT, QUICK_ATTRIBUTES, SIZES
-
-    if plugin is not None:
-        runpy.run_path(str(paths.local(plugin)))
-    labels_by, judged_by = (wb.load_classifier(each, device=device) for each in (labeller, judge))
-    network = wb.load_model(model, device=device, **condition.condition)
-    usual = [name for name in judged_by.attributes if not quick or name in QUICK_ATTRIBUTES]
-    attributes = attributes or usual or list(judged_by.attributes)
-    check_attributes(attributes, judged_by.attributes)
-    sizes = SIZES["quick" if quick else "full"] | {k: v for k, v in vars(size).items() if v is not None}
-    protocol = wb.Protocol(
-        tuple(methods or METHODS), tuple(attributes), **sizes, labelled=sizes["population"], seed=seed
-    )
-    result = wb.run_benchmark(
-        network,
-        protocol,
-        labeller=labels_by,
-        judge=judged_by,
-        images=labels.load(images, network.image_shape),
-        masks=wb.domain_of(images).masks(attributes, size=network.image_shape),
-        texts=TextModels.of_domain(wb.domain_of(images)),
-        workers=(os.cpu_count() if network.device.type == "cpu" else 1) if workers is None else workers,
-        scheduler=scheduler,
-    )
-    folder = result.save(out)
-    table = leaderboard.leaderboard(result.edits)
-    table.to_csv(folder / "leaderboard.csv")
-    figure = wb.plots.pareto(leaderboard.pareto(result.edits), family=result.provenance["family"])
-    wb.plots.save_figure(figure, folder / "pareto")
-    seeds = [f"seed {seed % HELD_OUT}" for seed in result.provenance["shown"][:2]]
-    for attribute in sorted({of for _, of in result.strips}):
-        strips = wb.plots.edit_strips(result.strips, attribute, names=seeds)
-        wb.plots.save_figure(strips, folder / f"strips-{paths.file_name(attribute)}")
-    shown = "success success_low success_high leakage entanglement psnr_outside identity p_random".split()
-    print(f"{result}\n{table[[c for c in shown if c in table]].round(2).to_string()}\n{folder.resolve()}")
-    if not no_report and plugin is None:
-        parameters = sizes | {"seed": seed, "attributes": attributes, "methods": list(protocol.methods)}
-        parameters |= {"model_name": model, "classifier_name": labeller, "judge_name": judge, "images_name": images}
-        parameters |= {"labels_name": labels.labels or "", "skip_broken": labels.skip_broken}
-        print(wb.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)

@@ -25,6 +25,7 @@ from workbench.diffusion.models import find_device
 from workbench.diffusion.text import check_words
 from workbench.formats.checkpoints import hash_weights, read_json
 from workbench.formats.hub import find_folder
+from workbench.io import check_text
 from workbench.shapes import with_channels
 
 
@@ -73,8 +74,7 @@ class Clip:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"the text is {text!r}; give at least one word")
+            check_text(text)
             check_words(self._tokenizer, text, self.name)
         limit = self.network.config.text_config.max_position_embeddings
         tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")

@@ -122,6 +122,11 @@ class LabelledImages:
         return digest.hexdigest()
 
     @cached_property
+    def hash(self) -> str:
+        """The fingerprint of the same images in the order of their names."""
+        return self.select(np.argsort(self.labels.index.to_numpy(str), kind="stable")).fingerprint
+
+    @cached_property
     def captions(self) -> list[list[str]]:
         """Captions of every image, none or several, in order.
 
@@ -207,6 +212,19 @@ class LabelledImages:
             If there is no such image or the mask has the wrong length.
         """
         return replace(self, labels=self.labels.iloc[np.atleast_1d(self._positions(indices))])
+
+    def shuffled(self, seed: int) -> LabelledImages:
+        """The same images in an order that the seed draws: the first of a folder are often all of one class.
+
+        Parameters
+        ----------
+        seed : int
+
+        Returns
+        -------
+        LabelledImages
+        """
+        return self.select(np.random.default_rng(seed).permutation(len(self)))
 
     def _positions(self, indices: int | Indices) -> np.ndarray:
         chosen = indices if isinstance(indices, slice) else np.asarray(indices)

@@ -85,11 +85,15 @@ class Injection:
         If true, the edited eps enters P_t alone and D_t keeps the plain one (Asyrp eq. 5); else both (Haas et al.).
     timesteps : tuple of int, optional
         Those of the runs that it is for; None fits all.
+    calibration : float, optional
+        omega of InjectFusion: the edit moves x_t, by `NoiseSchedule.calibrated`, and the step goes on from there
+        without it.
     """
 
     change: Callable[[int, torch.Tensor, slice | torch.Tensor], torch.Tensor | None] = field(repr=False)
     asymmetric: bool = False
     timesteps: tuple[int, ...] | None = field(default=None, repr=False)
+    calibration: float | None = None
 
     @classmethod
     def adding(
@@ -418,6 +422,7 @@ def denoise(
     noise: Callable[[int], torch.Tensor],
     edit_h: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     asymmetric: bool = False,
+    calibration: float | None = None,
     on_step: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """The reverse process over some visited timesteps (Haas et al. eqs. 2-6; Asyrp eq. 5 if asymmetric).
@@ -436,6 +441,8 @@ def denoise(
         The h to decode from instead of the network's own; None leaves it.
     asymmetric : bool
         Use the edited eps for P_t alone. The encoder runs once for both decoders.
+    calibration : float, optional
+        Use the edited eps to move x_t, by `NoiseSchedule.calibrated`, and a second pass from there.
     on_step : callable (i, x_t, h), optional
         Called at every step with the state and the network's own h.
 
@@ -452,6 +459,9 @@ def denoise(
         eps_plain = None
         if edited is None:
             eps = model.decode(bottleneck)
+        elif calibration is not None:
+            x_t = model.schedule.calibrated(x_t, *_decode_both(model, bottleneck, edited), pair[0], omega=calibration)
+            eps = model(x_t, pair[0])
         elif asymmetric:
             eps, eps_plain = _decode_both(model, bottleneck, edited)
         else:
@@ -507,6 +517,7 @@ def _run(
                 noise=lambda i: to_device(plan.noise_at(i, batch), device),
                 edit_h=None if plan.edit is None else lambda i, h_t: plan.edit.change(i, h_t, batch),
                 asymmetric=plan.edit is not None and plan.edit.asymmetric,
+                calibration=None if plan.edit is None else plan.edit.calibration,
                 on_step=on_step,
             ).cpu()
 

@@ -210,6 +210,33 @@ class NoiseSchedule:
         """D_t, the direction that points back to x_t (DDIM eq. 12; Haas et al. eq. 4)."""
         return (1.0 - self.alpha_bar(t_prev) - self.sigma(t, t_prev, eta) ** 2) ** 0.5 * eps
 
+    def calibrated(
+        self, x_t: torch.Tensor, edited: torch.Tensor, plain: torch.Tensor, t: int, *, omega: float
+    ) -> torch.Tensor:
+        """x_t moved to where the network, without an edit, predicts about the edited image (InjectFusion).
+
+        With P and eps of the plain pass, P~ and eps~ of the edited one, and P' having the mean of P~ and the standard
+        deviation of P, sample by sample: x_t + sqrt(alpha_bar_t) (P' - P) + omega sqrt(1 - alpha_bar_t) (eps~ - eps),
+        as the released code of Jeong et al. (2024, arXiv 2303.15403) has it.
+
+        Parameters
+        ----------
+        x_t, edited, plain : Tensor of shape (n, C, H, W)
+            The state, and eps~ and eps there.
+        t : int
+        omega : float
+
+        Returns
+        -------
+        Tensor of shape (n, C, H, W)
+        """
+        before, after = self.predict_x0(x_t, plain, t), self.predict_x0(x_t, edited, t)
+        mean, spread = after.mean((1, 2, 3), keepdim=True), after.std((1, 2, 3), keepdim=True)
+        kept = before.std((1, 2, 3), keepdim=True)
+        after = mean + (after - mean) * torch.where(spread > 0, kept / spread, 1.0)
+        a = self.alpha_bar(t)
+        return x_t + a**0.5 * (after - before) + omega * (1.0 - a) ** 0.5 * (edited - plain)
+
     def ddim_step(
         self,
         x_t: torch.Tensor,

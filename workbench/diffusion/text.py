@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from workbench.formats.hub import find_folder
+from workbench.io import check_text
 
 T5_LENGTH = 77
 """Tokens that DeepFloyd IF gives its network; T5 itself has no limit."""
@@ -93,8 +94,8 @@ class TextEncoder:
         UserWarning
             If the text is too long and its end is cut off, or the tokenizer knows some of its words only.
         """
-        if not isinstance(text, str) or not (text.strip() or empty):
-            raise ValueError(f"the prompt is {text!r}; give a text of at least one word")
+        if not (empty and text == ""):
+            check_text(text)
         tokenizer, encoder = self._parts
         if encoder.config.model_type == "t5":
             text = text.lower().strip()  # as IF's own pipeline does

@@ -191,6 +191,8 @@ def train_model(
         about = read_json(out / CONFIG)
         unet, scheduler = empty_unet(about["network"]), DDPMScheduler.from_config(about.get("scheduler", {}))
     else:
+        if settings.text is not None:
+            _read_captions(images)  # before anything is written
         text = None if settings.text is None else copy_text_encoder(settings.text, out)
         unet, scheduler = first_unet(settings, token_width=text and text.width)
     shape = SplitUNet(unet).x_shape  # refuses what could not be loaded again

@@ -21,6 +21,7 @@ from workbench.directions.boundary_fit import fit_boundary
 from workbench.directions.direction import Direction
 from workbench.directions.supervised import find_from_scores
 from workbench.hspace.store import HStore
+from workbench.io import check_text
 from workbench.shapes import with_channels
 
 CLIP, GENERATOR = "avataaars-clip", "avataaars32-text"
@@ -32,7 +33,7 @@ SOURCE = "a person"
 MIXING_LOG_SNR = -2.47
 """log SNR of t = 500 in Zhu et al.'s CelebA-HQ model, their mixing step."""
 
-GUIDANCE = 4.0
+GUIDANCE, GENERATOR_STEPS = 4.0, 12
 CLEAREST = 0.02  # share of the samples that certainly fit
 FEWEST, MOST = 8, 100  # samples on each side of a direction
 
@@ -110,7 +111,7 @@ def boundary_from_text(
     n: int = 32,
     t: int | None = None,
     steps: int = 12,
-    generator_steps: int = 12,
+    generator_steps: int = GENERATOR_STEPS,
     guidance_scale: float = GUIDANCE,
     seed: int = 0,
     progress: bool = True,
@@ -185,7 +186,7 @@ def mixing_timestep(model: Model) -> int:
 def generator_of(
     generator: Model | Generator | str | Path,
     *,
-    steps: int = 12,
+    steps: int = GENERATOR_STEPS,
     guidance_scale: float = GUIDANCE,
     progress: bool = True,
 ) -> Generator:
@@ -217,8 +218,7 @@ def _fitted(images: torch.Tensor, model: Model) -> torch.Tensor:
 
 def _check_texts(text: str, other: str) -> None:
     for given in (text, other):
-        if not isinstance(given, str) or not given.strip():
-            raise ValueError(f"the text is {given!r}; give at least one word")
+        check_text(given)
     if text.strip().lower() == other.strip().lower():
         raise ValueError(f"{text!r} is compared with itself; give two different texts")
 

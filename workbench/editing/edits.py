@@ -6,18 +6,21 @@ edit's noise and injection. `render` runs plans without knowing the kinds of edi
 | edit | changes |
 |---|---|
 | `Shift` | h_t along a direction, at every step (Haas et al.; Asyrp) |
-| `Swap` | h_t, towards that of another run |
+| `Swap` | h_t, towards that of another run (Haas et al.; InjectFusion) |
+| `AtTap` | what another edit changes, at another place of the network than h |
 | `Cross` (cross.py) | x_t and h_t across boundaries, at one step (Zhu et al.) |
 | `MoveX` | x_t along a vector, at one step (LOCO-Edit; Park et al.) |
+| `Transport` | x_t along a vector of each sample's own, at one step (Park et al.) |
 | `MoveNoise` | x_T and the noise of every step |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +29,7 @@ from workbench.diffusion.sampling import Injection, Trajectory, at_step
 from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
+from workbench.directions.jacobian import Spectrum
 from workbench.io import one_of
 
 
@@ -183,12 +187,19 @@ class Swap(InjectionEdit):
         at the norm of the run's own h.
     asymmetric, t_range
         As in `Shift`.
+    mask : bool array of shape (h, w), optional
+        Where h is taken over; elsewhere the donor has the run's own h. How InjectFusion normalises a part of h is
+        inferred.
+    calibration : float, optional
+        omega of InjectFusion, .3 there: move x_t instead of the step; see `Injection`.
     """
 
     donor: Trajectory
     mode: str = "replace"
     asymmetric: bool = False
     t_range: tuple[int, int] | None = None
+    mask: np.ndarray | None = field(default=None, repr=False)
+    calibration: float | None = None
     unit: str = "weight"
 
     @property
@@ -200,14 +211,19 @@ class Swap(InjectionEdit):
         values, active = self._donor_h(run), within(self.t_range, run.timesteps)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
             raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
+        mask = None if self.mask is None else torch.as_tensor(self.mask, dtype=torch.bool)
+        if mask is not None and mask.shape != values.shape[-2:]:
+            raise ValueError(f"the mask has shape {tuple(mask.shape)}; h has {tuple(values.shape[-2:])}")
 
         def change(i: int, h: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor | None:
             if not active[i] or (self.mode == "slerp" and scale == 0.0):
                 return None
             donor = at_step(values, i, samples).to(h).expand_as(h)
+            if mask is not None:
+                donor = torch.where(mask.to(h.device), donor, h)
             return donor if self.mode == "replace" else slerp(h, donor, scale)
 
-        return Injection(change, self.asymmetric, run.timesteps)
+        return Injection(change, self.asymmetric, run.timesteps, self.calibration)
 
     def _first(self, run: Trajectory) -> int:
         return within(self.t_range, run.timesteps).index(True)
@@ -220,8 +236,38 @@ class Swap(InjectionEdit):
         refuse_other_model("the donor", donor.model.provenance(), run.model.provenance())
         if donor.timesteps != run.timesteps or len(donor) not in (1, len(run)):
             needed = f"it needs 1 or {len(run)} samples and the run's own {run.steps} timesteps"
-            raise ValueError(f"the donor has {len(donor)} samples at {donor.steps} timesteps; {needed}")
+            raise NotApplicable(f"the donor has {len(donor)} samples at {donor.steps} timesteps; {needed}")
         return h.values
+
+
+@dataclass(frozen=True, eq=False)
+class AtTap(Edit):
+    """Another edit, at a tap of the network that is not the run's own.
+
+    Attributes
+    ----------
+    edit : Edit
+        Of what the tap reads, such as a `Shift` along a direction found in a store of `model.tapped(tap)`.
+    tap : str
+    """
+
+    edit: Edit
+    tap: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.edit.name} at {self.tap}"
+
+    @property
+    def unit(self) -> str:
+        return self.edit.unit
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        tapped = run.tapped(self.tap)
+        return [run if plan is tapped else plan for plan in self.edit.plan(tapped, scales)]
+
+    def about(self) -> dict:
+        return self.edit.about() | {"tap": self.tap}
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +276,7 @@ class MoveX(Edit):
 
     Attributes
     ----------
-    vector : Tensor of shape (C, H, W)
+    vector : Tensor of shape (C, H, W), or (n, C, H, W) with one per sample
     t : int
         A visited timestep.
     name, unit : str
@@ -245,6 +291,42 @@ class MoveX(Edit):
         x_t, first = run.x_at(self.t), index_of(self.t, run.timesteps)
         vector = self.vector.to(x_t)
         return [run.tail(first, x_t + s * vector) if finite(s, "scale") else run for s in scales]
+
+
+@dataclass(frozen=True, eq=False)
+class Transport(Edit):
+    """x_t along each sample's own vector: a vector of h, carried to x_t by the sample's pullback (Park et al. 2023).
+
+    With V and U the right and left singular vectors of d h / d x_t at the sample, the vector u of h becomes V U'u,
+    of length 1. The released code's transport does not run, so this follows the description.
+
+    Attributes
+    ----------
+    u : Tensor of shape (C, h, w)
+        Such as a left singular vector of another sample's pullback.
+    t : int
+        A visited timestep.
+    pullbacks : callable (run) -> sequence of Spectrum
+        One per sample of the run, of "x->h" at `t`.
+    name, unit : str
+    """
+
+    u: torch.Tensor = field(repr=False)
+    t: int
+    pullbacks: Callable[[Trajectory], Sequence[Spectrum]] = field(repr=False)
+    name: str
+    unit: str = "length in x_t"
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        return MoveX(self.vectors(run), self.t, self.name, self.unit).plan(run, scales)
+
+    def vectors(self, run: Trajectory) -> torch.Tensor:
+        """V U'u of every sample, of length 1; (n, C, H, W)."""
+        carried = [
+            torch.einsum("k,kchw->chw", found.left.flatten(1) @ self.u.flatten(), found.right)
+            for found in self.pullbacks(run)
+        ]
+        return F.normalize(torch.stack(carried).flatten(1)).view(-1, *run.model.x_shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,8 +141,8 @@ def run_plans(
 ) -> torch.Tensor:
     """The images of plans of one run, one list of them an edit; shape (edits, n, scales, C, H, W).
 
-    Cells of equal timesteps and etas share batches. A plan that is the run itself is not run again, unless it is an
-    inversion, whose reconstruction is what its edits are to be compared with.
+    Cells of equal timesteps, etas, tap and process share batches. A plan that is the run itself is not run again,
+    unless it is an inversion, whose reconstruction is what its edits are to be compared with.
     """
     if residual:
         check_residual(run)
@@ -153,7 +153,8 @@ def run_plans(
     for e, s, c in cells:
         plan = plans[e][c]
         if plan is not run:
-            key = plan.timesteps, plan.etas, plan.edit is not None and plan.edit.asymmetric
+            process = plan.edit and (plan.edit.asymmetric, plan.edit.calibration)
+            key = plan.model.tap, plan.timesteps, plan.etas, process or (False, None)
             groups.setdefault(key, []).append((e, s, c))
     size = check_batch_size(batch_size, run.model, len(cells))
     with cells_bar(run, plans, progress) as bar:
@@ -186,7 +187,7 @@ def cells_bar(
 
 
 def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tensor:
-    """One batch: plans of the same timesteps and etas, each with the position of a sample; (cells, C, H, W)."""
+    """One batch: plans of one group, each with the position of a sample; (cells, C, H, W)."""
     plan, model = cells[0][0], cells[0][0].model
     rows_of: dict[int, list[int]] = {}
     sources: dict[tuple, list[int]] = {}  # cells that draw from the same noise
@@ -220,7 +221,8 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
             etas=plan.etas,
             noise=noise,
             edit_h=edit_h,
-            asymmetric=any(each.edit is not None and each.edit.asymmetric for each, _ in cells),
+            asymmetric=plan.edit is not None and plan.edit.asymmetric,
+            calibration=None if plan.edit is None else plan.edit.calibration,
             on_step=lambda *_: bar.update(len(cells)),
         ).cpu()
 

@@ -301,11 +301,10 @@ def _provenance(name: str, sources: Mapping[str, object]) -> dict:
 
 def _identity(source: object) -> dict:
     """Name and content hash of a model with its condition, a classifier or labelled images."""
-    digest = source.hash if hasattr(source, "hash") else source.fingerprint
     condition = getattr(source, "condition", None)
     return {
         "name": getattr(source, "name", ""),
-        "hash": digest if condition is None else f"{digest}-{condition.hash}",
+        "hash": source.hash if condition is None else f"{source.hash}-{condition.hash}",
     }
 
 

@@ -72,7 +72,7 @@ def _read(function: str, name: str) -> object:
 
 def check_sources(source: Path, values: Mapping[str, object], reader: Callable | None = None) -> None:
     """Open the notebook's sources, and check that attributes and timesteps fit; ValueError if not."""
-    reader, (calls, optional), found = reader or new_reader(), _calls(source), {}
+    reader, (calls, optional), found = reader or new_reader(), _calls(source, values), {}
     for function, arguments in calls:
         key = arguments[0].id if arguments and isinstance(arguments[0], ast.Name) else None
         loads = function in ("load_model", "load_images", "load_image", "load_classifier")
@@ -94,12 +94,26 @@ def check_sources(source: Path, values: Mapping[str, object], reader: Callable |
             _check_attributes(source.stem, values, arguments, found)
 
 
-def _calls(source: Path) -> tuple[list[tuple[str, list]], set[str]]:
-    """Calls in a notebook with their arguments, and the names that it takes for left out where they are empty."""
+class _Taken(ast.NodeTransformer):
+    """Leaves of an `if` on a parameter that is true or false the branch that runs."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self.values = values
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        value = self.values.get(getattr(node.test, "id", None))
+        return (node.body if value else node.orelse) if isinstance(value, bool) else node
+
+    visit_IfExp = visit_If
+
+
+def _calls(source: Path, values: Mapping[str, object]) -> tuple[list[tuple[str, list]], set[str]]:
+    """Calls that a notebook makes, with their arguments, and the names that it takes for left out where empty."""
     calls, optional = [], set()
     for cell in nbformat.read(source, as_version=4).cells:
         try:
-            tree = ast.parse(cell.source if cell.cell_type == "code" else "")
+            tree = _Taken(values).visit(ast.parse(cell.source if cell.cell_type == "code" else ""))
         except SyntaxError:  # magics
             continue
         for node in ast.walk(tree):
