@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import unquote
 
 _HERE = re.compile(r"(file|local)://(localhost(?=/))?", re.IGNORECASE)
@@ -17,7 +18,7 @@ _ADDRESS = re.compile(r"(\w[\w+.-]*::)*\w[\w+.-]*://")
 _LONGEST = 100  # bytes of a name as a part of a file's, of which most systems allow 255
 
 
-def is_address(path: str | os.PathLike) -> bool:
+def is_address(path: str | os.PathLike) -> TypeGuard[str]:
     """Whether something outside of this machine's folders is named, such as `s3://bucket/name.zarr`."""
     return isinstance(path, str) and bool(_ADDRESS.match(path)) and not _HERE.match(path)
 
@@ -55,7 +56,7 @@ def place(path: str | os.PathLike) -> Path | str:
 def local(path: str | os.PathLike) -> Path:
     """As `place`, where only files and folders of this machine make sense; ValueError for an address."""
     found = place(path)
-    if is_address(found):
+    if isinstance(found, str):
         raise ValueError(f"{found!r} is an address, where only stores may lie; give a file or folder of this machine")
     return found
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
+
+Pixels = TypeVar("Pixels", "torch.Tensor", "np.ndarray")
 
 FARTHEST = 10.0
 """Images without values below 0 don't reach this."""
@@ -28,7 +30,8 @@ def shape_of(size: int | Sequence[int]) -> tuple[int, int, int]:
     shape = (3, *sides) if len(sides) == 2 else sides
     if len(shape) != 3 or not all(isinstance(each, Integral) and each >= 1 for each in shape):
         raise ValueError(f"size is {size}; give a side, (height, width) or (channels, height, width), each 1 or more")
-    return tuple(map(int, shape))
+    channels, height, width = map(int, shape)
+    return channels, height, width
 
 
 def eight_bit(lowest: float, highest: float) -> bool:
@@ -47,7 +50,7 @@ def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + cut_width, top + cut_height))
 
 
-def with_channels(images: torch.Tensor | np.ndarray, channels: int) -> torch.Tensor | np.ndarray:
+def with_channels(images: Pixels, channels: int) -> Pixels:
     """Images (..., C, H, W) with another number of channels, as they are shown and as networks for others see them.
 
     Grey is the luminance of 3 channels. Colours are the first three channels of more, and the first one of fewer as

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,35 @@ def test_public_functions_have_few_positional_parameters_all_hinted_and_document
         assert signature.return_annotation is not inspect.Signature.empty, name
         assert [p.name for p in parameters if p.annotation is inspect.Parameter.empty] == [], name
         assert parameters_in(inspect.getdoc(function)) == list(signature.parameters), name
+
+
+def unhinted(path: Path) -> list[str]:
+    """Public functions and methods of a file that lack the type of a parameter or of what they return."""
+
+    def of(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from of(node.body)
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield node
+
+    lacking = []
+    for node in of(ast.parse(path.read_text()).body):
+        given = node.args
+        every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+        bare = [each.arg for each in every if each.annotation is None and each.arg not in ("self", "cls")]
+        lacking += [node.name] if bare or node.returns is None else []
+    return lacking
+
+
+def test_every_public_function_of_every_room_is_hinted(tmp_path):
+    """But for the commands, which return nothing."""
+    lacking = {name_of(path): unhinted(path) for path in SOURCES if room_of(path) not in ("cli", "commands")}
+    assert {name: functions for name, functions in lacking.items() if functions} == {}
+    (tmp_path / "bad.py").write_text(
+        "def f(x) -> int: ...\nclass A:\n    def g(self, *, y: int): ...\ndef _h(z): ...\n"
+    )
+    assert unhinted(tmp_path / "bad.py") == ["f", "g"]
 
 
 def test_public_records_are_frozen_and_documented():

@@ -64,7 +64,7 @@ def dimensions(h: Any, *, neighbours: int = 10, resamples: int = 50, seed: int =
     return pd.DataFrame(rows, columns=["estimator", "value", "low", "high", "n"])
 
 
-def dimensions_over_time(h_by_t: Any, **options) -> pd.DataFrame:
+def dimensions_over_time(h_by_t: Any, **options: Any) -> pd.DataFrame:
     """`dimensions` at every timestep.
 
     Parameters

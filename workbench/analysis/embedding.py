@@ -68,7 +68,7 @@ class Embedding:
 
 
 def embed(
-    h: Any, *, method: str = "pca", k: int = 2, seed: int = 0, n_pcs: int = 50, neighbours: int = 15, **options
+    h: Any, *, method: str = "pca", k: int = 2, seed: int = 0, n_pcs: int = 50, neighbours: int = 15, **options: Any
 ) -> Embedding:
     """Map the samples of one timestep to k dimensions.
 

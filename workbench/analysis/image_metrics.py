@@ -39,7 +39,7 @@ def perceptual_distance(maps: Sequence[np.ndarray], others: Sequence[np.ndarray]
     over the pixels, and summed over the layers. All channel weights are 1: LPIPS has weights that were fitted to human
     judgement; there are none for other networks than its own.
     """
-    total = 0.0
+    total = np.zeros(len(maps[0]))
     for a, b in zip(maps, others, strict=True):
         a, b = (np.asarray(m, dtype=float) for m in (a, b))
         a, b = (m / (np.linalg.norm(m, axis=1, keepdims=True) + 1e-10) for m in (a, b))
@@ -131,7 +131,8 @@ def _frechet_distances(a: np.ndarray, b: np.ndarray, kept: Sequence[np.ndarray])
 
     def gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean, and a triangle with the covariance as its A'A, of at most d rows."""
-        return x.mean(axis=0), np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r")
+        root = np.asarray(np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r"))
+        return x.mean(axis=0), root
 
     def distance(x: np.ndarray) -> float:
         mean, root = gaussian(x)
@@ -141,7 +142,7 @@ def _frechet_distances(a: np.ndarray, b: np.ndarray, kept: Sequence[np.ndarray])
     groups, n, _ = a.shape
     target_mean, target_root = gaussian(b)
     sets = [a[(np.arange(n) + turn) % groups, np.arange(n)] for turn in range(groups)]
-    return [np.mean([distance(each[mask]) for each in sets]) for mask in kept]
+    return [float(np.mean([distance(each[mask]) for each in sets])) for mask in kept]
 
 
 def kernel_distance(features: np.ndarray, others: np.ndarray, *, groups: int = 1) -> float:

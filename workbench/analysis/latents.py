@@ -203,7 +203,7 @@ def statistics_over_time(
     *,
     alpha_bars: Sequence[float] | None = None,
     mean_square: float | None = None,
-    **options,
+    **options: Any,
 ) -> pd.DataFrame:
     """`latent_statistics` of every ensemble, one row each.
 

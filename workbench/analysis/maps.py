@@ -138,8 +138,11 @@ def _turn(points: np.ndarray, to: np.ndarray, *, rotate: bool) -> np.ndarray:
 
 def _axes(fit: Embedding) -> tuple[str, str]:
     if fit.explained_variance_ratio is None:
-        return tuple(fit.axes)
-    return tuple(f"{axis} ({share:.0%})" for axis, share in zip(fit.axes, fit.explained_variance_ratio, strict=True))
+        across, up = fit.axes
+    else:
+        shares = zip(fit.axes, fit.explained_variance_ratio, strict=True)
+        across, up = (f"{axis} ({share:.0%})" for axis, share in shares)
+    return across, up
 
 
 def _note(fit: Embedding, fitted: int, n: int) -> str:

@@ -167,9 +167,9 @@ def matched(store: Any, values: Labels | pd.DataFrame, what: str) -> pd.Series |
     A Series or DataFrame is matched by its index: seeds, or file names where the store knows them. An array, or an
     index 0..n-1 that can't mean seeds, is in the order of the samples.
     """
-    n, ids, table = len(store), None, values
+    n, ids = len(store), None
     if isinstance(values, (pd.Series, pd.DataFrame)):
-        seeds = store.seeds  # of a store, this reads the disk
+        table, seeds = values, store.seeds  # of a store, this reads the disk
         ids = seeds if seeds is not None else getattr(store, "names", None)
     else:
         table = pd.Series(np.asarray(values))

@@ -141,7 +141,7 @@ def assignments(words: list[str] | None) -> dict[str, str]:
     """Names and values of `-p n 512 -p seed=1`."""
     rest = iter(words or ())
     pairs = (word.split("=", 1) if "=" in word else (word, next(rest, "")) for word in rest)
-    return dict(pairs)
+    return {name: value for name, value in pairs}
 
 
 def check_attributes(wanted: list[str], known) -> None:

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
+import zarr
 from tqdm.auto import tqdm
 
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.images import warn_of_unit_range
 from workbench.diffusion.parallel import in_threads, split
 from workbench.shapes import eight_bit
+
+Images = torch.Tensor | np.ndarray | zarr.Array | LabelledImages
+"""Images of shape (n, C, H, W), values in [-1, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Classifier:
     _to_probability: Callable[[torch.Tensor], torch.Tensor] = field(default=torch.sigmoid, repr=False)
     _maps: Callable[[torch.Tensor], list[torch.Tensor]] | None = field(default=None, repr=False)
 
-    def __call__(self, images, *, batch_size: int = 64, progress: bool = True) -> pd.DataFrame:
+    def __call__(self, images: Images, *, batch_size: int = 64, progress: bool = True) -> pd.DataFrame:
         """Probability of every attribute.
 
         Parameters
@@ -66,7 +70,7 @@ class Classifier:
         scores = self._collect(self._score, images, batch_size=batch_size, progress=progress)
         return self._table(self._to_probability(scores), images)
 
-    def scores(self, images, *, batch_size: int = 64, progress: bool = True) -> pd.DataFrame:
+    def scores(self, images: Images, *, batch_size: int = 64, progress: bool = True) -> pd.DataFrame:
         """Logits, which keep an order where probabilities are 0 or 1 to the last digit; arguments as of a call.
 
         Returns
@@ -76,7 +80,7 @@ class Classifier:
         """
         return self._table(self._collect(self._score, images, batch_size=batch_size, progress=progress), images)
 
-    def features(self, images, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
+    def features(self, images: Images, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
         """Inputs of the network's last layer, for distances between images or sets of them; arguments as in a call.
 
         Returns
@@ -92,7 +96,7 @@ class Classifier:
             raise ValueError(f"{self.name} is a function and has no features; take a bundled classifier or a network")
         return self._collect(self._features, images, batch_size=batch_size, progress=progress).float().numpy()
 
-    def maps(self, images, *, batch_size: int = 64) -> list[np.ndarray]:
+    def maps(self, images: Images, *, batch_size: int = 64) -> list[np.ndarray]:
         """Feature maps of every stage of the network, for perceptual distances; arguments as in a call.
 
         Returns

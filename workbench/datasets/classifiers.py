@@ -264,7 +264,7 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a classifier."""
     if source == "":
         raise ValueError(f"the name of a classifier is empty; bundled: {', '.join(BUNDLED)}")
-    if source in BUNDLED:
+    if isinstance(source, str) and source in BUNDLED:
         return paths.models() / BUNDLED[source], source
     path = paths.local(source)
     if path.is_dir():

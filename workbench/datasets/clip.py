@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        return cast(torch.device, self.network.device)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts.

@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -242,7 +243,8 @@ def _logits(network: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor)
 def _facts_loss(guessed: torch.Tensor, facts: list[torch.Tensor]) -> torch.Tensor:
     """Cross entropy of guessed logits (n, m), words and labels in equal shares."""
     parts = guessed.split([each.shape[1] for each in facts], dim=1)
-    return sum(F.binary_cross_entropy_with_logits(*pair) for pair in zip(parts, facts, strict=True))
+    losses = [F.binary_cross_entropy_with_logits(*pair) for pair in zip(parts, facts, strict=True)]
+    return cast(torch.Tensor, sum(losses))
 
 
 def _said(texts: list[list[str]]) -> np.ndarray:

@@ -136,5 +136,5 @@ def domain_of(images: str) -> Domain:
 
 def find_region(name: str, *, size: int | Sequence[int]) -> np.ndarray:
     """The mask of a part of a picture by its name, bool (H, W), whichever domain has it; size as of `load_images`."""
-    known = {region: domain for domain in DOMAINS for region in domain.regions}
-    return known[one_of("region", name, known)].region(name, size=size)
+    known = {each: domain.region for domain in DOMAINS if domain.region for each in domain.regions}
+    return known[one_of("region", name, known)](name, size=size)

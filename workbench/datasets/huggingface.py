@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from workbench.diffusion.models import best_device
 from workbench.formats.checkpoints import hash_weights
 from workbench.formats.hub import find_folder
 from workbench.shapes import with_channels
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import BaseImageProcessor
 
 BATCH = 32
 
@@ -81,7 +85,7 @@ def batched(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
     return whole
 
 
-def load_processor(folder: Path):
+def load_processor(folder: Path) -> BaseImageProcessor:
     """The model's own image processor."""
     import transformers
 
@@ -91,13 +95,13 @@ def load_processor(folder: Path):
         )
 
 
-def prepare(processor, images: torch.Tensor) -> torch.Tensor:
+def prepare(processor: BaseImageProcessor, images: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] as an image processor prepares 8-bit pictures."""
     pictures = [*to_bytes(with_channels(images, 3), progress=False).numpy()]
     return processor(images=pictures, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
 
 
-def load_network(kind, folder: Path, name: str, device: torch.device) -> nn.Module:
+def load_network(kind: type, folder: Path, name: str, device: torch.device) -> nn.Module:
     """A transformers network in eval mode, all of its weights read from the folder."""
     import transformers
 

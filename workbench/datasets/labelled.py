@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -101,7 +102,8 @@ class LabelledImages:
         """(C, H, W) of an image: as requested, or else that of the first image."""
         if self._shape is not None or not len(self):
             return self._shape or (3, 0, 0)
-        return tuple(self._open(self.labels.index[0]).shape)
+        channels, height, width = self._open(self.labels.index[0]).shape
+        return channels, height, width
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,7 +166,7 @@ class LabelledImages:
         if name not in self.labels.columns:
             known = ", ".join(self.names) or 'none: no label file was found; give one as labels="table.csv"'
             raise ValueError(f"there is no attribute {name!r}; the known ones are {known}")
-        return self.labels[name]
+        return cast(pd.Series, self.labels[name])
 
     def at_size(self, size: int | Sequence[int] | None) -> LabelledImages:
         """The same images at another size.

@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -82,7 +83,7 @@ def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:
 
 def not_binary(labels: pd.DataFrame) -> dict[str, str]:
     """Columns that hold other numbers than 0 and 1, each with words that say which."""
-    values = {name: set(column.dropna()) for name, column in labels.items()}
+    values = {str(name): set(column.dropna()) for name, column in labels.items()}
     return {name: f"{name} holds {some(sorted(found))}" for name, found in values.items() if not found <= {0, 1}}
 
 
@@ -159,9 +160,8 @@ def _parse(text: str, where: str) -> pd.DataFrame:
     if separator == ";":
         table = table.apply(lambda column: column.str.replace(",", "."))
     # Spreadsheets write columns of nothing beside a table.
-    return table.drop(
-        columns=[name for name in table if name.startswith("without a name") and (table[name] == "").all()]
-    )
+    empty = [name for name in table if name.startswith("without a name") and (table[name] == "").all()]
+    return cast(pd.DataFrame, table.drop(columns=empty))
 
 
 def _separator(lines: list[str]) -> str | None:

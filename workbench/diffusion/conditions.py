@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ def blank_condition(network: Stages) -> Condition:
     return Condition(torch.zeros(1, TOKENS, network.token_width))
 
 
-def check_options(network: Stages, *, prompt: str | None = None, negative_prompt: str = "", **options) -> None:
+def check_options(network: Stages, *, prompt: str | None = None, negative_prompt: str = "", **options: Any) -> None:
     """Raise a ValueError unless a network takes these options of `Model.conditioned`; prompts are not read."""
     if prompt is not None:
         blank = torch.zeros(1, TOKENS, network.token_width or 1)

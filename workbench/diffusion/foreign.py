@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
@@ -32,7 +34,7 @@ class MultiheadUNet2DModel(UNet2DModel):
                 attention.scale = (attention.inner_dim // num_attention_heads) ** -0.5
 
     @classmethod
-    def from_config(cls, config: dict, **kwargs) -> MultiheadUNet2DModel:
+    def from_config(cls, config: dict, **kwargs: Any) -> MultiheadUNet2DModel:
         """The network of a config; the base class would drop the setting that is not its own."""
         config = dict(config)
         heads = config.pop("num_attention_heads")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import (
@@ -352,7 +353,7 @@ def _unet_config(folder: Path) -> dict:
 
 def _image_shape(config: dict) -> tuple[int, int, int]:
     size = config.get("sample_size")
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    height, width = cast(tuple[int, int], size if isinstance(size, list) and len(size) == 2 else (size, size))
     return (config.get("in_channels", 3), height, width)
 
 
@@ -414,7 +415,7 @@ def _read_scheduler(path: Path) -> DDPMScheduler:
         schedule_of(scheduler)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error
-    return scheduler
+    return cast(DDPMScheduler, scheduler)
 
 
 def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[torch.nn.Module, DDPMScheduler]:
@@ -527,7 +528,7 @@ def _warn_if_short_of_memory(need: MemoryNeed, path: Path, device: torch.device)
 
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a model."""
-    if source in bundled_names():
+    if isinstance(source, str) and source in bundled_names():
         return paths.models() / source, source
     path = paths.local(source)
     if path.is_dir():

@@ -355,8 +355,8 @@ def refuse_other_model(
     if own is None or model is None:
         return
     if own["hash"] != model["hash"]:
-        own, other = (f"{each['name']!r} (weights {each['hash']})" for each in (own, model))
-        raise ValueError(f"{what} belongs to the model {own}, {whose} to {other}; {remedy}")
+        first, second = (f"{each['name']!r} (weights {each['hash']})" for each in (own, model))
+        raise ValueError(f"{what} belongs to the model {first}, {whose} to {second}; {remedy}")
     if tap and own["tap"] != model["tap"]:
         taps = f"{what} has h at the tap {own['tap']!r}, {whose} has it at {model['tap']!r}"
         raise ValueError(f"{taps}; use model.tapped({own['tap']!r})")

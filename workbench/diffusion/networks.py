@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -280,7 +281,7 @@ def _network_of(model: Model, *, grow: bool, dropout: float, seed: int) -> UNet2
         return _grown(config, unet.state_dict(), seed=seed)
     copied = empty_unet(config)
     copied.load_state_dict(unet.state_dict())
-    return copied
+    return cast(UNet2DModel, copied)
 
 
 def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet2DModel:
@@ -293,7 +294,7 @@ def _grown(config: dict, weights: dict[str, torch.Tensor], *, seed: int) -> UNet
         "up_block_types": (*config["up_block_types"], "UpBlock2D"),
     }
     with seeded([seed, _WEIGHTS]):
-        unet = UNet2DModel.from_config({**config, **outer})
+        unet = cast(UNet2DModel, UNet2DModel.from_config({**config, **outer}))
 
     def moved(name: str) -> str:
         # Blocks are counted from the input: all on the way down move on by one, those on the way up stay.

@@ -107,8 +107,8 @@ class Injection:
 
     def of(self, positions: np.ndarray) -> Injection:
         """The same change for some of the samples."""
-        positions = torch.as_tensor(positions)
-        return replace(self, change=lambda i, h, samples: self.change(i, h, positions[samples]))
+        rows = torch.as_tensor(positions)
+        return replace(self, change=lambda i, h, samples: self.change(i, h, rows[samples]))
 
     def after(self, first: int) -> Injection:
         """The same change for a run that begins with step `first`."""
@@ -481,7 +481,8 @@ def _decode_both(model: Model, bottleneck: Bottleneck, edited: torch.Tensor) -> 
         return model.decode(bottleneck.with_h(edited)), model.decode(bottleneck)
     both = bottleneck.repeat(2)
     both.h[0::2] = edited
-    return model.decode(both).unflatten(0, (-1, 2)).unbind(1)
+    first, second = model.decode(both).unflatten(0, (-1, 2)).unbind(1)
+    return first, second
 
 
 def _run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -85,13 +86,19 @@ class Stages:
             tokens = None if self.token_width is None else torch.empty(1, TOKENS, self.token_width, device=device)
             emb, context = self.embed(labels, labels, tokens), self.context(tokens)
             x, skips = self.begin(torch.empty(1, *self.x_shape, device=device))
-            found, names = {}, {}
+            found: dict[str, tuple[int, int, int]] = {}
+            names: dict[str, tuple[int, int, int]] = {}
             for name, stage in self.stages.items():
                 if name == "mid":
-                    names = {f"skip.{k}": tuple(skip.shape[1:]) for k, skip in enumerate(skips)}
+                    names = {f"skip.{k}": _chw(skip) for k, skip in enumerate(skips)}
                 x, skips = stage(x, skips, emb, context)
-                found[name] = tuple(x.shape[1:])
+                found[name] = _chw(x)
         return found | names
+
+
+def _chw(x: torch.Tensor) -> tuple[int, int, int]:
+    channels, height, width = x.shape[1:]
+    return channels, height, width
 
 
 def stages_of(network: torch.nn.Module) -> Stages:
@@ -141,7 +148,8 @@ class DiffusersStages(Stages):
 
     @property
     def blocks(self) -> tuple[torch.nn.Module, ...]:
-        return (*self.module.down_blocks, self.module.mid_block, *self.module.up_blocks)
+        blocks = (*self.module.down_blocks, self.module.mid_block, *self.module.up_blocks)
+        return cast(tuple[torch.nn.Module, ...], blocks)
 
     @property
     def conditioned_on(self) -> str | None:
@@ -151,12 +159,14 @@ class DiffusersStages(Stages):
 
     @property
     def classes(self) -> int | None:
-        return self.module.config.num_class_embeds if self.conditioned_on == "label" else None
+        return cast(int, self.module.config.num_class_embeds) if self.conditioned_on == "label" else None
 
     @property
     def token_width(self) -> int | None:
         config = self.module.config
-        return (config.encoder_hid_dim or config.cross_attention_dim) if self.conditioned_on == "text" else None
+        if self.conditioned_on != "text":
+            return None
+        return cast(int, config.encoder_hid_dim or config.cross_attention_dim)
 
     def embed(self, t: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
         unet = self.module

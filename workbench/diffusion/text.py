@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ class TextEncoder:
         return self.encode(ids)
 
 
-def check_words(tokenizer, text: str, name: str) -> None:
+def check_words(tokenizer: Any, text: str, name: str) -> None:
     """Raise a ValueError if a tokenizer knows no word of a text, and warn if it knows some only."""
     ids = tokenizer(text).input_ids
     if not set(ids).difference(tokenizer.all_special_ids):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class DeltaFunction:
         Tensor of shape (n, C, h, w), float32
         """
         emb = self.model.unet.embed(t, len(h)).float()
-        return sum(factor * block(h.float(), emb) for factor, block in self.terms)
+        return cast(torch.Tensor, sum(factor * block(h.float(), emb) for factor, block in self.terms))
 
     def __mul__(self, factor: float) -> DeltaFunction:
         """The function whose Delta h is `factor` times as long."""

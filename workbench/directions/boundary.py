@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ SPACES = ("h", "x")
 
 Samples = HStore | Trajectory | np.ndarray | torch.Tensor
 Points = np.ndarray | torch.Tensor
+Moved = TypeVar("Moved", np.ndarray, torch.Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +122,7 @@ class Boundary:
         """
         return self.coordinate(z) + self.intercept
 
-    def move(self, z: Points, *, to: float | np.ndarray, mode: str = "absolute", keep_norm: bool = False) -> Points:
+    def move(self, z: Moved, *, to: float | np.ndarray, mode: str = "absolute", keep_norm: bool = False) -> Moved:
         """Move samples along the normal: `move_jointly` for one boundary.
 
         Parameters
@@ -274,13 +276,13 @@ class Boundary:
 
 
 def move_jointly(
-    z: Points,
+    z: Moved,
     boundaries: Sequence[Boundary],
     *,
     to: np.ndarray | Sequence[float],
     mode: str = "absolute",
     keep_norm: bool = False,
-) -> Points:
+) -> Moved:
     """Move samples to given distances from several boundaries at once, by the shortest move.
 
     With the normals as the rows of N and the changes of the distances as l, the shift of minimal norm is
@@ -337,7 +339,7 @@ def move_jointly(
     moved[~change.any(axis=1)] = rows[~change.any(axis=1)]
     if torch.is_tensor(z):
         return torch.from_numpy(moved).to(z).view_as(z)
-    return moved.astype(np.asarray(z).dtype).reshape(np.shape(z))
+    return cast(Moved, moved.astype(np.asarray(z).dtype).reshape(np.shape(z)))
 
 
 def change_of(distances: np.ndarray, to: np.ndarray | Sequence[float], mode: str) -> np.ndarray:

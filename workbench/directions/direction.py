@@ -134,7 +134,8 @@ class Direction:
     @property
     def h_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the edited h_t."""
-        return tuple(self.unit.shape[1:])
+        channels, height, width = self.unit.shape[1:]
+        return channels, height, width
 
     def __neg__(self) -> Direction:
         return self._derived("product", f"-{bracketed(self.name)}", {"factor": -1.0}, unit=-self.unit)

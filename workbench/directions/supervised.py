@@ -434,7 +434,7 @@ def _reader(store: HStore, t: int, chunks: Sequence[int] | None = None) -> Calla
 
 def _mean_difference(batches: Iterable[np.ndarray], weights: np.ndarray) -> np.ndarray:
     """W'H: the difference of class means of every column of weights, (m, d), float64."""
-    total, start = 0.0, 0
+    total, start = np.zeros(1), 0
     for batch in batches:
         rows = weights[start : start + len(batch)]
         total, start = total + (rows.T.astype(np.float32) @ batch).astype(np.float64), start + len(batch)

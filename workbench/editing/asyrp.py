@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
@@ -255,6 +256,6 @@ def _read_table(path: Path) -> pd.Series:
         table = pd.read_csv(path, sep="\t", header=None, names=["t", "distance"], dtype=float)
         if table.empty or table.isna().any(axis=None):
             raise ValueError("there are none, or some lack a value")
-        return table.set_index(table["t"].astype(int))["distance"]
+        return cast(pd.Series, table.set_index(table["t"].astype(int))["distance"])
     except ValueError as error:
         raise ValueError(f"{path} should have lines of t<TAB>distance ({error})") from error

@@ -358,4 +358,5 @@ def few_examples(
         measured = measure(runs, edits, [scale], classifier=classifier, progress=progress)
         effects = [float(measured.change(name, scale)[labels.name].mean()) for name in edits]
         tables.append(few.table.assign(space=space, effect=effects))
-    return pd.concat(tables, ignore_index=True)[["space", "draw", "count", "cosine", "effect"]]
+    columns = ["space", "draw", "count", "cosine", "effect"]
+    return pd.concat(tables, ignore_index=True).loc[:, columns]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -358,7 +359,7 @@ class MoveNoise(Edit):
         ]
 
 
-def as_edit(found: Edit | Direction | DeltaFunction, **options) -> Edit:
+def as_edit(found: Edit | Direction | DeltaFunction, **options: Any) -> Edit:
     """An edit as it is; a direction as a `Shift` with these options."""
     if isinstance(found, Edit):
         return found

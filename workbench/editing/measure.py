@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -316,7 +317,7 @@ def _table(
     scores = before.to_numpy(dtype=float)[:, None, :]
     table["before"] = np.broadcast_to(scores, (len(ids), len(scales), len(attributes))).ravel()
     table["after"] = after.to_numpy(dtype=float).ravel()
-    return table
+    return cast(pd.DataFrame, table)
 
 
 def _add_image_measures(

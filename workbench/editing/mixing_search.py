@@ -357,10 +357,11 @@ def distance_of(distance: str | Distance, classifier: Classifier | None, x0: tor
         return _lpips(), " (LPIPS)"
     if distance == "features":
 
-        def plain(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+        def of_features(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
             features = [classifier.features(images, progress=False) for images in (a, b)]
             return np.linalg.norm(np.subtract(*features), axis=1)
 
+        plain = of_features
     elif callable(distance):
         plain = distance
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import snapshot_download
 
@@ -62,7 +63,7 @@ def fetch(repository: str, *choices: Sequence[str], complete: Callable[[Path], b
         except (OSError, ValueError, RuntimeError) as error:
             reason = error
     if reason is None:
-        return folder
+        return cast(Path, folder)
     raise FileNotFoundError(
         f"{repository!r} is neither a local folder nor in the hub cache, and it can't be fetched now "
         f"({type(reason).__name__}); bundled: {', '.join(bundled)}; on a machine with a network run "

@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import fsspec
 import numpy as np
@@ -70,11 +71,12 @@ class HStore:
     @property
     def h_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one h_t."""
-        return tuple(self.group["h"].shape[2:])
+        return self.shape_of("h")
 
     def shape_of(self, space: str) -> tuple[int, int, int]:
         """(C, h, w) of one h_t (space "h") or x_t ("x"); raises as `at`."""
-        return tuple(self._of(space).shape[2:])
+        channels, height, width = self._of(space).shape[2:]
+        return channels, height, width
 
     @property
     def seeds(self) -> tuple[int, ...] | None:
@@ -172,7 +174,7 @@ class HStore:
     def _array(self, name: str, remedy: str) -> zarr.Array:
         if name not in self.group:
             raise ValueError(f"{self.path} has no {name}; {remedy}")
-        return self.group[name]
+        return cast(zarr.Array, self.group[name])
 
     def summary(self) -> pd.DataFrame:
         """List the arrays of the store, one per row, with shape, axes, dtype and size on disk."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
+from typing import cast
 
 import joblib
 import psutil
@@ -123,7 +124,7 @@ class Board:
                 self.jobs[name].state = "failed" if error else "done"
                 self.say(f"{error or f'{name}: {duration(future.result().seconds)}'} ({self._counted()})")
                 self.write_index()
-                yield name, error or future.result()
+                yield name, cast(Exception, error) if error else future.result()
 
     def line(self) -> str:
         """One line with the current runs and the remaining time."""

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -100,7 +100,7 @@ def write_index(
 
 
 def write_page(
-    path: str | Path, *, title: str, body: str, words: str = "", cards=(), refresh: int | None = None
+    path: str | Path, *, title: str, body: str, words: str = "", cards: Sequence[dict] = (), refresh: int | None = None
 ) -> Path:
     """Write a page in the style of the reports: a title, `words` beside the date, a body of HTML, and cards."""
     words = " · ".join(filter(None, [words, now()]))

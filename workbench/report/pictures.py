@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import style
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from workbench.report.style import PALETTE, STYLE, Figure, add_caption, as_array, drawing, finite, labelled, words
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # it imports torch, and reports begin without
 
 
 def image_grid(
-    images,
+    images: ArrayLike,
     *,
     columns: int | None = None,
     titles: Sequence[str] | None = None,
@@ -149,7 +150,9 @@ def edit_strips(
     return image_grid(images, row_labels=list(shown), column_labels=labels, caption=caption)
 
 
-def before_after(before, after, *, scores: pd.DataFrame | None = None, caption: str | None = None) -> Figure:
+def before_after(
+    before: ArrayLike, after: ArrayLike, *, scores: pd.DataFrame | None = None, caption: str | None = None
+) -> Figure:
     """One edit: the image before, after, the difference, and a classifier's scores of both.
 
     Parameters
@@ -186,7 +189,7 @@ def before_after(before, after, *, scores: pd.DataFrame | None = None, caption: 
     return figure
 
 
-def to_pixels(images) -> np.ndarray:
+def to_pixels(images: ArrayLike) -> np.ndarray:
     """8-bit pictures of images.
 
     Parameters
@@ -201,7 +204,7 @@ def to_pixels(images) -> np.ndarray:
     return pictures_of(as_array(images).clip(-1, 1), "images")
 
 
-def pictures_of(images, name: str, n: int | None = None) -> np.ndarray:
+def pictures_of(images: ArrayLike, name: str, n: int | None = None) -> np.ndarray:
     """uint8 pictures (n, H, W, 3) of images (n, C, H, W) in [-1, 1]."""
     images = as_array(images)
     if images.ndim != 4 or 0 in images.shape or images.shape[1] > max(3, images.shape[3]):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 import nbformat
 import yaml
@@ -145,7 +146,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
         where = paths.local(source)
         if not where.is_file():
             raise FileNotFoundError(f"there is no sweep at {where}; write one, as docs/how-to/cluster.md shows")
-        name, source = name or where.stem, _load_yaml(where)
+        name, source = name or where.stem, cast(Mapping, _load_yaml(where))
     content = _sections(source, _SWEEP, where)
     starts = content["notebooks"]
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike
 
 from workbench.analysis.mixing_criteria import MixingStep
 from workbench.report.animation import animate
@@ -139,11 +140,11 @@ def curves(
 
 
 def line(
-    x,
-    y,
+    x: ArrayLike,
+    y: ArrayLike | Mapping[str, ArrayLike],
     *,
-    low=None,
-    high=None,
+    low: ArrayLike | Mapping[str, ArrayLike] | None = None,
+    high: ArrayLike | Mapping[str, ArrayLike] | None = None,
     xlabel: str,
     ylabel: str,
     caption: str | None = None,
@@ -421,10 +422,10 @@ def pareto(
 
 
 def scatter(
-    points,
+    points: ArrayLike,
     *,
-    color=None,
-    images=None,
+    color: ArrayLike | None = None,
+    images: ArrayLike | None = None,
     xlabel: str,
     ylabel: str,
     color_label: str | None = None,

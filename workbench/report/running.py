@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import nbformat
 import papermill
 from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NBClientEngine, papermill_engines
+from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from workbench import paths
@@ -99,7 +99,7 @@ class Job:
         own |= {VECTORS: "1" if self.vectors else ""}
         return environment(self._threads) | own
 
-    def follow(self, manager, client) -> None:
+    def follow(self, manager: NotebookExecutionManager, client: PapermillNotebookClient) -> None:
         """Learn of each cell as papermill's `manager` begins it, and keep the `client` to stop it by."""
         self.cells, self._client = len(client.nb.cells), client
         begin = manager.cell_start

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure as MatplotlibFigure
+from numpy.typing import ArrayLike
 
 from workbench.paths import local, writable
 
@@ -48,7 +50,7 @@ class Figure(MatplotlibFigure):
         self.savefig(picture, format="svg", metadata=_NO_DATES[".svg"])
         return picture.getvalue() if picture.tell() <= _LARGEST else None
 
-    def savefig(self, fname, **options) -> None:
+    def savefig(self, fname: str | os.PathLike | IO, **options: object) -> None:
         """As matplotlib's, with the labels, some of which stand outside of the canvas."""
         with style.context(STYLE):
             super().savefig(fname, **options)
@@ -84,7 +86,7 @@ def wrapped(text: str, inches: float) -> str:
     return textwrap.fill(text, int(inches * 15.5))
 
 
-def as_array(values) -> np.ndarray:
+def as_array(values: ArrayLike) -> np.ndarray:
     """Array of anything array-like; a torch tensor may be on any device and of any float type."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -92,7 +94,7 @@ def as_array(values) -> np.ndarray:
     return np.asarray(values)
 
 
-def finite(values, name: str) -> np.ndarray:
+def finite(values: ArrayLike, name: str) -> np.ndarray:
     """Numbers as an array; ValueError if some are none."""
     values = as_array(values)
     if not np.issubdtype(values.dtype, np.number) and values.dtype != bool:
@@ -113,7 +115,7 @@ def labelled(labels: Sequence[str] | None, n: int, name: str, what: str) -> list
     return labels
 
 
-def points_of(points, dimensions: tuple[int, ...]) -> np.ndarray:
+def points_of(points: ArrayLike, dimensions: tuple[int, ...]) -> np.ndarray:
     """Points of shape (n, dimensions) as floats."""
     points = finite(points, "points")
     if points.ndim != 2 or points.shape[1] not in dimensions or len(points) == 0:
@@ -122,7 +124,7 @@ def points_of(points, dimensions: tuple[int, ...]) -> np.ndarray:
     return points.astype(float)
 
 
-def colors_of(color, n: int) -> tuple[np.ndarray | None, list[str] | None]:
+def colors_of(color: ArrayLike | None, n: int) -> tuple[np.ndarray | None, list[str] | None]:
     """Numbers and no names for a colour bar; or indices and the names of the categories for a legend."""
     if color is None:
         return None, None

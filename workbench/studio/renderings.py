@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,8 @@ from workbench.editing.edits import check_run
 from workbench.editing.preview import abridged, predicted_images, same_effect
 from workbench.editing.render import EditGrid
 from workbench.studio.state import EditState, Predictions, Progress, Rendering
+
+_Named = TypeVar("_Named")
 
 PREVIEW_STEPS = 8
 MOST_SAMPLES = 48
@@ -532,7 +535,7 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
     return next(f"{name} ({k})" for k in range(2, len(taken) + 3) if f"{name} ({k})" not in taken)
 
 
-def known(name: str, among: Mapping, what: str):
+def known(name: str, among: Mapping[str, _Named], what: str) -> _Named:
     if name not in among:
         raise ValueError(f"there is no {what} {name!r}; there is {', '.join(among) or 'none'}")
     return among[name]

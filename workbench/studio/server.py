@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from nbformat.v4 import new_code_cell, new_notebook
 from traitlets.config import Config
@@ -34,7 +35,7 @@ LOOPBACK = "127.0.0.1"
 _OWN_SOURCES = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:*; frame-ancestors 'self'"
 
 
-def serve_studio(options: dict, **page) -> None:
+def serve_studio(options: dict, **page: Any) -> None:
     """Serve a studio; `options` are arguments of `open_studio`, as JSON can hold them. `page` as of `serve`."""
 
     def check() -> None:
@@ -115,7 +116,7 @@ def open_explorer(
     return explore(opened, scores=scores, model=loaded, methods=methods, directions=known, boundaries=crossed)
 
 
-def serve_explorer(options: dict, **page) -> None:
+def serve_explorer(options: dict, **page: Any) -> None:
     """Serve an explorer; `options` are arguments of `open_explorer`, as JSON can hold them. `page` as of `serve`."""
     named = [options[key] for key in ("store", "model", "directions", "classifier", "device")]
     serve("open_explorer", options, lambda: _named(*named), title="h-space explorer", **page)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -187,7 +187,7 @@ class Words(widgets.VBox):
         self.studio.say(f"{name}: {samples} better than {against!r}")
 
 
-def timestep_slider(timesteps: Sequence[int], tooltip: str, **options) -> widgets.SelectionSlider:
+def timestep_slider(timesteps: Sequence[int], tooltip: str, **options: Any) -> widgets.SelectionSlider:
     """A slider over visited timesteps, which begins in their middle."""
     return widgets.SelectionSlider(
         options=timesteps, index=len(timesteps) // 2, description="t", tooltip=tooltip, **options
