@@ -60,6 +60,6 @@ def start_workers(n: int, *, scheduler: str | None = None) -> Iterator:
         yield client
 
 
-def dask_setup(worker) -> None:
+def dask_setup(worker: object) -> None:
     """In a worker, as dask preloads this module: leave Ctrl-C to who started it, else each prints a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
