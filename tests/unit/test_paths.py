@@ -118,6 +118,7 @@ def calls(tiny):
         "extract.out": lambda path: wb.extract(tiny, 1, steps=2, out=path),
         "find_from_text.clip": lambda path: wb.find_from_text(None, "a", against="b", clip=path),
         "load_asyrp.path": lambda path: wb.load_asyrp(path, tiny),
+        "load_benchmark.folder": wb.load_benchmark,
         "load_boundary.path": wb.load_boundary,
         "load_classifier.source": wb.load_classifier,
         "load_clip.source": wb.load_clip,

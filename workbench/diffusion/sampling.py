@@ -93,7 +93,7 @@ class Injection:
     change: Callable[[int, torch.Tensor, slice | torch.Tensor], torch.Tensor | None] = field(repr=False)
     asymmetric: bool = False
     timesteps: tuple[int, ...] | None = field(default=None, repr=False)
-    calibration: float | None = None
+    calibration: float | None = field(default=None, repr=False)
 
     @classmethod
     def adding(
