@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import workbench as wb
+from workbench import paths
 from workbench.analysis.intervals import Estimate
 from workbench.benchmark.leaderboard import _at, by_attribute, difference, leaderboard, pareto
+from workbench.benchmark.methods import METHODS
+from workbench.benchmark.records import record_folder
 
 SCALES, N = (1.0, 2.0, 4.0), 40
 
@@ -162,3 +167,19 @@ def test_an_attribute_that_all_samples_have_does_not_count(table):
     for of in (leaderboard, pareto, by_attribute, partial(difference, first="good", second="fair")):
         with pytest.raises(ValueError, match="held-out samples without it.*take more"):
             of(table.assign(before=0.9), resamples=20)
+
+
+def test_the_bundled_record_is_whole_and_the_readme_tells_its_numbers(model):
+    record = wb.load_benchmark(model=model)
+    assert set(record.protocol.methods) == set(METHODS) and not set(record.skipped.method) - {
+        "LOCO",
+        "Jacobian, masked",
+    }
+    folder = record_folder(model)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    table = leaderboard(record.edits)
+    told = dict(re.findall(r"^\| ([^|]+) \| (\d.*?) \|$", (paths.home() / "README.md").read_text(), re.MULTILINE))
+    assert len(told) >= 5
+    for method, success in told.items():
+        row = table.loc[method]
+        assert success == f"{row.success:.2f} ({row.success_low:.2f} to {row.success_high:.2f})", method
