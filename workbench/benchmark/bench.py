@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ class Bench:
         return sample(self.model, seeds, steps=steps, eta=p.eta, record_x=True, progress=False)
 
     @cached_property
-    def plain(self) -> dict[str, np.ndarray]:
+    def plain(self) -> dict[str, Any]:
         """Judge's readings of the held-out samples."""
         images = self.held_out.images
         return {
@@ -346,7 +347,7 @@ def backdrop(images: np.ndarray) -> np.ndarray:
     """
     corners = np.concatenate([images[:, :, :2, :2], images[:, :, :2, -2:]], axis=3)
     colour = np.median(corners, axis=(2, 3), keepdims=True)
-    return (np.abs(images - colour) < SAME_COLOUR).all(axis=1, keepdims=True)
+    return np.all(np.abs(images - colour) < SAME_COLOUR, axis=1, keepdims=True)
 
 
 @contextmanager

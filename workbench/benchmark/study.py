@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -35,6 +36,8 @@ from workbench.editing.render import run_plans
 from workbench.hspace.extract import extract
 from workbench.hspace.store import HStore
 from workbench.io import one_of
+
+Found = TypeVar("Found")
 
 FAMILIES = ("control", "unsupervised, h", "supervised, h", "boundary", "x and noise")
 
@@ -253,11 +256,11 @@ class Study:
         text, against = self.texts.prompts[attribute]
         return {"text": text, "against": against, "clip": self.texts.clip}
 
-    def learned(self, name: str, find: Callable[[], object]) -> object:
+    def learned(self, name: str, find: Callable[[], Found]) -> Found:
         """Result of `find`, computed once for all attributes."""
         if name not in self._kept:
             self._kept[name] = find()
-        return self._kept[name]
+        return cast(Found, self._kept[name])
 
     def spent_on(self, spectrum: Spectrum) -> None:
         """Charge the products of a Jacobian's spectrum."""

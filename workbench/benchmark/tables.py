@@ -82,7 +82,7 @@ def read_edits(path: Path) -> pd.DataFrame:
     columns = list(edits.columns)
     columns.insert(columns.index("logit"), "after")
     columns.insert(columns.index("rms") + 1, "psnr")
-    return _with_derived(edits)[columns]
+    return _with_derived(edits).reindex(columns=columns)
 
 
 def write_strips(strips: Mapping[tuple[str, str], np.ndarray], path: Path, *, small: bool = False) -> None:
