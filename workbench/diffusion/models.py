@@ -446,9 +446,8 @@ def compile_blocks(model: Model, mode: str = "default", *, n: int = 1) -> None:
     """
     one_of("compile", mode, COMPILE_MODES)
     model = replace(model, unet=model.unet.blank())
-    assert (
-        model.h_shape
-    )  # kept from now on: it follows from a pass of tensors without values, not taken by the compiler
+    # Kept from now on: it follows from a pass of tensors without values, which the compiler does not take.
+    _ = model.h_shape
     noise, t = initial_noise(range(4 * n), model.x_shape).to(model.device).split(n), model.schedule.T // 2
     with torch.inference_mode():
         expected = [model(x, t) for x in noise]
