@@ -56,4 +56,4 @@ SIZES = {
     "quick": {"population": 192, "held_out": 16, "repeats": 1, "steps": 10},
     "full": {"population": 1000, "held_out": 128, "repeats": 3, "steps": 50},
 }
-"""Two sizes of a protocol: minutes and hours on two cores."""
+"""Two sizes of a protocol: minutes and days on two cores."""
