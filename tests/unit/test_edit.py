@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -276,6 +277,8 @@ def test_injection_with_calibration_is_the_released_codes_passes_and_a_mask_keep
     assert torch.equal(without, whole) and (whole - half).abs().max() > 1e-3
     plain = run_plans(run, [Swap(donor, "slerp", t_range=options["t_range"]).plan(run, [0.7])], progress=False)[0, :, 0]
     assert (plain - whole).abs().max() > 1e-3, "the calibration does something"
+    about = json.loads(json.dumps(swaps[0].about()))
+    assert about["donor"] == [0] and about["calibration"] == 0.3 and about["mask"] == mask.tolist()
     with pytest.raises(ValueError, match=r"shape \(3, 3\)"):
         Swap(donor, "slerp", mask=np.ones((3, 3), bool)).plan(run, [1.0])
 

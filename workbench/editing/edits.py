@@ -225,6 +225,15 @@ class Swap(InjectionEdit):
 
         return Injection(change, self.asymmetric, run.timesteps, self.calibration)
 
+    def about(self) -> dict:
+        donor = None if self.donor.seeds is None else list(self.donor.seeds)
+        about = {"donor": donor, "asymmetric": self.asymmetric, "t_range": self.t_range and list(self.t_range)}
+        about |= {
+            "calibration": self.calibration,
+            "mask": None if self.mask is None else np.asarray(self.mask).tolist(),
+        }
+        return super().about() | about
+
     def _first(self, run: Trajectory) -> int:
         return within(self.t_range, run.timesteps).index(True)
 
