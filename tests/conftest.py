@@ -91,3 +91,23 @@ def home(tmp_path, monkeypatch):
         (home / folder).mkdir(parents=True)
     monkeypatch.setenv("WORKBENCH_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def added():
+    """Take methods that a test registers out again."""
+    from workbench.benchmark.methods import METHODS
+
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """A server of kernels that compute with one thread."""
+    from workbench.report.kernels import KernelServer, environment
+
+    with KernelServer(environment(1)) as server:
+        yield server

@@ -5,14 +5,18 @@ With it every notebook runs by parameters alone, in seconds: nothing is conclude
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 
 import workbench as wb
+from workbench import paths
 from workbench.datasets.attribute_net import new_network, write_network
 from workbench.report.parameters import notebook_parameters
 
@@ -57,6 +61,19 @@ def sizes_of(name: str) -> dict:
     """Parameters of a notebook but for what it loads."""
     known = notebook_parameters(name)
     return {key: value for key, value in (SIZES | OWN.get(name, {})).items() if key in known}
+
+
+@contextlib.contextmanager
+def home_of(folder: Path) -> Iterator[Path]:
+    """A home of the workbench's own, with the bundled images, models and notebooks, but an empty cache."""
+    here = paths.home()
+    (folder / "data").mkdir()
+    for name in ("avataaars", "models"):
+        (folder / "data" / name).symlink_to(here / "data" / name)
+    (folder / "notebooks").symlink_to(here / "notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKBENCH_HOME", str(folder))
+        yield folder
 
 
 def build(folder: Path, model: dict) -> dict:

@@ -116,15 +116,6 @@ def protocol(*names, **sizes):
     return Protocol(names or ("random h", "PCA", "mean difference", "boundary in x"), NAMES, **sizes)
 
 
-@pytest.fixture
-def added():
-    """Take methods that a test registers out again."""
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
-
-
 def run(setting, plan):
     parts = dict(setting)
     return run_benchmark(parts.pop("model"), plan, **parts)

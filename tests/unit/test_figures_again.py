@@ -10,9 +10,7 @@ import pytest
 import small_domain
 from small_models import save
 
-from workbench import paths
 from workbench.report.figures import list_figures
-from workbench.report.kernels import KernelServer, environment
 from workbench.report.parameters import check_parameters, find_notebook, notebook_parameters
 from workbench.report.running import Job
 
@@ -26,21 +24,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    with KernelServer(environment(1)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def given(tmp_path_factory, make_unet):
     """Parameters that name a small model, images and classifiers, in a home of the workbench's own."""
-    here, home = paths.home(), tmp_path_factory.mktemp("again")
-    (home / "data").mkdir()
-    for name in ("avataaars", "models"):
-        (home / "data" / name).symlink_to(here / "data" / name)
-    (home / "notebooks").symlink_to(here / "notebooks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORKBENCH_HOME", str(home))
+    with small_domain.home_of(tmp_path_factory.mktemp("again")) as home:
         yield small_domain.build(home, {"model_name": str(save(home, make_unet()))})
 
 

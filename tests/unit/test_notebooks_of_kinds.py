@@ -7,30 +7,17 @@ import pytest
 import small_domain
 from small_models import KINDS
 
-from workbench import paths
-from workbench.report.kernels import KernelServer, environment
+from workbench.report.kernels import KernelServer
 from workbench.report.parameters import check_parameters, find_notebook, list_notebooks, notebook_parameters
 from workbench.report.running import Job
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    with KernelServer(environment(1)) as server:
-        yield server
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def given(request, tmp_path_factory, make_unet):
     """Parameters that name a model, images and classifiers, in a home of the workbench's own."""
-    here, home = paths.home(), tmp_path_factory.mktemp("kind")
-    (home / "data").mkdir()
-    for name in ("avataaars", "models"):
-        (home / "data" / name).symlink_to(here / "data" / name)
-    (home / "notebooks").symlink_to(here / "notebooks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORKBENCH_HOME", str(home))
+    with small_domain.home_of(tmp_path_factory.mktemp("kind")) as home:
         yield small_domain.build(home, KINDS[request.param](home, make_unet))
 
 

@@ -120,15 +120,6 @@ def record(measured, sources):
     return wb.load_benchmark(model=sources["model"])
 
 
-@pytest.fixture
-def added():
-    """Take methods that a test registers out again."""
-    before = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(before)
-
-
 # Saved and read again
 
 
