@@ -35,6 +35,7 @@ from workbench.benchmark.protocol import HELD_OUT, Protocol
 from workbench.benchmark.study import Method, Study, TextModels, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.images import to_bytes
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.editing.edits import Edit, NotApplicable
@@ -267,7 +268,7 @@ class Bench:
                 found["consistency"] = segmentation_consistency(self.segmenter(images), self.plain["segments"])
             for name, value in found.items():
                 measured.setdefault(name, []).append(np.asarray(value, dtype=np.float32))
-        kept = ((edited[self.shown].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        kept = to_bytes(edited[self.shown], progress=False)
         return {name: np.stack(values, axis=1) for name, values in measured.items()} | {"shown": kept.numpy()}
 
     def _text_similarity(self, edited: torch.Tensor, attribute: str) -> dict[str, np.ndarray]:

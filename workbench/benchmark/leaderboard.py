@@ -81,10 +81,10 @@ def leaderboard(
         ratio of CASL, arXiv 2601.15441, whose exact form is inferred); `reached`, the share of attributes whose edits
         succeed as often as asked for at any strength, and over these `entanglement` (leakage by effect), `psnr_outside`
         (of the mean squared error, dB) and `identity`; each with its 95% interval, `..._low` and `..._high`.
-        `p_random`, one-sided, that success is no
-        higher than a control's over the attributes that both have, of the control for which that is likeliest, adjusted
-        for the number of methods by Holm's rule; NaN without an attribute in common. `monotonicity` and `linearity` of
-        the logit in the scale. `attributes`, and `n`, the mean number of samples without one.
+        `p_random`, one-sided, that success is no higher than a control's over the attributes that both have, of the
+        control for which that is likeliest, adjusted for the number of methods by Holm's rule; NaN without an attribute
+        in common. `monotonicity` and `linearity` of the logit in the scale. `attributes`, and `n`, the mean number of
+        samples without one.
 
     Raises
     ------
@@ -343,11 +343,8 @@ def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarr
 
 def _precision(curves: _Curves, change: float) -> np.ndarray:
     """Effect at a change of the image, by the mean size of the changes of the other attributes; NaN without others."""
-    leak = _at(curves.rms, curves.leak, change)
-    known = leak > 0 if curves.others else np.zeros(len(leak), dtype=bool)
-    return np.divide(
-        curves.others * _at(curves.rms, curves.effect, change), leak, out=np.full(len(leak), np.nan), where=known
-    )
+    leak = _at(curves.rms, curves.leak, change)  # 0 without others
+    return curves.others * _at(curves.rms, curves.effect, change) / np.where(leak > 0, leak, np.nan)
 
 
 def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:

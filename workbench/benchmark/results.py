@@ -23,7 +23,7 @@ from workbench.analysis.intervals import mean_interval
 from workbench.benchmark.bench import Bench, Cell
 from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import Protocol
-from workbench.benchmark.tables import write_edits, write_strips
+from workbench.benchmark.tables import probability, write_edits, write_strips
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
@@ -161,12 +161,12 @@ def identities(model: Model, *, labeller: Classifier, judge: Classifier, images:
 
 
 def _edits(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
-    before, names = _probability(bench.plain["scores"]), list(bench.judge.attributes)
+    before, names = probability(bench.plain["scores"]), list(bench.judge.attributes)
     parts = []
     for (method, attribute, repeat), cell in cells.items():
         values = {name: tensor.numpy() for name, tensor in cell.tensors.items()}
         n, k = values["rms"].shape
-        own, after = names.index(attribute), _probability(values["logits"])
+        own, after = names.index(attribute), probability(values["logits"])
         columns = {
             "method": method,
             "attribute": attribute,
@@ -250,13 +250,9 @@ MEASURES = (
 """Columns of `Benchmark.edits` about the image itself."""
 
 
-def _probability(logits: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-np.asarray(logits, dtype=float)))
-
-
 def _changes(logits: np.ndarray) -> np.ndarray:
     """Change of the probability of each sample without the attribute; logits (n, 2), before and after."""
-    p = _probability(logits[logits[:, 0] <= 0])
+    p = probability(logits[logits[:, 0] <= 0])
     return p[:, 1] - p[:, 0]
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
+
+from workbench.diffusion.images import to_bytes
 
 ORDER = ["method", "attribute", "repeat", "seed", "scale"]
 """Rows in this order compress well."""
@@ -52,10 +55,15 @@ def rounded(edits: pd.DataFrame) -> pd.DataFrame:
 
 def _with_derived(edits: pd.DataFrame) -> pd.DataFrame:
     """Edits with `after` of the logit and `psnr` of the rms."""
-    with np.errstate(divide="ignore", over="ignore"):
+    with np.errstate(divide="ignore"):
         psnr = 20.0 * np.log10(2.0 / edits["rms"].astype(float))
-        after = 1.0 / (1.0 + np.exp(-edits["logit"].astype(float)))
-    return edits.assign(after=after, psnr=psnr)
+    return edits.assign(after=probability(edits["logit"]), psnr=psnr)
+
+
+def probability(logits: np.ndarray | pd.Series) -> np.ndarray:
+    """Probabilities of logits, float64."""
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-np.asarray(logits, dtype=float)))
 
 
 def _significant(values: np.ndarray, digits: int = 3) -> np.ndarray:
@@ -104,7 +112,7 @@ def read_strips(path: Path) -> dict[tuple[str, str], np.ndarray]:
 def _packed(strip: np.ndarray, **options) -> bytes:
     """Samples and their edits, (n, k, C, H, W) in [-1, 1], as a picture: a row a sample."""
     n, k, c, height, width = strip.shape
-    values = np.round((strip.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    values = to_bytes(torch.from_numpy(strip), progress=False).numpy()
     sheet = values.transpose(0, 3, 1, 4, 2).reshape(n * height, k * width, c)
     found = io.BytesIO()
     # WebP has no grey pictures; a single channel is written three times.

@@ -11,7 +11,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -56,6 +56,7 @@ class LabelledImages:
     _sources: Mapping[str, Folder | Zip]  # by the beginning of the names of their images
     _shape: tuple[int, int, int] | None
     _crop: str | None = None
+    _checksums: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # shared by selections
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,8 +117,10 @@ class LabelledImages:
         shape = height if (channels, height) == (3, width) else self.image_shape
         digest = hashlib.sha256(f"{shape}{crop}\n".encode())
         for name in tqdm(self.labels.index, "fingerprint", unit="image", delay=2, leave=False):
-            source, file = self._source(name)
-            length, checksum = source.checksum(file)
+            if name not in self._checksums:
+                source, file = self._source(name)
+                self._checksums[name] = source.checksum(file)
+            length, checksum = self._checksums[name]
             digest.update(f"{name}\0{length}\0{checksum}\n".encode())
         return digest.hexdigest()
 

@@ -116,6 +116,13 @@ class Injection:
         return replace(self, change=lambda i, h, samples: self.change(first + i, h, samples), timesteps=left)
 
 
+def process_of(edit: Injection | None) -> dict:
+    """How `denoise` lets an injection act; the same for none as for a symmetric one."""
+    if edit is None:
+        return {"asymmetric": False, "calibration": None}
+    return {"asymmetric": edit.asymmetric, "calibration": edit.calibration}
+
+
 def at_step(values: torch.Tensor, i: int, samples: slice | torch.Tensor) -> torch.Tensor:
     """Step `i` of values of shape (steps, 1 or n, ...), for all samples alike or for those at some positions."""
     return values[i] if values.shape[1] == 1 else values[i, samples]
@@ -516,8 +523,7 @@ def _run(
                 etas=plan.etas[: len(pairs)],
                 noise=lambda i: to_device(plan.noise_at(i, batch), device),
                 edit_h=None if plan.edit is None else lambda i, h_t: plan.edit.change(i, h_t, batch),
-                asymmetric=plan.edit is not None and plan.edit.asymmetric,
-                calibration=None if plan.edit is None else plan.edit.calibration,
+                **process_of(plan.edit),
                 on_step=on_step,
             ).cpu()
 

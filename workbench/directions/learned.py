@@ -79,8 +79,8 @@ def learn_directions(
     if k < 2:
         raise ValueError(f"k is {k}; directions are told from each other, so there are at least 2")
     refuse_other_model(str(store.path), store.provenance["model"], model.provenance())
-    visited = {t: _first(store, t) for t in store.timesteps}
-    lengths = {t: TYPICAL * float(np.sqrt(store.at(t)[:SAMPLES].var(axis=0).sum())) for t in store.timesteps}
+    visited = {t: torch.from_numpy(_first(store, t, "x")).view(-1, *model.x_shape) for t in store.timesteps}
+    lengths = {t: TYPICAL * float(np.sqrt(_first(store, t, "h").var(axis=0).sum())) for t in store.timesteps}
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     with seeded([seed]):
         module = ShiftModule(k, model.h_shape, model.unet.embed(0, 1).shape[1]).to(model.device)
@@ -156,6 +156,7 @@ def _judge(channels: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, outputs))
 
 
-def _first(store: HStore, t: int) -> torch.Tensor:
-    """x_t of the first samples of a store, (n, C, H, W)."""
-    return torch.from_numpy(store.at(t, space="x")[:SAMPLES]).view(-1, *store.shape_of("x"))
+def _first(store: HStore, t: int, space: str) -> np.ndarray:
+    """h_t or x_t of the first samples of a store, flattened; nothing else is read."""
+    chunks = range(-(-min(SAMPLES, len(store)) // store.provenance["chunk"]))
+    return np.concatenate(list(store.batches(t, space=space, chunks=chunks)))[:SAMPLES]

@@ -77,24 +77,28 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False)
-class Turned(Edit):
-    """An edit with the sign of its scales turned."""
+class Wrapped(Edit):
+    """Base class of edits that are made from another one."""
 
     edit: Edit
-
-    @property
-    def name(self) -> str:
-        return f"-{self.edit.name}"
 
     @property
     def unit(self) -> str:
         return self.edit.unit
 
-    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
-        return self.edit.plan(run, [-scale for scale in scales])
-
     def plain(self, run: Trajectory) -> Trajectory:
         return self.edit.plain(run)
+
+
+class Turned(Wrapped):
+    """An edit with the sign of its scales turned."""
+
+    @property
+    def name(self) -> str:
+        return f"-{self.edit.name}"
+
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        return self.edit.plan(run, [-scale for scale in scales])
 
 
 class InjectionEdit(Edit):
@@ -250,7 +254,7 @@ class Swap(InjectionEdit):
 
 
 @dataclass(frozen=True, eq=False)
-class AtTap(Edit):
+class AtTap(Wrapped):
     """Another edit, at a tap of the network that is not the run's own.
 
     Attributes
@@ -260,16 +264,11 @@ class AtTap(Edit):
     tap : str
     """
 
-    edit: Edit
     tap: str
 
     @property
     def name(self) -> str:
         return f"{self.edit.name} at {self.tap}"
-
-    @property
-    def unit(self) -> str:
-        return self.edit.unit
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
         tapped = run.tapped(self.tap)

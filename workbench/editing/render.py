@@ -18,6 +18,7 @@ from workbench.diffusion.sampling import (
     check_residual,
     denoise,
     in_batches,
+    process_of,
     progress_bar,
     replay,
     to_device,
@@ -153,8 +154,7 @@ def run_plans(
     for e, s, c in cells:
         plan = plans[e][c]
         if plan is not run:
-            process = plan.edit and (plan.edit.asymmetric, plan.edit.calibration)
-            key = plan.model.tap, plan.timesteps, plan.etas, process or (False, None)
+            key = plan.model.tap, plan.timesteps, plan.etas, *process_of(plan.edit).values()
             groups.setdefault(key, []).append((e, s, c))
     size = check_batch_size(batch_size, run.model, len(cells))
     with cells_bar(run, plans, progress) as bar:
@@ -221,8 +221,7 @@ def _run_cells(cells: Sequence[tuple[Trajectory, int]], bar: tqdm) -> torch.Tens
             etas=plan.etas,
             noise=noise,
             edit_h=edit_h,
-            asymmetric=plan.edit is not None and plan.edit.asymmetric,
-            calibration=None if plan.edit is None else plan.edit.calibration,
+            **process_of(plan.edit),
             on_step=lambda *_: bar.update(len(cells)),
         ).cpu()
 
