@@ -8,6 +8,7 @@ from workbench.analysis.intervals import (
     CROSS_VALIDATED,
     Estimate,
     bootstrap_counts,
+    bootstrap_interval,
     difference_of,
     holm,
     mean_interval,
@@ -62,6 +63,51 @@ def test_the_interval_of_a_mean_of_few_values_is_as_sure_as_it_says(n):
     rng = np.random.default_rng(n)
     ends = np.array([mean_interval(rng.standard_normal(n), resamples=250) for _ in range(300)])
     assert 0.91 < ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean() < 0.99
+
+
+def test_the_interval_of_a_ratio_of_few_values_is_as_sure_as_it_says():
+    """The quantiles of the draws alone hold the ratio in 85% of the trials."""
+    rng, holds = np.random.default_rng(5), []
+    for _ in range(120):
+        below = rng.uniform(0.5, 1.5, 5)
+        found = ratio_of(2 * below + 0.5 * rng.standard_normal(5), below)
+        holds.append(found.low < 2 < found.high)
+    assert 0.91 < np.mean(holds) < 0.99
+
+
+@pytest.mark.parametrize("successes", [0, 1, 17, 20])
+def test_drawing_trials_again_gives_wilsons_interval_of_their_share(successes):
+    trials = np.arange(20) < successes
+    draws = bootstrap_counts(20, resamples=20_000, seed=0) @ trials / 20
+    found = bootstrap_interval(trials.mean(), draws, 20, bounds=(0, 1), share=True)
+    np.testing.assert_allclose(found, wilson_interval(successes / 20, 20), atol=0.003)
+
+
+def test_two_shares_that_never_differ_have_tangos_interval():
+    z2 = stats.norm.ppf(0.975) ** 2
+    found = bootstrap_interval(0.0, np.zeros(100), 35, bounds=(-1, 1), share=True)
+    np.testing.assert_allclose(found, [-z2 / (35 + z2), z2 / (35 + z2)])
+    apart = bootstrap_interval(1.0, np.ones(100), 35, bounds=(-1, 1), share=True)
+    np.testing.assert_allclose(apart, [2 * wilson_interval(1.0, 35)[0] - 1, 1.0])
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.9, 5), (0.9, 16), (0.6, 8)])
+def test_the_interval_of_a_share_of_few_trials_is_as_sure_as_it_says(share, n):
+    rng, holds = np.random.default_rng(n), []
+    counts = bootstrap_counts(n, resamples=300, seed=0)
+    for trials in rng.random((400, n)) < share:
+        low, high = bootstrap_interval(trials.mean(), counts @ trials / n, n, bounds=(0, 1), share=True)
+        holds.append(low < share < high)
+    assert np.mean(holds) > 0.88
+
+
+def test_an_interval_holds_its_value_leaves_out_what_is_not_finite_and_ends_at_the_bounds():
+    draws = np.array([[0.9, np.nan], [1.0, np.nan], [np.inf, np.nan], [0.8, np.nan]])
+    low, high = bootstrap_interval(np.array([0.95, 0.5]), draws, 4, bounds=(-1, 1))
+    assert low[0] < 0.8 and high[0] == 1.0
+    assert np.isnan([low[1], high[1]]).all()
+    assert bootstrap_interval(0.0, np.array([0.1, 0.2]), 9)[0] == 0.0, "draws may be biased"
+    assert np.isnan(bootstrap_interval(0.5, np.array([0.4, 0.6]), 1)).all()
 
 
 def test_bootstrap_counts_draw_n_of_n_and_repeat_with_the_seed():

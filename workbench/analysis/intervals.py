@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -45,22 +46,25 @@ def share_of(share: float, n: int, *, cross_validated: bool = False) -> Estimate
     return Estimate(share, *wilson_interval(share, n / CROSS_VALIDATED**2 if cross_validated else n), n)
 
 
-def mean_of(values: np.ndarray | Sequence[float], *, seed: int = 0) -> Estimate:
-    """Mean of one value a sample with its bootstrap interval; leaves out samples whose value is not finite."""
+def mean_of(
+    values: np.ndarray | Sequence[float], *, bounds: tuple[float, float] = (-np.inf, np.inf), seed: int = 0
+) -> Estimate:
+    """Mean of one value a sample with its `mean_interval`; leaves out samples whose value is not finite."""
     values = np.asarray(values, dtype=float).ravel()
     values = values[np.isfinite(values)]
     mean = float(values.mean()) if len(values) else float("nan")
-    return Estimate(mean, *mean_interval(values, seed=seed), len(values))
+    return Estimate(mean, *mean_interval(values, bounds=bounds, seed=seed), len(values))
 
 
 def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[float], *, seed: int = 0) -> Estimate:
     """Ratio of two means over the same samples, with its bootstrap interval."""
     a, b = (np.asarray(values, dtype=float).ravel() for values in (above, below))
-    low = high = float("nan")
+    ratio, low, high = a.mean() / b.mean(), float("nan"), float("nan")
     if len(a) > 1:
         counts = bootstrap_counts(len(a), resamples=1000, seed=seed)
-        low, high = np.quantile((counts @ a) / (counts @ b), QUANTILES)
-    return Estimate(float(a.mean() / b.mean()), float(low), float(high), len(a))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = bootstrap_interval(ratio, (counts @ a) / (counts @ b), len(a))
+    return Estimate(float(ratio), float(low), float(high), len(a))
 
 
 def difference_of(one: Estimate, other: Estimate) -> Estimate:
@@ -80,29 +84,88 @@ def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
 
 
-def mean_interval(values: np.ndarray | Sequence[float], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of a mean; (NaN, NaN) of fewer than two values.
+def bootstrap_interval(
+    value: float | np.ndarray,
+    draws: np.ndarray,
+    n: int,
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    share: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """95% interval of a statistic of n samples, from its values for the samples drawn again.
 
-    It is widened about the mean by what a bootstrap of n values lacks: it divides by n where the variance takes n - 1,
-    and has the quantiles of a normal where those of t with n - 1 degrees are due (Hesterberg 2015, section 3.2).
+    The quantiles of the draws are moved away from the value by what a bootstrap of n samples lacks: it divides by n
+    where the variance takes n - 1, and has the quantiles of a normal where those of t with n - 1 degrees are due
+    (Hesterberg 2015, section 3.2).
+
+    Where all samples have an attribute, or none, all draws are the same, which does not say that others would be. So
+    the interval of a `share` is Wilson's with the variance of the draws in place of p (1 - p) / n. Of n trials it is
+    Wilson's own; of the difference of two shares of the same samples that never differ it is Tango's (1998).
+
+    Parameters
+    ----------
+    value : float or array of shape (...)
+    draws : array of shape (resamples, ...)
+        Those that are not finite are left out.
+    n : int
+        Number of samples.
+    bounds : (float, float)
+        Lowest and highest value that is possible; the interval ends there.
+    share : bool, default False
+        The statistic is a mean over samples each of which is at one of the bounds, or between them: a share, of bounds
+        0 and 1, or a difference of two, of bounds -1 and 1.
+
+    Returns
+    -------
+    low, high : array of shape (...)
+        The value lies between them. NaN of fewer than two samples, or without a finite draw.
     """
+    value, draws = np.asarray(value, dtype=float), np.asarray(draws, dtype=float)
+    if n < 2:
+        return np.full(value.shape, np.nan), np.full(value.shape, np.nan)
+    draws = np.where(np.isfinite(draws), draws, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # without a finite draw
+        if share:
+            width = bounds[1] - bounds[0]
+            ends = _wilson((value - bounds[0]) / width, n, np.nanvar(draws, axis=0) / width**2)
+            low, high = (bounds[0] + width * end for end in ends)
+        else:
+            wider = np.sqrt(n / (n - 1)) * stats.t.ppf(QUANTILES[1], n - 1) / stats.norm.ppf(QUANTILES[1])
+            low, high = value + wider * np.nanquantile(draws - value, QUANTILES, axis=0)
+    return np.minimum(value, low).clip(*bounds), np.maximum(value, high).clip(*bounds)
+
+
+def mean_interval(
+    values: np.ndarray | Sequence[float],
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95% `bootstrap_interval` of a mean of values that lie within the bounds; (NaN, NaN) of fewer than two values."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < 2:
         return float("nan"), float("nan")
-    errors = bootstrap_counts(n, resamples=resamples, seed=seed) @ values / n - values.mean()
-    wider = np.sqrt(n / (n - 1)) * stats.t.ppf(QUANTILES[1], n - 1) / stats.norm.ppf(QUANTILES[1])
-    low, high = values.mean() + wider * np.quantile(errors, QUANTILES)
+    draws = bootstrap_counts(n, resamples=resamples, seed=seed) @ values / n
+    low, high = bootstrap_interval(values.mean(), draws, n, bounds=bounds)
     return float(low), float(high)
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95% interval of a share of n trials (Wilson 1927); n may be an effective number, not whole."""
+    low, high = _wilson(share, n, share * (1 - share) / n)
+    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
+
+
+def _wilson(share, n, variance):
+    """Ends of Wilson's interval of a share of n trials that has this variance; numbers or arrays."""
     z = NormalDist().inv_cdf(QUANTILES[1])
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    half = z / (1 + z**2 / n) * (variance + z**2 / (4 * n**2)) ** 0.5
+    return centre - half, centre + half
 
 
 def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:
