@@ -16,6 +16,7 @@ from workbench.analysis.effect_metrics import (
     monotonicity,
     success_rate,
 )
+from workbench.analysis.intervals import bootstrap_interval
 
 ATTRIBUTES = ["A", "B", "C"]
 
@@ -78,15 +79,29 @@ def test_the_entanglement_index_by_hand_and_infinite_without_an_effect_of_its_ow
     np.testing.assert_allclose(found["index"], [1.0, 0.0, np.inf])
 
 
-def test_the_entanglement_index_has_the_interval_of_its_draws(before, after):
+def test_the_interval_of_the_entanglement_index_is_that_of_the_share_of_its_own_attribute(before, after):
     effects = effect_matrix(before, after, resamples=300)
     found = entanglement_index(effects)
-    draws = [
-        sum(abs(draw[i, j]) for j in range(3) if j != i) / abs(draw[i, i]) for draw in effects.draws for i in range(2)
-    ]
-    low = np.quantile(np.reshape(draws, (-1, 2)), 0.025, axis=0, method="lower")
-    np.testing.assert_allclose(found["low"], low)
-    assert (found["low"] <= found["index"]).all() and (found["index"] <= found["high"]).all()
+    for i, name in enumerate(after):
+        draws = np.array([abs(draw[i, i]) / sum(abs(draw[i])) for draw in effects.draws])
+        low, high = bootstrap_interval(1 / (1 + found["index"][name]), draws, effects.n, bounds=(0, 1))
+        assert found.loc[name, ["low", "high"]].tolist() == pytest.approx([1 / high - 1, 1 / low - 1])
+    assert (0 <= found["low"]).all() and (found["low"] <= found["index"]).all()
+    assert (found["index"] <= found["high"]).all()
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_the_intervals_of_a_matrix_of_few_samples_are_as_sure_as_they_say(n):
+    """Planted: mean changes of .3 and -.1 of normal samples; the quantiles of the draws hold them in 84% (n 5)."""
+    rng, holds = np.random.default_rng(n), []
+    plain = pd.DataFrame(np.zeros((n, 2)), columns=["A", "B"])
+    for _ in range(150):
+        edited = plain + [0.3, -0.1] + 0.1 * rng.standard_normal((n, 2))
+        found = effect_matrix(plain, {"A": edited}, resamples=200)
+        reduction = leakage(found, ["A", "B"])
+        holds += [((found.low < [0.3, -0.1]) & (found.high > [0.3, -0.1])).to_numpy().mean()]
+        holds += [float(reduction.leak_low.item() < 0.4 < reduction.leak_high.item())]
+    assert 0.91 < np.mean(holds) < 0.99
 
 
 def test_the_entanglement_index_needs_to_know_whose_attribute_is_whose(before, after):
@@ -101,8 +116,10 @@ def test_leakage_and_its_reduction_by_hand():
     found = leakage(EffectMatrix(mean, mean, mean, draws, n=10), ["B", "C"])
     np.testing.assert_allclose(found["leak"], [0.8, 0.2])
     np.testing.assert_allclose(found["reduction"], [0.0, 0.75])
-    np.testing.assert_allclose(found.loc["A", ["leak_low", "leak_high"]], [0.8, 1.6])
-    np.testing.assert_allclose(found.loc["A projected", ["reduction_low", "reduction_high"]], [0.75, 0.875])
+    wider = np.sqrt(10 / 9) * stats.t.ppf(0.975, 9) / stats.norm.ppf(0.975)
+    np.testing.assert_allclose(found.loc["A", ["leak_low", "leak_high"]], [0.8, 0.8 + 0.8 * wider])
+    projected = found.loc["A projected", ["reduction_low", "reduction_high"]]
+    np.testing.assert_allclose(projected, [0.75, 0.75 + 0.125 * wider])
     np.testing.assert_allclose(found.loc["A", ["reduction_low", "reduction_high"]], 0.0)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, share_of
+from workbench.analysis.intervals import Estimate, bootstrap_counts, bootstrap_interval, share_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class EffectMatrix:
     Attributes
     ----------
     mean, low, high : DataFrame of shape (directions, attributes)
-        Mean change over the samples and its 95% bootstrap interval.
+        Mean change over the samples and its 95% `bootstrap_interval`.
     draws : ndarray of shape (resamples, directions, attributes)
         Means of the samples drawn again, for the interval of anything that follows from the matrix.
     n : int
@@ -63,14 +63,14 @@ def effect_matrix(
     changes = np.stack([_change(plain[name], scores, name) for name, scores in after.items()], axis=1)
     n = len(changes)
     counts = bootstrap_counts(n, resamples=resamples, seed=seed)
-    draws = np.tensordot(counts, changes, axes=1) / n
-    low, high = np.quantile(draws, QUANTILES, axis=0)
+    mean, draws = changes.mean(axis=0), np.tensordot(counts, changes, axes=1) / n
+    low, high = bootstrap_interval(mean, draws, n, bounds=(-1.0, 1.0))
 
     def frame(values: np.ndarray) -> pd.DataFrame:
         columns = next(iter(after.values())).columns
         return pd.DataFrame(values, index=pd.Index(list(after), name="direction"), columns=columns)
 
-    return EffectMatrix(frame(changes.mean(axis=0)), frame(low), frame(high), draws, n)
+    return EffectMatrix(frame(mean), frame(low), frame(high), draws, n)
 
 
 def entanglement_index(effects: EffectMatrix) -> pd.DataFrame:
@@ -85,15 +85,17 @@ def entanglement_index(effects: EffectMatrix) -> pd.DataFrame:
         known = _listed(effects.mean)
         raise ValueError(f"direction {names[int(np.argmin(own))]!r} has the name of no attribute; there are {known}")
 
-    def index(matrices: np.ndarray) -> np.ndarray:
+    def own_share(matrices: np.ndarray) -> np.ndarray:
+        """Share of the own attribute in all that a direction changes: 1 / (1 + index), which is never infinite."""
         sizes = np.abs(matrices)
-        aimed = sizes[..., np.arange(len(own)), own]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(aimed > 0, (sizes.sum(axis=-1) - aimed) / aimed, np.inf)
+        aimed, total = sizes[..., np.arange(len(own)), own], sizes.sum(axis=-1)
+        return np.divide(aimed, total, out=np.zeros_like(total), where=total > 0)
 
-    # "lower": neighbouring draws of inf have no mean.
-    low, high = np.quantile(index(effects.draws), QUANTILES, axis=0, method="lower")
-    return pd.DataFrame({"index": index(effects.mean.to_numpy()), "low": low, "high": high}, index=names)
+    share = own_share(effects.mean.to_numpy())
+    low, high = bootstrap_interval(share, own_share(effects.draws), effects.n, bounds=(0.0, 1.0))
+    with np.errstate(divide="ignore"):
+        columns = {name: 1.0 / ends - 1.0 for name, ends in {"index": share, "low": high, "high": low}.items()}
+    return pd.DataFrame(columns, index=names)
 
 
 def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
@@ -120,10 +122,11 @@ def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
     part = effects.of(attributes)
     leak, drawn = (np.abs(values).sum(axis=-1) for values in (part.mean.to_numpy(), part.draws))
     with np.errstate(divide="ignore", invalid="ignore"):
-        measures = {"leak": (leak, drawn), "reduction": (1 - leak / leak[0], 1 - drawn / drawn[:, :1])}
+        reduction, reduced = 1 - leak / leak[0], 1 - drawn / drawn[:, :1]
+    measures = {"leak": (leak, drawn, (0.0, np.inf)), "reduction": (reduction, reduced, (-np.inf, 1.0))}
     columns = {}
-    for name, (value, draws) in measures.items():
-        low, high = np.quantile(draws, QUANTILES, axis=0)
+    for name, (value, draws, bounds) in measures.items():
+        low, high = bootstrap_interval(value, draws, part.n, bounds=bounds)
         columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return pd.DataFrame(columns, index=part.mean.index)
 

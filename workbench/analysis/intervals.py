@@ -133,7 +133,7 @@ def bootstrap_interval(
         else:
             wider = np.sqrt(n / (n - 1)) * stats.t.ppf(QUANTILES[1], n - 1) / stats.norm.ppf(QUANTILES[1])
             low, high = value + wider * np.nanquantile(draws - value, QUANTILES, axis=0)
-    return np.minimum(value, low).clip(*bounds), np.maximum(value, high).clip(*bounds)
+    return np.minimum(value, low.clip(*bounds)), np.maximum(value, high.clip(*bounds))
 
 
 def mean_interval(

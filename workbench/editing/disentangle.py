@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from workbench.analysis.effect_metrics import EffectMatrix, entanglement_index
-from workbench.analysis.intervals import QUANTILES, Estimate
+from workbench.analysis.intervals import Estimate, bootstrap_interval
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import Trajectory
@@ -84,7 +84,7 @@ def cancel_effects(
     of_others = matrix.mean.to_numpy()
     for i, name in enumerate(names):
         low, high = matrix.low.iloc[i, i], matrix.high.iloc[i, i]
-        if low <= NOTHING and high >= -NOTHING:
+        if not (low > NOTHING or high < -NOTHING):  # also where one sample has no interval
             change = f"changes {name} at scale {scale:g} by {of_others[i, i]:.2g} ({low:.2g} to {high:.2g})"
             raise ValueError(f"the direction of {name} {change}, not distinguishable from 0; take a larger scale")
     if np.linalg.cond(of_others) > 100.0:
@@ -197,7 +197,7 @@ class DisentanglingTable:
             own = np.trace(sizes, axis1=1, axis2=2)
             totals[variant] = (sizes.sum(axis=(1, 2)) - own) / own
         falls = totals["original"] - totals["disentangled"]
-        return Estimate(float(falls[0]), *map(float, np.quantile(falls[1:], QUANTILES)), matrix.n)
+        return Estimate(float(falls[0]), *map(float, bootstrap_interval(falls[0], falls[1:], matrix.n)), matrix.n)
 
 
 def disentangling_table(
