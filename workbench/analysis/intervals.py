@@ -49,8 +49,15 @@ def share_of(share: float, n: int, *, cross_validated: bool = False) -> Estimate
 def mean_of(
     values: np.ndarray | Sequence[float], *, bounds: tuple[float, float] = (-np.inf, np.inf), seed: int = 0
 ) -> Estimate:
-    """Mean of one value a sample with its `mean_interval`; leaves out samples whose value is not finite."""
-    values = np.asarray(values, dtype=float).ravel()
+    """Mean of one value a sample with its `mean_interval`; leaves out samples whose value is not finite.
+
+    `bounds` are the lowest and highest value that is possible, such as -1 and 1 of a correlation. The mean of booleans
+    is their share, with Wilson's interval.
+    """
+    values = np.asarray(values).ravel()
+    if values.dtype == bool and len(values):
+        return share_of(float(values.mean()), len(values))
+    values = values.astype(float)
     values = values[np.isfinite(values)]
     mean = float(values.mean()) if len(values) else float("nan")
     return Estimate(mean, *mean_interval(values, bounds=bounds, seed=seed), len(values))
@@ -70,12 +77,30 @@ def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[f
 def difference_of(one: Estimate, other: Estimate) -> Estimate:
     """Difference of two independent estimates: errors add in squares.
 
-    Too wide for estimates over the same samples that rise and fall together.
+    Estimates of the same samples rise and fall together: this is too wide for them; see `paired_difference_of`.
     """
     gap = one.value - other.value
     down = np.hypot(one.value - one.low, other.high - other.value)
     up = np.hypot(one.high - one.value, other.value - other.low)
     return Estimate(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
+
+
+def paired_difference_of(
+    one: np.ndarray | Sequence[float], other: np.ndarray | Sequence[float], *, cross_validated: bool = False
+) -> Estimate:
+    """Difference of two means over the same samples, each with two values: errors that both share cancel.
+
+    Of booleans it is the difference of two shares. Its interval is Wilson's, carried over to a range of -1 to 1, with
+    the variance of the samples' differences; where no sample differs it is Tango's (1998). It is widened where
+    cross-validation, in the same folds for both, predicted them. Other values have the interval of `mean_of`.
+    """
+    one, other = np.asarray(one).ravel(), np.asarray(other).ravel()
+    gaps = one.astype(float) - other.astype(float)
+    if not (one.dtype == other.dtype == bool and len(one)):
+        return mean_of(gaps)
+    gap, n = float(gaps.mean()), len(gaps) / CROSS_VALIDATED**2 if cross_validated else len(gaps)
+    low, high = (2.0 * end - 1.0 for end in _wilson((gap + 1.0) / 2.0, n, gaps.var() / 4.0 / n))
+    return Estimate(gap, max(-1.0, min(gap, low)), min(1.0, max(gap, high)), len(gaps))
 
 
 def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
