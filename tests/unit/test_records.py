@@ -27,6 +27,7 @@ from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import HELD_OUT
 from workbench.benchmark.results import Benchmark
 from workbench.benchmark.run import plan_benchmark
+from workbench.benchmark.study import Study
 from workbench.benchmark.tables import read_edits, read_strips, rounded, write_edits, write_strips
 from workbench.report.parameters import check_parameters
 
@@ -308,7 +309,7 @@ def test_the_notebook_shows_the_record_whatever_its_other_parameters_are(record,
 PLUGIN = """
 import workbench as wb
 
-@wb.register_method("two a side", scales=(0.5, 1, 2, 4))
+@wb.register_method("two a side", scale=1.0)
 def two_a_side(study, attribute):
     study.labels(attribute)
     return wb.find_from_scores(study.store, study.scores[attribute], k=2, progress=False)
@@ -371,7 +372,9 @@ def test_the_template_ranks_its_method_with_a_record_and_without(request, record
 # What is left to do
 
 
-def test_the_estimate_bounds_the_passes_and_knows_what_is_cached(sources, protocol, cache):
+def test_the_estimate_bounds_the_passes_and_knows_what_is_cached(sources, protocol, cache, monkeypatch):
+    """Those of edits: what finding an edit and its strength takes is not known before."""
+    monkeypatch.setattr(Study, "strengths", lambda self, name, edits, **_: np.ones(len(edits)))
     plan = replace(protocol, methods=("random h", "mean difference"), held_out=8, shown=2)
     said = plan_benchmark(protocol=plan, seconds=0.1, **sources)
     assert (said.cells, said.left) == (6, 6) and said.rate > 0

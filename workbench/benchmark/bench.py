@@ -31,7 +31,7 @@ from workbench.analysis.image_metrics import (
     segmentation_consistency,
 )
 from workbench.benchmark.methods import METHODS
-from workbench.benchmark.protocol import HELD_OUT, Protocol
+from workbench.benchmark.protocol import HELD_OUT, LADDER, MIDDLE, Protocol
 from workbench.benchmark.study import Method, Study, TextModels, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
@@ -208,7 +208,7 @@ class Bench:
             "labeller": [self.labeller.name, self.labeller.hash, list(self.labeller.attributes)],
             "judge": [self.judge.name, self.judge.hash, list(self.judge.attributes)],
             "images": [self.images.fingerprint, self._labels],
-            "method": [method.name, method.code, list(method.scales)],
+            "method": [method.name, method.code, method.scale, method.limit],
             "attribute": attribute,
             "repeat": repeat,
             "texts": self.texts and self.texts.inputs(attribute),
@@ -226,16 +226,19 @@ class Bench:
             # Many small matrices: more threads cost more than they give, and far more where cores are busy.
             with threadpool_limits(1, user_api="blas"):
                 edit = found_edit(method.find(study, attribute))
+            limit = method.limit / LADDER[-1]
+            scale = float(study.strengths("strength", [edit], start=method.scale, limit=limit)[0])
             seconds, held_out = time.perf_counter() - start, self.held_out
             cost = sum(study.cost.values(), Counter())
             with _counted(self.model) as passes:
-                edited = self._edited(edit, held_out, method.scales)
-            tensors = self._scored(edited, attribute) | self._transferred(edit, method, attribute, study)
+                edited = self._edited(edit, held_out, [scale * each for each in LADDER])
+            tensors = self._scored(edited, attribute) | self._transferred(edit, scale, attribute, study)
         except NotApplicable as reason:
             return Cell({}, {"skipped": str(reason)})
-        per_edit = passes[0] / (len(edited) * len(method.scales))
+        per_edit = passes[0] / (len(edited) * len(LADDER))
         names = ("passes", "scored", "labels")
-        about = {"edit": edit.name, "seconds": seconds, "edit_passes": per_edit} | {k: cost[k] for k in names}
+        about = {"edit": edit.name, "scale": scale, "seconds": seconds, "edit_passes": per_edit}
+        about |= {name: cost[name] for name in names}
         return Cell({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in tensors.items()}, about)
 
     def _edited(self, edit: Edit, run: Trajectory, scales: Sequence[float]) -> torch.Tensor:
@@ -281,16 +284,15 @@ class Bench:
         s_dir = directional_similarity(before, after, source=source, target=target)
         return {"s_dir": s_dir, "clip_gain": (after - before) @ target}
 
-    def _transferred(self, edit: Edit, method: Method, attribute: str, study: Study) -> dict[str, np.ndarray]:
+    def _transferred(self, edit: Edit, scale: float, attribute: str, study: Study) -> dict[str, np.ndarray]:
         """The attribute's logit before and after, on samples that it was found on and at other timesteps; (n, 2)."""
         if not self.protocol.transfer:
             return {}
-        middle = method.scales[len(method.scales) // 2]
         found = {}
         seen = self._seen(study)
         for name, run in {"population": seen, "other steps": self._finer}.items():
             try:
-                after = self._edited(edit, run, [middle])[:, 0]
+                after = self._edited(edit, run, [scale * LADDER[MIDDLE]])[:, 0]
             except NotApplicable:
                 continue
             k = list(self.judge.attributes).index(attribute)

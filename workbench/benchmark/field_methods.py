@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,13 +17,14 @@ from torch import from_numpy
 
 from workbench.benchmark.study import (
     CANDIDATES,
+    COMPONENTS,
     TOLERANCE,
     Resampled,
     Study,
     digest_of_mask,
     register_method,
 )
-from workbench.diffusion.sampling import Trajectory, sample
+from workbench.diffusion.sampling import Injection, Trajectory, sample
 from workbench.directions.direction import Direction
 from workbench.directions.jacobian import Spectrum, find_pullback
 from workbench.directions.learned import learn_directions
@@ -35,7 +37,7 @@ from workbench.hspace.extract import extract
 TRAINED = 24
 """Samples that a network is trained on by texts."""
 
-LEARNED = {"k": 3 * CANDIDATES, "steps": 400, "batch_size": 12}
+LEARNED = {"k": COMPONENTS, "steps": 400, "batch_size": 12}
 CODED = {"steps": 1500}
 """Training of the learned directions and of the sparse code."""
 
@@ -48,26 +50,26 @@ CALIBRATION, T_EDIT = 0.3, 400
 # In h
 
 
-@register_method("learned directions", scales=(1.0, 2.0, 4.0, 8.0), family="unsupervised, h")
+@register_method("learned directions", scale=32.0, family="unsupervised, h")
 def learned_direction(study: Study, attribute: str) -> Edit:
     """Of directions that a network tells apart by what they do, the one that changes it most (Zhang et al. 2023)."""
     store, settings = study.store, {**LEARNED, "seed": study.seed, "progress": False}
     found = study.learned("learned", lambda: learn_directions(study.model, store, **settings))
     study.cost["training"] = Counter(passes=4 * LEARNED["steps"] * LEARNED["batch_size"])
-    return study.pick("learned", found, attribute, scale=4.0)
+    return study.pick("learned", found, attribute, scale=32.0)
 
 
-@register_method("sparse feature", scales=(8.0, 16.0, 32.0, 64.0), family="unsupervised, h")
+@register_method("sparse feature", scale=32.0, family="unsupervised, h")
 def sparse_feature(study: Study, attribute: str) -> Edit:
     """Of the features of a sparse autoencoder of h that go with the attribute, the one that changes it most."""
     code, labels = _sparse_code(study), study.labels(attribute)
     likely = code.ranked(labels)[:CANDIDATES]
     alone = np.eye(len(code.features))
     one = [code.direction(alone[f], f"feature {f}", progress=False) for f in likely]
-    return study.pick(f"features of {attribute}", one, attribute, scale=16.0)
+    return study.pick(f"features of {attribute}", one, attribute, scale=32.0)
 
 
-@register_method("CASL", scales=(8.0, 16.0, 32.0, 64.0))
+@register_method("CASL", scale=32.0)
 def aligned_features(study: Study, attribute: str) -> Direction:
     """A few features of the sparse autoencoder, weighted by how they tell the attribute (He et al. 2026)."""
     code, labels = _sparse_code(study), study.labels(attribute)
@@ -83,7 +85,7 @@ def _sparse_code(study: Study) -> SparseCode:
     return study.learned("sparse code", lambda: fit_sparse_code(store, **CODED, seed=study.seed, progress=False))
 
 
-@register_method("InjectFusion", scales=(0.25, 0.5, 0.75, 1.0), unit="weight of the other h")
+@register_method("InjectFusion", scale=0.5, limit=1.0, unit="weight of the other h")
 def injected(study: Study, attribute: str) -> Edit:
     """h of the sample that has the attribute most, on the sphere, in the attribute's region (Jeong et al. 2024)."""
     study.labels(attribute)
@@ -99,7 +101,7 @@ def injected(study: Study, attribute: str) -> Edit:
     return Swap(run, "slerp", t_range=t_range, mask=mask, calibration=CALIBRATION)
 
 
-@register_method("Asyrp", scales=(4.0, 8.0, 16.0, 32.0), unit="strength that it was trained at")
+@register_method("Asyrp", scale=16.0, unit="strength that it was trained at")
 def trained_block(study: Study, attribute: str) -> Edit:
     """A function of h and t that CLIP's loss of two texts trained (Kwon et al. 2023), on the asymmetric process."""
     words, steps = study.words(attribute), study.store.timesteps
@@ -109,13 +111,21 @@ def trained_block(study: Study, attribute: str) -> Edit:
     found = train_asyrp(study.model, target, source=source, run=run, **words, name=attribute, progress=False)
     # Of a step: two passes of each process and a backward pass of the decoder.
     study.cost["training"] = Counter(passes=5 * TRAINED * len(steps) * found.training["epochs"])
-    return Shift(found, asymmetric=True, t_range=(study.model.schedule.T - 1, found.training["t_edit"]))
+    return Trained(found, asymmetric=True, t_range=(study.model.schedule.T - 1, found.training["t_edit"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(Shift):
+    """A shift along a trained block, of the same total strength at any number of steps."""
+
+    def injection(self, run: Trajectory, scale: float) -> Injection:
+        return super().injection(run, scale * self.direction.training["steps"] / run.steps)
 
 
 # In the skips
 
 
-@register_method("mean difference, skip", scales=(2.0, 4.0, 8.0, 16.0))
+@register_method("mean difference, skip", scale=8.0)
 def skip_difference(study: Study, attribute: str) -> Edit:
     """The difference of means of the skip connection of lowest resolution, which h meets first, instead of h."""
     study.labels(attribute)
@@ -133,7 +143,7 @@ def skip_difference(study: Study, attribute: str) -> Edit:
 # In x
 
 
-@register_method("pullback", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
+@register_method("pullback", scale=8.0, family="x and noise", unit="length in x_t")
 def pullback(study: Study, attribute: str) -> Edit:
     """The singular vector of d h / d x_t of one sample that changes the attribute most (Park et al.)."""
     found = study.learned("pullback", lambda: _vectors(study, map="x->h"))
@@ -141,7 +151,7 @@ def pullback(study: Study, attribute: str) -> Edit:
     return study.pick("pullback", _moves(found), attribute, scale=8.0)
 
 
-@register_method("pullback, transported", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
+@register_method("pullback, transported", scale=8.0, family="x and noise", unit="length in x_t")
 def transported(study: Study, attribute: str) -> Edit:
     """The vector of h that belongs to it, carried to each sample by the sample's own pullback (Park et al.).
 
@@ -167,7 +177,7 @@ def _pullbacks(study: Study) -> Callable[[Trajectory], Sequence[Spectrum]]:
     return of
 
 
-@register_method("LOCO", scales=(2.0, 4.0, 8.0, 16.0), family="x and noise", unit="length in x_t")
+@register_method("LOCO", scale=8.0, family="x and noise", unit="length in x_t")
 def loco(study: Study, attribute: str) -> Edit:
     """The same for the predicted image within the region, less the directions that act outside of it (LOCO-Edit)."""
     mask = study.mask(attribute)

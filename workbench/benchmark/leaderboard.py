@@ -13,21 +13,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from workbench.analysis.effect_metrics import linearity, monotonicity
-from workbench.analysis.intervals import QUANTILES, Estimate, bootstrap_counts, holm, mean_interval
+from workbench.analysis.intervals import Estimate, bootstrap_counts, bootstrap_interval, holm, mean_interval
+from workbench.benchmark.protocol import CHANGE
 
-CHANGE = 0.2  # root mean square change of an image, in [-1, 1], at which methods are compared by default
 SUCCESS = 0.5  # share of the samples without an attribute that have it after the edit, at which they are compared
 OPTIONAL = {"s_dir": 0.0, "clip_gain": 0.0, "consistency": 1.0}
 """Columns that may be missing, with their values at scale 0."""
+
+CONTROLS = ("random h", "random h, picked", "random x", "random x, picked")  # that any method must beat
+
+BOUNDS = {name: (0.0, 1.0) for name in ("success", "reached")} | {
+    name: (0.0, np.inf) for name in ("change", "leakage", "leak", "rms", "perceptual")
+}
+"""Lowest and highest value, of what has any."""
 
 FEWEST = 3  # held-out samples without an attribute, at least, for it to count
 
 
 @dataclass(frozen=True, eq=False)
 class _Curves:
-    """Means over the samples without the attribute, draw by draw; arrays of shape (1 + resamples, 1 + scales).
+    """Means over the samples without the attribute, draw by draw; arrays of shape (1 + resamples, 1 + strengths).
 
     The first row is of the samples as they are, the first column of scale 0.
     """
@@ -36,7 +44,7 @@ class _Curves:
     attribute: str
     n: int
     others: int
-    scales: np.ndarray
+    scales: np.ndarray  # means over populations, each of which may have its own strengths
     rms: np.ndarray = field(repr=False)
     effect: np.ndarray = field(repr=False)
     success: np.ndarray = field(repr=False)
@@ -52,7 +60,7 @@ def leaderboard(
     *,
     change: float = CHANGE,
     success: float = SUCCESS,
-    controls: Sequence[str] = ("random h", "random x"),
+    controls: Sequence[str] = CONTROLS,
     resamples: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -67,7 +75,8 @@ def leaderboard(
     success : float in (0, 1)
         Success at which `entanglement`, `psnr_outside` and `identity` are read.
     controls : sequence of str
-        Methods that the others must beat.
+        Methods that the others must beat. Random vectors that are picked as principal components are stand for the
+        part of a success that is due to picking; for methods that pick nothing they are strict.
     resamples, seed : int
 
     Returns
@@ -110,12 +119,13 @@ def leaderboard(
         }
         for name in dict.fromkeys(name for c in own for name in c.optional):
             values[name] = _mean(_at(c.rms, c.optional[name], change) for c in own if name in c.optional)
-        rows[method] = _with_intervals(values) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
+        rows[method] = _with_intervals(values, own) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
     against = [name for name in controls if name in draws]
     if against:
         found = [name for name in methods if name not in controls]
-        chances = {name: [_chance(draws[name], draws[control]) for control in against] for name in found}
+        n = min(c.n for c in curves)
+        chances = {name: [_chance(draws[name], draws[control], n) for control in against] for name in found}
         p = [max(filter(np.isfinite, chances[name]), default=float("nan")) for name in found]
         table["p_random"] = pd.Series(dict(zip(found, holm(p), strict=True)), dtype=float)
     table = table.join(_shape_of_response(edits))
@@ -124,6 +134,8 @@ def leaderboard(
 
 def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
     """Success against what is left of the rest of the image, strength by strength; means over attributes.
+
+    Methods have strengths of their own for each attribute, of which the i-th ones are taken together.
 
     Parameters
     ----------
@@ -134,8 +146,8 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     Returns
     -------
     DataFrame, one row per method and strength
-        `method`, `scale`, and `success`, `psnr_outside` (dB, of the mean squared error outside of the attribute's
-        region), `identity`, `perceptual`, `leakage`, `rms`, each with `..._low` and `..._high`.
+        `method`, `scale` (mean over attributes), `success`, `psnr_outside` (dB, of the mean squared error outside of
+        the attribute's region), `identity`, `perceptual`, `leakage`, `rms`, these with `..._low` and `..._high`.
 
     Raises
     ------
@@ -154,7 +166,8 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
                 "leakage": _mean(c.leak[:, i] for c in own),
                 "rms": _mean(c.rms[:, i] for c in own),
             }
-            rows.append({"method": method, "scale": own[0].scales[i]} | _with_intervals(values))
+            scale = float(np.mean([c.scales[i] for c in own]))
+            rows.append({"method": method, "scale": scale} | _with_intervals(values, own))
     return pd.DataFrame(rows)
 
 
@@ -183,7 +196,7 @@ def by_attribute(
     rows = []
     for c in _curves(edits, resamples, seed):
         drawn = _at(c.rms, getattr(c, value), change)
-        low, high = _interval(drawn)
+        low, high = _interval(drawn, c.n, value)
         key = {"method": c.method, "attribute": c.attribute}
         rows.append(key | {"value": drawn[0], "low": low, "high": high, "n": c.n})
     return pd.DataFrame(rows)
@@ -257,8 +270,8 @@ def difference(
     shared = [name for name in drawn[first] if name in drawn[second]]
     if not shared:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    mean = _mean(drawn[first][name] - drawn[second][name] for name in shared)
-    return Estimate(float(mean[0]), *_interval(mean), min(n[name] for name in shared))
+    mean, fewest = _mean(drawn[first][name] - drawn[second][name] for name in shared), min(n[name] for name in shared)
+    return Estimate(float(mean[0]), *_interval(mean, fewest, value, signed=True), fewest)
 
 
 def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
@@ -270,8 +283,9 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
     curves = []
     for (method, attribute), part in edits.groupby(["method", "attribute"], sort=False):
         part = part.sort_values(["repeat", "seed", "scale"])
-        scales, there = np.sort(part["scale"].unique()), part["repeat"].unique()
-        shape = (len(there), len(samples), len(scales))
+        there = part["repeat"].unique()
+        shape = (len(there), len(samples), len(part) // (len(there) * len(samples)))
+        scales = part["scale"].to_numpy().reshape(shape).mean(axis=(0, 1))
         without = part["before"].to_numpy().reshape(shape)[0, :, 0] <= 0.5
         if without.sum() < FEWEST:
             continue
@@ -355,31 +369,37 @@ def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:
         return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
 
 
-def _chance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
-    """Share of the draws in which the first is no higher than the second, over the attributes that both have."""
+def _chance(first: dict[str, np.ndarray], second: dict[str, np.ndarray], n: int) -> float:
+    """Share of the draws in which the first is no higher than the second, over the attributes that both have.
+
+    Where no draw has it so, by the distance from 0 in the draws' standard deviations (Student's t for n samples): the
+    draws alone could give no value that is still small when corrected for many methods.
+    """
     shared = [first[attribute] - second[attribute] for attribute in first if attribute in second]
     if not shared:
         return float("nan")
-    gaps = _mean(shared)[1:]
-    gaps = gaps[np.isfinite(gaps)]
+    gap, *gaps = _mean(shared)
+    gaps = np.array(gaps)[np.isfinite(gaps)]
+    below, spread = (gaps <= 0).sum(), gaps.std()
     # One more than the draws in each count: a p-value of 0 is none that draws can give.
-    return (1 + (gaps <= 0).sum()) / (1 + len(gaps))
+    p = (1 + below) / (1 + len(gaps))
+    return p if below or not spread else min(p, float(student.sf(gap / spread, n - 1)))
 
 
-def _interval(drawn: np.ndarray) -> tuple[float, float]:
-    known = drawn[1:][np.isfinite(drawn[1:])]
-    if not len(known):
-        return float("nan"), float("nan")
-    low, high = np.quantile(known, QUANTILES)
-    return float(low), float(high)
+def _interval(drawn: np.ndarray, n: int, name: str, *, signed: bool = False) -> tuple[float, float]:
+    """95% interval of a named value of n samples; a signed one is the difference of two."""
+    low, high = BOUNDS.get(name, (-np.inf, np.inf))
+    bounds = (low - high, high - low) if signed else (low, high)
+    ends = bootstrap_interval(drawn[0], drawn[1:], n, bounds=bounds, share=name == "success")
+    return float(ends[0]), float(ends[1])
 
 
-def _with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
+def _with_intervals(values: dict[str, np.ndarray], curves: Sequence[_Curves]) -> dict[str, float]:
     """Each value with its 95% interval, `..._low` and `..._high`."""
-    row = {}
+    row, n = {}, min(c.n for c in curves)
     for name, drawn in values.items():
         row[name] = drawn[0]
-        row[f"{name}_low"], row[f"{name}_high"] = _interval(drawn)
+        row[f"{name}_low"], row[f"{name}_high"] = _interval(drawn, n, name)
     return row
 
 
@@ -393,14 +413,12 @@ def _shape_of_response(edits: pd.DataFrame) -> pd.DataFrame:
     p = edits["before"].clip(1e-6, 1 - 1e-6)
     plain = edits.assign(logit=np.log(p / (1 - p)), scale=0.0)
     both = pd.concat([plain, edits])[["method", "attribute", "repeat", "seed", "scale", "logit", "before"]]
-    both = both[both["before"] <= 0.5]
-    rows = {}
-    for method, part in both.groupby("method", sort=False):
-        wide = part.pivot_table(index=["attribute", "repeat", "seed"], columns="scale", values="logit")
+    both, found = both[both["before"] <= 0.5], []
+    for (method, _, _), part in both.groupby(["method", "attribute", "repeat"], sort=False):
+        wide = part.pivot_table(index="seed", columns="scale", values="logit")
         scales = list(wide.columns)
-        enough = len(scales) > 2
-        rows[method] = {
-            "monotonicity": np.nanmean(monotonicity(wide, scales)),
-            "linearity": np.nanmean(linearity(wide, scales)) if enough else np.nan,
-        }
-    return pd.DataFrame(rows).T
+        each = {"method": method, "monotonicity": monotonicity(wide, scales), "linearity": np.nan}
+        if len(scales) > 2:
+            each["linearity"] = linearity(wide, scales)
+        found.append(pd.DataFrame(each))
+    return pd.concat(found).groupby("method").mean()

@@ -1,4 +1,4 @@
-"""Methods of the two papers, their controls, and methods from words; `field_methods` has the rest of the field's."""
+"""Methods of the two papers, and methods from words; `controls` has their controls, `field_methods` the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from workbench.benchmark import field_methods  # noqa: F401 - registers its own
+from workbench.benchmark import controls, field_methods  # noqa: F401 - they register their own
 from workbench.benchmark.study import (
     CANDIDATES,
     FEWEST,
@@ -16,14 +16,14 @@ from workbench.benchmark.study import (
     Study,
     digest_of_mask,
     learnable,
+    principal_components,
     register_method,
 )
 from workbench.diffusion.noise import initial_noise, step_noise
-from workbench.directions.boundary import Boundary, random_boundary
+from workbench.directions.boundary import Boundary
 from workbench.directions.boundary_fit import fit_boundaries
-from workbench.directions.direction import Direction, random_like
+from workbench.directions.direction import Direction
 from workbench.directions.jacobian import JacobianSpectrum, find_jacobian
-from workbench.directions.pca import find_pca
 from workbench.directions.supervised import find_from_scores, find_many
 from workbench.directions.words import GENERATOR_STEPS, boundary_from_text, find_from_text, generator_of
 from workbench.editing.cross import Cross
@@ -31,39 +31,22 @@ from workbench.editing.edits import Edit, MoveNoise, NotApplicable
 
 __all__ = ["METHODS", "register_method"]
 
-# Controls
-
-
-@register_method("random h", scales=(2.0, 4.0, 8.0, 16.0), family="control")
-def random_direction(study: Study, attribute: str) -> Direction:
-    """A random direction as long as the difference of means at every timestep."""
-    return random_like(mean_difference(study, attribute), seed=study.seed)
-
-
-@register_method("random x", scales=(8.0, 16.0, 32.0, 64.0), family="control", unit="sd")
-def random_move(study: Study, attribute: str) -> Edit:
-    """A random normal in x_t at the boundary's timestep, in the boundary's unit."""
-    return _crossing(x=random_boundary(_boundary(study, attribute, "x"), seed=study.seed))
-
-
 # Unsupervised, in h
 
 
-@register_method("PCA", scales=(0.5, 1.0, 2.0, 4.0), family="unsupervised, h")
+@register_method("PCA", scale=1.0, family="unsupervised, h")
 def principal_component(study: Study, attribute: str) -> Edit:
     """The principal component that changes the attribute most (Haas et al.)."""
-    store = study.store
-    components = study.learned("pca", lambda: find_pca(store, k=3 * CANDIDATES, progress=False))
-    return study.pick("pca", list(components), attribute, scale=2.0)
+    return study.pick("pca", list(principal_components(study)), attribute, scale=1.0)
 
 
-@register_method("Jacobian", scales=(2.0, 4.0, 8.0, 16.0), family="unsupervised, h")
+@register_method("Jacobian", scale=8.0, family="unsupervised, h")
 def jacobian(study: Study, attribute: str) -> Edit:
     """The singular vector of one sample's Jacobian that changes the attribute most (Haas et al.)."""
     return study.pick("jacobian", _spectrum(study, None), attribute, scale=8.0)
 
 
-@register_method("Jacobian, masked", scales=(2.0, 4.0, 8.0, 16.0), family="unsupervised, h")
+@register_method("Jacobian, masked", scale=8.0, family="unsupervised, h")
 def masked_jacobian(study: Study, attribute: str) -> Edit:
     """The same, with the rows of the attribute's region alone (Haas et al., eqs. 9-10)."""
     mask = study.mask(attribute)
@@ -97,7 +80,7 @@ def mean_difference_of_images(study: Study, attribute: str) -> Direction:
     return study.learned("images", lambda: find_many(store, table, progress=False))[attribute]
 
 
-@register_method("mean difference, projected", scales=(1.0, 2.0, 4.0, 8.0))
+@register_method("mean difference, projected", scale=4.0)
 def projected(study: Study, attribute: str) -> Direction:
     """The difference of means outside of the span of those of all other attributes (Haas et al., eq. 12)."""
     study.labels(attribute)
@@ -110,13 +93,13 @@ def projected(study: Study, attribute: str) -> Direction:
     return rest.calibrated(store, like=found[attribute], progress=False)
 
 
-@register_method("probe, logistic", scales=(1.0, 2.0, 4.0, 8.0))
+@register_method("probe, logistic", scale=4.0)
 def logistic_probe(study: Study, attribute: str) -> Direction:
     """The normal of a logistic regression at every timestep."""
     return _probe(study, attribute, "logistic")
 
 
-@register_method("probe, LDA", scales=(2.0, 4.0, 8.0, 16.0))
+@register_method("probe, LDA", scale=8.0)
 def discriminant_probe(study: Study, attribute: str) -> Direction:
     """The normal of Fisher's discriminant with shrinkage at every timestep."""
     return _probe(study, attribute, "lda")
@@ -143,7 +126,7 @@ def text_direction(study: Study, attribute: str) -> Direction:
 # Boundaries
 
 
-@register_method("boundary of text", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+@register_method("boundary of text", scale=8.0, family="boundary", unit="sd")
 def boundary_of_text(study: Study, attribute: str) -> Edit:
     """Between inverted images that a text-to-image model draws of two texts (Zhu et al., text-based editing)."""
     words = study.words(attribute)
@@ -158,25 +141,25 @@ def boundary_of_text(study: Study, attribute: str) -> Edit:
     return _crossing(h=found["h"], x=found["x"])
 
 
-@register_method("boundary in h", scales=(16.0, 32.0, 64.0, 128.0), family="boundary", unit="sd")
+@register_method("boundary in h", scale=64.0, family="boundary", unit="sd")
 def boundary_in_h(study: Study, attribute: str) -> Edit:
     """h_t moved along the normal of a linear SVM, in one step (Zhu et al.)."""
     return _crossing(h=_boundary(study, attribute, "h"))
 
 
-@register_method("boundary in h, every step", scales=(4.0, 8.0, 16.0, 32.0), family="boundary", unit="sd")
+@register_method("boundary in h, every step", scale=16.0, family="boundary", unit="sd")
 def boundary_in_h_throughout(study: Study, attribute: str) -> Edit:
     """The same change of h at every step from there on."""
     return _crossing(h=_boundary(study, attribute, "h"), h_policy="offset")
 
 
-@register_method("boundary in x", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+@register_method("boundary in x", scale=8.0, family="boundary", unit="sd")
 def boundary_in_x(study: Study, attribute: str) -> Edit:
     """x_t moved along the normal of a linear SVM, once (Zhu et al.)."""
     return _crossing(x=_boundary(study, attribute, "x"))
 
 
-@register_method("boundary in x and h", scales=(2.0, 4.0, 8.0, 16.0), family="boundary", unit="sd")
+@register_method("boundary in x and h", scale=8.0, family="boundary", unit="sd")
 def boundary_in_both(study: Study, attribute: str) -> Edit:
     """Both moved at once (Zhu et al., Algorithm 1)."""
     return _crossing(h=_boundary(study, attribute, "h"), x=_boundary(study, attribute, "x"))
@@ -198,12 +181,14 @@ def _crossing(*, h: Boundary | None = None, x: Boundary | None = None, h_policy:
 # In x and in the noise
 
 
-@register_method("noise", scales=(2.5, 5.0, 10.0, 20.0), family="x and noise", unit="sd of each noise")
+@register_method("noise", scale=10.0, family="x and noise", unit="sd of each noise")
 def noise_difference(study: Study, attribute: str) -> Edit:
-    """The difference of means of x_T and of every z_t, each added to its own (the x_T baseline of Haas et al.)."""
-    y = study.labels(attribute).to_numpy(dtype=float)
-    weights = torch.from_numpy(y / y.sum() - (1 - y) / (1 - y).sum()).float()
-    shape, seeds, visited = study.model.x_shape, list(study.labels(attribute).index), study.store.timesteps
+    """The difference of means of x_T and of every z_t, each added to its own (Haas et al.'s baseline has x_T alone)."""
+    study.labels(attribute)
+    k, order = study.n // 4, study.scores[attribute].to_numpy().argsort(kind="stable")
+    weights = torch.zeros(study.n)
+    weights[order[:k].copy()], weights[order[-k:].copy()] = -1 / k, 1 / k
+    shape, seeds, visited = study.model.x_shape, list(study.scores.index), study.store.timesteps
     noises = [initial_noise(seeds, shape), *(step_noise(seeds, shape, t=t) for t in visited)]
     units = torch.stack([torch.einsum("n,nchw->chw", weights, noise) for noise in noises])
     units /= units.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

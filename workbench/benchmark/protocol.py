@@ -7,6 +7,15 @@ from dataclasses import dataclass
 HELD_OUT = 10**9
 """Seeds of the held-out samples count from here, far from any population."""
 
+CHANGE = 0.2
+"""Root mean square change of an image, in [-1, 1], at which methods are compared."""
+
+LADDER = (0.25, 0.5, 1.0, 2.0)
+"""Strengths that are measured, in units of the one that changes samples of the population by `CHANGE`."""
+
+MIDDLE = LADDER.index(1.0)
+"""Position of that strength."""
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -175,7 +175,7 @@ def against(record: Benchmark, measured: Benchmark) -> Benchmark:
         both[name] = pd.concat([part for part in (old, getattr(new, name)) if len(part)] or [old], ignore_index=True)
     about = {
         key: record.provenance[key] | {names[name]: value for name, value in measured.provenance[key].items()}
-        for key in ("scales", "family", "what")
+        for key in ("unit", "family", "what")
     }
     protocol = replace(own, methods=(*known.methods, *names.values()))
     about |= {"protocol": dict(vars(protocol)), "new": list(names.values())}

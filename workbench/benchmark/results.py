@@ -22,7 +22,7 @@ from workbench.analysis.image_metrics import (
 from workbench.analysis.intervals import mean_interval
 from workbench.benchmark.bench import Bench, Cell
 from workbench.benchmark.methods import METHODS
-from workbench.benchmark.protocol import Protocol
+from workbench.benchmark.protocol import LADDER, MIDDLE, Protocol
 from workbench.benchmark.tables import probability, write_edits, write_strips
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
@@ -47,13 +47,13 @@ class Benchmark:
         without the attribute with its 95% interval `low`, `high`; the effect on `held_out` samples at the same `scale`
         (for "other steps" with the same seeds); and the number of samples of the effect, `n`.
     realism : DataFrame
-        One row per method, strength (`position` in the method's scales) and feature space: `frechet` and `kernel`
+        One row per method, strength (`position` in `LADDER`) and feature space: `frechet` and `kernel`
         distance of edited images from real ones, each sample with one attribute edited, with `..._low` and `..._high`;
         `diversity` relative to the plain samples; `n`, the samples of a set. "real" compares as many real images with
         other real images; it and the plain samples are the floor.
     costs : DataFrame
-        One row per method and attribute: `passes`, `scored`, `labels` and `seconds` to find the edit, and `edit_passes`
-        of one edit.
+        One row per method and attribute: `passes`, `scored`, `labels` and `seconds` to find the edit and its strength,
+        `edit_passes` of one edit, and `scale`, the strength that changes samples of the population by `CHANGE`.
     skipped : DataFrame
         One row per method and attribute without a result, and the `reason`.
     strips : dict of (method, attribute) -> ndarray of shape (shown, 1 + scales, C, H, W), float32
@@ -143,7 +143,7 @@ def gather(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> Benchmar
             **identities(bench.model, labeller=bench.labeller, judge=bench.judge, images=bench.images),
             "held_out": list(bench.held_out.seeds),
             "shown": [bench.held_out.seeds[i] for i in bench.shown],
-            "scales": {name: [list(METHODS[name].scales), METHODS[name].unit] for name in bench.protocol.methods},
+            "unit": {name: METHODS[name].unit for name in bench.protocol.methods},
             "family": {name: METHODS[name].family for name in bench.protocol.methods},
             "what": {name: _first_line(METHODS[name].find) for name in bench.protocol.methods},
         },
@@ -171,7 +171,7 @@ def _edits(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataF
             "method": method,
             "attribute": attribute,
             "repeat": repeat,
-            "scale": np.tile(METHODS[method].scales, n),
+            "scale": np.tile(cell.about["scale"] * np.array(LADDER), n),
             "seed": np.repeat(bench.held_out.seeds, k),
             "before": np.repeat(before[:, own], k),
             "after": after[:, :, own].ravel(),
@@ -189,16 +189,15 @@ def _edits(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataF
 def _transfer(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
     before, names, rows = bench.plain["scores"], list(bench.judge.attributes), []
     for (method, attribute, repeat), cell in cells.items():
-        own, scales = names.index(attribute), METHODS[method].scales
-        middle = len(scales) // 2
-        held_out = np.stack([before[:, own], cell.tensors["logits"][:, middle, own].numpy()], axis=1)
+        own = names.index(attribute)
+        held_out = np.stack([before[:, own], cell.tensors["logits"][:, MIDDLE, own].numpy()], axis=1)
         for kind, compared in {"population": held_out, "other steps": held_out[: len(held_out) // 2]}.items():
             if kind in cell.tensors:
                 changes, reference = _changes(cell.tensors[kind].numpy()), _changes(compared)
                 low, high = mean_interval(changes)
                 key = {"method": method, "attribute": attribute, "repeat": repeat, "kind": kind}
                 found = {"effect": _mean(changes), "low": low, "high": high, "held_out": _mean(reference)}
-                rows.append(key | {"scale": scales[middle], **found, "n": len(changes)})
+                rows.append(key | {"scale": cell.about["scale"], **found, "n": len(changes)})
     return pd.DataFrame(rows, columns=TRANSFER)
 
 
@@ -223,7 +222,7 @@ def _realism(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.Dat
         key = "features" if space == "judge" else "pixels"
         for method in bench.protocol.methods:
             parts = [cell.tensors[key].numpy() for (m, _, _), cell in cells.items() if m == method]
-            for i in range(len(METHODS[method].scales) if parts else 0):
+            for i in range(len(LADDER) if parts else 0):
                 edited = np.concatenate([part[:, i] for part in parts])
                 spread = np.mean([diversity(part[:, i]) for part in parts]) / usual
                 found = _distances(edited, reference, usual, groups=len(parts))

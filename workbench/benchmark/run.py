@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from workbench.benchmark.bench import Bench
 from workbench.benchmark.methods import METHODS
-from workbench.benchmark.protocol import Protocol
+from workbench.benchmark.protocol import LADDER, Protocol
 from workbench.benchmark.results import Benchmark, gather
 from workbench.benchmark.study import Method, TextModels
 from workbench.datasets.classifiers import Classifier
@@ -138,7 +138,7 @@ def plan_benchmark(model: Model, protocol: Protocol, *, seconds: float = 3.0, **
     if p.transfer:
         seen, finer = min(p.held_out // 2, p.population) * p.steps, p.held_out // 2 * (2 * p.steps - 1)
     samples = held_out + finer + len({repeat for _, _, repeat in left}) * (p.population * p.steps + seen)
-    edits = sum(held_out * len(METHODS[method].scales) + seen + finer for method, _, _ in left)
+    edits = len(left) * (held_out * len(LADDER) + seen + finer)
     return Plan(
         cells=len(cells),
         left=len(left),

@@ -4,7 +4,7 @@ A method sees a `Study`: samples of the model with a labeller's scores, and labe
 judge nor the held-out samples. It returns a `Direction`, or an `editing.edits.Edit` to move something other than h.
 `register_method` adds one:
 
-    @register_method("my method", scales=(0.5, 1.0, 2.0))
+    @register_method("my method")
     def my_method(study, attribute):
         return find_from_labels(study.store, study.labels(attribute))
 """
@@ -22,6 +22,7 @@ from typing import TypeVar, cast
 import numpy as np
 import pandas as pd
 
+from workbench.benchmark.protocol import CHANGE
 from workbench.datasets.clip import Clip, load_clip
 from workbench.datasets.domain import Domain
 from workbench.datasets.labelled import LabelledImages
@@ -29,6 +30,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import Direction, finite
 from workbench.directions.jacobian import Spectrum
+from workbench.directions.pca import PrincipalComponents, find_pca
 from workbench.directions.words import Generator, name_of
 from workbench.editing.edits import Edit, NotApplicable, Shift, as_edit
 from workbench.editing.measure import Classifier
@@ -45,10 +47,14 @@ FEWEST = 8
 """Samples that have an attribute and that lack it, at least, for a method to learn it."""
 
 TRIED = 8
-"""Samples that candidates are tried on, to see which of them changes an attribute."""
+"""Samples of the population that edits are tried on, to see how strong they are and what they change."""
 
-CANDIDATES = 3
-"""Vectors of a spectrum, at most, that an attribute is sought among; of principal components three times as many."""
+ROUNDS, NEAR, FASTEST = 6, 1.25, 4.0
+"""An edit's strength is sought in so many rounds at most, until the change is right up to one factor; a round changes
+the strength by no more than the other."""
+
+CANDIDATES, COMPONENTS = 3, 9
+"""Vectors of a spectrum, and principal components, that an attribute is sought among."""
 
 TOLERANCE = 1e-3
 """Of a spectrum's singular values: the candidates are compared by what they do, not by these."""
@@ -62,12 +68,14 @@ class Method:
     ----------
     name : str
     find : callable (study, attribute) -> Direction or Edit
-    scales : tuple of float, ascending, above 0
-        Strengths that the benchmark measures, in the method's own unit.
+    scale : float, above 0
+        A typical strength in the method's own unit, from which the benchmark seeks those that it measures.
+    limit : float
+        The largest strength that the edit takes.
     family : str
         Panel of the plots: one of `FAMILIES`.
     unit : str
-        Of the scales.
+        Of the strengths.
     code : str
         Digest of the function's source, so that a changed one is measured again; of a function outside of the package
         that it calls, nothing is known.
@@ -75,7 +83,8 @@ class Method:
 
     name: str
     find: Callable[[Study, str], Direction | Edit] = field(repr=False)
-    scales: tuple[float, ...]
+    scale: float
+    limit: float
     family: str
     unit: str
     code: str = field(repr=False)
@@ -88,7 +97,8 @@ METHODS: dict[str, Method] = {}
 def register_method(
     name: str,
     *,
-    scales: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
+    scale: float = 1.0,
+    limit: float = np.inf,
     family: str = "supervised, h",
     unit: str = "sigma",
 ) -> Callable[[Callable], Callable]:
@@ -97,13 +107,15 @@ def register_method(
     Parameters
     ----------
     name : str
-    scales : sequence of float, above 0
-        Strengths to measure, in the method's own unit, from a barely visible change to an excessive one: methods are
-        compared at equal change of the image.
+    scale : float, above 0
+        A typical strength, in the method's own unit. From there the benchmark seeks the strength that changes samples
+        of the population as much as every other method's, and measures edits of a quarter of it to its double.
+    limit : float
+        The largest strength that the edit takes.
     family : str
         One of `FAMILIES`; methods of a family share a panel of the Pareto plot.
     unit : str
-        Unit of the scales.
+        Unit of the strengths.
 
     Returns
     -------
@@ -113,18 +125,17 @@ def register_method(
     Raises
     ------
     ValueError
-        If the name is taken, the family unknown, or a scale not above 0.
+        If the name is taken, the family unknown, or the scale not above 0 and up to the limit.
     """
     if name in METHODS:
         raise ValueError(f"there is a method {name!r} already; choose another name")
     one_of("family", family, FAMILIES)
-    strengths = tuple(sorted({finite(s, "a scale") for s in scales}))
-    if not strengths or strengths[0] <= 0:
-        raise ValueError(f"scales are {list(scales)}; give at least one, all above 0")
+    if not 0 < finite(scale, "scale") <= limit:
+        raise ValueError(f"scale is {scale}; give one above 0, and up to the limit {limit}")
 
     def register(find: Callable) -> Callable:
         code = hashlib.sha256(inspect.getsource(find).encode()).hexdigest()[:16]
-        METHODS[name] = Method(name, find, strengths, family, unit, code)
+        METHODS[name] = Method(name, find, scale, limit, family, unit, code)
         return find
 
     return register
@@ -183,7 +194,7 @@ class Study:
     texts : TextModels, optional
         For methods that learn from words.
     cost : dict of str -> Counter
-        By what it was for: `passes` of one sample through the U-Net (a product with a Jacobian counts as one),
+        By what it was for: `passes` of one sample through the U-Net (a product with a Jacobian counts as two),
         `scored`, samples that the labeller scored, and `labels`, images that people labelled.
     """
 
@@ -240,7 +251,7 @@ class Study:
     @cached_property
     def run(self) -> Trajectory:
         """The first samples of the population, as a run."""
-        seeds = range(self.seed, self.seed + self.n)[: max(TRIED, 2)]
+        seeds = range(self.seed, self.seed + self.n)[:TRIED]
         return sample(self.model, seeds, steps=self.steps, eta=self.eta, progress=False)
 
     def mask(self, attribute: str) -> np.ndarray:
@@ -264,10 +275,41 @@ class Study:
 
     def spent_on(self, spectrum: Spectrum) -> None:
         """Charge the products of a Jacobian's spectrum."""
-        self.cost["spectrum"] = Counter(passes=spectrum.products)
+        self.cost["spectrum"] = Counter(passes=2 * spectrum.products)
+
+    def strengths(self, name: str, edits: Sequence[Edit], *, start: float, limit: float = np.inf) -> np.ndarray:
+        """The strength at which each edit changes samples of the population by `CHANGE`, sought from `start` on.
+
+        Parameters
+        ----------
+        name : str
+            Under which the passes are charged.
+        edits : sequence of Edit
+        start, limit : float
+            The largest strength is `limit`, though the edit changes less there.
+
+        Returns
+        -------
+        ndarray of shape (edits,)
+        """
+        scales, plain = np.full(len(edits), min(start, limit)), self.run.images.clamp(-1, 1)
+        self.cost[name] = Counter()
+        for _ in range(ROUNDS):
+            plans = [edit.plan(self.run, [scale]) for edit, scale in zip(edits, scales, strict=True)]
+            images = run_plans(self.run, plans, progress=False)[:, :, 0].clamp(-1, 1)
+            self.cost[name] += Counter(passes=len(edits) * len(self.run) * self.steps)
+            change = (images - plain).square().mean(dim=(2, 3, 4)).sqrt().mean(dim=1).numpy()
+            # An image that is no number was changed too much.
+            factor = CHANGE / np.nan_to_num(change, nan=np.inf).clip(1e-9)
+            if ((np.abs(np.log(factor)) < np.log(NEAR)) | ((scales == limit) & (factor > 1))).all():
+                break
+            scales = np.minimum(scales * factor.clip(1 / FASTEST, FASTEST), limit)
+        return scales
 
     def pick(self, name: str, candidates: Sequence[Direction | Edit], attribute: str, *, scale: float) -> Edit:
         """The candidate, either way round, that raises an attribute's mean score the most, as the labeller sees it.
+
+        All candidates are tried on samples of the population, where they change the image alike.
 
         Parameters
         ----------
@@ -276,7 +318,7 @@ class Study:
         candidates : sequence of Direction or Edit
         attribute : str
         scale : float
-            At which they are tried, on samples of the population.
+            A typical strength.
 
         Returns
         -------
@@ -284,17 +326,19 @@ class Study:
         """
         edits = [found_edit(found) for found in candidates]
         signed = [edit for one in edits for edit in (one, -one)]
-        self.cost["candidates"] = Counter(passes=len(signed) * TRIED * self.steps, scored=len(signed) * TRIED)
 
-        def tried() -> pd.DataFrame:
-            run = self.run[:TRIED]
-            images = run_plans(run, [edit.plan(run, [scale, -scale]) for edit in edits], progress=False)
+        def tried() -> tuple[pd.DataFrame, Counter]:
+            scales = self.strengths("sought", edits, start=scale)
+            plans = [edit.plan(self.run, [s, -s]) for edit, s in zip(edits, scales, strict=True)]
+            images = run_plans(self.run, plans, progress=False)
             after = self.labeller(images.transpose(1, 2).flatten(0, 2))
-            before = self.labeller(run.images)
+            before = self.labeller(self.run.images)
             changes = after.to_numpy().reshape(len(signed), -1, after.shape[1]) - before.to_numpy()
-            return pd.DataFrame(changes.mean(axis=1), columns=after.columns)
+            n = len(signed) * len(self.run)
+            cost = self.cost.pop("sought") + Counter(passes=n * self.steps, scored=n)
+            return pd.DataFrame(changes.mean(axis=1), columns=after.columns), cost
 
-        changes = self.learned(f"{name}, tried", tried)
+        changes, self.cost["candidates"] = self.learned(f"{name}, tried", tried)
         return signed[int(changes[attribute].to_numpy().argmax())]
 
     def _extracted(self) -> HStore:
@@ -344,6 +388,12 @@ def learnable(study: Study, labels: Callable[[str], pd.Series]) -> pd.DataFrame:
         except NotApplicable:
             continue
     return pd.DataFrame(columns)
+
+
+def principal_components(study: Study) -> PrincipalComponents:
+    """The first `COMPONENTS` of the population's h."""
+    store = study.store
+    return study.learned("components", lambda: find_pca(store, k=COMPONENTS, progress=False))
 
 
 def digest_of_mask(mask: np.ndarray) -> str:

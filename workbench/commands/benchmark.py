@@ -13,7 +13,7 @@ from workbench import paths
 from workbench.commands import options as opt
 from workbench.commands.options import check_attributes, command
 
-SHOWN = "new success success_low success_high leakage entanglement psnr_outside identity p_random".split()
+SHOWN = "new success success_low success_high change leakage entanglement psnr_outside identity p_random".split()
 """Columns of the leaderboard that are printed."""
 
 
