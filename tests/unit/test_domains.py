@@ -85,7 +85,7 @@ def test_a_domain_stands_for_the_parameters_that_a_notebook_has_of_it(notebook):
     values, known = read_parameters(notebook, {"domain": "eurosat"}), notebook_parameters(notebook)
     assert values and values.keys() == EUROSAT.parameters.keys() & known.keys()
     assert read_parameters(notebook, {"domain": "eurosat", "model_name": "mine"})["model_name"] == "mine"
-    named = [v for key, v in values.items() if not key.endswith("_name") and key != "steps"]
+    named = [v for key, v in values.items() if not key.endswith("_name") and key not in ("steps", "eta")]
     classes = {name for v in named for name in (v if isinstance(v, list) else [v])}
     assert classes <= set(CLASSES)
 
