@@ -10,9 +10,11 @@ from workbench.analysis.intervals import (
     bootstrap_counts,
     bootstrap_interval,
     difference_of,
+    difference_of_shares,
     holm,
     mean_interval,
     mean_of,
+    mean_of_draws,
     ratio_of,
     share_of,
     wilson_interval,
@@ -99,6 +101,29 @@ def test_the_interval_of_a_share_of_few_trials_is_as_sure_as_it_says(share, n):
         low, high = bootstrap_interval(trials.mean(), counts @ trials / n, n, bounds=(0, 1), share=True)
         holds.append(low < share < high)
     assert np.mean(holds) > 0.88
+
+
+def test_the_difference_of_two_shares_knows_that_the_samples_are_the_same():
+    """Where 8 of 40 differ, all one way: far surer than of two independent shares."""
+    one, other = np.repeat([True, False], [28, 12]), np.repeat([True, False], [20, 20])
+    found = difference_of_shares(one, other)
+    assert found.value == pytest.approx(0.2) and found.n == 40
+    apart = difference_of(share_of(0.7, 40), share_of(0.5, 40))
+    assert found.high - found.low < 0.75 * (apart.high - apart.low)
+    same = difference_of_shares(one, one)
+    assert same.value == 0 and same.low < -0.05 and same.high > 0.05, "not of zero width"
+
+
+def test_the_interval_of_draws_from_one_pool_is_as_sure_as_it_says_for_other_pools():
+    """Draws of 40 of 80 values: as independent means they would be taken for far surer than they are."""
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(50):
+        pool = rng.standard_normal(80)
+        found = mean_of_draws([rng.choice(pool, 40, replace=False).mean() for _ in range(10)], 0.5)
+        half = found.high - found.value if found.value < 0 else found.value - found.low
+        errors.append(abs(found.value) / half)
+    assert 0.9 < np.mean(np.array(errors) < 1) < 1
+    assert np.mean(np.array(errors) < 1 / 11**0.5) < 0.75
 
 
 def test_an_interval_holds_its_value_leaves_out_what_is_not_finite_and_ends_at_the_bounds():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -76,6 +76,32 @@ def difference_of(one: Estimate, other: Estimate) -> Estimate:
     down = np.hypot(one.value - one.low, other.high - other.value)
     up = np.hypot(one.high - one.value, other.value - other.low)
     return Estimate(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
+
+
+def difference_of_shares(one: np.ndarray, other: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Share of the samples with an attribute in one case less that in the other: two bool arrays, sample by sample."""
+    gaps = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
+    n = len(gaps)
+    draws = bootstrap_counts(n, resamples=1000, seed=seed) @ gaps / n
+    return Estimate(
+        float(gaps.mean()), *map(float, bootstrap_interval(gaps.mean(), draws, n, bounds=(-1, 1), share=True)), n
+    )
+
+
+def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: int = 0) -> Estimate:
+    """Mean over draws from one pool of samples, each of this share of the pool, with its interval for other pools.
+
+    Two draws have samples in common, so that their mean varies more from pool to pool than that of as many independent
+    ones: by 1 / draws + share / (1 - share) in place of 1 / draws of the variance between the draws (Nadeau & Bengio
+    2003, of repeated splits into training and test samples).
+    """
+    found = mean_of(values, seed=seed)
+    wider = (1.0 + found.n * share / (1.0 - share)) ** 0.5
+    return replace(
+        found,
+        low=found.value + wider * (found.low - found.value),
+        high=found.value + wider * (found.high - found.value),
+    )
 
 
 def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
