@@ -246,18 +246,43 @@ def test_a_saved_direction_comes_back_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["d.safetensors"]
 
 
-def test_random_like_has_the_same_lengths_and_another_way():
-    shape = (4, 64, 8, 8)
-    delta = torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
-    d = Direction.from_delta(delta, timesteps=TIMESTEPS, name="d", provenance=PROVENANCE).restricted_to((750, 250))
+def drifting(timesteps, shape, *, share: float = 0.3) -> Direction:
+    """A direction that turns along the chain: one vector, and a share of another at each timestep; it rests at 500."""
+    rng = np.random.default_rng(99)
+    delta = torch.from_numpy(rng.standard_normal(shape) + share * rng.standard_normal((len(timesteps), *shape)))
+    delta[[t == 500 for t in timesteps]] = 0.0
+    return Direction.from_delta(delta, timesteps=timesteps, name="d", provenance=PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "shape"),
+    [(TIMESTEPS, (64, 8, 8)), ((750,), (64, 8, 8)), (tuple(range(900, -1, -50)), (2, 2, 2)), ((500,), SHAPE)],
+    ids=["several", "one timestep", "more timesteps than dimensions", "a zero direction"],
+)
+def test_random_like_keeps_lengths_zeros_and_all_angles_between_timesteps(timesteps, shape):
+    d = drifting(timesteps, shape)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     control = random_like(d, seed=3)
     assert torch.equal(torch_state, torch.get_rng_state())
     assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
     assert torch.equal(control.sigma, d.sigma)
-    torch.testing.assert_close(control.delta().flatten(1).norm(dim=1), d.delta().flatten(1).norm(dim=1))
-    assert torch.equal(control.delta(), random_like(d, seed=3).delta())
-    # In 4096 dimensions the cosine of random directions has a standard deviation of 1/64.
-    assert control.cosine(d, per_step=True)[:3].abs().max() < 5 / 64
-    assert control.cosine(random_like(d, seed=4), per_step=True)[:3].abs().max() < 5 / 64
-    assert float((control.unit[0] * control.unit[1]).sum().abs()) < 5 / 64
+    own, found = d.unit.flatten(1), control.unit.flatten(1)
+    torch.testing.assert_close(found @ found.T, own @ own.T, atol=1e-5, rtol=0)
+    assert torch.equal(found.any(dim=1), own.any(dim=1))
+    assert torch.equal(control.unit, random_like(d, seed=3).unit)
+    assert torch.equal(control.unit, random_like(-d, seed=3).unit), "of the angles and the seed alone"
+    assert not found.any() or control.cosine(random_like(d, seed=4)) < 0.9
+
+
+def test_random_like_goes_another_way_and_every_way_alike():
+    """In 4096 dimensions the cosine of random directions has a standard deviation of 1/64."""
+    d = drifting(TIMESTEPS, (64, 8, 8))
+    controls = [random_like(d, seed=s) for s in range(30)]
+    cosines = torch.stack([each.cosine(d, per_step=True)[[0, 2, 3]] for each in controls])
+    assert cosines.abs().max() < 5 / 64 and cosines.std() == pytest.approx(1 / 64, rel=0.3)
+    assert controls[0].cosine(controls[1], per_step=True)[[0, 2, 3]].abs().max() < 5 / 64
+    small = torch.stack([random_like(drifting((750, 250), (1, 1, 3)), seed=s).unit.flatten(1) for s in range(600)])
+    # The mean of 600 unit vectors of 3 entries is 0 to 1/sqrt(1800), and their covariance a third of the identity.
+    assert small.mean(dim=0).abs().max() < 4 / 1800**0.5
+    covariance = torch.einsum("sti,stj->tij", small, small) / 600
+    torch.testing.assert_close(covariance, torch.eye(3).expand(2, 3, 3) / 3, atol=0.06, rtol=0)

@@ -417,7 +417,12 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
 
 
 def random_like(direction: Direction, *, seed: int) -> Direction:
-    """A random direction with the same step length at every timestep, as a control.
+    """A random direction that changes over time as another one does, as a control.
+
+    It has the lengths of `direction`, its zeros, and all cosines between its vectors of any two timesteps. Vectors drawn
+    independently at every timestep would be a weaker control: the changes that a direction makes along the chain add up
+    where its vectors are alike (up to T times one of them), and those of independent vectors partly cancel (the root of
+    T times).
 
     Parameters
     ----------
@@ -427,15 +432,28 @@ def random_like(direction: Direction, *, seed: int) -> Direction:
     Returns
     -------
     Direction
-        Independent normalised Gaussian vectors, one per timestep; zero where `direction` is.
     """
-    values = np.random.default_rng(seed).standard_normal(direction.unit.shape)
-    acts = direction.unit.flatten(1).any(dim=1)
-    unit = torch.from_numpy(values) * acts.view(-1, 1, 1, 1)
-    length = unit.flatten(1).norm(dim=1)
-    length = torch.where(acts, length, 1.0).view(-1, 1, 1, 1)
+    unit, acts = direction.unit.flatten(1).double(), direction.unit.flatten(1).any(dim=1)
+    unit[acts] = rotated(unit[acts], seed=seed)
     name = f"random {seed} like {bracketed(direction.name)}"
-    return direction._derived("random", name, {"seed": seed}, unit=unit / length)
+    return direction._derived("random", name, {"seed": seed}, unit=unit.view_as(direction.unit))
+
+
+def rotated(vectors: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """Random vectors with the lengths of others and all angles between them; (m, d), float64.
+
+    The vectors are L B with orthonormal rows B and a triangular L; a random orthonormal basis takes the place of B.
+    """
+    m, d = vectors.shape
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((min(m, d), d)))
+    return _factors(vectors)[0] @ _factors(drawn)[1]
+
+
+def _factors(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L, lower triangular with a diagonal that is not negative, and B of orthonormal rows, whose product is (m, d)."""
+    basis, triangle = torch.linalg.qr(vectors.T)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(vectors)
+    return triangle.T * signs, (basis * signs).T
 
 
 def origin_of(store: HStore) -> dict:
