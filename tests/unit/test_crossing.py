@@ -193,7 +193,7 @@ def test_other_steps_can_decode(tiny, three, b):
     assert (about["steps"], about["eta"]) == (6, 0.0)
     given = cross(tiny, three, None, bx, distances=[1.0], steps=[500, 400, 300, 200, 100, 0], eta=0.0)
     assert torch.equal(fine.images, given.images)
-    with pytest.raises(ValueError, match="begin at 750; begin at the move, t = 500"):
+    with pytest.raises(ValueError, match="begin at timestep 750; begin at t = 500"):
         cross(tiny, three, None, bx, steps=VISITED)
 
 
@@ -383,6 +383,24 @@ def test_a_control_moves_as_far_along_a_random_normal(tiny, three, b):
     for own, random in zip(*moves, strict=True):
         torch.testing.assert_close(own.flatten(1).norm(dim=1), random.flatten(1).norm(dim=1), rtol=1e-4, atol=1e-5)
         assert (torch.cosine_similarity(own.flatten(1), random.flatten(1)).abs() < 0.5).all()
+
+
+@pytest.mark.parametrize("space", ["h", "x"])
+@pytest.mark.parametrize("multi", ["sequential", "joint", "conditional"])
+def test_the_control_of_several_boundaries_has_as_many_normals_at_the_same_angles(tiny, three, b, multi, space):
+    """So that all moves have the lengths, and the angles to each other, of those across the boundaries."""
+    first, second = b[space]
+    between = (first.normal + second.normal) / (first.normal + second.normal).norm()
+    related = [first, replace(second, normal=between)]
+    own = torch.from_numpy(three.h.at(T_M)).view(3, *tiny.h_shape) if space == "h" else three.x_at(T_M)
+    moves = []
+    for control in (None, 1):
+        edit = Cross(**{space: related}, multi=multi, control=control, h_policy="first" if space == "h" else "none")
+        to = edit.targets(three, [(2.0, -1.0), (0.0, 3.0)])[space]
+        moves.append(torch.stack([edit._moved(own, space, to[:, i]) - own for i in range(2)], dim=1).flatten(2))
+    found, random = moves
+    torch.testing.assert_close(random @ random.mT, found @ found.mT, rtol=1e-3, atol=1e-3)
+    assert (torch.cosine_similarity(found, random, dim=2).abs() < 0.5).all()
 
 
 def test_a_crossing_is_compared_with_its_own_decoding(tiny, three, b):

@@ -22,7 +22,7 @@ from workbench.analysis.samples import Labels, check_classes, check_samples, mat
 from workbench.diffusion.images import fingerprint
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory
-from workbench.directions.direction import NEGLIGIBLE, bracketed, origin_of
+from workbench.directions.direction import NEGLIGIBLE, bracketed, origin_of, rotated
 from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
 from workbench.io import one_of
@@ -395,16 +395,24 @@ def load_boundary(path: str | Path, *, model: Model | None = None) -> Boundary:
 
 def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
     """A boundary with a random normal and all else the same: a control, for moves of the same length (mode "shift")."""
-    values = torch.from_numpy(np.random.default_rng(seed).standard_normal(boundary.normal.shape))
-    return replace(
-        boundary,
-        normal=values / values.norm(),
-        name=f"random {seed} like {bracketed(boundary.name)}",
-        provenance={**boundary.provenance, "method": "random", "parameters": {"seed": seed}},
-        accuracy=None,
-        balanced_accuracy=None,
-        extras={},
-    )
+    return random_boundaries([boundary], seed=seed)[0]
+
+
+def random_boundaries(boundaries: Sequence[Boundary], *, seed: int) -> list[Boundary]:
+    """Boundaries of one space with random normals, which have the same angles to each other as the given ones."""
+    normals = rotated(torch.stack([boundary.normal.flatten().double() for boundary in boundaries]), seed=seed)
+    return [
+        replace(
+            boundary,
+            normal=normal.view_as(boundary.normal),
+            name=f"random {seed} like {bracketed(boundary.name)}",
+            provenance={**boundary.provenance, "method": "random", "parameters": {"seed": seed}},
+            accuracy=None,
+            balanced_accuracy=None,
+            extras={},
+        )
+        for boundary, normal in zip(boundaries, normals, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

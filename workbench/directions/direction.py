@@ -419,10 +419,10 @@ def load_direction(path: str | Path, *, model: Model | None = None) -> Direction
 def random_like(direction: Direction, *, seed: int) -> Direction:
     """A random direction that changes over time as another one does, as a control.
 
-    It has the lengths of `direction`, its zeros, and all cosines between its vectors of any two timesteps. Vectors drawn
-    independently at every timestep would be a weaker control: the changes that a direction makes along the chain add up
-    where its vectors are alike (up to T times one of them), and those of independent vectors partly cancel (the root of
-    T times).
+    It has the lengths of `direction`, its zeros, and all cosines between its vectors of any two timesteps. Vectors
+    drawn independently at every timestep would be a weaker control: the changes that a direction makes along the chain
+    add up where its vectors are alike (up to T times one of them), and those of independent vectors partly cancel (the
+    root of T times).
 
     Parameters
     ----------

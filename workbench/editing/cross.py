@@ -13,7 +13,7 @@ from workbench.diffusion.models import Model
 from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import Injection, Trajectory, in_batches, to_device
 from workbench.diffusion.schedule import index_of
-from workbench.directions.boundary import Boundary, change_of, move_jointly, random_boundary
+from workbench.directions.boundary import Boundary, change_of, move_jointly, random_boundaries
 from workbench.directions.direction import finite
 from workbench.editing.edits import Edit, check_run
 from workbench.editing.render import EditGrid, render, sample_labels
@@ -73,7 +73,8 @@ class Cross(Edit):
         Sample i has the step noise of seed + i. By default generated samples use their own seeds, and inverted images
         use seed 0.
     control : int, optional
-        Seed of random normals for a control: moves of the same lengths along these normals.
+        Seed of random normals for a control: moves of the same lengths along these normals, which have the same angles
+        to each other as those of the boundaries.
     name : str, optional
         By default the name of the first boundary.
 
@@ -140,7 +141,7 @@ class Cross(Edit):
             if self.steps is not None or self.seed is not None:
                 raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
             return rest
-        visited = self._visited(run.model, t, rest.timesteps)
+        visited = rest.timesteps if self.steps is None else run.model.schedule.timesteps_from(t, self.steps)
         seed = self.seed or 0
         seeds = run.seeds if self.seed is None and run.seeds is not None else range(seed, seed + len(run))
         return replace(
@@ -196,19 +197,6 @@ class Cross(Edit):
             raise ValueError("a lagged h needs a next cleaner timestep; the run did not visit one")
         return visited[i], visited[i + 1]
 
-    def _visited(self, model: Model, t: int, own: tuple[int, ...]) -> tuple[int, ...]:
-        """Timesteps to decode at, from t on."""
-        if self.steps is None:
-            return own
-        if isinstance(self.steps, (int, np.integer)):
-            if not 1 <= self.steps <= t + 1:
-                raise ValueError(f"steps is {self.steps}; from t = {t} to 0 there are 1 to {t + 1}")
-            return tuple(np.linspace(t, 0, self.steps).round().astype(int).tolist())
-        visited = model.schedule.timesteps(self.steps)
-        if visited[0] != t:
-            raise ValueError(f"the decoding steps begin at {visited[0]}; begin at the move, t = {t}")
-        return visited
-
     def _targets(self, distances: Distances | Mapping[str, Distances], space: str, n: int) -> np.ndarray:
         if isinstance(distances, Mapping):
             if space not in distances:
@@ -250,18 +238,23 @@ class Cross(Edit):
         return h
 
     def _moved(self, z: torch.Tensor, space: str, to: np.ndarray) -> torch.Tensor:
-        """Samples (n, ...) moved to distances (n, m)."""
-        boundaries, mode = self._boundaries[space], self.mode
-        if self.control is not None:
-            to = change_of(np.stack([b.distance(z) for b in boundaries], axis=1), to, mode)
-            boundaries, mode = [random_boundary(b, seed=self.control) for b in boundaries], "shift"
+        """Samples (n, ...) moved to distances (n, m), or as far along random normals."""
+        boundaries = self._boundaries[space]
+        moved = self._crossed(z, boundaries, to)
+        if self.control is None:
+            return moved
+        change = _distances(moved, boundaries) - _distances(z, boundaries)
+        random = random_boundaries(boundaries, seed=self.control)
+        return move_jointly(z, random, to=change, mode="shift", keep_norm=self.keep_norm)
+
+    def _crossed(self, z: torch.Tensor, boundaries: Sequence[Boundary], to: np.ndarray) -> torch.Tensor:
         if self.multi == "joint" or len(boundaries) == 1:
-            return move_jointly(z, boundaries, to=to, mode=mode, keep_norm=self.keep_norm)
+            return move_jointly(z, boundaries, to=to, mode=self.mode, keep_norm=self.keep_norm)
         if self.multi == "sequential":
             for boundary, wanted in zip(boundaries, to.T, strict=True):
-                z = boundary.move(z, to=wanted, mode=mode, keep_norm=self.keep_norm)
+                z = boundary.move(z, to=wanted, mode=self.mode, keep_norm=self.keep_norm)
             return z
-        lengths = change_of(np.stack([b.distance(z) for b in boundaries], axis=1), to, mode)
+        lengths = change_of(_distances(z, boundaries), to, self.mode)
         for i, boundary in enumerate(boundaries):
             alone = boundary.orthogonal_to(*boundaries[:i], *boundaries[i + 1 :])
             z = alone.move(z, to=lengths[:, i], mode="shift", keep_norm=self.keep_norm)
@@ -357,6 +350,10 @@ def cross_boundary(
     cross = Cross(boundary_h, boundary_x, **options)
     grid = render(runs, cross, distances, batch_size=batch_size, progress=progress)
     return replace(grid, row_labels=sample_labels(runs))
+
+
+def _distances(z: torch.Tensor, boundaries: Sequence[Boundary]) -> np.ndarray:
+    return np.stack([boundary.distance(z) for boundary in boundaries], axis=1)
 
 
 def _signed(value: float) -> str:
