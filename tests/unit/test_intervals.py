@@ -9,12 +9,13 @@ from workbench.analysis.intervals import (
     Estimate,
     bootstrap_counts,
     bootstrap_interval,
+    crossed_ratio_of,
     difference_of,
-    difference_of_shares,
     holm,
     mean_interval,
     mean_of,
     mean_of_draws,
+    paired_difference_of,
     ratio_of,
     share_of,
     wilson_interval,
@@ -103,17 +104,6 @@ def test_the_interval_of_a_share_of_few_trials_is_as_sure_as_it_says(share, n):
     assert np.mean(holds) > 0.88
 
 
-def test_the_difference_of_two_shares_knows_that_the_samples_are_the_same():
-    """Where 8 of 40 differ, all one way: far surer than of two independent shares."""
-    one, other = np.repeat([True, False], [28, 12]), np.repeat([True, False], [20, 20])
-    found = difference_of_shares(one, other)
-    assert found.value == pytest.approx(0.2) and found.n == 40
-    apart = difference_of(share_of(0.7, 40), share_of(0.5, 40))
-    assert found.high - found.low < 0.75 * (apart.high - apart.low)
-    same = difference_of_shares(one, one)
-    assert same.value == 0 and same.low < -0.05 and same.high > 0.05, "not of zero width"
-
-
 def test_the_interval_of_draws_from_one_pool_is_as_sure_as_it_says_for_other_pools():
     """Draws of 40 of 80 values: as independent means they would be taken for far surer than they are."""
     rng, errors = np.random.default_rng(0), []
@@ -133,6 +123,63 @@ def test_an_interval_holds_its_value_leaves_out_what_is_not_finite_and_ends_at_t
     assert np.isnan([low[1], high[1]]).all()
     assert bootstrap_interval(0.0, np.array([0.1, 0.2]), 9)[0] == 0.0, "draws may be biased"
     assert np.isnan(bootstrap_interval(0.5, np.array([0.4, 0.6]), 1)).all()
+
+
+def test_the_difference_of_the_same_samples_is_as_sure_as_it_says_and_surer_than_of_independent_ones():
+    """Planted: 60% are right in both, 15% in the first alone, 5% in the second alone; the difference is .1."""
+    rng, holds, widths = np.random.default_rng(0), [], []
+    for kind in rng.choice(4, p=[0.6, 0.15, 0.05, 0.2], size=(400, 60)):
+        one, other = kind <= 1, (kind == 0) | (kind == 2)
+        found = paired_difference_of(one, other)
+        apart = difference_of(*(share_of(right.mean(), 60) for right in (one, other)))
+        holds.append(found.low < 0.1 < found.high)
+        widths.append([found.high - found.low, apart.high - apart.low])
+    assert 0.93 < np.mean(holds) < 0.99
+    paired, independent = np.mean(widths, axis=0)
+    assert paired < 0.8 * independent
+
+
+def test_a_ratio_over_draws_and_samples_is_as_sure_as_it_says():
+    """Planted: effects of 10 draws on 8 samples are .5 of the references' on average; draws and samples both vary.
+
+    The mean of the draws' ratios, with an interval over draws alone, knows nothing of the samples.
+    """
+    rng, holds, alone = np.random.default_rng(0), [], []
+    for _ in range(100):
+        draws, samples, other = rng.standard_normal(10), rng.standard_normal(8), rng.standard_normal((2, 10, 8))
+        above = 0.5 + 0.1 * draws[:, None] + 0.2 * samples + 0.1 * other[0]
+        below = 1.0 + 0.1 * other[1]
+        found, ratio = crossed_ratio_of(above, below), mean_of(above.mean(axis=1) / below.mean(axis=1))
+        holds.append(found.low < 0.5 < found.high)
+        alone.append(ratio.low < 0.5 < ratio.high)
+    assert 0.9 < np.mean(holds) < 0.99 and np.mean(alone) < 0.8
+    assert found.n == 8 and found.value == pytest.approx(above.mean() / below.mean())
+    with pytest.raises(ValueError, match=r"\(10, 8\) and \(8,\)"):
+        crossed_ratio_of(above, below[0])
+
+
+def test_the_difference_of_the_same_samples_by_hand():
+    rng = np.random.default_rng(0)
+    right = rng.random(40) < 0.7
+    z2 = stats.norm.ppf(0.975) ** 2
+    same = paired_difference_of(right, right)
+    assert (same.value, same.low, same.high) == pytest.approx((0.0, -z2 / (40 + z2), z2 / (40 + z2)))
+    wider = paired_difference_of(right, right, cross_validated=True)
+    assert wider.high == pytest.approx(z2 / (40 / CROSS_VALIDATED**2 + z2)) and wider.n == 40
+    apart = paired_difference_of(np.ones(9, bool), np.zeros(9, bool))
+    assert (apart.value, apart.high) == (1.0, 1.0) and 0 < apart.low < 1
+    values = rng.standard_normal((2, 12))
+    assert paired_difference_of(*values) == mean_of(values[0] - values[1])
+    assert np.isnan(paired_difference_of([], []).value)
+
+
+def test_the_mean_of_booleans_is_a_share_and_of_bounded_values_no_more_than_is_possible():
+    right = np.arange(12) < 11
+    assert mean_of(right) == share_of(11 / 12, 12) and mean_of(right).high < 1.0
+    cosines = [0.99, 1.0, 1.0, 0.97, 1.0]
+    assert mean_of(cosines).high > 1.0 >= mean_of(cosines, bounds=(-1, 1)).high
+    assert mean_of(cosines).low == mean_of(cosines, bounds=(-1, 1)).low
+    assert np.isnan(mean_of(np.array([], dtype=bool)).value)
 
 
 def test_bootstrap_counts_draw_n_of_n_and_repeat_with_the_seed():

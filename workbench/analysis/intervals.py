@@ -49,8 +49,15 @@ def share_of(share: float, n: int, *, cross_validated: bool = False) -> Estimate
 def mean_of(
     values: np.ndarray | Sequence[float], *, bounds: tuple[float, float] = (-np.inf, np.inf), seed: int = 0
 ) -> Estimate:
-    """Mean of one value a sample with its `mean_interval`; leaves out samples whose value is not finite."""
-    values = np.asarray(values, dtype=float).ravel()
+    """Mean of one value a sample with its `mean_interval`; leaves out samples whose value is not finite.
+
+    `bounds` are the lowest and highest value that is possible, such as -1 and 1 of a correlation. The mean of booleans
+    is their share, with Wilson's interval.
+    """
+    values = np.asarray(values).ravel()
+    if values.dtype == bool and len(values):
+        return share_of(float(values.mean()), len(values))
+    values = values.astype(float)
     values = values[np.isfinite(values)]
     mean = float(values.mean()) if len(values) else float("nan")
     return Estimate(mean, *mean_interval(values, bounds=bounds, seed=seed), len(values))
@@ -67,10 +74,40 @@ def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[f
     return Estimate(float(ratio), float(low), float(high), len(a))
 
 
+def crossed_ratio_of(above: np.ndarray, below: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Ratio of two means over draws and samples, such as the effects of several drawn directions on the same samples.
+
+    Two directions judged on the same samples are not independent, nor are two samples of one direction. So both axes
+    are drawn again, each alone (the pigeonhole bootstrap, Owen 2007), with the width that the shorter one needs. The
+    mean itself is the ratio to ones, `np.ones_like(above)`.
+
+    Parameters
+    ----------
+    above, below : array of shape (draws, samples)
+        Of the same draws and samples.
+    seed : int
+
+    Returns
+    -------
+    Estimate
+        Its n is the length of the shorter axis.
+    """
+    a, b = (np.asarray(values, dtype=float) for values in (above, below))
+    if a.ndim != 2 or a.shape != b.shape or not a.size:
+        raise ValueError(f"values have shapes {a.shape} and {b.shape}; give both as (draws, samples)")
+    n = min(a.shape)
+    rows, columns = (bootstrap_counts(m, resamples=1000, seed=seed + i) for i, m in enumerate(a.shape))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = [np.einsum("rd,ds,rs->r", rows, values, columns, optimize=True) for values in (a, b)]
+        ratio = a.mean() / b.mean()
+        low, high = bootstrap_interval(ratio, drawn[0] / drawn[1], n)
+    return Estimate(float(ratio), float(low), float(high), n)
+
+
 def difference_of(one: Estimate, other: Estimate) -> Estimate:
     """Difference of two independent estimates: errors add in squares.
 
-    Too wide for estimates over the same samples that rise and fall together.
+    Estimates of the same samples rise and fall together: this is too wide for them; see `paired_difference_of`.
     """
     gap = one.value - other.value
     down = np.hypot(one.value - one.low, other.high - other.value)
@@ -78,14 +115,22 @@ def difference_of(one: Estimate, other: Estimate) -> Estimate:
     return Estimate(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
 
 
-def difference_of_shares(one: np.ndarray, other: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Share of the samples with an attribute in one case less that in the other: two bool arrays, sample by sample."""
-    gaps = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
-    n = len(gaps)
-    draws = bootstrap_counts(n, resamples=1000, seed=seed) @ gaps / n
-    return Estimate(
-        float(gaps.mean()), *map(float, bootstrap_interval(gaps.mean(), draws, n, bounds=(-1, 1), share=True)), n
-    )
+def paired_difference_of(
+    one: np.ndarray | Sequence[float], other: np.ndarray | Sequence[float], *, cross_validated: bool = False
+) -> Estimate:
+    """Difference of two means over the same samples, each with two values: errors that both share cancel.
+
+    Of booleans it is the difference of two shares. Its interval is Wilson's, carried over to a range of -1 to 1, with
+    the variance of the samples' differences; where no sample differs it is Tango's (1998). It is widened where
+    cross-validation, in the same folds for both, predicted them. Other values have the interval of `mean_of`.
+    """
+    one, other = np.asarray(one).ravel(), np.asarray(other).ravel()
+    gaps = one.astype(float) - other.astype(float)
+    if not (one.dtype == other.dtype == bool and len(one)):
+        return mean_of(gaps)
+    gap, n = float(gaps.mean()), len(gaps) / CROSS_VALIDATED**2 if cross_validated else len(gaps)
+    low, high = (2.0 * end - 1.0 for end in _wilson((gap + 1.0) / 2.0, n, gaps.var() / 4.0 / n))
+    return Estimate(gap, max(-1.0, min(gap, low)), min(1.0, max(gap, high)), len(gaps))
 
 
 def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: int = 0) -> Estimate:
@@ -106,8 +151,9 @@ def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: i
 
 def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
     """How often each of n samples is drawn when n are drawn with replacement: ints of shape (resamples, n)."""
-    rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    cells = drawn + n * np.arange(resamples)[:, None]
+    return np.bincount(cells.ravel(), minlength=n * resamples).reshape(resamples, n)
 
 
 def bootstrap_interval(
