@@ -14,6 +14,7 @@ from workbench.analysis.intervals import (
     holm,
     mean_interval,
     mean_of,
+    mean_of_draws,
     paired_difference_of,
     ratio_of,
     share_of,
@@ -101,6 +102,18 @@ def test_the_interval_of_a_share_of_few_trials_is_as_sure_as_it_says(share, n):
         low, high = bootstrap_interval(trials.mean(), counts @ trials / n, n, bounds=(0, 1), share=True)
         holds.append(low < share < high)
     assert np.mean(holds) > 0.88
+
+
+def test_the_interval_of_draws_from_one_pool_is_as_sure_as_it_says_for_other_pools():
+    """Draws of 40 of 80 values: as independent means they would be taken for far surer than they are."""
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(50):
+        pool = rng.standard_normal(80)
+        found = mean_of_draws([rng.choice(pool, 40, replace=False).mean() for _ in range(10)], 0.5)
+        half = found.high - found.value if found.value < 0 else found.value - found.low
+        errors.append(abs(found.value) / half)
+    assert 0.9 < np.mean(np.array(errors) < 1) < 1
+    assert np.mean(np.array(errors) < 1 / 11**0.5) < 0.75
 
 
 def test_an_interval_holds_its_value_leaves_out_what_is_not_finite_and_ends_at_the_bounds():

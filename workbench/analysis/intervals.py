@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -131,6 +131,22 @@ def paired_difference_of(
     gap, n = float(gaps.mean()), len(gaps) / CROSS_VALIDATED**2 if cross_validated else len(gaps)
     low, high = (2.0 * end - 1.0 for end in _wilson((gap + 1.0) / 2.0, n, gaps.var() / 4.0 / n))
     return Estimate(gap, max(-1.0, min(gap, low)), min(1.0, max(gap, high)), len(gaps))
+
+
+def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: int = 0) -> Estimate:
+    """Mean over draws from one pool of samples, each of this share of the pool, with its interval for other pools.
+
+    Two draws have samples in common, so that their mean varies more from pool to pool than that of as many independent
+    ones: by 1 / draws + share / (1 - share) in place of 1 / draws of the variance between the draws (Nadeau & Bengio
+    2003, of repeated splits into training and test samples).
+    """
+    found = mean_of(values, seed=seed)
+    wider = (1.0 + found.n * share / (1.0 - share)) ** 0.5
+    return replace(
+        found,
+        low=found.value + wider * (found.low - found.value),
+        high=found.value + wider * (found.high - found.value),
+    )
 
 
 def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
