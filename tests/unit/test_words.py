@@ -91,6 +91,8 @@ def test_a_direction_of_words_is_that_of_clips_scores(squares, store):
     about = found.provenance["parameters"]
     assert found.provenance["method"] == "text" and about["clip"] == clip.hash
     assert about["fitting"] == int((scores > 0).sum())
+    with pytest.warns(UserWarning, match="a red square was found from"):
+        found.calibrated(store, **QUIET)
 
 
 @pytest.mark.parametrize(
