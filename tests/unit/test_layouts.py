@@ -156,7 +156,7 @@ def test_heads_by_their_number_compute_the_same_after_conversion(order, tmp_path
 
 def test_heads_of_one_width_are_diffusers_own_network():
     state = randomised(Guided(ch=32, **GUIDED["improved-diffusion's"])).state_dict()
-    architecture = layouts.infer(state, "guided", image_size=16, heads=2)
+    architecture = layouts.infer(layouts.by_our_names(state, "guided"), "guided", image_size=16, heads=2)
     assert (architecture.head_channels, architecture.heads) == (32, None)
     assert architecture.config()["_class_name"] == "UNet2DModel"
 
@@ -339,7 +339,7 @@ def test_a_preset_says_all_and_a_published_file_name_is_one(ddpm, ddpm_file, gui
 
 def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_file, small_presets):
     refused("dogs.pt .*'other dogs': .*conv_shortcut", guided_file, preset="other dogs")
-    refused("temb.dense.0.weight .* has no place", ddpm_file, preset="dogs")
+    refused("layout 'ddpm', those of the preset 'dogs' in 'guided'", ddpm_file, preset="dogs")
     refused("'cats' .*one of faces, dogs, other dogs", ddpm_file, preset="cats")
     refused("a preset sets image_size", ddpm_file, preset="faces", image_size=8)
 
@@ -404,8 +404,8 @@ def changed(change):
         (changed("up.0.block.1.norm2.bias".__eq__), "up_blocks.1.resnets.1.norm2.bias"),
         (changed("mid.attn_1.q.weight".__eq__), "mid_block.attentions.0.to_q.weight"),
         (changed(lambda name: "sample.conv" in name), "resamples without convolutions"),
-        (lambda s: {**s, "mid.block_3.conv1.weight": torch.zeros(2, 2)}, r"mid.block_3.conv1.weight \(2, 2\) of the"),
-        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, r"label_emb.weight \(10, 128\) of the file has no"),
+        (lambda s: {**s, "mid.block_3.conv1.weight": torch.zeros(2, 2)}, "Unexpected key.*mid.block_3.conv1.weight"),
+        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, "Unexpected key.*label_emb.weight"),
         (lambda s: {**s, "conv_out.bias": torch.full((3,), float("nan"))}, "3 of 3 values of conv_out.bias"),
         (lambda s: DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=()).state_dict(), "64 channels .* 32"),
     ],

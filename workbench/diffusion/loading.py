@@ -443,10 +443,14 @@ def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[t
             asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(given.rescale_timesteps))
             prediction = prediction or _prediction_of(checkpoint, path)
         else:
-            architecture = known.architecture if known else layouts.infer(checkpoint.state, checkpoint.layout, **sizes)
+            if known is not None and known.architecture.layout != checkpoint.layout:
+                layout = known.architecture.layout
+                raise ValueError(f"its weights are in the layout {checkpoint.layout!r}, those of {whose} in {layout!r}")
+            state = layouts.by_our_names(checkpoint.state, checkpoint.layout)
+            architecture = known.architecture if known else layouts.infer(state, checkpoint.layout, **sizes)
             if known is None and schedule is None and checkpoint.betas is None:
                 layouts.refuse_unknown_schedule(architecture)
-            config, state = architecture.config(), layouts.convert(checkpoint.state, architecture)
+            config, state = architecture.config(), layouts.split_attention(state, architecture)
         unet = _build(config, path=path)
         _warn_if_short_of_memory(_need_of(unet), path, device)
     except (ValueError, RuntimeError) as error:  # torch's, of heads that do not fit
