@@ -15,27 +15,21 @@ from workbench.io import duration, written
 
 @command("models", example="workbench models")
 def models():
-    """List bundled and public models, and the kinds that load.
+    """List models that load offline, and public ones.
 
-    Bundled models load offline; public ones are listed with their requirements.
+    `workbench plan --model NAME` tells the memory that one of them needs.
     """
-    from workbench.diffusion.loading import known_models
-    from workbench.formats.layouts import KINDS
+    from workbench.formats.layouts import HUB, PRESETS
 
     for row in wb.list_models():
         channels, height, width = row["images"]
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
-    print("\nkinds of models that load, and how each was verified:")
-    for row in KINDS:
-        print(f"{row['kind']:86s} {row['verified']}")
-    print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
-    for row in known_models():
-        channels, height, width = row["images"]
-        size = f"{channels} x {height} x {width}"
-        need, h = f"{row['memory'].total / 2**30:.1f} GiB", " x ".join(map(str, row["h"]))
-        weights = f"{row['parameters'] / 1e6:.0f} M"
-        files = f", {' or '.join(row['files'])}" if row["files"] else ""
-        print(f"{row['name']:32s} {size:13s} {weights:>5s} weights {need:>8s}  h {h:12s} {row['about']}{files}")
+    print("\npublic models (hub ids, and presets for single files):")
+    rows = {name: (architecture, "on the hub") for name, architecture in HUB.items()}
+    rows |= {name: (each.architecture, ", ".join([each.about, *each.files])) for name, each in PRESETS.items()}
+    for name, (network, about) in rows.items():
+        size, h = f"{network.in_channels} x {network.image_size} x {network.image_size}", network.h_shape
+        print(f"{name:32s} {size:13s} h {' x '.join(map(str, h)):12s} {about}")
 
 
 @dataclasses.dataclass

@@ -211,7 +211,7 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]]:
+def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
     content = _read_yaml("published.yaml")
     networks = {
         name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
@@ -226,11 +226,11 @@ def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]
         )
         for name, each in content["presets"].items()
     }
-    return presets, {name: networks[each] for name, each in content["hub"].items()}, content["kinds"]
+    return presets, {name: networks[each] for name, each in content["hub"].items()}
 
 
-PRESETS, HUB, KINDS = _published()
-"""Published checkpoints by name, repositories of the hub, which hold diffusers folders, and kinds of models."""
+PRESETS, HUB = _published()
+"""Published checkpoints by name, and repositories of the hub, which hold diffusers folders."""
 
 
 def find_preset(name: str | None, file: str) -> str | None:
