@@ -436,21 +436,18 @@ def archive(*names: str) -> bytes:
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"<!DOCTYPE html>\n<html><head>", "it is a web page"),
-        (b"\xef\xbb\xbf\n <HTML lang='en'>" + b"x" * 600, "it is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 455000000\n", "it is a Git LFS pointer"),
-        (b'{"error": "Repository not found"}', "it is a text .*Repository not found"),
-        (b"Access denied", "it is a text .*Access denied"),
-        (b"", "it is empty"),
-        (bytes(600), "a download that was cut short"),
-        (archive("model/weights.bin", "readme.txt"), "it is a zip archive .*model/weights.bin"),
-        (archive("net/code/net.py", "net/data.pkl"), "it is a TorchScript program"),
-        (b"\x1f\x8b\x08" + bytes(range(100)), "it is an archive"),
+        (b"<!DOCTYPE html>\n<html><head>", r"begins with b'<!DOCTYPE html>\\n<html>"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "begins with b'version https://git-lfs"),
+        (b'{"error": "Repository not found"}', "Repository not found"),
+        (b"Missing credentials", "Missing credentials"),  # which begins as a pickle might
+        (b"", "begins with b''"),
+        (archive("model/weights.bin", "readme.txt"), "begins with b'PK.*weights.bin"),
+        (archive("net/code/net.py", "net/data.pkl", "net/constants.pkl"), "begins with b'PK.*net/code"),
         (pickle.dumps({"a": 1 + 2j}), "can't be read as weights"),
         (bytes(range(256)), "can't be read as weights"),
     ],
 )
-def test_what_came_in_place_of_weights_is_named_and_nothing_unsafe_is_advised(content, words, suffix, tmp_path):
+def test_what_came_in_place_of_weights_is_shown_and_nothing_unsafe_is_advised(content, words, suffix, tmp_path):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words) as refused:
