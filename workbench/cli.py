@@ -18,7 +18,7 @@ from workbench.commands.options import OutFolder, Parameters, app, assignments, 
 
 EXAMPLES = """\b
 examples:
-  workbench models                                models to load, and their requirements
+  workbench models                                models to load
   workbench sample avataaars32 -o samples.png     images
   workbench extract avataaars32 --n 512           their h-space, on disk
   workbench find pca avataaars32 --k 5            directions in it, saved under data/directions

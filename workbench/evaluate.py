@@ -24,6 +24,7 @@ from workbench.analysis.image_metrics import (
 from workbench.analysis.intervals import Estimate
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
+from workbench.diffusion.images import check_images
 from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import sample
@@ -227,7 +228,7 @@ def evaluate_model(
         ).images
     if len(samples) != n:
         raise ValueError(f"there are {len(samples)} samples and n is {n}; give as many")
-    real, samples = _stacked(images, model), samples.clamp(-1, 1)
+    real, samples = check_images(images, model).clamp(-1, 1), samples.clamp(-1, 1)
     m = min(n, len(real) // 2)
     rng = np.random.default_rng(seed)
     halvings = [rng.permutation(len(real))[: 2 * m].reshape(2, m) for _ in range(HALVINGS)]
@@ -251,7 +252,7 @@ def evaluate_model(
     table["drawn"] = drawn_labels[list(expected)].mean()
     copies = copies_real = nearest = None
     if training is not None:
-        learned = _stacked(training, model)
+        learned = check_images(training, model).clamp(-1, 1)
         flat, flat_real, flat_learned = (x.flatten(1).numpy() for x in (samples, real, learned))
         copies = memorisation(flat, flat_learned, flat_real[half], seed=seed)
         copies_real = memorisation(flat_real[other], flat_learned, flat_real[half], seed=seed)
@@ -317,12 +318,6 @@ def _compare(
     for name, values in found.items():
         row |= {name: np.mean(values), f"{name}_low": np.min(values), f"{name}_high": np.max(values)}
     return {name: float(value) for name, value in row.items()}
-
-
-def _stacked(images, model: Model) -> torch.Tensor:
-    if isinstance(images, (list, tuple)):
-        return torch.cat([_stacked(part, model) for part in images])
-    return (images.at_size(model.image_shape) if hasattr(images, "at_size") else images)[:].clamp(-1, 1)
 
 
 def _points(share: float) -> str:

@@ -99,20 +99,6 @@ def commit() -> str | None:
         return None
 
 
-def provenance_mismatch(own: dict, other: dict, *, condition: bool = True) -> str:
-    """Difference between the provenances of two models, besides name, weights and tap; empty if there is none.
-
-    A network or schedule that one of them does not record (older files, arrays) is no difference.
-    """
-    network = [each.get("network") for each in (own, other)]
-    schedule = [(each.get("schedule") or {}).get("hash") for each in (own, other)]
-    for what, pair in (("network around the same weights", network), ("noise schedule", schedule)):
-        if None not in pair and pair[0] != pair[1]:
-            return what
-    special = ("prediction", "codec", *(["condition"] if condition else []))
-    return next((what for what in special if own.get(what) != other.get(what)), "")
-
-
 @cache
 def code_hash(*modules: str) -> str:
     """Digest of modules and of all modules of this package that they import, directly or not.

@@ -54,9 +54,7 @@ def test_the_planned_time_against_the_measured(model, tmp_path, record):
     n, steps = 2 * model.batch_size(), 10
     rate = planning.measure_pass_rate(model)
     flop_rate = rate * planning.count_flops(load_shapes(model.name))
-    planned = planning.plan_extraction(
-        load_shapes(model.name), n=n, steps=steps, flop_rate=flop_rate, source="measured", on_gpu=False
-    )
+    planned = planning.plan_extraction(load_shapes(model.name), n=n, steps=steps, flop_rate=flop_rate, on_gpu=False)
     start = time.perf_counter()
     store = wb.extract(model, n, steps=steps, out=tmp_path / "a.zarr", progress=False)
     measured = time.perf_counter() - start

@@ -61,12 +61,6 @@ class Report:
         kept = {key: value for key, value in options.items() if key in ("device", "dtype")}
         return wb.wrap(random_unet(), wb.NoiseSchedule.linear(), name="tiny", **kept)
 
-    def rate(self, model: wb.Model, mode: str, batch_size: int) -> None:
-        """A row of the table of rates."""
-        if not self.dry:
-            row = speed.write_rate(self.path.with_name("rates.csv"), model, mode, batch_size=batch_size)
-            self.keep(f"rate, {model.name} {row['precision']} {mode}", row)
-
 
 def correctness(report: Report) -> None:
     """Every operation on the device against the CPU, in float32 and in bfloat16."""
@@ -92,7 +86,6 @@ def speeds(report: Report) -> None:
         model = report.model(name, dtype=dtype, mode=mode, batch=batch)
         found = speed.network_rates(model, batch_size=batch, steps=4 if dry else 25, limits=limits)
         report.keep(f"{name} in batches of {batch}, {dtype} {mode}", found)
-        report.rate(model, mode, batch)
         if name == speed.NETWORK and dtype == "bfloat16" and mode != "reduce-overhead":
             sizes = {"chunks": 1 if dry else 3, "steps": 4 if dry else 50, "batch_size": batch}
             report.keep(f"extraction, {mode}", speed.extraction_share(model, **sizes))
@@ -142,17 +135,7 @@ def extract_shared(report: Report, out: Path) -> wb.HStore:
         return wb.extract(report.model(), 32, steps=10, batch_size=4, out=out, progress=False)
 
 
-def rates(report: Report) -> None:
-    """Rows for the package's table of rates: of the bundled models, and on a CPU of the large network too."""
-    report.keep("card", {"name": speed.card_of(report.device)})
-    large = [] if report.device.type == "cuda" else [speed.NETWORK]
-    for name in [] if report.dry else [*(entry["name"] for entry in wb.list_models()), *large]:
-        for dtype in DTYPES:
-            model = report.model(name, dtype=dtype)
-            report.rate(model, "eager", min(64, model.batch_size()))
-
-
-PARTS = {part.__name__: part for part in (correctness, speeds, edits, sharing, rates)}
+PARTS = {part.__name__: part for part in (correctness, speeds, edits, sharing)}
 
 
 def machine(device: torch.device) -> dict:
@@ -179,8 +162,8 @@ def main() -> int:
         if part == "rank":
             extract_shared(report, given.folder / "stores" / "two.zarr")
             continue
-        if not given.dry and report.device.type == "cpu" and part != "rates":
-            parser.error(f"there is no CUDA device for {part}; try --dry, or the part rates")
+        if not given.dry and report.device.type == "cpu":
+            parser.error(f"there is no CUDA device for {part}; try --dry")
         report.keep("machine", machine(report.device))
         PARTS[part](report)
         report.keep("time", {"seconds": time.monotonic() - start})

@@ -18,11 +18,11 @@ if ! "$python" -c "import diffusers, zarr" 2>/dev/null; then
 fi
 mkdir -p "$out"
 if [ ${#dry[@]} -gt 0 ]; then
-    "$python" tests/gpu/parts.py "$out" correctness speeds edits sharing rates --dry
+    "$python" tests/gpu/parts.py "$out" correctness speeds edits sharing --dry
     exit
 fi
 end=$((SECONDS + 400)) status=0
-for part in correctness:120 speeds:200 edits:50 sharing:45 rates:30; do
+for part in correctness:120 speeds:200 edits:50 sharing:45; do
     left=$((end - SECONDS)) most=${part#*:}
     [ "$most" -lt "$left" ] || most=$left
     [ "$most" -gt 5 ] || { echo "== no time is left for ${part%:*}"; status=1; continue; }

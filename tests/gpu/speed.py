@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
-import datetime
-import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -23,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import workbench as wb
-from workbench.diffusion.loading import load_shapes
 from workbench.diffusion.models import compile_blocks
 from workbench.diffusion.noise import initial_noise, normal
 from workbench.diffusion.sampling import StepRecord
@@ -202,36 +196,3 @@ def jacobian(model: wb.Model, *, trained: wb.Model) -> dict:
     each = (time.perf_counter() - start) / products
     share = found.products / RELEASED
     return {"products": found.products, "of the released": share, "goal": 1 / 8, "ms a product": 1e3 * each}
-
-
-def card_of(device: torch.device) -> str:
-    """Name of the device in the table of rates: that of the data sheets where it is one of them."""
-    if device.type == "cuda":
-        words = torch.cuda.get_device_name(device).lower()
-        known = [card for card in pd.read_csv(planning.RATES).card.unique() if card in re.sub(r"\W", "", words)]
-        return max(known, key=len, default=re.sub(r"\W+", "-", words))
-    return f"cpu-{os.cpu_count()}x-{platform.machine()}"
-
-
-def write_rate(path: Path, model: wb.Model, mode: str, *, batch_size: int, seconds: float = 3.0) -> dict:
-    """Measure a rate as `workbench plan` needs it, and append it to a table like the package's."""
-    rate = planning.measure_pass_rate(model, batch_size=batch_size, seconds=seconds)
-    row = {
-        "card": card_of(model.device),
-        "precision": str(model.dtype).removeprefix("torch."),
-        "network": model.name,
-        "mode": mode,
-        "batch_size": batch_size,
-        "passes_per_second": round(rate, 3),
-        "tflops": f"{rate * planning.count_flops(load_shapes(model.name)) / 1e12:.4g}",
-        "torch": torch.__version__.partition("+")[0],
-        "workbench": wb.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    return row

@@ -15,7 +15,7 @@ import torch
 import workbench as wb
 
 HERE = Path(__file__).parent
-FILES = {"correctness", "speeds", "edits", "sharing", "rates"}
+FILES = {"correctness", "speeds", "edits", "sharing"}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from planted import planted_boundary
 from safetensors.torch import load_file, save_file
 
 import workbench as wb
+from workbench.diffusion.sampling import Injection
 from workbench.directions.direction import Direction
 
 GOLDEN = Path(__file__).parent / "golden_edits.safetensors"
@@ -48,7 +49,8 @@ def edits_of_h(model, run, donors):
         yield f"grid, {name}", wb.edit_grid(model, run, [d, e], scales=scales, progress=False, **way).images
     yield "replaced", wb.edit(model, run, donors, mode="replace", progress=False).x0
     yield "slerp", wb.edit(model, run, donors, mode="slerp", scale=0.4, progress=False).x0
-    yield "sampled with delta_h", wb.sample(model, [5, 6], steps=VISITED, delta_h=d.delta(2.0), progress=False).x0
+    own = wb.sample(model, [5, 6], steps=VISITED, progress=False)
+    yield "sampled with delta_h", wb.replay(own, edit=Injection.adding(d.delta(2.0)[:, None]), progress=False).x0
     yield "replayed", wb.replay(run, progress=False).x0
 
 

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench as wb
+from workbench.diffusion.sampling import Injection
 from workbench.directions.direction import load_direction
 from workbench.directions.jacobian import JacobianSpectrum, find_jacobian, find_pullback
 from workbench.directions.linearised import Linearised
@@ -266,7 +267,7 @@ def test_each_is_a_direction_for_all_of_the_runs_timesteps(model, run, tmp_path)
     torch.testing.assert_close(first.sigma, run.h.values[:, 0].flatten(1).square().mean(1).sqrt())
     loaded = load_direction(first.save(tmp_path / "a.safetensors"), model=model)
     assert loaded.provenance == first.provenance
-    edited = wb.sample(model, [5], steps=STEPS, delta_h=first.delta(3.0), progress=False)
+    edited = wb.replay(run, edit=Injection.adding(first.delta(3.0)[:, None]), progress=False)
     assert (edited.x0 - run.x0).abs().max() > 1e-3
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import pickle
@@ -10,7 +9,6 @@ import warnings
 import zipfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,7 +154,7 @@ def test_heads_by_their_number_compute_the_same_after_conversion(order, tmp_path
 
 def test_heads_of_one_width_are_diffusers_own_network():
     state = randomised(Guided(ch=32, **GUIDED["improved-diffusion's"])).state_dict()
-    architecture = layouts.infer(state, "guided", image_size=16, heads=2)
+    architecture = layouts.infer(layouts.by_our_names(state, "guided"), "guided", image_size=16, heads=2)
     assert (architecture.head_channels, architecture.heads) == (32, None)
     assert architecture.config()["_class_name"] == "UNet2DModel"
 
@@ -339,18 +337,9 @@ def test_a_preset_says_all_and_a_published_file_name_is_one(ddpm, ddpm_file, gui
 
 def test_a_wrong_preset_is_named_with_weights_that_do_not_fit(guided_file, ddpm_file, small_presets):
     refused("dogs.pt .*'other dogs': .*conv_shortcut", guided_file, preset="other dogs")
-    refused("temb.dense.0.weight .* has no place", ddpm_file, preset="dogs")
+    refused("layout 'ddpm', those of the preset 'dogs' in 'guided'", ddpm_file, preset="dogs")
     refused("'cats' .*one of faces, dogs, other dogs", ddpm_file, preset="cats")
     refused("a preset sets image_size", ddpm_file, preset="faces", image_size=8)
-
-
-def test_every_kind_of_model_names_tests_that_exist():
-    for row in layouts.KINDS:
-        assert row.keys() == {"kind", "verified", "tests"} and row["tests"]
-        for test in row["tests"]:
-            file, name = test.split("::")
-            functions = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8")).body
-            assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}, test
 
 
 def test_every_published_file_name_has_one_preset():
@@ -404,8 +393,8 @@ def changed(change):
         (changed("up.0.block.1.norm2.bias".__eq__), "up_blocks.1.resnets.1.norm2.bias"),
         (changed("mid.attn_1.q.weight".__eq__), "mid_block.attentions.0.to_q.weight"),
         (changed(lambda name: "sample.conv" in name), "resamples without convolutions"),
-        (lambda s: {**s, "mid.block_3.conv1.weight": torch.zeros(2, 2)}, r"mid.block_3.conv1.weight \(2, 2\) of the"),
-        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, r"label_emb.weight \(10, 128\) of the file has no"),
+        (lambda s: {**s, "mid.block_3.conv1.weight": torch.zeros(2, 2)}, "Unexpected key.*mid.block_3.conv1.weight"),
+        (lambda s: {**s, "label_emb.weight": torch.zeros(10, 128)}, "Unexpected key.*label_emb.weight"),
         (lambda s: {**s, "conv_out.bias": torch.full((3,), float("nan"))}, "3 of 3 values of conv_out.bias"),
         (lambda s: DDPM(size=8, ch=32, mult=(2, 2), layers=1, attention=()).state_dict(), "64 channels .* 32"),
     ],
@@ -447,21 +436,18 @@ def archive(*names: str) -> bytes:
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"<!DOCTYPE html>\n<html><head>", "it is a web page"),
-        (b"\xef\xbb\xbf\n <HTML lang='en'>" + b"x" * 600, "it is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 455000000\n", "it is a Git LFS pointer"),
-        (b'{"error": "Repository not found"}', "it is a text .*Repository not found"),
-        (b"Access denied", "it is a text .*Access denied"),
-        (b"", "it is empty"),
-        (bytes(600), "a download that was cut short"),
-        (archive("model/weights.bin", "readme.txt"), "it is a zip archive .*model/weights.bin"),
-        (archive("net/code/net.py", "net/data.pkl"), "it is a TorchScript program"),
-        (b"\x1f\x8b\x08" + bytes(range(100)), "it is an archive"),
+        (b"<!DOCTYPE html>\n<html><head>", r"begins with b'<!DOCTYPE html>\\n<html>"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "begins with b'version https://git-lfs"),
+        (b'{"error": "Repository not found"}', "Repository not found"),
+        (b"Missing credentials", "Missing credentials"),  # which begins as a pickle might
+        (b"", "begins with b''"),
+        (archive("model/weights.bin", "readme.txt"), "begins with b'PK.*weights.bin"),
+        (archive("net/code/net.py", "net/data.pkl", "net/constants.pkl"), "begins with b'PK.*net/code"),
         (pickle.dumps({"a": 1 + 2j}), "can't be read as weights"),
         (bytes(range(256)), "can't be read as weights"),
     ],
 )
-def test_what_came_in_place_of_weights_is_named_and_nothing_unsafe_is_advised(content, words, suffix, tmp_path):
+def test_what_came_in_place_of_weights_is_shown_and_nothing_unsafe_is_advised(content, words, suffix, tmp_path):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words) as refused:

@@ -158,7 +158,7 @@ def test_a_network_of_another_layout_is_refused(change, words, network, tmp_path
         ({"image_size": 7}, "image_size is 7; .*2 levels .*multiples of 2"),
         ({"image_size": 8, "heads": 4}, "heads is not for this network"),
         ({"image_size": 8, "prediction": "noise"}, "'noise'.*one of epsilon, v_prediction, sample"),
-        ({"preset": "ffhq"}, "has no place in the network"),
+        ({"preset": "ffhq"}, "layout 'lucidrains', those of the preset 'ffhq' in 'guided'"),
     ],
 )
 def test_settings_that_can_not_be_are_refused(options, words, file):

@@ -348,7 +348,7 @@ def test_the_effect_of_a_few_examples_is_that_of_edits_of_equal_length(tiny, det
         effects = []
         for delta in few.deltas:
             if space == "h":
-                edited = wb.sample(tiny, run.seeds, steps=STEPS, eta=0.0, delta_h=delta, progress=False)
+                edited = wb.replay(run, edit=Injection.adding(delta[:, None]), progress=False)
             else:
                 edited = wb.replay(dataclasses.replace(run, x_T=run.x_T + 3 * delta[0]), progress=False)
             effects.append(brightness(edited.x0)["red"] - before)

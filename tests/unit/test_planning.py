@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -23,7 +20,7 @@ def network():
 
 
 def plan(network, **options):
-    return planning.plan_extraction(network, **{"n": 10, "steps": 5, "flop_rate": 1e12, "source": "a test", **options})
+    return planning.plan_extraction(network, **{"n": 10, "steps": 5, "flop_rate": 1e12, **options})
 
 
 def test_flops_are_those_of_the_layers_added_up(network):
@@ -94,55 +91,16 @@ def test_a_public_model_is_planned_without_its_weights(capsys):
     assert "2,500,000" in said and "hours" in said and "assumed: 25% of the peak of a H100" in said
 
 
-ROWS = """card,precision,network,mode,batch_size,passes_per_second,tflops,torch,workbench,date
-one,float32,,data sheet,,,100,,,
-one,bfloat16,,data sheet,,,200,,,
-two,float32,,data sheet,,,50,,,
-one,float32,small,eager,64,1000,20,2.11.0,0.1.0,2026-01-01
-one,float32,large,eager,32,100,40,2.11.0,0.1.0,2026-01-01
-one,float32,large,default,32,200,80,2.11.0,0.1.0,2026-01-01
-cpu-4,float32,small,eager,32,10,0.1,2.11.0,0.1.0,2026-01-01
-"""
-
-
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    (tmp_path / "rates.csv").write_text(ROWS)
-    monkeypatch.setattr(planning, "RATES", tmp_path / "rates.csv")
-
-
 @pytest.mark.parametrize(
-    ("card", "options", "tflops", "words"),
+    ("card", "options", "tflops"),
     [
-        ("one", {"flops": 9e9}, 20, "measured with small"),  # of 20 GFLOP a pass
-        ("ONE", {"flops": 5e11}, 40, r"measured with large .* batches of 32 \(torch 2\.11\.0, 2026-01-01\)"),
-        ("one", {"flops": 5e11, "utilisation": 0.5}, 50, "50% of the peak of a ONE"),
-        ("one", {"flops": 5e11, "dtype": "bfloat16"}, 50, "25% of the peak of a ONE in bfloat16"),
-        ("two", {"flops": 5e11}, 15, "30% of the peak of a TWO"),  # the shares measured on "one" are 0.2 and 0.4
-        ("cpu-4", {"flops": 5e11}, 0.1, "measured with small on cpu-4"),
+        ("a100", {}, 39),  # a quarter of 156
+        ("A100", {"dtype": "bfloat16"}, 78),
+        ("a100", {"utilisation": 0.5}, 78),
     ],
 )
-def test_a_cards_rate_is_that_measured_with_the_network_most_like_it(table, card, options, tflops, words):
-    rate, source = planning.card_rate(card, **options)
-    assert rate == pytest.approx(tflops * 1e12)
-    assert re.search(words, source)
-
-
-def test_a_card_without_a_rate_or_a_peak_is_refused_by_name(table):
-    with pytest.raises(ValueError, match="cpu-4 has no measured rate in bfloat16"):
-        planning.card_rate("cpu-4", flops=1e9, dtype="bfloat16")
-
-
-def test_the_table_of_rates_agrees_with_itself():
-    """Every measured rate is of a network whose FLOPs are known: passes a second, times these, are its TFLOP/s."""
-    table = pd.read_csv(planning.RATES)
-    measured = table[table.network.notna()]
-    assert list(table.columns) == ROWS.partition("\n")[0].split(",") and table.tflops.gt(0).all()
-    assert not table.duplicated(["card", "precision", "network", "mode", "batch_size"]).any()
-    for row in measured.itertuples():
-        flops = planning.count_flops(load_shapes(row.network))
-        assert row.passes_per_second * flops / 1e12 == pytest.approx(row.tflops, rel=0.01)
-        assert row.torch and row.workbench and row.date
+def test_a_cards_rate_is_a_share_of_its_peak(card, options, tflops):
+    assert planning.card_rate(card, **options) == pytest.approx(tflops * 1e12)
 
 
 def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(capsys, monkeypatch):

@@ -7,7 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import workbench as wb
-from workbench.diffusion.unet import TAPS, SplitUNet
+from workbench.diffusion.stages import DiffusersStages
+from workbench.diffusion.unet import SplitUNet
+
+TAPS = DiffusersStages.taps
 
 NETWORKS = {
     "attention at the last level": {},

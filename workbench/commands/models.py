@@ -10,32 +10,26 @@ import workbench as wb
 from workbench import paths
 from workbench.commands import options as opt
 from workbench.commands.options import command
-from workbench.io import written
+from workbench.io import duration, written
 
 
 @command("models", example="workbench models")
 def models():
-    """List bundled and public models, and the kinds that load.
+    """List models that load offline, and public ones.
 
-    Bundled models load offline; public ones are listed with their requirements.
+    `workbench plan --model NAME` tells the memory that one of them needs.
     """
-    from workbench.diffusion.loading import known_models
-    from workbench.formats.layouts import KINDS
+    from workbench.formats.layouts import HUB, PRESETS
 
     for row in wb.list_models():
         channels, height, width = row["images"]
         print(f"{row['name']:32s} {row['where']:10s} {channels} x {height} x {width}  {row['path']}")
-    print("\nkinds of models that load, and how each was verified:")
-    for row in KINDS:
-        print(f"{row['kind']:86s} {row['verified']}")
-    print("\npublic models (hub ids, and presets for single files); memory for one image is estimated:")
-    for row in known_models():
-        channels, height, width = row["images"]
-        size = f"{channels} x {height} x {width}"
-        need, h = f"{row['memory'].total / 2**30:.1f} GiB", " x ".join(map(str, row["h"]))
-        weights = f"{row['parameters'] / 1e6:.0f} M"
-        files = f", {' or '.join(row['files'])}" if row["files"] else ""
-        print(f"{row['name']:32s} {size:13s} {weights:>5s} weights {need:>8s}  h {h:12s} {row['about']}{files}")
+    print("\npublic models (hub ids, and presets for single files):")
+    rows = {name: (architecture, "on the hub") for name, architecture in HUB.items()}
+    rows |= {name: (each.architecture, ", ".join([each.about, *each.files])) for name, each in PRESETS.items()}
+    for name, (network, about) in rows.items():
+        size, h = f"{network.in_channels} x {network.image_size} x {network.image_size}", network.h_shape
+        print(f"{name:32s} {size:13s} h {' x '.join(map(str, h)):12s} {about}")
 
 
 @dataclasses.dataclass
@@ -147,8 +141,8 @@ def plan(
     model: Annotated[str, Option(help="as for extract, or a public model not downloaded")] = "avataaars32",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
-    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: its measured rate, or a share of its peak")] = None,
-    utilisation: Annotated[float | None, Option(help="assume this share of the GPU's peak rate")] = None,
+    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: a share of its peak rate is assumed")] = None,
+    utilisation: Annotated[float, Option(help="share of the GPU's peak rate that is assumed")] = 0.25,
     rate: Annotated[float | None, Option(help="measured passes per second of one process")] = None,
     precision: Annotated[Literal["float32", "bfloat16"], Option(help="precision of the network")] = "float32",
     processes: Annotated[int, Option(help="number of processes, one per GPU")] = 1,
@@ -166,16 +160,16 @@ def plan(
     from workbench.hspace import planning
 
     network = load_shapes(model)
-    on_gpu = best_device().type != "cpu" if gpu is None else not gpu.lower().startswith("cpu")
+    on_gpu = gpu is not None or best_device().type != "cpu"
     if rate is not None and not rate > 0:
         raise ValueError(f"--rate is {rate:g}; give passes a second")
-    batch_size = batch_size or (64 if on_gpu else cpu_batch(planning.shapes_of(network)[0]))
+    batch_size = batch_size or (64 if on_gpu else cpu_batch(network.x_shape))
     if rate is not None:
         # The rate is that of one process, not of all cores of this machine.
         flop_rate, source = (1 if on_gpu else processes) * rate * planning.count_flops(network), "as given"
     elif gpu is not None:
-        options = {"flops": planning.count_flops(network), "dtype": precision, "utilisation": utilisation}
-        flop_rate, source = planning.card_rate(gpu, **options)
+        flop_rate = planning.card_rate(gpu, dtype=precision, utilisation=utilisation)
+        source = f"assumed: {utilisation:.0%} of the peak of a {gpu.upper()} in {precision}"
     else:
         own = wb.load_model("avataaars32", dtype=precision)
         passes = planning.measure_pass_rate(own, batch_size=min(batch_size, n, own.batch_size()))
@@ -183,7 +177,22 @@ def plan(
         source = f"measured with {own.name} on {own.device}: {flop_rate / 1e12:.2g} TFLOP/s"
     size = {"n": n, "steps": steps, "processes": processes, "batch_size": batch_size}
     size |= {"dtype": dtype, "record_x": record_x}
-    print(planning.plan_extraction(network, flop_rate=flop_rate, source=source, on_gpu=on_gpu, **size))
+    found = planning.plan_extraction(network, flop_rate=flop_rate, on_gpu=on_gpu, **size)
+    rows = {
+        "samples x steps": f"{n:,} x {steps}, {processes} process{'es' * (processes > 1)}",
+        "U-Net passes": f"{found.passes:,} of {found.flops / 1e9:,.3g} GFLOP",
+        "disk": _bytes(found.disk),
+        "RAM a process": f"{_bytes(found.ram)} (at most)",
+        "GPU memory": f"{_bytes(found.gpu_memory)} (estimated, batches of {batch_size})",
+        "time": f"{duration(found.seconds)} at {found.rate:,.3g} passes a second",
+        "rate": source,
+    }
+    print("\n".join(f"{name:16s} {value}" for name, value in rows.items()))
+
+
+def _bytes(count: float) -> str:
+    unit, name = next(((u, s) for u, s in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}" if count else "none"
 
 
 @dataclasses.dataclass

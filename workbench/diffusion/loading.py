@@ -210,7 +210,7 @@ def load_pipeline(
 def load_shapes(source: str | Path) -> SplitUNet:
     """The network of a model without its weights, on the device "meta": memory, FLOPs and shapes follow from it.
 
-    `source` is as of `load_model`, or one of `known_models`, which need not be on this machine.
+    `source` is as of `load_model`, or one of `layouts.HUB` or `layouts.PRESETS`, which need not be on this machine.
     """
     known = {**layouts.HUB, **{name: preset.architecture for name, preset in layouts.PRESETS.items()}}
     if source in known:
@@ -300,35 +300,6 @@ def list_models() -> list[dict]:
     return [
         {"name": name, "where": where, "images": _image_shape(_unet_config(path)), "path": str(path)}
         for where, name, path in found
-    ]
-
-
-def known_models() -> list[dict]:
-    """List public models with their requirements.
-
-    Returns
-    -------
-    list of dict
-        With "name" (a hub id, or a preset for single files), "about", "files" (names that the files are published
-        under), "images" (C, H, W), "h" (C, h, w), "parameters" and "memory", a `MemoryNeed`, which is estimated.
-    """
-    rows = [(name, layouts.Preset(architecture, "on the hub")) for name, architecture in layouts.HUB.items()]
-    rows += layouts.PRESETS.items()
-    needs = {
-        each: _need_of(_build(each.config(), path=Path("the preset")))
-        for each in {preset.architecture for _, preset in rows}
-    }
-    return [
-        {
-            "name": name,
-            "about": preset.about,
-            "files": preset.files,
-            "images": _image_shape(preset.architecture.config()),
-            "h": preset.architecture.h_shape,
-            "parameters": needs[preset.architecture].weights // 4,
-            "memory": needs[preset.architecture],
-        }
-        for name, preset in rows
     ]
 
 
@@ -443,10 +414,14 @@ def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[t
             asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(given.rescale_timesteps))
             prediction = prediction or _prediction_of(checkpoint, path)
         else:
-            architecture = known.architecture if known else layouts.infer(checkpoint.state, checkpoint.layout, **sizes)
+            if known is not None and known.architecture.layout != checkpoint.layout:
+                layout = known.architecture.layout
+                raise ValueError(f"its weights are in the layout {checkpoint.layout!r}, those of {whose} in {layout!r}")
+            state = layouts.by_our_names(checkpoint.state, checkpoint.layout)
+            architecture = known.architecture if known else layouts.infer(state, checkpoint.layout, **sizes)
             if known is None and schedule is None and checkpoint.betas is None:
                 layouts.refuse_unknown_schedule(architecture)
-            config, state = architecture.config(), layouts.convert(checkpoint.state, architecture)
+            config, state = architecture.config(), layouts.split_attention(state, architecture)
         unet = _build(config, path=path)
         _warn_if_short_of_memory(_need_of(unet), path, device)
     except (ValueError, RuntimeError) as error:  # torch's, of heads that do not fit

@@ -23,7 +23,7 @@ from workbench.diffusion.schedule import PREDICTIONS, NoiseSchedule
 from workbench.diffusion.text import TextEncoder
 from workbench.diffusion.unet import Bottleneck, SplitUNet
 from workbench.formats.checkpoints import hash_weights
-from workbench.io import one_of, provenance_mismatch
+from workbench.io import one_of
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -360,8 +360,16 @@ def refuse_other_model(
     if tap and own["tap"] != model["tap"]:
         taps = f"{what} has h at the tap {own['tap']!r}, {whose} has it at {model['tap']!r}"
         raise ValueError(f"{taps}; use model.tapped({own['tap']!r})")
-    if mismatch := provenance_mismatch(own, model, condition=condition):
-        raise ValueError(f"{what} belongs to a model with another {mismatch} than {whose} does")
+    compared = {
+        # What one of them does not record (older files, arrays) is no difference.
+        "network around the same weights": [each.get("network") for each in (own, model)],
+        "noise schedule": [(each.get("schedule") or {}).get("hash") for each in (own, model)],
+    }
+    differing = [name for name, pair in compared.items() if None not in pair and pair[0] != pair[1]]
+    special = ("prediction", "codec", *(["condition"] if condition else []))
+    differing += [name for name in special if own.get(name) != model.get(name)]
+    if differing:
+        raise ValueError(f"{what} belongs to a model with another {differing[0]} than {whose} does")
 
 
 def wrap(

@@ -319,7 +319,6 @@ def sample(
     eta: float | Sequence[float] = 1.0,
     record_h: bool = False,
     record_x: bool = False,
-    delta_h: torch.Tensor | None = None,
     batch_size: int | None = None,
     progress: bool | tqdm = True,
 ) -> Trajectory:
@@ -336,8 +335,6 @@ def sample(
         0 is deterministic DDIM; 1 (default, as in Haas et al.) has the variance of DDPM.
     record_h, record_x : bool
         Keep h_t, x_t of every step; takes n * steps * (their size) * 4 bytes of memory.
-    delta_h : Tensor of shape (steps, C, h, w) or (steps, n, C, h, w), optional
-        Added to h_t (symmetric injection, Haas et al. eq. 6).
     batch_size : int, optional
         Samples per pass; chosen by the model if not given.
     progress : bool or tqdm
@@ -350,7 +347,7 @@ def sample(
     Raises
     ------
     ValueError
-        If a seed is negative or repeated, or steps, eta or delta_h don't fit the model.
+        If a seed is negative or repeated, or steps or eta don't fit the model.
 
     Warns
     -----
@@ -366,12 +363,11 @@ def sample(
         timesteps=visited,
         etas=model.schedule.etas(eta, len(visited)),
         seeds=seeds,
-        edit=None if delta_h is None else _added(delta_h, model, len(visited), len(seeds)),
         batch_size=check_batch_size(batch_size, model, len(seeds)),
     )
     run = _run(plan, record_h=record_h, record_x=record_x, progress=progress)
     low, high = (float(bound) for bound in run.x0.aminmax())
-    if delta_h is None and not max(-low, high) <= DIVERGED:
+    if not max(-low, high) <= DIVERGED:
         warnings.warn(
             f"the samples diverge: they lie in [{low:.4g}, {high:.4g}], and {'latents' if model.latent else 'images'} "
             f"around [-1, 1]; {model.name} was not trained for long enough, or with another noise schedule",
@@ -529,15 +525,6 @@ def _run(
 
         size = in_batches(run, n, plan.batch_size)
     return replace(plan, x0=x0, h=h, x=x, batch_size=size)
-
-
-def _added(delta_h: torch.Tensor, model: Model, steps: int, n: int) -> Injection:
-    delta_h = torch.as_tensor(delta_h, dtype=torch.float32)
-    values = delta_h[:, None] if delta_h.ndim == 4 else delta_h
-    allowed = [(steps, *model.h_shape), (steps, n, *model.h_shape)]
-    if tuple(values.shape) not in ((steps, 1, *model.h_shape), allowed[1]):
-        raise ValueError(f"delta_h has shape {tuple(delta_h.shape)}; this run takes {allowed[0]} or {allowed[1]}")
-    return Injection.adding(values)
 
 
 def check_residual(run: Trajectory) -> None:

@@ -16,9 +16,6 @@ from workbench.diffusion.conditions import Condition, blank_condition
 from workbench.diffusion.stages import Stages, stages_of
 from workbench.io import one_of
 
-TAPS = ("before", "middle", "after")
-"""Taps at the mid block of networks of diffusers."""
-
 
 @dataclass(frozen=True, eq=False)
 class Bottleneck:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import textwrap
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from workbench.formats.layouts import NAMES
@@ -171,13 +168,11 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def read_tensors(path: Path) -> object:
     """Content of a safetensors file or of a file of `torch.save`, which is read without executing anything.
 
-    A ValueError says what a file is that is truncated, of another kind, or holds objects that are no tensors, numbers
-    or texts.
+    A ValueError shows how a file begins that is truncated or of another kind, such as a pointer or a server's message
+    in its place, and names objects that are no tensors, numbers or texts.
     """
     with path.open("rb") as file:
         head = file.read(512)
-    if (kind := _other_kind(head, path)) is not None:
-        raise ValueError(f"{path} can't be read as weights; it is {kind}")
     try:
         # A safetensors file begins with the length of a header and the header, a JSON object.
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
@@ -185,44 +180,14 @@ def read_tensors(path: Path) -> object:
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
         with path.open("rb") as file:  # by its name, torch takes a renamed file for safetensors
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # of many kinds, by what the readers take other bytes for
         refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if refused is not None:
             reason = f" without running code: it holds a {refused[1]} beside them; save the state dict alone"
         else:  # torch's own text advises to run what the file holds
-            reason = f"; it is truncated or of another kind ({type(error).__name__})"
+            what = f"it is truncated or of another kind ({type(error).__name__}), and begins with {head[:48]!r}"
+            reason = f"; {what}: download or copy the file itself again"
         raise ValueError(f"{path} can't be read as weights{reason}") from error
-
-
-def _other_kind(head: bytes, path: Path) -> str | None:
-    """Description of a file that holds no weights, by its first bytes; None if it may hold some."""
-    if not any(head):
-        return "empty, or a download that was cut short; download or copy it again"
-    if head.startswith(b"PK"):
-        return _kind_of_zip(path)
-    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"BZh")) or head[257:262] == b"ustar":
-        return "an archive; unpack it"
-    if any(byte < 32 and byte not in b"\t\r\n\f" for byte in head):
-        return None
-    text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
-    if text.startswith("version https://git-lfs"):
-        return "a Git LFS pointer, which stands for the file; fetch the file itself with `git lfs pull`"
-    if text.startswith("<"):
-        return "a web page, which a server sent in place of the file; download the file itself"
-    return f"a text ({textwrap.shorten(text, 60)}), such as a server's message in place of the file"
-
-
-def _kind_of_zip(path: Path) -> str | None:
-    """Description of a zip archive that torch.save did not write; None for its own, and for one that is cut short."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any("/code/" in name for name in names):
-        return "a TorchScript program; save its state dict with torch.save"
-    if any(name.endswith("data.pkl") for name in names):
-        return None
-    return f"a zip archive (of {', '.join(names[:2]) or 'nothing'}); unpack it"
 
 
 def _check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:

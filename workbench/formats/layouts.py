@@ -15,7 +15,7 @@ heads do not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def _read_yaml(name: str) -> dict:
 
 
 NAMES = _read_yaml("names.yaml")
-"""Names of weights in the files, and here."""
+"""Names of weights in the files, and here: patterns by layout, and the weights by which a layout is known."""
 
 ORDERS = ("legacy", "new")
 """Rows of guided-diffusion's qkv: [head][q, k, v][channel], or [q, k, v][head][channel]."""
@@ -188,7 +188,6 @@ class Architecture:
 
 
 _EXAMPLES = {"image_size": 256, "head_channels": 64}
-_FIRST = {"ddpm": "conv_in.weight", "guided": "input_blocks.0.0.weight"}
 _ANY_SIZE = 1024  # which all networks can halve: sizes are not in the shapes
 
 
@@ -212,7 +211,7 @@ class Preset:
     schedule: dict = field(default_factory=lambda: LINEAR, repr=False)
 
 
-def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]]:
+def _published() -> tuple[dict[str, Preset], dict[str, Architecture]]:
     content = _read_yaml("published.yaml")
     networks = {
         name: Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
@@ -227,11 +226,11 @@ def _published() -> tuple[dict[str, Preset], dict[str, Architecture], list[dict]
         )
         for name, each in content["presets"].items()
     }
-    return presets, {name: networks[each] for name, each in content["hub"].items()}, content["kinds"]
+    return presets, {name: networks[each] for name, each in content["hub"].items()}
 
 
-PRESETS, HUB, KINDS = _published()
-"""Published checkpoints by name, repositories of the hub, which hold diffusers folders, and kinds of models."""
+PRESETS, HUB = _published()
+"""Published checkpoints by name, and repositories of the hub, which hold diffusers folders."""
 
 
 def find_preset(name: str | None, file: str) -> str | None:
@@ -239,6 +238,46 @@ def find_preset(name: str | None, file: str) -> str | None:
     if name is not None:
         return one_of("preset", name, PRESETS)
     return next((name for name, preset in PRESETS.items() if file in preset.files), None)
+
+
+def by_our_names(state: Mapping[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """Weights by their names in `UNet2DModel`, of those by their names in a file, without prefixes.
+
+    qkv stays one matrix (`split_attention` divides it), and a name that `UNet2DModel` does not have stays as it is.
+    """
+    levels, layers = 1 + max(_numbers(state, r"down\.(\d+)\."), default=0), 0
+    if layout == "guided":
+        # Down-sampling blocks look like all others where the width stays; up-sampling ones come second in their block.
+        levels = 1 + len(_numbers(state, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight"))
+        layers = (1 + max(_numbers(state, r"output_blocks\.(\d+)\."), default=-1)) // levels - 1
+        if layers < 1:
+            raise ValueError("there are too few output_blocks, so the network is not complete")
+    return {rename(_in_levels(name, levels, layers), layout): tensor for name, tensor in state.items()}
+
+
+def rename(name: str, layout: str, *, last: int = 0) -> str:
+    """A name by the patterns of `NAMES`, one after the other; `last` is the number of the last level."""
+    for pattern, replacement in NAMES[layout]:
+        name = re.sub(pattern, replacement.replace("{last}", str(last)), name)
+    return name
+
+
+def _in_levels(name: str, levels: int, layers: int) -> str:
+    """A name with the number of its level as diffusers counts, by the order of the blocks on the way down or up.
+
+    The original DDPM counts levels from the finest on the way up, too; guided-diffusion counts the blocks of a way
+    through all levels.
+    """
+    if found := re.match(r"up\.(\d+)(.*)", name):
+        return f"up.{levels - 1 - int(found[1])}{found[2]}"
+    found = re.match(r"(in|out)put_blocks\.(\d+)\.(\d)\.(.*)", name)
+    if found is None or name.startswith("input_blocks.0."):  # the first convolution
+        return name
+    way, part, rest = {"in": "down", "out": "up"}[found[1]], found[3], found[4]
+    level, j = divmod(int(found[2]) - (way == "down"), layers + 1)
+    kind = "attentions" if re.match(r"norm|qkv|proj_out", rest) else "resnets"
+    resamples = j == layers if way == "down" else kind == "resnets" and part != "0"
+    return f"{way}_blocks.{level}." + (f"{way}samplers.0.{rest}" if resamples else f"{kind}.{j}.{rest}")
 
 
 def infer(
@@ -250,7 +289,7 @@ def infer(
     heads: int | None = None,
     attention_order: str = "legacy",
 ) -> Architecture:
-    """The architecture of a network, from the names and shapes of its weights.
+    """The architecture of a network, from the names (`by_our_names`) and shapes of its weights.
 
     `image_size`, `head_channels` or `heads`, and `attention_order` are what no shape tells, as the attributes of
     `Architecture`; where the first two are missing, a ValueError names presets with these shapes. The layout "ddpm" has
@@ -258,8 +297,8 @@ def infer(
     """
     if heads is not None and head_channels is not None:
         raise ValueError(f"heads is {heads} and head_channels is {head_channels}; give one of the two")
-    shapes = (_shapes_of_ddpm if layout == "ddpm" else _shapes_of_guided)(state)
-    first, level = _rows(state, _FIRST[layout]), shapes["channels"][0]
+    shapes = _settings(state)
+    first, level = _shape(state, "conv_in.weight")[0], shapes["channels"][0]
     if first != level:  # which diffusers' UNet2DModel can't have
         raise ValueError(f"its first level has {level} channels and its first convolution {first}; they must be equal")
     asked = {"image_size": image_size}
@@ -294,40 +333,21 @@ def refuse_unknown_schedule(architecture: Architecture) -> None:
             )
 
 
-def _shapes_of_ddpm(state: Mapping[str, torch.Tensor]) -> dict:
-    levels = 1 + max(_numbers(state, r"down\.(\d+)\."), default=-1)
-    layers = 1 + max(_numbers(state, r"down\.0\.block\.(\d+)\."), default=-1)
-    if levels == 0 or layers == 0:
-        raise ValueError("there are no blocks (down.0.block.0 ...), so the network is not complete")
-    if levels > 1 and "down.0.downsample.conv.weight" not in state:
+def _settings(state: Mapping[str, torch.Tensor]) -> dict:
+    """Settings of an `Architecture` that names and shapes tell."""
+    levels = 1 + max(_numbers(state, r"down_blocks\.(\d+)\."), default=0)
+    channels = tuple(_shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+    if levels > 1 and not any(name.startswith("down_blocks.0.downsamplers.") for name in state):
         raise ValueError("the network resamples without convolutions (resamp_with_conv is off), which is not supported")
     return {
-        "channels": tuple(_rows(state, f"down.{i}.block.0.conv1.weight") for i in range(levels)),
-        "layers": layers,
-        "attention": tuple(i for i in range(levels) if f"down.{i}.attn.0.norm.weight" in state),
-        "in_channels": _shape(state, _FIRST["ddpm"])[1],
-        "out_channels": _rows(state, "conv_out.weight"),
-    }
-
-
-def _shapes_of_guided(state: Mapping[str, torch.Tensor]) -> dict:
-    # Down-sampling blocks look like all others where the width stays; up-sampling ones come second in their block.
-    upsamplers = _numbers(state, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight")
-    levels = 1 + len(upsamplers)
-    layers = (1 + max(_numbers(state, r"output_blocks\.(\d+)\."), default=-1)) // levels - 1
-    if layers < 1:
-        raise ValueError("there are too few output_blocks, so the network is not complete")
-    first = [1 + i * (layers + 1) for i in range(levels)]
-    channels = tuple(_rows(state, f"input_blocks.{k}.0.out_layers.3.weight") for k in first)
-    return {
         "channels": channels,
-        "layers": layers,
-        "attention": tuple(i for i, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in state),
-        "in_channels": _shape(state, _FIRST["guided"])[1],
-        "out_channels": _rows(state, "out.2.weight"),
-        "scale_shift": _rows(state, "input_blocks.1.0.emb_layers.1.weight") == 2 * channels[0],
-        "residual_resampling": levels > 1 and f"input_blocks.{layers + 1}.0.op.weight" not in state,
-        "num_classes": _rows(state, "label_emb.weight") if "label_emb.weight" in state else None,
+        "layers": 1 + max(_numbers(state, r"down_blocks\.0\.resnets\.(\d+)\.")),
+        "attention": tuple(sorted(_numbers(state, r"down_blocks\.(\d+)\.attentions\."))),
+        "in_channels": _shape(state, "conv_in.weight")[1],
+        "out_channels": _shape(state, "conv_out.weight")[0],
+        "scale_shift": _shape(state, "down_blocks.0.resnets.0.time_emb_proj.weight")[0] == 2 * channels[0],
+        "residual_resampling": "down_blocks.0.downsamplers.0.conv1.weight" in state,
+        "num_classes": _shape(state, "class_embedding.weight")[0] if "class_embedding.weight" in state else None,
     }
 
 
@@ -341,82 +361,26 @@ def _shape(state: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
     return tuple(state[name].shape)
 
 
-def _rows(state: Mapping[str, torch.Tensor], name: str) -> int:
-    return _shape(state, name)[0]
+def split_attention(state: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Weights of `UNet2DModel`, of those `by_our_names`: q, k and v of one matrix apart, and linear maps for attention.
 
-
-def convert(state: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Weights by their names in `UNet2DModel`, of those by their names in the file, without prefixes.
-
-    A ValueError names the first weight of the file that has no place.
+    The files have convolutions of size 1 in place of these.
     """
-    converted, used = {}, set()
-    for source, targets in _layers(architecture):
-        for part in ("weight", "bias"):
-            if (name := f"{source}.{part}") in state:  # what is missing shows when the network is loaded
-                used.add(name)
-                rows = state[name]
-                if ".attention" in targets[0] and rows.ndim > 1:
-                    rows = rows.flatten(1)  # their attention is made of convolutions of size 1, ours of linear maps
-                names = [f"{target}.{part}" for target in targets]
-                converted |= zip(names, _split(rows, len(names), architecture), strict=True)
-    extra = next((name for name in state if name not in used), None)
-    if extra is not None:
-        raise ValueError(f"{extra} {tuple(state[extra].shape)} of the file has no place in the network")
+    converted = {}
+    for name, rows in state.items():
+        if ".attentions." in name and rows.ndim > 1:
+            rows = rows.flatten(1)
+        if ".qkv." in name:
+            names = [name.replace(".qkv.", f".to_{part}.") for part in "qkv"]
+            converted |= zip(names, _split(rows, architecture), strict=True)
+        else:
+            converted[name] = rows
     return converted
 
 
-def _split(rows: torch.Tensor, parts: int, architecture: Architecture) -> tuple[torch.Tensor, ...]:
-    """q, k and v of one matrix, each with the rows [head][channel]; what is no qkv stays whole."""
-    if parts == 1:
-        return (rows,)
+def _split(rows: torch.Tensor, architecture: Architecture) -> tuple[torch.Tensor, ...]:
+    """q, k and v of one matrix, each with the rows [head][channel]."""
     if architecture.attention_order == "new":
-        return rows.chunk(parts)
-    by_head = rows.unflatten(0, (architecture.heads or -1, parts, architecture.head_channels or -1))
+        return rows.chunk(3)
+    by_head = rows.unflatten(0, (architecture.heads or -1, 3, architecture.head_channels or -1))
     return tuple(part.flatten(0, 1) for part in by_head.unbind(1))
-
-
-def _layers(a: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of layers in the file and in `UNet2DModel`, in the order of the network; of qkv, three of the latter."""
-    outside = [(source, (target,)) for source, target in NAMES["outside"][a.layout].items()]
-    yield from outside[:3]
-    for kind, source, target in _blocks(a):
-        if kind == "layer":
-            yield source, (target,)
-        else:
-            for theirs, ours in NAMES[kind][a.layout].items():
-                yield f"{source}.{theirs}", tuple(f"{target}.{name}" for name in ours.split())
-    yield from outside[3:]
-
-
-def _blocks(a: Architecture) -> Iterator[tuple[str, str, str]]:
-    """Kind of each block ("resnet", "attention", or "layer" for a convolution), its name in the file and in ours."""
-    last = len(a.channels) - 1
-    for way in ("down", "up"):
-        if way == "up":
-            middle = NAMES["middle"]
-            yield from zip(("resnet", "attention", "resnet"), middle[a.layout], middle["diffusers"], strict=True)
-        for i in range(last + 1) if way == "down" else reversed(range(last + 1)):
-            ours = f"{way}_blocks.{i if way == 'down' else last - i}"
-            for j in range(a.layers + (way == "up")):
-                yield "resnet", _theirs(a, "resnet", way, i, j), f"{ours}.resnets.{j}"
-                if i in a.attention:
-                    yield "attention", _theirs(a, "attention", way, i, j), f"{ours}.attentions.{j}"
-            if i != (last if way == "down" else 0):
-                source, target = _theirs(a, "resampler", way, i, a.layers), f"{ours}.{way}samplers.0"
-                if a.residual_resampling:
-                    yield "resnet", source, target
-                else:
-                    layer = "op" if a.layout == "guided" and way == "down" else "conv"
-                    yield "layer", f"{source}.{layer}", f"{target}.conv"
-
-
-def _theirs(a: Architecture, kind: str, way: str, i: int, j: int) -> str:
-    """Name in the file of the j-th block at level i on the way down or up."""
-    if a.layout == "ddpm":
-        return f"{way}.{i}." + {"resnet": f"block.{j}", "attention": f"attn.{j}", "resampler": f"{way}sample"}[kind]
-    # guided-diffusion counts the blocks of a way through all levels; the first on the way down is the input.
-    level, first, blocks = (i, 1, "input_blocks") if way == "down" else (len(a.channels) - 1 - i, 0, "output_blocks")
-    resampler = 0 if way == "down" else 1 + (i in a.attention)
-    place = {"resnet": 0, "attention": 1, "resampler": resampler}[kind]
-    return f"{blocks}.{first + level * (a.layers + 1) + j}.{place}"

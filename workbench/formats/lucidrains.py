@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from workbench.formats.layouts import NAMES, ask_for
+from workbench.formats.layouts import ask_for, rename
 
 
 def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, **unused: object) -> dict:
@@ -67,13 +67,12 @@ def _shape(state: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int
 
 def convert(state: Mapping[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
     """Weights by their names in `LucidrainsUNet`, of those by their names in the file, without prefixes."""
-    converted, last = {}, len(config["full"]) - 1
+    converted = {}
     for name, tensor in state.items():
-        ours = name
-        for pattern, replacement in NAMES["lucidrains"]:
-            ours = re.sub(pattern, replacement.replace("{last}", str(last)), ours)
         softmax = name == "mid_attn.mem_kv" or name.removesuffix("mem_kv") + "to_out.weight" in state
-        converted[ours] = tensor.mT.contiguous() if name.endswith("mem_kv") and softmax else tensor
+        converted[rename(name, "lucidrains", last=len(config["full"]) - 1)] = (
+            tensor.mT.contiguous() if name.endswith("mem_kv") and softmax else tensor
+        )
     return converted
 
 
