@@ -119,6 +119,7 @@ def find_labels(
     images: opt.LabelledSource = "avataaars",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
+    seed: Annotated[int, Option(help="draws the images that are taken")] = 0,
 ):
     """From images without an attribute to images with it.
 
@@ -126,7 +127,7 @@ def find_labels(
     """
     labelled = labels.load(images)
     check_attributes(attributes, labelled.names)
-    labelled = labelled.select(slice(n))
+    labelled = labelled.shuffled(seed).select(slice(n))  # the first of a folder may all be of one class
     model = network.load(place.tap)
     store = wb.extract(model, images=labelled, steps=steps, batch_size=network.batch_size)
     found = wb.find_many(store, labelled.labels[attributes]).values()
@@ -159,12 +160,10 @@ def boundary_fit(
     t: Annotated[int, Option(help="timestep, one of the visited ones")],
     steps: opt.Steps = 50,
     n: Annotated[int, Option(callback=opt.positive, help="number of images or samples")] = 100,
-    seed: opt.Seed = 0,
+    seed: Annotated[int, Option(help="of the first sample; draws the images that are taken")] = 0,
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
     classifier: Annotated[str | None, Option(help="fit on samples labelled by this classifier, not on images")] = None,
-    positive: Annotated[str | None, Option(help="folder or zip with the attribute, instead of labels")] = None,
-    negative: Annotated[str | None, Option(help="folder or zip of images without it")] = None,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     balance: Annotated[bool, Option("--balance", help="give both classes the same weight")] = False,
     wanted: Annotated[float | None, Option(help="warn if the held-out accuracy stays below this")] = None,
@@ -175,12 +174,6 @@ def boundary_fit(
     """
     from workbench.diffusion.schedule import index_of
 
-    if (positive is None) != (negative is None):
-        raise ValueError("give both --positive and --negative, the images with and without the attribute")
-    if classifier is not None and positive is not None:
-        raise ValueError("--classifier labels samples; give either --classifier, or --positive and --negative")
-    if positive is not None and len(attributes or []) > 1:
-        raise ValueError("--positive and --negative tell one attribute apart; give one name as --attributes")
     model = network.load(place.tap)
     visited = model.schedule.timesteps(steps)
     first = index_of(t, visited, trained=model.schedule.T)
@@ -192,26 +185,15 @@ def boundary_fit(
         source = wb.extract(model, n, seed=seed, steps=visited, eta=0.0, **recording)
         table = labeller(source.images).set_axis(source.seeds)[attributes].gt(0.5).astype(int)
     else:
-        if positive is not None:
-            attributes = attributes or ["attribute"]
-            chosen = _pair(positive, negative, name=attributes[0], n=n, skip_broken=labels.skip_broken)
-        else:
-            chosen = labels.load(images).select(slice(n))
-            attributes = attributes or _with_two_classes(chosen)
-            check_attributes(attributes, chosen.names)
+        chosen = labels.load(images).shuffled(seed).select(slice(n))
+        attributes = attributes or _with_two_classes(chosen)
+        check_attributes(attributes, chosen.names)
         source = wb.extract(model, images=chosen, steps=visited[first:], **recording)
         table = chosen.labels[attributes]
     kind = "" if method == "svm" else f"-{method}"
     for space, ending in {"x": kind, "h": kind + place.ending}.items():
         found = wb.fit_boundaries(source, table, t=t, space=space, method=method, balance=balance, wanted=wanted)
         save(found.values(), model, place.out or paths.boundaries(), f"-{space}-t{t}{ending}")
-
-
-def _pair(positive: str, negative: str, *, name: str, n: int, skip_broken: bool):
-    """Images of two folders, up to n / 2 of each."""
-    images = wb.load_pair(positive, negative, name=name, skip_broken=skip_broken)
-    half, positives = n // 2, int(images.label(name).sum())
-    return images.select([*range(min(half, positives)), *range(positives, min(positives + half, len(images)))])
 
 
 def _with_two_classes(images) -> list[str]:
