@@ -53,7 +53,7 @@ class Samples(opt.Sampling):
 def find_pca(
     samples: Samples,
     place: Place,
-    k: Annotated[int, Option(callback=opt.positive, help="number of components")] = 5,
+    k: Annotated[int, Option(min=1, help="number of components")] = 5,
     joint: Annotated[bool, Option("--joint", help="one PCA over all timesteps")] = False,
 ):
     """Principal components of the samples' h (Haas et al.)."""
@@ -69,7 +69,7 @@ def find_jacobian(
     samples: Samples,
     place: Place,
     t: Annotated[int, Option(help="timestep")],
-    k: Annotated[int, Option(callback=opt.positive, help="number of directions")] = 3,
+    k: Annotated[int, Option(min=1, help="number of directions")] = 3,
     region: Annotated[str | None, Option(help="mouth, eyes, brows, hair, beard or glasses of an avatar")] = None,
 ):
     """Directions that change one sample most (Haas et al.).
@@ -95,7 +95,7 @@ def find_scores(
     samples: Samples,
     place: Place,
     attributes: opt.Attributes,
-    k: Annotated[int, Option(callback=opt.positive, help="samples on each side")] = 100,
+    k: Annotated[int, Option(min=1, help="samples on each side")] = 100,
     classifier: opt.Labeller = "avataaars",
 ):
     """From the samples of lowest score to those of highest."""
@@ -140,7 +140,7 @@ def find_text(
     place: Place,
     text: Annotated[list[str], Option(metavar="TEXT...", help="a direction of each")],
     against: Annotated[str, Option(help="text of what is changed")] = SOURCE,
-    k: Annotated[int | None, Option(callback=opt.positive, help="samples on each side (default: all that fit)")] = None,
+    k: Annotated[int | None, Option(min=1, help="samples on each side (default: all that fit)")] = None,
     clip: Annotated[str, Option(help="avataaars-clip, clip, a hub id or a folder")] = "avataaars-clip",
 ):
     """From the samples that fit one text to those that fit another, by CLIP's scores."""
@@ -159,7 +159,7 @@ def boundary_fit(
     labels: opt.Labels,
     t: Annotated[int, Option(help="timestep, one of the visited ones")],
     steps: opt.Steps = 50,
-    n: Annotated[int, Option(callback=opt.positive, help="number of images or samples")] = 100,
+    n: Annotated[int, Option(min=1, help="number of images or samples")] = 100,
     seed: Annotated[int, Option(help="of the first sample; draws the images that are taken")] = 0,
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
@@ -216,9 +216,9 @@ def boundary_text(
     source: Annotated[str, Option(help="prompt of the images without it")] = SOURCE,
     generator: Annotated[str, Option(help="text-to-image model that makes the images")] = "avataaars32-text",
     guidance_scale: Annotated[float, Option(help="of the generator")] = 4.0,
-    n: Annotated[int, Option(callback=opt.positive, help="images of each prompt")] = 32,
+    n: Annotated[int, Option(min=1, help="images of each prompt")] = 32,
     t: Annotated[int | None, Option(help="timestep (default: that of the paper's noise level)")] = None,
-    steps: Annotated[int, Option(callback=opt.positive, help="timesteps of generator and inversion")] = 12,
+    steps: Annotated[int, Option(min=1, help="timesteps of generator and inversion")] = 12,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     seed: opt.Seed = 0,
     device: opt.Device = None,
@@ -274,7 +274,7 @@ def boundary_edit(
     boundaries: Annotated[list[str], Option(metavar="FILE...", help="boundary files in x, in h or in both")],
     images: Annotated[str | None, Option(help="images to edit: avataaars, a folder or a zip")] = None,
     seeds: opt.Seeds = None,
-    n: Annotated[int, Option(callback=opt.positive, help="number of images")] = 4,
+    n: Annotated[int, Option(min=1, help="number of images")] = 4,
     steps: opt.Steps = 50,
     seed: Annotated[int, Option(help="seed of the noise for edited images")] = 0,
     tap: opt.Tap = "after",
