@@ -489,7 +489,7 @@ MISTAKES = [
     ("sample avataaars32 --eta=nan", "'nan' is not a finite number"),
     *((f"sample avataaars32 --seeds={text}", text[-3:]) for text in ("a", "3-", "1,5-3")),
     ("sample avataaars32 -o x.gif", ".gif; it can be written as .png"),
-    ("extract avataaars32 --n -5", "'--n': .* 1 .given: '-5'"),
+    ("extract avataaars32 --n -5", "equal to 1 (given: '-5')"),
     ("find pca avataaars32 --n 5", "--k is 5; 5 samples have up to 4"),
     ("find scores avataaars32 --n 50 --attributes Smiling", "--k is 100; 50 samples have 2 to 25"),
     ("find scores avataaars32 --attributes", "--attributes"),
