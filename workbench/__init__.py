@@ -28,7 +28,7 @@ _WHERE = {
     "datasets.clip": ("Clip", "load_clip"),
     "datasets.clip_training": ("train_clip",),
     "datasets.domain": ("Domain", "domain_of"),
-    "datasets.labelled": ("LabelledImages", "load_image", "load_images", "load_pair"),
+    "datasets.labelled": ("LabelledImages", "load_image", "load_images"),
     "hspace.store": ("HStore", "open_store"),
     "hspace.extract": ("extract",),
     "hspace.spaces": ("tap_table",),

@@ -385,13 +385,31 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     assert given.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
 
 
-def test_boundaries_come_from_two_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
-    sides = [paint(tmp_path / str(red), [(red + i, i, 0) for i in range(5)]) for red in (200, 60)]
+def class_folders(folder):
+    """Ten images of each of two classes; one lies elsewhere and is linked."""
+    folder.mkdir()
+    paint(folder / "dark", [(60 + i, i, 0) for i in range(10)])
+    (folder / "red").symlink_to(paint(folder.with_name("elsewhere"), [(200 + i, i, 0) for i in range(10)]))
+    return folder
+
+
+def test_images_are_taken_in_an_order_that_the_seed_draws_or_those_of_class_folders_are_of_one(
+    tiny_folder, tmp_path, monkeypatch
+):
+    sides = class_folders(tmp_path / "sides")
+    taken = wb.load_images(sides, labels="folders").shuffled(3).select(slice(8)).labels
+    assert 0 < taken["red"].sum() < 8
+    chosen = ("--images", sides, "--labels", "folders", "--attributes", "red", "--n", 8, "--seed", 3, "--steps", 4)
+    for command in (("find", "labels", tiny_folder), ("boundary", "fit", tiny_folder, "--t", 500)):
+        assert arrived(monkeypatch, "workbench.extract", [*command, *chosen])["images"].labels.equals(taken)
+
+
+def test_boundaries_come_from_class_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
     fit = ("boundary", "fit", tiny_folder, "--steps", 4, "--t", 500, "-o", tmp_path / "found")
-    pair = ("--positive", sides[0], "--negative", sides[1])
-    assert run(capsys, *fit, *pair, "--attributes", "Red", "--n", 8)[0] == 0
-    found = load_boundary(tmp_path / "found" / "tiny-Red-x-t500.safetensors")
-    assert (found.provenance["parameters"]["positives"], found.provenance["parameters"]["negatives"]) == (4, 4)
+    sides = ("--images", class_folders(tmp_path / "sides"), "--labels", "folders", "--attributes", "red")
+    assert run(capsys, *fit, *sides)[0] == 0
+    found = load_boundary(tmp_path / "found" / "tiny-red-x-t500.safetensors")
+    assert (found.provenance["parameters"]["positives"], found.provenance["parameters"]["negatives"]) == (10, 10)
     bundled = ("boundary", "fit", "avataaars32", "--steps", 4, "--t", 500, "--n", 12, "--classifier", "avataaars")
     monkeypatch.setattr(paths, "boundaries", lambda: tmp_path / "boundaries")  # not among directions
     status, said, _ = run(capsys, *bundled, "--attributes", "Long_Hair")
@@ -470,16 +488,13 @@ MISTAKES = [
     ("sample avataaars32 --eta=nan", "'nan' is not a finite number"),
     *((f"sample avataaars32 --seeds={text}", text[-3:]) for text in ("a", "3-", "1,5-3")),
     ("sample avataaars32 -o x.gif", ".gif; it can be written as .png"),
-    ("extract avataaars32 --n -5", "--n is -5"),
+    ("extract avataaars32 --n -5", "equal to 1 (given: '-5')"),
     ("find pca avataaars32 --n 5", "--k is 5; 5 samples have up to 4"),
     ("find scores avataaars32 --n 50 --attributes Smiling", "--k is 100; 50 samples have 2 to 25"),
     ("find scores avataaars32 --attributes", "--attributes"),
     ("find jacobian avataaars32 --t 500 --region nose", "nose"),
     ("boundary fit avataaars32 --t 510 --n 4 --attributes Beard", "nearest 520 or 500"),
     ("find labels avataaars32 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
-    ("boundary fit avataaars32 --t 500 --positive a", "--negative"),
-    ("boundary fit avataaars32 --t 500 --positive a --negative b --classifier c", "give either --classifier"),
-    ("boundary fit avataaars32 --t 500 --positive a --negative b --attributes A B", "give one name"),
     ("boundary edit avataaars32 --boundaries b --seeds 1", "there is no boundary at b"),
     ("boundary edit avataaars32 --boundaries b", "--images or --seeds"),
     ("evaluate-model avataaars32 --card nothing", "no model folder nothing"),

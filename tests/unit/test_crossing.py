@@ -317,6 +317,8 @@ def test_a_pair_of_attributes_is_edited_in_both_spaces(tiny, three, b):
     assert grid.column_labels == ("A +1 sd\nB -1 sd", "A 0 sd\nB 0 sd")
     with pytest.raises(ValueError, match="1 boundaries in h and 2 in x"):
         cross(tiny, three, b["h"][0], b["x"])
+    apart = {"h": [3.0], "x": [(1.0, -1.0)]}
+    assert cross(tiny, three, b["h"][0], b["x"], distances=apart, multi="joint").images.shape[:2] == (3, 1)
 
 
 # What comes back

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import unicodedata
 import warnings
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, features
 
 from workbench.datasets import avataaars, labelled
-from workbench.datasets.labelled import load_image, load_images, load_pair
+from workbench.datasets.labelled import load_image, load_images
 from workbench.diffusion.images import picture_to_tensor as to_tensor
 
 
@@ -537,38 +536,7 @@ def test_broken_images_are_refused_or_left_out_by_name(folder, tmp_path):
         with pytest.warns(UserWarning, match=r"a\.png.*c\.png"):
             images = load_images(source, skip_broken=True)
         assert list(images.labels.index) == ["b.png", "d.png", "e.png"] and images[:].shape == (3, 3, 12, 12)
-    with pytest.warns(UserWarning, match=r"a\.png.*c\.png"):
-        assert len(load_pair(folder, tmp_path / "faces.zip", name="A", skip_broken=True)) == 6
     for name in "bde":
         (folder / f"{name}.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none of 5 images can be decoded"):
         load_images(folder, skip_broken=True)
-
-
-# Two folders
-
-
-def test_two_folders_are_one_labelled_set(folder, tmp_path):
-    (tmp_path / "others").mkdir()
-    picture(9, 20, 16).convert("L").save(tmp_path / "others" / "a.png")
-    pair = load_pair(folder, tmp_path / "others", name="Smiling", size=12)
-    assert list(pair.labels["Smiling"]) == [1] * 5 + [0] and pair.names == ["Smiling"]
-    assert list(pair.labels.index[[0, 5]]) == ["positive/a.png", "negative/a.png"]
-    torch.testing.assert_close(pair[:5], load_images(folder)[:])
-    torch.testing.assert_close(pair[5], load_image(tmp_path / "others" / "a.png", 12))
-    zipped = load_pair(zip_of(folder, tmp_path / "z.zip"), tmp_path / "others", name="Smiling", size=12)
-    assert zipped.fingerprint == pair.fingerprint != pair.select(range(5)).fingerprint
-    torch.testing.assert_close(pickle.loads(pickle.dumps(zipped))[:], pair[:])
-
-
-def test_two_folders_that_do_not_fit_are_refused(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    larger = save_pictures(tmp_path / "larger", "a.png", width=20, height=20)
-    for positive, negative, kind, words in (
-        (folder, tmp_path / "empty", ValueError, "empty holds no images"),
-        (tmp_path / "nowhere", folder, FileNotFoundError, "nowhere"),
-        (folder, folder, ValueError, "give two folders"),
-        (folder, larger, ValueError, r"larger/a.png has the shape \(3, 20, 20\)"),
-    ):
-        with pytest.raises(kind, match=words):
-            load_pair(positive, negative, name="Smiling")[:]

@@ -127,8 +127,6 @@ def calls(tiny):
         "load_images.source": wb.load_images,
         "load_images.labels": lambda path: wb.load_images("avataaars", labels=path),
         "load_model.source": wb.load_model,
-        "load_pair.positive": lambda path: wb.load_pair(path, ".", name="a"),
-        "load_pair.negative": lambda path: wb.load_pair(paths.data() / "avataaars", path, name="a"),
         "open_recipe.path": wb.open_recipe,
         "open_store.path": wb.open_store,
         "read_facts.notebook": wb.read_facts,
@@ -231,11 +229,7 @@ COMMANDS = {
 }
 """Commands that take texts, with arguments that make sense but for the one that is tried."""
 
-BESIDE = {
-    "--positive": ("--negative", "x"),
-    "--negative": ("--positive", "IMAGES"),
-    "extract --labels": ("--images", "IMAGES"),
-}
+BESIDE = {"extract --labels": ("--images", "IMAGES")}
 """What an option needs beside it."""
 
 

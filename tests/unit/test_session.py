@@ -14,6 +14,7 @@ from planted import planted, planted_boundary
 
 import workbench as wb
 from workbench.directions.direction import Direction, load_direction, random_like
+from workbench.editing.cross import Cross
 from workbench.editing.edits import Shift
 from workbench.studio.recipe import apply_recipe, open_recipe, read_recipe, result_of, save_recipe
 from workbench.studio.session import EditSession
@@ -113,6 +114,8 @@ def test_a_single_step_is_cross_boundary(session, tiny, run, boundaries):
     options = {"distances": {s: [d] for s, d in distances.items()}, "unit": "distance", "eta": None, "progress": False}
     rendering = session.render()
     same(rendering, wb.cross_boundary(tiny, run[:1], *boundaries, **options).images[0, 0], **NEAR)
+    (plan,) = Cross(*boundaries, unit="distance", eta=None).plan(run[0], options["distances"])
+    same(rendering, wb.replay(plan, progress=False).x0[0])
     assert (rendering.after - rendering.before).abs().max() > 1e-3
 
 

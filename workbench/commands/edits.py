@@ -53,7 +53,7 @@ class Samples(opt.Sampling):
 def find_pca(
     samples: Samples,
     place: Place,
-    k: Annotated[int, Option(callback=opt.positive, help="number of components")] = 5,
+    k: Annotated[int, Option(min=1, help="number of components")] = 5,
     joint: Annotated[bool, Option("--joint", help="one PCA over all timesteps")] = False,
 ):
     """Principal components of the samples' h (Haas et al.)."""
@@ -69,7 +69,7 @@ def find_jacobian(
     samples: Samples,
     place: Place,
     t: Annotated[int, Option(help="timestep")],
-    k: Annotated[int, Option(callback=opt.positive, help="number of directions")] = 3,
+    k: Annotated[int, Option(min=1, help="number of directions")] = 3,
     region: Annotated[str | None, Option(help="mouth, eyes, brows, hair, beard or glasses of an avatar")] = None,
 ):
     """Directions that change one sample most (Haas et al.).
@@ -95,7 +95,7 @@ def find_scores(
     samples: Samples,
     place: Place,
     attributes: opt.Attributes,
-    k: Annotated[int, Option(callback=opt.positive, help="samples on each side")] = 100,
+    k: Annotated[int, Option(min=1, help="samples on each side")] = 100,
     classifier: opt.Labeller = "avataaars",
 ):
     """From the samples of lowest score to those of highest."""
@@ -119,6 +119,7 @@ def find_labels(
     images: opt.LabelledSource = "avataaars",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
+    seed: Annotated[int, Option(help="draws the images that are taken")] = 0,
 ):
     """From images without an attribute to images with it.
 
@@ -126,7 +127,7 @@ def find_labels(
     """
     labelled = labels.load(images)
     check_attributes(attributes, labelled.names)
-    labelled = labelled.select(slice(n))
+    labelled = labelled.shuffled(seed).select(slice(n))  # the first of a folder may all be of one class
     model = network.load(place.tap)
     store = wb.extract(model, images=labelled, steps=steps, batch_size=network.batch_size)
     found = wb.find_many(store, labelled.labels[attributes]).values()
@@ -139,7 +140,7 @@ def find_text(
     place: Place,
     text: Annotated[list[str], Option(metavar="TEXT...", help="a direction of each")],
     against: Annotated[str, Option(help="text of what is changed")] = SOURCE,
-    k: Annotated[int | None, Option(callback=opt.positive, help="samples on each side (default: all that fit)")] = None,
+    k: Annotated[int | None, Option(min=1, help="samples on each side (default: all that fit)")] = None,
     clip: Annotated[str, Option(help="avataaars-clip, clip, a hub id or a folder")] = "avataaars-clip",
 ):
     """From the samples that fit one text to those that fit another, by CLIP's scores."""
@@ -158,13 +159,11 @@ def boundary_fit(
     labels: opt.Labels,
     t: Annotated[int, Option(help="timestep, one of the visited ones")],
     steps: opt.Steps = 50,
-    n: Annotated[int, Option(callback=opt.positive, help="number of images or samples")] = 100,
-    seed: opt.Seed = 0,
+    n: Annotated[int, Option(min=1, help="number of images or samples")] = 100,
+    seed: Annotated[int, Option(help="of the first sample; draws the images that are taken")] = 0,
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
     classifier: Annotated[str | None, Option(help="fit on samples labelled by this classifier, not on images")] = None,
-    positive: Annotated[str | None, Option(help="folder or zip with the attribute, instead of labels")] = None,
-    negative: Annotated[str | None, Option(help="folder or zip of images without it")] = None,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     balance: Annotated[bool, Option("--balance", help="give both classes the same weight")] = False,
     wanted: Annotated[float | None, Option(help="warn if the held-out accuracy stays below this")] = None,
@@ -175,12 +174,6 @@ def boundary_fit(
     """
     from workbench.diffusion.schedule import index_of
 
-    if (positive is None) != (negative is None):
-        raise ValueError("give both --positive and --negative, the images with and without the attribute")
-    if classifier is not None and positive is not None:
-        raise ValueError("--classifier labels samples; give either --classifier, or --positive and --negative")
-    if positive is not None and len(attributes or []) > 1:
-        raise ValueError("--positive and --negative tell one attribute apart; give one name as --attributes")
     model = network.load(place.tap)
     visited = model.schedule.timesteps(steps)
     first = index_of(t, visited, trained=model.schedule.T)
@@ -192,26 +185,15 @@ def boundary_fit(
         source = wb.extract(model, n, seed=seed, steps=visited, eta=0.0, **recording)
         table = labeller(source.images).set_axis(source.seeds)[attributes].gt(0.5).astype(int)
     else:
-        if positive is not None:
-            attributes = attributes or ["attribute"]
-            chosen = _pair(positive, negative, name=attributes[0], n=n, skip_broken=labels.skip_broken)
-        else:
-            chosen = labels.load(images).select(slice(n))
-            attributes = attributes or _with_two_classes(chosen)
-            check_attributes(attributes, chosen.names)
+        chosen = labels.load(images).shuffled(seed).select(slice(n))
+        attributes = attributes or _with_two_classes(chosen)
+        check_attributes(attributes, chosen.names)
         source = wb.extract(model, images=chosen, steps=visited[first:], **recording)
         table = chosen.labels[attributes]
     kind = "" if method == "svm" else f"-{method}"
     for space, ending in {"x": kind, "h": kind + place.ending}.items():
         found = wb.fit_boundaries(source, table, t=t, space=space, method=method, balance=balance, wanted=wanted)
         save(found.values(), model, place.out or paths.boundaries(), f"-{space}-t{t}{ending}")
-
-
-def _pair(positive: str, negative: str, *, name: str, n: int, skip_broken: bool):
-    """Images of two folders, up to n / 2 of each."""
-    images = wb.load_pair(positive, negative, name=name, skip_broken=skip_broken)
-    half, positives = n // 2, int(images.label(name).sum())
-    return images.select([*range(min(half, positives)), *range(positives, min(positives + half, len(images)))])
 
 
 def _with_two_classes(images) -> list[str]:
@@ -234,9 +216,9 @@ def boundary_text(
     source: Annotated[str, Option(help="prompt of the images without it")] = SOURCE,
     generator: Annotated[str, Option(help="text-to-image model that makes the images")] = "avataaars32-text",
     guidance_scale: Annotated[float, Option(help="of the generator")] = 4.0,
-    n: Annotated[int, Option(callback=opt.positive, help="images of each prompt")] = 32,
+    n: Annotated[int, Option(min=1, help="images of each prompt")] = 32,
     t: Annotated[int | None, Option(help="timestep (default: that of the paper's noise level)")] = None,
-    steps: Annotated[int, Option(callback=opt.positive, help="timesteps of generator and inversion")] = 12,
+    steps: Annotated[int, Option(min=1, help="timesteps of generator and inversion")] = 12,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     seed: opt.Seed = 0,
     device: opt.Device = None,
@@ -292,7 +274,7 @@ def boundary_edit(
     boundaries: Annotated[list[str], Option(metavar="FILE...", help="boundary files in x, in h or in both")],
     images: Annotated[str | None, Option(help="images to edit: avataaars, a folder or a zip")] = None,
     seeds: opt.Seeds = None,
-    n: Annotated[int, Option(callback=opt.positive, help="number of images")] = 4,
+    n: Annotated[int, Option(min=1, help="number of images")] = 4,
     steps: opt.Steps = 50,
     seed: Annotated[int, Option(help="seed of the noise for edited images")] = 0,
     tap: opt.Tap = "after",

@@ -97,7 +97,7 @@ def sample(network: opt.Sampling, seeds: opt.Seeds = "0-15", out: opt.OutPicture
 def extract(
     network: opt.Sampling,
     labels: opt.Labels,
-    n: Annotated[int | None, Option(callback=opt.positive, help="number of samples (default 512) or images")] = None,
+    n: Annotated[int | None, Option(min=1, help="number of samples (default 512) or images")] = None,
     seed: opt.Seed = 0,
     images: Annotated[str | None, Option(help="images to invert: avataaars, a folder or a zip")] = None,
     tap: opt.Tap = "after",
@@ -118,7 +118,7 @@ def extract(
 @command("taps", example="workbench taps avataaars32 -o taps.png")
 def taps(
     network: opt.Sampling,
-    n: Annotated[int, Option(callback=opt.positive, help="number of samples that are measured")] = 8,
+    n: Annotated[int, Option(min=1, help="number of samples that are measured")] = 8,
     seed: opt.Seed = 0,
     out: Annotated[Path | None, opt._out(opt._picture, "draw the U-Net, as PNG, PDF or SVG")] = None,
 ):
@@ -361,8 +361,8 @@ def train_classifier(
 def train_clip(
     images: Annotated[str, Argument(help="folder of images with captions.csv or metadata.csv")],
     out: opt.OutFolder,
-    size: Annotated[int, Option(callback=opt.positive, help="side of the images in pixels, a multiple of 4")] = 32,
-    steps: Annotated[int, Option(callback=opt.positive, help="number of batches")] = 3000,
+    size: Annotated[int, Option(min=1, help="side of the images in pixels, a multiple of 4")] = 32,
+    steps: Annotated[int, Option(min=1, help="number of batches")] = 3000,
     batch_size: Annotated[int, Option(help="images, each with a caption, in a batch")] = 256,
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
     device: opt.Device = None,
@@ -377,7 +377,7 @@ def train_clip(
 def data(
     name: Annotated[Literal["avataaars", "eurosat"], Argument(help="avataaars are drawn, eurosat is read")],
     source: Annotated[str | None, Argument(help="of eurosat: folder or zip of EuroSAT RGB as published")] = None,
-    n: Annotated[int | None, Option(callback=opt.positive, help="number of avatars (default 2000)")] = None,
+    n: Annotated[int | None, Option(min=1, help="number of avatars (default 2000)")] = None,
     part: Annotated[int, Option(help="0 and 1 are for training, 10 (of avataaars: and above) is held out")] = 10,
     captions: Annotated[bool, Option("--captions", help="avatars, some with hats, and sentences about them")] = False,
     out: opt.OutImages = None,

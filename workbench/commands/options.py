@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, CallbackParam, Context, Option, Typer
+from typer import Argument, Context, Option, Typer
 from typer.core import TyperCommand, TyperGroup
 
 import workbench as wb
@@ -108,12 +108,6 @@ def _seeds(text: str) -> list[int]:
     return [seed for first, _, last in spans for seed in range(int(first), int(last or first) + 1)]
 
 
-def positive(context: Context, parameter: CallbackParam, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ValueError(f"{parameter.opts[-1]} is {value}; give 1 or more")
-    return value
-
-
 def _out(check: Callable[[str], Path], help: str):
     """`--out`, checked before the command does anything."""
     return Option("-o", "--out", callback=lambda path: None if path is None else check(path), help=help, metavar="PATH")
@@ -159,7 +153,7 @@ Steps = Annotated[int, Option(help="number of visited timesteps")]
 Eta = Annotated[float, Option(parser=_finite, metavar="NUMBER", help="0 is DDIM, 1 is DDPM")]
 Seed = Annotated[int, Option(help="seed of the first sample")]
 Seeds = Annotated[str, Option(parser=_seeds, metavar="SEEDS", help="samples, e.g. 0-15 or 3,7,11")]
-Count = Annotated[int, Option(callback=positive, help="number of samples or images")]
+Count = Annotated[int, Option(min=1, help="number of samples or images")]
 Attributes = Annotated[list[str] | None, Option(metavar="NAME...", help="such as Smiling Beard")]
 Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...", help="distances from the boundary")]
 Parameters = Annotated[

@@ -12,15 +12,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, repeat
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 
+import joblib
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
@@ -217,7 +216,7 @@ def build(n: int, *, part: int, out: str | Path, correlated: bool = True, progre
     """Write the first `n` images of a part as a labelled folder that `load_images` reads.
 
     The same call writes the same bytes with the same versions of cairo and Pillow. From 100 images on, the drawing is
-    shared among the cores; a script that calls this then needs the usual `if __name__ == "__main__":`.
+    shared among the cores.
 
     Parameters
     ----------
@@ -254,19 +253,13 @@ def write_pictures(
         raise ValueError(f"n is {n}; give a number of images from 1 to {_MOST_IMAGES}")
     _import_extra()
     out = paths.writable(out, folder=True)
-    # Fork is unsafe in a process that has started torch's threads.
-    workers = min(os.cpu_count() or 1, n // _POOL_FROM)
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
-    jobs = (draw, repeat(part), range(n))
-    drawn = pool.map(*jobs, chunksize=16) if pool else map(*jobs)
-    try:
-        shown = iter(tqdm(drawn, "avatars", n, unit="image", disable=not progress))
-        first = next(shown)
-        images = enumerate(chain([first], shown))
-        return write_folder(out, list(first[1]), ((f"{i:05d}.webp", webp, labels) for i, (webp, labels) in images))
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    workers = max(1, min(os.cpu_count() or 1, n // _POOL_FROM))
+    pool = joblib.Parallel(workers, return_as="generator")
+    drawn = pool(joblib.delayed(draw)(part, i) for i in range(n))
+    shown = iter(tqdm(drawn, "avatars", n, unit="image", disable=not progress))
+    first = next(shown)
+    images = enumerate(chain([first], shown))
+    return write_folder(out, list(first[1]), ((f"{i:05d}.webp", webp, labels) for i, (webp, labels) in images))
 
 
 def region_mask(name: str, *, size: int | Sequence[int] = SIZE, tilt: float = 0.0) -> np.ndarray:

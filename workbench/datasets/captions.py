@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from workbench.datasets.avataaars import (
     BACKGROUNDS,
@@ -39,156 +40,21 @@ HAT_FREQUENCY = 1 / 8
 _HATS, _WORDS = 0, 1
 """Streams of an image's random numbers."""
 
-HAIR_COLORS = {
-    "BLACK": ("black", "dark"),
-    "BROWN_DARK": ("dark brown", "dark"),
-    "BROWN": ("brown",),
-    "BLONDE": ("blond", "blonde", "yellow"),
-    "BLONDE_GOLDEN": ("blond", "blonde", "golden"),
-    "AUBURN": ("auburn", "reddish brown"),
-    "RED": ("red", "ginger"),
-    "SILVER_GRAY": ("gray", "grey", "silver"),
-    "PLATINUM": ("gray", "grey", "white", "platinum"),
-}
-SKIN_COLORS = {
-    "PALE": ("pale", "light", "fair"),
-    "LIGHT": ("light", "fair"),
-    "TANNED": ("tanned", "light"),
-    "BROWN": ("brown", "dark"),
-    "DARK_BROWN": ("dark", "dark brown"),
-    "BLACK": ("dark", "black"),
-}
 _BACKGROUND_NAMES = (("light blue", "blue"), ("beige", "yellow"), ("green",), ("pink",), ("white",), ("dark blue",))
 BACKGROUND_COLORS = dict(zip(BACKGROUNDS, _BACKGROUND_NAMES, strict=True))
 TILTED = 4.0  # degrees from which a caption says so
 
-SUBJECTS = ("person", "face", "character", "avatar", "man", "woman")
-OPENINGS = ("", "", "a photo of", "a picture of", "a portrait of", "a drawing of", "an image of")
-
 Kind = str
 """How a phrase is used: "adj" before the noun, "with" after the word "with", "that" after the noun."""
 
-PHRASES: dict[str, dict[Kind, tuple[str, ...]]] = {
-    "smiling": {
-        "adj": ("smiling", "happy", "grinning", "cheerful"),
-        "with": ("a smile", "a happy smile", "a smiling face", "a smiling mouth"),
-        "that": ("who smiles", "who is smiling", "who looks happy", "smiling", "that is happy"),
-    },
-    "not smiling": {
-        "adj": ("unsmiling",),
-        "with": ("no smile",),
-        "that": ("without a smile", "who does not smile", "who is not smiling", "not smiling"),
-    },
-    "serious": {
-        "adj": ("serious", "neutral"),
-        "with": ("a serious face", "a neutral face", "a serious mouth"),
-        "that": ("who looks serious", "who is serious"),
-    },
-    "sad": {"adj": ("sad", "unhappy"), "with": ("a sad mouth",), "that": ("who looks sad",)},
-    "screaming": {"adj": ("screaming",), "with": ("a screaming mouth",), "that": ("who screams", "who is shouting")},
-    "open mouth": {
-        "adj": ("open mouthed",),
-        "with": ("an open mouth", "the mouth open", "the mouth wide open"),
-        "that": ("whose mouth is open", "who opens the mouth"),
-    },
-    "closed mouth": {
-        "with": ("a closed mouth", "the mouth closed"),
-        "that": ("whose mouth is closed", "whose mouth is not open", "without an open mouth"),
-    },
-    "glasses": {
-        "with": ("glasses", "eyeglasses", "clear glasses", "spectacles"),
-        "that": ("wearing glasses", "who wears glasses", "wearing eyeglasses", "in glasses", "who has glasses"),
-    },
-    "sunglasses": {
-        "with": ("sunglasses", "dark glasses", "shades"),
-        "that": ("wearing sunglasses", "who wears sunglasses", "wearing dark glasses", "in shades"),
-    },
-    "no glasses": {
-        "with": ("no glasses",),
-        "that": ("without glasses", "not wearing glasses", "who wears no glasses", "without eyeglasses"),
-    },
-    "beard": {
-        "adj": ("bearded",),
-        "with": ("a beard", "facial hair", "a full beard"),
-        "that": ("who has a beard", "wearing a beard", "whose face has a beard"),
-    },
-    "no beard": {
-        "adj": ("beardless", "clean shaven"),
-        "with": ("no beard", "no facial hair"),
-        "that": ("without a beard", "who has no beard", "without facial hair"),
-    },
-    "long hair": {
-        "adj": ("long haired",),
-        "with": ("long hair", "hair that is long"),
-        "that": ("who has long hair", "whose hair is long"),
-    },
-    "short hair": {
-        "adj": ("short haired",),
-        "with": ("short hair", "hair that is short"),
-        "that": ("who has short hair", "whose hair is short", "without long hair", "whose hair is not long"),
-    },
-    "bald": {
-        "adj": ("bald", "hairless"),
-        "with": ("a bald head", "no hair"),
-        "that": ("who is bald", "without hair", "who has no hair"),
-    },
-    "hat": {
-        "with": ("a hat", "a hat on the head"),
-        "that": ("wearing a hat", "who wears a hat", "in a hat", "who has a hat on"),
-    },
-    "winter hat": {"with": ("a winter hat",), "that": ("wearing a winter hat", "in a winter hat")},
-    "no hat": {"with": ("no hat",), "that": ("without a hat", "who wears no hat")},
-    "angry": {
-        "adj": ("angry", "frowning"),
-        "with": ("angry eyebrows", "angry brows", "an angry look"),
-        "that": ("who looks angry", "who frowns", "who is angry", "whose eyebrows are angry"),
-    },
-    "not angry": {"that": ("who does not frown", "who is not angry", "without angry eyebrows")},
-    "raised brows": {
-        "with": ("raised eyebrows", "raised brows", "eyebrows that are raised"),
-        "that": ("whose eyebrows are raised", "who raises the eyebrows", "raising the brows"),
-    },
-    "lowered brows": {"that": ("without raised eyebrows", "whose eyebrows are not raised")},
-    "closed eyes": {
-        "with": ("closed eyes", "the eyes closed", "the eyes shut", "eyes that are closed"),
-        "that": ("whose eyes are closed", "who closes the eyes", "closing the eyes"),
-    },
-    "open eyes": {
-        "with": ("open eyes", "the eyes open"),
-        "that": ("whose eyes are open", "whose eyes are not closed", "without closed eyes"),
-    },
-    "wide eyes": {"with": ("wide eyes", "wide open eyes"), "that": ("who looks surprised",)},
-    "hair color": {
-        "adj": ("{} haired",),
-        "with": ("{} hair", "hair that is {}"),
-        "that": ("whose hair is {}", "who has {} hair"),
-    },
-    "other hair color": {"that": ("whose hair is not {}", "without {} hair")},
-    "long colored hair": {"with": ("long {} hair",), "that": ("who has long {} hair",)},
-    "short colored hair": {"with": ("short {} hair",), "that": ("who has short {} hair",)},
-    "skin": {"adj": ("{} skinned",), "with": ("{} skin",), "that": ("whose skin is {}", "who has {} skin")},
-    "background": {"that": ("on a {} background", "in front of a {} background")},
-    "tilt left": {"with": ("the head tilted to the left",), "that": ("tilting the head left",)},
-    "tilt right": {"with": ("the head tilted to the right",), "that": ("tilting the head right",)},
-}
+_SAID = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
+HAIR_COLORS, SKIN_COLORS = _SAID["hair_colors"], _SAID["skin_colors"]
+SUBJECTS, OPENINGS = _SAID["subjects"], _SAID["openings"]
+
+PHRASES: dict[str, dict[Kind, list[str]]] = _SAID["phrases"]
 """Wordings of what a picture can show; {} is a colour."""
 
-PROMPTS = {
-    "Smiling": ("a smiling person", "a person who is not smiling"),
-    "Mouth_Open": ("a person with an open mouth", "a person with a closed mouth"),
-    "Eyeglasses": ("a person wearing glasses", "a person without glasses"),
-    "Sunglasses": ("a person wearing sunglasses", "a person without glasses"),
-    "Beard": ("a person with a beard", "a person without a beard"),
-    "Long_Hair": ("a person with long hair", "a person with short hair"),
-    "Bald": ("a bald person", "a person with short hair"),
-    "Blond_Hair": ("a person with blond hair", "a person whose hair is not blond"),
-    "Black_Hair": ("a person with black hair", "a person whose hair is not black"),
-    "Gray_Hair": ("a person with gray hair", "a person whose hair is not gray"),
-    "Dark_Skin": ("a person with dark skin", "a person with light skin"),
-    "Angry_Brows": ("a person with angry eyebrows", "a person who is not angry"),
-    "Raised_Brows": ("a person with raised eyebrows", "a person without raised eyebrows"),
-    "Eyes_Closed": ("a person with closed eyes", "a person with open eyes"),
-}
+PROMPTS: dict[str, tuple[str, str]] = {name: tuple(pair) for name, pair in _SAID["prompts"].items()}
 """Prompts with and without each attribute of the domain, for a zero-shot classifier."""
 
 _NEGATABLE = ("black", "blond", "gray", "red", "brown")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +53,7 @@ class LabelledImages:
     """
 
     labels: pd.DataFrame
-    _sources: Mapping[str, Folder | Zip]  # by the beginning of the names of their images
+    _files: Folder | Zip
     _shape: tuple[int, int, int] | None
     _crop: str | None = None
     _checksums: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # shared by selections
@@ -118,8 +118,7 @@ class LabelledImages:
         digest = hashlib.sha256(f"{shape}{crop}\n".encode())
         for name in tqdm(self.labels.index, "fingerprint", unit="image", delay=2, leave=False):
             if name not in self._checksums:
-                source, file = self._source(name)
-                self._checksums[name] = source.checksum(file)
+                self._checksums[name] = self._files.checksum(name)
             length, checksum = self._checksums[name]
             digest.update(f"{name}\0{length}\0{checksum}\n".encode())
         return digest.hexdigest()
@@ -141,12 +140,10 @@ class LabelledImages:
         ValueError
             If there is no such table, or none of its rows is of these images.
         """
-        tables = {source: read_captions(source.path) for source in self._sources.values()}
-        places = [self._source(name) for name in self.labels.index]
-        captions = [tables[source].get(source.prefix + file, []) for source, file in places]
+        table = read_captions(self._files.path)
+        captions = [table.get(self._files.prefix + name, []) for name in self.labels.index]
         if not any(captions):
-            where = " and ".join(str(source.path) for source in self._sources.values())
-            raise ValueError(f"none of the {len(self)} images of {where} has a caption")
+            raise ValueError(f"none of the {len(self)} images of {self._files.path} has a caption")
         return captions
 
     def label(self, name: str) -> pd.Series:
@@ -242,22 +239,12 @@ class LabelledImages:
         name = self.labels.index[position]
         image = self._open(name)
         if image.shape != self.image_shape:
-            what = f"{self._where(name)} has the shape {tuple(image.shape)} and the first image {self.image_shape}"
-            raise ValueError(f"{what}; give one size for all, such as size=64")
+            what = f"the shape {tuple(image.shape)} and the first image {self.image_shape}"
+            raise ValueError(f"{self._files.describe(name)} has {what}; give one size for all, such as size=64")
         return image
 
     def _open(self, name: str) -> torch.Tensor:
-        source, file = self._source(name)
-        return _decode(lambda: source.read(file), self._shape, self._where(name), self._crop, _SKIP)
-
-    def _source(self, name: str) -> tuple[Folder | Zip, str]:
-        """Where an image lies, and its name there."""
-        part = next(part for part in self._sources if name.startswith(part))
-        return self._sources[part], name.removeprefix(part)
-
-    def _where(self, name: str) -> str:
-        source, file = self._source(name)
-        return source.describe(file)
+        return _decode(lambda: self._files.read(name), self._shape, self._files.describe(name), self._crop, _SKIP)
 
     def _without_broken(self) -> LabelledImages:
         whole, broken = [], []
@@ -266,7 +253,7 @@ class LabelledImages:
                 self._open(name)
                 whole.append(position)
             except BrokenImage:
-                broken.append(self._where(name))
+                broken.append(self._files.describe(name))
         if not whole:
             raise ValueError(f"none of {len(broken)} images can be decoded ({some(broken)}); give others")
         if broken:
@@ -345,54 +332,7 @@ def load_images(
         found = find_labels(files, others) if labels is None else _given_labels(paths.local(labels))
         table = pd.DataFrame(index=pd.Index(names, name="file")) if found is None else labels_of(names, *found)
     warn_of_others(source, others, tables=labels is None and found is None)
-    images = LabelledImages(table, {"": files}, shape, crop)
-    return images._without_broken() if skip_broken else images
-
-
-def load_pair(
-    positive: str | Path,
-    negative: str | Path,
-    *,
-    name: str,
-    size: int | Sequence[int] | None = None,
-    skip_broken: bool = False,
-) -> LabelledImages:
-    """Open two folders or zips as one labelled set: images with an attribute and images without it.
-
-    For boundaries of attributes without a label file, such as images that a text-to-image model made for two prompts.
-    Names are `positive/...` and `negative/...`.
-
-    Parameters
-    ----------
-    positive, negative : str or Path
-        Folders or zips of images; label files in them are not read.
-    name : str
-        Name of the attribute.
-    size, skip_broken
-        As in `load_images`.
-
-    Returns
-    -------
-    LabelledImages
-        The images of `positive` (label 1), then those of `negative` (label 0).
-
-    Raises
-    ------
-    FileNotFoundError
-        If a source does not exist.
-    ValueError
-        If a source has no images, or both are the same.
-    """
-    positive, negative = paths.local(positive), paths.local(negative)
-    if positive.resolve() == negative.resolve():
-        raise ValueError(f"{positive} is given for the images with and without {name}; give two folders")
-    sources, names = {}, {}
-    for part, source in (("positive/", positive), ("negative/", negative)):
-        sources[part], found, others = find_files(source)
-        names |= {f"{part}{file}": int(part == "positive/") for file in found}
-        warn_of_others(source, others)
-    labels = pd.DataFrame({name: names}).rename_axis("file")
-    images = LabelledImages(labels, sources, _checked(size))
+    images = LabelledImages(table, files, shape, crop)
     return images._without_broken() if skip_broken else images
 
 

@@ -41,7 +41,7 @@ class Cross(Edit):
     ----------
     h, x : Boundary or sequence of Boundary, optional
         Boundaries in h_t and in x_t; without one, that space is not moved. A sequence has one boundary per
-        attribute, in the same order in both spaces.
+        attribute, in the same order in both spaces unless distances are given by space.
     unit : {"sd", "distance"}
         "sd": each boundary's standard deviation of held-out samples within their class (`Boundary.sigma`).
         "distance": Euclidean distance, the same number for h and x.
@@ -106,9 +106,6 @@ class Cross(Edit):
         found = self._boundaries
         if not found["h"] and not found["x"]:
             raise ValueError('there is no boundary to cross; give one in h (h_policy "none" ignores it) or one in x')
-        if found["h"] and found["x"] and len(found["h"]) != len(found["x"]):
-            counts = f"{len(found['h'])} boundaries in h and {len(found['x'])} in x"
-            raise ValueError(f"there are {counts}; give both for each attribute")
         object.__setattr__(self, "name", self.name or (found["x"] or found["h"])[0].name)
 
     def plan(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> list[Trajectory]:
@@ -169,6 +166,9 @@ class Cross(Edit):
     def targets(self, run: Trajectory, distances: Distances | Mapping[str, Distances]) -> dict[str, np.ndarray | None]:
         """Signed distances to move to in each space, (n, k, m), Euclidean; for mode "mirror" multiples."""
         found, t, t_h = self._boundaries, *self._timesteps(run)
+        if not isinstance(distances, Mapping) and found["h"] and found["x"] and len(found["h"]) != len(found["x"]):
+            counts = f"{len(found['h'])} boundaries in h and {len(found['x'])} in x"
+            raise ValueError(f"there are {counts}; give both for each attribute, or distances by space")
         for space, at in (("h", t_h), ("x", t)):
             for boundary in found[space]:
                 boundary.check_fits(run.model, t=at, space=space)

@@ -25,11 +25,12 @@ from workbench.diffusion.inversion import invert
 from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Injection, Trajectory, replay, sample
 from workbench.diffusion.schedule import index_of, within
-from workbench.directions.boundary import Boundary, move_jointly
+from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, finite
-from workbench.editing.edits import check_run
+from workbench.editing.cross import Cross
+from workbench.editing.edits import Edit, Shift, check_run
 from workbench.editing.preview import abridged, predicted_images, same_effect
-from workbench.editing.render import EditGrid
+from workbench.editing.render import EditGrid, run_plans
 from workbench.studio.state import EditState, Predictions, Progress, Rendering
 
 _Named = TypeVar("_Named")
@@ -202,8 +203,10 @@ class Renderings:
         """
         state = state or self.state
         before = self._plain(state, progress).images[0]
-        after = self._edited([state], preview=preview, progress=progress).images[0] if state.edits else before
-        return Rendering(before, after, state, preview)
+        if not state.edits:
+            return Rendering(before, before, state, preview)
+        plan = self._preview(state, progress) if preview else self._plan(state, progress)
+        return Rendering(before, _run(plan, progress).images[0], state, preview)
 
     def direction(self, state: EditState | None = None) -> Direction:
         """All that is pulled as one direction, of scale 1, within the window of timesteps.
@@ -273,7 +276,7 @@ class Renderings:
         before = predicted_images(plain, positions)
         if not state.edits:
             return Predictions(timesteps, before, before)
-        run = self._edited([state], progress=progress, record_x=True)
+        run = _run(self._plan(state, progress), progress, record_x=True)
         first = len(self.timesteps) - run.steps
         later = [k for k, p in enumerate(positions) if p >= first]
         after = before.clone()
@@ -363,16 +366,18 @@ class Renderings:
         state = state or self.state
         own = self.distances(state) if state.distances else {}
         i = index_of(t, self.timesteps, trained=self.model.schedule.T)
-        plain = self._h(self._plain(state, progress).x.values[i], t).flatten(1)
-        if not state.edits:
-            return plain.expand(len(parts), -1).numpy()
-        run = self._edited([state.scaled(part, own) for part in parts], progress=progress, record_h=True)
-        j = i - (len(self.timesteps) - run.steps)
-        if j < 0:
-            return plain.expand(len(parts), -1).numpy()
-        own = run.h.values[j]
-        edited = run.edit.change(j, own, slice(None))
-        return (own if edited is None else edited).flatten(1).numpy()
+        plain, found = self._plain(state, progress), []
+        for part in parts:
+            plan = self._plan(state.scaled(part, own), progress) if part else plain
+            j = i - (plain.steps - plan.steps)
+            if plan is plain or j < 0:
+                found.append(self._h(plain.x.values[i], t))
+                continue
+            run = _run(plan, progress, record_h=True)
+            h = run.h.values[j]
+            edited = None if run.edit is None else run.edit.change(j, h, slice(None))
+            found.append(h if edited is None else edited)
+        return torch.cat(found).flatten(1).numpy()
 
     def _grid(
         self,
@@ -397,12 +402,10 @@ class Renderings:
                 return replace(state, distances=pulled)
             return replace(state, scales={name: scale for name, scale in pulled.items() if scale})
 
-        cells = [cell(row, column) for row in rows for column in columns]
-        before = self._plain(state, progress).images[0]
-        images = before.repeat(len(cells), 1, 1, 1)
-        moved = [k for k, each in enumerate(cells) if each.edits]
-        if moved:
-            images[moved] = self._edited([cells[k] for k in moved], progress=progress).images
+        plain, progress = self._plain(state, progress), progress or Progress()
+        plans = [self._plan(cell(row, column), progress) for row in rows for column in columns]
+        progress.expect(sum(plan.steps for plan in plans if plan is not plain))
+        images = run_plans(plain, [plans], residual=plain.residual is not None, progress=progress)[0, 0]
         unit = "" if single else " sigma"
         return EditGrid(
             images.unflatten(0, (len(rows), len(columns))),
@@ -434,92 +437,62 @@ class Renderings:
                 run = replace(run, etas=self.model.schedule.etas(state.eta, run.steps))
             progress.expect(run.steps)
             again = replay(run, record_x=True, progress=progress)
-            _keep(self._plains, key, again if run.seeds is not None else replace(again, x0=run.x0))
+            if run.seeds is None:
+                again = replace(again, x0=run.x0, residual=run.x0 - again.x0)
+            _keep(self._plains, key, again)
         return self._plains[key]
 
-    def _rest(self, state: EditState, first: int, preview: bool, progress: Progress | None) -> Trajectory:
-        """The plain sample from a step on, in all of its steps or in a few."""
-        plain, every = self._plain(state, progress), range(first, len(self.timesteps))
-        key = (state.sample, state.eta, first, preview)
-        if key in self._rests:
-            return self._rests[key]
-        if not preview or len(every) <= self.preview_steps:
-            rest = replace(plain.tail(first, plain.x.values[first]), residual=None)
-            if plain.seeds is None:
-                rest = replace(rest, residual=plain.x0 - replay(rest, progress=progress or Progress()).x0)
-        else:
-            rest = abridged(plain, first, self.preview_steps)
-        _keep(self._rests, key, rest)
-        return rest
-
-    def _edited(
-        self,
-        states: Sequence[EditState],
-        *,
-        preview: bool = False,
-        progress: Progress | None = None,
-        record_h: bool = False,
-        record_x: bool = False,
-    ) -> Trajectory:
-        """One cell a state, from the step on at which the first of them begins. They differ in what is pulled alone."""
-        state = states[0]
-        single = state.process == "single-step"
-        x_t, delta = self._moves(states, progress) if single else (None, self._deltas(states))
-        acts = delta.flatten(2).any(dim=2).any(dim=1)
-        first = self._step_of(states) if single else int(acts.nonzero()[0]) if acts.any() else len(acts) - 1
-        rest = self._rest(state, first, preview, progress)
-        asymmetric = state.process == "asymmetric"
-        if rest.steps < len(delta) - first:
-            delta = same_effect(self._plain(state, progress), delta, rest, asymmetric=asymmetric)
-        else:
-            delta = delta[first:]
-        n = len(states)
-        run = replace(rest[[0] * n], batch_size=min(n, self.model.batch_size()))
-        if single:
-            run = replace(run, x_T=x_t)
-        progress = progress or Progress()
-        progress.expect(n * run.steps)
-        return replay(
-            run,
-            edit=Injection.adding(delta, asymmetric=asymmetric),
-            residual=run.residual is not None,
-            record_h=record_h,
-            record_x=record_x,
-            progress=progress,
-        )
-
-    def _deltas(self, states: Sequence[EditState]) -> torch.Tensor:
-        """Change of h by directions: (steps, n, C, h, w)."""
-        nothing = torch.zeros(len(self.timesteps), *self.model.h_shape)
-        return torch.stack([self.direction(s).delta() if s.scales else nothing for s in states], dim=1)
-
-    def _step_of(self, states: Sequence[EditState]) -> int:
-        (t, first), *others = {self.boundaries[k].t: k for state in states for k in state.distances}.items()
+    def _edit(self, state: EditState) -> tuple[Edit, list[float] | dict[str, list[list[float]]]]:
+        """The edit of a state, and its one scale: a direction's, or the distances in each space."""
+        if state.process != "single-step":
+            return Shift(self.direction(state), asymmetric=state.process == "asymmetric"), [1.0]
+        (t, first), *others = {self.boundaries[name].t: name for name in state.distances}.items()
         if others:
             other = f"{first} is at t={t} and {others[0][1]} at t={others[0][0]}"
             raise ValueError(f"a single step is at one timestep; {other}, so move to one of them")
-        return index_of(t, self.timesteps)
+        moved = {space: [k for k in state.distances if self.boundaries[k].space == space] for space in "hx"}
+        crossed = {space: [self.boundaries[name] for name in names] for space, names in moved.items()}
+        distances = {space: [[state.distances[name] for name in names]] for space, names in moved.items()}
+        return Cross(**crossed, unit="distance", multi="joint", eta=None), distances
 
-    def _moves(self, states: Sequence[EditState], progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_t after the move, (n, C, H, W), and what is added to h at that step alone, (steps, n, C, h, w)."""
-        first = self._step_of(states)
-        t, plain_x = self.timesteps[first], self._plain(states[0], progress).x.values[first]
-        plain_h = self._h(plain_x, t)
-        x_t = torch.cat([self._moved(plain_x, state, "x") for state in states])
-        h_t = torch.cat([self._moved(plain_h, state, "h") for state in states])
-        delta = torch.zeros(len(self.timesteps), len(states), *self.model.h_shape)
-        moves_h = torch.tensor([any(self.boundaries[name].space == "h" for name in s.distances) for s in states])
-        # The paper's single step decodes from the moved h, whatever h the moved x_t would give.
-        delta[first] = (h_t - self._h(x_t, t)) * moves_h.view(-1, 1, 1, 1)
-        return x_t, delta
+    def _plan(self, state: EditState, progress: Progress | None) -> Trajectory:
+        """The edited sample from the first step on that is edited, not run yet; the plain sample without an edit."""
+        plain = self._plain(state, progress)
+        if not state.edits:
+            return plain
+        edit, scales = self._edit(state)
+        return edit.plan(plain, scales)[0]
 
-    def _moved(self, z: torch.Tensor, state: EditState, space: str) -> torch.Tensor:
-        wanted = {self.boundaries[k]: to for k, to in state.distances.items() if self.boundaries[k].space == space}
-        return move_jointly(z, list(wanted), to=list(wanted.values())) if wanted else z
+    def _preview(self, state: EditState, progress: Progress | None) -> Trajectory:
+        """The plan in few steps, whose changes of h have the first-order effect of all of the plan's."""
+        plain, plan = self._plain(state, progress), self._plan(state, progress)
+        if plan.steps <= self.preview_steps:
+            return plan
+        first = plain.steps - plan.steps
+        key = (state.sample, state.eta, first)
+        if key not in self._rests:
+            _keep(self._rests, key, abridged(plain, first, self.preview_steps))
+        rest, asymmetric = self._rests[key], state.process == "asymmetric"
+        delta = torch.zeros(plain.steps, 1, *self.model.h_shape)
+        # What a direction adds is the same for every h.
+        own = self._h(plan.x_T, plan.timesteps[0]) if state.process == "single-step" else torch.zeros_like(delta[0])
+        for i in range(plan.steps):
+            edited = None if plan.edit is None else plan.edit.change(i, own, slice(None))
+            if edited is not None:
+                delta[first + i] = edited - own
+        delta = same_effect(plain, delta, rest, asymmetric=asymmetric)
+        return replace(rest, x_T=plan.x_T, edit=Injection.adding(delta, asymmetric=asymmetric))
 
     @torch.inference_mode()
     def _h(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
         return self.model.encode(x_t.to(self.model.device), t).h.cpu().contiguous()
+
+
+def _run(plan: Trajectory, progress: Progress | None, **recorded: bool) -> Trajectory:
+    """Carry out a plan; of an image, with what its reconstruction lacks."""
+    progress = progress or Progress()
+    progress.expect(plan.steps)
+    return replay(plan, residual=plan.residual is not None, progress=progress, **recorded)
 
 
 def _keep(cache: dict, key: tuple, value) -> None:
