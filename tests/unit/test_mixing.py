@@ -30,7 +30,7 @@ from workbench.analysis.mixing_criteria import (
     stays,
     total_variation,
 )
-from workbench.analysis.spectra import Spectrum, linear_gaussian_inversion
+from workbench.analysis.spectra import linear_gaussian_inversion
 from workbench.editing.mixing_search import CRITERIA, decode_from, mixing_step
 
 ALPHA_BARS = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
@@ -179,9 +179,9 @@ def test_the_radius_gap_is_that_of_the_linear_gaussian_model():
         scale = (b / a) ** 0.5
         v = v * (scale + ((1 - b) ** 0.5 - scale * (1 - a) ** 0.5) * (1 - a) ** 0.5 / (a * s2 + 1 - a)) ** 2
     # eps knows the true variances s2, while few steps of sampling end with others, v: what is known are the gains.
-    spectrum = Spectrum(np.arange(192), s2, np.ones(192))
-    gains = linear_gaussian_inversion(spectrum, ALPHA_BARS, run.timesteps, start="clean").variance / s2
-    radii = {t: np.sqrt((v * gain).mean()) for t, gain in zip(sorted(run.timesteps), gains, strict=True)}
+    spectrum = pd.DataFrame({"power": s2, "weight": 1.0})
+    gains = linear_gaussian_inversion(spectrum, ALPHA_BARS, run.timesteps, start="clean") / s2
+    radii = np.sqrt(gains @ v / len(v))
     expected = {t: abs(np.sqrt(sampled[t].mean()) - radii[t]) for t in run.timesteps}
     measured = found.curve["value"]
     assert max(abs(measured[t] - expected[t]) for t in run.timesteps) < 0.01

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,35 +32,7 @@ def marginal_radius(alpha_bar: float, *, mean_square: float, d: int) -> float:
     return float(np.sqrt(d * (alpha_bar * mean_square + 1.0 - alpha_bar)))
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """Second moment of images along orthogonal directions.
-
-    Attributes
-    ----------
-    frequency : ndarray of shape (k,)
-        Radial frequency in cycles an image.
-    power : ndarray of shape (k,)
-        Mean square along a direction of that frequency, s^2.
-    weight : ndarray of shape (k,)
-        Number of directions of that frequency.
-    """
-
-    frequency: np.ndarray = field(repr=False)
-    power: np.ndarray = field(repr=False)
-    weight: np.ndarray = field(repr=False)
-
-    @property
-    def mean_square(self) -> float:
-        """m2, the mean square of a pixel (Parseval)."""
-        return float(self.weight @ self.power / self.weight.sum())
-
-    def frame(self) -> pd.DataFrame:
-        """One row per frequency: `frequency`, `power`, `weight`."""
-        return pd.DataFrame({"frequency": self.frequency, "power": self.power, "weight": self.weight})
-
-
-def data_spectrum(images: Any) -> Spectrum:
+def data_spectrum(images: Any) -> pd.DataFrame:
     """Radial power spectrum of images: power at every frequency, mean over samples and channels.
 
     It takes images as if their statistics were the same at every pixel, and channels as unrelated.
@@ -72,8 +43,9 @@ def data_spectrum(images: Any) -> Spectrum:
 
     Returns
     -------
-    Spectrum
-        Frequencies are rounded to integers, in cycles an image along the longer side; the transform is orthonormal.
+    DataFrame
+        Indexed by `frequency`, in cycles an image along the longer side, rounded to integers. `power` is the mean
+        square s^2 along a direction of that frequency (the transform is orthonormal), `weight` their number.
 
     Raises
     ------
@@ -90,60 +62,28 @@ def data_spectrum(images: Any) -> Spectrum:
         power += (np.abs(np.fft.fft2(image.astype(np.float64), norm="ortho")) ** 2).mean(axis=0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]) * max(height, width)
     rings = np.rint(frequency).astype(int).ravel()
-    weight = np.bincount(rings).astype(float)
-    total = np.bincount(rings, weights=power.ravel() / len(images))
-    there = weight > 0
-    return Spectrum(np.flatnonzero(there).astype(float), total[there] / weight[there], weight[there])
-
-
-@dataclass(frozen=True, eq=False)
-class LinearGaussianInversion:
-    """Result of DDIM inversion for Gaussian images and an exact network.
-
-    Attributes
-    ----------
-    timesteps : tuple of int
-        Ascending.
-    ratios : ndarray of shape (steps,)
-        Root-mean-square radius of the inverted ensemble over that of the forward process' marginal, r(t).
-    variance : ndarray of shape (steps, k)
-        Of the inverted ensemble along every direction of the spectrum.
-    """
-
-    timesteps: tuple[int, ...]
-    ratios: np.ndarray = field(repr=False)
-    variance: np.ndarray = field(repr=False)
-
-    @property
-    def ratio(self) -> float:
-        """The ratio at the last timestep."""
-        return float(self.ratios[-1])
+    directions = pd.DataFrame({"power": power.ravel() / len(images), "weight": 1.0})
+    return directions.groupby(rings).agg({"power": "mean", "weight": "sum"}).rename_axis("frequency")
 
 
 def linear_gaussian_inversion(
-    spectrum: Spectrum,
-    alpha_bars: Sequence[float],
-    timesteps: Sequence[int],
-    *,
-    start: str = "first",
-    noise_repair: bool = False,
-    iterations: int = 0,
-    mean_square: float | None = None,
-) -> LinearGaussianInversion:
-    """Radius of DDIM-inverted images for Gaussian data and exact eps, by recursion.
+    spectrum: pd.DataFrame, alpha_bars: Sequence[float], timesteps: Sequence[int], *, start: str = "first"
+) -> pd.DataFrame:
+    """Variance of DDIM-inverted images for Gaussian data and exact eps, by recursion.
 
     Where the data has variance s^2 along a direction, the exact eps at noise level a = alpha_bar is linear,
     eps = sqrt(1-a) / (a s^2 + 1 - a) x, so a step a -> b multiplies x along it by
 
         sqrt(b/a) + (sqrt(1-b) - sqrt(b/a) sqrt(1-a)) sqrt(1-a) / (a s^2 + 1 - a)        (DDIM eq. 13)
 
-    Two causes make the result shorter than r(t): Euler's error, which goes with more steps and is worst along
-    directions of low variance; and that a clean image is passed off as one with the noise of the first timestep, which
-    no number of steps mends, but `noise_repair` does.
+    Two causes make the radius shorter than r(t) (see `radius_ratio`): Euler's error, which goes with more steps and is
+    worst along directions of low variance; and that a clean image is passed off as one with the noise of the first
+    timestep, which no number of steps mends. Starts of another variance v, such as the a s^2 + 1 - a of
+    `invert(noise_repair=True)`, end with v / s^2 times the result.
 
     Parameters
     ----------
-    spectrum : Spectrum
+    spectrum : DataFrame
         Second moments of the data; see `data_spectrum`.
     alpha_bars : array of shape (T,)
         alpha_bar at every timestep, such as `model.schedule.alpha_bars`.
@@ -153,50 +93,53 @@ def linear_gaussian_inversion(
         "first": the clean image is taken as x at the first timestep (BoundaryDiffusion's code). "clean": it is taken
         as it is, alpha_bar 1, and one more step leads to the first timestep, with eps of timestep 0 (the workbench's
         `invert`).
-    noise_repair : bool, default False
-        Start from sqrt(a) x_0 + sqrt(1-a) N(0, I) instead, with the alpha_bar of the first timestep, as
-        `invert(noise_repair=True)` does; only with start "first".
-    iterations : int, default 0
-        Fixed-point iterations a step: eps is taken at the step's end instead, as `invert(method="fixed-point")`.
-    mean_square : float, optional
-        m2 of r(t); by default the spectrum's.
 
     Returns
     -------
-    LinearGaussianInversion
+    DataFrame
+        Of the inverted ensemble along a direction of each frequency of the spectrum (columns), at every visited
+        timestep (rows, ascending).
 
     Raises
     ------
     ValueError
-        If a timestep is outside of the schedule, `start` is not known, or noise is to be repaired in a clean start.
+        If a timestep is outside of the schedule, or `start` is not known.
     """
     alpha_bars = np.asarray(alpha_bars, dtype=np.float64)
-    visited = tuple(sorted({int(t) for t in timesteps}))
+    visited = sorted({int(t) for t in timesteps})
     if not visited or visited[0] < 0 or visited[-1] >= len(alpha_bars):
-        raise ValueError(f"timesteps must lie in 0..{len(alpha_bars) - 1}, not {list(visited)[:8]}")
+        raise ValueError(f"timesteps must lie in 0..{len(alpha_bars) - 1}, not {visited[:8]}")
     one_of("start", start, ("first", "clean"))
-    if noise_repair and start == "clean":
-        raise ValueError('start "clean" has no noise to repair; use start="first" with noise_repair')
-    s2 = np.asarray(spectrum.power, dtype=np.float64)
-    weight = spectrum.weight / spectrum.weight.sum()
-    mean_square = spectrum.mean_square if mean_square is None else mean_square
-
-    def eps_gain(a: float) -> np.ndarray:
-        return np.sqrt(1.0 - a) / (a * s2 + 1.0 - a)
-
-    levels = alpha_bars[list(visited)]
-    variance = levels[0] * s2 + 1.0 - levels[0] if noise_repair else s2
+    s2, levels = spectrum["power"].to_numpy(dtype=np.float64), alpha_bars[visited]
     steps = [(a, a, b) for a, b in itertools.pairwise(levels)]
     if start == "clean":
         steps.insert(0, (1.0, alpha_bars[0], levels[0]))
-    variances = [variance]
+    variances = [s2]
     for a, a_eps, b in steps:
         scale = np.sqrt(b / a)
         slope = np.sqrt(1.0 - b) - scale * np.sqrt(1.0 - a)
-        gain = scale + slope * eps_gain(a_eps)
-        for _ in range(iterations):
-            gain = scale + slope * eps_gain(b) * gain
+        gain = scale + slope * np.sqrt(1.0 - a_eps) / (a_eps * s2 + 1.0 - a_eps)
         variances.append(variances[-1] * gain**2)
-    variances = np.stack(variances[-len(visited) :])
-    marginal = levels * mean_square + 1.0 - levels
-    return LinearGaussianInversion(visited, np.sqrt(variances @ weight / marginal), variances)
+    timesteps = pd.Index(visited, name="t")
+    return pd.DataFrame(variances[-len(visited) :], index=timesteps, columns=spectrum.index)
+
+
+def radius_ratio(spectrum: pd.DataFrame, alpha_bars: Sequence[float], variance: pd.DataFrame) -> pd.Series:
+    """Root mean square radius of an inverted ensemble over that of the forward process' marginal, r(t).
+
+    Parameters
+    ----------
+    spectrum : DataFrame
+        Of the data; its mean square is that of r(t).
+    alpha_bars : array of shape (T,)
+    variance : DataFrame
+        See `linear_gaussian_inversion`.
+
+    Returns
+    -------
+    Series
+        Indexed by timestep.
+    """
+    weight = spectrum["weight"] / spectrum["weight"].sum()
+    levels = np.asarray(alpha_bars, dtype=np.float64)[variance.index]
+    return np.sqrt(variance @ weight / (levels * (weight @ spectrum["power"]) + 1.0 - levels))
