@@ -91,8 +91,7 @@ class Evaluation:
         return _render("quality", **about, **vars(self), median=median)
 
     def statement(self) -> list[str]:
-        """Summarise the quality in sentences; the worst feature space counts.
-        """
+        """Summarise the quality in sentences; the worst feature space counts."""
         ratio, m = float(self.distances["ratio"].max()), self.about["m"]
         share = min(row.recall.value / max(row.recall_real.value, 1e-9) for row in self.coverage.itertuples())
         kind = "poor" if ratio > POOR_RATIO or share < LOW_RECALL else "good" if ratio <= GOOD_RATIO else "usable"
@@ -100,7 +99,8 @@ class Evaluation:
             kind = f"not known to be good or poor from {m} images"
         sentences = [
             f"The samples are {kind}: their Frechet distance is {ratio:.1f} times that of other real images (up to "
-            f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and their recall is {100 * share:.0f}% of that of real images."
+            f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and their recall is {100 * share:.0f}% of that of "
+            "real images."
         ]
         if self.copies is not None:
             copied = self.copies.low > self.copies_real.high
@@ -121,7 +121,8 @@ class Evaluation:
             gap = 100 * (self.frequencies["found"] - self.frequencies["drawn"]).abs()
             far = [f"{name} ({gap[name]:.0f} points)" for name in gap.index[gap > FAR_POINTS]]
             sentences.append(
-                f"Attributes that the judge finds more or less often in samples than in real images (the last column): {', '.join(far)}."
+                "Attributes that the judge finds more or less often in samples than in real images (the last column): "
+                f"{', '.join(far)}."
                 if far
                 else f"Attributes are as frequent as in real images, within {FAR_POINTS:g} points."
             )
