@@ -172,6 +172,21 @@ def test_the_whole_edit_rescales_by_the_steps_that_blocks_were_trained_with(func
     assert torch.equal(unedited.x0, wb.replay(boosted(run, 200), progress=False).x0)
 
 
+def test_a_block_that_was_trained_here_is_rescaled_by_its_own_steps(function, wide, run, tmp_path):
+    """At full strength where it edits with as many steps as it was trained with; so is each part of a sum."""
+    interval, ours = EditingInterval(400, 200), replace(function, training={"steps": run.steps})
+    window = {"asymmetric": True, "t_range": (999, 400), "progress": False}
+    whole = edit_asyrp(wide, run, ours, interval=interval, progress=False)
+    assert torch.equal(whole.x0, wb.edit(wide, boosted(run, 200), ours, **window).x0)
+    again = load_asyrp(ours.save(tmp_path / "block.safetensors"), wide)
+    assert torch.equal(edit_asyrp(wide, run, again, interval=interval, progress=False).x0, whole.x0)
+    published = 40 / run.steps * function
+    for both in (ours + function, function + ours):
+        found = edit_asyrp(wide, run, both, interval=interval, scale=0.1, progress=False)
+        parts = wb.edit(wide, boosted(run, 200), ours + replace(published, training=ours.training), scale=0.1, **window)
+        torch.testing.assert_close(found.x0, parts.x0)
+
+
 def test_published_tables_are_read_off_at_the_first_timestep_that_reaches_the_level(tmp_path):
     t = np.arange(1, 999)
     for name, curve in (("x0_t", (t + 0.5) / 1000), ("x", (t + 0.5) / 200)):

@@ -193,7 +193,7 @@ def test_other_steps_can_decode(tiny, three, b):
     assert (about["steps"], about["eta"]) == (6, 0.0)
     given = cross(tiny, three, None, bx, distances=[1.0], steps=[500, 400, 300, 200, 100, 0], eta=0.0)
     assert torch.equal(fine.images, given.images)
-    with pytest.raises(ValueError, match="begin at 750; begin at the move, t = 500"):
+    with pytest.raises(ValueError, match="begin at timestep 750; begin at t = 500"):
         cross(tiny, three, None, bx, steps=VISITED)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -213,6 +214,24 @@ def test_calibrated_refuses_a_store_of_another_model_and_one_of_a_single_sample(
     for name, values, model, message in (("a", h, other, "weights ffff"), ("b", h[:1], MODEL, "at least two")):
         with pytest.raises(ValueError, match=message):
             make_direction(0).calibrated(make_store(tmp_path / name, values, timesteps=TIMESTEPS, model=model))
+
+
+@pytest.mark.parametrize(("first", "n", "shared"), [(0, 30, True), (0, 8, True), (29, 50, True), (30, 30, False)])
+def test_calibration_warns_of_every_sample_that_the_direction_was_found_from(tmp_path, first, n, shared):
+    """A store of seeds 0 to 29; one shared seed is enough, and a direction made from others is known by theirs."""
+    h = np.random.default_rng(0).standard_normal((30, 4, *SHAPE)).astype(np.float32)
+    store = make_store(tmp_path / "store.zarr", h, timesteps=TIMESTEPS)
+    about = {**PROVENANCE, "method": "labels", "seeds": {"first": first, "n": n}}
+    found = replace(make_direction(0), provenance=about)
+    for direction in (found, (make_direction(1) - found).restricted_to((750, 250))):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            direction.calibrated(store, progress=False)
+        assert any("spread too widely" in str(each.message) for each in said) == shared
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        random_like(found, seed=0).calibrated(store, progress=False)
+        found.calibrated(store, like=found, progress=False)
 
 
 def test_a_direction_of_another_model_is_refused_by_what_differs(tmp_path):

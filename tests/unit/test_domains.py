@@ -85,14 +85,14 @@ def test_a_domain_stands_for_the_parameters_that_a_notebook_has_of_it(notebook):
     values, known = read_parameters(notebook, {"domain": "eurosat"}), notebook_parameters(notebook)
     assert values and values.keys() == EUROSAT.parameters.keys() & known.keys()
     assert read_parameters(notebook, {"domain": "eurosat", "model_name": "mine"})["model_name"] == "mine"
-    named = [v for key, v in values.items() if not key.endswith("_name") and key != "steps"]
+    named = [v for key, v in values.items() if not key.endswith("_name") and key not in ("steps", "eta")]
     classes = {name for v in named for name in (v if isinstance(v, list) else [v])}
     assert classes <= set(CLASSES)
 
 
 @pytest.mark.parametrize("domain", DOMAINS, ids=lambda domain: domain.name)
 def test_the_attributes_chosen_for_a_domain_are_known_to_both_of_its_classifiers(domain):
-    given = [v for key, v in domain.choices.items() if key not in ("steps", "regions")]
+    given = [v for key, v in domain.choices.items() if key not in ("steps", "eta", "regions")]
     chosen = {name for v in given for name in (v if isinstance(v, list) else [v])}
     for name in (domain.labeller, domain.judge):
         assert chosen | domain.frequencies.keys() <= set(wb.load_classifier(name, device="cpu").attributes)

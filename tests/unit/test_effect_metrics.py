@@ -9,6 +9,7 @@ from scipy import stats
 
 from workbench.analysis.effect_metrics import (
     EffectMatrix,
+    at_equal_change,
     effect_matrix,
     entanglement_index,
     leakage,
@@ -131,6 +132,28 @@ def test_the_interval_of_the_reduction_knows_that_the_samples_are_the_same(befor
     assert found.loc["A", "leak_low"] < found.loc["A", "leak"] < found.loc["A", "leak_high"]
     with pytest.raises(ValueError, match="no attribute 'hat'"):
         leakage(effect_matrix(before, after), ["hat"])
+
+
+def test_edits_are_compared_where_they_change_the_image_alike():
+    """One is twice as strong per unit of scale, the other twice as good per change: only the second one matters."""
+    scales = {"strong": np.array([0.0, 1.0, 2.0]), "good": np.array([0.0, 1.0, 4.0])}
+    change = {"strong": np.outer([0.9, 1.1], 2.0 * scales["strong"]), "good": np.outer([1.0, 1.0], scales["good"])}
+    values = {"strong": 1.0 * change["strong"], "good": 2.0 * change["good"]}
+    found, at = at_equal_change(values, change)
+    assert at == pytest.approx(4.0)
+    np.testing.assert_allclose(found["strong"], [3.6, 4.4])
+    np.testing.assert_allclose(found["good"], [8.0, 8.0])
+    lower, _ = at_equal_change(values, change, change=1.0)
+    np.testing.assert_allclose(lower.mean(), [1.0, 2.0])
+    with pytest.raises(ValueError, match="'good'.* 4 at most, not by 5"):
+        at_equal_change(values, change | {"strong": 2 * change["strong"]}, change=5.0)
+
+
+def test_an_edit_that_turns_back_is_read_where_it_first_gets_there():
+    change = {"one": np.array([[0.0, 1.0, 0.5, 2.0]]), "other": np.array([[0.0, 1.5, 1.6, 1.7]])}
+    values = {name: np.array([[0.0, 1.0, 2.0, 3.0]]) for name in change}
+    found, _ = at_equal_change(values, change, change=0.75)
+    np.testing.assert_allclose(found, [[0.75, 0.5]])
 
 
 def test_the_success_rate_counts_samples_without_the_attribute():

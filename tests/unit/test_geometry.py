@@ -22,6 +22,7 @@ from workbench.analysis.similarity import (
     cka_over_time,
     difference_directions,
     linear_cka,
+    principal_angles,
 )
 
 
@@ -228,6 +229,15 @@ def test_angles_over_time_follow_a_rotated_plane(rng):
     np.testing.assert_allclose(found.angles[0, 2], [90, 90], atol=1e-5)
     np.testing.assert_allclose(found.within, 0, atol=1e-5)
     assert found.mean.loc[900, 400] == pytest.approx(15, abs=1e-5)
+
+
+def test_principal_angles_compare_spaces_and_not_the_vectors_that_span_them(rng):
+    basis = np.linalg.qr(rng.standard_normal((20, 6)))[0].T
+    turned = np.stack([basis[0], np.cos(np.pi / 6) * basis[1] + np.sin(np.pi / 6) * basis[4], basis[5]])
+    mixed = rng.standard_normal((3, 3)) @ turned
+    np.testing.assert_allclose(principal_angles(basis[:3], mixed), [0, 30, 90], atol=1e-5)
+    as_images = torch.from_numpy(mixed).view(3, 5, 2, 2)
+    np.testing.assert_allclose(principal_angles(torch.from_numpy(basis[:1]), as_images), [0], atol=1e-5)
 
 
 def test_angles_over_time_agree_with_scipy_on_scikit_learns_components(rng):

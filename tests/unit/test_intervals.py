@@ -9,10 +9,12 @@ from workbench.analysis.intervals import (
     Estimate,
     bootstrap_counts,
     bootstrap_interval,
+    crossed_ratio_of,
     difference_of,
     holm,
     mean_interval,
     mean_of,
+    mean_of_draws,
     paired_difference_of,
     ratio_of,
     share_of,
@@ -102,6 +104,18 @@ def test_the_interval_of_a_share_of_few_trials_is_as_sure_as_it_says(share, n):
     assert np.mean(holds) > 0.88
 
 
+def test_the_interval_of_draws_from_one_pool_is_as_sure_as_it_says_for_other_pools():
+    """Draws of 40 of 80 values: as independent means they would be taken for far surer than they are."""
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(50):
+        pool = rng.standard_normal(80)
+        found = mean_of_draws([rng.choice(pool, 40, replace=False).mean() for _ in range(10)], 0.5)
+        half = found.high - found.value if found.value < 0 else found.value - found.low
+        errors.append(abs(found.value) / half)
+    assert 0.9 < np.mean(np.array(errors) < 1) < 1
+    assert np.mean(np.array(errors) < 1 / 11**0.5) < 0.75
+
+
 def test_an_interval_holds_its_value_leaves_out_what_is_not_finite_and_ends_at_the_bounds():
     draws = np.array([[0.9, np.nan], [1.0, np.nan], [np.inf, np.nan], [0.8, np.nan]])
     low, high = bootstrap_interval(np.array([0.95, 0.5]), draws, 4, bounds=(-1, 1))
@@ -123,6 +137,25 @@ def test_the_difference_of_the_same_samples_is_as_sure_as_it_says_and_surer_than
     assert 0.93 < np.mean(holds) < 0.99
     paired, independent = np.mean(widths, axis=0)
     assert paired < 0.8 * independent
+
+
+def test_a_ratio_over_draws_and_samples_is_as_sure_as_it_says():
+    """Planted: effects of 10 draws on 8 samples are .5 of the references' on average; draws and samples both vary.
+
+    The mean of the draws' ratios, with an interval over draws alone, knows nothing of the samples.
+    """
+    rng, holds, alone = np.random.default_rng(0), [], []
+    for _ in range(100):
+        draws, samples, other = rng.standard_normal(10), rng.standard_normal(8), rng.standard_normal((2, 10, 8))
+        above = 0.5 + 0.1 * draws[:, None] + 0.2 * samples + 0.1 * other[0]
+        below = 1.0 + 0.1 * other[1]
+        found, ratio = crossed_ratio_of(above, below), mean_of(above.mean(axis=1) / below.mean(axis=1))
+        holds.append(found.low < 0.5 < found.high)
+        alone.append(ratio.low < 0.5 < ratio.high)
+    assert 0.9 < np.mean(holds) < 0.99 and np.mean(alone) < 0.8
+    assert found.n == 8 and found.value == pytest.approx(above.mean() / below.mean())
+    with pytest.raises(ValueError, match=r"\(10, 8\) and \(8,\)"):
+        crossed_ratio_of(above, below[0])
 
 
 def test_the_difference_of_the_same_samples_by_hand():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,18 @@ def test_what_the_reconstruction_lacks_is_the_residual(tiny, images, eta):
     assert torch.equal(images - plain, run.residual)
     assert run.residual.abs().max() > 1e-3
     torch.testing.assert_close(wb.replay(run, residual=True, progress=False).x0, images, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_an_image_comes_back_where_the_last_step_adds_noise(tiny, images, eta):
+    """Stable Diffusion's schedule: alpha_bar of the clean image is that of t = 0, and the steps end at t = 1."""
+    schedule = replace(tiny.schedule, offset=1, clean=tiny.schedule.alpha_bar(0))
+    model = replace(tiny, schedule=schedule)
+    run = inverted(model, images, eta=eta)
+    assert run.timesteps[-1] == 1 and schedule.sigma(1, -1, eta) > 0
+    assert run.residual.abs().max() < 1e-5
+    torch.testing.assert_close(wb.replay(run, progress=False).x0, images, atol=1e-5, rtol=0)
+    assert run.stored_noise[-1].abs().max() > 0
 
 
 def test_the_error_of_an_untrained_network_is_the_noise_of_the_last_timestep(tiny, images):

@@ -85,7 +85,7 @@ def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny,
 
 
 def test_every_kind_of_edit_is_measured_in_one_table(tiny, run, directions):
-    """The images' own measures too, against naive ones; outside of a mask only where one is given."""
+    """The images' own measures too, against naive ones of what is seen; outside of a mask only where one is given."""
     mask = np.zeros(tiny.image_shape[1:], dtype=bool)
     mask[:4] = True
     vector = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,8 @@ def test_every_kind_of_edit_is_measured_in_one_table(tiny, run, directions):
     table = found.table.set_index(["edit", "scale", "attribute"]).sort_index()
     for e, name in enumerate(edits):
         for c, scale in enumerate((-1.0, 2.0)):
-            rows, error = table.loc[name, scale, "red"], ((images[e, :, c] - run.x0) ** 2).numpy()
+            rows = table.loc[name, scale, "red"]
+            error = ((images[e, :, c].clamp(-1, 1) - run.x0.clamp(-1, 1)) ** 2).numpy()
             np.testing.assert_allclose(rows["rms"], np.sqrt(error.mean(axis=(1, 2, 3))), rtol=1e-3)
             np.testing.assert_allclose(rows["psnr"], 10 * np.log10(4 / error.mean(axis=(1, 2, 3))), rtol=1e-3)
             out = error[:, :, ~mask].mean(axis=(1, 2))
@@ -160,7 +161,7 @@ def test_texts_and_segments_are_measured_where_they_are_given(tiny, run, directi
         expected = moved @ (target - source) / np.linalg.norm(moved, axis=1) / np.linalg.norm(target - source)
         np.testing.assert_allclose(own["s_dir"][scale], expected, atol=1e-2)
         np.testing.assert_allclose(own["clip_score"][scale], clip.images(edited) @ target, atol=1e-4)
-        both = segmenter(edited), segmenter(run.x0)
+        both = (segmenter(images.clamp(-1, 1)) for images in (edited, run.x0))
         np.testing.assert_allclose(own["consistency"][scale], segmentation_consistency(*both), atol=1e-6)
     assert found.table[found.table.attribute == "green"]["s_dir"].isna().all()
     assert {"s_dir", "clip_score", "consistency"} <= set(found.summary("red"))
@@ -339,9 +340,9 @@ def test_the_effect_of_a_few_examples_is_that_of_edits_of_equal_length(tiny, det
     found = few_examples(
         tiny, run, store, labels=labels, classifier=brightness, scales={"h": 1.0, "x_T": 3.0}, **options
     )
-    assert list(found.columns) == ["space", "draw", "count", "cosine", "effect"] and len(found) == 2 * 2 * 4
+    assert list(found.columns) == ["space", "draw", "count", "cosine", "effect", "changes"] and len(found) == 2 * 2 * 4
     noise = torch.cat([wb.sample(tiny, [s], steps=STEPS, eta=0.0, progress=False).x_T for s in store.seeds])
-    before = brightness(run.x0)["red"].mean()
+    before = brightness(run.x0)["red"]
     for space, x_T in (("h", None), ("x_T", noise)):
         few = few_shot_directions(store, labels, x_T=x_T, **options)
         effects = []
@@ -350,9 +351,10 @@ def test_the_effect_of_a_few_examples_is_that_of_edits_of_equal_length(tiny, det
                 edited = wb.sample(tiny, run.seeds, steps=STEPS, eta=0.0, delta_h=delta, progress=False)
             else:
                 edited = wb.replay(dataclasses.replace(run, x_T=run.x_T + 3 * delta[0]), progress=False)
-            effects.append(brightness(edited.x0)["red"].mean() - before)
+            effects.append(brightness(edited.x0)["red"] - before)
         rows = found[found["space"] == space]
-        np.testing.assert_allclose(rows["effect"], effects, atol=1e-4)
+        np.testing.assert_allclose(np.stack(rows["changes"]), effects, atol=1e-4)
+        np.testing.assert_allclose(rows["effect"], np.mean(effects, axis=1), atol=1e-4)
         np.testing.assert_allclose(rows["cosine"], few.table["cosine"])
         assert np.abs(effects).max() > 1e-3
 

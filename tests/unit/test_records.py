@@ -22,13 +22,14 @@ import workbench as wb
 from workbench import cli, paths
 from workbench.benchmark import records
 from workbench.benchmark.bench import _counted
-from workbench.benchmark.leaderboard import leaderboard
+from workbench.benchmark.leaderboard import difference, leaderboard
 from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import HELD_OUT
 from workbench.benchmark.results import Benchmark
 from workbench.benchmark.run import plan_benchmark
 from workbench.benchmark.study import Study
 from workbench.benchmark.tables import read_edits, read_strips, rounded, write_edits, write_strips
+from workbench.report import claims, figures
 from workbench.report.parameters import check_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:the samples diverge")
@@ -304,6 +305,21 @@ def test_the_notebook_shows_the_record_whatever_its_other_parameters_are(record,
     assert "mean of 3 attributes, 32 held-out samples" in said and "Bright: 2 of 32 held-out" in said
     assert "Images are compressed" in said and "8 held-out samples" not in said
     assert set(scope["table"].index) == set(METHODS_RECORDED)
+
+
+def test_claims_about_methods_are_judged_by_the_recorded_benchmark(record, sources, monkeypatch):
+    claim = claims.Claim("a paper", "means beat chance", "success", figures.BENCHMARK, "mean difference less random h")
+    monkeypatch.setattr(figures, "load_claims", lambda: (claim, replace(claim, number="LOCO less noise")))
+    monkeypatch.setattr(claims, "load_claims", figures.load_claims)
+    parts = {name: sources[name] for name in ("labeller", "judge", "images")}
+    found = figures.read_records(model=sources["model"], **parts)
+    expected = difference(wb.load_benchmark(model=sources["model"]).edits, "mean difference", "random h")
+    judged = claims.verdicts(found)
+    assert judged.value[0] == expected.value and judged.verdict[0] == claim.verdict(expected.low, expected.high)
+    assert judged.verdict[1] == "not measured", "of methods that were not recorded"
+    assert figures.BENCHMARK not in figures.read_records(
+        model=sources["model"], **parts | {"judge": sources["labeller"]}
+    )
 
 
 PLUGIN = """

@@ -35,6 +35,18 @@ def test_a_boundary_separates_what_the_generator_makes_of_two_prompts(tiny):
     assert edited[:, 1].mean() > edited[:, 0].mean()
 
 
+def test_the_inversion_takes_a_number_of_steps_or_the_timesteps(tiny):
+    options = {"source": "night", "model": tiny, "generator": bright, "n": 4, "t": 400, **QUIET}
+    given, counted = (boundary_from_text("day", steps=steps, **options)["x"] for steps in ([400, 200, 0], 3))
+    assert torch.equal(given.normal, counted.normal) and given.intercept == counted.intercept
+    uneven = boundary_from_text("day", steps=(400, 390, 100), **options)["x"]
+    assert uneven.provenance["timesteps"] == [400, 390, 100]
+    assert not torch.equal(uneven.normal, given.normal)
+    for steps, words in (([300, 0], "300; begin at t = 400"), (402, "402"), (0, "steps is 0")):
+        with pytest.raises(ValueError, match=words):
+            boundary_from_text("day", steps=steps, **options)
+
+
 def test_the_two_prompts_have_seeds_of_their_own(tiny):
     asked = []
 
@@ -79,6 +91,8 @@ def test_a_direction_of_words_is_that_of_clips_scores(squares, store):
     about = found.provenance["parameters"]
     assert found.provenance["method"] == "text" and about["clip"] == clip.hash
     assert about["fitting"] == int((scores > 0).sum())
+    with pytest.warns(UserWarning, match="a red square was found from"):
+        found.calibrated(store, **QUIET)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,47 @@ def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, index=part.mean.index)
 
 
+def at_equal_change(
+    values: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray], *, change: float | None = None
+) -> tuple[pd.DataFrame, float]:
+    """Values of several edits, sample by sample, where all of them change the images by the same amount on average.
+
+    Parameters
+    ----------
+    values, changes : mapping of edit -> array of shape (n, scales)
+        What is compared, and the change of each image. The scales rise from 0, where nothing is edited; every edit may
+        have scales of its own.
+    change : float, optional
+        Mean change at which to compare; by default the largest that all edits reach.
+
+    Returns
+    -------
+    values : DataFrame of shape (n, edits)
+        Linear between the two scales between which an edit's mean change first reaches this change.
+    change : float
+
+    Raises
+    ------
+    ValueError
+        If an edit does not reach the change.
+    """
+    means = {name: np.asarray(found, dtype=float).mean(axis=0) for name, found in changes.items()}
+    most = {name: float(mean.max()) for name, mean in means.items()}
+    change = min(most.values()) if change is None else change
+    at = {}
+    for name, mean in means.items():
+        if most[name] < change:
+            raise ValueError(
+                f"{name!r} changes the images by {most[name]:.3g} at most, not by {change:.3g}; scale it up"
+            )
+        last = max(1, int(np.argmax(mean >= change)))
+        before, after = mean[last - 1 : last + 1]
+        share = (change - before) / (after - before) if after > before else 1.0
+        known = np.asarray(values[name], dtype=float)
+        at[name] = (1.0 - share) * known[:, last - 1] + share * known[:, last]
+    return pd.DataFrame(at), change
+
+
 def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Estimate:
     """Share of the samples without an attribute that have it afterwards, with its Wilson interval.
 

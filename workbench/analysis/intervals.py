@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -74,6 +74,36 @@ def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[f
     return Estimate(float(ratio), float(low), float(high), len(a))
 
 
+def crossed_ratio_of(above: np.ndarray, below: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Ratio of two means over draws and samples, such as the effects of several drawn directions on the same samples.
+
+    Two directions judged on the same samples are not independent, nor are two samples of one direction. So both axes
+    are drawn again, each alone (the pigeonhole bootstrap, Owen 2007), with the width that the shorter one needs. The
+    mean itself is the ratio to ones, `np.ones_like(above)`.
+
+    Parameters
+    ----------
+    above, below : array of shape (draws, samples)
+        Of the same draws and samples.
+    seed : int
+
+    Returns
+    -------
+    Estimate
+        Its n is the length of the shorter axis.
+    """
+    a, b = (np.asarray(values, dtype=float) for values in (above, below))
+    if a.ndim != 2 or a.shape != b.shape or not a.size:
+        raise ValueError(f"values have shapes {a.shape} and {b.shape}; give both as (draws, samples)")
+    n = min(a.shape)
+    rows, columns = (bootstrap_counts(m, resamples=1000, seed=seed + i) for i, m in enumerate(a.shape))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = [np.einsum("rd,ds,rs->r", rows, values, columns, optimize=True) for values in (a, b)]
+        ratio = a.mean() / b.mean()
+        low, high = bootstrap_interval(ratio, drawn[0] / drawn[1], n)
+    return Estimate(float(ratio), float(low), float(high), n)
+
+
 def difference_of(one: Estimate, other: Estimate) -> Estimate:
     """Difference of two independent estimates: errors add in squares.
 
@@ -103,10 +133,27 @@ def paired_difference_of(
     return Estimate(gap, max(-1.0, min(gap, low)), min(1.0, max(gap, high)), len(gaps))
 
 
+def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: int = 0) -> Estimate:
+    """Mean over draws from one pool of samples, each of this share of the pool, with its interval for other pools.
+
+    Two draws have samples in common, so that their mean varies more from pool to pool than that of as many independent
+    ones: by 1 / draws + share / (1 - share) in place of 1 / draws of the variance between the draws (Nadeau & Bengio
+    2003, of repeated splits into training and test samples).
+    """
+    found = mean_of(values, seed=seed)
+    wider = (1.0 + found.n * share / (1.0 - share)) ** 0.5
+    return replace(
+        found,
+        low=found.value + wider * (found.low - found.value),
+        high=found.value + wider * (found.high - found.value),
+    )
+
+
 def bootstrap_counts(n: int, *, resamples: int, seed: int) -> np.ndarray:
     """How often each of n samples is drawn when n are drawn with replacement: ints of shape (resamples, n)."""
-    rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    cells = drawn + n * np.arange(resamples)[:, None]
+    return np.bincount(cells.ravel(), minlength=n * resamples).reshape(resamples, n)
 
 
 def bootstrap_interval(

@@ -182,8 +182,8 @@ class Separability:
     ----------
     balanced_accuracy : Estimate
         Mean of the groups' recalls. Its n is the number of trials of a plain accuracy with the same sampling error,
-        groups^2 / sum(1 / group size). The interval takes the predictions as independent; at chance they are not quite,
-        and results spread 1.2 to 1.3 times as far (measured on noise, n = 100 to 500).
+        groups^2 / sum(1 / group size). The interval is Wilson's, widened by `intervals.CROSS_VALIDATED`: the folds
+        share training samples, so their predictions are not independent.
     chance : float
         One over the number of groups.
     accuracy : float in [0, 1]

@@ -72,7 +72,7 @@ def angles_over_time(h_by_t: Any, *, k: int = 10, seed: int = 0) -> Angles:
             _principal_axes(h[rows], centre(products[np.ix_(rows, rows)]), k)
             for rows in (order[: n // 2], order[n // 2 :])
         ]
-        within.append(_angles_between(*halves))
+        within.append(principal_angles(*halves))
     return _angles(axes, np.stack(within), seed=seed)
 
 
@@ -110,7 +110,7 @@ def attribute_angles(h: Any, labels: Any, *, seed: int = 0) -> Angles:
         if min(map(len, groups)) < 2:
             raise ValueError(f"the labels {name!r} have a group of one sample, which can't be halved")
         halves = [np.concatenate([group[i::2] for group in groups]) for i in (0, 1)]
-        within.append(_angles_between(*(difference_directions(h[r], {name: values[r]})[name][None] for r in halves)))
+        within.append(principal_angles(*(difference_directions(h[r], {name: values[r]})[name][None] for r in halves)))
     return _angles({name: axis[None] for name, axis in axes.items()}, np.stack(within), seed=seed)
 
 
@@ -130,9 +130,24 @@ def difference_directions(h: Any, labels: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def _angles_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Principal angles in degrees, ascending, of the spans of the rows of a and b (Bjorck & Golub 1973; scipy)."""
-    return np.degrees(linalg.subspace_angles(a.T.astype(np.float64), b.T.astype(np.float64)))[::-1]
+def principal_angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Principal angles between the spans of the rows of a and of b (Bjorck and Golub 1973), by scipy.
+
+    They compare spaces: vectors of similar singular values that mix, as they do between timesteps, leave them the same,
+    while the cosines of single vectors fall.
+
+    Parameters
+    ----------
+    a, b : array or Tensor of shape (k, ...) and (l, ...)
+        Linearly independent rows, of any length.
+
+    Returns
+    -------
+    ndarray of shape (min(k, l),), degrees, ascending
+        90 is orthogonal.
+    """
+    flat = (np.asarray(each, dtype=np.float64).reshape(len(each), -1).T for each in (a, b))
+    return np.degrees(linalg.subspace_angles(*flat))[::-1]
 
 
 def _principal_axes(h: np.ndarray, products: np.ndarray, k: int) -> np.ndarray:
@@ -154,7 +169,7 @@ def _angles(axes: dict[Any, np.ndarray], within: np.ndarray, *, seed: int) -> An
         cosines = np.linalg.svd(bases[i] @ bases[i + 1 :].transpose(0, 2, 1), compute_uv=False)
         angles[i, i + 1 :] = angles[i + 1 :, i] = np.degrees(np.arccos(np.minimum(cosines, 1.0)))
     rng = np.random.default_rng(seed)
-    chance = np.mean([_angles_between(*rng.standard_normal((2, k, d))) for _ in range(8)])
+    chance = np.mean([principal_angles(*rng.standard_normal((2, k, d))) for _ in range(8)])
     return Angles(names, angles, within, float(chance))
 
 

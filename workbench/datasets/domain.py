@@ -103,6 +103,7 @@ EUROSAT = Domain(
     pairs={},
     choices={
         "steps": 20,
+        "eta": 0.0,  # so few steps of DDPM leave photographs flat
         "attributes": ["Forest", "SeaLake", "AnnualCrop", "Industrial"],
         "colors": ["AnnualCrop", "HerbaceousVegetation"],
         "target": "Forest",

@@ -55,7 +55,8 @@ def invert(
     with independent noise, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n_t, and stores the step noises
     z_t = (x_prev - mu_t(x_t)) / sigma_t that lead from one to the next. It proceeds from the noisiest step, and each
     x_prev is the result of the step with the stored z_t, so that a replay visits the same x_t, bit for bit. The last
-    step adds no noise: the reconstruction is P_t at the least noisy timestep, and the residual is the rest.
+    step adds no noise: the reconstruction is P_t at the least noisy timestep, and the residual is the rest. Where it
+    does (`NoiseSchedule.clean` below 1, as in Stable Diffusion), its z leads to the image itself.
 
     Parameters
     ----------
@@ -166,7 +167,7 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
     x0 = to_device(inverted.x0[batch], model.device)
 
     def forward(t: int) -> torch.Tensor:
-        return schedule.add_noise(x0, _forward_noise(model, seeds, t), t)
+        return x0 if t == CLEAN else schedule.add_noise(x0, _forward_noise(model, seeds, t), t)
 
     x_t = forward(inverted.timesteps[0])
     inverted.x_T[batch] = x_t.cpu()

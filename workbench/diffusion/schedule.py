@@ -157,6 +157,23 @@ class NoiseSchedule:
             raise ValueError(f"timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}")
         return self._with_signal(visited)
 
+    def timesteps_from(self, t: int, steps: int | Sequence[int]) -> tuple[int, ...]:
+        """Visited timesteps from `t` on: so many evenly spaced ones down to 0, or the timesteps themselves.
+
+        Raises
+        ------
+        ValueError
+            If there are no steps or more than timesteps, or a list does not begin with `t`.
+        """
+        if isinstance(steps, (int, np.integer)):
+            if not 1 <= steps <= t + 1:
+                raise ValueError(f"steps is {steps}; from t = {t} to 0 there are 1 to {t + 1}")
+            return self.timesteps(np.linspace(t, 0, steps).round().astype(int).tolist())
+        visited = self.timesteps(steps)
+        if visited[0] != t:
+            raise ValueError(f"the steps begin at timestep {visited[0]}; begin at t = {t}")
+        return visited
+
     def _with_signal(self, visited: tuple[int, ...]) -> tuple[int, ...]:
         """The timesteps, unless alpha_bar is 0 at the first: eps does not determine x_0 there."""
         if self.alpha_bars[visited[0]] == 0:

@@ -37,6 +37,9 @@ from workbench.paths import local, writable
 GROUPS = 32
 """Groups of a block's normalisation; fewer where they do not divide the channels, as in no published block."""
 
+TRAINED_STEPS = 40
+"""Steps that the published blocks were trained with; with more steps each does less."""
+
 _KINDS = {"ddpm": ("conv1", "temb_proj"), "guided": ("in_layers.2", "emb_layers.1")}
 """The first convolution, and the projection of the timestep, in each kind of file."""
 
@@ -111,6 +114,11 @@ class DeltaFunction:
     sources: tuple[str, ...] = field(repr=False)
     training: dict | None = field(default=None, repr=False)
 
+    @property
+    def steps(self) -> int:
+        """Number of steps that it was trained with; 40 if a file does not say, as the published ones."""
+        return (self.training or {}).get("steps", TRAINED_STEPS)
+
     def __call__(self, h: torch.Tensor, t: int) -> torch.Tensor:
         """Delta h at timestep `t`.
 
@@ -139,13 +147,16 @@ class DeltaFunction:
         return replace(self * -1.0, name=f"-{self.name}")
 
     def __add__(self, other: DeltaFunction) -> DeltaFunction:
-        """Sum of two functions."""
+        """Sum of two functions, at the trained strength of each.
+
+        The sum has the `training` of the first; the other's Delta h is rescaled by its own `steps` over the first's.
+        """
         if not isinstance(other, DeltaFunction):
             return NotImplemented
         other.check_fits(self.model)
         return replace(
             self,
-            terms=self.terms + other.terms,
+            terms=self.terms + tuple((factor * other.steps / self.steps, block) for factor, block in other.terms),
             name=f"{self.name} + {other.name}",
             sources=self.sources + other.sources,
         )
@@ -156,8 +167,8 @@ class DeltaFunction:
         Parameters
         ----------
         path : path
-            `.pth`: as Asyrp writes its blocks, without the model that they belong to. `.safetensors`: with the model's
-            identity, so that another model is refused.
+            `.pth`: as Asyrp writes its blocks, without the model and the number of steps that they belong to.
+            `.safetensors`: with both, so that another model is refused.
 
         Returns
         -------

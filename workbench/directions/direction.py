@@ -18,7 +18,7 @@ from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.formats.tensors import load_tensors, save_tensors
 from workbench.hspace.store import HStore
 
-FOUND = ("labels", "scores", "pca", "svm", "mean", "lda", "logistic")
+FOUND = ("labels", "scores", "text", "pca", "svm", "mean", "lda", "logistic")
 """Methods whose directions, or boundaries, are sums of samples of h."""
 
 NEGLIGIBLE = 1e-6
@@ -468,12 +468,20 @@ def origin_of(store: HStore) -> dict:
 
 
 def found_from(store: HStore, provenance: dict) -> bool:
-    """Whether a direction, or one that it was made from, was found from the very samples of a store."""
-    samples, own = origin_of(store), provenance.get("seeds") or provenance.get("images")
-    if provenance.get("method") in FOUND and own is not None and own in (samples["seeds"], samples.get("images")):
+    """Whether a direction, or one that it was made from, was found from samples of a store, be it a part of them."""
+    own = provenance.get("seeds") or provenance.get("images")
+    if provenance.get("method") in FOUND and own is not None and _overlap(own, store):
         return True
     made_from = [] if provenance.get("method") == "random" else provenance.get("parameters", {}).get("of", [])
     return any(found_from(store, source) for source in made_from)
+
+
+def _overlap(samples: dict, store: HStore) -> bool:
+    """Whether a provenance's seeds or images are in a store; a part is known of seeds in a row alone."""
+    if "first" in samples:
+        first, n = samples["first"], samples["n"]
+        return any(first <= seed < first + n for seed in store.seeds or ())
+    return samples in (store.provenance.get("seeds"), store.provenance.get("images"))
 
 
 def projections(batches: Iterable[np.ndarray], units: np.ndarray) -> np.ndarray:

@@ -124,7 +124,8 @@ def find_jacobian(
         orthogonal to the previous ones, by Algorithm 2. A block is multiplied in one batch. Blocks beyond k converge
         faster, and blocks find repeated values, which the Lanczos method can miss.
     warm_start : Spectrum or Tensor of shape (m, C, h, w), optional
-        Start from these vectors of h, or from the spectrum of e.g. a neighbouring timestep.
+        Start from these vectors of h, or from the spectrum of e.g. a neighbouring timestep. What error `tol` leaves is
+        then towards them: to compare spectra with each other, start each without.
     seed : int
         Seed of the random start.
     progress : bool

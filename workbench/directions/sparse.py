@@ -101,7 +101,9 @@ class SparseCode:
         Returns
         -------
         Direction
-            One unit of scale is one sigma of the store's samples.
+            One unit of scale is one sigma of the store's samples. Since the code is theirs, they spread too widely
+            along it: in avataaars32 by 7% at 64 samples, where sigma's own error is 9%, and less with more of them.
+            `calibrated` with other samples is free of it.
         """
         chosen = np.flatnonzero(weights)
         terms = torch.from_numpy(weights[chosen]).float()[:, None] * self.features[chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def boundary_from_text(
     generator: Model | Generator | str | Path = GENERATOR,
     n: int = 32,
     t: int | None = None,
-    steps: int = 12,
+    steps: int | Sequence[int] = 12,
     generator_steps: int = GENERATOR_STEPS,
     guidance_scale: float = GUIDANCE,
     seed: int = 0,
@@ -138,8 +138,9 @@ def boundary_from_text(
         Images of each prompt.
     t : int, optional
         Timestep of the boundaries; by default that with the log SNR of Zhu et al.'s, t = 500 of their model.
-    steps : int, default 12
-        Timesteps of the inversion, from 0 to t.
+    steps : int or sequence of int, default 12
+        Number of timesteps of the inversion, evenly spaced from t to 0; or the timesteps, beginning with t. Fewer steps
+        give shorter x_t, so take those of the samples that the boundary is used on or compared by.
     generator_steps, guidance_scale
         Sampling of the generator, where it is no function.
     seed : int, default 0
@@ -156,16 +157,16 @@ def boundary_from_text(
     Raises
     ------
     ValueError
-        If a prompt is empty or of unknown words, both are the same, n is below 3, or the generator is no text-to-image
-        model.
+        If a prompt is empty or of unknown words, both are the same, n is below 3, the steps do not begin at t, or the
+        generator is no text-to-image model.
     """
     _check_texts(text, source)
     if n < 3:
         raise ValueError(f"n is {n}; give 3 images of each prompt or more")
     t = mixing_timestep(model) if t is None else t
+    visited = model.schedule.timesteps_from(t, steps)
     make = generator_of(generator, steps=generator_steps, guidance_scale=guidance_scale, progress=progress)
     images = [_fitted(make(prompt, n, 2 * seed + i), model) for i, prompt in enumerate((text, source))]
-    visited = np.unique(np.linspace(0, t, steps).round().astype(int))[::-1].tolist()
     run = invert(model, torch.cat(images), steps=visited, record_x=True, record_h=True, progress=progress)
     labels = np.repeat([1, 0], n)
     found = {

@@ -31,9 +31,6 @@ from workbench.paths import local
 LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0), "clip": (0.5, 0.8)}
 """Thresholds of P_t and of x_t. Those of "features" and "clip" are ours, in units of the distance of two images."""
 
-TRAINED_STEPS = 40
-"""Steps that the published DeltaBlocks were trained with; with more steps each does less."""
-
 
 @dataclass(frozen=True, eq=False)
 class EditingInterval:
@@ -209,8 +206,9 @@ def edit_asyrp(
     direction : DeltaFunction or Direction
     interval : EditingInterval
     scale : float, default 1
-        1 is the strength that a DeltaBlock was trained at: each step is rescaled by `TRAINED_STEPS` over the number
-        of steps. 0 gives quality boosting without an edit. A Direction takes the scale of `edit`, not rescaled.
+        1 is the strength that a DeltaFunction was trained at: each step is rescaled by the number of steps in its
+        training (`DeltaFunction.steps`) over that of the run. 0 gives quality boosting without an edit. A Direction
+        takes the scale of `edit`, not rescaled.
     seed : int, default 0
         Seed of the noise, see `boosted`.
     progress : bool
@@ -224,7 +222,7 @@ def edit_asyrp(
     ValueError
         If the direction does not fit the model or the run.
     """
-    factor = TRAINED_STEPS / run.steps if isinstance(direction, DeltaFunction) else 1.0
+    factor = direction.steps / run.steps if isinstance(direction, DeltaFunction) else 1.0
     return edit(
         model,
         boosted(run, interval.t_boost, seed=seed),

@@ -141,7 +141,7 @@ class Cross(Edit):
             if self.steps is not None or self.seed is not None:
                 raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
             return rest
-        visited = self._visited(run.model, t, rest.timesteps)
+        visited = rest.timesteps if self.steps is None else run.model.schedule.timesteps_from(t, self.steps)
         seed = self.seed or 0
         seeds = run.seeds if self.seed is None and run.seeds is not None else range(seed, seed + len(run))
         return replace(
@@ -196,19 +196,6 @@ class Cross(Edit):
         if not 0 <= i < len(visited) - 1:
             raise ValueError("a lagged h needs a next cleaner timestep; the run did not visit one")
         return visited[i], visited[i + 1]
-
-    def _visited(self, model: Model, t: int, own: tuple[int, ...]) -> tuple[int, ...]:
-        """Timesteps to decode at, from t on."""
-        if self.steps is None:
-            return own
-        if isinstance(self.steps, (int, np.integer)):
-            if not 1 <= self.steps <= t + 1:
-                raise ValueError(f"steps is {self.steps}; from t = {t} to 0 there are 1 to {t + 1}")
-            return tuple(np.linspace(t, 0, self.steps).round().astype(int).tolist())
-        visited = model.schedule.timesteps(self.steps)
-        if visited[0] != t:
-            raise ValueError(f"the decoding steps begin at {visited[0]}; begin at the move, t = {t}")
-        return visited
 
     def _targets(self, distances: Distances | Mapping[str, Distances], space: str, n: int) -> np.ndarray:
         if isinstance(distances, Mapping):

@@ -149,7 +149,8 @@ class DisentanglingTable:
     ----------
     table : DataFrame
         One row per variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
-        samples of a repeat, `effect` as its mean and `std` as its standard deviation over repeats, and the `scale`.
+        samples of a repeat, `effect` as its mean and `std` as its standard deviation over repeats, and the `scale`, in
+        the unit of `scales` of `disentangling_table`.
     entanglement : DataFrame, one row per direction
         Over all samples: `entanglement_index` of both variants (`original`, `disentangled`) with its interval
         (`original_low`, ...), and the share by which it falls, `reduction`.
@@ -173,7 +174,8 @@ class DisentanglingTable:
         ----------
         equal_effect : bool
             Take each disentangled direction at the first scale at which its effect on its own attribute reaches that of
-            the original one, or at the largest scale, instead of the scales of the table.
+            the original one, or at the largest scale, instead of the scales of the table, at which the disentangled
+            edits are shorter.
 
         Returns
         -------
@@ -225,6 +227,9 @@ def disentangling_table(
     classifier
         As in `measure_effects`.
     scales : sequence of float
+        One unit of an original direction is one sigma; one unit of a disentangled one is the projection of that, as in
+        the paper: less than one sigma along itself, so that at equal scale it is the weaker edit. `fall` with
+        `equal_effect` compares both where they are as strong.
     success : float in [0, 1], default 0.8
         Each edit is judged at the smallest scale with this `success_rate` for its own attribute over all samples.
         With one scale and success 0, all edits are judged at that scale.
@@ -321,8 +326,9 @@ def few_examples(
     Returns
     -------
     DataFrame, one row per space and direction
-        `space` ("h" or "x_T"), `draw`, `count` and `cosine` as in `FewExamples`, and `effect`, the mean change of the
-        attribute's score over the runs.
+        `space` ("h" or "x_T"), `draw`, `count` and `cosine` as in `FewExamples`; `changes` of the attribute's score,
+        an array of one a run, and `effect`, their mean. All draws are judged on the same runs, so an interval of
+        effects draws both again: `intervals.crossed_ratio_of` of `np.stack(rows["changes"])`, of ten draws or more.
 
     Raises
     ------
@@ -356,7 +362,8 @@ def few_examples(
                 about = {"model": origin}
                 edits[str(i)] = Direction.from_delta(delta, timesteps=runs.timesteps, name=space, provenance=about)
         measured = measure(runs, edits, [scale], classifier=classifier, progress=progress)
-        effects = [float(measured.change(name, scale)[labels.name].mean()) for name in edits]
-        tables.append(few.table.assign(space=space, effect=effects))
-    columns = ["space", "draw", "count", "cosine", "effect"]
+        changes = [measured.change(name, scale)[labels.name].to_numpy() for name in edits]
+        effects = [float(change.mean()) for change in changes]
+        tables.append(few.table.assign(space=space, effect=effects, changes=changes))
+    columns = ["space", "draw", "count", "cosine", "effect", "changes"]
     return pd.concat(tables, ignore_index=True).loc[:, columns]

@@ -123,7 +123,7 @@ class Effects:
         rows = []
         for (edit, scale), part in table.groupby(["edit", "scale"], sort=False):
             change = (part["after"] - part["before"]).to_numpy()
-            low, high = mean_interval(change)
+            low, high = mean_interval(change, bounds=(-1.0, 1.0))
             rows.append(
                 {"edit": edit, "scale": scale, "value": change.mean(), "low": low, "high": high, "n": len(part)}
             )
@@ -145,7 +145,7 @@ class Effects:
         for (edit, scale), part in self.table.groupby(["edit", "scale"], sort=False):
             own, others = part[part["attribute"] == attribute], part[part["attribute"] != attribute]
             change = own["after"] - own["before"]
-            low, high = mean_interval(change)
+            low, high = mean_interval(change, bounds=(-1.0, 1.0))
             has, had = own["after"] > 0.5, own["before"] > 0.5
             rows.append(
                 {
@@ -210,7 +210,8 @@ def measure(
     scales : sequence of float
         In the unit of the edits.
     classifier : callable (images of shape (n, C, H, W)) -> DataFrame of shape (n, attributes), values in [0, 1]
-        The judge; never the classifier that labelled the samples the edits were found with.
+        The judge; never the classifier that labelled the samples the edits were found with. It limits images to
+        [-1, 1], as those of the workbench do; all other measures are of limited images.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute; `psnr_outside` is measured outside of it.
     real : Tensor of shape (n, C, H, W), optional
@@ -268,15 +269,16 @@ def measure(
             for e, name in enumerate(names):
                 images, plain = edited[e], unedited[plain_of[e]]
                 tables.append(_table(classifier, scores[plain_of[e]], images, name, scales, ids[samples]))
-                _add_image_measures(tables[-1], images, plain, part.images, masks or {})
+                if real is not None:
+                    features[e].append([classifier.features(column) for column in images.unbind(1)])
+                images, plain = images.clamp(-1, 1), plain.clamp(-1, 1)  # nobody sees what is beyond black and white
+                _add_image_measures(tables[-1], images, plain, part.images.clamp(-1, 1), masks or {})
                 if texts:
                     _add_text_measures(tables[-1], images, plain, clip, texts)
                 if segmenter is not None:
                     maps = segmenter(plain).repeat(len(scales), axis=0)
                     found = segmentation_consistency(segmenter(images.flatten(0, 1)), maps)
                     tables[-1]["consistency"] = np.repeat(found, len(tables[-1]) // len(found))
-                if real is not None:
-                    features[e].append([classifier.features(column) for column in images.unbind(1)])
     rows = []
     if real is not None:
         target = classifier.features(real)

@@ -27,7 +27,7 @@ class Claim:
     measured : str
         Meaning of the number.
     figure, number : str
-        Recipe that records it, and its name there.
+        Figure that records it, and its name there; of the recorded benchmark "benchmark", and "A less B".
     threshold : float
     above : bool
         Whether the claim puts the number above the threshold, or below.

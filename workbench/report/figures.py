@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 WIDTHS = {"single": 3.4, "double": 7.0}
 """Widths of a column and of a page, in inches."""
 
+BENCHMARK = "benchmark"
+"""Claims of this figure are judged by the recorded benchmark: "A less B" is the success of A less that of B."""
+
 SMALLEST = 5.5
 """Points below which no letter of a figure falls."""
 
@@ -198,12 +201,12 @@ def draw_figure(
 
 
 def read_records(folder: str | Path | None = None, *, model: Model, **sources: object) -> dict[str, dict]:
-    """The recorded numbers of every figure, by name, as far as they were measured on the same sources.
+    """The recorded numbers of every figure, and of the benchmark, as far as they were measured on the same sources.
 
     Parameters
     ----------
     folder : path, optional
-        By default those that are bundled for the model.
+        By default those that are bundled for the model; only they have the benchmark's.
     model : Model
     **sources : Classifier or LabelledImages
         By role, as in `save_figure`. Leaves out a record of another model, or of another source in one of these roles.
@@ -211,8 +214,8 @@ def read_records(folder: str | Path | None = None, *, model: Model, **sources: o
     Returns
     -------
     dict of str to dict
-        As `save_figure` writes them, and "current": whether the notebook and all that it calls of the workbench are
-        still the same.
+        By name, as `save_figure` writes them, and "current": whether the notebook and all that it calls of the
+        workbench are still the same.
 
     Raises
     ------
@@ -221,9 +224,9 @@ def read_records(folder: str | Path | None = None, *, model: Model, **sources: o
     """
     if folder is not None and not paths.local(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {paths.local(folder)}; give one that figures were written to")
-    folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
     wanted = {role: _identity(source)["hash"] for role, source in ({"model": model} | sources).items()}
-    known, records = list_figures(), {}
+    known, records = list_figures(), {} if folder is not None else _of_benchmark(model, wanted)
+    folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         made, about = known.get(record["figure"]), record["provenance"]
@@ -233,6 +236,25 @@ def read_records(folder: str | Path | None = None, *, model: Model, **sources: o
         current = made is not None and about["code"] == _code_hash(made.notebook)
         records[record["figure"]] = {**record, "current": current}
     return records
+
+
+def _of_benchmark(model: Model, wanted: Mapping[str, str]) -> dict[str, dict]:
+    """The differences of methods that claims name, by the recorded benchmark of the model if there is one."""
+    from workbench.benchmark.leaderboard import difference
+    from workbench.benchmark.records import load_benchmark, record_folder
+
+    if not record_folder(model).is_dir():
+        return {}
+    found = load_benchmark(record_folder(model))
+    sources = {role: found.provenance[role] for role in ("labeller", "judge", "images")}
+    known = {role: each[-1] if isinstance(each, list) else each for role, each in sources.items()}
+    known["model"] = found.provenance["model"]["hash"]
+    if any(known[role] != value for role, value in wanted.items()):
+        return {}
+    pairs = {claim.number: claim.number.split(" less ") for claim in load_claims() if claim.figure == BENCHMARK}
+    there = {name: pair for name, pair in pairs.items() if set(pair) <= set(found.protocol.methods)}
+    numbers = {name: vars(difference(found.edits, *pair)) for name, pair in there.items()}
+    return {BENCHMARK: {"figure": BENCHMARK, "numbers": numbers, "current": found.current}}
 
 
 def domain_records() -> dict[str, dict[str, dict]]:
