@@ -45,8 +45,8 @@ def run(
     parameter: Parameters = None,
     show: Annotated[bool, Option("--list", help="list its parameters; without a notebook, list all")] = False,
     out: Annotated[str | None, Option("-o", "--out", help="executed notebook (default: reports/NAME.ipynb)")] = None,
-    pdf: Annotated[bool, Option("--pdf", help="print the report with a Chromium, too")] = False,
-    slides: Annotated[bool, Option("--slides", help="write slides, too: one a section, in one HTML file")] = False,
+    pdf: Annotated[bool, Option("--pdf", help="also print the report, with a Chromium")] = False,
+    slides: Annotated[bool, Option("--slides", help="also write slides: one per section, in one HTML file")] = False,
 ):
     """Run one notebook as a report, or list its parameters."""
     from workbench.report import notebooks, parameters, printing
@@ -99,10 +99,12 @@ def figure(
 
 @command("report", example="workbench report --profile full --only 00 10")
 def report(
-    profile: Annotated[str, Option(help="a file of profiles/: quick (minutes), standard, full (hours), ...")] = "quick",
+    profile: Annotated[
+        str, Option(help="a file of profiles/: quick (minutes), standard, full (days on a CPU), ...")
+    ] = "quick",
     domain: Annotated[
         Literal["avataaars", "eurosat"] | None,
-        Option(help="its model, images and attributes instead of the profile's; the folder is reports/DOMAIN"),
+        Option(help="use this domain's model, images, classifiers and attributes; writes to reports/DOMAIN"),
     ] = None,
     jobs: Annotated[int | None, Option(help="notebooks run in parallel (default: as cores and memory allow)")] = None,
     only: Annotated[list[str] | None, Option(metavar="NOTEBOOK...", help="run only these notebooks")] = None,

@@ -92,10 +92,7 @@ class Evaluation:
         return _render("quality", **about, **vars(self), median=median)
 
     def statement(self) -> list[str]:
-        """Say in sentences what the model is good for by its numbers, and what not.
-
-        Of several feature spaces, the worst decides.
-        """
+        """Summarise the quality in sentences; the worst feature space counts."""
         ratio, m = float(self.distances["ratio"].max()), self.about["m"]
         share = min(row.recall.value / max(row.recall_real.value, 1e-9) for row in self.coverage.itertuples())
         kind = "poor" if ratio > POOR_RATIO or share < LOW_RECALL else "good" if ratio <= GOOD_RATIO else "usable"
@@ -103,7 +100,8 @@ class Evaluation:
             kind = f"not known to be good or poor from {m} images"
         sentences = [
             f"The samples are {kind}: their Frechet distance is {ratio:.1f} times that of other real images (up to "
-            f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and they have {100 * share:.0f}% of the recall."
+            f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and their recall is {100 * share:.0f}% of that of "
+            "real images."
         ]
         if self.copies is not None:
             copied = self.copies.low > self.copies_real.high
@@ -115,14 +113,17 @@ class Evaluation:
         if len(self.inversion):
             decibel = float(np.median(self.inversion))
             words = (
-                "can be edited" if decibel >= GOOD_DECIBEL else "change by the inversion alone; edit samples instead"
+                "close enough to edit them"
+                if decibel >= GOOD_DECIBEL
+                else "too far from the original to edit; edit samples instead"
             )
-            sentences.append(f"Real images {words}: their reconstruction has {decibel:.0f} dB.")
+            sentences.append(f"Inverted images are reconstructed at {decibel:.0f} dB (median): {words}.")
         if len(self.frequencies):
             gap = 100 * (self.frequencies["found"] - self.frequencies["drawn"]).abs()
             far = [f"{name} ({gap[name]:.0f} points)" for name in gap.index[gap > FAR_POINTS]]
             sentences.append(
-                f"Attributes that the judge sees more or less often in samples than in real images: {', '.join(far)}."
+                "Attributes that the judge finds more or less often in samples than in real images (the last column): "
+                f"{', '.join(far)}."
                 if far
                 else f"Attributes are as frequent as in real images, within {FAR_POINTS:g} points."
             )

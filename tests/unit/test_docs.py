@@ -13,13 +13,17 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 import typer
 import yaml
+from safetensors import safe_open
 
 import workbench as wb
 from workbench import cli
-from workbench.report import figures, parameters
+from workbench.report import claims, figures, parameters
+from workbench.studio import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -138,11 +142,71 @@ def test_the_readme_and_the_tour_run_as_they_are_written_but_for_the_number_of_s
 # The site
 
 
-def builder():
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+def script(name: str):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def builder():
+    return script("build")
+
+
+def test_generated_blocks_are_those_of_the_records_and_the_docstrings():
+    made = script("blocks")
+    blocks = made.blocks()
+    for page, of in blocks.items():
+        assert made.filled(text_of(page), of) == text_of(page), f"{page} is out of date; run `python docs/blocks.py`"
+    names = blocks["docs/api.md"]["names"]
+    assert [name for name in wb._NAMES if f"| `wb.{name}` | " not in names] == []
+    verdicts = claims.verdicts({})
+    for claim in verdicts["claim"]:
+        assert any(claim in block for block in blocks["docs/findings.md"].values()), claim
+
+
+def test_a_finding_has_the_verdict_and_the_number_of_its_record():
+    made, claim = script("blocks"), claims.load_claims()[0]
+    number = {"value": 0.25, "low": 0.125, "high": 0.375, "n": 12}
+    record = {claim.figure: {"numbers": {claim.number: number}, "current": False}}
+    judged = {"one": claims.verdicts(record), "other": claims.verdicts({})}
+    rows = made.claim_table(judged, claim.paper).splitlines()
+    assert rows[2].endswith(f"| **fails**: 0.25 (0.125 to 0.375), n = 12 | not measured | `{claim.figure}` |")
+    assert len(rows) == 2 + sum(each.paper == claim.paper for each in claims.load_claims())
+    versions = {"one": pd.Series(["0.1.0"]), "other": pd.Series([], dtype=str)}
+    total = made.summary(judged, versions).splitlines()
+    assert total[2] == f"| `one` | 1 of {len(claims.load_claims())} | 0 | 1 | 0 | 1 | 0.1.0 (1 records) |"
+    with pytest.raises(ValueError, match="0 blocks named claims"):
+        made.filled("a page without a block", {"claims": ""})
+
+
+def test_every_citation_is_in_the_references():
+    listed = text_of("docs/references.md")
+    sources = [*(ROOT / "workbench").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    sources += [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "data").rglob("README.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.name != "references.md")
+    numbers = set(re.findall(r"arxiv(?:\.org/abs/|:? ?)(\d{4}\.\d{4,5})", text, re.I))
+    assert "2303.11073" in numbers and [number for number in numbers if f"arXiv {number}" not in listed] == []
+    author = r"([A-Z][a-z][\w-]+)(?: et al\.?| (?:&|and) [A-Z][\w-]+),? \(?((?:19|20)\d\d)\b"
+    cited = set(re.findall(author, text))
+    assert ("Kwon", "2023") in cited
+    assert [pair for pair in sorted(cited) if not re.search(rf"{pair[0]}\b[^\n]*{pair[1]}", listed)] == []
+
+
+def test_the_page_of_formats_names_every_field_that_is_written(tmp_path):
+    page = text_of("docs/formats.md")
+    provenance = {"model": {"name": "m", "hash": "0", "tap": "after"}, "method": "none", "parameters": {}}
+    direction = wb.Direction(torch.ones(1, 1, 1, 1), torch.ones(1), (500,), "d", provenance)
+    boundary = wb.Boundary(torch.ones(1, 1, 1), 0.0, 500, "h", "b", provenance)
+    fields = recipe._KEYS | recipe._RESULT_KEYS
+    for part in (direction, boundary):
+        with safe_open(part.save(tmp_path / "part.safetensors"), framework="np") as file:
+            about = json.loads(file.metadata()[type(part).__name__.lower()])
+            fields |= {*file.keys(), *file.metadata(), *about}
+    for columns in ("h x0 x x_T seeds done", "figure title caption numbers table provenance"):
+        fields |= set(columns.split())
+    assert [field for field in sorted(fields) if f"`{field}`" not in page] == []
 
 
 def test_links_of_a_site_that_lead_nowhere_are_found(tmp_path):

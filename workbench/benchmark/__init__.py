@@ -1,0 +1,1 @@
+"""The benchmark: methods, protocol, leaderboard, records."""

@@ -52,7 +52,7 @@ def run_benchmark(
     judge : Classifier
         Scores the edits; not the labeller, but with the same attributes.
     images : LabelledImages
-        In an order that the seed draws, methods learn from the first images, and the last ones serve as real images.
+        Shuffled by the seed: methods learn from the first images; the last ones are the real images for the distances.
     masks : mapping of attribute -> bool array of shape (H, W), optional
         Region of each attribute.
     texts : TextModels, optional

@@ -19,8 +19,8 @@ FEATURES = {
     "tests": (("pytest", "xdist", "nbval", "nbstripout", "pytest_benchmark", "ruff"), "[test]"),
     "tests in a browser": (("playwright", "program chromium"), "[test], and chromium"),
     "reports as PDF": (("program chromium",), "chromium or chrome"),
-    "this documentation as a site": (("sphinx", "myst_nb", "numpydoc", "furo"), "[docs]"),
-    "checks at every commit": (("pre_commit",), "[dev]"),
+    "documentation site": (("sphinx", "myst_nb", "numpydoc", "furo"), "[docs]"),
+    "pre-commit checks": (("pre_commit",), "[dev]"),
     "stores at s3:// addresses": (("s3fs",), "s3fs"),
 }
 """What a feature needs beside the package itself, and the extra (`pip install -e ".[lab]"`) or program that has it."""
@@ -54,7 +54,7 @@ def _machine() -> list[str]:
     name = (
         f" ({torch.cuda.get_device_name(device)}, {_size(free_memory(device))} free)" if device.type == "cuda" else ""
     )
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the build of torch for CPUs alone"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU-only build of torch"
     given = f", {THREADS} = {os.environ[THREADS]}" if THREADS in os.environ else ""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return [
@@ -71,7 +71,7 @@ def _caches() -> list[str]:
 
     stores = len(list(paths.cache().glob("*.zarr")))
     places = {
-        f"{stores} stores and others, made again when they are missing": paths.cache(),
+        f"{stores} extracted stores and other cached results; rebuilt on demand": paths.cache(),
         "models of the hub": Path(HF_HUB_CACHE),
         "reports": paths.reports(),
     }

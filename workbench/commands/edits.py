@@ -56,7 +56,7 @@ def find_pca(
     k: Annotated[int, Option(min=1, help="number of components")] = 5,
     joint: Annotated[bool, Option("--joint", help="one PCA over all timesteps")] = False,
 ):
-    """Principal components of the samples' h (Haas et al.)."""
+    """Find principal components of h (Haas et al.)."""
     if not joint and k >= samples.n:
         raise ValueError(f"--k is {k}; {samples.n} samples have up to {samples.n - 1} components")
     model = samples.load(place.tap)
@@ -72,7 +72,7 @@ def find_jacobian(
     k: Annotated[int, Option(min=1, help="number of directions")] = 3,
     region: Annotated[str | None, Option(help="mouth, eyes, brows, hair, beard or glasses of an avatar")] = None,
 ):
-    """Directions that change one sample most (Haas et al.).
+    """Find the directions that change one sample most (Haas et al.).
 
     --seed chooses the sample; n samples scale the directions.
     """
@@ -98,7 +98,7 @@ def find_scores(
     k: Annotated[int, Option(min=1, help="samples on each side")] = 100,
     classifier: opt.Labeller = "avataaars",
 ):
-    """From the samples of lowest score to those of highest."""
+    """Find directions from a classifier's scores: from the samples of lowest score to those of highest."""
     if not 2 <= k <= samples.n // 2:
         raise ValueError(f"--k is {k}; {samples.n} samples have 2 to {samples.n // 2} on a side")
     labeller = wb.load_classifier(classifier, device=samples.device)
@@ -121,7 +121,7 @@ def find_labels(
     steps: opt.Steps = 50,
     seed: Annotated[int, Option(help="draws the images that are taken")] = 0,
 ):
-    """From images without an attribute to images with it.
+    """Find directions from labelled images: from those without an attribute to those with it.
 
     Inverts the images first.
     """
@@ -138,12 +138,12 @@ def find_labels(
 def find_text(
     samples: Samples,
     place: Place,
-    text: Annotated[list[str], Option(metavar="TEXT...", help="a direction of each")],
-    against: Annotated[str, Option(help="text of what is changed")] = SOURCE,
+    text: Annotated[list[str], Option(metavar="TEXT...", help="texts; each gives a direction")],
+    against: Annotated[str, Option(help="text that describes images without it")] = SOURCE,
     k: Annotated[int | None, Option(min=1, help="samples on each side (default: all that fit)")] = None,
     clip: Annotated[str, Option(help="avataaars-clip, clip, a hub id or a folder")] = "avataaars-clip",
 ):
-    """From the samples that fit one text to those that fit another, by CLIP's scores."""
+    """Find directions from sentences: from the samples that fit `--against` to those that fit `--text`, by CLIP."""
     network = wb.load_clip(clip, device=samples.device)
     network.texts([*text, against])  # refuses words that it does not know
     model = samples.load(place.tap)
@@ -204,7 +204,7 @@ def _with_two_classes(images) -> list[str]:
         if label.isin([0, 1]).all() and 2 <= label.sum() <= len(label) - 2:
             names.append(name)
     if left_out := [name for name in images.names if name not in names]:
-        print(f"no boundary, for lack of two classes or of labels: {', '.join(left_out)}")
+        print(f"left out (not 0/1, or fewer than 2 images of a class): {', '.join(left_out)}")
     return names
 
 
@@ -255,10 +255,20 @@ class Crossing:
 
     distances: opt.Numbers = (-3.0, -1.5, 0.0, 1.5, 3.0)
     unit: Annotated[Literal["sd", "distance"], Option(help="unit of the distances")] = "sd"
-    mode: Annotated[Literal["absolute", "shift", "mirror"], Option(help="meaning of the distances")] = "absolute"
+    mode: Annotated[
+        Literal["absolute", "shift", "mirror"],
+        Option(
+            help="absolute: signed distance after the move; shift: length of the move; "
+            "mirror: multiple of the own distance"
+        ),
+    ] = "absolute"
     eta: opt.Eta = 1.0
     h_policy: Annotated[
-        Literal["first", "offset", "offset-asymmetric", "none", "stale"], Option(help="h in the steps after t")
+        Literal["first", "offset", "offset-asymmetric", "none", "stale"],
+        Option(
+            help="first: h moves in the first step alone (the paper); offset: its change is added at every step; "
+            "offset-asymmetric: to P_t alone; none: only x moves; stale: as the released code does"
+        ),
     ] = "first"
     keep_norm: Annotated[bool, Option("--keep-norm", help="keep the norm, moving on a great circle")] = False
 

@@ -39,12 +39,18 @@ class Checkpoint:
     preset: Annotated[str | None, Option(help="which published checkpoint it is (default: by its name)")] = None
     image_size: Annotated[int | None, Option(help="without a preset: side of the images in pixels")] = None
     timesteps: Annotated[int | None, Option(help="timesteps in training (default: the preset's, or 1000)")] = None
-    rescale_timesteps: Annotated[bool, Option("--rescale-timesteps", help="the network was given t * 1000 / T")] = False
+    rescale_timesteps: Annotated[
+        bool, Option("--rescale-timesteps", help="the network was trained on t * 1000 / T")
+    ] = False
     head_channels: Annotated[int | None, Option(help="without a preset: channels of an attention head")] = None
-    heads: Annotated[int | None, Option(help="in place of these: number of attention heads")] = None
-    attention_order: Annotated[Literal["legacy", "new"] | None, Option(help="default: legacy")] = None
+    heads: Annotated[int | None, Option(help="number of attention heads (instead of --head-channels)")] = None
+    attention_order: Annotated[
+        Literal["legacy", "new"] | None,
+        Option(help="order of q, k, v in guided-diffusion's attention (use_new_attention_order); default legacy"),
+    ] = None
     schedule: Annotated[
-        Literal["linear", "cosine", "sigmoid"] | None, Option(help="default: the preset's or file's, or linear")
+        Literal["linear", "cosine", "sigmoid"] | None,
+        Option(help="noise schedule (default: the preset's or file's, or linear)"),
     ] = None
     prediction: Annotated[
         Literal["epsilon", "v_prediction", "sample"] | None, Option(help="what the network predicts (default: epsilon)")
@@ -141,8 +147,11 @@ def plan(
     model: Annotated[str, Option(help="as for extract, or a public model not downloaded")] = "avataaars32",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
-    gpu: Annotated[str | None, Option(help="h100, a100, l4, ...: a share of its peak rate is assumed")] = None,
-    utilisation: Annotated[float, Option(help="share of the GPU's peak rate that is assumed")] = 0.25,
+    gpu: Annotated[
+        str | None,
+        Option(help="GPU to estimate for (h100, a100, l4, ...): its measured rate, else a share of its peak"),
+    ] = None,
+    utilisation: Annotated[float | None, Option(help="assume this share of the GPU's peak rate")] = None,
     rate: Annotated[float | None, Option(help="measured passes per second of one process")] = None,
     precision: Annotated[Literal["float32", "bfloat16"], Option(help="precision of the network")] = "float32",
     processes: Annotated[int, Option(help="number of processes, one per GPU")] = 1,
@@ -225,9 +234,13 @@ class Training:
     weight_decay: Annotated[float | None, Option(help="weight decay of AdamW (default 1e-4)")] = None
     clip: Annotated[float | None, Option(help="maximum norm of the gradient (default 1)")] = None
     ema: Annotated[float | None, Option(help="decay of the moving average of the weights (default 0.999)")] = None
-    gamma: Annotated[float | None, Option(help="of the min-SNR weights; inf for the plain loss (default 5)")] = None
+    gamma: Annotated[float | None, Option(help="gamma of the min-SNR weights; inf for the plain loss (default 5)")] = (
+        None
+    )
     flips: Annotated[bool, Option("--flips", help="mirror images with probability 0.5")] = False
-    precision: Annotated[Literal["bfloat16", "float32"] | None, Option(help="of the passes (default bfloat16)")] = None
+    precision: Annotated[
+        Literal["bfloat16", "float32"] | None, Option(help="precision of the passes (default bfloat16)")
+    ] = None
     compile: Annotated[bool, Option("--compile", help="compile the network")] = False
     seed: Annotated[int | None, Option(help="seed of all random numbers (default 0)")] = None
 
@@ -341,14 +354,18 @@ def train_classifier(
     labels: opt.Labels,
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
     steps: Annotated[int, Option(help="largest number of batches of 128 images")] = 3000,
-    design: Annotated[Literal["labeller", "judge"], Option(help="it labels samples, or judges edits")] = "labeller",
+    design: Annotated[
+        Literal["labeller", "judge"], Option(help="architecture: of a labeller, or the different one of a judge")
+    ] = "labeller",
     flips: Annotated[bool, Option("--flips", help="mirror images with probability 0.5")] = False,
     turns: Annotated[
         bool, Option("--turns", help="turn images by right angles, as pictures from above may be")
     ] = False,
     size: Annotated[
         list[int] | None,
-        Option(metavar="N...", help="of the models that it judges, [channels] height width (default: colour squares)"),
+        Option(
+            metavar="N...", help="size of the images that it will see, [channels] height width (default: square, RGB)"
+        ),
     ] = None,
 ):
     """Train an attribute classifier on labelled images."""
@@ -375,11 +392,17 @@ def train_clip(
 
 @command("data", example="workbench data avataaars --n 2000 --part 10\n  workbench data eurosat EuroSAT_RGB.zip")
 def data(
-    name: Annotated[Literal["avataaars", "eurosat"], Argument(help="avataaars are drawn, eurosat is read")],
-    source: Annotated[str | None, Argument(help="of eurosat: folder or zip of EuroSAT RGB as published")] = None,
+    name: Annotated[
+        Literal["avataaars", "eurosat"], Argument(help="avataaars: draw avatars; eurosat: read the published zip")
+    ],
+    source: Annotated[str | None, Argument(help="for eurosat: folder or zip of EuroSAT RGB as published")] = None,
     n: Annotated[int | None, Option(min=1, help="number of avatars (default 2000)")] = None,
-    part: Annotated[int, Option(help="0 and 1 are for training, 10 (of avataaars: and above) is held out")] = 10,
-    captions: Annotated[bool, Option("--captions", help="avatars, some with hats, and sentences about them")] = False,
+    part: Annotated[
+        int, Option(help="part of the domain: 0 and 1 are for training, 10 (avataaars: 10 and above) is held out")
+    ] = 10,
+    captions: Annotated[
+        bool, Option("--captions", help="draw captioned avatars: some with hats, without the planted correlations")
+    ] = False,
     out: opt.OutImages = None,
 ):
     """Write the labelled images of a domain."""

@@ -157,7 +157,13 @@ Count = Annotated[int, Option(min=1, help="number of samples or images")]
 Attributes = Annotated[list[str] | None, Option(metavar="NAME...", help="such as Smiling Beard")]
 Numbers = Annotated[list[float], Option(parser=_finite, metavar="NUMBER...", help="distances from the boundary")]
 Parameters = Annotated[
-    list[str] | None, Option("-p", "--parameter", metavar="NAME VALUE", help="or NAME=VALUE; repeat for each parameter")
+    list[str] | None,
+    Option(
+        "-p",
+        "--parameter",
+        metavar="NAME VALUE",
+        help="value of a notebook parameter, also NAME=VALUE; repeatable; `domain` sets model, images and classifiers",
+    ),
 ]
 LabelledSource = Annotated[str, Option(help="labelled images: bundled name, folder or zip")]
 Labeller = Annotated[str, Option(help="classifier that labels samples")]
@@ -192,12 +198,12 @@ class Labels:
 class Condition:
     """What a conditional model is given."""
 
-    prompt: Annotated[str | None, Option(help="text, of a text-conditional model")] = None
-    negative_prompt: Annotated[str, Option(help="what guidance leads away from")] = ""
-    guidance_scale: Annotated[float | None, Option(help="of classifier-free guidance (default with a prompt: 7.5)")] = (
-        None
-    )
-    label: Annotated[int | None, Option(help="class, of a class-conditional model")] = None
+    prompt: Annotated[str | None, Option(help="prompt of a text-conditional model")] = None
+    negative_prompt: Annotated[str, Option(help="text that guidance steers away from")] = ""
+    guidance_scale: Annotated[
+        float | None, Option(help="scale of classifier-free guidance (default: 7.5 with a prompt)")
+    ] = None
+    label: Annotated[int | None, Option(help="class of a class-conditional model")] = None
 
     @property
     def condition(self) -> dict[str, object]:

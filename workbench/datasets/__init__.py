@@ -1,0 +1,1 @@
+"""Labelled images, attribute classifiers, networks of the hub, and the bundled avatars."""

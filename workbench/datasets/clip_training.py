@@ -77,11 +77,11 @@ def train_clip(
 
     A ViT of four layers sees patches of 4 x 4 pixels, at the size of the images; a text transformer of two layers reads
     the captions' own words. The loss is CLIP's: every image is to have its own caption among those of the batch, and
-    the reverse. A layer that is not kept also guesses from the patches which words an image's captions have, and its
-    labels of 0 and 1, where there are some; the first quarter of the steps trains the image encoder by these guesses
-    alone, since by CLIP's loss a small ViT sees nothing but colours for many hundred steps. Images are shifted, blurred
-    and made noisy as for `train_classifier`. The folder is written every ten minutes and at the end; `load_clip`,
-    `load_classifier` and `transformers.CLIPModel` read it.
+    the reverse. An auxiliary layer, discarded after training, predicts from the patches which words the captions
+    contain, and labels of 0 and 1 where there are some; the first quarter of the steps trains the image encoder by
+    these predictions alone, since by CLIP's loss a small ViT learns only colours for many hundred steps. Images are
+    shifted, blurred and made noisy as for `train_classifier`. The folder is written every ten minutes and at the end;
+    `load_clip`, `load_classifier` and `transformers.CLIPModel` read it.
 
     Parameters
     ----------

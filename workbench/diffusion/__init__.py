@@ -1,0 +1,1 @@
+"""Noise schedule, the U-Net split at its bottleneck, models, sampling, replay, inversion, training."""

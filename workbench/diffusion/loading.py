@@ -125,8 +125,8 @@ def load_model(
         For a single file with `timesteps`: the network was given t * 1000 / T (`rescale_timesteps`, on in
         improved-diffusion, off in guided-diffusion). The model then has 1000 timesteps at the same noise levels.
     prediction : {"epsilon", "v_prediction", "sample"}, optional
-        For a single file: what the network predicts; by default as the file's weights of the loss tell, or else the
-        noise, or v for lucidrains' layout (its default).
+        For a single file: what the network predicts; by default inferred from the loss weights in the file;
+        otherwise the noise, or v for lucidrains' layout.
     **condition
         Of a conditional model: `prompt`, `negative_prompt`, `label`, `condition`, `negative` and `guidance_scale`, as
         in `Model.conditioned`, which can also be called later.

@@ -177,7 +177,8 @@ class DeltaFunction:
         Raises
         ------
         ValueError
-            If the function is a sum or a multiple, which a file does not hold, or the ending is another one.
+            If the function is a combination (a file holds a single block), or the suffix is neither .pth nor
+            .safetensors.
         """
         path = writable(path, suffixes=(".pth", ".safetensors"))
         (factor, block), *others = self.terms

@@ -169,8 +169,8 @@ class Direction:
         per_step : bool, default False
             Project each timestep separately. By default inner products run over all timesteps, as in the paper. Here
             one unit of each direction is projected, sigma_t along ``v_t / |v_t|``; the paper projects eq. 11's
-            difference of means v_t. ``|v_t|`` over sigma_t varies along t (2.7 to 2.1 for long hair of the bundled
-            model), so the weights of the timesteps differ slightly. With `per_step` both give the same direction.
+            difference of means v_t. ``|v_t|`` over sigma_t varies along t, so the weights of the
+            timesteps differ slightly. With `per_step` both give the same direction.
 
         Returns
         -------
@@ -280,9 +280,8 @@ class Direction:
             h_t on the unit vector. Read chunk by chunk. Use other samples than those the direction was found from:
             these spread too widely along it.
         like : Direction, optional
-            If there are no other samples: a direction found from the samples of this store, such as the one this
-            direction was made from. Its own sigma tells by what factor the samples spread too widely along it, and
-            sigma is divided by the same factor.
+            If there are no other samples: a direction found from this store's samples, such as the original of a
+            projected one. The overestimation of sigma measured for it is applied here.
         progress : bool
 
         Returns

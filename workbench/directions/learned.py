@@ -71,9 +71,10 @@ def learn_directions(
 
     Notes
     -----
-    The abstract is known; inferred is the rest. The authors shift the whole generative process and derive through all
-    of it; here each batch takes one visited timestep, so that a step costs four passes a sample. The shift module is
-    Asyrp's DeltaBlock with a path around it, the length of a shift .3 of the root of h's variance, and the
+    Only the abstract was available; everything else is inferred. The authors shift h at all timesteps and
+    backpropagate through the whole process; here each batch uses one visited timestep, so that a step costs four passes
+    per sample. The shift module is Asyrp's DeltaBlock with a residual connection, the length of a shift .3 times the
+    root of h's variance, and the
     reconstructor sees the change through noise.
     """
     if k < 2:

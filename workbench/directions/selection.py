@@ -82,8 +82,8 @@ def find_from_selection(
 ) -> Selection:
     """Find the direction from some samples to others that were selected, on a map for instance.
 
-    A group that was drawn on a map of h is apart in h by construction: the held-out accuracy says how sharply, not that
-    the group means anything. What an edit along the direction does to other samples, beside a random direction, does.
+    A group that was selected on a map of h is separated in h by construction: the held-out accuracy says how sharply,
+    not whether the group means anything. Only edits of other samples show that, compared with a random direction.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def find_from_selection(
     timesteps : sequence of int, optional
         Visited ones of the direction; by default all. `known` is compared with only if they are all.
     most : int, optional
-        Samples that the direction is found on, about, for a first look: those of the store's chunks that hold most of A
+        Approximate number of samples for a quick first estimate: those of the store's chunks that hold most of A
         and of B, so that nothing else is read. By default all.
     seed : int
         Of the folds, and of the samples that a boundary is fitted to where there are more than 2000 in a group.

@@ -51,7 +51,7 @@ class SparseCode:
     parameters: dict
 
     def ranked(self, labels: pd.Series) -> np.ndarray:
-        """Features by the size of their activity's correlation with labels, (m,), highest first; dead ones last.
+        """Features by the size of their activity's correlation with labels, (m,), highest first; inactive ones last.
 
         Parameters
         ----------
@@ -67,8 +67,8 @@ class SparseCode:
     def aligned(self, labels: pd.Series, *, most: int = 8) -> np.ndarray:
         """Weights of a few features that tell an attribute, (m,), 0 for all but `most` at most.
 
-        Those of a logistic regression of the activities with an L1 penalty, the weakest of a row of halved ones that
-        keeps to `most` (CASL's supervised mapping, He et al. 2026, arXiv 2601.15441, whose penalty is inferred).
+        An L1-penalised logistic regression on the activities; the penalty is halved until just before more than `most`
+        weights are nonzero (CASL's supervised mapping, He et al. 2026, arXiv 2601.15441, whose penalty is inferred).
 
         Raises
         ------

@@ -325,7 +325,7 @@ def cross_boundary(
     model : Model
         Model of the runs, at the tap of boundary_h.
     runs : Trajectory
-        The samples, not edited yet.
+        The unedited samples.
     boundary_h, boundary_x : Boundary or sequence of Boundary, optional
         `Cross.h` and `Cross.x`.
     distances : array of shape (k,), (k, m) or (n, k, m)

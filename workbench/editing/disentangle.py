@@ -47,7 +47,7 @@ def cancel_effects(
     ----------
     model : Model
     runs : Trajectory
-        Samples to measure effects on, not edited yet. Judge the result on other samples.
+        Unedited samples to measure effects on. Judge the result on other samples.
     direction : Direction
         v.
     others : mapping of attribute -> Direction
@@ -168,7 +168,7 @@ class DisentanglingTable:
         return rows.pivot(index="direction", columns="attribute", values=value).loc[order, order]
 
     def fall(self, *, equal_effect: bool = False) -> Estimate:
-        """By how much entanglement falls, sum over a and b != a of |E_ab| by the sum over a of |E_aa|.
+        """Reduction by the projection of entanglement, sum of |E_ab| over a and b != a divided by that of |E_aa|.
 
         Parameters
         ----------
@@ -307,7 +307,7 @@ def few_examples(
     ----------
     model : Model
     runs : Trajectory
-        Samples to edit, at eta 0, not edited yet, and not in the store.
+        Unedited samples, at eta 0, that are not in the store.
     store : HStore
         Samples to draw examples from, at eta 0 and the timesteps of the runs; generated or inverted.
     labels : Series, values 0 or 1

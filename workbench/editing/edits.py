@@ -192,10 +192,11 @@ class Swap(InjectionEdit):
     asymmetric, t_range
         As in `Shift`.
     mask : bool array of shape (h, w), optional
-        Where h is taken over; elsewhere the donor has the run's own h. How InjectFusion normalises a part of h is
-        inferred.
+        Positions at which the donor's h is used; elsewhere the run keeps its own. How InjectFusion normalises a part
+        of h is inferred.
     calibration : float, optional
-        omega of InjectFusion, .3 there: move x_t instead of the step; see `Injection`.
+        omega of InjectFusion's calibration (.3 in the paper): the edit is applied to x_t before the step instead of in
+        it; see `Injection`.
     """
 
     donor: Trajectory

@@ -204,7 +204,7 @@ def measure(
     Parameters
     ----------
     run : Trajectory
-        Samples to edit, not edited yet; not those that the edits were found with.
+        Unedited samples; not those that the edits were found with.
     edits : Edit or Direction, a sequence or a mapping of them
         A Direction is a `Shift`; a mapping gives names.
     scales : sequence of float
@@ -378,7 +378,7 @@ def measure_effects(
     ----------
     model : Model
     runs : Trajectory
-        Samples to edit, not edited yet; not those that the directions were found with.
+        Unedited samples; not those that the directions were found with.
     directions : Direction, sequence of Direction, or mapping of name -> Direction
     classifier
         As in `measure`.

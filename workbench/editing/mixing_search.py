@@ -73,7 +73,7 @@ def mixing_step(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> MixingStep:
-    """Find the mixing step: the timestep at which a move of x_t still changes attributes but keeps the image.
+    """Estimate the mixing step: the timestep for a single move, noisy enough to adapt to it, clean enough to keep it.
 
     Zhu et al. 2023 edit once, at this step. Their automatic search is not in the released code, so this function offers
     six criteria; which of them agree is a finding about the model, see `analysis.mixing_criteria.agreement`.

@@ -85,7 +85,7 @@ def render(
     Parameters
     ----------
     run : Trajectory
-        The samples, not edited yet.
+        The unedited samples.
     edits : Edit or Direction, a sequence or a mapping of them
         A Direction is a `Shift`. The names of a mapping label the rows.
     scales : sequence of float
@@ -327,7 +327,7 @@ def edit_grid(
     ----------
     model : Model
     runs : Trajectory
-        The samples, not edited yet.
+        The unedited samples.
     directions : Direction or DeltaFunction, or a sequence of them
     scales : sequence of float
         In standard deviations of the population's projection, one per column.

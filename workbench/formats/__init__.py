@@ -1,0 +1,1 @@
+"""Files of other projects, and tensors with a JSON header."""

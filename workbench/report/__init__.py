@@ -1,0 +1,1 @@
+"""Figures, claims of the papers, notebooks as reports, sweeps."""

@@ -1,0 +1,1 @@
+"""The edit studio and the explorer: session, widgets, recipes, server."""

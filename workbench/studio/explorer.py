@@ -251,9 +251,9 @@ def explore(
 ) -> Explorer:
     """Explore a population on linked maps: hover, select, and turn a selection into a direction.
 
-    A point that is hovered or selected on one map is so on all; nearest neighbours are those of the space itself.
+    Hovering over or selecting a point highlights it on all maps; nearest neighbours are those of the space itself.
     Without a kernel, as in an exported report, the maps stay linked and `strips` can be slid through. With a model,
-    a selection gives a direction, with its first picture, what there is to say about it, and a random control.
+    a selection gives a direction with a preview, its statistics and a random control.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ class EditSession(Renderings):
     ----------
     model : Model
     runs : Trajectory
-        The samples, not edited yet.
+        The unedited samples.
     directions : Direction, Boundary, or sequence of them
         Directions with another number of steps are resampled; `notes` say so.
     classifier : Classifier, optional

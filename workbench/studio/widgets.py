@@ -60,7 +60,7 @@ class EditStudio(widgets.VBox):
     ----------
     model : Model
     runs : Trajectory
-        The samples, not edited yet.
+        The unedited samples.
     directions : Direction, Boundary, or sequence of them
         One slider each: in sigma, or in signed distance.
     classifier : Classifier, optional
