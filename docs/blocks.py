@@ -90,7 +90,7 @@ def blocks() -> dict[str, dict[str, str]]:
     records = {of[domain]: found for domain, found in figures.domain_records().items()}
     judged = {model: claims.verdicts(found) for model, found in records.items()}
     versions = {
-        model: pd.Series([record["provenance"]["workbench"] for record in found.values()])
+        model: pd.Series([record["provenance"]["workbench"] for record in found.values() if "provenance" in record])
         for model, found in records.items()
     }
     papers = {"haas": "Haas et al. 2024", "zhu": "Zhu et al. 2023"}

@@ -197,14 +197,14 @@ def boundary_fit(
 
 
 def _with_two_classes(images) -> list[str]:
-    """Attributes with two classes of at least two images; angles and constant attributes have no boundary."""
+    """Attributes with two classes of at least three images, as a boundary needs; angles and constant attributes have no boundary."""
     names = []
     for name in images.names:
         label = images.label(name)
-        if label.isin([0, 1]).all() and 2 <= label.sum() <= len(label) - 2:
+        if label.isin([0, 1]).all() and 3 <= label.sum() <= len(label) - 3:
             names.append(name)
     if left_out := [name for name in images.names if name not in names]:
-        print(f"left out (not 0/1, or fewer than 2 images of a class): {', '.join(left_out)}")
+        print(f"left out (not 0/1, or fewer than 3 images of a class): {', '.join(left_out)}")
     return names
 
 
