@@ -373,7 +373,7 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     files = sorted(path for path in out.iterdir() if "Smiling" in path.name)
     # Of all labels of two classes; the bundled ones hold an angle as well.
     assert status == 0 and "held-out accuracy" in said and len(files) == 2
-    assert re.search("lack of two classes or of labels: .*Tilt", said) and not list(out.glob("*Tilt*"))
+    assert re.search("left out .*Tilt", said) and not list(out.glob("*Tilt*"))
     picture = tmp_path / "edits.png"
     edit = ("boundary", "edit", *common, "-o", picture, "--distances", -1, 0, 1, "--boundaries", *files)
     status, said, _ = run(capsys, *edit, "--images", "avataaars", "--n", 2)
