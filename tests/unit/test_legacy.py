@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -11,14 +12,25 @@ import pytest
 import sklearn
 from sklearn.svm import SVC, LinearSVC
 
-from workbench.directions.legacy import read_boundary_sav
+from workbench.directions.boundary import Boundary
+from workbench.directions.legacy import convert_boundary
+
+
+@pytest.fixture
+def read(tiny):
+    def of(path) -> Boundary:
+        return convert_boundary(path, tiny, t=500, space="x")
+
+    return of
 
 
 @pytest.fixture(scope="module")
-def samples():
+def samples(tiny):
+    d = math.prod(tiny.x_shape)
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(40, 24)) + 0.5
-    return z, np.where(z @ rng.normal(size=24) > 1, 1, -1)
+    z = rng.normal(size=(40, d)) + 0.5
+    score = z @ rng.normal(size=d)
+    return z, np.where(score > np.median(score), 1, -1)
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +44,20 @@ def save(thing, path, protocol=4):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_the_hyperplane_is_that_of_scikit_learn(fitted, samples, protocol, tmp_path):
+def test_the_hyperplane_is_that_of_scikit_learn(fitted, samples, protocol, tmp_path, read):
     z, labels = samples
-    found = read_boundary_sav(save(fitted, tmp_path / "smile_h.sav", protocol))
+    found = read(save(fitted, tmp_path / "smile_h.sav", protocol))
     norm = np.linalg.norm(fitted.coef_)
-    np.testing.assert_allclose(found.normal, fitted.coef_[0] / norm, atol=1e-12)
-    np.testing.assert_allclose(z @ found.normal + found.intercept, fitted.decision_function(z) / norm, atol=1e-9)
-    assert found.classes == (-1.0, 1.0)
-    assert np.linalg.norm(found.normal) == pytest.approx(1.0)
-    assert found.weight_norm == pytest.approx(norm)
-    assert found.n_support == len(fitted.support_)
-    assert found.version == sklearn.__version__
+    np.testing.assert_allclose(found.normal.flatten(), fitted.coef_[0] / norm, atol=1e-7)
+    np.testing.assert_allclose(found.distance(z), fitted.decision_function(z) / norm, atol=1e-5)
+    assert found.extras == {"weight_norm": pytest.approx(norm)}
+    parameters = found.provenance["parameters"]
+    assert parameters["classes"] == [-1.0, 1.0]
+    assert parameters["support_vectors"] == len(fitted.support_)
+    assert parameters["scikit_learn"] == sklearn.__version__
 
 
-def test_names_of_older_releases_are_the_same(fitted, tmp_path):
+def test_names_of_older_releases_are_the_same(fitted, tmp_path, read):
     """Before numpy 2 and scikit-learn 0.22 the same things were elsewhere."""
     content = pickle.dumps(fitted, protocol=2)
     older = content.replace(b"cnumpy._core.", b"cnumpy.core.").replace(
@@ -53,9 +65,7 @@ def test_names_of_older_releases_are_the_same(fitted, tmp_path):
     )
     assert older != content
     (tmp_path / "old.sav").write_bytes(older)
-    np.testing.assert_array_equal(
-        read_boundary_sav(tmp_path / "old.sav").normal, read_boundary_sav(save(fitted, tmp_path / "new.sav")).normal
-    )
+    np.testing.assert_array_equal(read(tmp_path / "old.sav").normal, read(save(fitted, tmp_path / "new.sav")).normal)
 
 
 class Guard:
@@ -66,14 +76,14 @@ class Guard:
         assert not name.startswith("sklearn")
 
 
-def test_reading_runs_no_scikit_learn(fitted, tmp_path, monkeypatch):
+def test_reading_runs_no_scikit_learn(fitted, tmp_path, monkeypatch, read):
     path = save(fitted, tmp_path / "smile.sav")
     for name in [name for name in sys.modules if name.startswith("sklearn")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Guard, *sys.meta_path])
     with pytest.raises(AssertionError):
         pickle.loads(path.read_bytes())
-    assert read_boundary_sav(path).n_support == len(fitted.support_)
+    assert read(path).provenance["parameters"]["support_vectors"] == len(fitted.support_)
 
 
 class Executes:
@@ -99,20 +109,20 @@ class Executes:
         lambda path: Executes(pickle.loads, pickle.dumps(Executes(open, path, "w"))),
     ],
 )
-def test_a_malicious_pickle_is_refused_and_does_nothing(attack, protocol, tmp_path, fitted):
+def test_a_malicious_pickle_is_refused_and_does_nothing(attack, protocol, tmp_path, fitted, read):
     target = str(tmp_path / "executed")
     for thing in (attack(target), [fitted, attack(target)], {"classifier": fitted, "more": attack(target)}):
         path = save(thing, tmp_path / "evil.sav", protocol)
         with pytest.raises(ValueError, match="evil.sav is refused: it asks for .*; nothing of it was run"):
-            read_boundary_sav(path)
+            read(path)
         assert not os.path.exists(target)
 
 
-def test_a_malicious_part_of_a_classifier_is_refused(samples, tmp_path):
+def test_a_malicious_part_of_a_classifier_is_refused(samples, tmp_path, read):
     classifier = SVC(kernel="linear").fit(*samples)
     classifier.class_weight_ = Executes(open, str(tmp_path / "executed"), "w")
     with pytest.raises(ValueError, match="is refused: it asks for .*open"):
-        read_boundary_sav(save(classifier, tmp_path / "evil.sav"))
+        read(save(classifier, tmp_path / "evil.sav"))
     assert not (tmp_path / "executed").exists()
 
 
@@ -123,14 +133,14 @@ def test_the_control_a_plain_unpickling_would_have_run_it(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-def test_one_file_can_not_change_how_the_next_is_read(fitted, tmp_path):
+def test_one_file_can_not_change_how_the_next_is_read(fitted, tmp_path, read):
     """A pickle may set attributes of what it names; here, of the function that makes arrays."""
     # Push the function, then (None, {"values": 7}), and set these attributes of the function.
     evil = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}X\x06\x00\x00\x00valuesK\x07s\x86b."
     (tmp_path / "evil.sav").write_bytes(evil)
     with pytest.raises(ValueError):
-        read_boundary_sav(tmp_path / "evil.sav")
-    assert read_boundary_sav(save(fitted, tmp_path / "good.sav")).n_support == len(fitted.support_)
+        read(tmp_path / "evil.sav")
+    assert np.isfinite(read(save(fitted, tmp_path / "good.sav")).intercept)
 
 
 @pytest.mark.parametrize(
@@ -144,26 +154,26 @@ def test_one_file_can_not_change_how_the_next_is_read(fitted, tmp_path):
         (np.array([None]), "is refused: it asks for arrays of type 'O8'"),
     ],
 )
-def test_other_things_are_refused(thing, message, tmp_path):
+def test_other_things_are_refused(thing, message, tmp_path, read):
     with pytest.raises(ValueError, match=message):
-        read_boundary_sav(save(thing, tmp_path / "other.sav"))
+        read(save(thing, tmp_path / "other.sav"))
 
 
-def test_other_classifiers_are_refused(samples, tmp_path):
+def test_other_classifiers_are_refused(samples, tmp_path, read):
     z, labels = samples
     with pytest.raises(ValueError, match="kernel 'rbf'; only a linear one"):
-        read_boundary_sav(save(SVC().fit(z, labels), tmp_path / "curved.sav"))
+        read(save(SVC().fit(z, labels), tmp_path / "curved.sav"))
     three = SVC(kernel="linear").fit(z, np.arange(40) % 3)
     with pytest.raises(ValueError, match="has 3 classes"):
-        read_boundary_sav(save(three, tmp_path / "three.sav"))
+        read(save(three, tmp_path / "three.sav"))
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_truncated_file_is_a_sentence(fitted, tmp_path, protocol):
+def test_a_truncated_file_is_a_sentence(fitted, tmp_path, protocol, read):
     whole = pickle.dumps(fitted, protocol=protocol)
     for kept in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.sav").write_bytes(whole[:kept])
         with pytest.raises(ValueError, match="cut.sav can't be read; it is truncated or no pickle"):
-            read_boundary_sav(tmp_path / "cut.sav")
+            read(tmp_path / "cut.sav")
     with pytest.raises(FileNotFoundError, match="there is no boundary"):
-        read_boundary_sav(tmp_path / "none.sav")
+        read(tmp_path / "none.sav")

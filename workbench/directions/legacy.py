@@ -12,7 +12,6 @@ import io
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,70 +23,6 @@ from workbench.paths import local
 
 _KINDS = "biuf"
 """Kinds of numpy's types that are numbers."""
-
-
-@dataclass(frozen=True, eq=False)
-class LegacyBoundary:
-    """A hyperplane of a linear support-vector classifier.
-
-    Attributes
-    ----------
-    normal : ndarray of shape (d,), float64
-        Of length 1; points to the samples of the larger label. Rows of an image or of h are in the order (C, H, W).
-    intercept : float
-        The signed distance of z is normal . z + intercept. BoundaryDiffusion's own code leaves it out.
-    classes : (float, float)
-        The two labels, ascending: -1 and 1 for CelebA's.
-    weight_norm : float
-        Length of the normal before it was scaled.
-    n_support : int
-        Number of support vectors.
-    version : str
-        Of scikit-learn, that saved it.
-    """
-
-    normal: np.ndarray = field(repr=False)
-    intercept: float
-    classes: tuple[float, float]
-    weight_norm: float
-    n_support: int
-    version: str
-
-
-def read_boundary_sav(path: str | Path) -> LegacyBoundary:
-    """Read the arrays of a `.sav` file of BoundaryDiffusion.
-
-    Which model it is of, at which timestep, and how accurate, the file does not say.
-
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    LegacyBoundary
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it names anything but a linear classifier and arrays of numbers, or is truncated.
-    """
-    path = local(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no boundary {path}; give a .sav file of BoundaryDiffusion")
-    reader = _Reader(path.read_bytes())
-    try:
-        saved = reader.load()
-    except _Refused as error:
-        raise ValueError(f"{path} is refused: {error}; nothing of it was run") from error
-    except Exception as error:  # a damaged pickle fails in as many ways as there are instructions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read; it is truncated or no pickle ({reason})") from error
-    if type(saved) is not reader.classifier:
-        raise ValueError(f"{path} holds no support-vector classifier; it is of type {type(saved).__name__}")
-    return _boundary_of(vars(saved), path)
 
 
 def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name: str | None = None) -> Boundary:
@@ -113,15 +48,24 @@ def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        As `read_boundary_sav`; or if the normal has another number of values than the space, or there is no such t.
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it names anything but a linear classifier and arrays of numbers, or is truncated; if the normal has another
+        number of values than the space, or there is no such t.
     """
-    found, path = read_boundary_sav(path), local(path)
+    path = local(path)
+    saved = _read(path)
+    arrays = _checked(saved, path)
+    weights, intercept = (arrays["dual_coef_"] @ arrays["support_vectors_"])[0], float(arrays["intercept_"].ravel()[0])
+    norm = float(np.linalg.norm(weights))
+    if not np.isfinite(norm) or norm == 0.0 or not np.isfinite(intercept):
+        raise ValueError(f"{path} has weights of length {norm} and intercept {intercept}; it is no boundary")
     if not 0 <= t < model.schedule.T:
         raise ValueError(f"t is {t}; {model.name} has the timesteps 0..{model.schedule.T - 1}")
     shape = model.h_shape if space == "h" else model.x_shape
-    if found.normal.size != math.prod(shape):
-        what = f"{path} has a normal of {found.normal.size} values; {space}_t of {model.name} has shape {shape}"
+    if weights.size != math.prod(shape):
+        what = f"{path} has a normal of {weights.size} values; {space}_t of {model.name} has shape {shape}"
         raise ValueError(f"{what}; give the model and the space (h or x) that it was fitted in")
     provenance = {
         "model": model.provenance(),
@@ -130,23 +74,41 @@ def convert_boundary(path: str | Path, model: Model, *, t: int, space: str, name
         "method": "svm of BoundaryDiffusion",
         "parameters": {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "classes": list(found.classes),
-            "support_vectors": found.n_support,
-            "scikit_learn": found.version,
+            "classes": arrays["classes_"].tolist(),
+            "support_vectors": len(arrays["support_vectors_"]),
+            "scikit_learn": str(saved.get("_sklearn_version", "unknown")),
         },
     }
     return Boundary(
-        normal=torch.from_numpy(found.normal).float().view(shape),
-        intercept=found.intercept,
+        normal=torch.from_numpy(weights / norm).float().view(shape),
+        intercept=intercept / norm,
         t=t,
         space=space,
         name=path.stem if name is None else name,
         provenance=provenance,
-        extras={"weight_norm": found.weight_norm},
+        extras={"weight_norm": norm},
     )
 
 
-def _boundary_of(saved: dict, path: Path) -> LegacyBoundary:
+def _read(path: Path) -> dict:
+    """Attributes of the classifier that a file holds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no boundary {path}; give a .sav file of BoundaryDiffusion")
+    reader = _Reader(path.read_bytes())
+    try:
+        saved = reader.load()
+    except _Refused as error:
+        raise ValueError(f"{path} is refused: {error}; nothing of it was run") from error
+    except Exception as error:  # a damaged pickle fails in as many ways as there are instructions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} can't be read; it is truncated or no pickle ({reason})") from error
+    if type(saved) is not reader.classifier:
+        raise ValueError(f"{path} holds no support-vector classifier; it is of type {type(saved).__name__}")
+    return vars(saved)
+
+
+def _checked(saved: dict, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a fitted linear classifier of two classes."""
     if saved.get("kernel") != "linear":
         raise ValueError(f"{path} has a classifier of kernel {saved.get('kernel')!r}; only a linear one is a boundary")
     arrays = {}
@@ -159,18 +121,7 @@ def _boundary_of(saved: dict, path: Path) -> LegacyBoundary:
     if support.ndim != 2 or dual.shape != (1, len(support)) or arrays["classes_"].shape != (2,):
         classes = f"{arrays['classes_'].size} classes, {len(support)} support vectors and weights of shape {dual.shape}"
         raise ValueError(f"{path} has {classes}; a boundary has 2 classes and one weight a vector")
-    weights, intercept = (dual @ support)[0], float(arrays["intercept_"].ravel()[0])
-    norm = float(np.linalg.norm(weights))
-    if not np.isfinite(norm) or norm == 0.0 or not np.isfinite(intercept):
-        raise ValueError(f"{path} has weights of length {norm} and intercept {intercept}; it is no boundary")
-    return LegacyBoundary(
-        normal=weights / norm,
-        intercept=intercept / norm,
-        classes=tuple(arrays["classes_"].tolist()),
-        weight_norm=norm,
-        n_support=len(support),
-        version=str(saved.get("_sklearn_version", "unknown")),
-    )
+    return arrays
 
 
 class _Refused(Exception):
