@@ -197,7 +197,7 @@ def boundary_fit(
 
 
 def _with_two_classes(images) -> list[str]:
-    """Attributes with two classes of at least three images, as a boundary needs; angles and constant attributes have no boundary."""
+    """Attributes with two classes of three images or more, as a boundary needs; not angles, nor constant ones."""
     names = []
     for name in images.names:
         label = images.label(name)
