@@ -74,6 +74,7 @@ def test_the_readme_is_short_and_has_two_commands_a_picture_and_one_block_of_pyt
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_to_files_and_headings(name):
     page = ROOT / name
+    assert not re.search(r"^(<{7}|>{7}) ", text_of(name), re.M), f"{name} holds an unfinished merge"
     prose = re.sub(r"^```.*?^```", "", text_of(name), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if re.match(r"\w+://", target):
@@ -188,7 +189,7 @@ def test_every_citation_is_in_the_references():
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.name != "references.md")
     numbers = set(re.findall(r"arxiv(?:\.org/abs/|:? ?)(\d{4}\.\d{4,5})", text, re.I))
     assert "2303.11073" in numbers and [number for number in numbers if f"arXiv {number}" not in listed] == []
-    author = r"([A-Z][a-z][\w-]+)(?: et al\.?| (?:&|and) [A-Z][\w-]+),? \(?((?:19|20)\d\d)\b"
+    author = r"([A-Z][a-z][\w-]+)(?:\s+et\s+al\.?|\s+(?:&|and)\s+[A-Z][\w-]+),?\s+\(?((?:19|20)\d\d)\b"
     cited = set(re.findall(author, text))
     assert ("Kwon", "2023") in cited
     assert [pair for pair in sorted(cited) if not re.search(rf"{pair[0]}\b[^\n]*{pair[1]}", listed)] == []

@@ -29,7 +29,7 @@ def test_it_names_versions_machine_and_caches(said, cache):
     for package in ("torch", "diffusers"):
         assert f"{package} {metadata.version(package).partition('+')[0]}" in said
     assert f"of {psutil.virtual_memory().total / 2**30:.1f} GiB" in said
-    assert f"3 MiB in {cache}: 1 stores" in said
+    assert f"3 MiB in {cache}: 1 extracted stores" in said
     assert "device " in said and "threads compute" in said
 
 
