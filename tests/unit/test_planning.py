@@ -125,7 +125,7 @@ def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(cap
     [
         (["--gpu", "abacus"], "GPU 'abacus' is not known"),
         (["--gpu", "h100", "--utilisation", "2"], "utilisation is 2.0"),
-        (["--gpu", "h100", "--n", "0"], "n is 0; give 1 or more"),
+        (["--gpu", "h100", "--n", "0"], "'--n'"),
         (["--model", "nowhere"], "nowhere"),
         (["--rate", "0"], "--rate is 0; give passes a second"),
         (["--model", __file__], "is a file, and its network is unknown"),

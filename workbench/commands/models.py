@@ -149,9 +149,9 @@ def plan(
     steps: opt.Steps = 50,
     gpu: Annotated[
         str | None,
-        Option(help="GPU to estimate for (h100, a100, l4, ...): its measured rate, else a share of its peak"),
+        Option(help="GPU to estimate for (h100, a100, l4, ...), by an assumed share of its peak rate"),
     ] = None,
-    utilisation: Annotated[float | None, Option(help="assume this share of the GPU's peak rate")] = None,
+    utilisation: Annotated[float, Option(help="assume this share of the GPU's peak rate")] = 0.25,
     rate: Annotated[float | None, Option(help="measured passes per second of one process")] = None,
     precision: Annotated[Literal["float32", "bfloat16"], Option(help="precision of the network")] = "float32",
     processes: Annotated[int, Option(help="number of processes, one per GPU")] = 1,
