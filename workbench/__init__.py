@@ -52,7 +52,7 @@ _WHERE = {
     "editing.asyrp": ("EditingInterval", "edit_asyrp", "find_interval"),
     "editing.asyrp_training": ("train_asyrp",),
     "editing.cross": ("Cross", "cross_boundary"),
-    "editing.disentangle": ("cancel_effects", "disentangling_table", "few_examples", "matched_scale"),
+    "editing.disentangle": ("cancel_effects", "disentangling_table", "few_examples"),
     "editing.edits": ("AtTap", "Edit", "MoveNoise", "MoveX", "Shift", "Swap", "Transport"),
     "editing.measure": ("Effects", "measure", "measure_effects"),
     "editing.mixing_search": ("mixing_step",),
