@@ -54,7 +54,7 @@ _WHERE = {
     "editing.cross": ("Cross", "cross_boundary"),
     "editing.disentangle": ("cancel_effects", "disentangling_table", "few_examples"),
     "editing.edits": ("AtTap", "Edit", "MoveNoise", "MoveX", "Shift", "Swap", "Transport"),
-    "editing.measure": ("Effects", "measure", "measure_effects"),
+    "editing.measure": ("Effects", "measure"),
     "editing.mixing_search": ("mixing_step",),
     "editing.render": ("EditGrid", "edit", "edit_grid", "render"),
     "evaluate": ("Evaluation", "evaluate_model"),

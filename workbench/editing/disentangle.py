@@ -17,7 +17,7 @@ from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import Direction, bracketed, derived, finite
 from workbench.directions.supervised import few_shot_directions
 from workbench.editing.edits import MoveX, check_run
-from workbench.editing.measure import Classifier, Effects, measure, measure_effects
+from workbench.editing.measure import Classifier, Effects, measure
 from workbench.hspace.store import HStore
 
 NOTHING = 1e-6
@@ -53,13 +53,13 @@ def cancel_effects(
     others : mapping of attribute -> Direction
         v_b of each attribute b; the attributes are columns of the classifier's table.
     classifier
-        As in `measure_effects`. Judge the result with another classifier.
+        As in `measure`. Judge the result with another classifier.
     scale : float, default 2
         Scale of all edits, in standard deviations.
     rounds : int, default 3
         Number of measure-and-correct iterations.
     batch_size, progress
-        As in `measure_effects`.
+        As in `measure`.
 
     Returns
     -------
@@ -78,8 +78,9 @@ def cancel_effects(
     options = {"classifier": classifier, "scales": [scale], "batch_size": batch_size, "progress": progress}
 
     def effects_of(directions: Mapping[str, Direction]) -> EffectMatrix:
-        return measure_effects(model, runs, directions, **options).matrix(scale).of(names)
+        return measure(runs, directions, **options).matrix(scale).of(names)
 
+    check_run(model, runs)
     matrix = effects_of(others)
     of_others = matrix.mean.to_numpy()
     for i, name in enumerate(names):
@@ -187,7 +188,7 @@ def disentangling_table(
     directions : mapping of attribute -> Direction
         At least two; each attribute is one of the classifier's. The paper has five.
     classifier
-        As in `measure_effects`.
+        As in `measure`.
     scales : sequence of float
         The table is of the first; `fall` with `equal_effect` takes the others too. One unit of an original direction is
         one sigma; one unit of a disentangled one is the projection of that, as in the paper: less than one sigma along
@@ -197,7 +198,7 @@ def disentangling_table(
     per_step : bool
         Project each timestep separately, as in `Direction.orthogonal_to`.
     batch_size, progress
-        As in `measure_effects`.
+        As in `measure`.
 
     Returns
     -------
@@ -214,6 +215,7 @@ def disentangling_table(
         raise ValueError(
             f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
         )
+    check_run(model, runs)
     unknown = set(directions) - set(classifier(runs.images[:1]).columns)
     if unknown:
         raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, the name of a direction")
@@ -223,8 +225,8 @@ def disentangling_table(
     }
     names, options = list(directions), {"scales": scales, "batch_size": batch_size, "progress": progress}
     effects = {
-        "original": measure_effects(model, runs, directions, classifier=classifier, **options),
-        "disentangled": measure_effects(model, runs, apart, classifier=classifier, **options),
+        "original": measure(runs, directions, classifier=classifier, **options),
+        "disentangled": measure(runs, apart, classifier=classifier, **options),
     }
     rows, scale = [], float(scales[0])
     for variant, measured in effects.items():
@@ -266,7 +268,7 @@ def few_examples(
     labels : Series, values 0 or 1
         As in `find_from_labels`, named for one of the classifier's attributes.
     classifier
-        As in `measure_effects`.
+        As in `measure`.
     counts, draws
         As in `few_shot_directions`.
     scales : mapping of "h" or "x_T" -> float, optional

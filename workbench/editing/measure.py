@@ -20,9 +20,7 @@ from workbench.analysis.image_metrics import (
 )
 from workbench.analysis.intervals import Estimate, mean_interval
 from workbench.datasets.clip import Clip
-from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches
-from workbench.directions.direction import Direction
 from workbench.editing.edits import check_run
 from workbench.editing.render import Edits, cells_bar, name_edits, run_plans
 
@@ -361,41 +359,3 @@ def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
         given = f"{type(scores).__name__} of shape {shape} for {n} images"
         raise ValueError(f"the classifier gave {given}; it must give a DataFrame with one row an image")
     return scores
-
-
-def measure_effects(
-    model: Model,
-    runs: Trajectory,
-    directions: Direction | Sequence[Direction] | Mapping[str, Direction],
-    *,
-    classifier: Classifier,
-    scales: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
-    **options: object,
-) -> Effects:
-    """Edit samples along directions and score the images: `measure` with one `Shift` per direction.
-
-    Parameters
-    ----------
-    model : Model
-    runs : Trajectory
-        Samples to edit, not edited yet; not those that the directions were found with.
-    directions : Direction, sequence of Direction, or mapping of name -> Direction
-    classifier
-        As in `measure`.
-    scales : sequence of float
-        In standard deviations of the population's projection.
-    **options
-        Others of `measure`.
-
-    Returns
-    -------
-    Effects
-        An inverted image is compared with its own reconstruction.
-
-    Raises
-    ------
-    ValueError
-        As `measure`.
-    """
-    check_run(model, runs)
-    return measure(runs, directions, scales, classifier=classifier, **options)
