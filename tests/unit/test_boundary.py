@@ -105,7 +105,6 @@ def test_training_samples_lie_at_the_margin_and_so_are_not_what_is_reported():
     found = fit_boundary(z, y, t=0)
     at_margin = found.distance(z) * np.where(y == 1, 1, -1)
     assert at_margin.std() < 0.01 * at_margin.mean()
-    assert found.extras["training_accuracy"] == 1.0
     assert found.accuracy.value < 0.9 and min(found.deviations) > 0.5
 
 

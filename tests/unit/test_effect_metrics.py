@@ -11,13 +11,11 @@ from workbench.analysis.effect_metrics import (
     EffectMatrix,
     at_equal_change,
     effect_matrix,
-    entanglement_index,
     leakage,
     linearity,
     monotonicity,
     success_rate,
 )
-from workbench.analysis.intervals import bootstrap_interval
 
 ATTRIBUTES = ["A", "B", "C"]
 
@@ -70,27 +68,6 @@ def test_a_part_of_the_matrix_is_the_matrix_of_a_part(before, after):
         whole.of(["A", "Hat"])
 
 
-def matrix_of(rows):
-    mean = pd.DataFrame(rows, index=ATTRIBUTES[: len(rows)], columns=ATTRIBUTES)
-    return EffectMatrix(mean, mean, mean, np.stack([mean.to_numpy()] * 2), n=10)
-
-
-def test_the_entanglement_index_by_hand_and_infinite_without_an_effect_of_its_own():
-    found = entanglement_index(matrix_of([[0.5, -0.25, 0.25], [0.0, -2.0, 0.0], [1.0, 0.0, 0.0]]))
-    np.testing.assert_allclose(found["index"], [1.0, 0.0, np.inf])
-
-
-def test_the_interval_of_the_entanglement_index_is_that_of_the_share_of_its_own_attribute(before, after):
-    effects = effect_matrix(before, after, resamples=300)
-    found = entanglement_index(effects)
-    for i, name in enumerate(after):
-        draws = np.array([abs(draw[i, i]) / sum(abs(draw[i])) for draw in effects.draws])
-        low, high = bootstrap_interval(1 / (1 + found["index"][name]), draws, effects.n, bounds=(0, 1))
-        assert found.loc[name, ["low", "high"]].tolist() == pytest.approx([1 / high - 1, 1 / low - 1])
-    assert (0 <= found["low"]).all() and (found["low"] <= found["index"]).all()
-    assert (found["index"] <= found["high"]).all()
-
-
 @pytest.mark.parametrize("n", [5, 8])
 def test_the_intervals_of_a_matrix_of_few_samples_are_as_sure_as_they_say(n):
     """Planted: mean changes of .3 and -.1 of normal samples; the quantiles of the draws hold them in 84% (n 5)."""
@@ -103,11 +80,6 @@ def test_the_intervals_of_a_matrix_of_few_samples_are_as_sure_as_they_say(n):
         holds += [((found.low < [0.3, -0.1]) & (found.high > [0.3, -0.1])).to_numpy().mean()]
         holds += [float(reduction.leak_low.item() < 0.4 < reduction.leak_high.item())]
     assert 0.91 < np.mean(holds) < 0.99
-
-
-def test_the_entanglement_index_needs_to_know_whose_attribute_is_whose(before, after):
-    with pytest.raises(ValueError, match="'smile' .* there are A, B, C"):
-        entanglement_index(effect_matrix(before, {"smile": after["A"]}))
 
 
 def test_leakage_and_its_reduction_by_hand():

@@ -21,10 +21,9 @@ from workbench.editing.disentangle import (
     cancel_effects,
     disentangling_table,
     few_examples,
-    matched_scale,
 )
 from workbench.editing.edits import Edit, MoveX, Shift
-from workbench.editing.measure import Effects, measure, measure_effects
+from workbench.editing.measure import Effects, measure
 from workbench.editing.render import edit
 
 STEPS = 4
@@ -51,7 +50,7 @@ def brightness(images):
 
 
 def test_effects_are_the_scores_of_the_edits_one_by_one(tiny, run, directions):
-    found = measure_effects(tiny, run, directions, classifier=brightness, scales=[-1, 2], progress=False)
+    found = measure(run, directions, classifier=brightness, scales=[-1, 2], progress=False)
     assert found.edits == ["red", "green"] and found.scales == [-1.0, 2.0]
     assert len(found.table) == 2 * 2 * 6 * 3
     assert list(found.table.columns) == ["edit", "scale", "seed", "attribute", "before", "after", *IMAGE]
@@ -67,7 +66,7 @@ def test_effects_are_the_scores_of_the_edits_one_by_one(tiny, run, directions):
 
 def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny, run, directions, monkeypatch):
     options = {"scales": [1], "progress": False}
-    whole = measure_effects(tiny, run, directions, classifier=brightness, **options)
+    whole = measure(run, directions, classifier=brightness, **options)
     sizes = []
     monkeypatch.setattr(module, "IMAGE_BYTES", 4 * 2 * 2 * int(np.prod(tiny.image_shape)))
 
@@ -75,7 +74,7 @@ def test_the_result_does_not_depend_on_how_many_samples_are_edited_at_once(tiny,
         sizes.append(len(images))
         return brightness(images)
 
-    parts = measure_effects(tiny, run, directions, classifier=counted, **options)
+    parts = measure(run, directions, classifier=counted, **options)
     assert max(sizes) == 2
     order = ["edit", "scale", "seed", "attribute"]
     pd.testing.assert_frame_equal(
@@ -170,14 +169,14 @@ def test_texts_and_segments_are_measured_where_they_are_given(tiny, run, directi
 
 
 def test_scale_zero_has_no_effect(tiny, run, directions):
-    table = measure_effects(tiny, run, directions["red"], classifier=brightness, scales=[0, 1], progress=False).table
+    table = measure(run, directions["red"], classifier=brightness, scales=[0, 1], progress=False).table
     still = table[table["scale"] == 0]
     assert (still["before"] == still["after"]).all()
 
 
 def test_an_inverted_image_is_compared_with_its_reconstruction(tiny, run, directions):
     inverted = wb.invert(tiny, run.x0[:2].clamp(-1, 1), steps=STEPS, progress=False)
-    found = measure_effects(tiny, inverted, directions["red"], classifier=brightness, scales=[1], progress=False)
+    found = measure(inverted, directions["red"], classifier=brightness, scales=[1], progress=False)
     before, _ = found.scores("red", 1)
     np.testing.assert_allclose(before, brightness(wb.replay(inverted, progress=False).x0), atol=1e-5)
     assert list(before.index) == [0, 1]
@@ -185,7 +184,7 @@ def test_an_inverted_image_is_compared_with_its_reconstruction(tiny, run, direct
 
 
 def test_the_matrix_is_the_mean_change_of_the_table(tiny, run, directions):
-    found = measure_effects(tiny, run, directions, classifier=brightness, scales=[1, 2], progress=False)
+    found = measure(run, directions, classifier=brightness, scales=[1, 2], progress=False)
     matrix = found.matrix({"red": 1.0, "green": 2.0}).mean
     for name, scale in (("red", 1.0), ("green", 2.0)):
         rows = found.table[(found.table["edit"] == name) & (found.table["scale"] == scale)]
@@ -198,7 +197,7 @@ def test_what_a_direction_drags_along_is_cancelled_by_its_effect(tiny, run, dire
     options = {"classifier": brightness, "progress": False}
 
     def effect(direction):
-        return measure_effects(tiny, run, {"it": direction}, scales=[2.0], **options).matrix(2.0).mean.loc["it"]
+        return measure(run, {"it": direction}, scales=[2.0], **options).matrix(2.0).mean.loc["it"]
 
     red, others = directions["red"], {"green": directions["green"]}
     once, often = (cancel_effects(tiny, run, red, others=others, rounds=rounds, **options) for rounds in (1, 4))
@@ -249,7 +248,7 @@ def test_labelled_images_give_a_direction_that_edits_samples(model, tmp_path):
     run = wb.sample(model, range(8), steps=4, progress=False)
     pair = {"found": found, "random": wb.random_like(found, seed=0)}
     judge = wb.load_classifier("avataaars-judge")
-    measured = measure_effects(model, run, pair, classifier=judge, scales=[2.0], progress=False)
+    measured = measure(run, pair, classifier=judge, scales=[2.0], progress=False)
     rates = {name: measured.success("Long_Hair", edit=name)[2.0] for name in pair}
     assert rates["found"].value > 0.6 > 0.2 > rates["random"].value
 
@@ -264,20 +263,14 @@ def effects_of(after_by_scale):
     return Effects(pd.DataFrame(rows))
 
 
-def test_the_matched_scale_is_the_smallest_that_succeeds():
+def test_success_is_the_share_of_the_samples_without_the_attribute_that_gain_it():
     effects = effects_of({3.0: 10, -4.0: 10, 1.0: 5, 2.0: 8})
-    assert [matched_scale(effects, "A", success=rate) for rate in (0.8, 0.5, 0.9)] == [2.0, 1.0, 3.0]
     assert [rate.value for rate in effects.success("A").values()] == [1.0, 0.5, 0.8, 1.0]
-    with pytest.raises(ValueError, match=r"80% .*the best is 2 with 60% \(n=10\)"):
-        matched_scale(effects_of({1.0: 5, 2.0: 6}), "A")
-    with pytest.raises(ValueError, match="no scale of at least 0"):
-        matched_scale(effects_of({-1.0: 10}), "A")
 
 
 def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, directions):
-    options = {"scales": [1.0], "success": 0.0, "progress": False}
-    shifted = lambda images: brightness(images) - 5.0  # noqa: E731 - no sample has an attribute
-    table = disentangling_table(tiny, run, directions, classifier=shifted, repeats=3, **options)
+    options = {"scales": [1.0, 2.0], "progress": False}
+    table = disentangling_table(tiny, run, directions, classifier=brightness, repeats=3, **options)
     apart = {"red": directions["red"].orthogonal_to(directions["green"])}
     apart["green"] = directions["green"].orthogonal_to(directions["red"])
     for variant, used in (("original", directions), ("disentangled", apart)):
@@ -287,13 +280,8 @@ def test_a_table_of_disentangling_is_both_matrices_over_repeats(tiny, run, direc
                 (brightness(edited) - brightness(run.x0))[["red", "green"]].to_numpy().reshape(3, 2, 2).mean(axis=1)
             )
             np.testing.assert_allclose(table.matrix(variant).loc[name], change.mean(axis=0), atol=1e-4)
-            np.testing.assert_allclose(table.matrix(variant, "std").loc[name], change.std(axis=0, ddof=1), atol=1e-4)
-        matrix = table.matrix(variant).abs()
-        expected = [matrix.loc["red", "green"] / matrix.loc["red", "red"]]
-        expected += [matrix.loc["green", "red"] / matrix.loc["green", "green"]]
-        np.testing.assert_allclose(table.entanglement[variant], expected, rtol=1e-6)
-    falls = 1 - table.entanglement["disentangled"] / table.entanglement["original"]
-    np.testing.assert_allclose(table.entanglement["reduction"], falls)
+            stds = table.table.query("variant == @variant and direction == @name")["std"]
+            np.testing.assert_allclose(stds, change.std(axis=0, ddof=1), atol=1e-4)
     whole = {}
     for variant in table.effects:
         sizes = table.matrix(variant).abs().to_numpy()
@@ -320,7 +308,7 @@ def test_the_fall_at_equal_effect_takes_the_first_scale_as_effective_as_found():
         for name in "AB"
     )
     effects = {variant: Effects(pd.DataFrame(listed)) for variant, listed in rows.items()}
-    found = DisentanglingTable(table, pd.DataFrame(), effects)
+    found = DisentanglingTable(table, effects)
     assert found.fall().value == pytest.approx(1.0 - 0.2)
     assert found.fall(equal_effect=True).value == pytest.approx(1.0 - 0.02 * 4 / 0.2)
 
@@ -394,8 +382,8 @@ def nothing_added(model):
     return Injection.adding(torch.zeros(STEPS, 1, *model.h_shape))
 
 
-def measured(model, run, edits, classifier=brightness, **options):
-    return measure_effects(model, run, edits, classifier=classifier, progress=False, **options)
+def measured(model, run, edits, classifier=brightness, scales=(1.0,)):
+    return measure(run, edits, scales, classifier=classifier, progress=False)
 
 
 def table_of(model, run, directions, **options):
@@ -410,7 +398,7 @@ def table_of(model, run, directions, **options):
         (lambda m, r, d: measured(m, r, [d["red"], d["red"]]), "two edits are named 'red'"),
         (lambda m, r, d: measured(m, r, d, lambda x: x.mean(1)), "DataFrame with one row"),
         (lambda m, r, d: measured(m, r, d, lambda x: brightness(x[:1])), "for 6 images"),
-        (lambda m, r, d: measured(m.tapped("before"), r, d), "tap"),
+        (lambda m, r, d: table_of(m.tapped("before"), r, d, repeats=2), "tap"),
         (lambda m, r, d: measured(m, wb.sample(m, [1], steps=3, progress=False), d), "resampled"),
         (lambda m, r, d: table_of(m, r, {"red": d["red"]}), "1 direction given"),
         (lambda m, r, d: table_of(m, r, d, repeats=4), "6 samples can't be split in 4"),

@@ -73,31 +73,6 @@ def effect_matrix(
     return EffectMatrix(frame(mean), frame(low), frame(high), draws, n)
 
 
-def entanglement_index(effects: EffectMatrix) -> pd.DataFrame:
-    """How much a direction changes besides the attribute of its name: sum over b != a of |E_ab| / |E_aa|.
-
-    One row per direction: `index`, 0 if nothing else changes and inf if its own attribute does not, with its 95%
-    bootstrap interval `low`, `high`. The absolute values of noise don't cancel: with few samples it is too large.
-    """
-    names = effects.mean.index
-    own = effects.mean.columns.get_indexer(names)
-    if (own < 0).any():
-        known = _listed(effects.mean)
-        raise ValueError(f"direction {names[int(np.argmin(own))]!r} has the name of no attribute; there are {known}")
-
-    def own_share(matrices: np.ndarray) -> np.ndarray:
-        """Share of the own attribute in all that a direction changes: 1 / (1 + index), which is never infinite."""
-        sizes = np.abs(matrices)
-        aimed, total = sizes[..., np.arange(len(own)), own], sizes.sum(axis=-1)
-        return np.divide(aimed, total, out=np.zeros_like(total), where=total > 0)
-
-    share = own_share(effects.mean.to_numpy())
-    low, high = bootstrap_interval(share, own_share(effects.draws), effects.n, bounds=(0.0, 1.0))
-    with np.errstate(divide="ignore"):
-        columns = {name: 1.0 / ends - 1.0 for name, ends in {"index": share, "low": high, "high": low}.items()}
-    return pd.DataFrame(columns, index=names)
-
-
 def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
     """How much the directions change attributes that they should leave: the sum of |E_ab| over these b.
 

@@ -7,7 +7,6 @@ all probes are fitted through the matrix of inner products, computed once for al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import linalg
 from scipy.stats import norm
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
@@ -24,8 +23,6 @@ from threadpoolctl import threadpool_limits
 
 from workbench.analysis.intervals import Estimate, share_of
 from workbench.analysis.samples import check_labels, check_samples, gram, over_timesteps
-
-PENALTIES = tuple(np.logspace(-2, 4, 13))  # of a ridge probe, to choose from
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +69,10 @@ class Probe:
     a : ndarray of shape (n,), or (n, groups) of a discriminant of several groups
         The weights sum to 0, so that they hold for samples that are all moved by the same.
     b : float, or ndarray of shape (groups,)
-    penalty : float, optional
-        That a ridge probe chose.
     """
 
     a: np.ndarray
     b: float | np.ndarray
-    penalty: float | None = None
 
     def length(self, products: np.ndarray) -> float:
         """Length of the normal sum a_i z_i."""
@@ -93,16 +87,15 @@ def fit_probe(
     rows: np.ndarray | None = None,
     weight: np.ndarray | None = None,
     C: float = 1.0,
-    penalties: Sequence[float] = PENALTIES,
 ) -> Probe:
-    """The linear probe of samples with (y true) and without an attribute, by one of five methods.
+    """The linear probe of samples with (y true) and without an attribute, by one of four methods.
 
-    "svm", "logistic" and "ridge" are scikit-learn's `SVC(kernel="linear")`, `LogisticRegression` and `RidgeCV`; the
-    regressions see principal components scaled so that the first has variance 1. "lda" is `discriminant`. "mean" is the
+    "svm" and "logistic" are scikit-learn's `SVC(kernel="linear")` and `LogisticRegression`; the regression sees
+    principal components scaled so that the first has variance 1. "lda" is `discriminant`. "mean" is the
     difference of means, with 0 halfway between them; the squared lengths of the means are taken without each sample's
     product with itself, which would put the boundary too near to the larger class.
 
-    `rows` are the samples to fit, all by default. `weight` (n,) weighs them in "svm", "logistic" and "ridge"; for "lda"
+    `rows` are the samples to fit, all by default. `weight` (n,) weighs them in "svm" and "logistic"; for "lda"
     it means equal priors instead of the classes' frequencies.
     """
     n = len(y)
@@ -124,10 +117,9 @@ def fit_probe(
         prior = math.log(y.sum() / (~y).sum()) if weight is None else 0.0
         return Probe(whole.a[:, 1] - whole.a[:, 0], float(whole.b[1] - whole.b[0]) + prior)
     unit = np.linalg.norm(x[:, -1]) / np.sqrt(n)
-    estimator = RidgeCV(penalties) if method == "ridge" else LogisticRegression(C=C, max_iter=1000)
-    estimator.fit(x[rows] / unit, np.where(y, 1.0, -1.0), sample_weight=weight)
+    estimator = LogisticRegression(C=C, max_iter=1000).fit(x[rows] / unit, np.where(y, 1.0, -1.0), sample_weight=weight)
     a = to_samples @ (estimator.coef_.ravel() / unit)
-    return Probe(a, float(np.ravel(estimator.intercept_)[0]), getattr(estimator, "alpha_", None))
+    return Probe(a, float(np.ravel(estimator.intercept_)[0]))
 
 
 def _mean_square(products: np.ndarray, side: np.ndarray) -> float:

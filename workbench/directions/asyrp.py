@@ -247,7 +247,7 @@ class DeltaFunction:
             raise ValueError(f'{self.name} edits h "after" the mid block; use model.tapped("after")')
 
 
-def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | None = None) -> DeltaFunction:
+def load_asyrp(path: str | Path, model: Model, *, name: str | None = None) -> DeltaFunction:
     """Read a DeltaBlock of a `.pth` file of Asyrp, or of a file of `DeltaFunction.save`, without executing anything.
 
     Parameters
@@ -256,8 +256,6 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     model : Model
         The model that it was trained with, which the file does not name. With another model of the same widths, its
         edits are meaningless.
-    index : int, default 0
-        Index of the block in a file with several.
     name : str, optional
         By default the one in the file, or the attribute at the start of a file name of Asyrp
         ("smiling_LC_CelebA_HQ_t999...").
@@ -281,11 +279,11 @@ def load_asyrp(path: str | Path, model: Model, *, index: int = 0, name: str | No
     if own is not None:
         refuse_other_model(str(path), own["model"], model.provenance(), condition=False)
         content = {"0": content}
-    weights = content.get(str(index)) if isinstance(content, Mapping) else None
+    weights = content.get("0") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
         plain = isinstance(weights, torch.Tensor)
         raise ValueError(
-            f"{path} has no DeltaBlock {str(index)!r}"
+            f"{path} has no DeltaBlock '0'"
             + ("; it holds a plain Delta h, which is no function of h" if plain else " as Asyrp saves them")
         )
     try:

@@ -59,8 +59,8 @@ class Boundary:
         Share of held-out samples on their side of the boundary, and the mean of both classes' shares, with 95% Wilson
         intervals; those of a fit by cross-validation are wider (`intervals.CROSS_VALIDATED`).
     extras : dict of str -> float
-        From the fit: `weight_norm`, the length of the normal before scaling; `training_accuracy`; `class_distance` and
-        `dimensions`, delta and d of `expected_accuracy`.
+        From the fit: `weight_norm`, the length of the normal before scaling; `class_distance` and `dimensions`, delta
+        and d of `expected_accuracy`.
     """
 
     normal: torch.Tensor = field(repr=False)

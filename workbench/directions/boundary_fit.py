@@ -121,7 +121,6 @@ def fit_boundary(
         **held_out(distances, y, cross_validated=True),
         extras={
             "weight_norm": length,
-            "training_accuracy": float(((span.products @ probe.a + probe.b > middle * length) == y).mean()),
             "class_distance": separation,
             "dimensions": d,
         },

@@ -122,12 +122,8 @@ def find_from_selection(
     counts = (len(sides[0]), len(sides[1]))
     labels = pd.Series(np.zeros(len(store), dtype=int))
     labels[sides[0]] = 1
-    among = None
-    if counts[0] + counts[1] < len(store):  # the samples of neither group have no pair, and are left out
-        among = np.full(len(store), None, dtype=object)
-        among[np.concatenate(sides)] = "selected"
     options = {"timesteps": timesteps, "chunks": most and _fullest(store, sides, most), "progress": progress}
-    found = find_from_labels(store, labels.to_numpy(), pairs=among, name=name, seed=seed, **options)
+    found = find_from_labels(store, labels.to_numpy(), among=np.concatenate(sides), name=name, seed=seed, **options)
     ids = store.seeds or store.names or range(len(store))
     chosen = {"t": int(t), "a": [ids[i] for i in sides[0]], "b": "rest" if b is None else [ids[i] for i in sides[1]]}
     parameters = found.provenance["parameters"] | {"selection": chosen}

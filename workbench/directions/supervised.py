@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from workbench.analysis.probes import PENALTIES, Span, balanced_weight, fit_probe, folds_of
+from workbench.analysis.probes import Span, balanced_weight, fit_probe, folds_of
 from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
 from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
 from workbench.io import one_of
 
-METHODS = ("mean", "logistic", "ridge", "lda")
+METHODS = ("mean", "logistic", "lda")
 PROBE_RANK = 512  # principal components that a probe is fitted in, at most
 FOLDS = 10  # parts that a probe's sigma is cross-fitted in, at most; each class has at least as many samples
 IN_MEMORY_BYTES = 2**30  # the h of one timestep up to this size is read once, a larger one twice
@@ -41,7 +41,7 @@ def find_from_labels(
     *,
     method: str = "mean",
     balance: pd.DataFrame | pd.Series | None = None,
-    pairs: Labels | None = None,
+    among: Sequence[int] | None = None,
     name: str | None = None,
     timesteps: Sequence[int] | None = None,
     chunks: Sequence[int] | None = None,
@@ -53,8 +53,8 @@ def find_from_labels(
     "mean": v_t = mean of h_t over the positives - mean over the negatives (Haas et al. eq. 11; with one positive and
     one negative per pair, this equals the mean of the pairs' differences). The other methods take the normal of a
     linear probe, fitted at each timestep to both classes with equal weight, in the leading principal components of h_t
-    (at most 512): "logistic" regression, "ridge" regression, its penalty chosen by leave-one-out error, and "lda",
-    Fisher's discriminant with Ledoit-Wolf shrinkage (see `analysis.probes`).
+    (at most 512): "logistic" regression, or "lda", Fisher's discriminant with Ledoit-Wolf shrinkage (see
+    `analysis.probes`).
 
     Each timestep has length 1, and sigma is the standard deviation of all samples' projections, so that scale is in
     standard deviations. Samples spread too widely along a direction found from them, so each is projected on a
@@ -68,13 +68,13 @@ def find_from_labels(
     labels : Series, or array of shape (n,), values 0 or 1
         A Series is matched by its index: the seeds of the samples, or the file names of inverted images. An array, or
         a Series with index 0..n-1 that are not the seeds, follows the order of the store.
-    method : {"mean", "logistic", "ridge", "lda"}
+    method : {"mean", "logistic", "lda"}
     balance : DataFrame or Series, matched as labels, optional
         Other attributes, with few values each. Both classes are reweighted to have the same joint distribution of them:
         stratum s gets a share proportional to n_s+ n_s- / (n_s+ + n_s-), which costs least precision. Not for "lda".
-    pairs : Series or array, matched as labels, optional
-        Group of each sample, such as a person's name; samples are compared only within their group. Every group has
-        equal weight; samples with a missing group are left out.
+    among : sequence of int, optional
+        Positions in the store of the samples to compare, by default all. The labels of the others do not count; sigma
+        is over all samples.
     name : str, optional
         By default the name of the Series.
     timesteps : sequence of int, optional
@@ -94,16 +94,16 @@ def find_from_labels(
     ------
     ValueError
         If labels differ from the store in length or index, are missing, not 0 or 1, or have fewer than 2 samples of a
-        class; or a stratum or pair has samples of one class only.
+        class; or a stratum has samples of one class only.
     """
     name = name or name_of(labels, "label")
     y = matched(store, labels, f"the labels {name!r}")
-    if pairs is not None and balance is not None:
-        raise ValueError("give pairs or balance, not both: pairs are balanced in all that a pair has in common")
-    others, groups = _balance_of(store, balance), None if pairs is None else matched(store, pairs, "the pairs")
+    others = _balance_of(store, balance)
+    used = np.ones(len(y), dtype=bool) if among is None else np.isin(np.arange(len(y)), among)
     if chunks is not None:
-        y, others, groups = (None if each is None else each.iloc[store.rows_of(chunks)] for each in (y, others, groups))
-    contrast = _from_labels(y, name, others) if groups is None else _from_pairs(y, name, groups)
+        rows = store.rows_of(chunks)
+        y, others, used = y.iloc[rows], None if others is None else others.iloc[rows], used[rows]
+    contrast = _from_labels(y, name, others, used)
     options = {"timesteps": timesteps, "chunks": chunks, "seed": seed, "progress": progress}
     return _find(store, [contrast], method=method, source="labels", **options)[0]
 
@@ -313,34 +313,23 @@ def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
     return groups.ngroup().to_numpy(), names
 
 
-def _from_labels(y: pd.Series, name: str, others: pd.DataFrame | None) -> _Contrast:
-    stratum, names = _strata(others, len(y))
-    balanced = [] if others is None else [str(c) for c in others.columns]
-    weights = _stratified(y, name, stratum, names, lambda counts: counts.prod(axis=0) / counts.sum(axis=0))
-    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
-
-
-def _from_pairs(y: pd.Series, name: str, pairs: pd.Series) -> _Contrast:
-    known, weights = pairs.notna().to_numpy(), np.zeros(len(y))
-    group, found = pd.factorize(pairs[known])
-    names = [f"pair {each}" for each in found]
-    weights[known] = _stratified(y[known], name, group, names, lambda counts: np.ones(len(found)))
-    return _Contrast(name, weights, {"pairs": len(found), **_counts(weights), "labels": digest_of(y)})
-
-
-def _stratified(
-    y: pd.Series, name: str, stratum: np.ndarray, names: Sequence[str], share_of: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Weights of the samples that give a stratum the same share of both classes, in proportion to `share_of` counts."""
-    positive = check_classes(y, name)
+def _from_labels(
+    y: pd.Series, name: str, others: pd.DataFrame | None, used: np.ndarray | slice = slice(None)
+) -> _Contrast:
+    """Weights that give a stratum the same share of both classes; 0 of the samples that are not used."""
+    stratum, names = _strata(None if others is None else others[used], len(y[used]))
+    positive = check_classes(y[used], name)
     counts = np.stack([np.bincount(stratum[side], minlength=len(names)) for side in (positive, ~positive)])
     if (counts == 0).any():
         side, s = np.argwhere(counts == 0)[0]
         lacking = f"no sample with {name}={1 - side} has {names[s]}, but {counts[1 - side, s]} with {name}={side} do"
-        raise ValueError(f"{lacking}; take more samples, balance other attributes, or give these a missing pair")
-    share = share_of(counts)
+        raise ValueError(f"{lacking}; take more samples or balance other attributes")
+    share = counts.prod(axis=0) / counts.sum(axis=0)
     weight = share / share.sum() / counts
-    return np.where(positive, weight[0, stratum], -weight[1, stratum])
+    weights = np.zeros(len(y))
+    weights[used] = np.where(positive, weight[0, stratum], -weight[1, stratum])
+    balanced = [] if others is None else [str(c) for c in others.columns]
+    return _Contrast(name, weights, {"balance": balanced, **_counts(weights), "labels": digest_of(y)})
 
 
 def _from_scores(values: np.ndarray, name: str, k: int, others: pd.DataFrame | None) -> _Contrast:
@@ -391,7 +380,7 @@ def _find(
     one_of("method", method, METHODS)
     weights = np.stack([contrast.weights for contrast in contrasts], axis=1)
     if method == "lda" and any(len(np.unique(column[column != 0])) > 2 for column in weights.T):
-        raise ValueError('"lda" takes no weights, so no balance or uneven pairs; use "mean", "logistic" or "ridge"')
+        raise ValueError('"lda" takes no weights, so no balance; use "mean" or "logistic"')
     units, sigmas, gaps = [], [], []
     timesteps = store.timesteps if timesteps is None else tuple(timesteps)
     told = {"desc": "directions", "unit": " timesteps", "delay": 2, "leave": False}
@@ -495,10 +484,8 @@ def _probe(reader: Callable[[], Iterable[np.ndarray]], weights: np.ndarray, meth
         whole = fit_probe(span, y, method, rows=used, weight=weight)
         duals[:, j] = whole.a
         along[:, j] = products @ whole.a / whole.length(products)
-        # The folds take the same penalty: one of their own may be many times larger or smaller.
-        penalties = PENALTIES if whole.penalty is None else [whole.penalty]
         for train, test in folds_of(y[used], min(FOLDS, *_counts(column).values()), seed):
-            probe = fit_probe(span, y, method, rows=used[train], weight=weight, penalties=penalties)
+            probe = fit_probe(span, y, method, rows=used[train], weight=weight)
             rest = np.delete(np.arange(n), used[test])
             projected = products @ probe.a / probe.length(products)
             # A sample is farther from the mean of others than from that of all by as much as theirs is uncertain.

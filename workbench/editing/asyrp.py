@@ -12,8 +12,6 @@ Asyrp's thresholds are 0.33 and 1.2 of LPIPS, averaged over 100 images.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import cast
 
 import pandas as pd
 import torch
@@ -26,7 +24,6 @@ from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction
 from workbench.editing.mixing_search import Distance, distance_of, prediction_errors
 from workbench.editing.render import edit
-from workbench.paths import local
 
 LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0), "clip": (0.5, 0.8)}
 """Thresholds of P_t and of x_t. Those of "features" and "clip" are ours, in units of the distance of two images."""
@@ -44,67 +41,11 @@ class EditingInterval:
         Noise is added at t < t_boost.
     curves : pandas.DataFrame, optional
         Mean distance from the image of "P_t" and of "x_t"; index: t.
-    levels : (float, float)
-        Thresholds of both curves.
     """
 
     t_edit: int
     t_boost: int
     curves: pd.DataFrame | None = field(default=None, repr=False)
-    levels: tuple[float, float] = LEVELS["lpips"]
-
-    def for_cosine(self, cosine: float) -> EditingInterval:
-        """Interval of an edit between texts of this cosine: the more they differ, the longer the edit acts.
-
-        Parameters
-        ----------
-        cosine : float in (0, 1]
-            Between the embeddings of the source's and the target's text.
-
-        Returns
-        -------
-        EditingInterval
-
-        Raises
-        ------
-        ValueError
-            If there are no curves, or the cosine is outside of (0, 1].
-        """
-        if self.curves is None:
-            raise ValueError("this interval has no curves; read_interval takes Asyrp's tables, find_interval a model")
-        return _read_off(self.curves, self.levels, cosine)
-
-
-PUBLISHED = {
-    "celeba_hq": EditingInterval(538, 167),
-    "afhq_dog": EditingInterval(482, 167),
-    "church_outdoor": EditingInterval(396, 293),
-    "bedroom": EditingInterval(384, 221),
-    "metfaces": EditingInterval(396, 180),
-}
-"""Read off the tables that Asyrp publishes, for a cosine of 1; for others read the tables with `read_interval`."""
-
-
-def read_interval(predicted: str | Path, noisy: str | Path, *, cosine: float = 1.0) -> EditingInterval:
-    """The interval of Asyrp's published tables (`*_LPIPS_distance_x0_t.tsv` and `*_LPIPS_distance_x.tsv`).
-
-    Parameters
-    ----------
-    predicted, noisy : path
-        Tables of `t<TAB>mean LPIPS` of P_t and of x_t.
-    cosine : float in (0, 1], default 1
-
-    Returns
-    -------
-    EditingInterval
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a table is not there or is none.
-    """
-    curves = pd.DataFrame({"P_t": _read_table(local(predicted)), "x_t": _read_table(local(noisy))}).dropna()
-    return _read_off(curves.sort_index(), LEVELS["lpips"], cosine)
 
 
 def find_interval(
@@ -128,6 +69,7 @@ def find_interval(
     levels : (float, float), optional
         Thresholds of P_t and of x_t; by default `LEVELS`. Required for a distance of your own.
     cosine : float in (0, 1], default 1
+        Between the embeddings of the source's and the target's text: the more they differ, the longer the edit acts.
     batch_size, progress
         As in `sample`.
 
@@ -138,7 +80,7 @@ def find_interval(
     Raises
     ------
     ValueError
-        If a distance never reaches its level, or levels or a classifier are missing.
+        If a distance never reaches its level, the cosine is outside of (0, 1], or levels or a classifier are missing.
     """
     if levels is None and not (isinstance(distance, str) and distance in LEVELS):
         raise ValueError("a distance of your own needs levels=, the thresholds of P_t and of x_t")
@@ -235,6 +177,7 @@ def edit_asyrp(
 
 
 def _read_off(curves: pd.DataFrame, levels: tuple[float, float], cosine: float) -> EditingInterval:
+    """The interval of curves by ascending t."""
     if not 0.0 < cosine <= 1.0:
         raise ValueError(f"cosine is {cosine}; it lies in (0, 1]")
     found = []
@@ -244,16 +187,4 @@ def _read_off(curves: pd.DataFrame, levels: tuple[float, float], cosine: float) 
             most = curves[name].max()
             raise ValueError(f"{name} reaches a distance of {most:.3g} from the image, never {level:.3g}")
         found.append(int(reached.min()))
-    return EditingInterval(found[0], found[1], curves, levels)
-
-
-def _read_table(path: Path) -> pd.Series:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table {path}; Asyrp has them in its folder utils")
-    try:
-        table = pd.read_csv(path, sep="\t", header=None, names=["t", "distance"], dtype=float)
-        if table.empty or table.isna().any(axis=None):
-            raise ValueError("there are none, or some lack a value")
-        return cast(pd.Series, table.set_index(table["t"].astype(int))["distance"])
-    except ValueError as error:
-        raise ValueError(f"{path} should have lines of t<TAB>distance ({error})") from error
+    return EditingInterval(found[0], found[1], curves)

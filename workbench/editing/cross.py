@@ -59,16 +59,12 @@ class Cross(Edit):
     h_align : {"exact", "lagged"}
         "lagged" also reproduces the released code: h_t and its boundary come from the next cleaner timestep of the
         inversion.
-    legacy_origin : bool, default False
-        Drop the intercepts, as the released code does, and measure distances from the parallel hyperplane through 0.
     keep_norm : bool, default False
         Keep the lengths of x_t and h_t, moving them on a great circle.
     multi : {"sequential", "joint", "conditional"}
         How to combine attributes: one move after the other (only the last reaches its distance exactly); the shortest
         move that reaches all distances; or a move along the part of each normal orthogonal to all others
         (`Boundary.orthogonal_to`), with the length of the plain move.
-    steps : int or sequence of int, optional
-        Number of evenly spaced timesteps from t to 0, or the timesteps, beginning with t. By default the run's.
     seed : int, optional
         Sample i has the step noise of seed + i. By default generated samples use their own seeds, and inverted images
         use seed 0.
@@ -92,10 +88,8 @@ class Cross(Edit):
     eta: float | Sequence[float] | None = 1.0
     h_policy: str = "first"
     h_align: str = "exact"
-    legacy_origin: bool = False
     keep_norm: bool = False
     multi: str = "sequential"
-    steps: int | Sequence[int] | None = None
     seed: int | None = None
     control: int | None = None
     name: str = ""
@@ -135,16 +129,14 @@ class Cross(Edit):
         t, _ = self._timesteps(run)
         rest = run.tail(index_of(t, run.timesteps), run.x_at(t))
         if self.eta is None:
-            if self.steps is not None or self.seed is not None:
-                raise ValueError("eta=None keeps the run's own steps and noise; leave out steps and seed")
+            if self.seed is not None:
+                raise ValueError(f"eta=None keeps the run's own noise, and seed is {self.seed}; leave out the seed")
             return rest
-        visited = rest.timesteps if self.steps is None else run.model.schedule.timesteps_from(t, self.steps)
         seed = self.seed or 0
         seeds = run.seeds if self.seed is None and run.seeds is not None else range(seed, seed + len(run))
         return replace(
             rest,
-            timesteps=visited,
-            etas=run.model.schedule.etas(self.eta, len(visited)),
+            etas=run.model.schedule.etas(self.eta, rest.steps),
             seeds=check_seeds(seeds),
             stored_noise=None,
         )
@@ -177,13 +169,10 @@ class Cross(Edit):
     @property
     def _boundaries(self) -> dict[str, list[Boundary]]:
         h = None if self.h_policy == "none" else self.h
-        listed = {
+        return {
             space: [] if given is None else [given] if isinstance(given, Boundary) else list(given)
             for space, given in {"h": h, "x": self.x}.items()
         }
-        if not self.legacy_origin:
-            return listed
-        return {space: [replace(b, intercept=0.0) for b in found] for space, found in listed.items()}
 
     def _timesteps(self, run: Trajectory) -> tuple[int, int]:
         """Timestep of the move, and the one that h is taken at."""
@@ -278,26 +267,14 @@ class Cross(Edit):
         return Injection(stale)
 
     def _label(self, boundaries: Sequence[Boundary], column: np.ndarray) -> str:
-        """Caption of a column of distances (m,); of a single boundary in both units."""
+        """Caption of a column of distances (m,)."""
         if np.isnan(column).any():
             return "own"
-        parts = []
-        for boundary, to in zip(boundaries, np.broadcast_to(column, len(boundaries)), strict=True):
-            if self.mode == "mirror":
-                parts.append(f"{_signed(to)} times")
-                continue
-            known = boundary.deviations is not None
-            in_sd = to if self.unit == "sd" else to / boundary.sigma if known else None
-            length = to * boundary.sigma if self.unit == "sd" else to
-            captions = [] if in_sd is None else [f"{_signed(in_sd)} sd"]
-            captions.insert(0 if self.unit == "distance" else 1, _signed(length))
-            alone = len(boundaries) == 1
-            both = bool(self._boundaries["h"] and self._boundaries["x"])
-            if alone and not both and len(captions) == 2:
-                parts.append(f"{captions[0]}\n({captions[1]})")
-            else:
-                parts.append(captions[0] if alone else f"{boundary.name} {captions[0]}")
-        return "\n".join(parts)
+        unit = " times" if self.mode == "mirror" else " sd" if self.unit == "sd" else ""
+        captions = [f"{_signed(to)}{unit}" for to in np.broadcast_to(column, len(boundaries))]
+        if len(captions) == 1:
+            return captions[0]
+        return "\n".join(f"{boundary.name} {to}" for boundary, to in zip(boundaries, captions, strict=True))
 
 
 def cross_boundary(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.analysis.effect_metrics import EffectMatrix, entanglement_index
+from workbench.analysis.effect_metrics import EffectMatrix
 from workbench.analysis.intervals import Estimate, bootstrap_interval
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
@@ -17,7 +17,7 @@ from workbench.diffusion.sampling import Trajectory
 from workbench.directions.direction import Direction, bracketed, derived, finite
 from workbench.directions.supervised import few_shot_directions
 from workbench.editing.edits import MoveX, check_run
-from workbench.editing.measure import Classifier, Effects, measure, measure_effects
+from workbench.editing.measure import Classifier, Effects, measure
 from workbench.hspace.store import HStore
 
 NOTHING = 1e-6
@@ -53,13 +53,13 @@ def cancel_effects(
     others : mapping of attribute -> Direction
         v_b of each attribute b; the attributes are columns of the classifier's table.
     classifier
-        As in `measure_effects`. Judge the result with another classifier.
+        As in `measure`. Judge the result with another classifier.
     scale : float, default 2
         Scale of all edits, in standard deviations.
     rounds : int, default 3
         Number of measure-and-correct iterations.
     batch_size, progress
-        As in `measure_effects`.
+        As in `measure`.
 
     Returns
     -------
@@ -78,8 +78,9 @@ def cancel_effects(
     options = {"classifier": classifier, "scales": [scale], "batch_size": batch_size, "progress": progress}
 
     def effects_of(directions: Mapping[str, Direction]) -> EffectMatrix:
-        return measure_effects(model, runs, directions, **options).matrix(scale).of(names)
+        return measure(runs, directions, **options).matrix(scale).of(names)
 
+    check_run(model, runs)
     matrix = effects_of(others)
     of_others = matrix.mean.to_numpy()
     for i, name in enumerate(names):
@@ -108,39 +109,6 @@ def cancel_effects(
     )
 
 
-def matched_scale(effects: Effects, attribute: str, *, success: float = 0.8) -> float:
-    """Find the smallest measured scale at which an attribute's edit succeeds, to compare directions at equal effect.
-
-    Parameters
-    ----------
-    effects : Effects
-    attribute : str
-    success : float in [0, 1], default 0.8
-        Share of the samples without the attribute that must have it after the edit.
-
-    Returns
-    -------
-    float
-        Not negative, in standard deviations of the population's projection.
-
-    Raises
-    ------
-    ValueError
-        If no measured scale reaches `success`; the message names the best.
-    """
-    rates = {s: r for s, r in effects.success(attribute).items() if s >= 0}
-    if not rates:
-        raise ValueError(f"no scale of at least 0 was measured, only {', '.join(f'{s:g}' for s in effects.scales)}")
-    for scale, rate in rates.items():
-        if success == 0 or rate.value >= success:
-            return scale
-    if all(rate.n == 0 for rate in rates.values()):
-        raise ValueError(f"all samples have {attribute} already; edit some that don't")
-    best = max(rates, key=lambda s: rates[s].value)
-    reached = f"the best is {best:g} with {rates[best].value:.0%} (n={rates[best].n})"
-    raise ValueError(f"no measured scale gives {attribute} to {success:.0%} of them; {reached}; measure larger scales")
-
-
 @dataclass(frozen=True, eq=False)
 class DisentanglingTable:
     """Effects of directions on each other's attributes, before and after they are made orthogonal.
@@ -151,21 +119,17 @@ class DisentanglingTable:
         One row per variant ("original", "disentangled"), direction and attribute: the mean change of the score over the
         samples of a repeat, `effect` as its mean and `std` as its standard deviation over repeats, and the `scale`, in
         the unit of `scales` of `disentangling_table`.
-    entanglement : DataFrame, one row per direction
-        Over all samples: `entanglement_index` of both variants (`original`, `disentangled`) with its interval
-        (`original_low`, ...), and the share by which it falls, `reduction`.
     effects : dict of variant -> Effects
     """
 
     table: pd.DataFrame = field(repr=False)
-    entanglement: pd.DataFrame = field(repr=False)
     effects: dict[str, Effects] = field(repr=False)
 
-    def matrix(self, variant: str = "disentangled", value: str = "effect") -> pd.DataFrame:
-        """Directions x attributes: `effect` or `std` of a variant."""
+    def matrix(self, variant: str = "disentangled") -> pd.DataFrame:
+        """Directions x attributes: the effects of a variant."""
         rows = self.table[self.table["variant"] == variant]
         order = rows["direction"].unique()
-        return rows.pivot(index="direction", columns="attribute", values=value).loc[order, order]
+        return rows.pivot(index="direction", columns="attribute", values="effect").loc[order, order]
 
     def fall(self, *, equal_effect: bool = False) -> Estimate:
         """Reduction by the projection of entanglement, sum of |E_ab| over a and b != a divided by that of |E_aa|.
@@ -208,8 +172,7 @@ def disentangling_table(
     directions: Mapping[str, Direction],
     *,
     classifier: Classifier,
-    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0),
-    success: float = 0.8,
+    scales: Sequence[float] = (1.5, 3.0, 4.5, 6.0),
     repeats: int = 5,
     per_step: bool = False,
     batch_size: int | None = None,
@@ -225,20 +188,17 @@ def disentangling_table(
     directions : mapping of attribute -> Direction
         At least two; each attribute is one of the classifier's. The paper has five.
     classifier
-        As in `measure_effects`.
+        As in `measure`.
     scales : sequence of float
-        One unit of an original direction is one sigma; one unit of a disentangled one is the projection of that, as in
-        the paper: less than one sigma along itself, so that at equal scale it is the weaker edit. `fall` with
-        `equal_effect` compares both where they are as strong.
-    success : float in [0, 1], default 0.8
-        Each edit is judged at the smallest scale with this `success_rate` for its own attribute over all samples.
-        With one scale and success 0, all edits are judged at that scale.
+        The table is of the first; `fall` with `equal_effect` takes the others too. One unit of an original direction is
+        one sigma; one unit of a disentangled one is the projection of that, as in the paper: less than one sigma along
+        itself, so that at equal scale it is the weaker edit.
     repeats : int, default 5
         At least 2, dividing the number of samples.
     per_step : bool
         Project each timestep separately, as in `Direction.orthogonal_to`.
     batch_size, progress
-        As in `measure_effects`.
+        As in `measure`.
 
     Returns
     -------
@@ -247,8 +207,7 @@ def disentangling_table(
     Raises
     ------
     ValueError
-        If there are fewer than two directions, the samples can't be split, an attribute is not the classifier's, or an
-        edit does not reach `success` at any scale.
+        If there are fewer than two directions, the samples can't be split, or an attribute is not the classifier's.
     """
     if len(directions) < 2:
         raise ValueError(f"{len(directions)} direction given; give at least two")
@@ -256,6 +215,7 @@ def disentangling_table(
         raise ValueError(
             f"{len(runs)} samples can't be split in {repeats} equal repeats; give 2 or more that divide them"
         )
+    check_run(model, runs)
     unknown = set(directions) - set(classifier(runs.images[:1]).columns)
     if unknown:
         raise ValueError(f"the classifier has no attribute {sorted(unknown)[0]!r}, the name of a direction")
@@ -265,24 +225,19 @@ def disentangling_table(
     }
     names, options = list(directions), {"scales": scales, "batch_size": batch_size, "progress": progress}
     effects = {
-        "original": measure_effects(model, runs, directions, classifier=classifier, **options),
-        "disentangled": measure_effects(model, runs, apart, classifier=classifier, **options),
+        "original": measure(runs, directions, classifier=classifier, **options),
+        "disentangled": measure(runs, apart, classifier=classifier, **options),
     }
-    rows, indices = [], []
+    rows, scale = [], float(scales[0])
     for variant, measured in effects.items():
-        chosen = {name: matched_scale(measured, name, success=success) for name in names}
-        for name, scale in chosen.items():
+        for name in names:
             before, after = measured.scores(name, scale)
             change = (after - before)[names].to_numpy().reshape(repeats, -1, len(names)).mean(axis=1)
             rows += [
                 {"variant": variant, "direction": name, "attribute": b, "effect": m, "std": s, "scale": scale}
                 for b, m, s in zip(names, change.mean(axis=0), change.std(axis=0, ddof=1), strict=True)
             ]
-        index = entanglement_index(measured.matrix(chosen).of(names))
-        indices.append(index.rename(columns={"index": variant, "low": f"{variant}_low", "high": f"{variant}_high"}))
-    entanglement = pd.concat(indices, axis=1)
-    entanglement["reduction"] = 1.0 - entanglement["disentangled"] / entanglement["original"]
-    return DisentanglingTable(pd.DataFrame(rows), entanglement, effects)
+    return DisentanglingTable(pd.DataFrame(rows), effects)
 
 
 def few_examples(
@@ -313,7 +268,7 @@ def few_examples(
     labels : Series, values 0 or 1
         As in `find_from_labels`, named for one of the classifier's attributes.
     classifier
-        As in `measure_effects`.
+        As in `measure`.
     counts, draws
         As in `few_shot_directions`.
     scales : mapping of "h" or "x_T" -> float, optional

@@ -20,9 +20,7 @@ from workbench.analysis.image_metrics import (
 )
 from workbench.analysis.intervals import Estimate, mean_interval
 from workbench.datasets.clip import Clip
-from workbench.diffusion.models import Model
 from workbench.diffusion.sampling import Trajectory, batches
-from workbench.directions.direction import Direction
 from workbench.editing.edits import check_run
 from workbench.editing.render import Edits, cells_bar, name_edits, run_plans
 
@@ -361,6 +359,7 @@ def _checked(scores: pd.DataFrame, n: int) -> pd.DataFrame:
         given = f"{type(scores).__name__} of shape {shape} for {n} images"
         raise ValueError(f"the classifier gave {given}; it must give a DataFrame with one row an image")
     return scores
+<<<<<<< HEAD
 
 
 def measure_effects(
@@ -399,3 +398,5 @@ def measure_effects(
     """
     check_run(model, runs)
     return measure(runs, directions, scales, classifier=classifier, **options)
+=======
+>>>>>>> thinb
