@@ -20,14 +20,13 @@ report: $(VENV)/installed  ## run the notebooks, write reports/index.html (PROFI
 	@$(BIN)/workbench report --profile $(PROFILE)
 
 # Each test process computes with one thread, and has whole files: some make reports that all of their tests look at.
-# The files in their order: the browser's, which take longest, come first, so that no process waits for one of them.
-PYTEST = cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+PYTEST = cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed-test  ## check the style of the code
 	cd $(ROOT) && $(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, browser
-	$(PYTEST) -m "not slow" notebooks/00_quickstart.ipynb tests \
+	$(PYTEST) -m "not slow" tests notebooks/00_quickstart.ipynb \
 		--ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 test-all: $(VENV)/installed-test  ## the slow ones too: trainings, sweeps, kills, every notebook as it stands
