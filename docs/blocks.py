@@ -36,7 +36,7 @@ ROOMS = {
 
 def summary(judged: Mapping[str, pd.DataFrame], versions: Mapping[str, pd.Series]) -> str:
     """How many claims hold, fail and are undecided on each model, from how many samples, by which version."""
-    lines = ["| model | claims measured | hold | fail | undecided | from at most 16 samples | measured with |"]
+    lines = [f"| model | claims measured | hold | fail | undecided | from at most {FEW} samples | measured with |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for model, table in judged.items():
         measured = table[table["verdict"] != "not measured"]

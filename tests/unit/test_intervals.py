@@ -9,7 +9,6 @@ from workbench.analysis.intervals import (
     Estimate,
     bootstrap_counts,
     bootstrap_interval,
-    crossed_ratio_of,
     difference_of,
     holm,
     mean_interval,
@@ -137,25 +136,6 @@ def test_the_difference_of_the_same_samples_is_as_sure_as_it_says_and_surer_than
     assert 0.93 < np.mean(holds) < 0.99
     paired, independent = np.mean(widths, axis=0)
     assert paired < 0.8 * independent
-
-
-def test_a_ratio_over_draws_and_samples_is_as_sure_as_it_says():
-    """Planted: effects of 10 draws on 8 samples are .5 of the references' on average; draws and samples both vary.
-
-    The mean of the draws' ratios, with an interval over draws alone, knows nothing of the samples.
-    """
-    rng, holds, alone = np.random.default_rng(0), [], []
-    for _ in range(100):
-        draws, samples, other = rng.standard_normal(10), rng.standard_normal(8), rng.standard_normal((2, 10, 8))
-        above = 0.5 + 0.1 * draws[:, None] + 0.2 * samples + 0.1 * other[0]
-        below = 1.0 + 0.1 * other[1]
-        found, ratio = crossed_ratio_of(above, below), mean_of(above.mean(axis=1) / below.mean(axis=1))
-        holds.append(found.low < 0.5 < found.high)
-        alone.append(ratio.low < 0.5 < ratio.high)
-    assert 0.9 < np.mean(holds) < 0.99 and np.mean(alone) < 0.8
-    assert found.n == 8 and found.value == pytest.approx(above.mean() / below.mean())
-    with pytest.raises(ValueError, match=r"\(10, 8\) and \(8,\)"):
-        crossed_ratio_of(above, below[0])
 
 
 def test_the_difference_of_the_same_samples_by_hand():

@@ -11,7 +11,8 @@ import pytest
 
 import workbench as wb
 from workbench import paths
-from workbench.benchmark.leaderboard import _at, by_attribute, difference, leaderboard, pareto
+from workbench.analysis.effect_metrics import first_reached
+from workbench.benchmark.leaderboard import by_attribute, difference, leaderboard, pareto
 from workbench.benchmark.methods import METHODS
 from workbench.benchmark.records import record_folder
 
@@ -116,8 +117,8 @@ def test_draws_without_the_control_are_no_evidence_against_it():
 
 def test_a_curve_is_read_where_it_first_reaches_the_point_also_after_a_dip():
     x = np.array([[0.0, 0.15, 0.05, 0.3]])
-    assert _at(x, x, 0.2) == pytest.approx(0.2) and _at(x, x, 0.1) == pytest.approx(0.1)
-    assert _at(x, 10 * x, 9.0) == pytest.approx(3.0), "at the largest where it is never reached"
+    assert first_reached(x, x, 0.2) == pytest.approx(0.2) and first_reached(x, x, 0.1) == pytest.approx(0.1)
+    assert first_reached(x, 10 * x, 9.0) == pytest.approx(3.0), "at the largest where it is never reached"
 
 
 def test_a_sample_without_a_region_leaves_the_others_error_as_it_is(table):

@@ -139,12 +139,25 @@ def at_equal_change(
             raise ValueError(
                 f"{name!r} changes the images by {most[name]:.3g} at most, not by {change:.3g}; scale it up"
             )
-        last = max(1, int(np.argmax(mean >= change)))
-        before, after = mean[last - 1 : last + 1]
-        share = (change - before) / (after - before) if after > before else 1.0
         known = np.asarray(values[name], dtype=float)
-        at[name] = (1.0 - share) * known[:, last - 1] + share * known[:, last]
+        at[name] = first_reached(np.broadcast_to(mean, known.shape), known, change)
     return pd.DataFrame(at), change
+
+
+def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> np.ndarray:
+    """y where x first reaches the target, row by row, linear between two points; at the largest x where it does not.
+
+    x, y : (rows, points), x from 0.
+    """
+    top = np.maximum.accumulate(x, axis=1)
+    rows = np.arange(len(x))
+    last = np.where(top[:, -1] >= target, (top < target).sum(axis=1), top.argmax(axis=1))
+    last = last.clip(1, x.shape[1] - 1)
+    before, after = x[rows, last - 1], x[rows, last]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.clip((target - before) / (after - before), 0.0, 1.0)
+    share = np.where(after > before, share, 1.0)
+    return (1 - share) * y[rows, last - 1] + share * y[rows, last]
 
 
 def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Estimate:

@@ -74,36 +74,6 @@ def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[f
     return Estimate(float(ratio), float(low), float(high), len(a))
 
 
-def crossed_ratio_of(above: np.ndarray, below: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Ratio of two means over draws and samples, such as the effects of several drawn directions on the same samples.
-
-    Two directions judged on the same samples are not independent, nor are two samples of one direction. So both axes
-    are drawn again, each alone (the pigeonhole bootstrap, Owen 2007), with the width that the shorter one needs. The
-    mean itself is the ratio to ones, `np.ones_like(above)`.
-
-    Parameters
-    ----------
-    above, below : array of shape (draws, samples)
-        Of the same draws and samples.
-    seed : int
-
-    Returns
-    -------
-    Estimate
-        Its n is the length of the shorter axis.
-    """
-    a, b = (np.asarray(values, dtype=float) for values in (above, below))
-    if a.ndim != 2 or a.shape != b.shape or not a.size:
-        raise ValueError(f"values have shapes {a.shape} and {b.shape}; give both as (draws, samples)")
-    n = min(a.shape)
-    rows, columns = (bootstrap_counts(m, resamples=1000, seed=seed + i) for i, m in enumerate(a.shape))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = [np.einsum("rd,ds,rs->r", rows, values, columns, optimize=True) for values in (a, b)]
-        ratio = a.mean() / b.mean()
-        low, high = bootstrap_interval(ratio, drawn[0] / drawn[1], n)
-    return Estimate(float(ratio), float(low), float(high), n)
-
-
 def difference_of(one: Estimate, other: Estimate) -> Estimate:
     """Difference of two independent estimates: errors add in squares.
 
@@ -129,8 +99,8 @@ def paired_difference_of(
     if not (one.dtype == other.dtype == bool and len(one)):
         return mean_of(gaps)
     gap, n = float(gaps.mean()), len(gaps) / CROSS_VALIDATED**2 if cross_validated else len(gaps)
-    low, high = (2.0 * end - 1.0 for end in _wilson((gap + 1.0) / 2.0, n, gaps.var() / 4.0 / n))
-    return Estimate(gap, max(-1.0, min(gap, low)), min(1.0, max(gap, high)), len(gaps))
+    low, high = _wilson(gap, n, gaps.var() / n, bounds=(-1.0, 1.0))
+    return Estimate(gap, float(low), float(high), len(gaps))
 
 
 def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: int = 0) -> Estimate:
@@ -199,12 +169,9 @@ def bootstrap_interval(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # without a finite draw
         if share:
-            width = bounds[1] - bounds[0]
-            ends = _wilson((value - bounds[0]) / width, n, np.nanvar(draws, axis=0) / width**2)
-            low, high = (bounds[0] + width * end for end in ends)
-        else:
-            wider = np.sqrt(n / (n - 1)) * stats.t.ppf(QUANTILES[1], n - 1) / stats.norm.ppf(QUANTILES[1])
-            low, high = value + wider * np.nanquantile(draws - value, QUANTILES, axis=0)
+            return _wilson(value, n, np.nanvar(draws, axis=0), bounds=bounds)
+        wider = np.sqrt(n / (n - 1)) * stats.t.ppf(QUANTILES[1], n - 1) / stats.norm.ppf(QUANTILES[1])
+        low, high = value + wider * np.nanquantile(draws - value, QUANTILES, axis=0)
     return np.minimum(value, low.clip(*bounds)), np.maximum(value, high.clip(*bounds))
 
 
@@ -227,17 +194,19 @@ def mean_interval(
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95% interval of a share of n trials (Wilson 1927); n may be an effective number, not whole."""
-    low, high = _wilson(share, n, share * (1 - share) / n)
-    # The share lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
-    return max(0.0, min(share, low)), min(1.0, max(share, high))
+    low, high = _wilson(share, n, share * (1 - share) / n, bounds=(0.0, 1.0))
+    return float(low), float(high)
 
 
-def _wilson(share, n, variance):
-    """Ends of Wilson's interval of a share of n trials that has this variance; numbers or arrays."""
-    z = NormalDist().inv_cdf(QUANTILES[1])
+def _wilson(value, n, variance, *, bounds: tuple[float, float]):
+    """Ends of Wilson's interval of a share of n trials with this variance, carried over to these bounds."""
+    z, width = NormalDist().inv_cdf(QUANTILES[1]), bounds[1] - bounds[0]
+    share, variance = (value - bounds[0]) / width, variance / width**2
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (variance + z**2 / (4 * n**2)) ** 0.5
-    return centre - half, centre + half
+    low, high = (np.clip(bounds[0] + width * end, *bounds) for end in (centre - half, centre + half))
+    # The value lies inside in exact arithmetic; rounding must not put 1 above the upper end, nor 0 below the lower.
+    return np.minimum(value, low), np.maximum(value, high)
 
 
 def holm(p_values: np.ndarray | Sequence[float]) -> np.ndarray:

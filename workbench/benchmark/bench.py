@@ -31,7 +31,7 @@ from workbench.analysis.image_metrics import (
     segmentation_consistency,
 )
 from workbench.benchmark.methods import METHODS
-from workbench.benchmark.protocol import HELD_OUT, LADDER, MIDDLE, Protocol
+from workbench.benchmark.protocol import HELD_OUT, LADDER, Protocol
 from workbench.benchmark.study import Method, Study, TextModels, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
@@ -227,7 +227,8 @@ class Bench:
             with threadpool_limits(1, user_api="blas"):
                 edit = found_edit(method.find(study, attribute))
             limit = method.limit / LADDER[-1]
-            scale = float(study.strengths("strength", [edit], start=method.scale, limit=limit)[0])
+            (scale,), study.cost["strength"] = study.strengths([edit], start=method.scale, limit=limit)
+            scale = float(scale)
             seconds, held_out = time.perf_counter() - start, self.held_out
             cost = sum(study.cost.values(), Counter())
             with _counted(self.model) as passes:
@@ -292,7 +293,7 @@ class Bench:
         seen = self._seen(study)
         for name, run in {"population": seen, "other steps": self._finer}.items():
             try:
-                after = self._edited(edit, run, [scale * LADDER[MIDDLE]])[:, 0]
+                after = self._edited(edit, run, [scale])[:, 0]
             except NotApplicable:
                 continue
             k = list(self.judge.attributes).index(attribute)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workbench.benchmark.study import CANDIDATES, COMPONENTS, Study, principal_components, register_method
+from workbench.benchmark.study import CANDIDATES, COMPONENTS, Study, fitting, principal_components, register_method
 from workbench.diffusion.sampling import Injection, Trajectory
-from workbench.directions.direction import Direction, random_like
-from workbench.editing.edits import Edit, InjectionEdit, MoveX
+from workbench.directions.direction import Direction, finite, random_like
+from workbench.editing.edits import Edit, MoveX
 
 
 @dataclass(frozen=True, eq=False)
-class RandomShifts(InjectionEdit):
+class RandomShifts(Edit):
     """h_t along a random direction of each sample's own, with the lengths of another direction.
 
     Attributes
@@ -35,13 +35,15 @@ class RandomShifts(InjectionEdit):
     seed: int
     name: str = "random h"
 
-    def injection(self, run: Trajectory, scale: float) -> Injection:
-        like = self.like if self.like.timesteps == run.timesteps else self.like.resampled(run.timesteps)
-        deltas = [random_like(like, seed=self.seed + i).delta(scale) for i in range(len(run))]
-        return Injection.adding(torch.stack(deltas, dim=1), timesteps=run.timesteps)
+    def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
+        like = fitting(self.like, run)
+        found = [random_like(like, seed=self.seed + i) for i in range(len(run))]
 
-    def _first(self, run: Trajectory) -> int:
-        return 0
+        def shifted(scale: float) -> Trajectory:
+            deltas = torch.stack([direction.delta(scale) for direction in found], dim=1)
+            return replace(run, edit=Injection.adding(deltas, timesteps=run.timesteps))
+
+        return [shifted(scale) if finite(scale, "a scale") else run for scale in scales]
 
 
 @dataclass(frozen=True, eq=False)

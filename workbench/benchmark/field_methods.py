@@ -119,7 +119,7 @@ class Trained(Shift):
     """A shift along a trained block, of the same total strength at any number of steps."""
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
-        return super().injection(run, scale * self.direction.training["steps"] / run.steps)
+        return super().injection(run, scale * self.direction.steps / run.steps)
 
 
 # In the skips

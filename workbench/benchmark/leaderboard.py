@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from workbench.analysis.effect_metrics import linearity, monotonicity
+from workbench.analysis.effect_metrics import first_reached, linearity, monotonicity
 from workbench.analysis.intervals import Estimate, bootstrap_counts, bootstrap_interval, holm, mean_interval
 from workbench.benchmark.protocol import CHANGE
 
@@ -105,12 +105,12 @@ def leaderboard(
     rows, draws = {}, {}
     for method in methods:
         own = [c for c in curves if c.method == method]
-        draws[method] = {c.attribute: _at(c.rms, c.success, change) for c in own}
+        draws[method] = {c.attribute: first_reached(c.rms, c.success, change) for c in own}
         values = {
             "success": _mean(draws[method].values()),
-            "change": _mean(_at(c.rms, c.rms, change) for c in own),
-            "effect": _mean(_at(c.rms, c.effect, change) for c in own),
-            "leakage": _mean(_at(c.rms, c.leak, change) for c in own),
+            "change": _mean(first_reached(c.rms, c.rms, change) for c in own),
+            "effect": _mean(first_reached(c.rms, c.effect, change) for c in own),
+            "leakage": _mean(first_reached(c.rms, c.leak, change) for c in own),
             "precision": _mean(_precision(c, change) for c in own),
             "reached": _mean((c.success.max(axis=1) >= success).astype(float) for c in own),
             "entanglement": _mean(_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own),
@@ -118,7 +118,7 @@ def leaderboard(
             "identity": _mean(_succeeding(c, c.identity, success) for c in own),
         }
         for name in dict.fromkeys(name for c in own for name in c.optional):
-            values[name] = _mean(_at(c.rms, c.optional[name], change) for c in own if name in c.optional)
+            values[name] = _mean(first_reached(c.rms, c.optional[name], change) for c in own if name in c.optional)
         rows[method] = _with_intervals(values, own) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
     against = [name for name in controls if name in draws]
@@ -195,7 +195,7 @@ def by_attribute(
     """
     rows = []
     for c in _curves(edits, resamples, seed):
-        drawn = _at(c.rms, getattr(c, value), change)
+        drawn = first_reached(c.rms, getattr(c, value), change)
         low, high = _interval(drawn, c.n, value)
         key = {"method": c.method, "attribute": c.attribute}
         rows.append(key | {"value": drawn[0], "low": low, "high": high, "n": c.n})
@@ -265,7 +265,7 @@ def difference(
             raise ValueError(f"{name!r} was not measured; there are {', '.join(measured)}")
     drawn, n = {name: {} for name in (first, second)}, {}
     for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
-        drawn[c.method][c.attribute] = _at(c.rms, getattr(c, value), change)
+        drawn[c.method][c.attribute] = first_reached(c.rms, getattr(c, value), change)
         n[c.attribute] = c.n
     shared = [name for name in drawn[first] if name in drawn[second]]
     if not shared:
@@ -333,32 +333,16 @@ def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
     return curves
 
 
-def _at(x: np.ndarray, y: np.ndarray, target: float) -> np.ndarray:
-    """y where x first reaches the target, row by row; at the largest x where it does not.
-
-    x, y : (draws, points), x from 0.
-    """
-    top = np.maximum.accumulate(x, axis=1)
-    rows = np.arange(len(x))
-    last = np.where(top[:, -1] >= target, (top < target).sum(axis=1), top.argmax(axis=1))
-    last = last.clip(1, x.shape[1] - 1)
-    before, after = x[rows, last - 1], x[rows, last]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.clip((target - before) / (after - before), 0.0, 1.0)
-    share = np.where(after > before, share, 1.0)
-    return (1 - share) * y[rows, last - 1] + share * y[rows, last]
-
-
 def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarray:
     """Values where the edit first succeeds as often as asked for; NaN where it never does."""
     reached = curves.success.max(axis=1) >= success
-    return np.where(reached, _at(curves.success, values, success), np.nan)
+    return np.where(reached, first_reached(curves.success, values, success), np.nan)
 
 
 def _precision(curves: _Curves, change: float) -> np.ndarray:
     """Effect at a change of the image, by the mean size of the changes of the other attributes; NaN without others."""
-    leak = _at(curves.rms, curves.leak, change)  # 0 without others
-    return curves.others * _at(curves.rms, curves.effect, change) / np.where(leak > 0, leak, np.nan)
+    leak = first_reached(curves.rms, curves.leak, change)  # 0 without others
+    return curves.others * first_reached(curves.rms, curves.effect, change) / np.where(leak > 0, leak, np.nan)
 
 
 def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:

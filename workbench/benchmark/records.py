@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,14 +186,20 @@ def _renamed(table: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
     return table.assign(method=table["method"].map(lambda name: names.get(name, name)))
 
 
+def source_hashes(about: Mapping) -> dict[str, str | None]:
+    """Hashes of the labeller, judge and images of a benchmark's provenance, by role."""
+    # A classifier is name and hash; the name may be a path.
+    sources = {role: about[role] for role in ("labeller", "judge", "images")}
+    return {role: each[-1] if isinstance(each, list) else each for role, each in sources.items()}
+
+
 def _refuse_other_sources(record: Benchmark, given: dict) -> None:
     refuse_other_model("the record", record.provenance["model"], given["model"])
-    for what in ("labeller", "judge", "images"):
-        known, own = record.provenance[what], given[what]
-        # A classifier is name and hash; the name may be a path.
-        (known_hash, own_hash) = (each[-1] if isinstance(each, list) else each for each in (known, own))
-        if known_hash != own_hash or known_hash is None:
-            raise ValueError(f"the record has another {what}, {known} and not {own}; give the record's")
+    own = source_hashes(given)
+    for what, known in source_hashes(record.provenance).items():
+        if known != own[what] or known is None:
+            sources = f"{record.provenance[what]} and not {given[what]}"
+            raise ValueError(f"the record has another {what}, {sources}; give the record's")
 
 
 def _refuse_more(known: Protocol, **given: int) -> None:

@@ -277,34 +277,36 @@ class Study:
         """Charge the products of a Jacobian's spectrum."""
         self.cost["spectrum"] = Counter(passes=2 * spectrum.products)
 
-    def strengths(self, name: str, edits: Sequence[Edit], *, start: float, limit: float = np.inf) -> np.ndarray:
+    def strengths(
+        self, edits: Sequence[Edit], *, start: float, limit: float = np.inf
+    ) -> tuple[np.ndarray, Counter[str]]:
         """The strength at which each edit changes samples of the population by `CHANGE`, sought from `start` on.
 
         Parameters
         ----------
-        name : str
-            Under which the passes are charged.
         edits : sequence of Edit
         start, limit : float
             The largest strength is `limit`, though the edit changes less there.
 
         Returns
         -------
-        ndarray of shape (edits,)
+        strengths : ndarray of shape (edits,)
+        cost : Counter
+            `passes` of the search, as those of `cost`.
         """
         scales, plain = np.full(len(edits), min(start, limit)), self.run.images.clamp(-1, 1)
-        self.cost[name] = Counter()
+        cost: Counter[str] = Counter()
         for _ in range(ROUNDS):
             plans = [edit.plan(self.run, [scale]) for edit, scale in zip(edits, scales, strict=True)]
             images = run_plans(self.run, plans, progress=False)[:, :, 0].clamp(-1, 1)
-            self.cost[name] += Counter(passes=len(edits) * len(self.run) * self.steps)
+            cost += Counter(passes=len(edits) * len(self.run) * self.steps)
             change = (images - plain).square().mean(dim=(2, 3, 4)).sqrt().mean(dim=1).numpy()
             # An image that is no number was changed too much.
             factor = CHANGE / np.nan_to_num(change, nan=np.inf).clip(1e-9)
             if ((np.abs(np.log(factor)) < np.log(NEAR)) | ((scales == limit) & (factor > 1))).all():
                 break
             scales = np.minimum(scales * factor.clip(1 / FASTEST, FASTEST), limit)
-        return scales
+        return scales, cost
 
     def pick(self, name: str, candidates: Sequence[Direction | Edit], attribute: str, *, scale: float) -> Edit:
         """The candidate, either way round, that raises an attribute's mean score the most, as the labeller sees it.
@@ -328,14 +330,14 @@ class Study:
         signed = [edit for one in edits for edit in (one, -one)]
 
         def tried() -> tuple[pd.DataFrame, Counter]:
-            scales = self.strengths("sought", edits, start=scale)
+            scales, cost = self.strengths(edits, start=scale)
             plans = [edit.plan(self.run, [s, -s]) for edit, s in zip(edits, scales, strict=True)]
             images = run_plans(self.run, plans, progress=False)
             after = self.labeller(images.transpose(1, 2).flatten(0, 2))
             before = self.labeller(self.run.images)
             changes = after.to_numpy().reshape(len(signed), -1, after.shape[1]) - before.to_numpy()
             n = len(signed) * len(self.run)
-            cost = self.cost.pop("sought") + Counter(passes=n * self.steps, scored=n)
+            cost += Counter(passes=n * self.steps, scored=n)
             return pd.DataFrame(changes.mean(axis=1), columns=after.columns), cost
 
         changes, self.cost["candidates"] = self.learned(f"{name}, tried", tried)
@@ -361,9 +363,12 @@ class Resampled(Shift):
     """A `Shift` that also fits runs of other timesteps, to which it resamples its direction."""
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
-        if self.direction.timesteps == run.timesteps:
-            return super().plan(run, scales)
-        return Shift(self.direction.resampled(run.timesteps)).plan(run, scales)
+        return Shift(fitting(self.direction, run)).plan(run, scales)
+
+
+def fitting(direction: Direction, run: Trajectory) -> Direction:
+    """The direction, resampled where the run has other timesteps."""
+    return direction if direction.timesteps == run.timesteps else direction.resampled(run.timesteps)
 
 
 def found_edit(found: Direction | Edit) -> Edit:

@@ -281,9 +281,8 @@ def few_examples(
     Returns
     -------
     DataFrame, one row per space and direction
-        `space` ("h" or "x_T"), `draw`, `count` and `cosine` as in `FewExamples`; `changes` of the attribute's score,
-        an array of one a run, and `effect`, their mean. All draws are judged on the same runs, so an interval of
-        effects draws both again: `intervals.crossed_ratio_of` of `np.stack(rows["changes"])`, of ten draws or more.
+        `space` ("h" or "x_T"), `draw`, `count` and `cosine` as in `FewExamples`, and `effect`, the mean change of the
+        attribute's score over the runs.
 
     Raises
     ------
@@ -317,8 +316,7 @@ def few_examples(
                 about = {"model": origin}
                 edits[str(i)] = Direction.from_delta(delta, timesteps=runs.timesteps, name=space, provenance=about)
         measured = measure(runs, edits, [scale], classifier=classifier, progress=progress)
-        changes = [measured.change(name, scale)[labels.name].to_numpy() for name in edits]
-        effects = [float(change.mean()) for change in changes]
-        tables.append(few.table.assign(space=space, effect=effects, changes=changes))
-    columns = ["space", "draw", "count", "cosine", "effect", "changes"]
+        effects = [float(measured.change(name, scale)[labels.name].mean()) for name in edits]
+        tables.append(few.table.assign(space=space, effect=effects))
+    columns = ["space", "draw", "count", "cosine", "effect"]
     return pd.concat(tables, ignore_index=True).loc[:, columns]

@@ -241,14 +241,12 @@ def read_records(folder: str | Path | None = None, *, model: Model, **sources: o
 def _of_benchmark(model: Model, wanted: Mapping[str, str]) -> dict[str, dict]:
     """The differences of methods that claims name, by the recorded benchmark of the model if there is one."""
     from workbench.benchmark.leaderboard import difference
-    from workbench.benchmark.records import load_benchmark, record_folder
+    from workbench.benchmark.records import load_benchmark, record_folder, source_hashes
 
     if not record_folder(model).is_dir():
         return {}
     found = load_benchmark(record_folder(model))
-    sources = {role: found.provenance[role] for role in ("labeller", "judge", "images")}
-    known = {role: each[-1] if isinstance(each, list) else each for role, each in sources.items()}
-    known["model"] = found.provenance["model"]["hash"]
+    known = source_hashes(found.provenance) | {"model": found.provenance["model"]["hash"]}
     if any(known[role] != value for role, value in wanted.items()):
         return {}
     pairs = {claim.number: claim.number.split(" less ") for claim in load_claims() if claim.figure == BENCHMARK}
