@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import nbformat
@@ -390,7 +391,7 @@ def test_the_template_ranks_its_method_with_a_record_and_without(request, record
 
 def test_the_estimate_bounds_the_passes_and_knows_what_is_cached(sources, protocol, cache, monkeypatch):
     """Those of edits: what finding an edit and its strength takes is not known before."""
-    monkeypatch.setattr(Study, "strengths", lambda self, name, edits, **_: np.ones(len(edits)))
+    monkeypatch.setattr(Study, "strengths", lambda self, edits, **_: (np.ones(len(edits)), Counter()))
     plan = replace(protocol, methods=("random h", "mean difference"), held_out=8, shown=2)
     said = plan_benchmark(protocol=plan, seconds=0.1, **sources)
     assert (said.cells, said.left) == (6, 6) and said.rate > 0
