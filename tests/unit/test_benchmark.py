@@ -357,7 +357,7 @@ def test_each_sample_has_a_random_vector_of_its_own_and_each_attribute_others(se
         directions = torch.cat([torch.nn.functional.normalize(m.flatten(1)) for m in moved.values()])
         assert (directions @ directions.T - torch.eye(len(directions))).abs().max() < 0.95, name
         few = render(bench.held_out[:3], METHODS[name].find(study, "Bright"), [20.0], progress=False).images[:, 0]
-        assert (few - bench.held_out.x0[:3] - moved["Bright"][:3]).abs().max() < 1e-5, name
+        torch.testing.assert_close(few - bench.held_out.x0[:3], moved["Bright"][:3], rtol=1e-5, atol=1e-4)  # of 20
 
 
 def test_a_trained_block_is_as_strong_at_other_timesteps(setting):
