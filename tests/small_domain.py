@@ -52,7 +52,6 @@ OWN = {
     "60_boundaries": {"n": 40},
     "65_audit": {"n": 40},
     "80_benchmark": {"population": 32, "held_out": 8, "methods": ["random h", "PCA", "boundary in x", "noise", "LOCO"]},
-    "85_appendix": {"methods": ["random h", "Jacobian, masked", "noise"]},
     "95_train_your_own": {"training_steps": 4, "n": 24, "n_images": 24},
 }
 
