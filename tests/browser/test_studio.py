@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 NAME = "browser-test"
 AFTER = '.hspace-studio img[alt^="after"]'
 PATIENCE = 120_000
-N, STEPS = 40, 10
+N, STEPS = 24, 6
 """Samples that directions are found on, and timesteps."""
 
 
