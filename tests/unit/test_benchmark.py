@@ -131,7 +131,7 @@ def cells(cache):
 
 
 def test_every_registered_method_is_measured_on_the_same_samples(setting):
-    result = run(setting, protocol(*METHODS))
+    result = run(setting, protocol(*METHODS, steps=2))
     counts = result.edits.groupby(["method", "attribute"]).size()
     assert set(result.edits.method) == set(METHODS)
     assert (counts == 12 * 4).all()
@@ -303,7 +303,7 @@ def test_anyone_can_add_a_method_by_registering_one_function(setting, added):
 
 def test_scale_0_is_the_sample_for_every_method_and_the_noise_moves_towards_the_attribute(setting):
     """So that curves start where nothing is done."""
-    bench = bench_of(setting)
+    bench = bench_of(setting, protocol(steps=2))
     study = bench.study(0)
     for name, method in METHODS.items():
         edit = found_edit(method.find(study, "Bright"))
@@ -311,7 +311,7 @@ def test_scale_0_is_the_sample_for_every_method_and_the_noise_moves_towards_the_
         assert (still - bench.held_out.x0).abs().max() < 1e-5, name
     (plan,) = METHODS["noise"].find(study, "Red").plan(bench.held_out, [2.0])
     moved = (plan.x_T - bench.held_out.x_T).flatten(1)
-    x_T = wb.sample(setting["model"], study.store.seeds, steps=4, progress=False).x_T.flatten(1)
+    x_T = wb.sample(setting["model"], study.store.seeds, steps=2, progress=False).x_T.flatten(1)
     has = torch.as_tensor(np.asarray(study.labels("Red")) == 1)
     v = x_T[has].mean(dim=0) - x_T[~has].mean(dim=0)
     assert (torch.nn.functional.cosine_similarity(moved, v[None]) > 0.5).all()
