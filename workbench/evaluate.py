@@ -101,7 +101,7 @@ class Evaluation:
         sentences = [
             f"The samples are {kind}: their Frechet distance is {ratio:.1f} times that of other real images (up to "
             f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and their recall is {100 * share:.0f}% of that of "
-            "real images."
+            f"real images (below {100 * LOW_RECALL:.0f}% is poor)."
         ]
         if self.copies is not None:
             copied = self.copies.low > self.copies_real.high

@@ -185,7 +185,7 @@ class TestSources:
             ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
             ("65", {"attribute": "Long"}, "the images have no attribute Long"),
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
-            ("85", {"other": "Long"}, "the images have no attribute Long"),
+            ("85", {"attribute": "Long"}, "the images have no attribute Long"),
             ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
             ("00", {"condition": {"label": 3}}, "condition of 00_.* model avataaars32: .*unconditional.* no label"),
             ("95", {"condition": "{prompt: a face}"}, "condition of 95_.* no text"),
