@@ -392,12 +392,14 @@ def test_pareto_has_a_panel_a_family_and_the_controls_in_each():
     family = {"PCA": "unsupervised, h", "mean": "supervised, h", "probe": "supervised, h", "random": "control"}
     figure = plots.pareto(pareto_table(*family), family=family)
     panels = {axes.get_title(loc="left"): axes.get_legend_handles_labels()[1] for axes in figure.axes}
-    assert panels == {"unsupervised, h": ["PCA", "random"], "supervised, h": ["mean", "probe", "random"]}
+    assert panels == {"unsupervised, h": ["PCA", "random"], "supervised, h": ["mean", "probe"]}
+    assert [len(axes.lines) for axes in figure.axes] == [2, 3], "the control is drawn in each, and named once"
     (drawn,) = [line for line in figure.axes[1].lines if line.get_label() == "probe"]
     np.testing.assert_allclose(drawn.get_xdata(), [40, 35, 30])
     assert plots.pareto(pareto_table("random"), family={"random": "control"}).axes[0].lines
     names = [f"method {i}" for i in range(10)]
-    assert plots.pareto(pareto_table(*names), family=dict.fromkeys(names, "one")).axes[0].lines
+    lines = plots.pareto(pareto_table(*names), family=dict.fromkeys(names, "one")).axes[0].lines
+    assert len({(line.get_color(), line.get_marker(), line.get_mfc()) for line in lines}) == 10
     with pytest.raises(ValueError, match="there is no family of 'PCA'"):
         plots.pareto(pareto_table("PCA"), family={})
     with pytest.raises(ValueError, match="nothing to draw"):

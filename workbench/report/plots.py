@@ -396,22 +396,35 @@ def pareto(
     panels = list(dict.fromkeys(family[name] for name in table["method"] if family[name] != "control")) or ["control"]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with drawing(3.6 * columns, 2.9 * rows + 0.4, caption) as figure:
+    with drawing(4.6 * columns, 2.9 * rows + 0.4, caption) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
-            colors, grey = cycle(zip(PALETTE, "osD^vP*X", strict=True)), cycle((":", "--"))
+            styles = cycle(
+                (*style, face) for face in (None, "white") for style in zip(PALETTE, "osD^vP*X", strict=True)
+            )
+            grey = cycle((":", "--"))
             for name, part in table.groupby("method", sort=False):
                 if family[name] not in (panel, "control"):
                     continue
-                color, marker = (QUIET, ".") if family[name] == "control" else next(colors)
+                color, marker, face = (QUIET, ".", None) if family[name] == "control" else next(styles)
                 line_style = next(grey) if family[name] == "control" else "-"
                 ends = [np.abs(part[f"{v}_{e}"] - part[v]) for v in (x, y) for e in ("low", "high")]
                 axes.errorbar(
                     part[x], part[y], xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1
                 )
-                axes.plot(part[x], part[y], line_style, color=color, marker=marker, label=name, linewidth=1.3)
+                label = "_" if family[name] == "control" and axes is not grid[0] else name  # "_" has no entry
+                axes.plot(
+                    part[x],
+                    part[y],
+                    line_style,
+                    color=color,
+                    marker=marker,
+                    mfc=face or color,
+                    label=label,
+                    linewidth=1.3,
+                )
             axes.set_title(panel, loc="left", fontsize=9)
-            axes.legend(fontsize=6.5, loc="best", handlelength=1.4)
+            axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.supylabel(ylabel, fontsize=9)
