@@ -35,7 +35,7 @@ MIXING_LOG_SNR = -2.47
 
 GUIDANCE, GENERATOR_STEPS = 4.0, 12
 CLEAREST = 0.02  # share of the samples that certainly fit
-FEWEST, MOST = 8, 100  # samples on each side of a direction
+FEWEST, MOST = 8, 128  # samples on each side of a direction
 
 Generator = Callable[[str, int, int], torch.Tensor]
 """(prompt, n, seed) -> images (n, C, H, W) in [-1, 1]."""
@@ -67,7 +67,7 @@ def find_from_text(
         As of `load_clip`; the default is for the bundled domain.
     k : int, optional
         Samples on each side; by default as many as have at least half of the score that 2% of the samples exceed, but
-        from 8 to 100, and at most a quarter of all. Of a rare attribute, many more samples fit the text a little than
+        from 8 to 128, and at most a quarter of all. Of a rare attribute, many more samples fit the text a little than
         have it.
     name : str, optional
         By default the text.
