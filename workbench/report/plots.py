@@ -404,25 +404,17 @@ def pareto(
             )
             grey = cycle((":", "--"))
             for name, part in table.groupby("method", sort=False):
-                if family[name] not in (panel, "control"):
+                control = family[name] == "control"
+                if not control and family[name] != panel:
                     continue
-                color, marker, face = (QUIET, ".", None) if family[name] == "control" else next(styles)
-                line_style = next(grey) if family[name] == "control" else "-"
+                line_style, (color, marker, face) = (next(grey), (QUIET, ".", None)) if control else ("-", next(styles))
+                label = name if not control or axes is grid[0] else "_"  # "_" has no entry in the legend
                 ends = [np.abs(part[f"{v}_{e}"] - part[v]) for v in (x, y) for e in ("low", "high")]
                 axes.errorbar(
                     part[x], part[y], xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1
                 )
-                label = "_" if family[name] == "control" and axes is not grid[0] else name  # "_" has no entry
-                axes.plot(
-                    part[x],
-                    part[y],
-                    line_style,
-                    color=color,
-                    marker=marker,
-                    mfc=face or color,
-                    label=label,
-                    linewidth=1.3,
-                )
+                looks = {"color": color, "marker": marker, "markerfacecolor": face or color, "linewidth": 1.3}
+                axes.plot(part[x], part[y], line_style, label=label, **looks)
             axes.set_title(panel, loc="left", fontsize=9)
             axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4)
         for axes in grid[len(panels) :]:
