@@ -463,7 +463,7 @@ def test_a_method_of_ones_own_is_benchmarked_as_its_page_says(tmp_path, capsys, 
     assert len(block.strip().splitlines()) <= 10
     plugin, out = tmp_path / "mine.py", tmp_path / "out"
     plugin.write_text(block)
-    sizes = ("--population", 32, "--held-out", 8, "--steps", 6, "--attributes", "Smiling")
+    sizes = ("--population", 32, "--held-out", 8, "--steps", 6, "--eta", 0, "--attributes", "Smiling")
     chosen = ("--methods", "two a side", "random h", "--plugin", plugin)
     try:
         status, text, _ = run(capsys, "benchmark", "--quick", *sizes, *chosen, "-o", out)
@@ -475,6 +475,7 @@ def test_a_method_of_ones_own_is_benchmarked_as_its_page_says(tmp_path, capsys, 
     assert tables | {"pareto.pdf", "strips-Smiling.png"} <= {path.name for path in out.iterdir()}
     table = pd.read_parquet(out / "edits.parquet")
     assert set(table.method) == {"two a side", "random h"} and set(table.attribute) == {"Smiling"}
+    assert wb.load_benchmark(out).protocol.eta == 0
 
 
 # Mistakes

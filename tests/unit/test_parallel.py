@@ -140,9 +140,11 @@ def test_their_number_is_that_of_the_variable_else_torchs(monkeypatch, threads):
     assert thread_count() == 5, "no more than the cores that this process may use"
     monkeypatch.setattr(parallel.torch, "get_num_threads", lambda: 2)
     assert thread_count() == 2
+    threads("")
+    assert thread_count() == 2
     threads(7)
     assert thread_count() == 7
-    for bad in ("0", "two", "-1", ""):
+    for bad in ("0", "two", "-1"):
         threads(bad)
         with pytest.raises(ValueError, match="WORKBENCH_THREADS"):
             thread_count()

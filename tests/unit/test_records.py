@@ -348,6 +348,7 @@ def test_a_method_of_ones_own_is_ranked_among_the_recorded_ones(record, small, t
     assert wb.load_benchmark(out).protocol.methods == (*METHODS_RECORDED, "two a side")
     for more, message in (
         (["--against", "records", "--steps", "4"], "--steps is given, and --against takes it from the record"),
+        (["--against", "records", "--eta", "0"], "--eta is given, and --against takes it from the record"),
         (["--against", str(tmp_path)], f"there is no benchmark in {tmp_path}"),
     ):
         METHODS.pop("two a side", None)

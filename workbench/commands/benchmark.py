@@ -19,12 +19,13 @@ SHOWN = "new success success_low success_high change leakage entanglement psnr_o
 
 @dataclasses.dataclass
 class Size:
-    """Sizes of a benchmark; the defaults are those of --quick, of the full benchmark or of the record."""
+    """Sizes and sampling of a benchmark; the defaults are those of --quick, of the full benchmark or of the record."""
 
     population: Annotated[int | None, Option(help="samples, and labelled images, to find directions in")] = None
     held_out: Annotated[int | None, Option(help="samples to edit")] = None
     repeats: Annotated[int | None, Option(help="number of populations, each with its own seeds")] = None
     steps: Annotated[int | None, Option(help="visited timesteps")] = None
+    eta: Annotated[float | None, Option(help="step noise: 0 is DDIM, 1 DDPM (default)")] = None
 
 
 @command(
@@ -124,7 +125,8 @@ def benchmark(
 
 def _refuse(size: Size, quick: bool, seed: int) -> None:
     """What a record decides can't be given beside it."""
-    given = {"--population": size.population, "--steps": size.steps, "--quick": quick, "--seed": seed}
+    given = {"--population": size.population, "--steps": size.steps, "--eta": size.eta is not None}
+    given |= {"--quick": quick, "--seed": seed}
     for option, value in given.items():
         if value:
             raise ValueError(f"{option} is given, and --against takes it from the record; leave it out")

@@ -57,7 +57,7 @@ def thread_count() -> int:
         If the variable is not a positive integer.
     """
     given = os.environ.get(THREADS)
-    if given is None:
+    if not given:
         return max(1, min(torch.get_num_threads(), joblib.cpu_count()))
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"{THREADS} is {given!r}; give a number of threads, 1 or more")
