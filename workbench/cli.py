@@ -25,7 +25,7 @@ examples:
   workbench studio --model avataaars32            edit with sliders in the browser
   workbench run 20_geometry -p n 512              a notebook as a report; --list shows its parameters
   workbench report                                all notebooks, and reports/index.html
-  workbench doctor                                what is installed, and what is missing for what
+  workbench doctor                                installed versions, and missing dependencies of each feature
 """
 
 

@@ -74,7 +74,7 @@ def find_jacobian(
 ):
     """Find the directions that change one sample most (Haas et al.).
 
-    --seed chooses the sample; n samples scale the directions.
+    --seed chooses the sample; the unit of scale is the standard deviation of --n samples.
     """
     from workbench.datasets.domain import find_region
     from workbench.diffusion.schedule import index_of
@@ -119,7 +119,7 @@ def find_labels(
     images: opt.LabelledSource = "avataaars",
     n: opt.Count = 512,
     steps: opt.Steps = 50,
-    seed: Annotated[int, Option(help="draws the images that are taken")] = 0,
+    seed: Annotated[int, Option(help="seed of the random choice of images")] = 0,
 ):
     """Find directions from labelled images: from those without an attribute to those with it.
 
@@ -140,7 +140,7 @@ def find_text(
     place: Place,
     text: Annotated[list[str], Option(metavar="TEXT...", help="texts; each gives a direction")],
     against: Annotated[str, Option(help="text that describes images without it")] = SOURCE,
-    k: Annotated[int | None, Option(min=1, help="samples on each side (default: all that fit)")] = None,
+    k: Annotated[int | None, Option(min=1, help="samples a side (default: those that fit clearly, 8 to 128)")] = None,
     clip: Annotated[str, Option(help="avataaars-clip, clip, a hub id or a folder")] = "avataaars-clip",
 ):
     """Find directions from sentences: from the samples that fit `--against` to those that fit `--text`, by CLIP."""
@@ -160,7 +160,7 @@ def boundary_fit(
     t: Annotated[int, Option(help="timestep, one of the visited ones")],
     steps: opt.Steps = 50,
     n: Annotated[int, Option(min=1, help="number of images or samples")] = 100,
-    seed: Annotated[int, Option(help="of the first sample; draws the images that are taken")] = 0,
+    seed: Annotated[int, Option(help="seed of the first sample, or of the random choice of images")] = 0,
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
     classifier: Annotated[str | None, Option(help="fit on samples labelled by this classifier, not on images")] = None,
@@ -217,7 +217,7 @@ def boundary_text(
     generator: Annotated[str, Option(help="text-to-image model that makes the images")] = "avataaars32-text",
     guidance_scale: Annotated[float, Option(help="of the generator")] = 4.0,
     n: Annotated[int, Option(min=1, help="images of each prompt")] = 32,
-    t: Annotated[int | None, Option(help="timestep (default: that of the paper's noise level)")] = None,
+    t: Annotated[int | None, Option(help="timestep (default: the noise level of the paper's mixing step)")] = None,
     steps: Annotated[int, Option(min=1, help="timesteps of generator and inversion")] = 12,
     method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
     seed: opt.Seed = 0,

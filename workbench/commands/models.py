@@ -130,7 +130,8 @@ def taps(
 ):
     """List where h can be read and edited.
 
-    Every tap with its shape, the root mean square of its activations, and the share by which samples differ.
+    For every tap its shape, the root mean square of its activations, and the share of their mean square that varies
+    between samples.
     """
     model = network.load()
     run = wb.sample(model, range(seed, seed + n), record_x=True, **network.chain)
@@ -305,7 +306,7 @@ def evaluate_model(
     seed: opt.Seed = 0,
     classifiers: Annotated[list[str], Option(metavar="NAME...", help="feature spaces; the last one judges")] = DOMAIN,
     inverted: Annotated[int, Option(help="images to invert and reconstruct")] = 32,
-    recipe: Annotated[bool, Option("--recipe", help="expect the domain's probabilities")] = False,
+    recipe: Annotated[bool, Option("--recipe", help="expect the attribute frequencies of the recipe")] = False,
     card: Annotated[str | None, Option(help="model folder; writes the numbers to its README.md")] = None,
 ):
     """Measure samples against held-out images.
