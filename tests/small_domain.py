@@ -18,7 +18,9 @@ from PIL import Image
 import workbench as wb
 from workbench import paths
 from workbench.datasets.attribute_net import new_network, write_network
-from workbench.report.parameters import notebook_parameters
+from workbench.report.kernels import KernelServer
+from workbench.report.parameters import check_parameters, find_notebook, notebook_parameters
+from workbench.report.running import Job
 
 ATTRIBUTES = ["Bright", "Left", "Top"]
 
@@ -60,6 +62,15 @@ def sizes_of(name: str) -> dict:
     """Parameters of a notebook but for what it loads."""
     known = notebook_parameters(name)
     return {key: value for key, value in (SIZES | OWN.get(name, {})).items() if key in known}
+
+
+def run_notebook(name: str, values: dict, kernels: KernelServer, out: Path) -> None:
+    """Execute a staged notebook with those of these values that it takes, and sizes of its own."""
+    known = notebook_parameters(name)
+    values = sizes_of(name) | {key: value for key, value in values.items() if key in known}
+    with contextlib.closing(Job(name, threads=1, kernels=kernels)) as job:
+        failure = job.execute(find_notebook(name), out, check_parameters(name, values), timeout=600)
+    assert failure is None, failure
 
 
 @contextlib.contextmanager

@@ -34,30 +34,17 @@ def calls(name):
     return [node for node in nodes if isinstance(node, ast.Call)]
 
 
-def test_is_numbered_by_stage(name):
+def test_has_the_form_of_a_staged_notebook(name):
+    """Numbered by its stage, stripped, with the kernel of all, a title, and parameters in the first code cell."""
     assert re.fullmatch(r"\d\d_[a-z0-9_]+", name) or name in TEMPLATES
-
-
-def test_is_stripped(name):
-    notebook = read(name)
+    notebook, cells = read(name), code_cells(name)
     assert "papermill" not in notebook.metadata and "widgets" not in notebook.metadata
-    for cell in code_cells(name):
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[0].cell_type == "markdown" and re.match(r"# \S", notebook.cells[0].source)
+    assert [i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])] == [0]
+    for cell in cells:
         assert cell.outputs == [] and cell.execution_count is None, cell.source
         assert not set(cell.metadata) - {"tags"}, f"metadata other than tags: {dict(cell.metadata)}"
-
-
-def test_names_the_kernel(name):
-    assert read(name).metadata.kernelspec.name == "python3"
-
-
-def test_begins_with_its_title(name):
-    first = read(name).cells[0]
-    assert first.cell_type == "markdown" and re.match(r"# \S", first.source)
-
-
-def test_parameters_are_the_first_code_cell(name):
-    tagged = [i for i, cell in enumerate(code_cells(name)) if "parameters" in cell.metadata.get("tags", [])]
-    assert tagged == [0]
 
 
 def test_every_parameter_is_plain_and_seen_by_papermill(name):

@@ -33,7 +33,6 @@ from workbench.directions.boundary import load_boundary
 from workbench.formats import golden, layouts
 from workbench.report import figures
 from workbench.studio.recipe import save_recipe
-from workbench.studio.server import find_editables
 from workbench.studio.session import EditSession
 
 
@@ -122,21 +121,14 @@ def arrived(monkeypatch, target: str, words) -> dict[str, object]:
 CHAIN = "--steps 3 --eta 0.5 --batch-size 2"
 OWN = wb.TrainingSettings(size=16, widths=(16, 32), attention=(), head_channels=16, gamma=math.inf, flips=True)
 STUDIO = {
-    "model": "m",
-    "condition": {},
-    "directions": ["a", "b"],
-    "seeds": [2, 5],
-    "steps": 50,
-    "eta": 1.0,
-    "classifier": "",
-    "clip": "",
+    **{"model": "m", "condition": {"label": 3, "guidance_scale": 2.0, "negative_prompt": ""}, "directions": ["a", "b"]},
+    **{"seeds": [2, 5], "steps": 50, "eta": 1.0, "classifier": "", "clip": "", "device": None},
 }
 ARRIVES = {
     f"sample TINY --seeds 0-2,7 {CHAIN}": (
         "workbench.sample",
         {"seeds": [0, 1, 2, 7], "steps": 3, "eta": 0.5, "batch_size": 2},
     ),
-    "sample TINY": ("workbench.sample", {"seeds": list(range(16)), "steps": 50, "eta": 1.0, "batch_size": None}),
     "sample x --device cpu --precision bfloat16 --compile": (
         "workbench.load_model",
         {"source": "x", "device": "cpu", "dtype": "bfloat16", "compile": True},
@@ -145,7 +137,6 @@ ARRIVES = {
         "workbench.extract",
         {"n": 5, "seed": 7, "steps": 3, "eta": 0.5, "dtype": "float32", "record_x": True, "out": "memory://a/b"},
     ),
-    "extract TINY": ("workbench.extract", {"n": 512, "seed": 0, "dtype": "float16", "record_x": False, "out": None}),
     "convert a.pt out --image-size 8 --head-channels 16 --schedule cosine --timesteps 4000 --rescale-timesteps": (
         "workbench.convert_checkpoint",
         {"file": "a.pt", "out": "out", "image_size": 8, "head_channels": 16, "schedule": "cosine", "timesteps": 4000}
@@ -155,7 +146,6 @@ ARRIVES = {
         "workbench.train_model",
         {"settings": OWN, "out": Path("made"), "resume": False, "minutes": 10.0, "previews": 16},
     ),
-    "train FACES --out made --from TINY --minutes 2": ("workbench.train_model", {"minutes": 2.0, "resume": False}),
     "train-classifier FACES --out made --steps 5 --design judge": (
         "workbench.train_classifier",
         {"out": Path("made"), "seed": 0, "steps": 5, "design": "judge", "flips": False, "turns": False},
@@ -181,10 +171,6 @@ ARRIVES = {
         "workbench.run_benchmark",
         {"protocol": wb.Protocol(("PCA", "random h"), ("Smiling",), held_out=8), "workers": 3, "scheduler": None},
     ),
-    "studio --model m --directions a b --seeds 2,5 --port 8 --theme dark": (
-        "workbench.studio.server.serve_studio",
-        {"options": {**STUDIO, "device": None}, "port": 8, "theme": "dark"},
-    ),
     "explore a.zarr --classifier c --methods pca umap --port 8 --theme dark": (
         "workbench.studio.server.serve",
         {
@@ -196,15 +182,9 @@ ARRIVES = {
             **{"port": 8, "theme": "dark"},
         },
     ),
-    "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2": (
+    "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2 --port 8 --theme dark": (
         "workbench.studio.server.serve_studio",
-        {
-            "options": {
-                **STUDIO,
-                "device": None,
-                "condition": {"label": 3, "guidance_scale": 2.0, "negative_prompt": ""},
-            }
-        },
+        {"options": STUDIO, "port": 8, "theme": "dark"},
     ),
     "run 10 -p n 512 -p tap=before -p images_name a=b -o x.ipynb": (
         "workbench.report.notebooks.run_notebook",
@@ -234,9 +214,8 @@ def test_what_is_given_arrives(line, tiny_folder, faces, cache, tmp_path, monkey
 
 @pytest.fixture
 def faces(tmp_path):
-    """Eight images of one colour each, with labels whose names are no names of files."""
-    names = ["Smiling", "Hair/Long", "Hair-Long", "../Smile", "50% grey"]
-    return paint(tmp_path / "faces", [(255 * (k % 2), k, 90) for k in range(8)], names)
+    """Eight images of one colour each, with labels."""
+    return paint(tmp_path / "faces", [(255 * (k % 2), k, 90) for k in range(8)], ["Smiling"])
 
 
 def paint(folder, colors, names=()):
@@ -351,22 +330,6 @@ def test_directions_found_in_different_ways_are_different_files_that_load(tiny_f
     assert {direction.provenance["method"] for direction in found} == {"pca", "jacobian", "labels", "scores"}
 
 
-def test_directions_of_any_attribute_are_saved_where_the_studio_finds_them(tiny_folder, faces, capsys, cache, tmp_path):
-    names = wb.load_images(faces).names
-    where = ("--images", faces, "--steps", 2, "-o", tmp_path / "found")
-    for command in (("find", "labels", tiny_folder), ("boundary", "fit", tiny_folder, "--t", 500, "--n", 8)):
-        status, _, err = run(capsys, *command, *where, "--attributes", *names)
-        assert status == 0, err
-    model = wb.load_model(tiny_folder, device="cpu")
-    found = find_editables(model, [str(tmp_path / "found")], model.schedule.timesteps(2))
-    # Each has a direction, and boundaries in x and h.
-    assert sorted(each.name for each in found) == sorted([*names, *names, *names])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "faces", "found", "tiny"]
-    status, out, _ = run(capsys, "train-classifier", faces, "--out", tmp_path / "made", "--steps", 1)
-    assert status == 0 and "5 attributes Smiling" in out
-    assert wb.load_classifier(tmp_path / "made").attributes[0] == "Smiling"
-
-
 def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, cache, monkeypatch):
     out, common = tmp_path / "found", (tiny_folder, "--steps", 4)
     status, said, _ = run(capsys, "boundary", "fit", *common, "--t", 500, "-o", out, "--n", 60)
@@ -385,18 +348,13 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     assert given.items() >= (crossing | {"keep_norm": True, "batch_size": None}).items()
 
 
-def class_folders(folder):
-    """Ten images of each of two classes; one lies elsewhere and is linked."""
-    folder.mkdir()
-    paint(folder / "dark", [(60 + i, i, 0) for i in range(10)])
-    (folder / "red").symlink_to(paint(folder.with_name("elsewhere"), [(200 + i, i, 0) for i in range(10)]))
-    return folder
-
-
 def test_images_are_taken_in_an_order_that_the_seed_draws_or_those_of_class_folders_are_of_one(
     tiny_folder, tmp_path, monkeypatch
 ):
-    sides = class_folders(tmp_path / "sides")
+    sides = tmp_path / "sides"
+    sides.mkdir()
+    for name, red in (("dark", 60), ("red", 200)):
+        paint(sides / name, [(red + i, i, 0) for i in range(10)])
     taken = wb.load_images(sides, labels="folders").shuffled(3).select(slice(8)).labels
     assert 0 < taken["red"].sum() < 8
     chosen = ("--images", sides, "--labels", "folders", "--attributes", "red", "--n", 8, "--seed", 3, "--steps", 4)
@@ -404,12 +362,7 @@ def test_images_are_taken_in_an_order_that_the_seed_draws_or_those_of_class_fold
         assert arrived(monkeypatch, "workbench.extract", [*command, *chosen])["images"].labels.equals(taken)
 
 
-def test_boundaries_come_from_class_folders_and_from_a_classifier(tiny_folder, tmp_path, capsys, cache, monkeypatch):
-    fit = ("boundary", "fit", tiny_folder, "--steps", 4, "--t", 500, "-o", tmp_path / "found")
-    sides = ("--images", class_folders(tmp_path / "sides"), "--labels", "folders", "--attributes", "red")
-    assert run(capsys, *fit, *sides)[0] == 0
-    found = load_boundary(tmp_path / "found" / "tiny-red-x-t500.safetensors")
-    assert (found.provenance["parameters"]["positives"], found.provenance["parameters"]["negatives"]) == (10, 10)
+def test_boundaries_come_from_a_classifier(tmp_path, capsys, cache, monkeypatch):
     bundled = ("boundary", "fit", "avataaars32", "--steps", 4, "--t", 500, "--n", 12, "--classifier", "avataaars")
     monkeypatch.setattr(paths, "boundaries", lambda: tmp_path / "boundaries")  # not among directions
     status, said, _ = run(capsys, *bundled, "--attributes", "Long_Hair")
@@ -482,11 +435,8 @@ def test_a_method_of_ones_own_is_benchmarked_as_its_page_says(tmp_path, capsys, 
 
 MISTAKES = [
     ("sampel avataaars32", "'sampel'. Did you mean 'sample'"),
-    ("sample avataaars32 --step 3", "--steps"),
-    ("sample", "MODEL"),
     ("sample nope", "bundled: avataaars32"),
     ("sample avataaars32 --steps many", "'many'"),
-    ("sample avataaars32 --eta=nan", "'nan' is not a finite number"),
     *((f"sample avataaars32 --seeds={text}", text[-3:]) for text in ("a", "3-", "1,5-3")),
     ("sample avataaars32 -o x.gif", ".gif; it can be written as .png"),
     ("extract avataaars32 --n -5", "equal to 1 (given: '-5')"),
@@ -495,35 +445,25 @@ MISTAKES = [
     ("find scores avataaars32 --attributes", "--attributes"),
     ("find jacobian avataaars32 --t 500 --region nose", "nose"),
     ("boundary fit avataaars32 --t 510 --n 4 --attributes Beard", "nearest 520 or 500"),
-    ("find labels avataaars32 --attributes Wings", "'Wings' is not known; it is one of Smiling, Mouth_Open"),
     ("boundary edit avataaars32 --boundaries b --seeds 1", "there is no boundary at b"),
     ("boundary edit avataaars32 --boundaries b", "--images or --seeds"),
     ("evaluate-model avataaars32 --card nothing", "no model folder nothing"),
-    ("verify google/ddpm-ema-none-256", "google/ddpm-ema-none-256"),
-    ("convert MODELS made", "is a folder, and convert takes a file"),
-    ("train-classifier missing --out made", "missing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
-    ("benchmark --methods magic -o none", "there is no method 'magic'"),
     ("benchmark avataaars64 --records -o none", "there is no recorded benchmark of 'avataaars64'"),
     ("studio --port 99999", "port 99999 is invalid"),
-    ("studio --directions nope.safetensors", "there is no direction at nope.safetensors"),
-    ("explore nope.zarr", "there is no store at nope.zarr"),
     ("explore nope.zarr --out page.pdf", "ends in .pdf"),
     ("edit nope.json", "there is no recipe nope.json"),
     ("sample avataaars32 --prompt cat", "prompt is 'cat', and avataaars32 has no text encoder"),
     ("sample avataaars32 --negative-prompt cat", "--negative-prompt"),
     ("figure", "name a figure, or `all`"),
-    ("figure haas-fig99", "there is no figure 'haas-fig99'"),
     ("run", "workbench run --list"),
-    ("run 99_nothing", "99_nothing"),
     ("report --jobs 1 --profile nope", "nope"),
-    ("report --jobs 1 --only 99_nothing", "99_nothing"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "words"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_one_sentence_and_leaves_nothing(line, words, no_traces, capsys):
-    assert words in refused(capsys, *line.replace("MODELS", str(paths.models())).split(" "))
+    assert words in refused(capsys, *line.split(" "))
 
 
 def test_debug_shows_the_traceback():

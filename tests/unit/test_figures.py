@@ -49,6 +49,9 @@ wb.save_figure(
 """
 
 
+MODEL = SimpleNamespace(name="m", hash="abc")
+
+
 def saved(name="haas-fig2a", folder="", **given):
     """A figure saved by hand, with what is given in place of the usual."""
     options = {
@@ -56,16 +59,17 @@ def saved(name="haas-fig2a", folder="", **given):
         "caption": "a caption",
         "table": pd.DataFrame({"a": [1]}),
         "numbers": {"follows_h": Estimate(0.9, 0.8, 1.0, 10)},
-        "sources": {"model": SimpleNamespace(name="m", hash="abc")},
+        "sources": {"model": MODEL},
     }
     figure = plots.line([0, 1], [0, 1], xlabel="x", ylabel="y")
     return figures.save_figure(name, figure, folder=folder, **(options | given))
 
 
 @pytest.fixture
-def records_alone(monkeypatch):
-    """Figures are saved without their pictures, which take a second or two."""
+def records(home, monkeypatch):
+    """Where the records of a model are, to which figures are saved without their pictures, which take seconds."""
     monkeypatch.setattr(figures, "WIDTHS", {})
+    return home / "data" / "records" / "m"
 
 
 HAAS = "fig2a fig2b fig3 fig4 fig5 fig6 fig7 fig8a fig8b table1 table1-causes fig11 fig13 alg2 fig17 fig18".split()
@@ -82,15 +86,6 @@ def test_every_experiment_of_both_papers_is_in_a_notebook():
 
 
 # A notebook and its figures
-
-
-def test_figures_are_found_in_the_sources_of_notebooks(home):
-    write_notebook(home / "notebooks" / "10_first.ipynb", CELL, "%matplotlib inline", parameters=PARAMETERS)
-    write_notebook(home / "notebooks" / "20_second.ipynb", CELL.replace("haas-fig4", "zhu-e3"), parameters=PARAMETERS)
-    assert figures.list_figures() == {
-        "haas-fig4": figures.PaperFigure("haas-fig4", "10_first", "Haas et al. Fig. 4: a line"),
-        "zhu-e3": figures.PaperFigure("zhu-e3", "20_second", "Haas et al. Fig. 4: a line"),
-    }
 
 
 def test_a_notebook_writes_its_figures_and_keeps_their_numbers(home, tmp_path):
@@ -112,10 +107,11 @@ def test_a_notebook_writes_its_figures_and_keeps_their_numbers(home, tmp_path):
     outputs = [o for cell in nbformat.read(out / "10_first.ipynb", 4).cells for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
 
-    records = figures.read_records(out, model=SimpleNamespace(hash="abc"))
-    assert records["haas-fig4"]["current"]
+    (home / "data" / "records").mkdir()
+    out.rename(home / "data" / "records" / "m")
+    assert figures.read_records(model=MODEL)["haas-fig4"]["current"]
     write_notebook(home / "notebooks" / "10_first.ipynb", CELL + "# changed", parameters=PARAMETERS)
-    assert not figures.read_records(out, model=SimpleNamespace(hash="abc"))["haas-fig4"]["current"]
+    assert not figures.read_records(model=MODEL)["haas-fig4"]["current"]
 
 
 def test_each_notebook_runs_once_with_the_parameters_that_it_has(home, tmp_path, monkeypatch):
@@ -151,14 +147,13 @@ def test_a_notebook_that_fails_stops_no_other(home, tmp_path, monkeypatch):
     def fail(name, values, out):
         ran.append(name)
         if name != "20_second":
-            raise notebooks.NotebookFailed(f"{name} failed", name=name, cell=1, ename="E", evalue="", path=out)
+            raise notebooks.NotebookFailed(f"{name} failed")
 
     monkeypatch.setattr(notebooks, "run_notebook", fail)
-    with pytest.raises(RuntimeError, match="10_first failed; 30_third failed"):
-        figures.draw_figure("all", out=tmp_path)
-    assert ran == ["10_first", "20_second", "30_third"]
-    with pytest.raises(notebooks.NotebookFailed, match="10_first"):
-        figures.draw_figure("10_first", out=tmp_path)
+    for given, message in (("all", "2 notebooks failed: 10_first failed; 30_third failed"), ("10_first", "^10_first")):
+        with pytest.raises(notebooks.NotebookFailed, match=message):
+            figures.draw_figure(given, out=tmp_path)
+    assert ran == ["10_first", "20_second", "30_third", "10_first"]
 
 
 # Files
@@ -208,27 +203,23 @@ def test_letters_stay_legible_at_the_width_of_a_column():
 # Records and claims
 
 
-def test_a_record_of_another_condition_is_of_another_source(tmp_path, make_unet, records_alone):
+def test_a_record_of_another_condition_is_of_another_source(make_unet, records):
     model = wrap(make_unet(num_class_embeds=4), NoiseSchedule.linear(), name="m", device="cpu", label=1)
-    saved(folder=tmp_path, sources={"model": model})
-    assert figures.read_records(tmp_path, model=model)
+    saved(folder=records, sources={"model": model})
+    assert figures.read_records(model=model)
     for other in (model.conditioned(label=2), model.conditioned(label=1, negative=0, guidance_scale=2.0)):
-        assert not figures.read_records(tmp_path, model=other)
+        assert not figures.read_records(model=other)
 
 
-def test_records_of_other_sources_are_left_out(tmp_path, records_alone):
-    model, judge = SimpleNamespace(name="m", hash="abc"), SimpleNamespace(name="j", hash="def")
-    images = SimpleNamespace(hash="123")
-    saved(folder=tmp_path, sources={"model": model, "judge": judge, "images": images})
+def test_records_of_other_sources_are_left_out(records):
+    judge, images = SimpleNamespace(name="j", hash="def"), SimpleNamespace(hash="123")
+    saved(folder=records, sources={"model": MODEL, "judge": judge, "images": images})
     other = SimpleNamespace(name="m", hash="xyz")
-    assert list(figures.read_records(tmp_path, model=model)) == ["haas-fig2a"]
-    assert list(figures.read_records(tmp_path, model=model, judge=judge, images=images)) == ["haas-fig2a"]
     # A figure that no labeller was needed for is of any.
-    assert list(figures.read_records(tmp_path, model=model, labeller=other)) == ["haas-fig2a"]
-    for given in ({"model": other}, {"model": model, "judge": other}, {"model": model, "images": other}):
-        assert figures.read_records(tmp_path, **given) == {}
-    with pytest.raises(FileNotFoundError, match="missing"):
-        figures.read_records(tmp_path / "missing", model=model)
+    for given in ({}, {"judge": judge, "images": images}, {"labeller": other}):
+        assert list(figures.read_records(**{"model": MODEL} | given)) == ["haas-fig2a"]
+    for given in ({"model": other}, {"judge": other}, {"images": other}):
+        assert figures.read_records(**{"model": MODEL} | given) == {}
 
 
 def test_code_that_draws_does_not_make_a_record_outdated(home, monkeypatch):
@@ -257,9 +248,7 @@ def test_a_verdict_follows_from_the_interval(low, high, above, below):
 def test_there_are_claims_of_both_papers_each_of_a_number_of_its_own():
     known = claims.load_claims()
     assert {claim.paper for claim in known} == {"Haas et al. 2024", "Zhu et al. 2023"}
-    assert len(known) >= 20
     assert len({(claim.figure, claim.number) for claim in known}) == len(known)
-    assert all(isinstance(claim.threshold, int | float) and isinstance(claim.above, bool) for claim in known)
 
 
 def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bundled_model():
@@ -271,9 +260,9 @@ def test_the_bundled_records_have_the_number_of_every_claim_and_belong_to_the_bu
     assert judged[["value", "low", "high", "n"]].notna().all(axis=None)
 
 
-def test_a_claim_without_a_record_is_not_measured(tmp_path, records_alone):
-    saved(folder=tmp_path)
-    judged = claims.verdicts(figures.read_records(tmp_path, model=SimpleNamespace(hash="abc"))).set_index("claim")
+def test_a_claim_without_a_record_is_not_measured(records):
+    saved(folder=records)
+    judged = claims.verdicts(figures.read_records(model=MODEL)).set_index("claim")
     first = judged.loc["h carries what an image shows (Fig. 2a)"]
     assert (first.verdict, first.value, first.n, first.current) == ("holds", 0.9, 10, False)
     assert (judged.verdict == "not measured").sum() == len(claims.load_claims()) - 1

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 
+import psutil
 import pytest
 from notebook_files import output_of, write_notebook
 
@@ -53,21 +54,13 @@ def test_one_that_dies_is_a_failure_and_another_starts_after_it(server, home):
     assert "alive" in output_of(run(server, "10_a").notebook)
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_none_outlives_its_server(server, tmp_path):
     with server:
         process = server.fork(["-f", str(tmp_path / "connection.json")], cwd=str(tmp_path), env=dict(os.environ))
-        assert process.poll() is None and alive(process.pid)
+        assert process.poll() is None and psutil.pid_exists(process.pid)
     deadline = time.monotonic() + 30
-    while alive(process.pid) and time.monotonic() < deadline:
+    while psutil.pid_exists(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not alive(process.pid)
+    assert not psutil.pid_exists(process.pid)
     with pytest.raises(RuntimeError, match="run the report again"):
         server.fork([], cwd=str(tmp_path), env={})

@@ -51,14 +51,9 @@ class TestParameters:
         [
             ({"sed": 4}, r"'sed'; it takes model_name, steps, seed, .* \(did you mean seed\?\)"),
             ({"steps": "many"}, r"steps of 10_first is 'many' \(str\); it must be int, like its default 20"),
-            ({"steps": "2.5"}, "'2.5'"),
             ({"steps": 2.0}, r"2.0 \(float\); it must be int"),
             ({"steps": True}, r"True \(bool\); it must be int"),
-            ({"images": 1}, r"1 \(int\); it must be bool"),
             ({"images": "perhaps"}, r"'perhaps' \(str\); it must be bool \(true or false\)"),
-            ({"model_name": None}, "it must be str"),
-            ({"scales": 3}, "it must be list"),
-            ({"eta": float("inf")}, "inf"),
             ({"eta": "nan"}, "it must be float"),
             ({"levels": [0.5, "a"]}, r"'a' \(str\); it must be list\[float\]"),
             ({"scales": [object()]}, "plain value"),
@@ -73,23 +68,17 @@ class TestParameters:
         ("key", "text", "value"),
         [
             ("name", "007", "007"),
-            ("name", "a=b", "a=b"),
-            ("names", "3,7", ["3", "7"]),
             ("names", "Yes,No", ["Yes", "No"]),
             ("names", "[010, 'a, b', 2020-01-01, on, 1:30]", ["010", "a, b", "2020-01-01", "on", "1:30"]),
             ("names", "", []),
-            ("words", "Yes,3", ["Yes", "3"]),
             ("mixed", "1,Yes,2.5,010", [1, "Yes", 2.5, "010"]),
             ("counts", "010,-20", [10, -20]),
             ("rates", "[1e-3, 2]", [0.001, 2.0]),
             ("rate", "1", 1.0),
             ("flag", "on", True),
-            ("flag", "false", False),
             ("counts", "1:30", None),
-            ("counts", "1.5", None),
             ("rates", "nan", None),
             ("flag", "maybe", None),
-            ("names", "a: b", None),
         ],
     )
     def test_the_declared_type_decides_what_a_text_is(self, home, key, text, value):
@@ -116,14 +105,10 @@ class TestCondition:
         ("given", "expected"),
         [
             ("{prompt: a face}", {"prompt": "a face"}),
-            ("prompt: a face", {"prompt": "a face"}),
             ("{prompt: 1984, negative_prompt: 007}", {"prompt": "1984", "negative_prompt": "007"}),
             ("{prompt: 'a face, with {braces} and \\'}", {"prompt": "a face, with {braces} and \\"}),
-            ({"prompt": 'two\nlines of "it\'s"'}, {"prompt": 'two\nlines of "it\'s"'}),
             ("{label: 3, negative: 0, guidance_scale: 2}", {"label": 3, "negative": 0, "guidance_scale": 2.0}),
             ({"label": np.int64(3)}, {"label": 3}),
-            ({"label": "3"}, {"label": 3}),
-            ("{}", {}),
             ("", {}),
         ],
     )
@@ -137,12 +122,9 @@ class TestCondition:
         [
             ("{lable: 3}", r"'lable'; it takes prompt, .* \(did you mean label\?\)"),
             ("{label: three}", "label .*'three'.*whole number"),
-            ({"label": 2.5}, "2.5"),
             ({"label": True}, "True"),
             ({"prompt": 3}, "prompt .* 3; it must be a text"),
             ("[1]", r"'\[1\]'"),
-            ("a face", "'a face'"),
-            ({"guidance_scale": "nan"}, "'nan'"),
         ],
     )
     def test_of_another_form_is_refused(self, read, given, message):
@@ -170,25 +152,17 @@ class TestSources:
             ("00", {"model_name": "nope"}, "model_name of 00_quickstart is 'nope': no model 'nope'"),
             ("00", {"model_name": "/nowhere/x.ckpt"}, "no model '/nowhere/x.ckpt'"),
             ("95", {"images_name": "nowhere"}, "there is no folder or zip nowhere"),
-            ("00", {"model_name": "data/nope"}, "'data/nope' is neither a local folder"),
             ("90", {"image_path": "none.jpg"}, "there is no image none.jpg"),
             ("20", {"classifier_name": "nobody"}, "no classifier 'nobody'"),
-            ("40", {"judge_name": "nobody"}, "no classifier 'nobody'"),
             ("10", {"steps": 2000}, "steps of 10_extract: steps is 2000; a model trained on 1000 timesteps"),
-            ("10", {"steps": 0}, "steps is 0"),
             ("30", {"inversion_steps": [10, 5000]}, "inversion_steps of 30_dynamics: steps is 5000"),
             ("60", {"timestep": 1000}, "timestep of 60_boundaries is 1000; .* 0 to 999"),
             ("20", {"attributes": ["Smiling", "Smilng"]}, "no attribute Smilng; give classifier_name"),
             ("30", {"attributes": ["3", "7"]}, "the images have no attribute 3, 7; give images_name"),
             ("55", {"nuisances": ["Long"]}, "the classifier has no attribute Long"),
             ("50", {"judge_name": "clip"}, "the judge has no attribute Long_Hair"),
-            ("60", {"pair": ["Smiling", "Long"]}, "the images have no attribute Long"),
-            ("65", {"attribute": "Long"}, "the images have no attribute Long"),
             ("70", {"attributes": ["Long", "Smiling"]}, "the classifier has no attribute Long"),
-            ("85", {"attribute": "Long"}, "the images have no attribute Long"),
-            ("80", {"attributes": ["Long"]}, "the classifier has no attribute Long"),
             ("00", {"condition": {"label": 3}}, "condition of 00_.* model avataaars32: .*unconditional.* no label"),
-            ("95", {"condition": "{prompt: a face}"}, "condition of 95_.* no text"),
             ("60", {"images_name": ""}, "images_name of 60_boundaries is empty"),
         ],
     )
@@ -214,7 +188,6 @@ class TestSources:
             ({}, "conditioned on a label and none is given; give {label: 3}"),
             ({"label": 4}, "label 4.*0 to 3"),
             ({"label": 1, "prompt": "a face"}, "one of them"),
-            ({"prompt": "a face"}, "on a label, not on a text"),
             ({"label": 1, "guidance_scale": 3.0}, "3.0.*negative"),
             ({"label": 1}, None),
             ({"label": 1, "negative": 2, "guidance_scale": 3.0}, None),
@@ -240,10 +213,7 @@ class TestSources:
         assert "the judge has no attribute Long, Short; give judge_name" in capsys.readouterr().err
         monkeypatch.chdir(tmp_path.parent)
         with pytest.raises(ValueError, match="the judge has no attribute Long, Short; give judge_name"):
-            plan_sweep({"notebooks": 60, "common": given | {"images_name": tmp_path.name}})
-
-    def test_a_notebook_that_loads_nothing_may_name_its_parameters_as_it_likes(self, notebook):
-        assert parameters.check_parameters("10", {"model_name": "none", "steps": 5000})["steps"] == 5000
+            plan_sweep({"notebooks": "60", "common": given | {"images_name": tmp_path.name}})
 
     def test_a_default_is_meant_from_the_notebooks_folder(self, home, monkeypatch):
         path = home / "notebooks" / "10_first.ipynb"
@@ -345,11 +315,9 @@ class TestRun:
 
         with pytest.raises(notebooks.NotebookFailed, match="10_first failed in cell 3 .KeyError: 'too many'") as caught:
             notebooks.run_notebook("10", {"steps": 21}, progress=False)
-        failure = caught.value
-        assert (failure.name, failure.cell, failure.ename, failure.evalue) == ("10_first", 3, "KeyError", "'too many'")
-        assert failure.path == home / "reports" / "failed" / "10_first.html"
-        assert "too many" in failure.path.read_text(encoding="utf-8")
-        assert output_of(failure.path.with_suffix(".ipynb")).strip() == "one"
+        failed = home / "reports" / "failed" / "10_first.html"
+        assert str(caught.value).endswith(str(failed)) and "too many" in failed.read_text(encoding="utf-8")
+        assert output_of(failed.with_suffix(".ipynb")).strip() == "one"
         assert (good.notebook.read_bytes(), good.html.read_bytes()) == kept
         index = (home / "reports" / "index.html").read_text(encoding="utf-8")
         assert "card failed" in index and 'href="failed/10_first.html"' in index and 'href="10_first.html"' in index
@@ -364,10 +332,9 @@ class TestRun:
     )
     def test_a_hung_cell_and_a_dead_kernel_are_failures(self, home, cell, ename):
         write_notebook(home / "notebooks" / "10_first.ipynb", "x = 1", cell)
-        with pytest.raises(notebooks.NotebookFailed) as caught:
+        with pytest.raises(notebooks.NotebookFailed, match=f"cell 3 .{ename}"):
             notebooks.run_notebook("10", progress=False, timeout=5)
-        assert (caught.value.ename, caught.value.cell) == (ename, 3)
-        assert caught.value.path.exists()
+        assert (home / "reports" / "failed" / "10_first.html").exists()
 
     def test_an_interrupt_leaves_nothing_half_written(self, home):
         started = home / "started"
@@ -402,9 +369,9 @@ class TestHtml:
     """What the exporter makes of outputs, without running anything."""
 
     @staticmethod
-    def export(tmp_path, *cells, **kwargs) -> str:
+    def export(tmp_path, *cells) -> str:
         nbformat.write(new_notebook(cells=list(cells)), tmp_path / "n.ipynb")
-        page = pages.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", footer={"Made": "by <hand>"}, **kwargs)
+        page = pages.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", footer={"Made": "by <hand>"})
         return page.read_text(encoding="utf-8")
 
     @staticmethod
@@ -437,7 +404,7 @@ class TestHtml:
     def test_scripts_from_the_network_are_taken_out_words_escaped_and_inline_html_stays(self, home, tmp_path):
         script = self.cell_with({"text/html": '<script src="https://cdn/x.js"></script><b>bold</b>'})
         page = self.export(tmp_path, script, new_markdown_cell("# A <i>b</i>\n\nSome <em>other</em> words"))
-        assert "cdn" not in page and "<b>bold</b>" in page
+        assert "cdn" not in page and "<b>bold</b>" in page and '<details class="code">' in page
         assert "by &lt;hand&gt;" in page and "<em>other</em>" in page
 
     def test_progress_bars_go_and_widgets_show_their_picture(self, home, tmp_path):
@@ -449,9 +416,3 @@ class TestHtml:
         page = self.export(tmp_path, self.cell_with(view | bar), self.cell_with(view | studio), stream)
         assert "0/5" not in page and page.count(png) == 1
         assert "50%" not in page and "100%" in page and "warning: careful" in page
-
-    def test_code_is_folded_or_left_out(self, home, tmp_path):
-        cell = self.cell_with({"text/plain": "result"})
-        assert '<details class="code">' in self.export(tmp_path, cell)
-        without = self.export(tmp_path, cell, keep_code=False)
-        assert "draw()" not in re.sub("<[^>]*>", "", without) and "result" in without and "<button" not in without

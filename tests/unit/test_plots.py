@@ -89,7 +89,6 @@ class TestImageGrid:
         ("change", "message"),
         [
             (lambda x: x[0], "must be \\(n, C, H, W\\)"),
-            (lambda x: x[:0], "at least one image"),
             (lambda x: x.transpose(0, 2, 3, 1), "channels first"),
             (lambda x: (x * 127.5 + 127.5).astype(np.uint8), "x / 127.5 - 1"),
             (lambda x: x * 127.5 + 127.5, "must be in \\[-1, 1\\] \\(8 bits: x / 127.5 - 1"),
@@ -99,12 +98,6 @@ class TestImageGrid:
     def test_refuses_what_is_no_image(self, images, change, message):
         with pytest.raises(ValueError, match=message):
             plots.image_grid(change(images))
-
-    def test_samples_that_diverge_are_clipped(self, images):
-        """So that a notebook of a model that is hardly trained comes to its end."""
-        shown, expected = (plots.image_grid(x).axes[0].images for x in (images * 282, np.sign(images)))
-        for one, other in zip(shown, expected, strict=True):
-            np.testing.assert_array_equal(one.get_array(), other.get_array())
 
 
 class TestCurves:
@@ -128,10 +121,6 @@ class TestCurves:
 
     def test_arrays_are_drawn_as_their_table(self):
         x = np.arange(5)
-        axes = plots.line(x, x**2, low=x**2 - 1, high=x**2 + 1, xlabel="t", ylabel="norm").axes[0]
-        assert axes.lines[0].get_ydata().tolist() == [0, 1, 4, 9, 16] and axes.get_legend() is None
-        band = axes.collections[0].get_paths()[0].vertices
-        assert (band[:, 1].min(), band[:, 1].max()) == (-1, 17)
         two = {"h": torch.tensor(x), "Long_Hair": pd.Series(2 * x, index=x + 7)}
         axes = plots.line(pd.Index(x), two, low={"h": x - 1}, high={"h": x + 1}, xlabel="t", ylabel="norm").axes[0]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["h", "Long Hair"]
@@ -159,7 +148,6 @@ class TestCurves:
             ([1, 2, 3], {"low": [0, 0, 0]}, "both ends"),
             ([1, 2, 3], {"low": [0, 9, 0], "high": [4, 4, 4]}, "low is above high"),
             ({"a": [1, 2, 3]}, {"low": {"b": [0] * 3}, "high": {"b": [1] * 3}}, "'b', which is no line"),
-            ({"a": ["1", "2", "3"]}, {}, "'a' is of type"),
         ],
     )
     def test_refuses_what_does_not_match(self, y, extra, message):
@@ -186,9 +174,9 @@ class TestScatter:
         rng = np.random.default_rng(1)
         points = np.concatenate([rng.normal(size=(300, 2)) * [5, 1], [[40.0, 0.0]]])
         pictures = np.concatenate([np.zeros((300, 3, 8, 8)), np.ones((1, 3, 8, 8))])
-        axes = plots.scatter(points, images=pictures, xlabel="x", ylabel="y", n_thumbnails=25).axes[0]
+        axes = plots.scatter(points, images=pictures, xlabel="x", ylabel="y").axes[0]
         boxes = np.array([shown.get_extent() for shown in axes.images])
-        assert 5 < len(boxes) <= 25
+        assert 5 < len(boxes) <= 40
         for i, a in enumerate(boxes):
             for b in boxes[i + 1 :]:
                 assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
@@ -201,7 +189,6 @@ class TestScatter:
         ("points", "extra", "message"),
         [
             (np.zeros((12, 5)), {}, "points has shape"),
-            (np.zeros((0, 2)), {}, "at least one point"),
             (np.full((12, 2), np.inf), {}, "NaN or infinite"),
             (np.zeros((11, 2)), {}, "12 images for 11 points"),
             (np.zeros((12, 2)), {"color": np.zeros(3)}, "one value per point"),
@@ -217,26 +204,24 @@ class TestAnimate:
     @pytest.mark.parametrize("suffix", [".gif", ".webp"])
     def test_a_film_has_every_frame_there_and_back(self, tmp_path, suffix):
         shades = np.linspace(-1, 1, 4)
-        images = np.broadcast_to(shades[None, :, None, None, None], (2, 4, 3, 8, 8))
-        film = Image.open(plots.animate(images, tmp_path / f"film{suffix}", fps=10, side=16))
-        assert (film.n_frames, film.size, film.info["loop"]) == (6, (32, 16), 0)
+        images = np.broadcast_to(shades[None, :, None, None, None], (2, 4, 3, 100, 100))
+        film = Image.open(plots.animate(images, tmp_path / f"film{suffix}"))
+        assert (film.n_frames, film.size, film.info["loop"]) == (6, (600, 300), 0)
         seen = []
         for k in range(film.n_frames):
             film.seek(k)
             seen.append(np.asarray(film.convert("RGB"))[3, 3, 0])
         expected = (np.array([*shades, *shades[2:0:-1]]) + 1) * 127.5
-        assert np.allclose(seen, expected, atol=2) and film.info["duration"] == 100
+        assert np.allclose(seen, expected, atol=2) and film.info["duration"] in (120, 125)
 
-    def test_an_mp4_is_made_by_ffmpeg_from_the_frames_or_refused_in_a_sentence(self, tmp_path, monkeypatch):
+    def test_an_mp4_without_ffmpeg_or_its_codec_is_refused_in_a_sentence(self, tmp_path, monkeypatch):
         images = np.zeros((3, 3, 8, 8))
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(ValueError, match="ffmpeg, which is not installed"):
             plots.animate(images, tmp_path / "film.mp4")
         program = tmp_path / "ffmpeg"
-        program.write_text('#!/bin/sh\nfor last; do :; done\n/bin/cat > "$last"\n')
-        program.chmod(0o755)
-        assert plots.animate(images, tmp_path / "film.mp4", side=8, back=False).stat().st_size == 3 * 8 * 8 * 3
         program.write_text("#!/bin/sh\n/bin/cat > /dev/null\necho no codec >&2\nexit 1\n")
+        program.chmod(0o755)
         with pytest.raises(ValueError, match="no codec"):
             plots.animate(images, tmp_path / "other.mp4")
         assert not (tmp_path / "other.mp4").exists()
@@ -244,26 +229,22 @@ class TestAnimate:
     @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
     def test_an_mp4_holds_the_frames(self, tmp_path):
         shades = np.linspace(-0.9, 0.9, 4)
-        images = np.broadcast_to(shades[:, None, None, None], (4, 3, 9, 9))
-        film = plots.animate(images, tmp_path / "film.mp4", fps=10, side=27)
+        images = np.broadcast_to(shades[:, None, None, None], (4, 3, 257, 257))
+        film = plots.animate(images, tmp_path / "film.mp4")
         decode = ["ffmpeg", "-loglevel", "error", "-i", str(film), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
         decoded = subprocess.run(decode, capture_output=True, check=True).stdout
-        seen = np.frombuffer(decoded, np.uint8).reshape(6, 28, 28, 3)  # an odd side is padded to an even one
+        seen = np.frombuffer(decoded, np.uint8).reshape(6, 258, 258, 3)  # an odd side is padded to an even one
         expected = (np.array([*shades, *shades[2:0:-1]]) + 1) * 127.5
         assert np.allclose(seen[:, 12, 12], expected[:, None], atol=6)
         assert film.read_bytes()[4:8] == b"ftyp"
 
     @pytest.mark.parametrize(
-        ("shape", "path", "options", "message"),
-        [
-            ((1, 3, 8, 8), "a.gif", {}, r"\(1, 1, 3, 8, 8\)"),
-            ((3, 3, 8, 8), "a.png", {}, "ends in .png"),
-            ((3, 3, 8, 8), "a.gif", {"fps": 0}, "fps is 0"),
-        ],
+        ("shape", "path", "message"),
+        [((1, 3, 8, 8), "a.gif", r"\(1, 1, 3, 8, 8\)"), ((3, 3, 8, 8), "a.png", "ends in .png")],
     )
-    def test_refuses_what_is_no_film(self, tmp_path, shape, path, options, message):
+    def test_refuses_what_is_no_film(self, tmp_path, shape, path, message):
         with pytest.raises(ValueError, match=message):
-            plots.animate(np.zeros(shape), tmp_path / path, **options)
+            plots.animate(np.zeros(shape), tmp_path / path)
 
 
 def test_a_figure_is_a_vector_only_where_it_is_printed_and_not_too_large(monkeypatch):

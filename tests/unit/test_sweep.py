@@ -62,38 +62,17 @@ def test_a_run_is_known_by_all_parameters_and_the_code(home):
 
 
 def test_a_run_is_known_by_the_weights_of_its_model(home):
-    write_notebook(home / "notebooks" / "30_third.ipynb", 'model_name: str = "mine"')
-    weights = home / "data" / "models" / "mine" / "unet" / "weights.safetensors"
-    weights.parent.mkdir(parents=True)
-    keys = set()
-    for content in (b"one", b"two"):
-        weights.write_bytes(content)
-        keys.add(plan_sweep({"notebooks": ["30"]}, name="mine").runs[0].key)
-    assert len(keys) == 2
-    file = home / "mine.ckpt"
-    for content in (b"one", b"two"):
-        file.write_bytes(content)
-        keys.add(plan_sweep({"notebooks": ["30"], "common": {"model_name": str(file)}}, name="mine").runs[0].key)
-    write_notebook(home / "notebooks" / "40_fourth.ipynb", 'judge_name: str = "avataaars-judge"\nmethods: list = []')
-    judge = home / "data" / "models" / "avataaars-attributes" / "judge" / "model.safetensors"
-    judge.parent.mkdir(parents=True)
-    for content in (b"one", b"two"):
-        judge.write_bytes(content)
-        many = {"methods": [f"a method of a long name, {i}" for i in range(40)]}
-        keys.add(plan_sweep({"notebooks": ["40"], "common": many}, name="mine").runs[0].key)
+    names = 'model_name: str = "mine"\njudge_name: str = "avataaars-judge"'
+    write_notebook(home / "notebooks" / "30_third.ipynb", names)
+    file, models, keys = home / "mine.ckpt", home / "data" / "models", set()
+    judge = models / "avataaars-attributes" / "judge" / "model.safetensors"
+    for weights in (models / "mine" / "unet" / "weights.safetensors", judge, file):
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        common = {"model_name": str(file)} if weights == file else {}
+        for content in (b"one", b"two"):
+            weights.write_bytes(content)
+            keys.add(plan_sweep({"notebooks": ["30"], "common": common}, name="mine").runs[0].key)
     assert len(keys) == 6
-
-
-def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
-    write_notebook(home / "notebooks" / "30_third.ipynb", 'images_name: str = "avataaars"')
-    keys = set()
-    for place in ("here", "there"):
-        (home / place / "faces").mkdir(parents=True)
-        monkeypatch.chdir(home / place)
-        (run,) = plan_sweep({"notebooks": ["30"], "common": {"images_name": "faces"}}, name="mine").runs
-        assert run.parameters == {"images_name": str(home / place / "faces")}
-        keys.add(run.key)
-    assert len(keys) == 2
 
 
 @pytest.mark.parametrize(
@@ -101,15 +80,11 @@ def test_a_run_is_known_by_the_folder_that_a_name_means_here(home, monkeypatch):
     [
         ({"matrix": {"nonsense": [1]}}, "has the parameter 'nonsense'"),
         ({"matrix": {"seed": 3}}, "must be a list of values"),
-        ({"matrix": {"seed": []}}, "must be a list of values"),
         ({"matrix": {"seed": ["many"]}}, "parameter seed of 10_first is 'many'"),
         ({"notebooks": ["30"]}, "notebook '30'"),
         ({"runs": 3}, "must be a mapping of notebooks, common, matrix, timeout"),
-        ({"timeout": 0}, "timeout of the sweep is 0"),
         ({"notebooks": [["10"]]}, r"notebooks of the sweep is \[\['10'\]\]"),
         ({"notebooks": {"10": {"n": 1}}}, "notebooks of the sweep is {'10'"),
-        ({"common": ["n"]}, r"common of the sweep is \['n'\]"),
-        ({"matrix": "seed"}, "matrix of the sweep is 'seed'"),
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_runs(home, content, sentence):
@@ -122,13 +97,10 @@ def test_a_bad_sweep_is_refused_before_anything_runs(home, content, sentence):
     [
         ("notebooks: [20, 10]", ["20_second", "10_first"]),
         ("notebooks: 20", ["20_second"]),
-        ('notebooks: "20"', ["20_second"]),
         ("notebooks: 20, 10", ["20_second", "10_first"]),
-        ("notebooks: 20_second", ["20_second"]),
         ("notebooks:\n- 010", "'010'"),
         ("common: {n: 1", "line 1, can't be read"),
         ("", "seeds.yaml must be a mapping"),
-        ("matrices: {}", "'matrices'.*did you mean matrix"),
         ("common: {seed: one}", "seeds.yaml: parameter seed of 10_first is 'one'"),
     ],
 )

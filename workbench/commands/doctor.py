@@ -5,11 +5,11 @@ import os
 import platform
 import shutil
 from ctypes.util import find_library
-from importlib import metadata
 from pathlib import Path
 
 from workbench import __version__, paths
 from workbench.commands.options import command
+from workbench.io import version_of
 
 SHOWN = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "zarr", "papermill", "jupyterlab")
 FEATURES = {
@@ -33,9 +33,9 @@ def doctor():
 
 
 def _versions() -> list[str]:
-    found = {name: _version(name) for name in SHOWN}
+    found = {name: version_of(name) for name in SHOWN}
     pins = [line.split("==") for line in _constraints() if "==" in line]
-    other = [f"{name} {_version(name)} (pinned {pin})" for name, pin in pins if _version(name) not in (None, pin)]
+    other = [f"{name} {version_of(name)} (pinned {pin})" for name, pin in pins if version_of(name) not in (None, pin)]
     lines = ["versions", f"  workbench {__version__} of {paths.home()}, Python {platform.python_version()}"]
     lines += ["  " + ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())]
     return [*lines, f"  other than pinned: {', '.join(other) or 'none'}"]
@@ -96,13 +96,6 @@ def _present(need: str) -> bool:
 
         return any(map(shutil.which, BROWSERS))
     return importlib.util.find_spec(name) is not None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _constraints() -> list[str]:

@@ -1,7 +1,7 @@
 """Commands that find directions and boundaries, and edit along them."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +17,9 @@ FIND = "workbench find pca avataaars32 --n 512 --k 5"
 FIT = "workbench boundary fit avataaars32 --t 500 --attributes Smiling Beard"
 find = opt.subcommands("find", "Find directions in h-space and save them.", example=FIND)
 boundary = opt.subcommands("boundary", "Fit boundaries at one timestep, and cross them.", example=FIT)
+
+
+Method = Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")]
 
 
 def save(found: Iterable, model, folder: Path, ending: str = "") -> None:
@@ -164,7 +167,7 @@ def boundary_fit(
     images: opt.LabelledSource = "avataaars",
     attributes: opt.Attributes = None,
     classifier: Annotated[str | None, Option(help="fit on samples labelled by this classifier, not on images")] = None,
-    method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
+    method: Method = "svm",
     balance: Annotated[bool, Option("--balance", help="give both classes the same weight")] = False,
     wanted: Annotated[float | None, Option(help="warn if the held-out accuracy stays below this")] = None,
 ):
@@ -219,7 +222,7 @@ def boundary_text(
     n: Annotated[int, Option(min=1, help="images of each prompt")] = 32,
     t: Annotated[int | None, Option(help="timestep (default: the noise level of the paper's mixing step)")] = None,
     steps: Annotated[int, Option(min=1, help="timesteps of generator and inversion")] = 12,
-    method: Annotated[Literal["svm", "mean", "lda", "logistic"], Option(help="how the normal is found")] = "svm",
+    method: Method = "svm",
     seed: opt.Seed = 0,
     device: opt.Device = None,
 ):
@@ -315,9 +318,25 @@ def boundary_edit(
     print(f"{grid}\n{out.resolve()}")
 
 
+@dataclasses.dataclass
+class Page:
+    """A page that is served to this machine alone."""
+
+    device: opt.Device = None
+    port: Annotated[int, Option(help="port of the page; 0 picks a free one")] = 0
+    theme: Annotated[Literal["light", "dark"], Option(help="theme of the page")] = "light"
+
+    def serve(self, function: Callable, what: str, settings: dict) -> None:
+        def on_ready(address: str) -> None:
+            print(f"the {what} is at\n  {address}\nuntil Ctrl-C", flush=True)
+
+        function(settings | {"device": self.device}, on_ready=on_ready, port=self.port, theme=self.theme)
+
+
 @command("studio", example="workbench studio --model avataaars32 --directions data/directions --seeds 0-7")
 def studio(
     condition: opt.Condition,
+    page: Page,
     model: Annotated[str, Option(help="bundled name, diffusers folder, hub id or file")] = "avataaars32",
     directions: Annotated[list[str] | None, Option(metavar="PATH...", help="default: the model's own, or PCA")] = None,
     seeds: opt.Seeds = "0-7",
@@ -325,9 +344,6 @@ def studio(
     eta: opt.Eta = 1.0,
     classifier: Annotated[str, Option(help="scores images before and after the edit, e.g. avataaars-judge")] = "",
     clip: Annotated[str, Option(help="type sentences to get sliders, by this CLIP, e.g. avataaars-clip")] = "",
-    device: opt.Device = None,
-    port: Annotated[int, Option(help="port of the page; 0 picks a free one")] = 0,
-    theme: Annotated[Literal["light", "dark"], Option(help="theme of the page")] = "light",
 ):
     """Edit with sliders in the browser.
 
@@ -336,32 +352,19 @@ def studio(
     """
     from workbench.studio.server import serve_studio
 
-    settings = {
-        "model": model,
-        "condition": condition.condition,
-        "directions": directions,
-        "seeds": seeds,
-        "steps": steps,
-        "eta": eta,
-    }
-    serve_studio(
-        settings | {"classifier": classifier, "clip": clip, "device": device},
-        on_ready=lambda address: print(f"the studio is at\n  {address}\nuntil Ctrl-C", flush=True),
-        port=port,
-        theme=theme,
-    )
+    settings = {"model": model, "condition": condition.condition, "directions": directions, "seeds": seeds}
+    settings |= {"steps": steps, "eta": eta, "classifier": classifier, "clip": clip}
+    page.serve(serve_studio, "studio", settings)
 
 
 @command("explore", example="workbench explore data/cache/NAME.zarr --classifier avataaars")
 def explore(
     store: Annotated[str, Argument(help="folder that `workbench extract` wrote, or its address")],
+    page: Page,
     model: Annotated[str | None, Option(help="another path of the store's model; '' for maps alone")] = None,
     directions: Annotated[list[str] | None, Option(metavar="PATH...", help="default: the model's own")] = None,
     classifier: Annotated[str, Option(help="its scores colour the samples, e.g. avataaars")] = "",
     methods: Annotated[list[str], Option(metavar="METHOD...", help="pca, umap, paths")] = ("pca",),
-    device: opt.Device = None,
-    port: Annotated[int, Option(help="port of the page; 0 picks a free one")] = 0,
-    theme: Annotated[Literal["light", "dark"], Option(help="theme of the page")] = "light",
     out: opt.OutPage = None,
 ):
     """Explore a population on linked maps in the browser.
@@ -371,20 +374,12 @@ def explore(
     from workbench.studio.server import open_explorer, serve_explorer
 
     settings = {"store": store, "model": model, "directions": directions, "classifier": classifier}
-    settings |= {"methods": list(methods), "device": device}
-    if out is not None:
-        print(
-            open_explorer(**settings | {"model": model or ""})
-            .save_html(out, title=f"Explorer: {Path(store).name}")
-            .resolve()
-        )
-        return
-    serve_explorer(
-        settings,
-        on_ready=lambda address: print(f"the explorer is at\n  {address}\nuntil Ctrl-C", flush=True),
-        port=port,
-        theme=theme,
-    )
+    settings |= {"methods": list(methods)}
+    if out is None:
+        page.serve(serve_explorer, "explorer", settings)
+    else:
+        explorer = open_explorer(**settings | {"model": model or "", "device": page.device})
+        print(explorer.save_html(out, title=f"Explorer: {Path(store).name}").resolve())
 
 
 @command("edit", example="workbench edit data/edits/edit.json -o edit.png")

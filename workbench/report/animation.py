@@ -20,17 +20,17 @@ if TYPE_CHECKING:  # it imports torch, and reports begin without
     from workbench.editing.render import EditGrid
 
 _SUFFIXES = (".gif", ".webp", ".mp4")
+_RATE = 8
+"""Frames a second."""
+_SIDE = 256
+"""Pixels of the longer side of an image, at least; pixels are enlarged a whole number of times."""
 
 
 def animate(
     images: EditGrid | np.ndarray | Sequence,
     path: str | Path,
-    *,
-    fps: float = 8.0,
-    back: bool = True,
-    side: int = 256,
 ) -> Path:
-    """Write images as a film that repeats, such as an edit from weak to strong or a predicted image over t.
+    """Write images as a film that goes there and back, such as an edit from weak to strong or a predicted image over t.
 
     Parameters
     ----------
@@ -38,12 +38,6 @@ def animate(
         The columns of a grid are its frames, its rows lie side by side.
     path : path
         Ends in .gif, .webp or .mp4; MP4 needs ffmpeg.
-    fps : float
-        Frames a second, at most 50.
-    back : bool
-        Return to the first frame the way the film came, so that it does not jump; an MP4 too.
-    side : int
-        Pixels of the longer side of an image, at least; pixels are enlarged a whole number of times.
 
     Returns
     -------
@@ -55,37 +49,35 @@ def animate(
         If the images have another shape, there is only one frame, or the path ends otherwise or has no ffmpeg.
     """
     path = writable(path, suffixes=_SUFFIXES)
-    if not 0 < fps <= 50:
-        raise ValueError(f"fps is {fps}; give up to 50 frames a second")
     images = as_array(getattr(images, "images", images))
     images = images[None] if images.ndim == 4 else images
     if images.ndim != 5 or images.shape[1] < 2:
         raise ValueError(f"images has shape {images.shape}; a film takes (samples, frames, C, H, W), 2 frames or more")
     rows = [to_pixels(row) for row in images]
     frames = [np.concatenate([row[f] for row in rows], axis=1) for f in range(images.shape[1])]
-    times = -(-side // max(images.shape[-2:]))
+    times = -(-_SIDE // max(images.shape[-2:]))
     frames = [frame.repeat(times, axis=0).repeat(times, axis=1) for frame in frames]
-    frames += frames[-2:0:-1] if back else []
+    frames += frames[-2:0:-1]
     suffix = path.suffix.lower()
     with written(path) as partial:
         if suffix == ".mp4":
-            _film(frames, partial, fps)
+            _film(frames, partial)
         else:
             first, *rest = map(Image.fromarray, frames)
             # The frames' own colours: 256 for each in a GIF, all in a WebP.
             options = {"format": suffix[1:].upper(), "save_all": True, "append_images": rest, "loop": 0}
-            first.save(partial, **options, duration=round(1000 / fps), lossless=True, disposal=2)
+            first.save(partial, **options, duration=round(1000 / _RATE), lossless=True, disposal=2)
     return path
 
 
-def _film(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
+def _film(frames: Sequence[np.ndarray], path: Path) -> None:
     """An MP4 by ffmpeg, which takes the frames as they are from its standard input."""
     program = shutil.which("ffmpeg")
     if program is None:
         raise ValueError("an MP4 needs ffmpeg, which is not installed; write a .webp or .gif, or install ffmpeg")
     height, width = frames[0].shape[:2]
     command = [program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", str(fps), "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "-f", "mp4"]
+    command += ["-r", str(_RATE), "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "-f", "mp4"]
     said = subprocess.run([*command, str(path)], input=b"".join(f.tobytes() for f in frames), capture_output=True)
     if said.returncode:
         raise ValueError(f"ffmpeg could not write the film: {said.stderr.decode(errors='replace').strip()[:200]}")

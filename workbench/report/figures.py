@@ -167,7 +167,7 @@ def draw_figure(
         At the end, if a notebook failed. The others have run.
     """
     # A notebook's kernel, which imports this module, does not need papermill.
-    from workbench.report.notebooks import NotebookFailed, run_notebook
+    from workbench.report.notebooks import NotebookFailed, raise_failures, run_notebook
     from workbench.report.parameters import DOMAIN, notebook_parameters, read_parameters
     from workbench.report.plans import read_profile
 
@@ -193,21 +193,17 @@ def draw_figure(
             run_notebook(notebook, plan[notebook], out / f"{notebook}.ipynb")
         except NotebookFailed as failure:
             failures.append(failure)
-    if len(failures) > 1:
-        raise RuntimeError("; ".join(map(str, failures))) from failures[0]
-    if failures:
-        raise failures[0]
+    raise_failures(failures)
     return [path for each in names for path in [*out.glob(f"{each}.json"), *sorted(out.glob(f"{each}-[sd]*.*"))]]
 
 
-def read_records(folder: str | Path | None = None, *, model: Model, **sources: object) -> dict[str, dict]:
+def read_records(*, model: Model, **sources: object) -> dict[str, dict]:
     """The recorded numbers of every figure, and of the benchmark, as far as they were measured on the same sources.
 
     Parameters
     ----------
-    folder : path, optional
-        By default those that are bundled for the model; only they have the benchmark's.
     model : Model
+        Its records are in `data/records/NAME`.
     **sources : Classifier or LabelledImages
         By role, as in `save_figure`. Leaves out a record of another model, or of another source in one of these roles.
 
@@ -216,18 +212,10 @@ def read_records(folder: str | Path | None = None, *, model: Model, **sources: o
     dict of str to dict
         By name, as `save_figure` writes them, and "current": whether the notebook and all that it calls of the
         workbench are still the same.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a folder is given that is not there.
     """
-    if folder is not None and not paths.local(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder {paths.local(folder)}; give one that figures were written to")
     wanted = {role: _identity(source)["hash"] for role, source in ({"model": model} | sources).items()}
-    known, records = list_figures(), {} if folder is not None else _of_benchmark(model, wanted)
-    folder = paths.data() / "records" / model.name if folder is None else paths.local(folder)
-    for path in sorted(folder.glob("*.json")):
+    known, records = list_figures(), _of_benchmark(model, wanted)
+    for path in sorted((paths.data() / "records" / model.name).glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         made, about = known.get(record["figure"]), record["provenance"]
         measured_on = {role: source["hash"] for role, source in about["sources"].items()}

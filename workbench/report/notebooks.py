@@ -9,17 +9,16 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
 
 from workbench import paths
-from workbench.io import commit, duration
+from workbench.io import commit, duration, version_of
 from workbench.report.pages import SVG, export_html, now, problem_of, write_index
 from workbench.report.parameters import check_parameters, find_notebook, notebook_defaults
 from workbench.report.plans import Run
@@ -59,22 +58,16 @@ class Report:
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook stopped at an error; its output until then is kept.
+    """A notebook, or several, stopped at an error; the output until then is kept."""
 
-    Attributes
-    ----------
-    name : str
-    cell : int
-        Index of the failing cell in the notebook, from 0.
-    ename, evalue : str
-        Name and message of the exception.
-    path : Path
-        The HTML of the executed notebook.
-    """
 
-    def __init__(self, message: str, *, name="", cell=0, ename="", evalue="", path: Path | None = None) -> None:
-        super().__init__(message)
-        self.name, self.cell, self.ename, self.evalue, self.path = name, cell, ename, evalue, path
+def raise_failures(failures: Sequence[Exception]) -> None:
+    """Raise what notebooks failed by as one error, if any did; an error that is not a notebook's comes first."""
+    for failure in failures:
+        if len(failures) == 1 or not isinstance(failure, NotebookFailed):
+            raise failure
+    if failures:
+        raise NotebookFailed(f"{len(failures)} notebooks failed: {'; '.join(map(str, failures))}") from failures[0]
 
 
 def run_notebook(
@@ -84,7 +77,6 @@ def run_notebook(
     *,
     progress: bool = True,
     timeout: int = 3600,
-    keep_code: bool = True,
     vectors: bool = False,
 ) -> Report:
     """Run a notebook in a fresh kernel and write the executed notebook with its HTML.
@@ -104,8 +96,6 @@ def run_notebook(
         Show a progress bar over the cells.
     timeout : int
         Time limit of one cell in seconds.
-    keep_code : bool
-        Include the code in the HTML, folded.
     vectors : bool
         Write NAME.vectors.html, too, with matplotlib's figures as vectors: larger, and sharp in print.
 
@@ -125,10 +115,9 @@ def run_notebook(
     out = paths.reports() / f"{source.stem}.ipynb" if out is None else paths.writable(out).absolute()
     if out.suffix != ".ipynb":
         raise ValueError(f"out is {out}; it must end in .ipynb, and the HTML goes beside it")
-    options = {"progress": progress, "timeout": timeout, "keep_code": keep_code}
     # In a thread of its own, so that an interrupt meets this one, which knows how to stop a kernel.
     with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(Job(source.stem, vectors=vectors)) as job:
-        running = thread.submit(run_job, job, Run(source, checked, out), **options)
+        running = thread.submit(run_job, job, Run(source, checked, out), progress=progress, timeout=timeout)
         try:
             return running.result()
         except KeyboardInterrupt:
@@ -139,7 +128,7 @@ def run_notebook(
                 write_index()
 
 
-def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600, keep_code: bool = True) -> Report:
+def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600) -> Report:
     """Run a notebook, in this thread, with parameters that are checked, and make its report."""
     source, out = find_notebook(run.notebook), run.out
     everything = notebook_defaults(source) | run.parameters
@@ -155,7 +144,7 @@ def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600, 
         record |= {} if failure is None else {"failure": failure}
         page = executed.with_suffix(".html")
         try:
-            options = {"footer": _footer(record), "keep_code": keep_code, "folder": source.parent}
+            options = {"footer": _footer(record), "folder": source.parent}
             export_html(executed, page, **options)
             if job.vectors and failure is None:
                 export_html(executed, page.with_suffix(".vectors.html"), **options, vectors=True)
@@ -173,9 +162,8 @@ def run_job(job: Job, run: Run, *, progress: bool = False, timeout: int = 3600, 
             if page.with_suffix(suffix).exists():
                 os.replace(page.with_suffix(suffix), target.with_suffix(suffix))
     if failure is not None:
-        path, what = failed.with_suffix(".html"), f"cell {failure['cell']} ({problem_of(failure)})"
-        message = f"{source.stem} failed in {what}; what it did until then is in {path}"
-        raise NotebookFailed(message, name=source.stem, path=path, **failure)
+        what = f"{source.stem} failed in cell {failure['cell']} ({problem_of(failure)})"
+        raise NotebookFailed(f"{what}; what it did until then is in {failed.with_suffix('.html')}")
     vectors = out.with_suffix(".vectors.html") if job.vectors else None
     return Report(source.stem, out, out.with_suffix(".html"), everything, seconds, run.key, vectors)
 
@@ -190,12 +178,6 @@ def read_report(path: Path) -> Report | None:
 
 
 def _provenance(name: str, parameters: dict, seconds: float) -> dict:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "name": name,
         "parameters": parameters,
@@ -203,7 +185,7 @@ def _provenance(name: str, parameters: dict, seconds: float) -> dict:
         "date": now(),
         "commit": commit() or "unknown",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: version_of(package) or "not installed" for package in _PACKAGES},
     }
 
 

@@ -40,7 +40,6 @@ def export_html(
     html_path: str | Path,
     *,
     footer: Mapping[str, str],
-    keep_code: bool = True,
     folder: str | Path | None = None,
     vectors: bool = False,
 ) -> Path:
@@ -48,7 +47,7 @@ def export_html(
 
     Formulas become MathML, which browsers draw themselves. Plotly figures stay alive, with one copy of plotly.js for
     all of them; so do widgets that can (see `alive`), and others show their picture, if they have one. Code is folded
-    away, or left out. Progress bars are left out. Figures that were kept as SVG, too, are shown so with
+    away, and progress bars are left out. Figures that were kept as SVG, too, are shown so with
     `vectors`, which takes more space. `footer` has the rows of the table "How this report was made"; pictures that the
     text names lie in `folder`, by default with the staged notebooks.
     """
@@ -68,7 +67,7 @@ def export_html(
         "footer": dict(footer),
     }
     template = {"template_name": "lab", "template_file": str(_ROOM / "report.html.j2")}
-    exporter = _Exporter(**template, exclude_input=not keep_code, embed_images=True)
+    exporter = _Exporter(**template, embed_images=True)
     resources = {"report": page, "metadata": {"path": str(folder or paths.notebooks())}}
     return write_text(html_path, exporter.from_notebook_node(notebook, resources=resources)[0])
 

@@ -148,10 +148,8 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
             raise FileNotFoundError(f"there is no sweep at {where}; write one, as docs/how-to/cluster.md shows")
         name, source = name or where.stem, cast(Mapping, _load_yaml(where))
     content = _sections(source, _SWEEP, where)
-    starts = content["notebooks"]
     try:
-        starts = read_value(str(starts) if type(starts) is int else starts, "list") if starts else list_notebooks()
-        starts = read_value([str(start) if type(start) is int else start for start in starts], "list[str]")
+        starts = read_value(content["notebooks"] or list_notebooks(), "list[str]")
     except ValueError as error:
         given = f"{content['notebooks']!r}; it must be a list of names or their starts, such as [20_geometry, 50]"
         raise ValueError(f"notebooks of {where} is {given}") from error

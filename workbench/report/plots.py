@@ -34,7 +34,6 @@ from workbench.report.style import (
     drawing,
     figure_files,
     finite,
-    points_of,
     save_figure,
     words,
     wrapped,
@@ -66,6 +65,8 @@ __all__ = [
 
 _IN_AXES = 4
 """Names up to which a legend stands inside of the axes; longer ones stand above."""
+
+_THUMBNAILS = 40
 
 
 def curves(
@@ -362,10 +363,6 @@ def pareto(
     table: pd.DataFrame,
     *,
     family: Mapping[str, str],
-    x: str = "psnr_outside",
-    xlabel: str = "PSNR outside of the attribute's region (dB)",
-    y: str = "success",
-    ylabel: str = "share that gains the attribute",
     caption: str | None = None,
 ) -> Figure:
     """Draw the success of methods against preservation, one curve per method over its strengths.
@@ -373,11 +370,10 @@ def pareto(
     Parameters
     ----------
     table : DataFrame
-        From `leaderboard.pareto`: one row per method and strength, with `x`, `y` and their ends `..._low`, `..._high`.
+        From `leaderboard.pareto`: one row per method and strength, with `psnr_outside`, `success`, and their ends
+        `..._low` and `..._high`.
     family : mapping of method -> family
         One panel per family; methods of the family "control" are drawn in grey in all panels.
-    x, y : str
-    xlabel, ylabel : str
     caption : str, optional
         Drawn below in small type.
 
@@ -409,19 +405,18 @@ def pareto(
                     continue
                 line_style, (color, marker, face) = (next(grey), (QUIET, ".", None)) if control else ("-", next(styles))
                 label = name if not control or axes is grid[0] else "_"  # "_" has no entry in the legend
-                ends = [np.abs(part[f"{v}_{e}"] - part[v]) for v in (x, y) for e in ("low", "high")]
-                axes.errorbar(
-                    part[x], part[y], xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1
-                )
+                x, y = part["psnr_outside"], part["success"]
+                ends = [np.abs(part[f"{v.name}_{end}"] - v) for v in (x, y) for end in ("low", "high")]
+                axes.errorbar(x, y, xerr=ends[:2], yerr=ends[2:], fmt="none", ecolor=color, alpha=0.25, elinewidth=1)
                 looks = {"color": color, "marker": marker, "markerfacecolor": face or color, "linewidth": 1.3}
-                axes.plot(part[x], part[y], line_style, label=label, **looks)
+                axes.plot(x, y, line_style, label=label, **looks)
             axes.set_title(panel, loc="left", fontsize=9)
             axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        figure.supylabel(ylabel, fontsize=9)
+        figure.supylabel("share that gains the attribute", fontsize=9)
         for axes in grid[: len(panels)][-columns:]:
-            axes.set_xlabel(xlabel, fontsize=9)
+            axes.set_xlabel("PSNR outside of the attribute's region (dB)", fontsize=9)
             axes.tick_params(labelbottom=True)
     return figure
 
@@ -435,9 +430,8 @@ def scatter(
     ylabel: str,
     color_label: str | None = None,
     caption: str | None = None,
-    n_thumbnails: int = 40,
 ) -> Figure:
-    """Draw points in the plane, with thumbnails spread over the cloud.
+    """Draw points in the plane, with up to 40 thumbnails spread over the cloud.
 
     Parameters
     ----------
@@ -445,13 +439,11 @@ def scatter(
     color : array of shape (n,), optional
         Real numbers get a colour bar; words, booleans and at most 8 different integers get a legend.
     images : array or Tensor of shape (n, C, H, W), values in [-1, 1], optional
-        The image of each point.
+        The image of each point. Each next thumbnail is the point farthest from those chosen (greedy), until every other
+        point would overlap one, so that both outliers and the middle of the cloud are shown.
     xlabel, ylabel, color_label : str
     caption : str, optional
         Drawn below in small type.
-    n_thumbnails : int
-        Maximum number of thumbnails. Each next one is the point farthest from those chosen (greedy), until every other
-        point would overlap one, so that both outliers and the middle of the cloud are shown.
 
     Returns
     -------
@@ -462,7 +454,9 @@ def scatter(
     ValueError
         If shapes don't match or values are not finite.
     """
-    points = points_of(points, (2,))
+    points = finite(points, "points").astype(float)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0:
+        raise ValueError(f"points has shape {points.shape}; it must be (n, 2), at least one point")
     values, categories = colors_of(color, len(points))
     pictures = None if images is None else pictures_of(images, "images", len(points))
     with drawing(6.8, 6.0, caption) as figure:
@@ -481,11 +475,11 @@ def scatter(
                 figure.colorbar(drawn, ax=axes, label=color_label or "", shrink=0.8)
         axes.set_box_aspect(1)
         if pictures is not None:
-            _draw_thumbnails(axes, points, pictures, edge, n_thumbnails)
+            _draw_thumbnails(axes, points, pictures, edge)
     return figure
 
 
-def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge: Sequence, most: int) -> None:
+def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge: Sequence) -> None:
     """Lay pictures over well-spread points; the axes must be square on the page."""
     side = 0.085
     low, high = points.min(0), points.max(0)
@@ -493,7 +487,7 @@ def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge:
     low = (low + high) / 2 - span / 2
     height, width = pictures.shape[1:3]
     reach = side / 2 * span * np.array([width, height]) / max(height, width)
-    for i in _spread((points - low) / span, most, 1.08 * side):
+    for i in _spread((points - low) / span, 1.08 * side):
         (left, bottom), (right, top) = points[i] - reach, points[i] + reach
         axes.imshow(pictures[i], extent=(left, right, bottom, top), aspect="auto", zorder=3)
         frame = Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor=edge[i], lw=1.4, zorder=4)
@@ -501,11 +495,11 @@ def _draw_thumbnails(axes: Axes, points: np.ndarray, pictures: np.ndarray, edge:
     axes.set(xlim=(low[0], low[0] + span[0]), ylim=(low[1], low[1] + span[1]))
 
 
-def _spread(points: np.ndarray, most: int, apart: float) -> list[int]:
+def _spread(points: np.ndarray, apart: float) -> list[int]:
     """Greedy subset of points of shape (n, 2) whose squares of side `apart` don't overlap, outermost point first."""
     chosen: list[int] = []
     distance = np.abs(points - points.mean(0)).max(1) + apart
-    while len(chosen) < most and distance.max() >= apart:
+    while len(chosen) < _THUMBNAILS and distance.max() >= apart:
         chosen.append(int(distance.argmax()))
         nearest = np.abs(points - points[chosen[-1]]).max(1)
         distance = nearest if len(chosen) == 1 else np.minimum(distance, nearest)

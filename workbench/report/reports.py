@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from workbench import paths
 from workbench.io import duration
 from workbench.report.board import Board, default_jobs, start_kernels
-from workbench.report.notebooks import NotebookFailed, Report, read_report
+from workbench.report.notebooks import Report, raise_failures, read_report
 from workbench.report.plans import Plan, content_key, find_cuts, read_profile
 
 UNIT_MODEL = "avataaars32"
@@ -87,7 +86,8 @@ def report(
             board.say(f"{words}.")
             if plan.in_short_for:
                 board.say(f"Cut short for speed; for pictures worth printing: --profile {plan.in_short_for}")
-    return _outcome(results, plan.folder)
+    raise_failures([each for each in results.values() if isinstance(each, Exception)])
+    return list(results.values())
 
 
 def unit_seconds(*, batch: int = 32, repeats: int = 4) -> float:
@@ -127,17 +127,3 @@ def _finished(plan: Plan) -> dict[str, Report]:
         if found is not None and found.key == run.key and run.out.stat().st_mtime_ns >= began:
             kept[run.name] = found
     return kept
-
-
-def _outcome(results: dict[str, Report | Exception], folder: Path) -> list[Report]:
-    failures = [each for each in results.values() if isinstance(each, Exception)]
-    for failure in failures:
-        if len(failures) == 1 or not isinstance(failure, NotebookFailed):
-            raise failure
-    if failures:
-        first = failures[0]
-        what = "; ".join(f"{each.name} in cell {each.cell} ({each.ename})" for each in failures)
-        message = f"{len(failures)} of {len(results)} notebooks failed: {what}; see {folder / 'index.html'}"
-        details = {key: getattr(first, key) for key in ("name", "cell", "ename", "evalue", "path")}
-        raise NotebookFailed(message, **details) from first
-    return [each for each in results.values() if not isinstance(each, Exception)]

@@ -115,15 +115,6 @@ def labelled(labels: Sequence[str] | None, n: int, name: str, what: str) -> list
     return labels
 
 
-def points_of(points: ArrayLike, dimensions: tuple[int, ...]) -> np.ndarray:
-    """Points of shape (n, dimensions) as floats."""
-    points = finite(points, "points")
-    if points.ndim != 2 or points.shape[1] not in dimensions or len(points) == 0:
-        allowed = " or ".join(f"(n, {d})" for d in dimensions)
-        raise ValueError(f"points has shape {points.shape}; it must be {allowed}, at least one point")
-    return points.astype(float)
-
-
 def colors_of(color: ArrayLike | None, n: int) -> tuple[np.ndarray | None, list[str] | None]:
     """Numbers and no names for a colour bar; or indices and the names of the categories for a legend."""
     if color is None:
