@@ -228,7 +228,7 @@ def test_saving_and_loading(studio, tiny):
 def test_what_is_saved_is_decided_at_the_click(studio):
     """The worker may be inverting an image; sliders and the name stay alive."""
     busy, free = threading.Event(), threading.Event()
-    studio._worker.submit(lambda _: (busy.set(), free.wait(30)))
+    studio.worker.submit(lambda _: (busy.set(), free.wait(30)))
     assert busy.wait(30)
     studio.scales["smile"].value = 1.0
     studio.file_name.value = "first"

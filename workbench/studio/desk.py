@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from workbench.diffusion.models import Model, refuse_other_model
-from workbench.diffusion.sampling import Injection, Trajectory, replay, sample
+from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.boundary import Boundary
 from workbench.directions.direction import Direction, random_like
 from workbench.directions.selection import Selection, find_from_selection
 from workbench.editing.cross import Cross
 from workbench.editing.edits import check_run
-from workbench.editing.preview import abridged, predicted_images, same_effect
+from workbench.editing.preview import predicted_images
 from workbench.editing.render import EditGrid, render
 from workbench.hspace.store import HStore
 from workbench.paths import file_name, writable
-from workbench.studio.state import Progress
+from workbench.studio.renderings import PREVIEW_STEPS, Renderings
+from workbench.studio.state import EditState, Progress, Rendering
 
 METHODS = {"mean": "difference of means", "svm": "boundary (linear SVM)"}
-PREVIEW_STEPS, PREVIEW_SCALE = 8, 2.0
+PREVIEW_SCALE = 2.0
 SCALES = (-3.0, -1.5, 0.0, 1.5, 3.0)
 _QUICK_VALUES = 2**25
 """Values of h that a first picture reads, about: half a second's worth."""
@@ -65,7 +65,8 @@ class Desk:
             if runs.timesteps != store.timesteps:
                 raise ValueError(f"the samples visit {runs.steps} timesteps and the store {len(store.timesteps)}")
         self.store, self.model, self.scores, self.known = store, model, scores, list(known)
-        self._runs, self._plain, self._rest = runs, None, None
+        self._runs = runs
+        self._first: Renderings | None = None
 
     @property
     def runs(self) -> Trajectory:
@@ -81,13 +82,15 @@ class Desk:
 
     def prepare(self, progress: Progress) -> None:
         """Compute the sample of the first picture, so that the picture comes at once."""
-        if self._plain is None:
-            self._plain = replay(replace(self.runs[0], batch_size=1), record_x=True, progress=progress)
-            plain = self._plain
-            self._rest = plain if plain.steps <= PREVIEW_STEPS else abridged(plain, 0, PREVIEW_STEPS)
+        if self._first is None:
+            self._first = Renderings(self.model, self.runs[:1])
+        self._first.render(state=self._state(), progress=progress)
 
-    def glimpse(self, a: Sequence[int], b: Sequence[int] | None, progress: Progress) -> tuple:
-        """One sample before and after the edit, each of shape (C, H, W): few timesteps, few steps."""
+    def _state(self, **scales: float) -> EditState:
+        return EditState((self.store.timesteps[0], self.store.timesteps[-1]), scales=scales)
+
+    def glimpse(self, a: Sequence[int], b: Sequence[int] | None, progress: Progress) -> Rendering:
+        """One sample before and after the edit: few timesteps, few steps."""
         steps = len(self.store.timesteps)
         count = min(PREVIEW_STEPS, steps)
         some = [self.store.timesteps[round((i + 0.5) * steps / count - 0.5)] for i in range(count)]
@@ -95,12 +98,8 @@ class Desk:
         options = {"timesteps": some, "most": most, "progress": progress}
         found = find_from_selection(self.store, a, b, t=some[0], **options).direction
         self.prepare(progress)
-        delta = found.resampled(self.store.timesteps).delta(PREVIEW_SCALE)[:, None]
-        if self._rest is not self._plain:
-            delta = same_effect(self._plain, delta, self._rest, asymmetric=False)
-        edit, residual = Injection.adding(delta), self._rest.residual is not None
-        after = replay(self._rest, edit=edit, residual=residual, progress=progress)
-        return self._plain.images[0], after.images[0]
+        self._first.directions["found"] = found.resampled(self.store.timesteps)
+        return self._first.render(preview=True, state=self._state(found=PREVIEW_SCALE), progress=progress)
 
     def find(
         self, a: Sequence[int], b: Sequence[int] | None, progress: Progress, *, t: int, method: str, name: str

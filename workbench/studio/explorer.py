@@ -33,10 +33,11 @@ from workbench.editing.render import EditGrid, sample_labels
 from workbench.hspace.store import HStore
 from workbench.report.alive import embedded
 from workbench.report.pages import write_page
-from workbench.studio.desk import METHODS, PREVIEW_SCALE, PREVIEW_STEPS, SCALES, Desk, rows_of
+from workbench.studio.desk import METHODS, PREVIEW_SCALE, SCALES, Desk, rows_of
 from workbench.studio.markup import address
 from workbench.studio.payload import Images, pack, strips_of
-from workbench.studio.state import Cancelled, Progress
+from workbench.studio.renderings import PREVIEW_STEPS
+from workbench.studio.state import Progress
 from workbench.studio.worker import Worker
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Explorer(anywidget.AnyWidget):
         self._asked: dict[str, Callable[[Progress], None]] = {}
         self._finding: Progress | None = None
         # The studio's own thread: a network is run by one at a time.
-        self._worker = Worker(lambda part: None, self._on_problem) if studio is None else studio
+        self._worker = Worker(lambda part: None, self._on_problem) if studio is None else studio.worker
         live = desk is not None or studio is not None
         super().__init__(data=data, methods={} if desk is None else METHODS, live=live, **traits)
         self.observe(self._on_view, "view")
@@ -149,43 +150,37 @@ class Explorer(anywidget.AnyWidget):
     def _on_view(self, change) -> None:
         sides = tuple(_members(self.view.get(side, "")) for side in "ab")
         if sides != self.sides:
-            self.sides, self.selection = sides, None
+            self.sides = sides
             self._look()
 
     def _look(self) -> None:
         if self._finding is not None:
             self._finding.cancel()  # of many samples it takes minutes, and another selection is wanted now
+        self.selection = None
         if self.desk is not None and self.sides[0]:
-            wanted = self.sides, self.method
-            self._submit(lambda progress: self._find(*wanted, progress))
+            sides, method = self.sides, self.method
+            self._finding = self._submit(lambda progress: self._find(*sides, method, progress))
 
-    def _submit(self, action: Callable[[Progress], None]) -> None:
+    def _submit(self, action: Callable[[Progress], None]) -> Progress:
         def task(progress: Progress) -> None:
             try:
                 action(progress)
             except (ValueError, OSError) as error:
                 self._on_problem(str(error))
 
-        self._worker.submit(task)
+        return self._worker.submit(task)
 
-    def _find(self, sides: tuple[list[int], list[int]], method: str, progress: Progress) -> None:
-        def still_wanted() -> None:
-            if (sides, method) != (self.sides, self.method):
-                raise Cancelled
-
-        self._finding = progress
-        still_wanted()
-        a, b = sides[0], sides[1] or None
+    def _find(self, a: list[int], b: list[int], method: str, progress: Progress) -> None:
         self.say("finding the direction")
-        before, after = self.desk.glimpse(a, b, progress)
-        label = sample_labels(self.desk.runs)[0]
-        shown = [[before, f"{label}, before"], [after, f"{PREVIEW_SCALE:+g} sigma, {PREVIEW_STEPS} steps"]]
-        words = {"a": _spans(a), "b": _spans(b or []), "title": f"{self.name}: {METHODS[method]}"}
-        words["pictures"] = [[address(image), caption] for image, caption in shown]
-        still_wanted()
+        rendering = self.desk.glimpse(a, b or None, progress)
+        captions = f"{sample_labels(self.desk.runs)[0]}, before", f"{PREVIEW_SCALE:+g} sigma, {PREVIEW_STEPS} steps"
+        pictures = [address(rendering.before), address(rendering.after)]
+        words = {"a": _spans(a), "b": _spans(b), "title": f"{self.name}: {METHODS[method]}"}
+        words["pictures"] = list(zip(pictures, captions, strict=True))
+        progress.wait(0.0)  # nothing is shown of a selection that was left
         self.found = words | {"note": "measuring it at all timesteps"}
-        found = self.desk.find(a, b, progress, t=self.t, method=method, name=self.name)
-        still_wanted()
+        found = self.desk.find(a, b or None, progress, t=self.t, method=method, name=self.name)
+        progress.wait(0.0)
         self.selection = found
         self.found = words | {"rows": rows_of(found), "warning": found.warning, "note": _DRAWN}
         self.say("")

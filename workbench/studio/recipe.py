@@ -142,7 +142,7 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
     state = EditState(
         t_range=tuple(recipe["t_range"]),
         sample=_sample_of(recipe, path, session),
-        scales={named[d["name"]]: d["scale"] for d in recipe["directions"] if d["scale"]},
+        scales={named[d["name"]]: d["scale"] for d in recipe["directions"]},
         distances={named[b["name"]]: b["distance"] for b in recipe["boundaries"]},
         against={named[d["name"]]: tuple(named[o] for o in d["against"]) for d in recipe["directions"] if d["against"]},
         process=recipe["process"],

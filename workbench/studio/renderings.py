@@ -8,6 +8,7 @@ the next (as an edit-friendly inversion finds it), and its edit has the first-or
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,34 +47,21 @@ _PATH = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Renderings:
     """Render edits of some samples: images, previews, predictions, grids, paths through h-space.
 
-    Parameters as of `EditSession`, which adds controls. A method without a state takes the current one, `self.state`.
+    Without a state, `render` and `direction` take the current one, `self.state`, as the other methods do. `EditSession`
+    has one, and adds controls.
     """
 
     state: EditState
+    preview_steps = PREVIEW_STEPS
 
-    def __init__(
-        self,
-        model: Model,
-        runs: Trajectory,
-        directions: Direction | Boundary | Sequence[Direction | Boundary],
-        *,
-        classifier: Classifier | None = None,
-        preview_steps: int = PREVIEW_STEPS,
-    ) -> None:
-        check_run(model, runs)
-        if preview_steps < 1:
-            raise ValueError(f"preview_steps is {preview_steps}; a preview takes at least 1")
-        self.model, self.classifier, self.preview_steps = model, classifier, preview_steps
-        self.timesteps, self.etas = runs.timesteps, runs.etas
+    def __init__(self, model: Model, runs: Trajectory) -> None:
+        self.model, self.timesteps, self.etas = model, runs.timesteps, runs.etas
         self.samples: list[Trajectory] = []
         self.add_samples(runs)
         self.directions: dict[str, Direction] = {}
         self.boundaries: dict[str, Boundary] = {}
+        self.classifier: Classifier | None = None
         self.notes: list[str] = []
-        for each in [directions] if isinstance(directions, Direction | Boundary) else list(directions):
-            self.add(each)
-        if not self.directions and not self.boundaries:
-            raise ValueError("there is no direction and no boundary to edit with; find one with wb.find_pca(store)")
         self._plains: dict[tuple, Trajectory] = {}
         self._rests: dict[tuple, Trajectory] = {}
         self._projected: dict[tuple, Direction] = {}
@@ -138,20 +126,14 @@ class Renderings:
         return [known[seed] for seed in seeds]
 
     def add_image(
-        self,
-        image: str | Path | bytes | torch.Tensor | Image.Image,
-        *,
-        method: str = "fixed-point",
-        progress: Progress | None = None,
+        self, image: str | Path | bytes | torch.Tensor | Image.Image, *, progress: Progress | None = None
     ) -> int:
-        """Invert an image, to edit it like a sample; returns its position.
+        """Invert an image by "fixed-point", to edit it like a sample; returns its position.
 
         Parameters
         ----------
         image : path, bytes, PIL.Image.Image, or Tensor of shape (C, H, W), values in [-1, 1]
             A file, its content or a picture is cropped and resized to the model's size.
-        method : {"fixed-point", "ddim", "edit-friendly"}
-            As in `invert`. The residual is added to every edit.
         progress : Progress, optional
 
         Returns
@@ -165,11 +147,9 @@ class Renderings:
         """
         if isinstance(image, str | Path | bytes):
             image = load_image(image, self.model.image_shape)
-        image = check_images([image], self.model)
-        progress = progress or Progress()
-        passes = 2 if method == "fixed-point" else 1
-        progress.expect(passes * len(self.timesteps))
-        return self.add_samples(invert(self.model, image, steps=self.timesteps, method=method, progress=progress))
+        image, progress = check_images([image], self.model), progress or Progress()
+        progress.expect(2 * len(self.timesteps))  # it makes two passes a step
+        return self.add_samples(invert(self.model, image, steps=self.timesteps, progress=progress))
 
     def label(self, k: int) -> str:
         """Name of a sample: its seed, or its position if it is an image."""
@@ -236,29 +216,22 @@ class Renderings:
         both = torch.stack([rendering.before, rendering.after]).clamp(-1, 1)
         return self.classifier(both, progress=False).set_axis(["before", "after"]).T
 
-    def distances(self, state: EditState | None = None, *, progress: Progress | None = None) -> dict[str, float]:
+    def distances(self, *, progress: Progress | None = None) -> dict[str, float]:
         """Signed Euclidean distance of the unedited sample from every boundary."""
-        plain, found = self._plain(state or self.state, progress), {}
+        plain, found = self._plain(self.state, progress), {}
         for name, boundary in self.boundaries.items():
             x_t = plain.x.values[index_of(boundary.t, plain.timesteps)]
             found[name] = float(boundary.distance(x_t if boundary.space == "x" else self._h(x_t, boundary.t))[0])
         return found
 
-    def predictions(
-        self,
-        timesteps: Sequence[int] | None = None,
-        *,
-        state: EditState | None = None,
-        progress: Progress | None = None,
-    ) -> Predictions:
+    def predictions(self, timesteps: Sequence[int] | None = None, *, progress: Progress | None = None) -> Predictions:
         """P_t, the predicted image, with and without the edit.
 
         Parameters
         ----------
         timesteps : sequence of int, optional
             Visited ones; by default all.
-        state, progress
-            As in `render`.
+        progress : Progress, optional
 
         Returns
         -------
@@ -269,24 +242,20 @@ class Renderings:
         ValueError
             If a timestep was not visited.
         """
-        state = state or self.state
-        timesteps = self.timesteps if timesteps is None else tuple(timesteps)
+        state, timesteps = self.state, self.timesteps if timesteps is None else tuple(timesteps)
         positions = [index_of(t, self.timesteps, trained=self.model.schedule.T) for t in timesteps]
-        plain = self._plain(state, progress)
+        plain, plan = self._plain(state, progress), self._plan(state, progress)
         before = predicted_images(plain, positions)
-        if not state.edits:
+        if plan is plain:
             return Predictions(timesteps, before, before)
-        run = _run(self._plan(state, progress), progress, record_x=True)
-        first = len(self.timesteps) - run.steps
+        run, first = _run(plan, progress, record_x=True), plain.steps - plan.steps
         later = [k for k, p in enumerate(positions) if p >= first]
         after = before.clone()
         if later:
             after[later] = predicted_images(run, [positions[k] - first for k in later])
         return Predictions(timesteps, before, after)
 
-    def strip(
-        self, name: str, values: Sequence[float], *, state: EditState | None = None, progress: Progress | None = None
-    ) -> EditGrid:
+    def strip(self, name: str, values: Sequence[float], *, progress: Progress | None = None) -> EditGrid:
         """The edit with one of its controls at several values.
 
         Parameters
@@ -295,25 +264,16 @@ class Renderings:
             A direction, or a boundary for the process "single-step".
         values : sequence of float
             Scales in sigma, or signed distances.
-        state, progress
-            As in `render`.
+        progress : Progress, optional
 
         Returns
         -------
         EditGrid
             One row.
         """
-        return self._grid(None, [None], name, values, state or self.state, progress)
+        return self._grid({name: values}, progress)
 
-    def grid(
-        self,
-        down: str,
-        across: str,
-        *,
-        values: Sequence[float],
-        state: EditState | None = None,
-        progress: Progress | None = None,
-    ) -> EditGrid:
+    def grid(self, down: str, across: str, *, values: Sequence[float], progress: Progress | None = None) -> EditGrid:
         """The edit with two of its controls at several values each.
 
         Parameters
@@ -322,8 +282,7 @@ class Renderings:
             Two different ones, as in `strip`.
         values : sequence of float
             Of both.
-        state, progress
-            As in `render`.
+        progress : Progress, optional
 
         Returns
         -------
@@ -337,37 +296,27 @@ class Renderings:
         """
         if down == across:
             raise ValueError(f"a grid shows two different controls, not {down} twice")
-        return self._grid(down, values, across, values, state or self.state, progress)
+        return self._grid({down: values, across: values}, progress)
 
-    def path(
-        self,
-        t: int,
-        *,
-        parts: Sequence[float] = _PATH,
-        state: EditState | None = None,
-        progress: Progress | None = None,
-    ) -> np.ndarray:
-        """h_t of the sample while the edit grows, for a map of h-space.
+    def path(self, t: int, *, progress: Progress | None = None) -> np.ndarray:
+        """h_t of the sample while the edit grows from nothing to all of it in five steps, for a map of h-space.
 
         Parameters
         ----------
         t : int
             A visited timestep.
-        parts : sequence of float
-            Of the edit; 0 is the plain sample.
-        state, progress
-            As in `render`.
+        progress : Progress, optional
 
         Returns
         -------
-        ndarray of shape (len(parts), C*h*w), float32
+        ndarray of shape (5, C*h*w), float32
             Inputs of the decoder: the network's own h plus the edit's change.
         """
-        state = state or self.state
-        own = self.distances(state) if state.distances else {}
+        state = self.state
+        own = self.distances() if state.distances else {}
         i = index_of(t, self.timesteps, trained=self.model.schedule.T)
         plain, found = self._plain(state, progress), []
-        for part in parts:
+        for part in _PATH:
             plan = self._plan(state.scaled(part, own), progress) if part else plain
             j = i - (plain.steps - plan.steps)
             if plan is plain or j < 0:
@@ -379,46 +328,29 @@ class Renderings:
             found.append(h if edited is None else edited)
         return torch.cat(found).flatten(1).numpy()
 
-    def _grid(
-        self,
-        down: str | None,
-        rows: Sequence[float | None],
-        across: str,
-        columns: Sequence[float],
-        state: EditState,
-        progress: Progress | None,
-    ) -> EditGrid:
-        if not len(columns):
-            raise ValueError("there are no values to show; give some")
+    def _grid(self, controls: Mapping[str, Sequence[float]], progress: Progress | None) -> EditGrid:
+        """The edit at all combinations of the values of one or two controls."""
+        state, progress = self.state, progress or Progress()
         single = state.process == "single-step"
-        for name in (across,) if down is None else (down, across):
-            known(name, self.boundaries if single else self.directions, "boundary" if single else "direction")
-
-        def cell(row: float | None, column: float) -> EditState:
-            pulled = {**(state.distances if single else state.scales), across: finite(column, across)}
-            if down is not None:
-                pulled[down] = finite(row, down)
-            if single:
-                return replace(state, distances=pulled)
-            return replace(state, scales={name: scale for name, scale in pulled.items() if scale})
-
-        plain, progress = self._plain(state, progress), progress or Progress()
-        plans = [self._plan(cell(row, column), progress) for row in rows for column in columns]
+        what, among, unit = ("distances", self.boundaries, "") if single else ("scales", self.directions, " sigma")
+        for name, values in controls.items():
+            known(name, among, "boundary" if single else "direction")
+            if not len(values):
+                raise ValueError(f"there are no values of {name} to show; give some")
+            for value in values:
+                finite(value, name)
+        plain, plans = self._plain(state, progress), []
+        for cell in itertools.product(*controls.values()):
+            pulled = {**getattr(state, what), **dict(zip(controls, cell, strict=True))}
+            plans.append(self._plan(replace(state, **{what: pulled}), progress))
         progress.expect(sum(plan.steps for plan in plans if plan is not plain))
         images = run_plans(plain, [plans], residual=plain.residual is not None, progress=progress)[0, 0]
-        unit = "" if single else " sigma"
-        return EditGrid(
-            images.unflatten(0, (len(rows), len(columns))),
-            row_labels=tuple(self.label(state.sample) if down is None else f"{down}\n{row:+g}{unit}" for row in rows),
-            column_labels=tuple(f"{across}\n{column:+g}{unit}" for column in columns),
-            provenance={
-                "model": self.model.provenance(),
-                "seeds": None if self.samples[state.sample].seeds is None else list(self.samples[state.sample].seeds),
-                "timesteps": list(self.timesteps),
-                "process": state.process,
-                "t_range": list(state.t_range),
-            },
-        )
+        labels = [tuple(f"{name}\n{value:+g}{unit}" for value in values) for name, values in controls.items()]
+        rows, columns = labels if len(labels) == 2 else ((self.label(state.sample),), labels[0])
+        seeds = self.samples[state.sample].seeds
+        about = {"model": self.model.provenance(), "seeds": None if seeds is None else list(seeds)}
+        about |= {"timesteps": list(self.timesteps), "process": state.process, "t_range": list(state.t_range)}
+        return EditGrid(images.unflatten(0, (len(rows), len(columns))), rows, columns, about)
 
     def _project(self, name: str, others: tuple[str, ...]) -> Direction:
         if not others:

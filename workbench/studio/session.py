@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 
+from workbench.datasets.classifiers import Classifier
+from workbench.diffusion.models import Model
+from workbench.diffusion.sampling import Trajectory
 from workbench.diffusion.schedule import within
-from workbench.directions.direction import finite
+from workbench.directions.boundary import Boundary
+from workbench.directions.direction import Direction, finite
 from workbench.io import one_of
 from workbench.studio.renderings import Renderings, known
 from workbench.studio.state import PROCESSES, EditState
@@ -25,8 +28,6 @@ class EditSession(Renderings):
         Directions with another number of steps are resampled; `notes` say so.
     classifier : Classifier, optional
         Scores images before and after the edit.
-    preview_steps : int, default 8
-        Network passes of a preview.
 
     Attributes
     ----------
@@ -37,6 +38,8 @@ class EditSession(Renderings):
     boundaries : dict of str to Boundary
     notes : list of str
         How directions were adapted to the run.
+    preview_steps : int
+        Network passes of a preview.
 
     Raises
     ------
@@ -44,13 +47,23 @@ class EditSession(Renderings):
         If there is no direction or boundary, or one belongs to another model, tap or timestep.
     """
 
-    _position, _control = 0, None
-
-    @cached_property
-    def _history(self) -> list[EditState]:
-        """States, the first without an edit."""
+    def __init__(
+        self,
+        model: Model,
+        runs: Trajectory,
+        directions: Direction | Boundary | Sequence[Direction | Boundary],
+        *,
+        classifier: Classifier | None = None,
+    ) -> None:
+        super().__init__(model, runs)
+        self.classifier = classifier
+        for each in [directions] if isinstance(directions, Direction | Boundary) else directions:
+            self.add(each)
+        if not self.directions and not self.boundaries:
+            raise ValueError("there is no direction and no boundary to edit with; find one with wb.find_pca(store)")
         process = "symmetric" if self.directions else "single-step"
-        return [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
+        self._history = [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
+        self._position, self._control = 0, None
 
     # Controls. Each change is one entry of the history; further ones of the same control, until `rest`, belong to it.
 
@@ -63,12 +76,12 @@ class EditSession(Renderings):
         if not 0 <= k < len(self.samples):
             raise ValueError(f"there is no sample {k}; there are 0 to {len(self.samples) - 1}")
         self._change("sample", sample=k, distances={})
+        self.rest()
 
     def set_scale(self, name: str, scale: float) -> None:
         """Set the scale of a direction in sigma; 0 leaves it out."""
         known(name, self.directions, "direction")
-        scales = {**self.state.scales, name: finite(scale, name)}
-        self._change(f"scale {name}", scales={k: v for k, v in scales.items() if v})
+        self._change(f"scale {name}", scales={**self.state.scales, name: finite(scale, name)})
 
     def set_distance(self, name: str, distance: float | None) -> None:
         """Move to a signed distance from a boundary; None leaves the sample where it is.

@@ -44,10 +44,6 @@ class Progress(tqdm):
         """Stop the work at its next step."""
         self._stop.set()
 
-    @property
-    def cancelled(self) -> bool:
-        return self._stop.is_set()
-
     def wait(self, seconds: float) -> None:
         """Let some time pass; raises `Cancelled` as soon as the work is stopped."""
         if self._stop.wait(seconds):
@@ -55,8 +51,7 @@ class Progress(tqdm):
 
     def update(self, n: float = 1) -> None:
         """`n` steps are done; raises `Cancelled` if the work was stopped."""
-        if self.cancelled:
-            raise Cancelled
+        self.wait(0.0)
         self._done += n
         if self._listener is not None:
             self._listener(min(self._done / self._expected, 1.0))
@@ -92,6 +87,9 @@ class EditState:
     against: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     process: str = "symmetric"
     eta: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", {name: scale for name, scale in self.scales.items() if scale})
 
     @property
     def edits(self) -> bool:

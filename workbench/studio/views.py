@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import numpy as np
@@ -16,7 +15,7 @@ from workbench.directions.words import SOURCE, find_from_text
 from workbench.editing.render import EditGrid
 from workbench.studio.explorer import Explorer, explore
 from workbench.studio.markup import bars, cells, picture
-from workbench.studio.state import EditState, Predictions, Progress
+from workbench.studio.state import Predictions, Progress
 
 if TYPE_CHECKING:
     from workbench.studio.widgets import EditStudio
@@ -33,14 +32,14 @@ class View(widgets.VBox):
         self.studio, self.session, self.shown = studio, studio.session, widgets.HTML()
         super().__init__([*([widgets.HBox(controls)] if controls else []), self.shown])
 
-    def show(self, state: EditState, progress: Progress) -> None:
-        """Bring the view to a state; ValueError if there is nothing to show."""
+    def show(self, progress: Progress) -> None:
+        """Bring the view to the session's state; ValueError if there is nothing to show."""
 
 
 class ReadOut(View):
     """A classifier's probabilities before and after."""
 
-    def show(self, state: EditState, progress: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         table = self.session.read_out(self.studio.rendering)
         self.shown.value = "Give a classifier to see its scores." if table is None else bars(table)
 
@@ -62,12 +61,12 @@ class Edits(View):
                 chooser.options = names
                 chooser.index = min(self._preferred[word], len(names) - 1)
 
-    def show(self, state: EditState, progress: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         chosen = [chooser.value for chooser in self.choosers.values()]
         if None in chosen or len({*chosen}) < len(chosen):
             self.shown.value = "A grid takes two different directions or boundaries."
             return
-        single = state.process == "single-step"
+        single = self.session.state.process == "single-step"
         if not {*chosen} <= {*(self.session.boundaries if single else self.session.directions)}:
             return  # the choosers follow the state's process a moment later
         values = _STRIP if len(chosen) == 1 else _GRID
@@ -75,9 +74,9 @@ class Edits(View):
             reach = self.studio.distances[chosen[-1]].max
             values = [round(reach * value / max(values), 2) for value in values]
         if len(chosen) == 1:
-            grid = self.session.strip(*chosen, values, state=state, progress=progress)
+            grid = self.session.strip(*chosen, values, progress=progress)
         else:
-            grid = self.session.grid(*chosen, values=values, state=state, progress=progress)
+            grid = self.session.grid(*chosen, values=values, progress=progress)
         self.shown.value = cells(grid)
 
 
@@ -85,15 +84,17 @@ class Timesteps(View):
     """P_t along the chain, with and without the edit."""
 
     def __init__(self, studio: EditStudio) -> None:
-        self.timestep = timestep_slider(studio.session.timesteps, "timestep whose predicted image is shown")
+        timesteps, words = studio.session.timesteps, "timestep whose predicted image is shown"
+        middle = len(timesteps) // 2
+        self.timestep = widgets.SelectionSlider(options=timesteps, index=middle, description="t", tooltip=words)
         self.timestep.observe(lambda _: self._show_one(), "value")
         self.predicted = widgets.HTML().add_class("hspace-large")
         self._found: Predictions | None = None
         super().__init__(studio)
         self.children = [self.timestep, self.predicted, self.shown]
 
-    def show(self, state: EditState, progress: Progress) -> None:
-        found = self._found = self.session.predictions(state=state, progress=progress)
+    def show(self, progress: Progress) -> None:
+        found = self._found = self.session.predictions(progress=progress)
         some = slice(None, None, max(1, len(found.timesteps) // 10))
         images = torch.stack([found.before[some], found.after[some]])
         grid = EditGrid(images, ("before", "after"), tuple(f"t = {t}" for t in found.timesteps[some]), {})
@@ -119,7 +120,7 @@ class Map(View):
         self._made: tuple[str, int] | None = None
         super().__init__(studio, self.method)
 
-    def show(self, state: EditState, progress: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         session, store = self.session, self.studio.store
         wanted = self.method.value, len(session.samples if store is None else store)
         if wanted != self._made:
@@ -129,7 +130,7 @@ class Map(View):
             self.children = [self.children[0], self.explorer, self.shown]
             self.studio.say("")
         middle = self.explorer.maps[len(self.explorer.maps) // 2]
-        path = session.path(middle.timesteps[0], state=state, progress=progress)
+        path = session.path(middle.timesteps[0], progress=progress)
         self.explorer.paths = {middle.name: self.explorer.within(middle.name, middle.place(path))}
 
     def _explore(self, method: str, progress: Progress) -> Explorer:
@@ -176,7 +177,7 @@ class Words(widgets.VBox):
     def _ask(self) -> None:
         text, against = self.text.value, self.against.value
         self.studio.say(f"looking for {text!r}")
-        self.studio.submit(lambda _: self._find(text, against))
+        self.studio.worker.submit(lambda _: self._find(text, against))
 
     def _find(self, text: str, against: str) -> None:
         store = self.studio.store
@@ -185,10 +186,3 @@ class Words(widgets.VBox):
         self.studio.refresh()
         samples = f"{found.provenance['parameters']['fitting']} of {len(store)} samples fit it"
         self.studio.say(f"{name}: {samples} better than {against!r}")
-
-
-def timestep_slider(timesteps: Sequence[int], tooltip: str, **options: Any) -> widgets.SelectionSlider:
-    """A slider over visited timesteps, which begins in their middle."""
-    return widgets.SelectionSlider(
-        options=timesteps, index=len(timesteps) // 2, description="t", tooltip=tooltip, **options
-    )

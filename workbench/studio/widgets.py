@@ -102,9 +102,8 @@ class EditStudio(widgets.VBox):
         self.runs, self.clip = runs[:2], clip
         self.store, self.folder = store, paths.edits() if folder is None else paths.writable(folder, folder=True)
         self.rendering: Rendering | None = None
-        self._without_view = False
         self._local = threading.local()
-        self._worker = Worker(self._on_progress, self._on_problem)
+        self.worker = Worker(self._on_progress, self._on_problem)
         super().__init__(self._layout())
         self.add_class("hspace-studio")
         self.refresh()
@@ -113,12 +112,12 @@ class EditStudio(widgets.VBox):
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until all computations finish; False after `timeout` seconds."""
-        return self._worker.wait(timeout)
+        return self.worker.wait(timeout)
 
     def refresh(self) -> None:
         """Show the session's state after a change in Python."""
         self._show_state()
-        self._update()
+        self.worker.show(self._work)
 
     def figure(self, state: EditState | None = None) -> plots.Figure:
         """Draw an edit, by default the current one: before, after, difference, and scores."""
@@ -171,7 +170,7 @@ class EditStudio(widgets.VBox):
         self.against: dict[tuple[str, str], widgets.Checkbox] = {}
         self.edits = widgets.VBox()
         self.process = widgets.ToggleButtons(style={"button_width": "112px"})
-        self._on(self.process, session.set_process, show=True)
+        self._on(self.process, session.set_process)
         self.window = widgets.SelectionRangeSlider(
             options=session.timesteps,
             index=(0, len(session.timesteps) - 1),
@@ -194,15 +193,13 @@ class EditStudio(widgets.VBox):
         session = self.session
         if list(self.scales) == list(session.directions) and list(self.distances) == list(session.boundaries):
             return
-        for name in session.directions.keys() - self.scales.keys():
+        for name in [name for name in session.directions if name not in self.scales]:
             self.scales[name] = self._slider(name, f"{name}, in sigma", 4.0, session.set_scale)
-        for name in session.boundaries.keys() - self.distances.keys():
+        for name in [name for name in session.boundaries if name not in self.distances]:
             words = f"signed distance from the boundary {name}"
             self.distances[name] = self._slider(name, words, 1.0, session.set_distance)
             leave = self._button("leave", lambda name=name: session.set_distance(name, None))
             leave.tooltip, self.leave[name] = f"don't move to {name}", leave
-        self.scales = {name: self.scales[name] for name in session.directions}
-        self.distances = {name: self.distances[name] for name in session.boundaries}
         rows = []
         if self.scales:
             rows += [_title("Directions (sigma)"), *self.scales.values(), *self._projection_controls()]
@@ -237,7 +234,7 @@ class EditStudio(widgets.VBox):
 
     def _button(self, words: str, action: Callable[[], None]) -> widgets.Button:
         button = widgets.Button(description=words)
-        button.on_click(lambda _: self._try(action, show=True))
+        button.on_click(lambda _: self._try(action))
         return button
 
     def _files(self) -> View:
@@ -270,18 +267,18 @@ class EditStudio(widgets.VBox):
     def _quiet(self) -> bool:
         return getattr(self._local, "quiet", False)
 
-    def _on(self, control: widgets.Widget, action: Callable, *, show: bool = False) -> None:
+    def _on(self, control: widgets.Widget, action: Callable, trait: str = "value") -> None:
         def changed(change) -> None:
             if not self._quiet:
-                self._try(lambda: action(change["new"]), show=show)
+                self._try(lambda: action(change["new"]))
 
-        control.observe(changed, "value")
+        control.observe(changed, trait)
 
     def follow(self, control: widgets.Widget, trait: str = "value") -> None:
         """Recompute the views when a control outside of the edit changes."""
-        control.observe(lambda _: None if self._quiet else self._update(), trait)
+        self._on(control, lambda _: None, trait)
 
-    def _try(self, action: Callable[[], None], *, show: bool = False) -> None:
+    def _try(self, action: Callable[[], None]) -> None:
         """Change the session; if it refuses, say why and put the controls back."""
         try:
             action()
@@ -290,24 +287,11 @@ class EditStudio(widgets.VBox):
             self._show_state()
             return
         self.say("")
-        if show:
-            self._show_state()
-        else:
-            self._show_buttons()
-        self._update()
-
-    def submit(self, task: Callable[[Progress], None]) -> None:
-        """Run a function on the studio's thread, before any rendering."""
-        self._worker.submit(task)
+        self.refresh()
 
     def pick(self, k: int) -> None:
         """Edit another sample."""
-
-        def action() -> None:
-            self.session.pick(k)
-            self.session.rest()
-
-        self._try(action, show=True)
+        self._try(lambda: self.session.pick(k))
 
     def _on_drop(self, _, content: dict, buffers: list) -> None:
         name, data = str(content.get("name", "the image")), bytes(buffers[0])
@@ -318,7 +302,7 @@ class EditStudio(widgets.VBox):
             self.pick(k)
             self.say(f"{name} is {self.session.label(k)}")
 
-        self.submit(task)
+        self.worker.submit(task)
 
     def _on_file(self, ending: str, action: Callable[[Path, EditState], str]) -> None:
         """Save or load by the worker, with the state and the name at the time of the click."""
@@ -331,7 +315,7 @@ class EditStudio(widgets.VBox):
             self._on_problem(str(error))
             return
         path = self.folder / f"{name}{ending}"
-        self.submit(lambda _: self.say(action(path, state)))
+        self.worker.submit(lambda _: self.say(action(path, state)))
 
     def _save_figure(self, path: Path, state: EditState) -> str:
         word = _saved(path.with_name(f"{path.name}.png"))
@@ -350,9 +334,6 @@ class EditStudio(widgets.VBox):
 
     # From the session to what shows.
 
-    def _update(self) -> None:
-        self._worker.show(self._work)
-
     def _work(self, progress: Progress) -> None:
         session, state = self.session, self.session.state
         if state.edits:
@@ -364,14 +345,12 @@ class EditStudio(widgets.VBox):
         self._show_distances(progress)
         view = self._views[self.views.selected_index or 0]
         try:
-            view.show(state, progress)
+            view.show(progress)
         except ValueError as error:
-            view.shown.value, self._without_view = "", True  # what was shown before would pass for it
+            progress.wait(0.0)
+            view.shown.value = ""  # what was shown before would pass for it
             self._on_problem(str(error))
             return
-        if self._without_view:
-            self.say("")
-            self._without_view = False
         self.progress.value = 1.0
 
     def _while_sample_stays(self, state: EditState) -> Progress:
@@ -416,7 +395,7 @@ class EditStudio(widgets.VBox):
                 control.disabled = not single
             for view in (self.strip, self.grid):
                 view.offer(list(session.boundaries if single else session.directions))
-        self._show_buttons()
+        self.undo.disabled, self.redo.disabled = not session.can_undo, not session.can_redo
 
     def _show_samples(self) -> None:
         session, buttons = self.session, list(self.samples.children)
@@ -452,9 +431,6 @@ class EditStudio(widgets.VBox):
                 if slider.max < reach:
                     slider.min, slider.max, slider.step = -reach, reach, reach / 100
                 slider.value = moved.get(name, own[name])
-
-    def _show_buttons(self) -> None:
-        self.undo.disabled, self.redo.disabled = not self.session.can_undo, not self.session.can_redo
 
     def _on_progress(self, part: float) -> None:
         self.progress.value = part
