@@ -203,7 +203,7 @@ def test_a_dropped_image_joins_the_samples_and_what_is_none_is_a_sentence(studio
     assert len(studio.samples.children) == 5
 
 
-def test_saving_and_loading(studio, tiny):
+def test_what_is_edited_is_saved_under_a_name_without_folders(studio):
     studio.save_recipe.click()
     assert studio.wait() and "nothing is edited" in studio.status.value
     studio.scales["smile"].value = 1.5
@@ -212,11 +212,6 @@ def test_saving_and_loading(studio, tiny):
     assert studio.wait()
     names = {path.name for path in studio.folder.iterdir()}
     assert names == {"edit.pdf", "edit.svg", "edit.png", "edit.json", "edit.parts", "edit.safetensors"}
-    wanted = shown(studio)
-    studio.reset.click()
-    studio.load_recipe.click()
-    np.testing.assert_array_equal(shown(studio), wanted)
-    assert studio.scales["smile"].value == 1.5
     studio.file_name.value = "../edit"
     studio.save_recipe.click()
     assert studio.wait() and "without folders" in studio.status.value
@@ -308,7 +303,7 @@ def test_a_store_of_other_samples_is_refused(tiny, run, parts, tmp_path, make_un
             EditStudio(tiny, run, parts, store=store)
 
 
-def test_a_recipe_brings_its_own_sliders(studio, tiny, run, parts, tmp_path):
+def test_a_recipe_is_loaded_and_brings_its_own_sliders(studio, tiny, run, parts):
     studio.scales["hair"].value = 5.0
     studio.scales["smile"].value = 1.0
     studio.save_recipe.click()

@@ -69,7 +69,7 @@ def pack(
 
 def _packed(each: Map) -> dict:
     """A map within [-1, 1], its longer side filling that."""
-    points = np.atleast_3d(each.points) if each.points.ndim == 3 else each.points[None]
+    points = each.points.reshape(-1, *each.points.shape[-2:])
     low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))
     half = max(float((high - low).max()) / 2, 1e-12)
     within = (points - (low + high) / 2) / half

@@ -76,7 +76,7 @@ def serve(
     check()
     token = secrets.token_urlsafe(24)
     config = Config()
-    config.Voila.update(ip=LOOPBACK, port=port, port_retries=0, token=token, open_browser=False, log_level="ERROR")
+    config.Voila.log_level = "ERROR"
     # Voila's page asks a server elsewhere for its icons; this one works without a network, and tells nobody.
     config.Voila.tornado_settings = {"headers": {"Content-Security-Policy": _OWN_SOURCES}}
     config.VoilaConfiguration.update(theme=theme, strip_sources=True)
