@@ -197,19 +197,18 @@ class Explorer(anywidget.AnyWidget):
     def _render(self, progress: Progress) -> None:
         found = self._chosen()
         self.say(f"rendering {len(self.desk.runs)} samples at {len(SCALES)} strengths")
-        self.strips = [
-            *self.strips,
-            *strips_of(self.desk.strip(found, self.method, progress), title="The direction of the selection"),
-        ]
-        self.say("")
+        self._add(self.desk.strip(found, self.method, progress), "The direction of the selection")
 
     def _predict(self, progress: Progress) -> None:
         pinned = int(self.view.get("pinned", -1))
         if pinned < 0:
             raise ValueError("no sample is kept; click one first")
         self.say("predicting its image at every timestep")
-        grid = self.desk.predictions(int(self.names[pinned]), progress)
-        self.strips = [*self.strips, *strips_of(grid, title="The predicted image over t")]
+        self._add(self.desk.predictions(int(self.names[pinned]), progress), "The predicted image over t")
+
+    def _add(self, grid: EditGrid, title: str) -> None:
+        """Show edits to slide through."""
+        self.strips = [*self.strips, *strips_of(grid, title=title)]
         self.say("")
 
     def _save(self, progress: Progress) -> None:

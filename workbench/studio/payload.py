@@ -86,9 +86,7 @@ def _packed(each: Map) -> dict:
 
 def _colour(name: str, values: pd.Series) -> dict:
     """Colours as `colors_of` tells numbers from categories; what is missing is grey."""
-    missing = values.isna().to_numpy()
-    if pd.api.types.is_float_dtype(values):
-        missing = ~np.isfinite(values.to_numpy())
+    missing = (values.isna() | values.isin([np.inf, -np.inf])).to_numpy()
     if missing.all():
         raise ValueError(f"all {len(values)} values of {name!r} are NaN or infinite; leave it out")
     known = values[~missing].to_numpy()

@@ -8,7 +8,9 @@ the next (as an edit-friendly inversion finds it), and its edit has the first-or
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -202,9 +204,7 @@ class Renderings:
         if state.process == "single-step" or not state.scales:
             raise ValueError("no direction is pulled; set a scale other than 0, in a process other than single-step")
         parts = [scale * self._project(name, state.against.get(name, ())) for name, scale in state.scales.items()]
-        combined = parts[0]
-        for part in parts[1:]:
-            combined = combined + part
+        combined = functools.reduce(operator.add, parts)
         if all(within(state.t_range, self.timesteps)):
             return combined
         return combined.restricted_to(state.t_range)
@@ -378,14 +378,17 @@ class Renderings:
         """The edit of a state, and its one scale: a direction's, or the distances in each space."""
         if state.process != "single-step":
             return Shift(self.direction(state), asymmetric=state.process == "asymmetric"), [1.0]
-        (t, first), *others = {self.boundaries[name].t: name for name in state.distances}.items()
-        if others:
-            other = f"{first} is at t={t} and {others[0][1]} at t={others[0][0]}"
-            raise ValueError(f"a single step is at one timestep; {other}, so move to one of them")
+        self._refuse_two_timesteps(state.distances)
         moved = {space: [k for k in state.distances if self.boundaries[k].space == space] for space in "hx"}
         crossed = {space: [self.boundaries[name] for name in names] for space, names in moved.items()}
         distances = {space: [[state.distances[name] for name in names]] for space, names in moved.items()}
         return Cross(**crossed, unit="distance", multi="joint", eta=None), distances
+
+    def _refuse_two_timesteps(self, names: Iterable[str]) -> None:
+        (t, first), *others = {self.boundaries[name].t: name for name in names}.items()
+        if others:
+            other = f"{first} is at t={t} and {others[0][1]} at t={others[0][0]}"
+            raise ValueError(f"a single step is at one timestep; {other}, so move to one of them")
 
     def _plan(self, state: EditState, progress: Progress | None) -> Trajectory:
         """The edited sample from the first step on that is edited, not run yet; the plain sample without an edit."""

@@ -59,10 +59,9 @@ class EditSession(Renderings):
         self.classifier = classifier
         for each in [directions] if isinstance(directions, Direction | Boundary) else directions:
             self.add(each)
-        if not self.directions and not self.boundaries:
+        if not self.processes:
             raise ValueError("there is no direction and no boundary to edit with; find one with wb.find_pca(store)")
-        process = "symmetric" if self.directions else "single-step"
-        self._history = [EditState((self.timesteps[0], self.timesteps[-1]), process=process)]
+        self._history = [EditState((self.timesteps[0], self.timesteps[-1]), process=self.processes[0])]
         self._position, self._control = 0, None
 
     # Controls. Each change is one entry of the history; further ones of the same control, until `rest`, belong to it.
@@ -70,6 +69,11 @@ class EditSession(Renderings):
     @property
     def state(self) -> EditState:
         return self._history[self._position]
+
+    @property
+    def processes(self) -> list[str]:
+        """Processes that there are directions or boundaries for."""
+        return [process for process in PROCESSES if (self.boundaries if process == "single-step" else self.directions)]
 
     def pick(self, k: int) -> None:
         """Edit another sample."""
@@ -91,13 +95,11 @@ class EditSession(Renderings):
         ValueError
             If the boundary is unknown, or another boundary is set at another timestep.
         """
-        t = known(name, self.boundaries, "boundary").t
+        known(name, self.boundaries, "boundary")
         distances = {k: v for k, v in self.state.distances.items() if k != name}
         if distance is not None:
-            other = next((k for k in distances if self.boundaries[k].t != t), None)
-            if other is not None:
-                raise ValueError(f"a single step is at one timestep; {other} is moved to already, set it back first")
             distances[name] = finite(distance, name)
+            self._refuse_two_timesteps(distances)
         self._change(f"distance {name}", distances=distances)
 
     def set_against(self, name: str, others: Iterable[str]) -> None:
@@ -108,10 +110,9 @@ class EditSession(Renderings):
         ValueError
             If a direction is unknown or the direction itself, or the projection is 0.
         """
-        known(name, self.directions, "direction")
         others = tuple(dict.fromkeys(others))
-        for other in others:
-            known(other, self.directions, "direction")
+        for each in (name, *others):
+            known(each, self.directions, "direction")
         if name in others:
             raise ValueError(f"{name} can't be projected against itself")
         self._project(name, others)
@@ -131,11 +132,9 @@ class EditSession(Renderings):
 
     def set_process(self, process: str) -> None:
         """Set the process of the edit: "symmetric", "asymmetric" or "single-step"; see `EditState`."""
-        one_of("process", process, PROCESSES)
-        if process == "single-step" and not self.boundaries:
-            raise ValueError("a single step crosses boundaries, and there is none; fit one with wb.fit_boundary")
-        if process != "single-step" and not self.directions:
-            raise ValueError(f"there is no direction to edit along; cross boundaries in a single step, not {process}")
+        if one_of("process", process, PROCESSES) not in self.processes:
+            what = "boundary" if process == "single-step" else "direction"
+            raise ValueError(f"there is no {what} for the process {process}; possible is {', '.join(self.processes)}")
         self._change("process", process=process)
 
     def set_eta(self, eta: float | None) -> None:
@@ -146,9 +145,9 @@ class EditSession(Renderings):
         ValueError
             If eta is outside [0, 1], or the sample is an inverted image.
         """
-        if eta is not None and self.samples[self.state.sample].seeds is None:
-            raise ValueError("an inverted image keeps the eta of its inversion; pick a sample that has a seed")
         if eta is not None:
+            if self.samples[self.state.sample].seeds is None:
+                raise ValueError("an inverted image keeps the eta of its inversion; pick a sample that has a seed")
             eta = self.model.schedule.etas(eta, 1)[0]
         self._change("eta", eta=eta, distances={})
 

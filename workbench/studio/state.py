@@ -12,7 +12,11 @@ from tqdm.auto import tqdm
 
 from workbench.formats.tensors import save_tensors
 
-PROCESSES = ("symmetric", "asymmetric", "single-step")
+PROCESSES = {
+    "symmetric": "P_t and D_t change (Haas et al.)",
+    "asymmetric": "P_t alone changes (Asyrp)",
+    "single-step": "x_t and h_t cross boundaries, once (BoundaryDiffusion)",
+}
 
 
 class Cancelled(Exception):

@@ -31,7 +31,7 @@ from workbench.report import plots
 from workbench.studio.markup import address, picture
 from workbench.studio.recipe import apply_recipe, save_recipe
 from workbench.studio.session import EditSession
-from workbench.studio.state import Cancelled, EditState, Progress, Rendering, describe
+from workbench.studio.state import PROCESSES, Cancelled, EditState, Progress, Rendering, describe
 from workbench.studio.views import Edits, Map, ReadOut, Timesteps, View, Words
 from workbench.studio.worker import Worker
 
@@ -39,11 +39,6 @@ REST = 0.2
 """Seconds without a change after which the preview is replaced by the whole image."""
 
 _ROOM = Path(__file__).parent
-_PROCESSES = {
-    "symmetric": "P_t and D_t change (Haas et al.)",
-    "asymmetric": "P_t alone changes (Asyrp)",
-    "single-step": "x_t and h_t cross boundaries, once (BoundaryDiffusion)",
-}
 
 
 class DropZone(anywidget.AnyWidget):
@@ -207,8 +202,8 @@ class EditStudio(widgets.VBox):
             pairs = [widgets.HBox([slider, self.leave[name]]) for name, slider in self.distances.items()]
             rows += [_title("Boundaries (signed distance)"), *pairs]
         self.edits.children = rows
-        possible = [p for p in _PROCESSES if (session.boundaries if p == "single-step" else session.directions)]
-        self.process.tooltips, self.process.options = [_PROCESSES[process] for process in possible], possible
+        self.process.tooltips = [PROCESSES[process] for process in session.processes]
+        self.process.options = session.processes
 
     def _projection_controls(self) -> list[widgets.Widget]:
         names = list(self.scales)
