@@ -103,29 +103,30 @@ _HAS_COLOURS = """(canvas) => {
 }"""
 
 
-def point_of(explorer, i: int) -> list[float]:
-    """Where a sample is on the screen, on the first map."""
+def point_of(explorer, i: int, which: int = 0) -> list[float]:
+    """Where a sample is on the screen, on one of the maps."""
     return explorer.evaluate(
-        """(el, i) => {
-            const { canvas, screen } = el.explorer.maps[0], box = canvas.getBoundingClientRect();
+        """(el, [i, which]) => {
+            const { canvas, screen } = el.explorer.maps[which], box = canvas.getBoundingClientRect();
             const scale = box.width / canvas.width;
             return [box.left + screen[2 * i] * scale, box.top + screen[2 * i + 1] * scale];
         }""",
-        i,
+        [i, which],
     )
 
 
-def lasso(page, explorer, corners) -> None:
-    """Draw around these places of the first map, given in its own coordinates."""
-    explorer.locator(".hx-frame canvas").first.scroll_into_view_if_needed()
+def lasso(page, explorer, corners, which: int = 0) -> None:
+    """Draw around these places of a map, given in its own coordinates."""
+    canvas = explorer.locator(".hx-frame canvas").nth(which)
+    canvas.scroll_into_view_if_needed()
     on_screen = explorer.evaluate(
-        """(el, corners) => {
-            const map = el.explorer.maps[0], { centre, half } = el.explorer.data.maps[0];
+        """(el, [corners, which]) => {
+            const map = el.explorer.maps[which], { centre, half } = el.explorer.data.maps[which];
             const box = map.canvas.getBoundingClientRect(), scale = box.width / map.canvas.width;
             return corners.map(([x, y]) => map.place((x - centre[0]) / half, (y - centre[1]) / half))
                 .map(([x, y]) => [box.left + x * scale, box.top + y * scale]);
         }""",
-        [[float(x), float(y)] for x, y in corners],
+        [[[float(x), float(y)] for x, y in corners], which],
     )
     page.mouse.move(*on_screen[0])
     page.mouse.down()

@@ -1,11 +1,13 @@
 """The page that `workbench explore STORE` serves, where a lasso becomes a direction, its pictures and a file.
 
 The store's h is planted: an attribute moves it along one direction, which is saved as a known one. One server and one
-page for all tests, in the order of a person's work; each goes on where the one before stopped. No other token opens it.
+page for all tests, in the order of a person's work; each goes on where the one before stopped.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import sys
 
@@ -14,12 +16,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from matplotlib.path import Path as Outline
+from PIL import Image
 from report_checks import CHROMIUM, hover_over, lasso, point_of
 from servers import announced, serving
 from small_domain import build
 
 import workbench as wb
-from workbench.directions.direction import Direction, origin_of
+from workbench.directions.direction import Direction, origin_of, random_like
+from workbench.editing.render import render
 from workbench.studio.desk import SCALES
 
 pytestmark = [
@@ -67,8 +71,6 @@ def page(browser, planted_store):
         context = browser.new_context(viewport={"width": 1280, "height": 1000})
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.goto(f"{server}/?token=wrong")
-        assert page.locator(".hspace-explorer").count() == 0 and "hspace" not in page.content()
         asked, wrong = [], []
         page.on("response", lambda response: asked.append(response.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -97,15 +99,16 @@ def said(page, words: str) -> str:
     return line.inner_text()
 
 
-def points_of(explorer) -> np.ndarray:
-    """Points of the first map in its own coordinates."""
+def points_of(explorer, which: int = 0) -> np.ndarray:
+    """Points of a map in its own coordinates."""
     return np.array(
         explorer.evaluate(
-            """(el) => {
-                const { maps, data, n } = el.explorer, { centre, half } = data.maps[0];
-                const at = (i, k) => maps[0].positions[2 * i + k] * half + centre[k];
+            """(el, which) => {
+                const { maps, data, n } = el.explorer, { centre, half } = data.maps[which];
+                const at = (i, k) => maps[which].positions[2 * i + k] * half + centre[k];
                 return [...Array(n).keys()].map((i) => [at(i, 0), at(i, 1)]);
-            }"""
+            }""",
+            which,
         )
     )
 
@@ -153,10 +156,35 @@ def test_a_lasso_finds_the_planted_direction_and_warns_of_its_attribute(page, ex
     assert pictures.count() == 2 and pictures.nth(0).get_attribute("src") != pictures.nth(1).get_attribute("src")
 
 
-def test_it_is_rendered_on_samples_beside_the_random_control(page, explorer):
+def test_a_second_lasso_is_compared_instead_of_the_rest(page, explorer, planted_store):
+    store, *_ = planted_store
+    points = points_of(explorer)
+    first = explorer.evaluate("(el) => [...el.explorer.selected.a]")
+    low = points[first, 0].mean() < points[:, 0].mean()
+    page.get_by_label("into").select_option("b")
+    corners = around(points, 0.6, 1.0) if low else around(points, 0.0, 0.4)
+    lasso(page, explorer, corners)
+    second = explorer.evaluate("(el) => [...el.explorer.selected.b].sort((a, b) => a - b)")
+    assert second == np.flatnonzero(Outline(corners).contains_points(points)).tolist()
+    explorer.locator(f".hx-panel td:text-is('A {len(first)}, B {len(second)}')").wait_for()
+    assert facts(explorer)["held-out separability"].endswith(f"n = {len(first) + len(second)}")
+
+
+def test_it_is_rendered_on_samples_beside_the_random_control(page, explorer, planted_store):
+    store, model, *_ = planted_store
     page.get_by_role("button", name="Render beside a random direction").click()
     explorer.locator(".hx-line", has_text="random control").wait_for()
     assert explorer.locator(".hx-line b").all_inner_texts() == ["selection", "random control"]
+    (strip,) = explorer.evaluate("(el) => el.explorer.model.get('strips')")
+    a, b = (explorer.evaluate(f"(el) => [...el.explorer.selected.{side}]") for side in "ab")
+    found = wb.find_from_selection(store, a, b, t=store.timesteps[1], progress=False).direction
+    run = wb.sample(model, [N, N + 1], steps=store.timesteps, eta=store.provenance["etas"][0], progress=False)
+    grid = render(run, {"selection": found, "random": random_like(found, seed=0)}, SCALES, progress=False)
+    expected = wb.plots.to_pixels(grid.images.flatten(0, 1)).reshape(4, len(SCALES), 8, 8, 3)
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(strip["sheet"].partition(",")[2]))).convert("RGB"))
+    shown = sheet.reshape(4, 8, len(SCALES), 8, 3).swapaxes(1, 2)
+    np.testing.assert_allclose(shown.astype(int), expected.astype(int), atol=1)
+    assert (expected[0, -1] != expected[0, 2]).any() and (expected[0, -1] != expected[2, -1]).any()
     cell = explorer.locator(".hx-cell").first
     before = cell.get_attribute("aria-label")
     explorer.get_by_role("slider", name="selection").press("End")
@@ -171,14 +199,15 @@ def test_it_is_saved_with_the_seeds_of_the_selection_and_under_the_given_name(pa
     file = home / "data" / "directions" / f"{model.name}-planted-again.safetensors"
     assert str(file) in said(page, "saved ")
     saved = wb.load_direction(file, model=model)
-    a = explorer.evaluate("(el) => [...el.explorer.selected.a].sort((a, b) => a - b)")
+    a, b = (explorer.evaluate(f"(el) => [...el.explorer.selected.{side}].sort((a, b) => a - b)") for side in "ab")
     chosen = saved.provenance["parameters"]["selection"]
-    assert chosen == {"t": store.timesteps[1], "a": [store.seeds[i] for i in a], "b": "rest"}
+    assert chosen == {"t": store.timesteps[1], "a": [store.seeds[i] for i in a], "b": [store.seeds[i] for i in b]}
     assert saved.name == "planted again"
 
 
 def test_one_sample_is_a_sentence(page, explorer):
     page.get_by_role("button", name="Clear").click()
+    page.get_by_label("into").select_option("a")
     canvas = explorer.locator(".hx-frame canvas").first
     canvas.focus()
     page.keyboard.press("n")

@@ -1,6 +1,6 @@
-"""The edit studio in a real browser: in JupyterLab, by keyboard, in both themes.
+"""The edit studio in a real browser: in JupyterLab and as a page on its own, by keyboard, in both themes.
 
-One server and one page for all checks, in the order of a person's work; each test goes on where the one
+One server and one page for all checks of JupyterLab, in the order of a person's work; each test goes on where the one
 before stopped. Screenshots are written to reports/ for people to look at.
 """
 
@@ -19,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 from report_checks import CHROMIUM, contrast, point_of
-from servers import answers, serving
+from servers import announced, answers, serving
 
 import workbench as wb
 from workbench import paths
 from workbench.report import plots
-from workbench.studio.recipe import read_recipe
+from workbench.studio.recipe import load_editable, read_recipe
 from workbench.studio.server import _free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")]
@@ -121,6 +121,9 @@ def screenshot(page, name: str) -> None:
 
 def open_view(page, title: str) -> None:
     page.locator(".hspace-studio .lm-TabBar-tab", has_text=title).click()
+
+
+# In JupyterLab
 
 
 def test_a_slider_pulled_by_keyboard_changes_the_image(lab):
@@ -245,3 +248,38 @@ def test_everything_is_readable_in_the_dark_theme(lab):
     for selector in (".widget-label", ".widget-readout", "h4", "figcaption", ".hspace-bars th", ".hspace-drop span"):
         assert contrast(lab, f".hspace-studio {selector}") > 4.5, selector
     screenshot(lab, "dark")
+
+
+# As a page on its own
+
+
+@pytest.mark.slow  # tests/unit/test_server.py holds who may open it
+def test_the_studio_is_a_page_of_its_own_for_this_machine_and_token_alone(lab, browser, tmp_path):
+    parts = paths.edits() / f"{NAME}.parts"
+    command = [sys.executable, "-m", "workbench.cli", "studio", "--directions", str(parts)]
+    log = tmp_path / "studio.log"
+    command += ["--seeds", f"{N}-{N + 1}", "--steps", str(STEPS), "--theme", "dark"]
+    with serving(command, {}, log) as process:
+        address, server = announced(log, process)
+        context = browser.new_context(viewport={"width": 1300, "height": 900})
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        asked = []
+        page.on("response", lambda response: asked.append(response.url))
+        page.goto(f"{server}/?token=wrong")
+        assert page.locator(".hspace-studio").count() == 0 and "hspace" not in page.content()
+        page.goto(address)
+        before = wait_for_after(page, "no edit")
+        slider(page, "Smiling").focus()
+        for _ in range(10):
+            page.keyboard.press("ArrowRight")
+        shown = wait_for_after(page, "Smiling +1 sigma")
+        screenshot(page, "page")
+        context.close()
+    model = wb.load_model("avataaars32")
+    runs = wb.sample(model, [N, N + 1], steps=STEPS, progress=False)
+    session = wb.EditSession(model, runs, [load_editable(p, model=model) for p in sorted(parts.iterdir())])
+    np.testing.assert_array_equal(rendered(session), before)
+    session.set_scale("Smiling", 1.0)
+    np.testing.assert_array_equal(rendered(session), shown)
+    assert not [url for url in asked if not url.startswith((server, "data:", "blob:"))]
