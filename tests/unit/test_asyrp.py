@@ -76,15 +76,13 @@ def test_several_blocks_add_up(function, wide):
 
 def test_the_mean_over_samples_is_an_ordinary_direction(function, wide, tmp_path):
     store = wb.extract(wide, n=5, steps=4, dtype="float32", out=tmp_path / "h.zarr", progress=False)
-    plain = function.mean(store, calibrate=False, progress=False)
-    for t in store.timesteps:
-        h = torch.from_numpy(store.at(t)).unflatten(1, wide.h_shape)
-        torch.testing.assert_close(plain.at(t), function(h, t).mean(0), atol=1e-5, rtol=1e-4)
-    one_sigma = function.mean(store, progress=False)
-    torch.testing.assert_close(one_sigma.unit, plain.unit)
-    projected = store.at(store.timesteps[0]) @ plain.unit[0].flatten().numpy()
-    assert one_sigma.sigma[0].item() == pytest.approx(projected.std(ddof=1), rel=1e-4)
-    path = one_sigma.save(tmp_path / "smile.safetensors")
+    found = function.mean(store, progress=False)
+    for t, unit in zip(store.timesteps, found.unit, strict=True):
+        mean = function(torch.from_numpy(store.at(t)).unflatten(1, wide.h_shape), t).mean(0)
+        torch.testing.assert_close(unit, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    projected = store.at(store.timesteps[0]) @ found.unit[0].flatten().numpy()
+    assert found.sigma[0].item() == pytest.approx(projected.std(ddof=1), rel=1e-4)
+    path = found.save(tmp_path / "smile.safetensors")
     assert wb.load_direction(path, model=wide).provenance["method"] == "calibrated"
 
 

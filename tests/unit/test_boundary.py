@@ -139,15 +139,6 @@ def test_many_attributes_are_the_same_as_one_by_one_and_share_the_products(monke
         assert torch.equal(alone.normal, found[name].normal) and alone.accuracy == found[name].accuracy
 
 
-def test_balance_moves_the_boundary_away_from_the_small_class():
-    rng = np.random.default_rng(0)
-    y = np.arange(300) < 30
-    z = rng.standard_normal((300, 5)) + 1.5 * y[:, None]
-    plain, balanced = (fit_boundary(z, y.astype(int), t=0, C=0.01, balance=b) for b in (False, True))
-    assert (balanced.distance(z) > 0)[y].mean() > (plain.distance(z) > 0)[y].mean() + 0.2
-    assert balanced.balanced_accuracy.value > plain.balanced_accuracy.value
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_balanced_boundary_of_few_samples_lies_half_way_and_sees_a_rare_class(method):
     """Weights alone change nothing where the margin is hard."""
@@ -241,16 +232,6 @@ def test_a_store_a_run_and_an_array_give_the_same_boundary(store, run, labels):
         torch.testing.assert_close(of_run.normal.flatten(), of_array.normal, atol=1e-6, rtol=0)
         assert of_run.provenance["model"] == of_store.provenance["model"] and of_array.provenance["model"] is None
         assert of_run.normal.shape == (run.model.h_shape if space == "h" else run.model.image_shape)
-
-
-def test_labels_are_matched_by_file_name(tiny, monkeypatch, tmp_path):
-    images = torch.rand(12, *tiny.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    inverted = wb.extract(tiny, images=images, steps=STEPS, out=tmp_path / "i.zarr", progress=False)
-    names = [f"{i:02d}.png" for i in range(12)]
-    monkeypatch.setattr(type(inverted), "names", names)
-    by_name = pd.Series(np.arange(12) % 2, index=names, name="A")
-    shuffled = fit_boundary(inverted, by_name.sample(frac=1, random_state=1), t=500)
-    assert torch.equal(shuffled.normal, fit_boundary(inverted, by_name.to_numpy(), t=500).normal)
 
 
 # Moves
@@ -358,7 +339,7 @@ def test_a_boundary_survives_its_file(run, labels, boundary, tmp_path):
     assert load_boundary(bare.save(tmp_path / "bare.safetensors")).accuracy is None
 
 
-def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, tmp_path):
+def test_a_foreign_file_is_refused(run, labels, boundary, make_unet, tmp_path):
     path = boundary.save(tmp_path / "b.safetensors")
     other = wb.wrap(make_unet(seed=1), run.model.schedule, name="other", device="cpu")
     noise = NoiseSchedule(run.model.schedule.alpha_bars**1.1)
@@ -372,15 +353,9 @@ def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, 
             load_boundary(path, **options)
     load_boundary(path, model=run.model).check_fits(run.model, t=500, space="h")
     fit_boundary(run, labels, t=500, space="x").check_fits(run.model.tapped("before"), t=500, space="x")
-    with pytest.raises(FileNotFoundError, match="none.safetensors"):
-        load_boundary(tmp_path / "none.safetensors")
-    content = path.read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
-    (tmp_path / "damaged.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     save_file({"normal": torch.ones(3)}, tmp_path / "foreign.safetensors")
-    for name in ("cut", "damaged", "foreign"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors"):
-            load_boundary(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="foreign.safetensors"):
+        load_boundary(tmp_path / "foreign.safetensors")
 
 
 # Bad input
@@ -395,12 +370,9 @@ def test_a_foreign_or_damaged_file_is_refused(run, labels, boundary, make_unet, 
         ({"cv": 1}, None, "2 folds or more"),
         ({"C": 0.0}, None, "C is above 0"),
         ({"wanted": 1.5}, None, "between 0.5 and 1"),
-        ({}, lambda y: y * 0, "all 60 labels 'Bright' are 0"),
-        ({}, lambda y: y * 0 + (y.index == 3), "1 positives and 59 negatives"),
-        ({}, lambda y: y.astype(float).where(y.index != 3), "1 of 60 labels 'Bright' are missing"),
+        ({}, lambda y: y * 0 + (y.index < 2), "2 positives and 58 negatives; a boundary needs at least 3"),
         ({}, lambda y: y + 1, "labels are 0 or 1"),
         ({}, lambda y: y[:50], "10 of them have none"),
-        ({}, lambda y: y.to_numpy()[:50], "are 50 for 60 samples"),
     ],
 )
 def test_options_and_labels_that_do_not_fit_are_refused(run, labels, options, change, message):

@@ -211,20 +211,6 @@ def test_the_jacobian_is_taken_on_the_runs_own_trajectory(model, run):
     assert difference > 1e-3, "the oracle can't tell the run's own noise from fresh noise"
 
 
-@pytest.mark.parametrize("block", [None, 3])
-def test_a_warm_start_needs_fewer_products(model, run, block):
-    """From a neighbouring timestep, as found or as vectors, and fewer still from the answer; which stays the same."""
-    options = {"t": 500, "k": 2, "block": block, "progress": False}
-    neighbour = find_jacobian(model, run, t=T_FOUND, k=2, progress=False)
-    cold = find_jacobian(model, run, **options)
-    again = find_jacobian(model, run, warm_start=cold, **options)
-    assert again.products < cold.products
-    for start in (neighbour, neighbour.right):
-        warm = find_jacobian(model, run, warm_start=start, **options)
-        np.testing.assert_allclose(warm.singular_values, cold.singular_values, rtol=1e-4)
-        assert again.products <= warm.products <= cold.products
-
-
 @pytest.mark.parametrize("tol", [1e-2, 1e-5])
 def test_the_error_is_below_the_tolerance(model, run, J, tol):
     """for several starts; the space of vectors turns by no more than the gap allows."""
@@ -331,8 +317,7 @@ def planted(sigma: Sequence[float], *, n: int = 40, d: int = 60) -> torch.Tensor
 
 
 def svd_of(J: torch.Tensor, k: int, **settings):
-    start = torch.empty(0, J.shape[1], dtype=torch.double)
-    return top_singular_vectors(lambda v: v @ J.T, lambda u: u @ J, k, start=start, **settings)
+    return top_singular_vectors(lambda v: v @ J.T, lambda u: u @ J, k, d=J.shape[1], **settings)
 
 
 SPECTRA = {
@@ -398,7 +383,6 @@ def test_errors_say_what_to_do(model, run, small_model):
         ("k is 0", {"k": 0}),
         ("block 0", {"block": 0}),
         ("tol", {"tol": 0.0}),
-        (r"\(m, 16, 4, 4\)", {"warm_start": torch.ones(2, 3, 8, 8)}),
         ("h->eps", {"find": find_pullback, "map": "h->eps"}),
         ("the output of x->h has none", {"find": find_pullback, "map": "x->h", "mask": np.ones((8, 8), bool)}),
         ("outside of a mask", {"find": find_pullback, "nullspace": 3}),

@@ -193,16 +193,13 @@ class DeltaFunction:
                 save_file(state, partial, {_METADATA: json.dumps(about)})
         return path
 
-    def mean(self, store: HStore, *, calibrate: bool = True, progress: bool = True) -> Direction:
-        """Mean of Delta h_t over samples, as an ordinary direction.
+    def mean(self, store: HStore, *, progress: bool = True) -> Direction:
+        """Mean of Delta h_t over samples, as an ordinary direction, one unit of which is one sigma of the samples.
 
         Parameters
         ----------
         store : HStore
             Samples of the model, with the timesteps of the direction.
-        calibrate : bool, default True
-            Make one unit of scale one standard deviation of the samples, as for every other method. Otherwise one unit
-            adds the mean of Delta h itself, at its trained strength.
         progress : bool
 
         Returns
@@ -231,7 +228,7 @@ class DeltaFunction:
             name=self.name,
             provenance={**origin_of(store), "method": "asyrp mean", "parameters": parameters},
         )
-        return direction.calibrated(store, progress=progress) if calibrate else direction
+        return direction.calibrated(store, progress=progress)
 
     def check_fits(self, model: Model) -> None:
         """Raise unless the model has the weights, widths and tap that the function was loaded for.
@@ -247,7 +244,7 @@ class DeltaFunction:
             raise ValueError(f'{self.name} edits h "after" the mid block; use model.tapped("after")')
 
 
-def load_asyrp(path: str | Path, model: Model, *, name: str | None = None) -> DeltaFunction:
+def load_asyrp(path: str | Path, model: Model) -> DeltaFunction:
     """Read a DeltaBlock of a `.pth` file of Asyrp, or of a file of `DeltaFunction.save`, without executing anything.
 
     Parameters
@@ -256,13 +253,11 @@ def load_asyrp(path: str | Path, model: Model, *, name: str | None = None) -> De
     model : Model
         The model that it was trained with, which the file does not name. With another model of the same widths, its
         edits are meaningless.
-    name : str, optional
-        By default the one in the file, or the attribute at the start of a file name of Asyrp
-        ("smiling_LC_CelebA_HQ_t999...").
 
     Returns
     -------
     DeltaFunction
+        Named as in its file, or by the attribute at the start of a file name of Asyrp ("smiling_LC_CelebA_HQ_t999...").
 
     Raises
     ------
@@ -298,7 +293,7 @@ def load_asyrp(path: str | Path, model: Model, *, name: str | None = None) -> De
             f"{path} takes h of {taken[0]} channels and an embedding of {taken[1]}; {model.name} has {given[0]} and "
             f"{given[1]}"
         )
-    name = name or (own["name"] if own else re.split(r"_LC_|\.", path.name)[0])
+    name = own["name"] if own else re.split(r"_LC_|\.", path.name)[0]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     function = DeltaFunction(model, ((1.0, block.to(model.device)),), name, (digest,), own and own["training"])
     function.check_fits(model)

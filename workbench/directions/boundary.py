@@ -393,11 +393,6 @@ def load_boundary(path: str | Path, *, model: Model | None = None) -> Boundary:
     return found
 
 
-def random_boundary(boundary: Boundary, *, seed: int) -> Boundary:
-    """A boundary with a random normal and all else the same: a control, for moves of the same length (mode "shift")."""
-    return random_boundaries([boundary], seed=seed)[0]
-
-
 def random_boundaries(boundaries: Sequence[Boundary], *, seed: int) -> list[Boundary]:
     """Boundaries of one space with random normals, which have the same angles to each other as the given ones."""
     normals = rotated(torch.stack([boundary.normal.flatten().double() for boundary in boundaries]), seed=seed)

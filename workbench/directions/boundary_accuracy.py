@@ -23,7 +23,6 @@ def accuracy_over_time(
     labels: pd.DataFrame | pd.Series,
     *,
     timesteps: Sequence[int] | None = None,
-    method: str = "svm",
     balance: bool = False,
     cv: int = 5,
     seed: int = 0,
@@ -40,7 +39,7 @@ def accuracy_over_time(
         Matched as in `fit_boundary`.
     timesteps : sequence of int, optional
         By default all timesteps of the store.
-    method, balance, cv, seed
+    balance, cv, seed
         As in `fit_boundary`.
 
     Returns
@@ -57,7 +56,7 @@ def accuracy_over_time(
     shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
     images = torch.from_numpy(store.images[:])
     x0 = model.to_latents(images)
-    options = {"method": method, "balance": balance, "cv": cv, "seed": seed}
+    options = {"balance": balance, "cv": cv, "seed": seed}
     rows = _accuracies(images.numpy(), table, t=-1, samples="pixels", **options)
     for t in store.timesteps if timesteps is None else timesteps:
         x = store.at(t, space="x")
@@ -95,29 +94,26 @@ def accuracy_over_samples(
     labels: Labels,
     *,
     t: int,
-    space: str = "x",
     counts: Sequence[int] = (20, 50, 100, 200),
     methods: Sequence[str] = ("svm", "mean", "lda"),
     draws: int = 3,
-    held_out: float = 0.5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Accuracy of boundaries against the number of labelled images (E6).
+    """Accuracy of boundaries in x_t against the number of labelled images (E6).
+
+    Half of the samples are held out, the same ones for all boundaries.
 
     Parameters
     ----------
     store : HStore
     labels : Series, or array of shape (n,), values 0 or 1
-    t, space
-        As in `fit_boundary`.
+    t : int
     counts : sequence of int
         Numbers of samples to fit, stratified by class with at least 3 of each; the number of all samples not held out
         is added.
     methods : sequence of str
     draws : int, default 3
         Draws for every number of samples.
-    held_out : float in (0, 1), default 0.5
-        Share of the samples to measure accuracies on, the same samples for all.
     seed : int
 
     Returns
@@ -127,13 +123,13 @@ def accuracy_over_samples(
         `n`, `cosine` to the normal that the same method finds from all samples, and `law`.
     """
     y = matched(store, labels, "the labels").to_numpy()
-    values, name = store.at(t, space=space), name_of(labels, "label")
+    values, name = store.at(t, space="x"), name_of(labels, "label")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(values))
-    test, pool = np.split(order, [round(held_out * len(order))])
+    test, pool = np.split(order, [round(len(order) / 2)])
     rows = []
     for method in methods:
-        options = {"t": t, "space": space, "method": method, "cv": 2, "name": name}
+        options = {"t": t, "space": "x", "method": method, "cv": 2, "name": name}
         whole = fit_boundary(values[pool], y[pool], **options)
         delta, d = whole.extras["class_distance"], whole.extras["dimensions"]
         for count in [*(c for c in counts if c < len(pool)), len(pool)]:

@@ -119,11 +119,7 @@ def fit_boundary(
         name=name,
         provenance={**samples.origin, "method": method, "parameters": settings | counts},
         **held_out(distances, y, cross_validated=True),
-        extras={
-            "weight_norm": length,
-            "class_distance": separation,
-            "dimensions": d,
-        },
+        extras={"weight_norm": length, "class_distance": separation, "dimensions": d},
     )
     if wanted is not None and found.accuracy.value < wanted:
         _warn(found, wanted)

@@ -81,21 +81,13 @@ class Direction:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def from_delta(
-        cls,
-        delta: torch.Tensor,
-        *,
-        timesteps: Sequence[int],
-        name: str,
-        provenance: dict,
-        extras: dict[str, float] | None = None,
-    ) -> Direction:
+    def from_delta(cls, delta: torch.Tensor, *, timesteps: Sequence[int], name: str, provenance: dict) -> Direction:
         """Direction whose unit of scale adds `delta` to h.
 
         Parameters
         ----------
         delta : Tensor of shape (T, C, h, w)
-        timesteps, name, provenance, extras
+        timesteps, name, provenance
             As the attributes.
 
         Returns
@@ -105,7 +97,7 @@ class Direction:
         delta = torch.as_tensor(delta).cpu().double()
         length = delta.flatten(1).norm(dim=1)
         unit = delta / torch.where(length > 0, length, 1.0).view(-1, 1, 1, 1)
-        return cls(unit, length, tuple(timesteps), name, provenance, extras or {})
+        return cls(unit, length, tuple(timesteps), name, provenance)
 
     def delta(self, scale: float = 1.0) -> torch.Tensor:
         """The change of h at every timestep for `scale` units, for `sample(delta_h=...)`.
@@ -250,25 +242,17 @@ class Direction:
         parameters, sigma = {"from": list(self.timesteps)}, torch.from_numpy(sigma)
         return self._derived("resampled", self.name, parameters, unit=unit, sigma=sigma, timesteps=timesteps)
 
-    def cosine(self, other: Direction, *, per_step: bool = False) -> float | torch.Tensor:
-        """Cosine of the angle to another direction.
-
-        Parameters
-        ----------
-        other : Direction
-        per_step : bool, default False
-            One value per timestep. By default one value over all timesteps, in which longer steps weigh more.
+    def cosine(self, other: Direction) -> float:
+        """Cosine of the angle to another direction, over all timesteps, of which longer steps weigh more.
 
         Returns
         -------
-        float, or Tensor of shape (T,), values in [-1, 1]
-            NaN where either is zero.
+        float in [-1, 1]
+            NaN if either is zero.
         """
         self._check_same_space(other)
-        layout = (len(self.timesteps), -1) if per_step else (1, -1)
-        a, b = self._wide().reshape(*layout), other._wide().reshape(*layout)
-        cosines = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1.0, 1.0)
-        return cosines.float() if per_step else float(cosines)
+        a, b = self._wide().reshape(1, -1), other._wide().reshape(1, -1)
+        return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1.0, 1.0))
 
     def calibrated(self, store: HStore, *, like: Direction | None = None, progress: bool = True) -> Direction:
         """The same direction with one unit of scale equal to one sigma of a population.

@@ -88,7 +88,6 @@ def find_jacobian(
     tol: float = 1e-6,
     max_iterations: int = 1000,
     block: int | None = None,
-    warm_start: Spectrum | torch.Tensor | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> JacobianSpectrum:
@@ -123,9 +122,6 @@ def find_jacobian(
         iteration of the paper does: in one block of at least k vectors by Algorithm 1, or in smaller blocks, each
         orthogonal to the previous ones, by Algorithm 2. A block is multiplied in one batch. Blocks beyond k converge
         faster, and blocks find repeated values, which the Lanczos method can miss.
-    warm_start : Spectrum or Tensor of shape (m, C, h, w), optional
-        Start from these vectors of h, or from the spectrum of e.g. a neighbouring timestep. What error `tol` leaves is
-        then towards them: to compare spectra with each other, start each without.
     seed : int
         Seed of the random start.
     progress : bool
@@ -157,7 +153,7 @@ def find_jacobian(
 
     settings = {"tol": tol, "max_iterations": max_iterations, "block": block, "seed": seed}
     linear = Linearised(decode, bottleneck.h, width=block or 1)
-    found = _spectrum(linear, k, rows, warm_start, progress=progress, **settings)
+    found = _spectrum(linear, k, rows, progress=progress, **settings)
     kept = {} if population is None else {"n": len(population), **origin_of(population)}
     kept.pop("model", None)
     parameters = {
@@ -166,7 +162,6 @@ def find_jacobian(
         "output": output,
         "mask": None if rows is None else _mask_record(rows),
         **settings,
-        "warm_start": warm_start is not None,
         "sigma": "rms of the sample's h" if population is None else "population",
         "population": kept,
     }
@@ -212,7 +207,6 @@ def find_pullback(
     tol: float = 1e-6,
     max_iterations: int = 1000,
     block: int | None = None,
-    warm_start: Spectrum | torch.Tensor | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Spectrum:
@@ -231,8 +225,8 @@ def find_pullback(
     nullspace : int, default 0
         Project the top `nullspace` right singular vectors of the rows outside of the mask out of each vector
         (LOCO-Edit: v_p = (I - V V') v, normalised).
-    tol, max_iterations, block, warm_start, seed, progress
-        As in `find_jacobian`; `warm_start` has shape (m, C, H, W).
+    tol, max_iterations, block, seed, progress
+        As in `find_jacobian`.
 
     Returns
     -------
@@ -257,9 +251,9 @@ def find_pullback(
 
     settings = {"tol": tol, "max_iterations": max_iterations, "block": block, "seed": seed, "progress": progress}
     linear = Linearised(forward, x_t, width=block or 1)
-    found = _spectrum(linear, k, rows, warm_start, **settings)
+    found = _spectrum(linear, k, rows, **settings)
     if nullspace:
-        avoided = _spectrum(linear, nullspace, ~rows, None, **settings)
+        avoided = _spectrum(linear, nullspace, ~rows, **settings)
         v, outside = found["right"].flatten(1), avoided["right"].flatten(1)
         v = torch.nn.functional.normalize(v - (v @ outside.T) @ outside)
         found |= {"right": v.view_as(found["right"]), "products": found["products"] + avoided["products"]}
@@ -270,7 +264,6 @@ def _spectrum(
     linear: Linearised,
     k: int,
     rows: torch.Tensor | None,
-    warm_start: Spectrum | torch.Tensor | None,
     *,
     block: int | None,
     **settings,
@@ -282,9 +275,8 @@ def _spectrum(
     if not 1 <= k <= most or (block is not None and not 1 <= block < d):
         of = "" if rows is None else " inside the mask"
         raise ValueError(f"k is {k} and block {block}; with {int(kept.sum())} outputs{of} k lies in 1..{most}")
-    start = _check_warm_start(warm_start, linear.shapes[1])
     found = top_singular_vectors(
-        lambda v: linear.jvp(v) * kept, lambda u: linear.vjp(u * kept), k, start=start, block=block, **settings
+        lambda v: linear.jvp(v) * kept, lambda u: linear.vjp(u * kept), k, d=d, block=block, **settings
     )
     inside, products = torch.ones(k, dtype=torch.double), found.products
     if rows is not None:
@@ -343,15 +335,6 @@ def _check_mask(mask: np.ndarray | torch.Tensor | None, model: Model) -> torch.T
 def _mask_record(rows: torch.Tensor) -> dict:
     """Record of a mask for the provenance: the number of outputs it keeps, and a digest."""
     return {"outputs": int(rows.sum()), "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}
-
-
-def _check_warm_start(start: Spectrum | torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """Rows to start from, of shape (m, d); none by default."""
-    start = torch.empty(0, *shape) if start is None else torch.as_tensor(getattr(start, "right", start))
-    if start.shape[1:] != shape:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"warm_start has shape {tuple(start.shape)}; it must be (m, {expected})")
-    return start.flatten(1).cpu().double()
 
 
 def _rms_of_h(model: Model, run: Trajectory, progress: bool) -> torch.Tensor:

@@ -90,8 +90,6 @@ def find_pca(
     k: int = 10,
     *,
     joint: bool = False,
-    n: int | None = None,
-    align: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PrincipalComponents:
@@ -118,11 +116,6 @@ def find_pca(
     k : int, default 10
         Number of components; at most n - 1 and C*h*w.
     joint : bool, default False
-    n : int, optional
-        Use the first n samples; by default all.
-    align : bool, default True
-        Match components between timesteps. Otherwise component j is the j-th by variance at each timestep, with a
-        positive largest coefficient.
     seed : int, default 0
         Seed of the randomized decomposition and the bootstrap.
     progress : bool
@@ -135,26 +128,24 @@ def find_pca(
     Raises
     ------
     ValueError
-        If k or n is out of range, or h holds a NaN or does not vary; the message names timestep and sample.
+        If k is out of range, or h holds a NaN or does not vary; the message names timestep and sample.
     """
-    n, d = len(store) if n is None else n, int(np.prod(store.h_shape))
-    if not 2 <= n <= len(store):
-        raise ValueError(f"n is {n}; a PCA of this store takes 2 to {len(store)} samples")
+    n, d = len(store), int(np.prod(store.h_shape))
     if not 1 <= k <= min(n - 1, d):
         raise ValueError(f"k is {k}; {n} samples of {d} values have 1 to {min(n - 1, d)} components")
     m = min(max(JOINT_RANK, 2 * k) if joint else k + SPARE, n - 1, d)
     bar = tqdm(store.timesteps, desc="PCA", unit=" timesteps", disable=not progress, delay=2, leave=False)
-    fits = [_fit(store, t, n, m, seed, keep=not joint) for t in bar]
+    fits = [_fit(store, t, m, seed, keep=not joint) for t in bar]
     if joint:
         units, scores, sigma, shared = _joint(store, fits, k, seed, progress)
     else:
-        units, scores, sigma = _per_timestep(fits, k, align=align)
+        units, scores, sigma = _per_timestep(fits, k)
         shared = None
     energy = np.stack([fit.energy for fit in fits], axis=1)
     spanned = [fit.scores for fit in fits]
     shares, intervals = _explained(scores, shared if joint else scores, energy, spanned, seed)
     shape = (len(fits), *store.h_shape)
-    parameters = {"k": k, "joint": joint, "n": n, "align": align, "seed": seed}
+    parameters = {"k": k, "joint": joint, "n": n, "seed": seed}
     directions = tuple(
         Direction(
             unit=torch.from_numpy(units[:, j].reshape(shape)),
@@ -177,10 +168,11 @@ def find_pca(
     )
 
 
-def _fit(store: HStore, t: int, n: int, m: int, seed: int, *, keep: bool = True) -> _Fit:
+def _fit(store: HStore, t: int, m: int, seed: int, *, keep: bool = True) -> _Fit:
     """The leading m components of h_t; a second pass over the store gives their scores."""
+    n = len(store)
     if 4 * n * int(np.prod(store.h_shape)) <= IN_MEMORY_BYTES:
-        (h,) = _blocks(store, t, n, n)
+        (h,) = _blocks(store, t, n)
         mean = h.mean(axis=0, dtype=np.float64)
         h -= mean.astype(np.float32)
         # Fitting in place: at this size a copy is most of the memory.
@@ -188,12 +180,12 @@ def _fit(store: HStore, t: int, n: int, m: int, seed: int, *, keep: bool = True)
         del h
     else:
         estimator = IncrementalPCA(m, copy=False)
-        for block in _blocks(store, t, n, max(BLOCK_ROWS, m)):
+        for block in _blocks(store, t, max(BLOCK_ROWS, m)):
             estimator.partial_fit(block)
         components, mean = estimator.components_, estimator.mean_
     components = components.astype(np.float32)
     scores, energy = [], []
-    for block in _centred(store, t, n, mean):
+    for block in _centred(store, t, mean):
         scores.append(block @ components.T)
         energy.append(np.einsum("ij,ij->i", block, block))
     if not np.concatenate(energy).any():
@@ -201,13 +193,13 @@ def _fit(store: HStore, t: int, n: int, m: int, seed: int, *, keep: bool = True)
     return _Fit(components if keep else None, np.concatenate(scores), np.concatenate(energy), mean)
 
 
-def _blocks(store: HStore, t: int, n: int, rows: int) -> Iterator[np.ndarray]:
-    """The first n samples of h_t, `rows` at a time; each block is the caller's to change."""
+def _blocks(store: HStore, t: int, rows: int) -> Iterator[np.ndarray]:
+    """The samples of h_t, `rows` at a time; each block is the caller's to change."""
     block, filled, start = None, 0, 0
     for batch in store.batches(t):
-        while len(batch) and start < n:
+        while len(batch):
             if block is None:
-                block, filled = np.empty((min(rows, n - start), batch.shape[1]), dtype=np.float32), 0
+                block, filled = np.empty((min(rows, len(store) - start), batch.shape[1]), dtype=np.float32), 0
             part = batch[: len(block) - filled]
             if not np.isfinite(part).all():
                 sample = start + filled + int(np.argwhere(~np.isfinite(part))[0, 0])
@@ -218,25 +210,22 @@ def _blocks(store: HStore, t: int, n: int, rows: int) -> Iterator[np.ndarray]:
                 start += filled
                 yield block
                 block = None
-        if start >= n:
-            return
 
 
-def _centred(store: HStore, t: int, n: int, mean: np.ndarray) -> Iterator[np.ndarray]:
-    """The first n samples of h_t without their mean, `BLOCK_ROWS` at a time."""
+def _centred(store: HStore, t: int, mean: np.ndarray) -> Iterator[np.ndarray]:
+    """The samples of h_t without their mean, `BLOCK_ROWS` at a time."""
     mean = mean.astype(np.float32)
-    for block in _blocks(store, t, n, BLOCK_ROWS):
+    for block in _blocks(store, t, BLOCK_ROWS):
         block -= mean
         yield block
 
 
-def _per_timestep(fits: list[_Fit], k: int, *, align: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _per_timestep(fits: list[_Fit], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Units of shape (T, k, d), scores of shape (n, T, k) and sigmas of shape (T, k)."""
-    order, signs = _chain([fit.components for fit in fits], align=align)
-    if align:
-        chained = [fit.scores.var(axis=0)[o] / fit.energy.sum() for fit, o in zip(fits, order, strict=True)]
-        first = np.argsort(-np.mean(chained, axis=0), kind="stable")
-        order, signs = order[:, first], signs[:, first]
+    order, signs = _chain([fit.components for fit in fits])
+    chained = [fit.scores.var(axis=0)[o] / fit.energy.sum() for fit, o in zip(fits, order, strict=True)]
+    first = np.argsort(-np.mean(chained, axis=0), kind="stable")
+    order, signs = order[:, first], signs[:, first]
     leading = list(zip(fits, order[:, :k], signs[:, :k], strict=True))
     units = np.stack([fit.components[o] * s[:, None] for fit, o, s in leading])
     scores = np.stack([fit.scores[:, o] * s for fit, o, s in leading], axis=1)
@@ -258,14 +247,12 @@ def _spread(fit: _Fit) -> np.ndarray:
     return np.sqrt((squares / (1 + own) ** 2).sum(axis=0) / (n - 1))
 
 
-def _chain(components: list[np.ndarray], *, align: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def _chain(components: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Order and signs that make the components of neighbouring timesteps agree.
 
     Parameters
     ----------
     components : list of ndarray of shape (m, d), unit rows, noisiest timestep first
-    align : bool
-        If false, the given order, and signs that make each largest coefficient positive.
 
     Returns
     -------
@@ -274,14 +261,10 @@ def _chain(components: list[np.ndarray], *, align: bool = True) -> tuple[np.ndar
     """
     order, signs = [np.arange(len(components[0]))], [_largest_positive(components[0])]
     for before, here in zip(components, components[1:], strict=False):
-        if align:
-            cosines = (before[order[-1]] * signs[-1][:, None]) @ here.T
-            _, matched = linear_sum_assignment(np.abs(cosines), maximize=True)
-            order.append(matched)
-            signs.append(np.where(cosines[np.arange(len(matched)), matched] < 0, -1.0, 1.0).astype(np.float32))
-        else:
-            order.append(order[0])
-            signs.append(_largest_positive(here))
+        cosines = (before[order[-1]] * signs[-1][:, None]) @ here.T
+        _, matched = linear_sum_assignment(np.abs(cosines), maximize=True)
+        order.append(matched)
+        signs.append(np.where(cosines[np.arange(len(matched)), matched] < 0, -1.0, 1.0).astype(np.float32))
     return np.stack(order), np.stack(signs)
 
 
@@ -315,11 +298,11 @@ def _regress(store: HStore, t: int, fit: _Fit, shared: np.ndarray) -> tuple[np.n
     Sigma is of every sample's projection on the regression of the others, as far as they lie outside of all k.
     """
     n = len(shared)
-    parts = zip(_centred(store, t, n, fit.mean), range(0, n, BLOCK_ROWS), strict=True)
+    parts = zip(_centred(store, t, fit.mean), range(0, n, BLOCK_ROWS), strict=True)
     slopes = sum(shared[start : start + BLOCK_ROWS].T @ block for block, start in parts)
     lengths = np.linalg.norm(slopes, axis=1)
     units = slopes / lengths[:, None]
-    scores = np.concatenate([block @ units.T for block in _centred(store, t, n, fit.mean)])
+    scores = np.concatenate([block @ units.T for block in _centred(store, t, fit.mean)])
     along = scores.astype(np.float64)
     inside = (along @ np.linalg.pinv(units @ units.T.astype(np.float64)) * along).sum(axis=1)
     own, rest = shared * n / (n - 1) / lengths, (fit.energy - inside).clip(min=0)[:, None]

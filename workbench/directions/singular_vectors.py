@@ -41,16 +41,16 @@ def top_singular_vectors(
     vjp: Product,
     k: int,
     *,
-    start: torch.Tensor,
+    d: int,
     block: int | None = None,
     tol: float = 1e-6,
     max_iterations: int = 1000,
     seed: int = 0,
     progress: bool = False,
 ) -> Triplets:
-    """Top k singular triplets of J from J v and J'u of rows.
+    """Top k singular triplets of J from J v, v of d values, and J'u of rows.
 
-    `start` has shape (m, d), m from 0. The error of a value is r^2 / (2 gap), by its residual r and the relative gap to
+    The error of a value is r^2 / (2 gap), by its residual r and the relative gap to
     the next value (Kato and Temple; Parlett 1998, chapter 10); the methods stop at residuals below sqrt(tol) / 3.
     """
     if tol <= 0 or max_iterations < 1:
@@ -66,9 +66,9 @@ def top_singular_vectors(
     settings = {"residual": tol**0.5 / 3, "max_iterations": max_iterations}
     with bar:
         if block is None:
-            right = _lanczos(squared, k, start.sum(0) if len(start) else _random(1, start, rng)[0], **settings)
+            right = _lanczos(squared, k, _random(1, d, rng)[0], **settings)
         else:
-            right = _subspace_iterations(squared, k, start, block, rng, **settings)
+            right = _subspace_iterations(squared, k, d, block, rng, **settings)
         images = jvp(right)
         values, order = images.norm(dim=1).sort(descending=True)
         right, images = right[order], images[order]
@@ -96,7 +96,7 @@ def _lanczos(squared: Product, k: int, start: torch.Tensor, *, residual: float, 
 def _subspace_iterations(
     squared: Product,
     k: int,
-    start: torch.Tensor,
+    d: int,
     block: int,
     rng: torch.Generator,
     *,
@@ -104,11 +104,10 @@ def _subspace_iterations(
     max_iterations: int,
 ) -> torch.Tensor:
     """Algorithm 2 of Haas et al.: block after block, each orthogonal to those before; Algorithm 1 is one block of k."""
-    found = start[:0]
+    found = torch.empty(0, d, dtype=torch.double)
     while len(found) < k:
         wanted = min(block, k - len(found))
-        v = start[len(found) : len(found) + block]
-        v = torch.cat([v, _random(block - len(v), v, rng)])
+        v = _random(block, d, rng)
         for _ in range(max_iterations):
             v = _orthonormal(v, found)
             w = squared(v)
@@ -131,8 +130,8 @@ def _orthonormal(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _random(m: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    return torch.randn(m, like.shape[1], dtype=torch.double, generator=rng)
+def _random(m: int, d: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.randn(m, d, dtype=torch.double, generator=rng)
 
 
 def _divisor(values: torch.Tensor) -> torch.Tensor:

@@ -113,7 +113,6 @@ def find_many(
     labels: pd.DataFrame,
     *,
     method: str = "mean",
-    balance: pd.DataFrame | pd.Series | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Direction]:
@@ -124,8 +123,8 @@ def find_many(
     store : HStore
     labels : DataFrame of shape (n, attributes), values 0 or 1
         Matched by its index, as in `find_from_labels`.
-    method, balance, seed, progress
-        As in `find_from_labels`. An attribute is not balanced for itself.
+    method, seed, progress
+        As in `find_from_labels`.
 
     Returns
     -------
@@ -137,11 +136,8 @@ def find_many(
         As `find_from_labels`, naming the attribute.
     """
     check_table(labels, "find_many")
-    table, others = matched(store, labels, "the labels"), _balance_of(store, balance)
-    contrasts = []
-    for attribute in table.columns:
-        rest = None if others is None else others.drop(columns=attribute, errors="ignore")
-        contrasts.append(_from_labels(table[attribute], str(attribute), rest))
+    table = matched(store, labels, "the labels")
+    contrasts = [_from_labels(table[attribute], str(attribute), None) for attribute in table.columns]
     found = _find(store, contrasts, method=method, source="labels", seed=seed, progress=progress)
     return {direction.name: direction for direction in found}
 
@@ -306,7 +302,7 @@ def _balance_of(store: HStore, balance: pd.DataFrame | pd.Series | None) -> pd.D
 
 def _strata(table: pd.DataFrame | None, n: int) -> tuple[np.ndarray, list[str]]:
     """Number of each sample's stratum, and the names of the strata."""
-    if table is None or table.shape[1] == 0:
+    if table is None:
         return np.zeros(n, dtype=int), ["all"]
     groups = table.groupby(list(table.columns), sort=True, observed=True)
     names = [", ".join(f"{c}={v}" for c, v in zip(table.columns, key, strict=True)) for key, _ in groups]
