@@ -19,7 +19,6 @@ from workbench.analysis.mixing_criteria import (
     _largest,
     _tv_uniform,
     agreement,
-    equal_log_snr,
     kl_to_limit,
     largest_near_best,
     log_snr,
@@ -293,18 +292,6 @@ def test_a_threshold_that_is_never_met_is_said_to_be(run):
 # Schedules and tables
 
 
-def test_a_step_is_carried_to_another_schedule_at_equal_log_snr():
-    f = np.cos((np.arange(401) / 400 + 0.008) / 1.008 * np.pi / 2) ** 2
-    cosine = np.clip(f[1:] / f[0], 1e-8, None)
-    assert equal_log_snr(437, ALPHA_BARS, ALPHA_BARS) == 437
-    for t in (300, 500, 700):
-        other = equal_log_snr(t, ALPHA_BARS, cosine)
-        gap = np.abs(log_snr(cosine)[other] - log_snr(ALPHA_BARS)[t])
-        assert gap <= np.abs(np.diff(log_snr(cosine)))[other - 1 : other + 1].max()
-    with pytest.raises(ValueError, match="timestep 1000 .* 0..999"):
-        equal_log_snr(1000, ALPHA_BARS, cosine)
-
-
 def test_the_table_says_which_criteria_agree(run, labels, classifier):
     steps = [
         find(run, labels, criterion=c, classifier=classifier, n=60, resamples=20) for c in ("separability", "commit")
@@ -317,6 +304,11 @@ def test_the_table_says_which_criteria_agree(run, labels, classifier):
         assert (b.criterion in table.loc[a.criterion, "agrees_with"]) == overlap
     assert table["log_snr"].tolist() == [log_snr(ALPHA_BARS)[s.t] for s in steps]
     assert steps[0].on_schedule(ALPHA_BARS) == steps[0].t
+    cosine = np.cos((np.arange(1, 401) / 400 + 0.008) / 1.008 * np.pi / 2).clip(1e-4) ** 2
+    for step in steps:
+        other = step.on_schedule(cosine)
+        gap = np.abs(log_snr(cosine)[other] - step.log_snr)
+        assert gap <= np.abs(np.diff(log_snr(cosine)))[other - 1 : other + 1].max()
 
 
 def test_total_variation_of_radii_and_divergence_from_the_limit_are_those_of_the_notes():

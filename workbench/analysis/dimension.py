@@ -83,12 +83,12 @@ def dimensions_over_time(h_by_t: Any, **options: Any) -> pd.DataFrame:
     return pd.concat(tables, names=["t"]).droplevel(1).reset_index()
 
 
-def participation_ratio(products: np.ndarray, *, corrected: bool = True) -> float:
+def participation_ratio(products: np.ndarray) -> float:
     """Number of directions that carry the variance, (tr S)^2 / tr S^2 of the covariance S, from centred products.
 
     Of n samples the plain ratio can't exceed n - 1, and it underestimates by far where n is not much larger than it.
-    Corrected, both traces are replaced by their unbiased estimates under a Gaussian (Srivastava 2005): with
-    m = n - 1, tr S^2 by m^2 / ((m - 1)(m + 2)) (tr S^2 - (tr S)^2 / m), and (tr S)^2 by itself less 2/m of that.
+    So both traces are replaced by their unbiased estimates under a Gaussian (Srivastava 2005): with m = n - 1, tr S^2
+    by m^2 / ((m - 1)(m + 2)) (tr S^2 - (tr S)^2 / m), and (tr S)^2 by itself less 2/m of that.
     It is infinite where the samples can't tell the estimate of tr S^2 from 0.
     """
     m = len(products) - 1
@@ -96,23 +96,22 @@ def participation_ratio(products: np.ndarray, *, corrected: bool = True) -> floa
     if trace <= 0:
         raise ValueError("all samples are the same; they have no dimension")
     top = trace**2
-    if corrected:
-        squares = m**2 / ((m - 1) * (m + 2)) * (squares - top / m)
-        top -= 2 * squares / m
+    squares = m**2 / ((m - 1) * (m + 2)) * (squares - top / m)
+    top -= 2 * squares / m
     return float(top / squares) if squares > 0 else float("inf")
 
 
-def two_nn(distances: np.ndarray, *, discard: float = 0.1) -> float:
+def two_nn(distances: np.ndarray) -> float:
     """Intrinsic dimension by the two nearest neighbours (Facco et al. 2017, TwoNN), from distances.
 
     The ratio mu of the distances to the second and the first neighbour has P(mu > x) = x^-d whatever the density, so
-    d is the slope of -log(1 - F(mu)) against log(mu), fitted through the origin without the share `discard` of largest
+    d is the slope of -log(1 - F(mu)) against log(mu), fitted through the origin without the tenth of largest
     ratios. Where d is large it underestimates, unless n grows exponentially with d.
     """
     nearest = _nearest(distances, 2)
     n = len(nearest)
     log_mu = np.sort(np.log(nearest[:, 1] / nearest[:, 0]))
-    kept = int(n * (1 - discard))
+    kept = int(0.9 * n)
     cumulative = np.arange(1, kept + 1) / (n + 1)
     return float(log_mu[:kept] @ -np.log(1 - cumulative) / (log_mu[:kept] ** 2).sum())
 

@@ -50,7 +50,6 @@ def effect_matrix(
     after: Mapping[str, pd.DataFrame],
     *,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> EffectMatrix:
     """Mean change of the scores, E_ab = mean over samples of score_b(edited along a) - score_b(plain).
 
@@ -62,7 +61,7 @@ def effect_matrix(
     plain = before if isinstance(before, Mapping) else dict.fromkeys(after, before)
     changes = np.stack([_change(plain[name], scores, name) for name, scores in after.items()], axis=1)
     n = len(changes)
-    counts = bootstrap_counts(n, resamples=resamples, seed=seed)
+    counts = bootstrap_counts(n, resamples=resamples, seed=0)
     mean, draws = changes.mean(axis=0), np.tensordot(counts, changes, axes=1) / n
     low, high = bootstrap_interval(mean, draws, n, bounds=(-1.0, 1.0))
 
@@ -106,39 +105,27 @@ def leakage(effects: EffectMatrix, attributes: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, index=part.mean.index)
 
 
-def at_equal_change(
-    values: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray], *, change: float | None = None
-) -> tuple[pd.DataFrame, float]:
+def at_equal_change(values: Mapping[str, np.ndarray], changes: Mapping[str, np.ndarray]) -> tuple[pd.DataFrame, float]:
     """Values of several edits, sample by sample, where all of them change the images by the same amount on average.
+
+    That is the largest mean change that all edits reach.
 
     Parameters
     ----------
     values, changes : mapping of edit -> array of shape (n, scales)
         What is compared, and the change of each image. The scales rise from 0, where nothing is edited; every edit may
         have scales of its own.
-    change : float, optional
-        Mean change at which to compare; by default the largest that all edits reach.
 
     Returns
     -------
     values : DataFrame of shape (n, edits)
         Linear between the two scales between which an edit's mean change first reaches this change.
     change : float
-
-    Raises
-    ------
-    ValueError
-        If an edit does not reach the change.
     """
     means = {name: np.asarray(found, dtype=float).mean(axis=0) for name, found in changes.items()}
-    most = {name: float(mean.max()) for name, mean in means.items()}
-    change = min(most.values()) if change is None else change
+    change = min(float(mean.max()) for mean in means.values())
     at = {}
     for name, mean in means.items():
-        if most[name] < change:
-            raise ValueError(
-                f"{name!r} changes the images by {most[name]:.3g} at most, not by {change:.3g}; scale it up"
-            )
         known = np.asarray(values[name], dtype=float)
         at[name] = first_reached(np.broadcast_to(mean, known.shape), known, change)
     return pd.DataFrame(at), change
@@ -160,15 +147,14 @@ def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> np.ndarray:
     return (1 - share) * y[rows, last - 1] + share * y[rows, last]
 
 
-def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, threshold: float = 0.5) -> Estimate:
+def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str) -> Estimate:
     """Share of the samples without an attribute that have it afterwards, with its Wilson interval.
 
     Parameters
     ----------
     before, after : DataFrame of shape (n, attributes)
     attribute : str
-    threshold : float, default 0.5
-        A sample has the attribute if its score is above.
+        A sample has it if its score is above 0.5.
 
     Returns
     -------
@@ -183,10 +169,10 @@ def success_rate(before: pd.DataFrame, after: pd.DataFrame, attribute: str, *, t
     _change(before, after, "this edit")
     if attribute not in before.columns:
         raise ValueError(f"there is no attribute {attribute!r}; the scores have {_listed(before)}")
-    without = before[attribute].to_numpy() <= threshold
+    without = before[attribute].to_numpy() <= 0.5
     if not without.any():
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    share = float((after[attribute].to_numpy()[without] > threshold).mean())
+    share = float((after[attribute].to_numpy()[without] > 0.5).mean())
     return share_of(share, int(without.sum()))
 
 

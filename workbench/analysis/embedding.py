@@ -27,6 +27,8 @@ from workbench.io import one_of
 
 # Methods that `embed` takes, and the names of their axes.
 METHODS = {"pca": "PC", "umap": "UMAP", "tsne": "t-SNE"}
+PCS = 50  # principal components that UMAP and t-SNE are given
+MOST = 2000  # samples that the quality of a map is measured on
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +69,10 @@ class Embedding:
         return [f"{METHODS[self.method]} {i + 1}" for i in range(self.points.shape[1])]
 
 
-def embed(
-    h: Any, *, method: str = "pca", k: int = 2, seed: int = 0, n_pcs: int = 50, neighbours: int = 15, **options: Any
-) -> Embedding:
+def embed(h: Any, *, method: str = "pca", k: int = 2, seed: int = 0, neighbours: int = 15, **options: Any) -> Embedding:
     """Map the samples of one timestep to k dimensions.
 
-    UMAP and t-SNE are given the first `n_pcs` principal components. All are seeded and run in one thread where
+    UMAP and t-SNE are given the first 50 principal components. All are seeded and run in one thread where
     threads would change the result, so that the same call gives the same map.
 
     Parameters
@@ -82,8 +82,6 @@ def embed(
     k : int, default 2
         At most n - 1.
     seed : int, default 0
-    n_pcs : int, default 50
-        As many of them as there are.
     neighbours : int, default 15
         Size of the neighbourhood that the map tries to keep; for t-SNE the perplexity. Fewer than n.
     **options
@@ -110,7 +108,7 @@ def embed(
         ratio = pca.explained_variance_ratio_.astype(np.float64)
     else:
         check_neighbours(neighbours, most=n - 1)
-        n_pcs = min(max(n_pcs, k), n - 1, d)
+        n_pcs = min(max(PCS, k), n - 1, d)
         pca, ratio = PCA(n_pcs, random_state=seed), None
         scores = pca.fit_transform(h)
         estimator, backend = _estimator(method, k, seed, neighbours, options)
@@ -150,7 +148,6 @@ def map_quality(
     labels: Any = None,
     neighbours: int = 15,
     resamples: int = 50,
-    most: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """How far a map can be trusted: whether neighbours in it are neighbours in h-space, and whether groups are apart.
@@ -161,7 +158,7 @@ def map_quality(
       is the map's doing. Groups of one sample are left out.
 
     Distances in h-space are those of all coordinates, not of principal components. Intervals are of half-samples with
-    half the neighbours (see `samples.half_samples`).
+    half the neighbours (see `samples.half_samples`). Of more than 2000 samples, so many random ones are used.
 
     Parameters
     ----------
@@ -171,8 +168,6 @@ def map_quality(
     neighbours : int, default 15
         Fewer than n/2; in half-samples half of them, or as many as those have.
     resamples : int, default 50
-    most : int, default 2000
-        Of more samples, that many random ones are used.
     seed : int, default 0
 
     Returns
@@ -191,8 +186,8 @@ def map_quality(
         raise ValueError(f"the map has {len(points)} points and h {len(h)} samples; they must be the same samples")
     by_name = {} if labels is None else check_labels(labels, len(h))
     rng = np.random.default_rng(seed)
-    if len(h) > most:
-        rows = np.sort(rng.permutation(len(h))[:most])
+    if len(h) > MOST:
+        rows = np.sort(rng.permutation(len(h))[:MOST])
         h, points, by_name = h[rows], points[rows], {name: values[rows] for name, values in by_name.items()}
     n = len(h)
     check_neighbours(neighbours, most=(n - 1) // 2)

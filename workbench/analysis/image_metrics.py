@@ -105,10 +105,8 @@ def frechet_distance(features: np.ndarray, others: np.ndarray, *, groups: int = 
     return float(_frechet_distances(a, b, [np.ones(a.shape[1], bool)])[0])
 
 
-def frechet_distance_interval(
-    features: np.ndarray, others: np.ndarray, *, groups: int = 1, folds: int = 16
-) -> tuple[float, float]:
-    """95% interval of `frechet_distance` over the samples of the first set, by the grouped jackknife.
+def frechet_distance_interval(features: np.ndarray, others: np.ndarray, *, groups: int = 1) -> tuple[float, float]:
+    """95% interval of `frechet_distance` over the samples of the first set, by the jackknife of 16 folds.
 
     Each fold of the samples, all versions together, is left out in turn. The sets that stay are of one size, so what
     their size adds to the distance does not spread; it is in the interval as it is in the distance. NaN of fewer than
@@ -118,7 +116,7 @@ def frechet_distance_interval(
     n = a.shape[1]
     if n < 3:
         return float("nan"), float("nan")
-    folds = min(folds, n)
+    folds = min(16, n)
     fold = np.arange(n) % folds
     whole, *parts = _frechet_distances(a, b, [fold != k for k in range(-1, folds)])
     error = np.sqrt((folds - 1) * np.var(parts))
@@ -155,9 +153,7 @@ def kernel_distance(features: np.ndarray, others: np.ndarray, *, groups: int = 1
     return float(_kernel_distances(a, b, np.ones((1, a.shape[1])))[0])
 
 
-def kernel_distance_interval(
-    features: np.ndarray, others: np.ndarray, *, groups: int = 1, resamples: int = 200, seed: int = 0
-) -> tuple[float, float]:
+def kernel_distance_interval(features: np.ndarray, others: np.ndarray, *, groups: int = 1) -> tuple[float, float]:
     """95% interval of `kernel_distance` over the samples of the first set, all versions of one drawn together.
 
     The samples are drawn with replacement and each drawn one is taken once, since one that is taken twice would be its
@@ -165,7 +161,7 @@ def kernel_distance_interval(
     samples would; their spread is scaled to it.
     """
     a, b = _features(features, others, groups)
-    drawn = bootstrap_counts(a.shape[1], resamples=resamples, seed=seed) > 0
+    drawn = bootstrap_counts(a.shape[1], resamples=200, seed=0) > 0
     drawn = drawn[drawn.sum(axis=1) > 1]
     whole, *parts = _kernel_distances(a, b, np.vstack([np.ones(a.shape[1]), drawn]))
     share = drawn.mean()

@@ -63,12 +63,12 @@ def mean_of(
     return Estimate(mean, *mean_interval(values, bounds=bounds, seed=seed), len(values))
 
 
-def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[float], *, seed: int = 0) -> Estimate:
+def ratio_of(above: np.ndarray | Sequence[float], below: np.ndarray | Sequence[float]) -> Estimate:
     """Ratio of two means over the same samples, with its bootstrap interval."""
     a, b = (np.asarray(values, dtype=float).ravel() for values in (above, below))
     ratio, low, high = a.mean() / b.mean(), float("nan"), float("nan")
     if len(a) > 1:
-        counts = bootstrap_counts(len(a), resamples=1000, seed=seed)
+        counts = bootstrap_counts(len(a), resamples=1000, seed=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             low, high = bootstrap_interval(ratio, (counts @ a) / (counts @ b), len(a))
     return Estimate(float(ratio), float(low), float(high), len(a))
@@ -85,32 +85,30 @@ def difference_of(one: Estimate, other: Estimate) -> Estimate:
     return Estimate(float(gap), float(gap - down), float(gap + up), min(one.n, other.n))
 
 
-def paired_difference_of(
-    one: np.ndarray | Sequence[float], other: np.ndarray | Sequence[float], *, cross_validated: bool = False
-) -> Estimate:
+def paired_difference_of(one: np.ndarray | Sequence[float], other: np.ndarray | Sequence[float]) -> Estimate:
     """Difference of two means over the same samples, each with two values: errors that both share cancel.
 
     Of booleans it is the difference of two shares. Its interval is Wilson's, carried over to a range of -1 to 1, with
-    the variance of the samples' differences; where no sample differs it is Tango's (1998). It is widened where
-    cross-validation, in the same folds for both, predicted them. Other values have the interval of `mean_of`.
+    the variance of the samples' differences; where no sample differs it is Tango's (1998). Other values have the
+    interval of `mean_of`.
     """
     one, other = np.asarray(one).ravel(), np.asarray(other).ravel()
     gaps = one.astype(float) - other.astype(float)
     if not (one.dtype == other.dtype == bool and len(one)):
         return mean_of(gaps)
-    gap, n = float(gaps.mean()), len(gaps) / CROSS_VALIDATED**2 if cross_validated else len(gaps)
+    gap, n = float(gaps.mean()), len(gaps)
     low, high = _wilson(gap, n, gaps.var() / n, bounds=(-1.0, 1.0))
-    return Estimate(gap, float(low), float(high), len(gaps))
+    return Estimate(gap, float(low), float(high), n)
 
 
-def mean_of_draws(values: np.ndarray | Sequence[float], share: float, *, seed: int = 0) -> Estimate:
+def mean_of_draws(values: np.ndarray | Sequence[float], share: float) -> Estimate:
     """Mean over draws from one pool of samples, each of this share of the pool, with its interval for other pools.
 
     Two draws have samples in common, so that their mean varies more from pool to pool than that of as many independent
     ones: by 1 / draws + share / (1 - share) in place of 1 / draws of the variance between the draws (Nadeau & Bengio
     2003, of repeated splits into training and test samples).
     """
-    found = mean_of(values, seed=seed)
+    found = mean_of(values)
     wider = (1.0 + found.n * share / (1.0 - share)) ** 0.5
     return replace(
         found,

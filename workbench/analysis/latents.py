@@ -13,7 +13,10 @@ import pandas as pd
 from scipy import stats
 from scipy.special import gammaln
 
+from workbench.analysis.image_metrics import cosine_similarity
 from workbench.analysis.samples import check_samples, distances_of, gram, over_timesteps
+
+TRIPLES = 10_000
 
 
 def gaussian_reference(n: int, d: int) -> dict[str, float]:
@@ -45,7 +48,7 @@ def gaussian_reference(n: int, d: int) -> dict[str, float]:
     }
 
 
-def latent_statistics(ensemble: Any, *, tests: int = 64, triples: int = 10_000, seed: int = 0) -> pd.Series:
+def latent_statistics(ensemble: Any, *, tests: int = 64, seed: int = 0) -> pd.Series:
     """Radii, distances, angles and normality of an ensemble of x_t or h_t: n points in d dimensions.
 
     Parameters
@@ -54,8 +57,6 @@ def latent_statistics(ensemble: Any, *, tests: int = 64, triples: int = 10_000, 
         At least 3 samples. An image-shaped one gets the lag-1 autocorrelation too.
     tests : int, default 64
         Number of projections that are tested against N(0, 1); at most d.
-    triples : int, default 10000
-        Random triples of samples for the angle at a vertex.
     seed : int, default 0
 
     Returns
@@ -66,7 +67,7 @@ def latent_statistics(ensemble: Any, *, tests: int = 64, triples: int = 10_000, 
         - `radius`: mean length of the samples.
         - `distance`: mean of pairs.
         - `angle`: mean between pairs, seen from the origin; degrees.
-        - `vertex_angle`: mean at the first corner of random triples of samples; degrees.
+        - `vertex_angle`: mean at the first corner of 10,000 random triples of samples; degrees.
         - `centroid`: the length of the mean sample.
         - `coordinate_mean`, `coordinate_variance`: over all samples and coordinates.
         - `KS tests failed`: share of projections on random unit vectors that a Kolmogorov-Smirnov test distinguishes
@@ -92,7 +93,7 @@ def latent_statistics(ensemble: Any, *, tests: int = 64, triples: int = 10_000, 
         "radius": radii.mean(),
         "distance": distances_of(products)[pairs].mean(),
         "angle": angles[pairs].mean(),
-        "vertex_angle": _vertex_angles(products, triples, rng).mean(),
+        "vertex_angle": _vertex_angles(products, TRIPLES, rng).mean(),
         "centroid": np.linalg.norm(mean),
         "coordinate_mean": mean.mean(),
         "coordinate_variance": (radii**2).mean() / d - mean.mean() ** 2,
@@ -164,13 +165,7 @@ def step_geometry(by_t: Any) -> tuple[np.ndarray, np.ndarray]:
         if before is None:
             continue
         step_before, step = step, state - before
-        cosines.append(_cosine(before - before.mean(axis=0), state - state.mean(axis=0)))
+        cosines.append(cosine_similarity(before - before.mean(axis=0), state - state.mean(axis=0)))
         if step_before is not None:
-            angles.append(np.degrees(np.arccos(np.clip(_cosine(step_before, step), -1.0, 1.0))))
+            angles.append(np.degrees(np.arccos(np.clip(cosine_similarity(step_before, step), -1.0, 1.0))))
     return np.stack(angles), np.stack(cosines)
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row; NaN where one is 0."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

@@ -21,6 +21,8 @@ from workbench.analysis.intervals import CROSS_VALIDATED, QUANTILES
 from workbench.analysis.probes import separabilities
 from workbench.analysis.samples import check_labels, check_samples, half_samples, over_timesteps
 
+STATISTICS = 64  # of one dimension each, of which a total variation is the mean
+
 # From a curve (noisiest timestep first) to the position of the mixing step, the threshold, and whether it was met.
 Rule = Callable[[np.ndarray], tuple[int, float, bool]]
 
@@ -66,8 +68,12 @@ class MixingStep:
         return float(log_snr(self.alpha_bars)[self.t])
 
     def on_schedule(self, alpha_bars: Sequence[float]) -> int:
-        """The timestep of another noise schedule with the same log-SNR; see `equal_log_snr`."""
-        return equal_log_snr(self.t, self.alpha_bars, alpha_bars)
+        """The timestep of another noise schedule with the same log-SNR, or the nearest there is.
+
+        What x_t shows of an image depends on the signal-to-noise ratio alone, so a mixing step is carried from one
+        schedule to another at equal log-SNR, not at equal t.
+        """
+        return int(np.abs(log_snr(alpha_bars) - self.log_snr).argmin())
 
     def row(self) -> dict[str, object]:
         """For a table with one row per criterion."""
@@ -88,17 +94,6 @@ def log_snr(alpha_bars: Sequence[float]) -> np.ndarray:
     """log(alpha_bar / (1 - alpha_bar)) of every timestep; shape (T,)."""
     a = np.asarray(alpha_bars, dtype=np.float64)
     return np.log(a) - np.log1p(-a)
-
-
-def equal_log_snr(t: int, alpha_bars: Sequence[float], other: Sequence[float]) -> int:
-    """The timestep of another schedule with the log-SNR that t has in this one, or the nearest there is.
-
-    What x_t shows of an image depends on the signal-to-noise ratio alone, so a mixing step is carried from one schedule
-    to another at equal log-SNR, not at equal t.
-    """
-    if not 0 <= t < len(alpha_bars):
-        raise ValueError(f"timestep {t} is outside of its schedule, 0..{len(alpha_bars) - 1}")
-    return int(np.abs(log_snr(other) - log_snr(alpha_bars)[t]).argmin())
 
 
 def agreement(steps: Iterable[MixingStep]) -> pd.DataFrame:
@@ -264,7 +259,6 @@ def total_variation(
     x0: object,
     labels: object = None,
     level: float = 0.25,
-    statistics: int = 64,
     resamples: int = 50,
     seed: int = 0,
 ) -> MixingStep:
@@ -272,8 +266,8 @@ def total_variation(
 
     Total variation 1/2 integral |p - q| is the distance of the mixing time of Markov chains, with 1/4 as the customary
     level. Between distributions in thousands of dimensions it is near 1 almost up to T (`radius_total_variation`), so
-    here it is the mean over statistics of one dimension each: the radius, the projections on the differences of class
-    means and on the principal components of the clean images, and random projections. Each is estimated from a
+    here it is the mean over 64 statistics of one dimension each: the radius, the projections on differences of class
+    means (at most 8), on the 15 principal components of the clean images, and random ones. Each is estimated from a
     histogram against the exact law of N(0, I), cross-fitted so that it is 0 on average for samples of that law.
 
     Parameters
@@ -286,8 +280,6 @@ def total_variation(
     labels : array of shape (n,), or mapping or DataFrame of such, optional
         Of two values each, for the differences of class means.
     level : float, default 0.25
-    statistics : int, default 64
-        Their number: the radius, at most 8 class differences, a quarter principal components, the rest random.
     resamples : int, default 50
     seed : int, default 0
         Of the random directions and the half-samples.
@@ -306,7 +298,7 @@ def total_variation(
     """
     x0 = check_samples(x0, fewest=8)
     rng = np.random.default_rng(seed)
-    directions = _directions(x0, labels, statistics - 1, rng)
+    directions = _directions(x0, labels, STATISTICS - 1, rng)
     d = x0.shape[1]
 
     def reduce(x: np.ndarray) -> np.ndarray:
@@ -420,15 +412,15 @@ def kl_to_limit(alpha_bar: float, *, mean_square: float, d: int) -> float:
     return 0.5 * d * (alpha_bar * (mean_square - 1.0) - np.log1p(-alpha_bar))
 
 
-def radius_total_variation(alpha_bar: float, *, d: int, mean_square: float = 0.3, spread: float = 0.1) -> float:
-    """Total variation between the law of |x_t| and that of |N(0, I)|, for images of varying mean square.
+def radius_total_variation(alpha_bar: float, *, d: int) -> float:
+    """Total variation between the law of |x_t| and that of |N(0, I)|, for images of mean square 0.3 +- 0.1.
 
     A lower bound of the total variation of x_t itself. |x_t|^2 / (1 - alpha_bar) of an image is non-central chi-squared
-    with d degrees of freedom; its root is taken as normal, which it is up to 1/d. `mean_square` and `spread` are mean
-    and standard deviation of |x_0|^2 / d over images, taken as normal and cut at 0.
+    with d degrees of freedom; its root is taken as normal, which it is up to 1/d; |x_0|^2 / d as normal and cut
+    at 0.
     """
     quantiles = (np.arange(400) + 0.5) / 400
-    m2 = np.maximum(stats.norm.ppf(quantiles, mean_square, spread), 0.0)
+    m2 = np.maximum(stats.norm.ppf(quantiles, 0.3, 0.1), 0.0)
     noise, signal = 1.0 - alpha_bar, alpha_bar * m2 * d
     mean_of_squares, variance = noise * d + signal, 2 * noise**2 * d + 4 * noise * signal
     radius = np.sqrt(mean_of_squares - variance / (4 * mean_of_squares))

@@ -173,18 +173,17 @@ def _angles(axes: dict[Any, np.ndarray], within: np.ndarray, *, seed: int) -> An
     return Angles(names, angles, within, float(chance))
 
 
-def cka_over_time(h_by_t: Any, *, debiased: bool = True) -> pd.DataFrame:
+def cka_over_time(h_by_t: Any) -> pd.DataFrame:
     """Linear CKA between every two timesteps: similarity of two representations of the same samples.
 
-    Plain (Kornblith et al. 2019, eq. 3 with a linear kernel): biased upwards where n is not much larger than d, up to 1
-    for unrelated representations. Debiased (Nguyen et al. 2021, eq. 3, with the HSIC of Song et al. 2012): 0 on average
-    for unrelated ones, and slightly negative at times. 1 for those that agree but for a rotation, a scale and a shift.
+    Debiased (Nguyen et al. 2021, eq. 3, with the HSIC of Song et al. 2012): 0 on average for unrelated representations,
+    and slightly negative at times; 1 for those that agree but for a rotation, a scale and a shift. The plain CKA
+    (Kornblith et al. 2019) is up to 1 for unrelated ones where n is not much larger than d.
 
     Parameters
     ----------
     h_by_t : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
         At least 4 samples. Takes 4 n^2 bytes a timestep.
-    debiased : bool, default True
 
     Returns
     -------
@@ -197,24 +196,15 @@ def cka_over_time(h_by_t: Any, *, debiased: bool = True) -> pd.DataFrame:
         If the numbers of samples differ, a value is not finite, all samples are the same, or there is one timestep.
     """
     vectors = {
-        t: _similarity_vector(h, debiased=debiased).astype(np.float32)
-        for t, h in over_timesteps(h_by_t, samples=4, progress="CKA")
+        t: _similarity_vector(h).astype(np.float32) for t, h in over_timesteps(h_by_t, samples=4, progress="CKA")
     }
     stacked = np.stack(list(vectors.values()))
     return pd.DataFrame(stacked @ stacked.T, index=list(vectors), columns=list(vectors)).astype(float)
 
 
-def linear_cka(a: Any, b: Any, *, debiased: bool = True) -> float:
-    """Linear CKA of two arrays of the same samples, of any dimensions; see `cka_over_time`."""
-    a, b = check_samples(a, fewest=4), check_samples(b, fewest=4)
-    if len(a) != len(b):
-        raise ValueError(f"CKA compares the same samples; these are {len(a)} and {len(b)}")
-    return float(_similarity_vector(a, debiased=debiased) @ _similarity_vector(b, debiased=debiased))
-
-
-def _similarity_vector(h: np.ndarray, *, debiased: bool) -> np.ndarray:
-    """The centred inner products as a vector of length 1, so that CKA is a dot product."""
-    products = _u_centre(gram(h)) if debiased else gram(h)
+def _similarity_vector(h: np.ndarray) -> np.ndarray:
+    """The U-centred inner products as a vector of length 1, so that CKA is a dot product."""
+    products = _u_centre(gram(h))
     length = np.linalg.norm(products)
     if length == 0:
         raise ValueError("all samples are the same; CKA needs samples that differ")

@@ -89,17 +89,17 @@ class Effects:
         before, after = self.scores(edit, scale)
         return after - before
 
-    def success(self, attribute: str, *, edit: str | None = None, threshold: float = 0.5) -> dict[float, Estimate]:
+    def success(self, attribute: str, *, edit: str | None = None) -> dict[float, Estimate]:
         """`success_rate` of an attribute at every scale, ascending, for `edit` (default: the attribute's own)."""
         name = attribute if edit is None else edit
-        return {s: success_rate(*self.scores(name, s), attribute, threshold=threshold) for s in self.scales}
+        return {s: success_rate(*self.scores(name, s), attribute) for s in self.scales}
 
-    def matrix(self, scale: float | Mapping[str, float], *, resamples: int = 1000, seed: int = 0) -> EffectMatrix:
+    def matrix(self, scale: float | Mapping[str, float]) -> EffectMatrix:
         """`effect_matrix` of the edits at one scale, or at a scale for each of some edits."""
         scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(self.edits, scale)
         both = {name: self.scores(name, s) for name, s in scales.items()}
         before, after = ({name: scores[i] for name, scores in both.items()} for i in (0, 1))
-        return effect_matrix(before, after, resamples=resamples, seed=seed)
+        return effect_matrix(before, after)
 
     def curves(self, attribute: str, *, lacking: bool = False) -> pd.DataFrame:
         """Mean change of an attribute's score against the scale, to draw.
