@@ -124,5 +124,3 @@ def test_what_can_not_be_trained_is_refused(tiny, clip, run):
         train_asyrp(
             tiny, "a red square", clip=clip, run=wb.sample(tiny, [0], steps=3, eta=1.0, **QUIET), **TEXTS, **QUIET
         )
-    with pytest.raises(ValueError, match="momentum"):
-        train_asyrp(tiny, "a red square", clip=clip, run=run, optimiser="momentum", **QUIET)

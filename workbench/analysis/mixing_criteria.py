@@ -220,32 +220,33 @@ def radius_gap(
     Returns
     -------
     MixingStep
-        Its curve has the columns `sampled` and `inverted` (mean radii over sqrt(d)) and `gap_sd`, the gap in standard
-        deviations of a sample.
+        Its curve has the columns `sampled` and `inverted`: mean radii over sqrt(d).
 
     Raises
     ------
     ValueError
         If the timesteps differ, or a value is not finite.
     """
-    timesteps, (a, b), d = _reduced(sampled, inverted, lambda x: np.linalg.norm(x, axis=1) / np.sqrt(x.shape[1]))
-    n = a.shape[1]
-    pooled = np.sqrt((a.var(axis=1, ddof=1) + b.var(axis=1, ddof=1)) / 2)
+    radii, visited = [], []
+    for ensemble in (sampled, inverted):
+        by_t = {t: np.linalg.norm(x, axis=1) / np.sqrt(x.shape[1]) for t, x in over_timesteps(ensemble, samples=3)}
+        radii.append(np.stack(list(by_t.values())))
+        visited.append(list(by_t))
+    if visited[0] != visited[1]:
+        first, second = (f"{each[:3]}..." for each in visited)
+        raise ValueError(f"the ensembles visit different timesteps, {first} and {second}; make both alike")
+    n = min(each.shape[1] for each in radii)
+    a, b = (each[:, :n] for each in radii)
     paired = (a - b).std(axis=1, ddof=1) / np.sqrt(n)
-    value = np.abs(a.mean(axis=1) - b.mean(axis=1))
     return read_off(
-        timesteps,
+        visited[0],
         lambda rows: np.abs(a[:, rows].mean(axis=1) - b[:, rows].mean(axis=1)),
         stays(tolerance + 2 * paired),
         n=n,
         alpha_bars=alpha_bars,
         criterion="radius_gap",
         quantity="radius gap / sqrt(d)",
-        more={
-            "sampled": a.mean(axis=1),
-            "inverted": b.mean(axis=1),
-            "gap_sd": np.divide(value, pooled, out=np.zeros_like(value), where=pooled > 0),
-        },
+        more={"sampled": a.mean(axis=1), "inverted": b.mean(axis=1)},
         resamples=resamples,
         seed=seed,
     )
@@ -253,7 +254,6 @@ def radius_gap(
 
 def total_variation(
     ensemble: object,
-    other: object,
     alpha_bars: Sequence[float],
     *,
     x0: object,
@@ -272,8 +272,8 @@ def total_variation(
 
     Parameters
     ----------
-    ensemble, other : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
-        At the same timesteps, noisiest first. t is read off the first; both are compared with N(0, I) and each other.
+    ensemble : store, mapping t -> array of shape (n, ...), or iterable of (t, array)
+        Noisiest first.
     alpha_bars : array of shape (T,)
     x0 : array of shape (n, ...)
         The clean images, for the directions.
@@ -287,14 +287,11 @@ def total_variation(
     Returns
     -------
     MixingStep
-        Its curve has the columns `largest` (of the statistics, chosen on one half of the samples and measured on the
-        other, so that it is 0 on average for samples of N(0, I): on average below the total variation of x_t itself),
-        `other` (the other ensemble against N(0, I)) and `between` (both against each other).
 
     Raises
     ------
     ValueError
-        If the timesteps differ, labels are constant, or a value is not finite.
+        If labels are constant, or a value is not finite.
     """
     x0 = check_samples(x0, fewest=8)
     rng = np.random.default_rng(seed)
@@ -306,20 +303,15 @@ def total_variation(
         radius = stats.chi.cdf(np.linalg.norm(x, axis=1), d)[:, None]
         return np.concatenate([radius, stats.norm.cdf(x @ directions.T)], axis=1)
 
-    timesteps, (a, b), _ = _reduced(ensemble, other, reduce)
+    reduced = {t: reduce(x) for t, x in over_timesteps(ensemble, samples=3)}
     return read_off(
-        timesteps,
-        lambda rows: np.array([_tv_uniform(u[rows]).mean() for u in a]),
+        list(reduced),
+        lambda rows: np.array([_tv_uniform(u[rows]).mean() for u in reduced.values()]),
         stays(level, from_noise=True),
-        n=a.shape[1],
+        n=len(next(iter(reduced.values()))),
         alpha_bars=alpha_bars,
         criterion="tv",
         quantity="total variation to N(0, I), mean of 1-D statistics",
-        more={
-            "largest": np.array([_largest(u) for u in a]),
-            "other": np.array([_tv_uniform(v).mean() for v in b]),
-            "between": np.array([_tv_pair(u, v).mean() for u, v in zip(a, b, strict=True)]),
-        },
         resamples=resamples,
         seed=seed,
     )
@@ -432,26 +424,6 @@ def radius_total_variation(alpha_bar: float, *, d: int) -> float:
     return float(0.5 * np.trapezoid(np.abs(law - stats.norm.pdf(r, limit, limit_sd)), r))
 
 
-def _reduced(
-    a: object, b: object, reduce: Callable[[np.ndarray], np.ndarray]
-) -> tuple[list[int], tuple[np.ndarray, np.ndarray], int]:
-    """Reduced ensembles of the same number of samples: timesteps, arrays, d."""
-    kept, timesteps, d = [], [], 0
-    for ensemble in (a, b):
-        rows = []
-        timesteps.append([])
-        for t, x in over_timesteps(ensemble, samples=3):
-            d = x.shape[1]
-            timesteps[-1].append(t)
-            rows.append(reduce(x))
-        kept.append(np.stack(rows))
-    if timesteps[0] != timesteps[1]:
-        first, second = (f"{each[:3]}..." for each in timesteps)
-        raise ValueError(f"the ensembles visit different timesteps, {first} and {second}; make both alike")
-    n = min(len(each[0]) for each in kept)
-    return timesteps[0], (kept[0][:, :n], kept[1][:, :n]), d
-
-
 def _directions(x0: np.ndarray, labels: object, k: int, rng: np.random.Generator) -> np.ndarray:
     """Unit directions of the one-dimensional statistics: (k, d)."""
     found = []
@@ -471,22 +443,6 @@ def _tv_uniform(u: np.ndarray) -> np.ndarray:
     """Total variation of every column of u to the uniform law on [0, 1]: (columns,)."""
     even, odd = (_histogram(half, _bins(len(u))) for half in (u[::2], u[1::2]))
     return _cross_fitted(even - 1 / even.shape[1], odd - 1 / odd.shape[1])
-
-
-def _largest(u: np.ndarray) -> float:
-    """Total variation to the uniform law of the column where it is largest.
-
-    The largest of many estimates is too large by their noise, so the column is chosen on one half of the samples and
-    its distance taken on the other, both ways round.
-    """
-    halves = [_tv_uniform(half) for half in (u[: len(u) // 2], u[len(u) // 2 :])]
-    return float(np.mean([there[here.argmax()] for here, there in (halves, halves[::-1])]))
-
-
-def _tv_pair(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Total variation between the columns of u and those of v, of as many samples: (columns,)."""
-    even, odd = (_histogram(u[i::2], _bins(len(u))) - _histogram(v[i::2], _bins(len(u))) for i in (0, 1))
-    return _cross_fitted(even, odd)
 
 
 def _cross_fitted(a: np.ndarray, b: np.ndarray) -> np.ndarray:

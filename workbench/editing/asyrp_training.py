@@ -18,12 +18,10 @@ from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.asyrp import DeltaBlock, DeltaFunction
 from workbench.directions.words import CLIP, SOURCE
 from workbench.editing.asyrp import LEVELS, EditingInterval, find_interval
-from workbench.io import one_of
 
 CLIP_WEIGHT, L1_WEIGHT = 0.8, 3.0
 """Asyrp's weights of its two losses; that of L1 is multiplied by the cosine of the texts."""
 
-OPTIMISERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 DECAY_EVERY, DECAY = 20, 0.9
 """The learning rate falls by this factor after so many passes over the samples, as in the published files."""
 
@@ -40,11 +38,7 @@ def train_asyrp(
     interval: EditingInterval | None = None,
     epochs: int = 4,
     batch_size: int = 8,
-    optimiser: str = "adam",
     learning_rate: float = 2e-3,
-    clip_weight: float = CLIP_WEIGHT,
-    l1_weight: float = L1_WEIGHT,
-    kind: str = "ddpm",
     name: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -52,14 +46,14 @@ def train_asyrp(
     """Train a function Delta h_t = f_t(h_t, t) that changes images from `source` to `target`.
 
     At every timestep from T down to t_edit, with P_t the image predicted from x_t without the edit and P~_t the one
-    with it, the loss is (Asyrp's code; lambda_1 and lambda_2 are the weights) ::
+    with it, the loss is (Asyrp's code, with its weights lambda_1 of 0.8 and lambda_2 of 3) ::
 
         lambda_1 * -log((2 - L_dir) / 2) + lambda_2 cos(E_T(target), E_T(source)) mean |P~_t - P_t|,
         L_dir = 1 - cos(E_I(P~_t) - E_I(P_t), E_T(target) - E_T(source)).
 
     x~_t follows the asymmetric process (the edit in P_t alone), x_t the plain one, both with eta 0, and neither carries
     derivatives to the next step. That P_t comes from the plain process is inferred from their code. The authors train
-    100 images one by one by SGD with a rate of 0.5; here batches of samples are trained by Adam, unless told otherwise.
+    100 images one by one by SGD with a rate of 0.5; here batches of samples are trained by Adam.
 
     Parameters
     ----------
@@ -78,12 +72,7 @@ def train_asyrp(
         embeddings and the cosine of the texts.
     epochs, batch_size : int
         Passes over the samples, and samples in a batch.
-    optimiser : {"adam", "sgd"}
     learning_rate : float, default 2e-3
-    clip_weight, l1_weight : float
-        lambda_1 and lambda_2.
-    kind : {"ddpm", "guided"}
-        Layout of the block; see `DeltaBlock`.
     name : str, optional
         By default the target.
     seed : int
@@ -94,20 +83,17 @@ def train_asyrp(
     -------
     DeltaFunction
         With `training`: texts, settings, t_edit, t_boost and the mean losses of every epoch. Edit with it by
-        `edit_asyrp`; a block of the "ddpm" layout saved as `.pth` is a file of Asyrp.
+        `edit_asyrp`. Saved as `.pth`, its block, of the "ddpm" layout, is a file of Asyrp.
 
     Raises
     ------
     ValueError
-        If the run is of another model or not deterministic, an option is unknown, or a text is empty or of unknown
-        words.
+        If the run is of another model or not deterministic, or a text is empty or of unknown words.
 
     Notes
     -----
     The last convolution begins at 0, so that training begins at the unedited image; Asyrp draws it at random.
     """
-    one_of("optimiser", optimiser, OPTIMISERS)
-    one_of("kind", kind, ("ddpm", "guided"))
     if model.latent:
         raise ValueError(f"{model.name} works on latents; Asyrp is trained on models of pixels")
     clip = clip if isinstance(clip, Clip) else load_clip(clip, device=model.device)
@@ -124,14 +110,13 @@ def train_asyrp(
         interval = clip_interval(run, clip, cosine=max(cosine, 1e-3), progress=progress)
     with seeded([seed]):
         emb = model.unet.embed(0, 1).shape[1]
-        block = DeltaBlock(kind, model.h_shape[0], emb).to(model.device)
-    last = block.conv2 if kind == "ddpm" else block.out_layers[3]
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
+        block = DeltaBlock("ddpm", model.h_shape[0], emb).to(model.device)
+    torch.nn.init.zeros_(block.conv2.weight)
+    torch.nn.init.zeros_(block.conv2.bias)
     function = DeltaFunction(model, ((1.0, block),), name or target, ())
     function.check_fits(model)
-    steps_taken = OPTIMISERS[optimiser](block.parameters(), learning_rate)
-    decay = torch.optim.lr_scheduler.StepLR(steps_taken, DECAY_EVERY, DECAY)
+    optimiser = torch.optim.Adam(block.parameters(), learning_rate)
+    decay = torch.optim.lr_scheduler.StepLR(optimiser, DECAY_EVERY, DECAY)
     pairs = [pair for pair in model.schedule.pairs(run.timesteps) if pair[0] >= interval.t_edit]
     rng, started, losses = np.random.default_rng(seed), time.monotonic(), []
     batches = -(-len(run) // batch_size)
@@ -143,20 +128,19 @@ def train_asyrp(
                 x = edited = run.x_T[torch.from_numpy(rows)].to(model.device)
                 for pair in pairs:
                     (x, edited), loss, parts = _step(
-                        function, (x, edited), pair, clip=clip, along=along, weights=(clip_weight, l1_weight * cosine)
+                        function, (x, edited), pair, clip=clip, along=along, weights=(CLIP_WEIGHT, L1_WEIGHT * cosine)
                     )
-                    steps_taken.zero_grad(set_to_none=True)
+                    optimiser.zero_grad(set_to_none=True)
                     loss.backward()
-                    steps_taken.step()
+                    optimiser.step()
                     seen.append(parts)
                 bar.update()
                 bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
             decay.step()
             losses.append([round(float(value), 5) for value in np.mean(seen, axis=0)])
     about = {"target": target, "source": source, "clip": clip.hash, "cosine": cosine, "t_edit": interval.t_edit}
-    about |= {"t_boost": interval.t_boost, "n": len(run), "steps": run.steps, "epochs": epochs, "optimiser": optimiser}
-    about |= {"learning_rate": learning_rate, "clip_weight": clip_weight, "l1_weight": l1_weight, "seed": seed}
-    about |= {"losses": losses, "minutes": round((time.monotonic() - started) / 60, 2)}
+    about |= {"t_boost": interval.t_boost, "n": len(run), "steps": run.steps, "epochs": epochs, "losses": losses}
+    about |= {"learning_rate": learning_rate, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 2)}
     return replace(function, terms=((1.0, block.requires_grad_(False)),), training=about)
 
 

@@ -20,6 +20,9 @@ from workbench.editing.edits import MoveX, check_run
 from workbench.editing.measure import Classifier, Effects, measure
 from workbench.hspace.store import HStore
 
+ROUNDS = 3
+"""Number of measure-and-correct iterations."""
+
 NOTHING = 1e-6
 """Change of a score that float32 can't tell from none."""
 
@@ -32,16 +35,15 @@ def cancel_effects(
     others: Mapping[str, Direction],
     classifier: Classifier,
     scale: float = 2.0,
-    rounds: int = 3,
-    batch_size: int | None = None,
     progress: bool = True,
 ) -> Direction:
     """Correct a direction so that it no longer changes the other attributes.
 
     With E_va the mean change of attribute a when editing along v, v' = v + sum_b c_b v_b, where c solves
-    E_va + sum_b c_b E_ba = 0 for all a. Effects add up only roughly, so v' is measured and corrected again. Unlike the
-    projection (`Direction.orthogonal_to`, Haas et al. eq. 12) this uses measured effects, not inner products: two
-    directions that are not orthogonal need not change each other's attributes, and projecting one out then does harm.
+    E_va + sum_b c_b E_ba = 0 for all a. Effects add up only roughly, so v' is measured and corrected three times.
+    Unlike the projection (`Direction.orthogonal_to`, Haas et al. eq. 12) this uses measured effects, not inner
+    products: two directions that are not orthogonal need not change each other's attributes, and projecting one out
+    then does harm.
 
     Parameters
     ----------
@@ -56,10 +58,7 @@ def cancel_effects(
         As in `measure`. Judge the result with another classifier.
     scale : float, default 2
         Scale of all edits, in standard deviations.
-    rounds : int, default 3
-        Number of measure-and-correct iterations.
-    batch_size, progress
-        As in `measure`.
+    progress : bool
 
     Returns
     -------
@@ -69,13 +68,13 @@ def cancel_effects(
     Raises
     ------
     ValueError
-        If there is no other direction or round, the classifier lacks an attribute, another direction has no significant
+        If there is no other direction, the classifier lacks an attribute, another direction has no significant
         effect on its own attribute, or the effects of the others are too similar.
     """
     names = list(others)
-    if not names or rounds < 1:
-        raise ValueError("effects are cancelled with at least one other direction, in at least one round")
-    options = {"classifier": classifier, "scales": [scale], "batch_size": batch_size, "progress": progress}
+    if not names:
+        raise ValueError("effects are cancelled with at least one other direction")
+    options = {"classifier": classifier, "scales": [scale], "progress": progress}
 
     def effects_of(directions: Mapping[str, Direction]) -> EffectMatrix:
         return measure(runs, directions, **options).matrix(scale).of(names)
@@ -91,7 +90,7 @@ def cancel_effects(
     if np.linalg.cond(of_others) > 100.0:
         raise ValueError(f"the effects of {', '.join(names)} are too similar, or small; take a larger scale")
     c, edited = np.zeros(len(names)), direction
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         c -= np.linalg.solve(of_others.T, effects_of({direction.name: edited}).mean.to_numpy()[0])
         edited = sum((float(factor) * others[name] for name, factor in zip(names, c, strict=True)), start=direction)
     parameters = {
@@ -99,7 +98,7 @@ def cancel_effects(
         "samples": None if runs.seeds is None else list(runs.seeds),
         "n": len(runs),
         "scale": float(scale),
-        "rounds": int(rounds),
+        "rounds": ROUNDS,
         "others": {name: float(factor) for name, factor in zip(names, c, strict=True)},
     }
     return replace(
@@ -175,7 +174,6 @@ def disentangling_table(
     scales: Sequence[float] = (1.5, 3.0, 4.5, 6.0),
     repeats: int = 5,
     per_step: bool = False,
-    batch_size: int | None = None,
     progress: bool = True,
 ) -> DisentanglingTable:
     """Edit along each direction, and along its part orthogonal to all the others (Haas et al. Table I).
@@ -197,8 +195,7 @@ def disentangling_table(
         At least 2, dividing the number of samples.
     per_step : bool
         Project each timestep separately, as in `Direction.orthogonal_to`.
-    batch_size, progress
-        As in `measure`.
+    progress : bool
 
     Returns
     -------
@@ -223,7 +220,7 @@ def disentangling_table(
         name: direction.orthogonal_to(*(d for other, d in directions.items() if other != name), per_step=per_step)
         for name, direction in directions.items()
     }
-    names, options = list(directions), {"scales": scales, "batch_size": batch_size, "progress": progress}
+    names, options = list(directions), {"scales": scales, "progress": progress}
     effects = {
         "original": measure(runs, directions, classifier=classifier, **options),
         "disentangled": measure(runs, apart, classifier=classifier, **options),

@@ -193,7 +193,6 @@ def measure(
     clip: Clip | None = None,
     prompts: Mapping[str, tuple[str, str]] | None = None,
     segmenter: Callable[[torch.Tensor], np.ndarray] | None = None,
-    batch_size: int | None = None,
     progress: bool = True,
     **options: object,
 ) -> Effects:
@@ -220,8 +219,6 @@ def measure(
         Texts with each attribute and without it, such as `domain_of(images).prompts`.
     segmenter : callable (images) -> int array of shape (n, h, w), optional
         For `consistency`; see `load_segmenter`.
-    batch_size : int, optional
-        Cells per pass; chosen by the model if not given.
     progress : bool
     **options
         `asymmetric`, `gain` and `t_range` of `edit`, for Directions.
@@ -260,9 +257,9 @@ def measure(
         for samples in batches(len(run), size):
             part = run[samples]
             parts = [[part if plan is run else plan[samples] for plan in row] for row in plans]
-            edited = run_plans(part, parts, batch_size=batch_size, progress=bar)
+            edited = run_plans(part, parts, progress=bar)
             own = [[[part if plain is run else plain[samples]]] for plain in plains]
-            unedited = [run_plans(part, each, batch_size=batch_size, progress=False)[0, :, 0] for each in own]
+            unedited = [run_plans(part, each, progress=False)[0, :, 0] for each in own]
             scores = [_checked(classifier(images), len(images)) for images in unedited]
             for e, name in enumerate(names):
                 images, plain = edited[e], unedited[plain_of[e]]

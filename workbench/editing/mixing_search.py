@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -48,7 +47,6 @@ CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
 # Default thresholds, in the units that `mixing_step` names; and samples that are looked at, at most.
 LEVELS = {"radius_gap": 0.005, "tv": 0.25, "separability": 1.0, "commit": 0.5, "perceptual": 0.5, "edit": 0.75}
 SAMPLES = {"radius_gap": 200, "tv": 200, "separability": 2000, "commit": 24, "perceptual": 64, "edit": 200}
-LPIPS_LEVEL = 0.33  # threshold of Asyrp for LPIPS(P_t, x_0)
 FRESH = 2**62  # seeds of decodings count from here, so that none shares its noise with a sample
 
 Distance = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
@@ -70,7 +68,6 @@ def mixing_step(
     distance: str | Distance = "features",
     resamples: int | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
     progress: bool = True,
 ) -> MixingStep:
     """Estimate the mixing step: the timestep for a single move, noisy enough to adapt to it, clean enough to keep it.
@@ -117,7 +114,7 @@ def mixing_step(
     model : Model, optional
         Model of a store, if its name does not load. The weights must be those that made the store.
     against : HStore or Trajectory, optional
-        For "radius_gap" and "tv": the other ensemble at the same timesteps, inverted images if `source` is generated,
+        For "radius_gap": the other ensemble at the same timesteps, inverted images if `source` is generated,
         generated samples if it is inverted. By default the images of `source` are inverted, or as many samples are
         drawn with eta 0.
     classifier : Classifier, optional
@@ -133,16 +130,13 @@ def mixing_step(
     strengths : sequence of float, default (0, 1, 2, 4)
         For "edit": lengths of the move along the difference of the class means, in gaps between the means of held-out
         samples; ascending.
-    distance : "features", "lpips" or callable (a, b) -> ndarray of shape (n,)
+    distance : "features" or callable (a, b) -> ndarray of shape (n,)
         For "perceptual" and "edit": distance between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean
-        distance in the classifier's last layer. "lpips": the package of that name, not scaled by the distance of two
-        images; `level` is then 0.33 by default, as in Asyrp.
+        distance in the classifier's last layer.
     resamples : int, optional
         Half-samples for the intervals: 200 by default, and 50 for "tv", the slowest curve.
     seed : int, default 0
         Seed of folds, half-samples, and the noise of decodings.
-    batch_size : int, optional
-        Samples per pass; chosen by the model if not given.
     progress : bool
 
     Returns
@@ -170,34 +164,31 @@ def mixing_step(
     table = None if labels is None else _labels_of(source, labels, n)
     resampling = {"resamples": (50 if criterion == "tv" else 200) if resamples is None else resamples, "seed": seed}
     alpha_bars = model.schedule.alpha_bars
-    running = {"batch_size": batch_size, "progress": progress}
-    if level is None:
-        level = LPIPS_LEVEL if distance == "lpips" and criterion == "perceptual" else LEVELS[criterion]
+    level = LEVELS[criterion] if level is None else level
 
-    run = _run_of(source, model, n, **running)
+    run = _run_of(source, model, n, progress=progress)
     if criterion == "separability":
         return separability_step(run.x, table, alpha_bars, errors=level, **resampling)
-    if criterion in ("radius_gap", "tv"):
-        other = _other(run, **running) if against is None else _run_of(against, model, len(against), **running)
+    if criterion == "tv":
+        return total_variation(run.x, alpha_bars, x0=run.x0.numpy(), labels=table, level=level, **resampling)
+    if criterion == "radius_gap":
+        other = _other(run, progress) if against is None else _run_of(against, model, len(against), progress=progress)
         if (run.seeds is None) == (other.seeds is None):
             raise ValueError("source and against are of one kind; give generated samples and inverted images")
-        if criterion == "tv":
-            options = {"x0": run.x0.numpy(), "labels": table, "level": level}
-            return total_variation(run.x, other.x, alpha_bars, **options, **resampling)
         sampled, inverted = (run, other) if other.seeds is None else (other, run)
         return radius_gap(sampled.x, inverted.x, alpha_bars, tolerance=level, **resampling)
 
     visited = _grid_of(run, grid)
     about = {"alpha_bars": alpha_bars, "criterion": criterion, **resampling}
     if criterion == "commit":
-        values = _commitment(run, visited, classifier, copies, seed, running)
+        values = _commitment(run, visited, classifier, copies, seed, progress)
         rule = stays(level, above=True)
         return read_off(visited, values, rule, quantity="agreement of decodings (0: chance)", **about)
-    measure, unit = distance_of(distance, classifier, run.images)
+    measure = distance_of(distance, classifier, run.images)
     if criterion == "perceptual":
-        values, rule = prediction_errors(run, visited, measure, running), stays(level, above=True, from_noise=True)
-        return read_off(visited, values, rule, quantity=f"distance of P_t from the image{unit}", **about)
-    return _best_edit(run, visited, table, classifier, measure, level, strengths, about, running)
+        values, rule = prediction_errors(run, visited, measure, progress), stays(level, above=True, from_noise=True)
+        return read_off(visited, values, rule, quantity="distance of P_t from the image (1: as of two images)", **about)
+    return _best_edit(run, visited, table, classifier, measure, level, strengths, about, progress)
 
 
 def decode_from(
@@ -206,23 +197,20 @@ def decode_from(
     t: int,
     *,
     seeds: Sequence[int],
-    eta: float = 1.0,
-    batch_size: int | None = None,
     progress: bool | tqdm = True,
 ) -> torch.Tensor:
-    """Run the reverse process from x_t (n, C, H, W) at a visited timestep to the images, with the noise of n seeds.
+    """Run the reverse process of eta 1 from x_t (n, C, H, W) at a visited timestep to the images.
 
     Equal seeds get equal noise, so that what differs is x_t alone.
     """
     rest = run.tail(index_of(t, run.timesteps), x_t)
-    etas = run.model.schedule.etas(eta, len(rest.timesteps))
-    size = check_batch_size(batch_size, run.model, len(x_t))
+    etas, size = (1.0,) * len(rest.timesteps), check_batch_size(None, run.model, len(x_t))
     rest = replace(rest, etas=etas, seeds=tuple(seeds), stored_noise=None, edit=None, batch_size=size)
     return replay(rest, progress=progress).images
 
 
 def _commitment(
-    run: Trajectory, visited: Sequence[int], classifier: Classifier, copies: int, seed: int, running: dict
+    run: Trajectory, visited: Sequence[int], classifier: Classifier, copies: int, seed: int, progress: bool
 ) -> np.ndarray:
     """How far the decodings of one x_t agree, less chance: (len(visited), n).
 
@@ -234,10 +222,10 @@ def _commitment(
     seeds = [FRESH + seed * 2**32 + i for i in range(len(run) * copies)]
     shares = []
     steps = sum(run.steps - run.timesteps.index(t) for t in visited)
-    with progress_bar(len(seeds), steps, "decoding", show=running["progress"]) as bar:
+    with progress_bar(len(seeds), steps, "decoding", show=progress) as bar:
         for t in visited:
             x_t = run.x_at(t).repeat_interleave(copies, dim=0)
-            images = decode_from(run, x_t, t, seeds=seeds, **running | {"progress": bar})
+            images = decode_from(run, x_t, t, seeds=seeds, progress=bar)
             has = classifier(images.clamp(-1, 1), progress=False).to_numpy() > 0.5
             shares.append(has.reshape(len(run), copies, -1).mean(axis=1))
     shares = np.stack(shares)  # timestep, sample, attribute
@@ -251,11 +239,11 @@ def _commitment(
     return (np.maximum(shares, 1 - shares) - chance).sum(axis=2) / (1 - chance).sum()
 
 
-def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance, running: dict) -> np.ndarray:
+def prediction_errors(run: Trajectory, visited: Sequence[int], measure: Distance, progress: bool) -> np.ndarray:
     """Distance of P_t from the image: (len(visited), n)."""
     model, errors = run.model, []
-    size = check_batch_size(running["batch_size"], model, len(run))
-    with progress_bar(len(run), len(visited), "predicting", show=running["progress"]) as bar, torch.inference_mode():
+    size = check_batch_size(None, model, len(run))
+    with progress_bar(len(run), len(visited), "predicting", show=progress) as bar, torch.inference_mode():
         for t in visited:
             predicted = torch.empty_like(run.x0)
 
@@ -278,7 +266,7 @@ def _best_edit(
     level: float,
     strengths: Sequence[float],
     about: dict,
-    running: dict,
+    progress: bool,
 ) -> MixingStep:
     """Success of one move of x_t at every timestep, among strengths that keep the identity loss at most `level`.
 
@@ -300,8 +288,8 @@ def _best_edit(
         gap = boundary.means[1] - boundary.means[0]
         away = np.where(has[train:], -1.0, 1.0)[:, None, None]  # from the class that the sample is in
         moves = {"distances": away * gap * np.array(strengths)[:, None], "unit": "distance", "mode": "shift"}
-        noise = FRESH + about["seed"] * 2**32
-        images = cross_boundary(run.model, tested, None, boundary, **moves, seed=noise, **running).images.flatten(0, 1)
+        moves |= {"seed": FRESH + about["seed"] * 2**32, "progress": progress}
+        images = cross_boundary(run.model, tested, None, boundary, **moves).images.flatten(0, 1)
         found = classifier(images.clamp(-1, 1), progress=False)[name].to_numpy() > 0.5
         crossed = found.reshape(m, k).T != has[train:]
         # New step noise alone moves some to the other class.
@@ -351,10 +339,8 @@ def _check_judged(table: pd.DataFrame, classifier: Classifier) -> None:
         check_classes(values, name)
 
 
-def distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> tuple[Distance, str]:
-    """The distance between images, 1 being the mean distance of two of the samples, and its unit in words."""
-    if distance == "lpips":
-        return _lpips(), " (LPIPS)"
+def distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> Distance:
+    """The distance between images, 1 being the mean distance of two of the samples."""
     if distance == "features":
 
         def of_features(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
@@ -365,27 +351,11 @@ def distance_of(distance: str | Distance, classifier: Classifier | None, x0: tor
     elif callable(distance):
         plain = distance
     else:
-        raise ValueError(f'distance {distance!r} is not known; it is "features", "lpips" or a function of two batches')
+        raise ValueError(f'distance {distance!r} is not known; it is "features" or a function of two batches')
     unit = float(plain(x0.clamp(-1, 1), x0.clamp(-1, 1).roll(1, dims=0)).mean())
     if not unit > 0:
         raise ValueError("the images are at distance 0 from each other; there is no unit to measure by")
-    return lambda a, b: plain(a.clamp(-1, 1), b.clamp(-1, 1)) / unit, " (1: as of two images)"
-
-
-def _lpips() -> Distance:
-    try:
-        network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(
-            'distance "lpips" needs the package lpips with torchvision and its weights, which are fetched when first '
-            f'used ({type(error).__name__}); install it on a machine with a network, or take distance="features"'
-        ) from error
-
-    @torch.inference_mode()
-    def measure(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-        return network(a.clamp(-1, 1), b.clamp(-1, 1)).flatten().cpu().numpy().astype(np.float64)
-
-    return measure
+    return lambda a, b: plain(a.clamp(-1, 1), b.clamp(-1, 1)) / unit
 
 
 def _grid_of(run: Trajectory, grid: Sequence[int] | None) -> list[int]:
@@ -411,12 +381,12 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
     return model
 
 
-def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: int | None, progress: bool) -> Trajectory:
+def _run_of(source: HStore | Trajectory, model: Model, n: int, *, progress: bool) -> Trajectory:
     """The first n samples as a run that records x_t."""
     if isinstance(source, HStore):
         if source.seeds is not None and "x" not in source.group:
-            options = {"steps": source.timesteps, "eta": source.provenance["etas"], "batch_size": batch_size}
-            return sample(model, source.seeds[:n], record_x=True, progress=progress, **options)
+            options = {"steps": source.timesteps, "eta": source.provenance["etas"], "progress": progress}
+            return sample(model, source.seeds[:n], record_x=True, **options)
         values = torch.stack([torch.from_numpy(source.at(t, space="x")[:n]) for t in source.timesteps])
         x = StepRecord(values.unflatten(2, model.x_shape), source.timesteps)
         return Trajectory(
@@ -427,7 +397,7 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
             etas=tuple(source.provenance["etas"]),
             seeds=None if source.seeds is None else source.seeds[:n],
             x=x,
-            batch_size=min(n, batch_size or model.batch_size()),
+            batch_size=min(n, model.batch_size()),
         )
     run = source[:n]
     if run.x is None:
@@ -437,11 +407,12 @@ def _run_of(source: HStore | Trajectory, model: Model, n: int, *, batch_size: in
     return run
 
 
-def _other(run: Trajectory, **running) -> Trajectory:
+def _other(run: Trajectory, progress: bool) -> Trajectory:
     """Ensemble to compare a run with: its own images inverted; for an inversion, as many deterministic samples."""
+    options = {"steps": run.timesteps, "record_x": True, "progress": progress}
     if run.seeds is None:
-        return sample(run.model, range(len(run)), steps=run.timesteps, eta=0.0, record_x=True, **running)
-    return invert(run.model, run.images.clamp(-1, 1), steps=run.timesteps, record_x=True, **running)
+        return sample(run.model, range(len(run)), eta=0.0, **options)
+    return invert(run.model, run.images.clamp(-1, 1), **options)
 
 
 def _labels_of(source: HStore | Trajectory, labels, n: int) -> pd.DataFrame:
