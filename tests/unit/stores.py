@@ -14,21 +14,32 @@ MODEL = {"name": "tiny", "hash": "0123456789abcdef", "tap": "after", "schedule":
 
 
 def make_store(
-    path: Path, h: np.ndarray, *, timesteps: Sequence[int] | None = None, chunk: int = 16, model: dict = MODEL
+    path: Path,
+    h: np.ndarray,
+    *,
+    timesteps: Sequence[int] | None = None,
+    chunk: int = 16,
+    model: dict = MODEL,
+    seeds: Sequence[int] | None = None,
+    inverted: bool = False,
 ) -> HStore:
-    """A store of h with shape (n, T, C, h, w), by default at t of ..., 200, 100, 0."""
+    """A store of h with shape (n, T, C, h, w), by default at t of ..., 200, 100, 0 and of the seeds 0..n-1."""
     n, steps = h.shape[:2]
+    arrays = {"h": h.astype(np.float32)}
+    if not inverted:
+        arrays["seeds"] = np.array(range(n) if seeds is None else seeds, dtype=np.uint64)
     provenance = {
         "model": model,
         "n": n,
-        "seeds": {"first": 0, "n": n},
         "timesteps": list(timesteps or range(100 * (steps - 1), -1, -100)),
         "etas": [1.0] * steps,
         "dtype": "float32",
         "chunk": chunk,
     }
-    store = create_store(path, provenance, {"h": (h.shape, "float32"), "seeds": ((n,), "uint64")})
+    if not inverted:
+        provenance["seeds"] = {"first": int(arrays["seeds"].min()), "n": n}
+    layout = {name: (values.shape, str(values.dtype)) for name, values in arrays.items()}
+    store = create_store(path, provenance, layout)
     for i, start in enumerate(range(0, n, chunk)):
-        rows = slice(start, min(start + chunk, n))
-        write_chunk(store, i, {"h": h[rows].astype(np.float32), "seeds": np.arange(n, dtype=np.uint64)[rows]})
+        write_chunk(store, i, {name: values[start : start + chunk] for name, values in arrays.items()})
     return open_store(path)

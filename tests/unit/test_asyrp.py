@@ -150,12 +150,9 @@ def test_boosting_adds_noise_below_t_boost_alone(wide, run):
         boosted(noisy, 400)
 
 
-def test_boosting_of_inverted_images_takes_its_noise_from_the_seed(wide, run):
+def test_boosting_of_inverted_images_at_no_timestep_changes_nothing(wide, run):
     images = run.x0.clamp(-1, 1)
     inverted = wb.invert(wide, images, steps=5, progress=False)
-    first, again, other = (wb.replay(boosted(inverted, 400, seed=s), progress=False).x0 for s in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
     assert torch.equal(boosted(inverted, 0).x0, images)
     plain = wb.replay(inverted, progress=False).x0
     assert torch.equal(wb.replay(boosted(inverted, 0), progress=False).x0, plain)

@@ -12,7 +12,7 @@ import torch
 import workbench as wb
 from workbench.directions.asyrp import load_asyrp
 from workbench.editing import asyrp_training
-from workbench.editing.asyrp import EditingInterval, edit_asyrp
+from workbench.editing.asyrp import EditingInterval
 from workbench.editing.asyrp_training import asyrp_loss, clip_interval, train_asyrp
 
 QUIET = {"progress": False}
@@ -110,11 +110,6 @@ def test_texts_that_differ_more_are_edited_for_longer(clip, run, monkeypatch):
     monkeypatch.setitem(asyrp_training.LEVELS, "clip", (99.0, 99.0))
     with pytest.warns(UserWarning, match="never 99"):
         assert clip_interval(run, clip, cosine=1.0, **QUIET).t_edit == 0
-
-
-def test_it_edits_by_asyrps_process(trained, tiny, run):
-    edited = edit_asyrp(tiny, run, trained, interval=TEXTS["interval"])
-    assert not torch.allclose(edited.x0, edit_asyrp(tiny, run, trained, interval=TEXTS["interval"], scale=0.0).x0)
 
 
 def test_what_can_not_be_trained_is_refused(tiny, clip, run):

@@ -13,7 +13,6 @@ from workbench.diffusion.noise import step_noise
 from workbench.diffusion.sampling import Injection
 from workbench.directions.boundary_fit import fit_boundary
 from workbench.editing.cross import Cross, cross_boundary
-from workbench.editing.render import EditGrid
 
 T_M = 500
 VISITED = (750, 500, 250, 0)
@@ -305,7 +304,7 @@ def test_a_pair_of_attributes_is_edited_in_both_spaces(tiny, three, b):
 # What comes back
 
 
-def test_a_grid_says_what_it_is_and_survives_its_file(tiny, three, b, tmp_path):
+def test_a_grid_says_what_it_is(tiny, three, b):
     bx = b["x"][0]
     grid = cross(tiny, three, None, bx, distances=[-2.0, 0.0])
     assert grid.column_labels == ("-2 sd", "0 sd")
@@ -313,9 +312,7 @@ def test_a_grid_says_what_it_is_and_survives_its_file(tiny, three, b, tmp_path):
     assert cross(tiny, three, *(b[s][0] for s in "hx"), distances=[1.0]).column_labels == ("+1 sd",)
     assert cross(tiny, three, None, bx, distances=[-2.0], mode="mirror").column_labels == ("-2 times",)
     assert grid.row_labels == ("image 0", "image 1", "image 2")
-    again = EditGrid.load(grid.save(tmp_path / "g.safetensors"))
-    assert torch.equal(again.images, grid.images) and again.provenance == grid.provenance
-    assert again.provenance["edits"][0]["boundaries"][0]["space"] == "x"
+    assert grid.provenance["edits"][0]["boundaries"][0]["space"] == "x"
 
 
 def refusals(b):

@@ -206,9 +206,6 @@ def test_dimensions_over_time_are_those_of_each_timestep_with_intervals(rng):
         one = dimensions(h, resamples=20)
         pd.testing.assert_frame_equal(table[table["t"] == t].drop(columns="t").reset_index(drop=True), one)
         assert ((one["low"] < one["value"]) & (one["value"] < one["high"])).all()
-    assert two_nn(distances_of(gram(by_t[0]))) == pytest.approx(
-        table.query("t == 0 and estimator == 'TwoNN'")["value"].item()
-    )
 
 
 def test_angles_over_time_follow_a_rotated_plane(rng):

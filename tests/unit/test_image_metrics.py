@@ -215,9 +215,6 @@ def test_frequencies_are_shares_and_joint_ones_see_a_correlation_that_the_single
     found = joint_frequencies(labels, {("A", "B"): (0.25, 0.25, 0.25, 0.25)})
     assert found.loc[("A", "B"), "found"].tolist() == [0.5, 0.0, 0.0, 0.5]
     assert found.loc[("A", "B"), ("distance", "")] == 0.5
-    assert attribute_frequencies(labels, {"A": 0.5, "B": 0.5})["distance"].tolist() == [0.0, 0.0]
-    table = joint_frequencies(pd.DataFrame({"A": [1, 0], "B": [0, 0]}), {("A", "B"): (0.5, 0.0, 0.5, 0.0)})
-    assert table.loc[("A", "B"), ("distance", "")] == 0.0
 
 
 @pytest.mark.parametrize(

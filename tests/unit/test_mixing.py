@@ -332,12 +332,6 @@ def test_real_images_are_compared_with_deterministic_samples(tiny):
     pd.testing.assert_frame_equal(by_itself.curve, given.curve)
 
 
-def test_labels_are_matched_by_seed(run, labels):
-    order = np.random.default_rng(0).permutation(len(labels))
-    a, b = (find(run, table, resamples=5).curve for table in (labels, labels.iloc[order]))
-    pd.testing.assert_frame_equal(a, b)
-
-
 @pytest.mark.parametrize("n", [4, 31, 62, 63, 85, 170, 171, 183])
 def test_total_variation_takes_any_number_of_samples(n):
     """Also where the halves of an odd number would have other bins; and of a uniform law it is 0 on average."""

@@ -39,8 +39,6 @@ class Embedding:
     ----------
     points : ndarray of shape (n, k), float64
     method : {"pca", "umap", "tsne"}
-    backend : str
-        The package that made it.
     explained_variance_ratio : ndarray of shape (k,) or None
         Share of the variance along each axis; None for the methods that are not linear.
     variance_kept : float
@@ -50,7 +48,6 @@ class Embedding:
 
     points: np.ndarray = field(repr=False)
     method: str
-    backend: str
     explained_variance_ratio: np.ndarray | None = field(repr=False)
     variance_kept: float
     parameters: dict = field(default_factory=dict)
@@ -104,30 +101,29 @@ def embed(h: Any, *, method: str = "pca", k: int = 2, seed: int = 0, neighbours:
     parameters = {"k": k, "seed": seed, **options}
     if method == "pca":
         pca = PCA(k, random_state=seed, **options)
-        points, backend, transform = pca.fit_transform(h), "scikit-learn", pca.transform
+        points, transform = pca.fit_transform(h), pca.transform
         ratio = pca.explained_variance_ratio_.astype(np.float64)
     else:
         check_neighbours(neighbours, most=n - 1)
         n_pcs = min(max(PCS, k), n - 1, d)
         pca, ratio = PCA(n_pcs, random_state=seed), None
         scores = pca.fit_transform(h)
-        estimator, backend = _estimator(method, k, seed, neighbours, options)
+        estimator = _estimator(method, k, seed, neighbours, options)
         # numba, which umap-learn starts, sets the threads of the whole process to its own number: put them back.
         with threadpool_limits(None):
             points = estimator.fit_transform(scores)
         transform = (lambda other: estimator.transform(pca.transform(other))) if method == "umap" else None
         parameters |= {"n_pcs": n_pcs, "neighbours": neighbours}
     kept = float(pca.explained_variance_ratio_.sum())
-    return Embedding(np.asarray(points, dtype=np.float64), method, backend, ratio, kept, parameters, transform)
+    return Embedding(np.asarray(points, dtype=np.float64), method, ratio, kept, parameters, transform)
 
 
-def _estimator(method: str, k: int, seed: int, neighbours: int, options: dict[str, Any]) -> tuple[Any, str]:
-    """The method's estimator and the package that it comes from."""
+def _estimator(method: str, k: int, seed: int, neighbours: int, options: dict[str, Any]) -> Any:
     common = {"n_components": k, "random_state": seed}
     if method == "tsne":
         barnes_hut = {"perplexity": neighbours, "init": "pca", "method": "barnes_hut" if k <= 3 else "exact"}
-        return TSNE(**common | barnes_hut | options), "scikit-learn"
-    return _umap().UMAP(**common | {"n_neighbors": neighbours, "n_jobs": 1} | options), "umap-learn"
+        return TSNE(**common | barnes_hut | options)
+    return _umap().UMAP(**common | {"n_neighbors": neighbours, "n_jobs": 1} | options)
 
 
 def _umap() -> Any:

@@ -38,13 +38,6 @@ def check_samples(h: Any, *, t: int | None = None, fewest: int = 2) -> np.ndarra
     return h
 
 
-def pairs_of(by_t: Any) -> Iterable[tuple[int, Any]]:
-    """(t, array) pairs of a store, a mapping, or an iterable of such pairs."""
-    if hasattr(by_t, "timesteps") and hasattr(by_t, "at"):
-        return ((t, by_t.at(t)) for t in by_t.timesteps)
-    return by_t.items() if isinstance(by_t, Mapping) else by_t
-
-
 def over_timesteps(
     h_by_t: Any, *, fewest: int = 2, samples: int = 2, progress: str | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -52,8 +45,12 @@ def over_timesteps(
 
     `progress` names a progress bar, shown for work of more than two seconds.
     """
+    if hasattr(h_by_t, "timesteps") and hasattr(h_by_t, "at"):
+        pairs = ((t, h_by_t.at(t)) for t in h_by_t.timesteps)
+    else:
+        pairs = h_by_t.items() if isinstance(h_by_t, Mapping) else h_by_t
     seen, n = 0, None
-    for t, h in tqdm(pairs_of(h_by_t), desc=progress, disable=progress is None, delay=2, leave=False):
+    for t, h in tqdm(pairs, desc=progress, disable=progress is None, delay=2, leave=False):
         h = check_samples(h, t=t, fewest=samples)
         n = len(h) if n is None else n
         if len(h) != n:

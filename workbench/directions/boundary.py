@@ -95,8 +95,8 @@ class Boundary:
             raise ValueError(f"the deviations of {self.name} are not known; measure them with boundary.measured(...)")
         return math.sqrt(sum(s**2 for s in self.deviations) / 2)
 
-    def coordinate(self, z: Points) -> np.ndarray:
-        """n.z, the position along the normal.
+    def distance(self, z: Points) -> np.ndarray:
+        """n.z + b, the signed Euclidean distance from the boundary, positive on the side with the attribute.
 
         Parameters
         ----------
@@ -113,14 +113,7 @@ class Boundary:
         """
         normal = self._wide()
         # Row by row: the same bits for a sample whatever the batch it is in.
-        return np.array([row @ normal for row in _rows(z, self)])
-
-    def distance(self, z: Points) -> np.ndarray:
-        """n.z + b, the signed Euclidean distance from the boundary, positive on the side with the attribute.
-
-        Parameters and errors as `coordinate`.
-        """
-        return self.coordinate(z) + self.intercept
+        return np.array([row @ normal for row in _rows(z, self)]) + self.intercept
 
     def move(self, z: Moved, *, to: float | np.ndarray, mode: str = "absolute", keep_norm: bool = False) -> Moved:
         """Move samples along the normal: `move_jointly` for one boundary.

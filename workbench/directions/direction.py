@@ -227,7 +227,10 @@ class Direction:
         -------
         Direction
         """
-        timesteps = _schedule_of(self.provenance).timesteps(steps)
+        about = self.provenance["model"]["schedule"]
+        # Only its timesteps mean something.
+        levels = np.linspace(1.0, 0.5, about["T"])
+        timesteps = NoiseSchedule(levels, spacing=about["spacing"], offset=about["offset"]).timesteps(steps)
         old, new = np.array(self.timesteps), np.array(timesteps)
         unit, sigma = torch.zeros(len(new), *self.h_shape), np.zeros(len(new))
         acting = np.flatnonzero(self.unit.flatten(1).any(dim=1))
@@ -509,12 +512,6 @@ def derived(method: str, parameters: dict, *operands: Direction) -> dict:
         for key in ("etas", "seeds")
     }
     return {"model": first["model"], "method": method, "parameters": {**parameters, "of": sources}, **shared}
-
-
-def _schedule_of(provenance: dict) -> NoiseSchedule:
-    """A schedule with the spacing of the model's; only its timesteps mean something."""
-    schedule = provenance["model"]["schedule"]
-    return NoiseSchedule(np.linspace(1.0, 0.5, schedule["T"]), spacing=schedule["spacing"], offset=schedule["offset"])
 
 
 def _visits(timesteps: tuple[int, ...]) -> str:

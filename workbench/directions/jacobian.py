@@ -154,13 +154,18 @@ def find_jacobian(
     settings = {"tol": tol, "max_iterations": max_iterations, "block": block, "seed": seed}
     linear = Linearised(decode, bottleneck.h, width=block or 1)
     found = _spectrum(linear, k, rows, progress=progress, **settings)
-    kept = {} if population is None else {"n": len(population), **origin_of(population)}
-    kept.pop("model", None)
+    mask_record, kept = None, {}
+    if rows is not None:
+        digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+        mask_record = {"outputs": int(rows.sum()), "sha256": digest}
+    if population is not None:
+        kept = {"n": len(population), **origin_of(population)}
+        del kept["model"]
     parameters = {
         "t": int(t),
         "k": k,
         "output": output,
-        "mask": None if rows is None else _mask_record(rows),
+        "mask": mask_record,
         **settings,
         "sigma": "rms of the sample's h" if population is None else "population",
         "population": kept,
@@ -330,11 +335,6 @@ def _check_mask(mask: np.ndarray | torch.Tensor | None, model: Model) -> torch.T
         pixels = mask.float().expand(1, channels, height, width).amax(dim=1)
         mask = torch.nn.functional.adaptive_max_pool2d(pixels, model.x_shape[1:])
     return mask.bool().expand(model.x_shape).flatten()
-
-
-def _mask_record(rows: torch.Tensor) -> dict:
-    """Record of a mask for the provenance: the number of outputs it keeps, and a digest."""
-    return {"outputs": int(rows.sum()), "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}
 
 
 def _rms_of_h(model: Model, run: Trajectory, progress: bool) -> torch.Tensor:

@@ -245,8 +245,7 @@ def few_shot_directions(
     Raises
     ------
     ValueError
-        If the labels are refused by `find_from_labels`, a count is below 1 or too large, `draws` is below 1, or there
-        is another number of x_T than of samples.
+        If the labels are refused by `find_from_labels`, a count is below 1 or too large, or `draws` is below 1.
     """
     name = name_of(labels, "label")
     positive = check_classes(matched(store, labels, f"the labels {name!r}"), name)
@@ -255,8 +254,6 @@ def few_shot_directions(
         raise ValueError(f"counts are {counts}; draw 1 to {most} examples of each class of {name!r}, to leave 2")
     if draws < 1:
         raise ValueError(f"draws is {draws}; give 1 or more")
-    if x_T is not None and len(x_T) != len(store):
-        raise ValueError(f"there are {len(x_T)} x_T for {len(store)} samples of the store; give one per sample")
     rng = np.random.default_rng(seed)
     weights = np.concatenate([_examples(positive, counts, rng) for _ in range(draws)], axis=1)
     shape = store.h_shape if x_T is None else tuple(x_T.shape[1:])

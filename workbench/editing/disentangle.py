@@ -14,7 +14,7 @@ from workbench.analysis.intervals import Estimate, bootstrap_interval
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import initial_noise
 from workbench.diffusion.sampling import Trajectory
-from workbench.directions.direction import Direction, bracketed, derived, finite
+from workbench.directions.direction import Direction, bracketed, derived
 from workbench.directions.supervised import few_shot_directions
 from workbench.editing.edits import MoveX, check_run
 from workbench.editing.measure import Classifier, Effects, measure
@@ -246,14 +246,15 @@ def few_examples(
     classifier: Classifier,
     counts: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
     draws: int = 5,
-    scales: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Measure how many examples a direction needs, in h and in x_T (Haas et al. Fig. 8a).
 
     Directions are differences of the means of a few examples. An edit in h adds the direction at every timestep; one in
-    x_T adds it once, to the starting noise, which determines the image only at eta 0.
+    x_T adds it once, to the starting noise, which determines the image only at eta 0. Edits in h are 2 and those in x_T
+    10 standard deviations long, of the samples not drawn, along the direction from all of these; the length of x_T is
+    the square root of its dimensions in this unit.
 
     Parameters
     ----------
@@ -268,9 +269,6 @@ def few_examples(
         As in `measure`.
     counts, draws
         As in `few_shot_directions`.
-    scales : mapping of "h" or "x_T" -> float, optional
-        Length of the edits in each space, or in one of them, in standard deviations along the direction from all
-        samples not drawn; the length of x_T is the square root of its dimensions in this unit. By default 2 and 10.
     seed : int
         Seed of the draws.
     progress : bool
@@ -288,11 +286,6 @@ def few_examples(
         classifier's, or `few_shot_directions` refuses labels or counts.
     """
     check_run(model, runs)
-    scales = {"h": 2.0, "x_T": 10.0} if scales is None else dict(scales)
-    if not scales or set(scales) - {"h", "x_T"}:
-        raise ValueError(f'scales are given for "h", "x_T" or both, not for {", ".join(scales) or "nothing"}')
-    for space, scale in scales.items():
-        finite(scale, f"the scale of {space}")
     if any(store.provenance["etas"]) or any(runs.etas):
         raise ValueError("x_T decides the image at eta 0 alone; extract and sample with eta=0")
     origin = store.provenance["model"]
@@ -302,7 +295,7 @@ def few_examples(
         raise ValueError(f"the classifier has no attribute {labels.name!r}, the name of the labels")
     x_T = torch.from_numpy(store.x_T[:]) if store.seeds is None else initial_noise(store.seeds, model.x_shape)
     tables = []
-    for space, scale in scales.items():
+    for space, scale in {"h": 2.0, "x_T": 10.0}.items():
         noise = None if space == "h" else x_T
         few = few_shot_directions(store, labels, counts=counts, draws=draws, x_T=noise, seed=seed, progress=progress)
         edits = {}
