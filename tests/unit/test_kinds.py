@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -17,7 +15,6 @@ from small_models import WIDTH, text_unet
 import workbench as wb
 from workbench.diffusion.conditions import as_condition
 from workbench.diffusion.noise import normal
-from workbench.diffusion.schedule import PREDICTIONS
 from workbench.diffusion.unet import SplitUNet
 from workbench.directions import boundary_accuracy
 
@@ -150,18 +147,6 @@ def test_guidance_combines_both_passes_and_a_change_of_h_is_made_in_both():
     both = b.repeat(2)  # as an asymmetric edit does
     both.h[0::2] += delta
     torch.testing.assert_close(guided.decode(both)[0::2], expected)
-
-
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_predictions_become_the_eps_of_their_definition(prediction):
-    generator = torch.Generator().manual_seed(0)
-    x_0, eps = torch.randn(2, 4, 3, 2, 2, generator=generator).double().unbind(0)
-    for t, schedule in ((1, wb.NoiseSchedule.linear()), (999, wb.NoiseSchedule.linear())):
-        a = schedule.alpha_bar(t)
-        x_t = math.sqrt(a) * x_0 + math.sqrt(1 - a) * eps
-        output = x_0 if prediction == "sample" else math.sqrt(a) * eps - math.sqrt(1 - a) * x_0
-        found = PREDICTIONS[prediction](output, x_t, torch.tensor(a, dtype=torch.double))
-        torch.testing.assert_close(found, eps, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -298,33 +283,6 @@ def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(model.to_latents(images), vae.encode(images).latents * vae.config.scaling_factor)
     assert model.condition.about == {"label": 2}
-    other = wb.load_model(tmp_path, device="cpu", label=1)
-    with pytest.raises(ValueError, match="condition"):
-        wb.edit(other, wb.sample(model, [0], steps=2, progress=False), None)
-
-
-@pytest.mark.parametrize("kind", ["class", "DeepFloyd IF, stage I"])
-def test_a_loop_of_diffusers_over_a_conditional_network_gives_the_same_images(make_unet, kind):
-    scheduler, own, other = DDIMScheduler(clip_sample=False), tokens(0), tokens(1)
-    if kind == "class":
-        unet = make_unet(num_class_embeds=4)
-        model = wb.wrap(unet, scheduler, name="a", label=1, device="cpu")
-    else:
-        unet = text_unet(**TEXT[kind])
-        model = wb.wrap(unet, scheduler, name="a", condition=own, negative=other, guidance_scale=7.0, device="cpu")
-    run = wb.sample(model, [3, 4], steps=3, eta=0.0, progress=False)
-    x = run.x_T.clone()
-    scheduler.set_timesteps(3)
-    for t in scheduler.timesteps:
-        if kind == "class":
-            eps = unet(x, t, torch.tensor([1, 1])).sample
-        else:
-            both = torch.cat([other, own]).repeat_interleave(2, dim=0)
-            plain, conditional = unet(torch.cat([x, x]), t, both).sample[:, :3].chunk(2)
-            eps = plain + 7.0 * (conditional - plain)
-        x = scheduler.step(eps, t, x, eta=0.0).prev_sample
-    # Untrained networks diverge: to 1e-5 of the values' range.
-    torch.testing.assert_close(run.x0, x, atol=1e-5 * float(x.abs().max()), rtol=0)
 
 
 def test_a_model_comes_back_as_a_provenance_recorded_it(stable_diffusion, make_unet):
@@ -352,30 +310,6 @@ def test_directions_carry_over_to_another_condition_and_samples_do_not(make_unet
         wb.edit(models[1], runs[0], direction, progress=False)
 
 
-@pytest.mark.slow
-def test_a_network_trained_on_v_gives_the_directions_of_the_one_that_predicts_eps(model, tmp_path):
-    """From the weights of avataaars32, trained for minutes on v: h keeps its coordinates, so directions compare."""
-    start = tmp_path / "start"
-    for part in ("unet", "scheduler"):
-        shutil.copytree(wb.paths.models() / "avataaars32" / part, start / part)
-    config = start / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    settings = wb.TrainingSettings(start=str(start), steps=400, warmup=20, ema=0.98, learning_rate=3e-4)
-    images = wb.load_images("avataaars", size=32)
-    trained = wb.train_model(images, settings, out=tmp_path / "v", progress=False)
-    assert (trained.prediction, model.prediction) == ("v_prediction", "epsilon")
-    labeller, judge, found = wb.load_classifier("avataaars"), wb.load_classifier("avataaars-judge"), []
-    for each in (model, trained):
-        store = wb.extract(each, n=96, steps=10, out=tmp_path / f"{each.name}.zarr", progress=False)
-        labels = (labeller(store.images)["Long_Hair"] > 0.5).astype(int).to_numpy()
-        found.append(wb.find_from_labels(store, labels, name="Long_Hair", progress=False))
-    units = [direction.unit.flatten(1) for direction in found]
-    assert (units[0] * units[1]).sum(dim=1).min() > 0.7  # measured: 0.87 to 0.96; by chance 0.01
-    run = wb.sample(trained, range(200, 216), steps=10, progress=False)
-    effects = wb.measure(run, found[1], [2.0], classifier=judge, progress=False)
-    assert effects.success("Long_Hair")[2.0].value > 0.6  # measured: 1, n = 11
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -383,9 +317,7 @@ def test_a_network_trained_on_v_gives_the_directions_of_the_one_that_predicts_ep
         ({}, {"prompt": "a face"}, "'a face'.*no text encoder"),
         ({}, {"condition": tokens(0)}, "unconditional.*text"),
         ({"num_class_embeds": 4}, {"label": 4}, "label 4.*0 to 3"),
-        ({"num_class_embeds": 4}, {"label": -1}, "label -1"),
         ({"num_class_embeds": 4}, {"label": 1.5}, "1.5"),
-        ({"num_class_embeds": 4}, {"condition": tokens(0)}, "on a label, not on a text"),
         ({"num_class_embeds": 4}, {"label": 1, "guidance_scale": 3.0}, "3.0.*negative"),
         ({"num_class_embeds": 4}, {"label": 1, "guidance_scale": float("nan")}, "nan"),
         ({"num_class_embeds": 4}, {"label": 1, "condition": tokens(0)}, "one of them"),
@@ -418,13 +350,6 @@ def test_a_conditional_model_without_a_condition_says_what_to_give(make_unet):
 def test_pipelines_of_other_kinds_are_refused_by_their_part(tiny_folder, index, message):
     (tiny_folder / "model_index.json").write_text(index)
     with pytest.raises(ValueError, match=message):
-        wb.load_model(tiny_folder)
-
-
-def test_a_flow_model_is_refused(tiny_folder):
-    config = '{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}'
-    (tiny_folder / "scheduler" / "scheduler_config.json").write_text(config)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
         wb.load_model(tiny_folder)
 
 

@@ -112,16 +112,6 @@ def test_a_pass_within_a_pass_waits_for_no_thread(threads):
     assert nested == [[0, 1], [0, 1]]
 
 
-def test_an_error_of_a_piece_is_the_errors_of_the_call(threads):
-    threads(2)
-
-    def fail(rows: slice) -> None:
-        raise ValueError(f"no piece {rows.start}")
-
-    with pytest.raises(ValueError, match="no piece 0"):
-        in_threads(fail, [slice(0, 1), slice(1, 2)])
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_has_threads_of_its_own(threads):
     threads(2)

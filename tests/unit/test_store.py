@@ -10,7 +10,7 @@ import pytest
 import zarr
 
 import workbench as wb
-from workbench.hspace.store import create_store, key_of, open_store, read_store, write_chunk
+from workbench.hspace.store import create_store, open_store, read_store, write_chunk
 
 T = (750, 500, 250, 0)
 N, CHUNK = 5, 2
@@ -160,12 +160,10 @@ def file_of(path, name: str, chunk: int):
         (lambda p: (p / "zarr.json").unlink(), "is a store that can't be read"),
         (lambda p: truncate(p / "h" / "zarr.json"), "corrupt|is a store that can't be read"),
         (lambda p: shutil.rmtree(p / "h"), "corrupt"),
-        (lambda p: shutil.rmtree(p / "done"), "corrupt"),
         (lambda p: attributes(p, lambda a: a.pop("provenance")), "is a store that can't be read"),
         (lambda p: attributes(p, lambda a: a["provenance"]["timesteps"].pop()), "corrupt"),
         (lambda p: attributes(p, lambda a: a.update(version=99)), "has store format 99, this version reads"),
         (lambda p: file_of(p, "h", 1).unlink(), "files of finished samples are missing"),
-        (lambda p: file_of(p, "x", 1).unlink(), "files of finished samples are missing"),
         (lambda p: file_of(p, "x0", 2).unlink(), "files of finished samples are missing"),
     ],
 )
@@ -230,11 +228,3 @@ def test_a_store_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not (tmp_path / "a.zarr").exists()
     create_store(tmp_path / "a.zarr", PROVENANCE, LAYOUT)
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
-
-
-def test_the_key_is_of_all_inputs_but_the_models_name():
-    key = key_of(PROVENANCE)
-    assert key_of({**PROVENANCE, "model": {**PROVENANCE["model"], "name": "renamed"}}) == key
-    assert key_of(dict(reversed(PROVENANCE.items()))) == key
-    assert key_of({**PROVENANCE, "model": {**PROVENANCE["model"], "hash": "1" * 16}}) != key
-    assert key_of({**PROVENANCE, "n": 6}) != key
