@@ -90,16 +90,6 @@ def test_the_bundled_models_are_listed_and_load_by_their_names(model, tiny, tiny
     assert wb.load_model("my model", device="cpu").hash == tiny.hash
 
 
-def test_all_skips_of_the_model_whose_h_decides_are_closed_but_the_first():
-    unet = wb.load_model("avataaars32-h", device="cpu").unet.unet
-    ways = [resnet for block in reversed(unet.up_blocks) for resnet in reversed(block.resnets)]
-    passed = [
-        any(bool(conv.weight[:, -channels:].any()) for conv in (resnet.conv1, resnet.conv_shortcut))
-        for resnet, channels in zip(ways, (48, 48, 48, 96, 96, 144), strict=True)
-    ]
-    assert passed == [True, False, False, False, False, False]
-
-
 def test_a_folder_with_unet_and_scheduler_or_a_flat_one_loads(tiny, tiny_folder, tmp_path, make_unet, monkeypatch):
     loaded = wb.load_model(tiny_folder, device="cpu")
     assert (loaded.name, loaded.hash) == ("tiny", tiny.hash)
@@ -420,13 +410,13 @@ LEVELS = {"block_out_channels": [8] * 4, "down_block_types": ["DownBlock2D"] * 4
         ({"sample_size": None}, "sample_size"),
         ({"in_channels": 6}, "in_channels is 6 and out_channels is 3"),
         ({"out_channels": 4}, "in_channels is 3 and out_channels is 4"),
-        ({"attention_head_dim": 32}, "attention_head_dim is 32, .* 16 channels"),
+        ({"attention_head_dim": 32}, "can't compute an image of its sample_size, 8"),
     ],
 )
 def test_a_config_of_another_network_or_of_no_images_size_is_refused(tiny_folder, changes, words):
     edit_json(tiny_folder / "unet" / "config.json", **changes)
     refused(words, tiny_folder)
-    if "_class_name" not in changes and "conv_in" not in words:  # as weights are not read for the shapes
+    if "_class_name" not in changes and not words.startswith(("conv_in", "can't compute")):  # both by weights or a pass
         with pytest.raises(ValueError, match=words):
             load_shapes(tiny_folder)
 

@@ -93,7 +93,8 @@ class LucidrainsUNet(ModelMixin, ConfigMixin):
             self.down_blocks.append(_Down(inner, inner, emb, attentions[i], down))
             end = _Residual(2 * inner, inner, emb) if i == 0 else None
             self.up_blocks.insert(0, _Up(inner + outer, outer, emb, attentions[i], up, end))
-        self.mid_block = _Mid(widths[-1], emb, (heads[-1], head_channels[-1], memory, True))
+        attention = (heads[-1], head_channels[-1], memory, True)
+        self.mid_block = _Mid(widths[-1], widths[-1], emb, attention, nn.Identity())
         self.conv_out = nn.Conv2d(widths[0], out_channels, 1)
 
     @property
@@ -178,13 +179,8 @@ class _Down(nn.Module):
         return self.resample(second), (*skips, first, second)
 
 
-class _Mid(nn.Module):
+class _Mid(_Down):
     """The bottleneck, with softmax attention."""
-
-    def __init__(self, channels: int, emb: int, attention: tuple) -> None:
-        super().__init__()
-        self.block1, self.block2 = _Residual(channels, channels, emb), _Residual(channels, channels, emb)
-        self.attention = _Attention(channels, *attention)
 
     def forward(self, x: torch.Tensor, skips: tuple, emb: torch.Tensor, context=None) -> tuple[torch.Tensor, tuple]:
         return self.block2(self.attention(self.block1(x, emb)), emb), skips

@@ -324,8 +324,7 @@ def _unet_config(folder: Path) -> dict:
 
 def _image_shape(config: dict) -> tuple[int, int, int]:
     size = config.get("sample_size")
-    height, width = cast(tuple[int, int], size if isinstance(size, list) and len(size) == 2 else (size, size))
-    return (config.get("in_channels", 3), height, width)
+    return (config.get("in_channels", 3), *(size if isinstance(size, list) else (size, size)))
 
 
 def verify(model: Model, reference: str) -> float:
@@ -396,8 +395,6 @@ def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[t
         raise ValueError("rescale_timesteps needs the number of timesteps; give timesteps, such as 4000")
     if prediction is not None:
         one_of("prediction", prediction, PREDICTIONS)
-    usual, T = "linear", 1000 if timesteps is None else timesteps
-    asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(given.rescale_timesteps))
     if given.preset is not None and sizes:
         raise ValueError(f"a preset sets {next(iter(sizes))}; give one of the two")
     name = layouts.find_preset(given.preset, "" if sizes else path.name)
@@ -406,12 +403,11 @@ def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[t
         raise ValueError(f"the preset of {path} has a noise schedule of its own; give schedule with timesteps")
     _warn_if_short_of_memory(MemoryNeed(path.stat().st_size, 0), path, torch.device("cpu"))
     checkpoint = checkpoints.read_checkpoint(path)
+    whose, usual = "the architecture" if known is None else f"the preset {name!r}", "linear"
     try:
-        whose = "the architecture" if known is None else f"the preset {name!r}"
         if known is None and checkpoint.layout == "lucidrains":
             config, usual = lucidrains.infer(checkpoint.state, **sizes), "sigmoid"
             state = lucidrains.convert(checkpoint.state, config)
-            asked = layouts.noise_schedule(schedule or usual, T, rescaled=bool(given.rescale_timesteps))
             prediction = prediction or _prediction_of(checkpoint, path)
         else:
             if known is not None and known.architecture.layout != checkpoint.layout:
@@ -427,21 +423,21 @@ def _read_file(path: Path, device: torch.device, given: FileSettings) -> tuple[t
     except (ValueError, RuntimeError) as error:  # torch's, of heads that do not fit
         raise ValueError(f"{path} can't be loaded: {error}") from error
     checkpoints.load_strictly(unet, state, path=path, whose=whose, assign=True)
-    if known is None and timesteps is None and (schedule is not None or checkpoint.betas is None):
-        warnings.warn(
-            f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed, of the "
-            f"{schedule or usual} schedule. Give timesteps= and schedule= for others (on the command line to "
-            "`workbench convert`), and rescale_timesteps= for improved-diffusion's",
-            stacklevel=3,
-        )
-    if schedule is None and timesteps is None:
-        if known is not None:
-            asked = known.schedule
-        elif checkpoint.betas is not None:
-            asked = {"trained_betas": checkpoint.betas.tolist(), "num_train_timesteps": len(checkpoint.betas)}
+    told = schedule is None and timesteps is None
+    if told and known is not None:
+        noise = known.schedule
+    elif told and checkpoint.betas is not None:
+        noise = {"trained_betas": checkpoint.betas.tolist(), "num_train_timesteps": len(checkpoint.betas)}
+    else:
+        T = 1000 if timesteps is None else timesteps
+        noise = layouts.noise_schedule(schedule or usual, T, rescaled=given.rescale_timesteps)
+        if known is None and timesteps is None:
+            text = f"{path.name} does not tell how many timesteps its network was trained on; 1000 are assumed, of the"
+            remedy = "give timesteps= and schedule= for others, and rescale_timesteps= for improved-diffusion's"
+            warnings.warn(f"{text} {schedule or usual} schedule; {remedy}", stacklevel=3)
     variance = "learned_range" if config["out_channels"] == 2 * config["in_channels"] else "fixed_small"
     kinds = {"prediction_type": prediction or "epsilon", "variance_type": variance}
-    return unet, DDPMScheduler(**asked, **kinds, clip_sample=False)
+    return unet, DDPMScheduler(**noise, **kinds, clip_sample=False)
 
 
 def _prediction_of(checkpoint: checkpoints.Checkpoint, path: Path) -> str:
@@ -449,11 +445,8 @@ def _prediction_of(checkpoint: checkpoints.Checkpoint, path: Path) -> str:
     if checkpoint.betas is not None and checkpoint.loss_weight is not None:
         if told := lucidrains.predicted(checkpoint.betas, checkpoint.loss_weight):
             return told
-    warnings.warn(
-        f"{path.name} does not tell what its network predicts; v is assumed, the default of its library. Give "
-        "prediction= (`workbench convert --prediction`), 'epsilon' for pred_noise or 'sample' for pred_x0",
-        stacklevel=4,
-    )
+    text = f"{path.name} does not tell what its network predicts; v is assumed, the default of its library"
+    warnings.warn(f"{text}; give prediction='epsilon' for pred_noise or 'sample' for pred_x0", stacklevel=4)
     return "v_prediction"
 
 

@@ -108,9 +108,9 @@ class NoiseSchedule:
         object.__setattr__(self, "alpha_bars", a)
 
     @classmethod
-    def linear(cls, *, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    def linear(cls) -> NoiseSchedule:
         """Linear schedule of DDPM (Ho et al. 2020, section 4), used by the models of both papers."""
-        return cls(np.cumprod(1.0 - np.linspace(beta_start, beta_end, T)))
+        return cls(np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000)))
 
     @property
     def T(self) -> int:
@@ -143,19 +143,23 @@ class NoiseSchedule:
         if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
             if not 1 <= steps <= self.T:
                 raise ValueError(f"steps is {steps}; a model trained on {self.T} timesteps takes 1 to {self.T} steps")
-            visited = self._spaced(int(steps))
+            visited = tuple(self._spaced(int(steps)).tolist())
             if visited[0] >= self.T:
                 begin = f"{steps} steps with the offset {self.offset} begin at timestep {visited[0]} of {self.T}"
                 raise ValueError(f"{begin}; give fewer steps, or the timesteps themselves")
-            return self._with_signal(tuple(int(t) for t in visited))
-        try:
-            visited = tuple(operator.index(t) for t in steps)
-        except TypeError as error:
-            raise ValueError(f"steps is a whole number or a list of whole timesteps, not {steps!r}") from error
-        inside = all(0 <= t < self.T for t in visited)
-        if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
-            raise ValueError(f"timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}")
-        return self._with_signal(visited)
+        else:
+            try:
+                visited = tuple(operator.index(t) for t in steps)
+            except TypeError as error:
+                raise ValueError(f"steps is a whole number or a list of whole timesteps, not {steps!r}") from error
+            inside = all(0 <= t < self.T for t in visited)
+            if not visited or not inside or any(a <= b for a, b in zip(visited, visited[1:], strict=False)):
+                raise ValueError(
+                    f"timesteps must be strictly decreasing within {self.T - 1}..0, not {list(visited)[:8]}"
+                )
+        if self.alpha_bars[visited[0]] == 0:  # eps does not determine x_0 there
+            raise ValueError(f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR); give lower ones")
+        return visited
 
     def timesteps_from(self, t: int, steps: int | Sequence[int]) -> tuple[int, ...]:
         """Visited timesteps from `t` on: so many evenly spaced ones down to 0, or the timesteps themselves.
@@ -172,12 +176,6 @@ class NoiseSchedule:
         visited = self.timesteps(steps)
         if visited[0] != t:
             raise ValueError(f"the steps begin at timestep {visited[0]}; begin at t = {t}")
-        return visited
-
-    def _with_signal(self, visited: tuple[int, ...]) -> tuple[int, ...]:
-        """The timesteps, unless alpha_bar is 0 at the first: eps does not determine x_0 there."""
-        if self.alpha_bars[visited[0]] == 0:
-            raise ValueError(f"alpha_bar is 0 at timestep {visited[0]} (zero terminal SNR); give lower ones")
         return visited
 
     def _spaced(self, steps: int) -> np.ndarray:

@@ -141,7 +141,6 @@ class DiffusersStages(Stages):
         self.module = unet
         _refuse_other_kinds(unet.config)
         self.x_shape = _x_shape(unet.config, halvings=sum(bool(block.downsamplers) for block in unet.down_blocks))
-        _refuse_narrow_heads(unet)
         down = {f"down.{i}": partial(self._down, block) for i, block in enumerate(unet.down_blocks)}
         up = {f"up.{i}": partial(self._up, block) for i, block in enumerate(unet.up_blocks)}
         self.stages = {**down, "mid": self._mid, **up}
@@ -287,11 +286,3 @@ def _x_shape(config, *, halvings: int) -> tuple[int, int, int]:
         given = f"in_channels is {config.in_channels} and out_channels is {config.out_channels}"
         raise ValueError(f"{given}; the workbench takes as many, or twice as many outputs for a learned variance")
     return (config.in_channels, *sides)
-
-
-def _refuse_narrow_heads(unet: torch.nn.Module) -> None:
-    """Heads without channels, which diffusers builds and torch fails at in the first pass."""
-    narrow = [module.query_dim for module in unet.modules() if getattr(module, "heads", 1) < 1]
-    if narrow:
-        heads = unet.config.attention_head_dim
-        raise ValueError(f"attention_head_dim is {heads}, and attention here is {min(narrow)} channels wide")

@@ -39,10 +39,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _OTHER_PARTS = {
     "transformer": "a diffusion transformer (DiT, Stable Diffusion 3, Flux), which has no bottleneck",
     "text_encoder_2": "of the kind of SDXL, with two text encoders",
-    "prior": "conditioned on embeddings of images",
-    "movq": "conditioned on embeddings of images",
-    "image_encoder": "conditioned on images",
-    "controlnet": "conditioned on images",
+    **dict.fromkeys(("prior", "movq", "image_encoder", "controlnet"), "conditioned on images"),
 }
 """Parts of pipelines that the workbench does not take, and what they mean."""
 

@@ -187,7 +187,7 @@ class Architecture:
         }
 
 
-_EXAMPLES = {"image_size": 256, "head_channels": 64}
+_EXAMPLES = {"image_size": "image_size=256", "head_channels": "head_channels=64 or heads=4"}
 _ANY_SIZE = 1024  # which all networks can halve: sizes are not in the shapes
 
 
@@ -315,12 +315,8 @@ def ask_for(missing: list[str], found: Architecture | None = None) -> None:
     unknown = {"image_size": _ANY_SIZE, "head_channels": None, "heads": None, "attention_order": "legacy"}
     alike = [name for name, preset in PRESETS.items() if replace(preset.architecture, **unknown) == found]
     also = f", or preset={' or '.join(map(repr, alike))}, which have these shapes" if alike else ""
-    example = ", ".join(f"{name}={_EXAMPLES[name]}" for name in missing)
-    options = " ".join(f"--{name.replace('_', '-')} {_EXAMPLES[name]}" for name in missing)
-    if "head_channels" in missing:
-        also = f", or heads=4, their number, in place of head_channels{also}"
-    command = f"on the command line to `workbench convert FILE FOLDER {options}`"
-    raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}; {command}){also}")
+    example = ", ".join(_EXAMPLES[name] for name in missing)
+    raise ValueError(f"the weights don't tell {' and '.join(missing)}; give them (such as {example}){also}")
 
 
 def refuse_unknown_schedule(architecture: Architecture) -> None:

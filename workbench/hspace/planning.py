@@ -105,7 +105,6 @@ def plan_extraction(
     disk = n * (int(values) * np.dtype(dtype).itemsize + 4 * int(np.prod(image)) + 8)
     chunk = chunk_size(h, image, steps=steps, n=n, record_x=record_x)
     need = estimate_memory(network)
-    on_device = need.weights + batch_size * need.activations
     # A chunk is recorded in float32 while others are converted and written; pinned memory comes in powers of two.
     writers, record = WRITERS["cuda" if on_gpu else "cpu"], 4 * chunk * int(values)
     recorded = 2 ** (record - 1).bit_length() if on_gpu else record
@@ -116,7 +115,7 @@ def plan_extraction(
         flops=flops,
         disk=disk,
         ram=LIBRARIES + need.weights + buffers + (0 if on_gpu else batch_size * need.activations),
-        gpu_memory=on_device if on_gpu else 0,
+        gpu_memory=need.weights + batch_size * need.activations if on_gpu else 0,
         # Processes on a CPU share its cores, which one alone uses as well.
         rate=(processes if on_gpu else 1) * flop_rate / flops,
     )

@@ -75,8 +75,7 @@ class HStore:
 
     def shape_of(self, space: str) -> tuple[int, int, int]:
         """(C, h, w) of one h_t (space "h") or x_t ("x"); raises as `at`."""
-        channels, height, width = self._of(space).shape[2:]
-        return channels, height, width
+        return cast(tuple[int, int, int], self._of(space).shape[2:])
 
     @property
     def seeds(self) -> tuple[int, ...] | None:
