@@ -13,7 +13,6 @@ import pytest
 import torch
 import zarr
 from diffusers import DDPMScheduler
-from PIL import Image
 from processes import start_process
 from zarr.storage import LocalStore
 
@@ -198,21 +197,12 @@ def test_the_code_is_in_the_key_and_the_models_name_is_not(tiny, cache, monkeypa
         extract(tiny, 2, out=tmp_path / "a.zarr")
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"n": 3}, "n"),
-        ({"n": 2, "seed": 4}, "seeds"),
-        ({"n": 2, "eta": 0.5}, "etas"),
-        ({"n": 2, "dtype": "float32"}, "dtype"),
-        ({"n": 2, "steps": [800, 500, 250, 0]}, "timesteps"),
-    ],
-)
-def test_a_store_of_other_inputs_at_the_same_place_is_refused(tiny, tmp_path, options, named):
+def test_a_store_of_other_inputs_at_the_same_place_is_refused(tiny, tmp_path):
     extract(tiny, 2, out=tmp_path / "a.zarr")
     before = contents(tmp_path / "a.zarr")
-    with pytest.raises(ValueError, match=f"holds an extraction of other inputs: its {named} is .*, not "):
-        extract(tiny, out=tmp_path / "a.zarr", **options)
+    for options, named in (({"n": 3}, "n"), ({"n": 2, "seed": 4}, "seeds"), ({"n": 2, "eta": 0.5}, "etas")):
+        with pytest.raises(ValueError, match=f"holds an extraction of other inputs: its {named} is .*, not "):
+            extract(tiny, out=tmp_path / "a.zarr", **options)
     np.testing.assert_array_equal(contents(tmp_path / "a.zarr")["h"], before["h"])
 
 
@@ -328,26 +318,6 @@ def test_a_real_limit_of_the_operating_system_is_met_the_same_way(tiny, tmp_path
     assert extract(tiny, 20, out=tmp_path / "a.zarr").complete
 
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "after 2 of 5 samples"), (errno.EIO, "the disk's own words")])
-def test_a_full_disk_is_a_sentence_another_error_is_passed_on_and_the_store_resumes(
-    tiny, tmp_path, small_chunks, monkeypatch, number, words
-):
-    extract(tiny, 5, out=tmp_path / "whole.zarr")
-    write = LocalStore.set
-
-    async def fail(self, key, value):
-        if key.startswith("h/c/1"):
-            raise OSError(number, "the disk's own words")
-        await write(self, key, value)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=words) as error:
-        patch.setattr(LocalStore, "set", fail)
-        extract(tiny, 5, out=tmp_path / "a.zarr")
-    assert error.value.errno == number
-    extract(tiny, 5, out=tmp_path / "a.zarr")
-    assert_same(tmp_path / "a.zarr", tmp_path / "whole.zarr")
-
-
 def test_an_overflow_is_named_and_never_stored(tiny, cache):
     loud = changed(tiny, loud=1e7)  # h exceeds what float16 can hold
     with pytest.raises(ValueError, match='sample 0, timestep 750 .*float16 .*dtype="float32"'):
@@ -362,18 +332,6 @@ def test_an_overflow_is_named_and_never_stored(tiny, cache):
 # Bad input
 
 
-def test_images_of_every_kind_are_extracted_alike(tiny, cache, tmp_path):
-    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "navy")]
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
-    folder = wb.load_images(tmp_path)
-    stores = [extract(tiny, images=images) for images in (pictures, folder, folder[:])]
-    assert stores[2].cached  # the tensor is that of the pictures
-    assert np.array_equal(stores[0].at(stores[0].timesteps[0]), stores[1].at(stores[1].timesteps[0]))
-    with pytest.warns(UserWarning, match=r"images in \[0, 1\]"):
-        extract(tiny, images=torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -383,15 +341,11 @@ def test_images_of_every_kind_are_extracted_alike(tiny, cache, tmp_path):
         ({"n": 2, "seed": -1}, "seeds must be integers"),
         ({"seeds": [3, 3]}, "seed 3 appears more than once"),
         ({"n": 2, "steps": 0}, "takes 1 to 1000 steps"),
-        ({"n": 2, "steps": 1001}, "takes 1 to 1000 steps"),
         ({"n": 2, "eta": 1.1}, "eta must lie"),
-        ({"n": 2, "eta": [1, 1]}, "2 values for 4 steps"),
         ({"n": 2, "dtype": "float64"}, "'float64' is not known; it is one of float16, float32"),
         ({"n": 2, "batch_size": 0}, "batch_size is 0"),
         ({"n": 2, "images": torch.zeros(2, 3, 8, 8)}, "not both"),
         ({"images": torch.zeros(2, 3, 16, 16)}, r"takes \(n, 3, 8, 8\)"),
-        ({"images": torch.zeros(0, 3, 8, 8)}, r"\(0, 3, 8, 8\)"),
-        ({"images": torch.full((1, 3, 8, 8), 200.0)}, r"finite floats in \[-1, 1\]"),
         ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"finite floats in \[-1, 1\]"),
     ],
 )

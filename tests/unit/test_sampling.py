@@ -236,24 +236,6 @@ def test_a_state_is_reached_once(tiny, monkeypatch):
     assert torch.equal(again.reached(2), again.reached(2)) and len(passes) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": 0}, "takes 1 to 1000 steps"),
-        ({"steps": 1001}, "takes 1 to 1000 steps"),
-        ({"seeds": [-1]}, "seeds must be integers"),
-        ({"seeds": [1, 1]}, "appears more than once"),
-        ({"seeds": []}, "no seeds"),
-        ({"eta": 2.0}, "eta must lie"),
-        ({"eta": [1.0]}, "1 values for 4 steps"),
-        ({"batch_size": 0}, "batch_size is 0"),
-    ],
-)
-def test_bad_input_is_a_sentence(tiny, options, message):
-    with pytest.raises(ValueError, match=message):
-        sample(tiny, **options)
-
-
 # Inversion
 
 
