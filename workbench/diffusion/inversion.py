@@ -18,6 +18,7 @@ from workbench.diffusion.sampling import (
     Trajectory,
     check_batch_size,
     in_batches,
+    keep,
     progress_bar,
     replay,
     to_device,
@@ -143,21 +144,19 @@ def _fill_ddim(inverted: Trajectory, batch: slice, iterations: int, repair: Sequ
     if repair is not None:
         i, (t, _) = steps.pop()
         x_t = model.schedule.add_noise(x_t, _forward_noise(model, repair, t), t)
-        if x is not None:
-            x.put(i, batch, x_t)
+        keep(x, i, batch, x_t)
         bar.update(batch.stop - batch.start)
     for i, (t, t_prev) in reversed(steps):
         bottleneck = model.encode(x_t, max(t_prev, 0))
-        if h is not None and t_prev != CLEAN:
-            h.put(i + 1, batch, bottleneck.h)
+        if t_prev != CLEAN:
+            keep(h, i + 1, batch, bottleneck.h)
         x_prev, x_t = x_t, _ddim_inverse(model, x_t, model.decode(bottleneck), (t, t_prev))
         for _ in range(iterations):
             x_t = _ddim_inverse(model, x_prev, model(x_t, t), (t, t_prev))
-        if x is not None:
-            x.put(i, batch, x_t)
+        keep(x, i, batch, x_t)
         bar.update(batch.stop - batch.start)
     if h is not None:
-        h.put(0, batch, model.encode(x_t, pairs[0][0]).h)
+        keep(h, 0, batch, model.encode(x_t, pairs[0][0]).h)
     inverted.x_T[batch] = x_t.cpu()
 
 
@@ -174,10 +173,8 @@ def _fill_edit_friendly(inverted: Trajectory, batch: slice, seeds: Sequence[int]
     for i, (t, t_prev) in enumerate(schedule.pairs(inverted.timesteps)):
         bottleneck, eta = model.encode(x_t, t), inverted.etas[i]
         eps, z = model.decode(bottleneck), None
-        if inverted.h is not None:
-            inverted.h.put(i, batch, bottleneck.h)
-        if inverted.x is not None:
-            inverted.x.put(i, batch, x_t)
+        keep(inverted.h, i, batch, bottleneck.h)
+        keep(inverted.x, i, batch, x_t)
         sigma = schedule.sigma(t, t_prev, eta)
         if sigma > 0.0:
             mu = schedule.ddim_step(x_t, eps, (t, t_prev), eta=eta, noise=torch.zeros_like(x_t))

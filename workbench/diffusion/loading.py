@@ -252,11 +252,8 @@ def convert_checkpoint(file: str | Path, out: str | Path, **options: str | int |
         If there is no such file, or it can't be converted.
     """
     file, out = paths.local(file), paths.writable(out, folder=True)
-    if file.is_dir():
-        inside = sorted(path.name for path in file.iterdir() if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
-        raise ValueError(f"{file} is a folder, and convert takes a file; in it is {' and '.join(inside) or 'none'}")
     if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {file}; give a .ckpt, .pt, .pth or .safetensors file")
+        raise FileNotFoundError(f"there is no file {file}; give a .ckpt, .pt, .pth or .safetensors file")
     if out.exists():
         raise FileExistsError(f"{out} exists already; give a new folder")
     unet, scheduler = _read_file(file, torch.device("cpu"), FileSettings(**options))

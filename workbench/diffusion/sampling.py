@@ -42,13 +42,9 @@ class StepRecord:
 
     @classmethod
     def empty(cls, model: Model, timesteps: Sequence[int], n: int, shape: Sequence[int]) -> StepRecord:
-        """A record to fill by `put`. A GPU writes into its pinned memory while it computes the next step."""
+        """A record to fill by `keep`. A GPU writes into its pinned memory while it computes the next step."""
         pinned = model.device.type == "cuda"
         return cls(torch.empty(len(timesteps), n, *shape, pin_memory=pinned), tuple(timesteps))
-
-    def put(self, i: int, samples: slice, values: torch.Tensor) -> None:
-        """Record step `i` of some samples. Complete once the caller has copied a later result from the device."""
-        self.values[i, samples].copy_(values, non_blocking=self.values.is_pinned())
 
     def at(self, t: int) -> np.ndarray:
         """The samples at timestep `t`, flattened.
@@ -70,6 +66,12 @@ class StepRecord:
 
     def __repr__(self) -> str:
         return f"StepRecord({tuple(self.values.shape)}, t={self.timesteps[0]}..{self.timesteps[-1]})"
+
+
+def keep(record: StepRecord | None, i: int, samples: slice, values: torch.Tensor) -> None:
+    """Record step `i` of some samples. Complete once the caller has copied a later result from the device."""
+    if record is not None:
+        record.values[i, samples].copy_(values, non_blocking=record.values.is_pinned())
 
 
 @dataclass(frozen=True, eq=False)
@@ -506,10 +508,8 @@ def _run(
 
         def run(batch: slice) -> None:
             def on_step(i: int, x_t: torch.Tensor, h_t: torch.Tensor) -> None:
-                if h is not None:
-                    h.put(i, batch, h_t)
-                if x is not None:
-                    x.put(i, batch, x_t)
+                keep(h, i, batch, h_t)
+                keep(x, i, batch, x_t)
                 bar.update(batch.stop - batch.start)
 
             x0[batch] = denoise(
@@ -575,13 +575,5 @@ def progress_bar(n: int, steps: float, verb: str, *, show: bool | tqdm) -> conte
     if isinstance(show, tqdm):
         return contextlib.nullcontext(show)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(
-        total=n * steps,
-        desc=verb,
-        unit=" images",
-        unit_scale=1 / steps,
-        bar_format=form,
-        disable=not show,
-        delay=2,
-        leave=False,
-    )
+    unit = {"unit": " images", "unit_scale": 1 / steps, "bar_format": form}
+    return tqdm(desc=verb, total=n * steps, **unit, disable=not show, delay=2, leave=False)

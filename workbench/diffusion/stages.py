@@ -256,8 +256,6 @@ def _refuse_other_kinds(config) -> None:
     """Networks of diffusers' two classes that are conditioned on something else, or are no DDPMs."""
     if config.get("time_embedding_type") == "fourier" or any("Skip" in block for block in config.down_block_types):
         raise ValueError("score-SDE U-Nets (Fourier embedding, skip blocks) are not DDPMs and are not supported")
-    if config.sample_size is None:
-        raise ValueError("this U-Net's config has no sample_size, so the size of its images is not known; set it")
     added, hidden = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
     if added == "text_time":
         raise ValueError("this U-Net is of the kind of SDXL, conditioned on sizes too, which is not supported")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.utils._pytree import tree_map
 
 from workbench.diffusion.conditions import Condition, blank_condition
 from workbench.diffusion.stages import Stages, stages_of
@@ -56,8 +57,7 @@ class Bottleneck:
         """Concatenate the samples of several states, in order."""
         if len(parts) == 1:
             return parts[0]
-        fields = ([getattr(part, name) for part in parts] for name in _TENSORS)
-        return replace(parts[0], **dict(zip(_TENSORS, map(_cat, fields), strict=True)))
+        return replace(parts[0], **tree_map(lambda *each: torch.cat(each), *(part._tensors() for part in parts)))
 
     def with_h(self, h: torch.Tensor) -> Bottleneck:
         """The same state with another h (a swap, Haas et al. Fig. 2a)."""
@@ -71,26 +71,18 @@ class Bottleneck:
         """Samples `index` (slice, list or tensor of positions)."""
         return self._map(lambda x: _in_format_of(x, x[index]))
 
+    def _tensors(self) -> dict:
+        """The fields that have a row or two a sample."""
+        return {name: value for name, value in vars(self).items() if value is not None and name != "tap"}
+
     def _map(self, f) -> Bottleneck:
         n = len(self.h)
 
         def apply(value):
-            if value is None or isinstance(value, tuple):
-                return None if value is None else tuple(map(apply, value))
             # Two rows a sample move together.
             return f(value) if len(value) == n else _in_format_of(value, f(value.unflatten(0, (n, -1))).flatten(0, 1))
 
-        return replace(self, **{name: apply(getattr(self, name)) for name in _TENSORS})
-
-
-_TENSORS = ("h", "skips", "emb", "residual", "guided", "noisy")
-
-
-def _cat(values: Sequence) -> torch.Tensor | tuple | None:
-    """The same field of several states, one after the other."""
-    if values[0] is None:
-        return None
-    return tuple(map(_cat, zip(*values, strict=True))) if isinstance(values[0], tuple) else torch.cat(values)
+        return replace(self, **tree_map(apply, self._tensors()))
 
 
 def _repeated(x: torch.Tensor, k: int) -> torch.Tensor:

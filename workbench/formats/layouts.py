@@ -131,10 +131,6 @@ class Architecture:
 
     def __post_init__(self) -> None:
         one_of("attention_order", self.attention_order, ORDERS)
-        halvings = len(self.channels) - 1
-        if self.image_size < 1 or self.image_size % 2**halvings:
-            allowed = f"a network of {halvings + 1} levels takes multiples of {2**halvings}"
-            raise ValueError(f"image_size is {self.image_size}; {allowed}")
         for name in ("head_channels", "heads"):
             given = getattr(self, name)
             if given is not None and (given < 1 or any(width % given for width in self.attention_widths)):
@@ -245,11 +241,11 @@ def by_our_names(state: Mapping[str, torch.Tensor], layout: str) -> dict[str, to
 
     qkv stays one matrix (`split_attention` divides it), and a name that `UNet2DModel` does not have stays as it is.
     """
-    levels, layers = 1 + max(_numbers(state, r"down\.(\d+)\."), default=0), 0
+    levels, layers = 1 + max(numbers(state, r"down\.(\d+)\."), default=0), 0
     if layout == "guided":
         # Down-sampling blocks look like all others where the width stays; up-sampling ones come second in their block.
-        levels = 1 + len(_numbers(state, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight"))
-        layers = (1 + max(_numbers(state, r"output_blocks\.(\d+)\."), default=-1)) // levels - 1
+        levels = 1 + len(numbers(state, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight"))
+        layers = (1 + max(numbers(state, r"output_blocks\.(\d+)\."), default=-1)) // levels - 1
         if layers < 1:
             raise ValueError("there are too few output_blocks, so the network is not complete")
     return {rename(_in_levels(name, levels, layers), layout): tensor for name, tensor in state.items()}
@@ -298,9 +294,6 @@ def infer(
     if heads is not None and head_channels is not None:
         raise ValueError(f"heads is {heads} and head_channels is {head_channels}; give one of the two")
     shapes = _settings(state)
-    first, level = _shape(state, "conv_in.weight")[0], shapes["channels"][0]
-    if first != level:  # which diffusers' UNet2DModel can't have
-        raise ValueError(f"its first level has {level} channels and its first convolution {first}; they must be equal")
     asked = {"image_size": image_size}
     if layout == "guided":
         asked |= {"head_channels": head_channels} if heads is None else {"heads": heads}
@@ -331,29 +324,29 @@ def refuse_unknown_schedule(architecture: Architecture) -> None:
 
 def _settings(state: Mapping[str, torch.Tensor]) -> dict:
     """Settings of an `Architecture` that names and shapes tell."""
-    levels = 1 + max(_numbers(state, r"down_blocks\.(\d+)\."), default=0)
-    channels = tuple(_shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
-    if levels > 1 and not any(name.startswith("down_blocks.0.downsamplers.") for name in state):
-        raise ValueError("the network resamples without convolutions (resamp_with_conv is off), which is not supported")
+    levels = 1 + max(numbers(state, r"down_blocks\.(\d+)\."), default=0)
+    channels = tuple(shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
     return {
         "channels": channels,
-        "layers": 1 + max(_numbers(state, r"down_blocks\.0\.resnets\.(\d+)\.")),
-        "attention": tuple(sorted(_numbers(state, r"down_blocks\.(\d+)\.attentions\."))),
-        "in_channels": _shape(state, "conv_in.weight")[1],
-        "out_channels": _shape(state, "conv_out.weight")[0],
-        "scale_shift": _shape(state, "down_blocks.0.resnets.0.time_emb_proj.weight")[0] == 2 * channels[0],
+        "layers": 1 + max(numbers(state, r"down_blocks\.0\.resnets\.(\d+)\.")),
+        "attention": tuple(sorted(numbers(state, r"down_blocks\.(\d+)\.attentions\."))),
+        "in_channels": shape(state, "conv_in.weight")[1],
+        "out_channels": shape(state, "conv_out.weight")[0],
+        "scale_shift": shape(state, "down_blocks.0.resnets.0.time_emb_proj.weight")[0] == 2 * channels[0],
         "residual_resampling": "down_blocks.0.downsamplers.0.conv1.weight" in state,
-        "num_classes": _shape(state, "class_embedding.weight")[0] if "class_embedding.weight" in state else None,
+        "num_classes": shape(state, "class_embedding.weight")[0] if "class_embedding.weight" in state else None,
     }
 
 
-def _numbers(state: Mapping[str, torch.Tensor], pattern: str) -> set[int]:
+def numbers(state: Mapping[str, torch.Tensor], pattern: str) -> set[int]:
+    """What a pattern's group finds in the names."""
     return {int(found[1]) for found in (re.match(pattern, name) for name in state) if found}
 
 
-def _shape(state: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
-    if name not in state or state[name].ndim < 2:
-        raise ValueError(f"{name} is missing, so the network is not complete")
+def shape(state: Mapping[str, torch.Tensor], name: str, least: int = 2) -> tuple[int, ...]:
+    """Shape of a weight of so many dimensions at least; ValueError if there is none."""
+    if name not in state or state[name].ndim < least:
+        raise ValueError(f"{name} is missing or no weight of images, so the network is not complete")
     return tuple(state[name].shape)
 
 

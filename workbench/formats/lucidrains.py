@@ -7,12 +7,11 @@ of the U-Net but the size of its images follows from the shapes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 
-from workbench.formats.layouts import ask_for, rename
+from workbench.formats.layouts import ask_for, numbers, rename, shape
 
 
 def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, **unused: object) -> dict:
@@ -31,38 +30,24 @@ def infer(state: Mapping[str, torch.Tensor], *, image_size: int | None = None, *
     ):
         if name in state:
             raise ValueError(f"the network {reason} ({name}); the workbench takes the library's default U-Net of today")
-    levels = 1 + max(int(found[1]) for found in (re.match(r"downs\.(\d+)\.", name) for name in state) if found)
-    first, time = _shape(state, "init_conv.weight", 4), _shape(state, "time_mlp.1.weight", 2)
-    outputs = _shape(state, "final_conv.weight", 4)[0]
-    if outputs not in (first[1], 2 * first[1]):
-        channels = f"{first[1]} input and {outputs} output channels"
-        raise ValueError(f"the network has {channels}; self-conditioning and other conditions are not supported")
+    levels = 1 + max(numbers(state, r"downs\.(\d+)\."))
+    first, time = shape(state, "init_conv.weight", 4), shape(state, "time_mlp.1.weight")
     full = tuple(f"downs.{i}.2.to_out.weight" in state for i in range(levels))
     # (2, heads, head channels, number); the last two are the other way round in softmax attention.
-    memories = [_shape(state, f"downs.{i}.2.mem_kv", 4) for i in range(levels)]
+    memories = [shape(state, f"downs.{i}.2.mem_kv", 4) for i in range(levels)]
     memories = [(*m[:2], m[3], m[2]) if softmax else m for m, softmax in zip(memories, full, strict=True)]
-    size = 1 << (levels - 1)
-    if image_size < 1 or image_size % size:
-        raise ValueError(f"image_size is {image_size}; a network of {levels} levels takes multiples of {size}")
     return {
         "_class_name": "LucidrainsUNet",
         "sample_size": image_size,
         "in_channels": first[1],
-        "out_channels": outputs,
+        "out_channels": shape(state, "final_conv.weight", 4)[0],
         "time_channels": time[1],
-        "widths": (first[0], *(_shape(state, f"ups.{i}.0.block1.proj.weight", 4)[0] for i in reversed(range(levels)))),
+        "widths": (first[0], *(shape(state, f"ups.{i}.0.block1.proj.weight", 4)[0] for i in reversed(range(levels)))),
         "heads": tuple(m[1] for m in memories),
         "head_channels": tuple(m[2] for m in memories),
         "full": full,
         "memory": memories[0][3],
     }
-
-
-def _shape(state: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int, ...]:
-    if name not in state or state[name].ndim != ndim:
-        found = f"has the shape {tuple(state[name].shape)}" if name in state else "is missing"
-        raise ValueError(f"{name} {found}; the workbench takes the library's default U-Net of today, of images")
-    return tuple(state[name].shape)
 
 
 def convert(state: Mapping[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:

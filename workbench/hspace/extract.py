@@ -9,7 +9,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -151,63 +151,51 @@ def extract(
             _refuse_other_inputs(read_store(path), provenance)
         else:
             paths.writable(path, folder=True)
-    ranks, alone = Ranks.launched(), contextlib.nullcontext()
-    if ranks.first and not paths.is_address(path):
+    ranks, alone = launched(), contextlib.nullcontext()
+    if ranks[0] == 0 and not paths.is_address(path):
         lock = path.with_name(path.name + ".lock")
         alone = locked(lock, f"extracting to {path}", patience=PATIENCE if out is None else None)
     with alone:
         return _extract(model, path, provenance, seeds, source, batch_size, progress, ranks)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that were launched together: number of this one and of all; `wait` returns when all called it."""
-
-    rank: int
-    count: int
-    wait: Callable[[], None]
-
-    @classmethod
-    def launched(cls) -> Ranks:
-        """Those of the environment that `accelerate launch` and `torchrun` set, or this process alone."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return cls(0, 1, lambda: None)
-        if not dist.is_initialized():
-            # They exchange nothing but that they are ready, which the CPU's backend does for GPUs too.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
-        return cls(dist.get_rank(), dist.get_world_size(), dist.barrier)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
+def launched() -> tuple[int, int, Callable[[], None]]:
+    """Number of this process and of all that `accelerate launch` or `torchrun` began, and a call that waits for all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, lambda: None
+    if not dist.is_initialized():
+        # They exchange nothing but that they are ready, which the CPU's backend does for GPUs too.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return dist.get_rank(), dist.get_world_size(), dist.barrier
 
 
 def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks) -> HStore:
+    rank, count, wait = ranks
     try:
-        if ranks.first and not exists(path):
+        if rank == 0 and not exists(path):
             layout = _layout(model, provenance, inverted=source is not None)
             names = [str(name) for name in source.labels.index] if hasattr(source, "labels") else None
             create_store(path, provenance, layout, names=names)
-        ranks.wait()
+        wait()
         store = read_store(path)
         _refuse_other_inputs(store, provenance)
         if store.complete:
             return replace(store, cached=True)
-        if ranks.first and seeds is not None:
+        if rank == 0 and seeds is not None:
             store.group["seeds"][:] = np.array(seeds, dtype=np.uint64)
     except OSError as error:
         raise disk_error(error, path, "before the first sample") from error
     size, n, timesteps = provenance["chunk"], provenance["n"], provenance["timesteps"]
     todo = [slice(c * size, min((c + 1) * size, n)) for c in np.flatnonzero(store.group["done"][:] == 0)]
-    ranks.wait()  # all have seen the same list before the first of them shortens it
-    mine = todo[ranks.rank :: ranks.count]
+    wait()  # all have seen the same list before the first of them shortens it
+    mine = todo[rank::count]
     others = n - sum(rows.stop - rows.start for rows in mine)
     options = {"steps": timesteps, "record_h": True, "record_x": "x" in provenance["keeps"]}
     options["batch_size"] = check_batch_size(batch_size, model, n)
     workers = WRITERS.get(model.device.type, 1)
-    verb = "extracting" if ranks.count == 1 else f"extracting, process 1 of {ranks.count}"
+    verb = "extracting" if count == 1 else f"extracting, process 1 of {count}"
     with (
-        progress_bar(n, len(timesteps), verb, show=progress and ranks.first) as bar,
+        progress_bar(n, len(timesteps), verb, show=progress and rank == 0) as bar,
         ThreadPoolExecutor(workers, "writer") as writers,
     ):
         bar.update(others * len(timesteps))
@@ -225,7 +213,7 @@ def _extract(model, path, provenance, seeds, source, batch_size, progress, ranks
             writing.append(writers.submit(write_chunk, store, rows.start // size, values))
         for each in writing:
             each.result()
-    ranks.wait()
+    wait()
     return open_store(path)
 
 
