@@ -169,11 +169,8 @@ class TrainingSettings:
 
 
 @contextlib.contextmanager
-def seeded(seed: list[int], needed: bool = True) -> Iterator[None]:
+def seeded(seed: list[int]) -> Iterator[None]:
     """torch's own generators, which new weights and dropout draw from, start from a seed inside and are put back."""
-    if not needed:
-        yield
-        return
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.random.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))

@@ -53,7 +53,7 @@ from workbench.diffusion.text import TextEncoder, copy_text_encoder
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats.checkpoints import hash_weights, read_json
 from workbench.io import commit, locked, write_text, written
-from workbench.shapes import shape_of, with_channels
+from workbench.shapes import with_channels
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
 """Files of a training beside the model's own: what it is, where it stands, its losses."""
@@ -268,10 +268,7 @@ def read_settings(out: str | Path) -> TrainingSettings:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
     try:
-        about = read_json(path)
-        network = about["network"]
-        _, height, width = shape_of(network["sample_size"])
-        return TrainingSettings(**{**about["settings"], "size": (network["in_channels"], height, width)})
+        return TrainingSettings(**read_json(path)["settings"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a training ({error}); train again") from error
 
@@ -429,8 +426,9 @@ def _take_step(
     for group in run.optimiser.param_groups:
         group["lr"] = settings.rate(run.step)
     low = settings.precision != "float32" and device.type != "mps"
+    dropout = seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index])
     with (
-        seeded([settings.seed, _DROPOUT, run.step, accelerator.process_index], settings.dropout > 0),
+        dropout if settings.dropout > 0 else contextlib.nullcontext(),
         torch.autocast(device.type, PRECISIONS[settings.precision], enabled=low),
     ):
         predicted = network(x_t, t, **({} if run.captions is None else run.captions.of(batch, own, device))).sample
