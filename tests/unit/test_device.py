@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 import workbench as wb
 from workbench.diffusion import models, noise
-from workbench.diffusion.sampling import in_batches
 from workbench.diffusion.unet import SplitUNet
 from workbench.directions.direction import Direction
 from workbench.hspace import extract as extraction
@@ -107,18 +106,6 @@ def test_one_sample_beyond_the_memory_is_the_devices_own_error(tiny, memory):
     memory(0)
     with pytest.warns(UserWarning, match="batches of 5"), pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
         sample(tiny)
-
-
-def test_other_errors_are_not_tried_again():
-    calls = []
-
-    def fail(batch: slice) -> None:
-        calls.append(batch)
-        raise RuntimeError("an illegal address")
-
-    with pytest.raises(RuntimeError, match="an illegal address"):
-        in_batches(fail, 10, 4)
-    assert calls == [slice(0, 4)]
 
 
 class NoFloat64(TorchDispatchMode):

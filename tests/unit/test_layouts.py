@@ -260,9 +260,7 @@ def wrapped(state: dict, other: dict) -> dict:
 
     without_dots = {"model_ema." + name.replace(".", ""): tensor for name, tensor in state.items()}
     return {
-        "plain": state,
         "DataParallel": named("module.", state),
-        "state_dict": {"state_dict": state},
         "model and ema": {"model": other, "ema": state, "step": 3, "optimizer": {"state": {}}},
         "ema-pytorch": {
             "model": other,
