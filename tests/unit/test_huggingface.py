@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from workbench.analysis.image_metrics import directional_similarity, segmentation_consistency
+from workbench.analysis.image_metrics import segmentation_consistency
 from workbench.datasets.classifiers import load_classifier, read_attributes
 from workbench.datasets.clip import load_clip
 from workbench.datasets.huggingface import load_segmenter
@@ -122,13 +122,9 @@ def test_clip_by_pairs_of_prompts(hub, faces, pixels):
 
 def test_clip_embeds_images_and_texts_in_one_space(hub, faces):
     clip = load_clip(hub.folder / "clip", device="cpu")
-    before, after, text = clip.images(faces), clip.images(-faces), clip.texts(["a smiling person", "a person"])
-    assert before.shape == (6, 8) and text.shape == (2, 8)
-    np.testing.assert_allclose(np.linalg.norm(np.concatenate([before, text]), axis=1), 1.0, rtol=1e-5)
-    found = directional_similarity(before, after, source=text[1], target=text[0])
-    step, along = after - before, text[0] - text[1]
-    expected = step @ along / np.linalg.norm(step, axis=1) / np.linalg.norm(along)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    images, texts = clip.images(faces), clip.texts(["a smiling person", "a person"])
+    assert images.shape == (6, 8) and texts.shape == (2, 8)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=1), 1.0, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -84,13 +84,6 @@ def test_different_seeds_and_different_eta_are_different_images(tiny, run):
     assert [z.abs().sum().item() > 0 for z in noise] == [True, False, True, False], "nor does the last step add any"
 
 
-def test_the_noise_of_a_timestep_does_not_depend_on_which_others_are_visited(tiny):
-    a, b = sample(tiny, steps=[900, 500, 100]), sample(tiny, steps=[700, 500])
-    assert torch.equal(a.noise[1], step_noise(range(3), tiny.image_shape, t=500))
-    assert torch.equal(b.noise[0], step_noise(range(3), tiny.image_shape, t=700))
-    assert b.noise[1].abs().sum() == 0
-
-
 def test_samples_that_diverge_are_said_with_their_range(tiny, monkeypatch):
     """The untrained network's own, and then none of those that it would have if its range were usual."""
     with pytest.warns(UserWarning, match=r"the samples diverge: they lie in \[-\d.*; tiny was not trained"):
