@@ -80,7 +80,7 @@ def test_between_two_strengths_the_curve_is_a_line_and_beyond_the_last_it_ends(t
 
 
 def test_what_never_succeeds_as_often_has_no_number_at_equal_success(table):
-    found = leaderboard(table, success=0.6, resamples=100)
+    found = leaderboard(table, resamples=100)
     assert found.loc["good", "reached"] == 1.0 and found.loc["random h", "reached"] == 0.0
     assert np.isnan(found.loc["random h", "entanglement"])
     assert found.loc["good", "psnr_outside"] > found.loc["good", "psnr_outside_low"]
@@ -152,7 +152,7 @@ def test_a_difference_is_paired(table):
     assert same.high < 0.15, "what never differs is still known from 30 samples only"
     apart = table[(table.method == "good") == (table.attribute == "A")]
     assert difference(apart, "good", "fair").n == 0
-    with pytest.raises(ValueError, match="'best' was not measured; there are good, fair, random h"):
+    with pytest.raises(ValueError, match="'best' .*good, fair, random h"):
         difference(table, "best", "good")
 
 

@@ -18,15 +18,18 @@ from scipy.stats import t as student
 from workbench.analysis.effect_metrics import first_reached, linearity, monotonicity
 from workbench.analysis.intervals import Estimate, bootstrap_counts, bootstrap_interval, holm, mean_interval
 from workbench.benchmark.protocol import CHANGE
+from workbench.io import one_of
 
 SUCCESS = 0.5  # share of the samples without an attribute that have it after the edit, at which they are compared
-OPTIONAL = {"s_dir": 0.0, "clip_gain": 0.0, "consistency": 1.0}
-"""Columns that may be missing, with their values at scale 0."""
+AT_REST = {"rms": 0.0, "perceptual": 0.0, "identity": 1.0, "s_dir": 0.0, "clip_gain": 0.0, "consistency": 1.0}
+"""Columns of edits that curves are made of, with their values at scale 0."""
+
+OPTIONAL = ("s_dir", "clip_gain", "consistency")  # columns that may be missing
 
 CONTROLS = ("random h", "random h, picked", "random x", "random x, picked")  # that any method must beat
 
 BOUNDS = {name: (0.0, 1.0) for name in ("success", "reached")} | {
-    name: (0.0, np.inf) for name in ("change", "leakage", "leak", "rms", "perceptual")
+    name: (0.0, np.inf) for name in ("change", "leakage", "rms", "perceptual")
 }
 """Lowest and highest value, of what has any."""
 
@@ -35,9 +38,10 @@ FEWEST = 3  # held-out samples without an attribute, at least, for it to count
 
 @dataclass(frozen=True, eq=False)
 class _Curves:
-    """Means over the samples without the attribute, draw by draw; arrays of shape (1 + resamples, 1 + strengths).
+    """Means over the n samples without the attribute, draw by draw, by their names.
 
-    The first row is of the samples as they are, the first column of scale 0.
+    Arrays of shape (1 + resamples, 1 + strengths): the first row is of the samples as they are, the first column of
+    scale 0.
     """
 
     method: str
@@ -45,25 +49,20 @@ class _Curves:
     n: int
     others: int
     scales: np.ndarray  # means over populations, each of which may have its own strengths
-    rms: np.ndarray = field(repr=False)
-    effect: np.ndarray = field(repr=False)
-    success: np.ndarray = field(repr=False)
-    leak: np.ndarray = field(repr=False)
-    error_outside: np.ndarray = field(repr=False)
-    identity: np.ndarray = field(repr=False)
-    perceptual: np.ndarray = field(repr=False)
-    optional: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    means: dict[str, np.ndarray] = field(repr=False)
+
+    def at_change(self, name: str, change: float) -> np.ndarray:
+        """Values where the edit changes the image by so much."""
+        return first_reached(self.means["rms"], self.means[name], change)
+
+    def at_success(self, name: str) -> np.ndarray:
+        """Values where the edit first succeeds as often as `SUCCESS`; NaN where it never does."""
+        success = self.means["success"]
+        values = first_reached(success, self.means[name], SUCCESS)
+        return np.where(success.max(axis=1) >= SUCCESS, values, np.nan)
 
 
-def leaderboard(
-    edits: pd.DataFrame,
-    *,
-    change: float = CHANGE,
-    success: float = SUCCESS,
-    controls: Sequence[str] = CONTROLS,
-    resamples: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
+def leaderboard(edits: pd.DataFrame, *, change: float = CHANGE, resamples: int = 500) -> pd.DataFrame:
     """Rank methods by their success at equal change of the image, means over attributes.
 
     Parameters
@@ -72,12 +71,7 @@ def leaderboard(
         As of a `Benchmark`.
     change : float
         Root mean square change of the image at which `success` and `effect` are read.
-    success : float in (0, 1)
-        Success at which `entanglement`, `psnr_outside` and `identity` are read.
-    controls : sequence of str
-        Methods that the others must beat. Random vectors that are picked as principal components are stand for the
-        part of a success that is due to picking; for methods that pick nothing they are strict.
-    resamples, seed : int
+    resamples : int
 
     Returns
     -------
@@ -88,51 +82,50 @@ def leaderboard(
         `change`, how far the measured strengths reached that point; `leakage` there, the sum of the sizes of the mean
         changes of all other attributes, and `precision`, the effect by the mean of these sizes (the editing precision
         ratio of CASL, arXiv 2601.15441, whose exact form is inferred); `reached`, the share of attributes whose edits
-        succeed as often as asked for at any strength, and over these `entanglement` (leakage by effect), `psnr_outside`
-        (of the mean squared error, dB) and `identity`; each with its 95% interval, `..._low` and `..._high`.
-        `p_random`, one-sided, that success is no higher than a control's over the attributes that both have, of the
-        control for which that is likeliest, adjusted for the number of methods by Holm's rule; NaN without an attribute
-        in common. `monotonicity` and `linearity` of the logit in the scale. `attributes`, and `n`, the mean number of
-        samples without one.
+        succeed on half of the samples at any strength, and over these, where they do, `entanglement` (leakage by
+        effect), `psnr_outside` (of the mean squared error, dB) and `identity`; each with its 95% interval, `..._low`
+        and `..._high`. `p_random`, one-sided, that success is no higher than that of a control (`CONTROLS`; random
+        vectors that are picked as principal components are stand for the part of a success that is due to picking, and
+        are strict for methods that pick nothing) over the attributes that both have, of the control for which that is
+        likeliest, adjusted for the number of methods by Holm's rule; NaN without an attribute in common.
+        `monotonicity` and `linearity` of the logit in the scale. `attributes`, and `n`, the mean number of samples
+        without one.
 
     Raises
     ------
     ValueError
         If hardly any sample is without any of the attributes.
     """
-    curves = _curves(edits, resamples, seed)
-    methods = list(dict.fromkeys(c.method for c in curves))
+    curves = _curves(edits, resamples)
     rows, draws = {}, {}
-    for method in methods:
-        own = [c for c in curves if c.method == method]
-        draws[method] = {c.attribute: first_reached(c.rms, c.success, change) for c in own}
+    for method, own in _by_method(curves).items():
+        draws[method] = {c.attribute: c.at_change("success", change) for c in own}
         values = {
             "success": _mean(draws[method].values()),
-            "change": _mean(first_reached(c.rms, c.rms, change) for c in own),
-            "effect": _mean(first_reached(c.rms, c.effect, change) for c in own),
-            "leakage": _mean(first_reached(c.rms, c.leak, change) for c in own),
+            "change": _at_change(own, "rms", change),
+            "effect": _at_change(own, "effect", change),
+            "leakage": _at_change(own, "leakage", change),
             "precision": _mean(_precision(c, change) for c in own),
-            "reached": _mean((c.success.max(axis=1) >= success).astype(float) for c in own),
-            "entanglement": _mean(_succeeding(c, c.leak, success) / _succeeding(c, c.effect, success) for c in own),
-            "psnr_outside": _decibel(_mean(_succeeding(c, c.error_outside, success) for c in own)),
-            "identity": _mean(_succeeding(c, c.identity, success) for c in own),
+            "reached": _mean((c.means["success"].max(axis=1) >= SUCCESS).astype(float) for c in own),
+            "entanglement": _mean(c.at_success("leakage") / c.at_success("effect") for c in own),
+            "psnr_outside": _decibel(_mean(c.at_success("error_outside") for c in own)),
+            "identity": _mean(c.at_success("identity") for c in own),
         }
-        for name in dict.fromkeys(name for c in own for name in c.optional):
-            values[name] = _mean(first_reached(c.rms, c.optional[name], change) for c in own if name in c.optional)
+        for name in OPTIONAL:
+            if any(name in c.means for c in own):
+                values[name] = _at_change(own, name, change)
         rows[method] = _with_intervals(values, own) | {"attributes": len(own), "n": np.mean([c.n for c in own])}
     table = pd.DataFrame(rows).T.rename_axis("method")
-    against = [name for name in controls if name in draws]
-    if against:
-        found = [name for name in methods if name not in controls]
-        n = min(c.n for c in curves)
-        chances = {name: [_chance(draws[name], draws[control], n) for control in against] for name in found}
-        p = [max(filter(np.isfinite, chances[name]), default=float("nan")) for name in found]
+    controls = [draws[name] for name in CONTROLS if name in draws]
+    if controls:
+        found, n = [name for name in draws if name not in CONTROLS], min(c.n for c in curves)
+        p = [_chance(draws[name], controls, n) for name in found]
         table["p_random"] = pd.Series(dict(zip(found, holm(p), strict=True)), dtype=float)
     table = table.join(_shape_of_response(edits))
     return table.astype(float).sort_values("success", ascending=False)
 
 
-def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
+def pareto(edits: pd.DataFrame, *, resamples: int = 500) -> pd.DataFrame:
     """Success against what is left of the rest of the image, strength by strength; means over attributes.
 
     Methods have strengths of their own for each attribute, of which the i-th ones are taken together.
@@ -141,7 +134,7 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     ----------
     edits : DataFrame
         As of a `Benchmark`.
-    resamples, seed : int
+    resamples : int
 
     Returns
     -------
@@ -154,34 +147,24 @@ def pareto(edits: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     ValueError
         If hardly any sample is without any of the attributes.
     """
-    curves, rows = _curves(edits, resamples, seed), []
-    for method in dict.fromkeys(c.method for c in curves):
-        own = [c for c in curves if c.method == method]
+    rows = []
+    for method, own in _by_method(_curves(edits, resamples)).items():
         for i in range(1, len(own[0].scales)):
-            values = {
-                "success": _mean(c.success[:, i] for c in own),
-                "psnr_outside": _decibel(_mean(c.error_outside[:, i] for c in own)),
-                "identity": _mean(c.identity[:, i] for c in own),
-                "perceptual": _mean(c.perceptual[:, i] for c in own),
-                "leakage": _mean(c.leak[:, i] for c in own),
-                "rms": _mean(c.rms[:, i] for c in own),
-            }
+            values = {"psnr_outside": _decibel(_mean(c.means["error_outside"][:, i] for c in own))}
+            for name in ("success", "identity", "perceptual", "leakage", "rms"):
+                values[name] = _mean(c.means[name][:, i] for c in own)
             scale = float(np.mean([c.scales[i] for c in own]))
             rows.append({"method": method, "scale": scale} | _with_intervals(values, own))
     return pd.DataFrame(rows)
 
 
-def by_attribute(
-    edits: pd.DataFrame, *, change: float = CHANGE, value: str = "success", resamples: int = 500, seed: int = 0
-) -> pd.DataFrame:
+def by_attribute(edits: pd.DataFrame, *, resamples: int = 500) -> pd.DataFrame:
     """Success of each method for each attribute at equal change.
 
     Parameters
     ----------
     edits : DataFrame
-    change : float
-    value : {"success", "effect", "leak"}
-    resamples, seed : int
+    resamples : int
 
     Returns
     -------
@@ -194,11 +177,12 @@ def by_attribute(
         If hardly any sample is without any of the attributes.
     """
     rows = []
-    for c in _curves(edits, resamples, seed):
-        drawn = first_reached(c.rms, getattr(c, value), change)
-        low, high = _interval(drawn, c.n, value)
-        key = {"method": c.method, "attribute": c.attribute}
-        rows.append(key | {"value": drawn[0], "low": low, "high": high, "n": c.n})
+    for c in _curves(edits, resamples):
+        drawn = c.at_change("success", CHANGE)
+        low, high = _interval(drawn, c.n, "success")
+        rows.append(
+            {"method": c.method, "attribute": c.attribute, "value": drawn[0], "low": low, "high": high, "n": c.n}
+        )
     return pd.DataFrame(rows)
 
 
@@ -227,27 +211,15 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
-def difference(
-    edits: pd.DataFrame,
-    first: str,
-    second: str,
-    *,
-    value: str = "success",
-    change: float = CHANGE,
-    resamples: int = 500,
-    seed: int = 0,
-) -> Estimate:
-    """By how much one method exceeds another, over the attributes that both have, on the same samples.
+def difference(edits: pd.DataFrame, first: str, second: str, *, resamples: int = 500) -> Estimate:
+    """By how much the success of one method at equal change exceeds another's, on the attributes that both have.
 
     Parameters
     ----------
     edits : DataFrame
     first, second : str
-        Methods.
-    value : {"success", "effect", "leak", "identity"}
-    change : float
-        Root mean square change of the image at which both are read.
-    resamples, seed : int
+        Methods; both are read on the same samples.
+    resamples : int
 
     Returns
     -------
@@ -261,88 +233,83 @@ def difference(
     """
     measured = edits["method"].unique()
     for name in (first, second):
-        if name not in measured:
-            raise ValueError(f"{name!r} was not measured; there are {', '.join(measured)}")
-    drawn, n = {name: {} for name in (first, second)}, {}
-    for c in _curves(edits[edits["method"].isin([first, second])], resamples, seed):
-        drawn[c.method][c.attribute] = first_reached(c.rms, getattr(c, value), change)
-        n[c.attribute] = c.n
-    shared = [name for name in drawn[first] if name in drawn[second]]
-    if not shared:
+        one_of("measured method", name, measured)
+    success, n = {first: {}, second: {}}, {}
+    for c in _curves(edits[edits["method"].isin([first, second])], resamples):
+        success[c.method][c.attribute], n[c.attribute] = c.at_change("success", CHANGE), c.n
+    drawn = _gap(success[first], success[second])
+    if drawn is None:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    mean, fewest = _mean(drawn[first][name] - drawn[second][name] for name in shared), min(n[name] for name in shared)
-    return Estimate(float(mean[0]), *_interval(mean, fewest, value, signed=True), fewest)
+    fewest = min(n[name] for name in success[first] if name in success[second])
+    return Estimate(float(drawn[0]), *_interval(drawn, fewest, "success", signed=True), fewest)
 
 
-def _curves(edits: pd.DataFrame, resamples: int, seed: int) -> list[_Curves]:
-    changes = [name for name in edits if name.startswith("change ")]
-    samples = np.sort(edits["seed"].unique())
-    counts = np.vstack([np.ones(len(samples), int), bootstrap_counts(len(samples), resamples=resamples, seed=seed)])
-    populations = max(edits["repeat"]) + 1
-    repeats = np.vstack([np.ones(populations, int), bootstrap_counts(populations, resamples=resamples, seed=seed + 1)])
-    curves = []
-    for (method, attribute), part in edits.groupby(["method", "attribute"], sort=False):
-        part = part.sort_values(["repeat", "seed", "scale"])
-        there = part["repeat"].unique()
-        shape = (len(there), len(samples), len(part) // (len(there) * len(samples)))
-        scales = part["scale"].to_numpy().reshape(shape).mean(axis=(0, 1))
-        without = part["before"].to_numpy().reshape(shape)[0, :, 0] <= 0.5
-        if without.sum() < FEWEST:
-            continue
-        weights = counts * without
-
-        def mean(values: np.ndarray, shape=shape, weights=weights, there=there) -> np.ndarray:
-            """Mean of (populations, n, scales) over samples and populations, with scale 0 in front."""
-            values = values.reshape(shape)
-            known = np.isfinite(values)  # a region without a pixel has no error
-            drawn, seen = (
-                np.einsum("br,bn,rns->bs", repeats[:, there], weights, each, optimize=True)
-                for each in (np.where(known, values, 0.0), known.astype(float))
-            )
-            with np.errstate(invalid="ignore"):
-                means = drawn / seen
-            return np.hstack([np.zeros((len(means), 1)), means])
-
-        def of(name: str, part=part) -> np.ndarray:
-            return part[name].to_numpy(dtype=float)
-
-        others = [name for name in changes if name != f"change {attribute}"]
-        curves.append(
-            _Curves(
-                str(method),
-                str(attribute),
-                int(without.sum()),
-                len(others),
-                np.concatenate([[0.0], scales]),
-                rms=mean(of("rms")),
-                effect=mean(of("after") - of("before")),
-                success=mean((of("after") > 0.5).astype(float)),
-                leak=sum(np.abs(mean(of(name))) for name in others),
-                error_outside=mean(4.0 * 10.0 ** (-of("psnr_outside") / 10.0)),
-                identity=1.0 + mean(of("identity") - 1.0),
-                perceptual=mean(of("perceptual")),
-                optional={
-                    name: at_rest + mean(of(name) - at_rest)
-                    for name, at_rest in OPTIONAL.items()
-                    if name in part and part[name].notna().any()
-                },
-            )
-        )
+def _curves(edits: pd.DataFrame, resamples: int) -> list[_Curves]:
+    counts = _draws(edits["seed"].nunique(), resamples, seed=0)
+    repeats = _draws(max(edits["repeat"]) + 1, resamples, seed=1)
+    found = (_curve(part, counts, repeats) for _, part in edits.groupby(["method", "attribute"], sort=False))
+    curves = [curve for curve in found if curve.n >= FEWEST]
     if not curves:
         raise ValueError(f"no attribute has {FEWEST} held-out samples without it to measure success by; take more")
     return curves
 
 
-def _succeeding(curves: _Curves, values: np.ndarray, success: float) -> np.ndarray:
-    """Values where the edit first succeeds as often as asked for; NaN where it never does."""
-    reached = curves.success.max(axis=1) >= success
-    return np.where(reached, first_reached(curves.success, values, success), np.nan)
+def _draws(n: int, resamples: int, *, seed: int) -> np.ndarray:
+    """How often each of n is drawn, (1 + resamples, n); in the first row once."""
+    return np.vstack([np.ones(n, int), bootstrap_counts(n, resamples=resamples, seed=seed)])
+
+
+def _curve(part: pd.DataFrame, counts: np.ndarray, repeats: np.ndarray) -> _Curves:
+    """Of one method and attribute; draws of the samples and of the populations."""
+    part = part.sort_values(["repeat", "seed", "scale"])
+    method, attribute = part.iloc[0][["method", "attribute"]]
+    there, values = part["repeat"].unique(), part.select_dtypes("number").astype(float)
+    shape = (len(there), counts.shape[1], -1)
+    without = values["before"].to_numpy().reshape(shape)[0, :, 0] <= 0.5
+
+    def mean(column: pd.Series) -> np.ndarray:
+        """Over samples and populations, with scale 0 in front."""
+        each = column.to_numpy().reshape(shape)
+        known = np.isfinite(each)  # a region without a pixel has no error
+        drawn, seen = (
+            np.einsum("br,bn,rns->bs", repeats[:, there], counts * without, kept, optimize=True)
+            for kept in (np.where(known, each, 0.0), known.astype(float))
+        )
+        with np.errstate(invalid="ignore"):
+            means = drawn / seen
+        return np.hstack([np.zeros((len(means), 1)), means])
+
+    others = [name for name in values if name.startswith("change ") and name != f"change {attribute}"]
+    means = {
+        name: at_rest + mean(values[name] - at_rest)
+        for name, at_rest in AT_REST.items()
+        if name in values and values[name].notna().any()
+    }
+    means |= {
+        "effect": mean(values["after"] - values["before"]),
+        "success": mean((values["after"] > 0.5).astype(float)),
+        "leakage": sum(np.abs(mean(values[name])) for name in others),
+        "error_outside": mean(4.0 * 10.0 ** (-values["psnr_outside"] / 10.0)),
+    }
+    scales = np.concatenate([[0.0], values["scale"].to_numpy().reshape(shape).mean(axis=(0, 1))])
+    return _Curves(method, attribute, int(without.sum()), len(others), scales, means)
+
+
+def _by_method(curves: Sequence[_Curves]) -> dict[str, list[_Curves]]:
+    methods: dict[str, list[_Curves]] = {}
+    for curve in curves:
+        methods.setdefault(curve.method, []).append(curve)
+    return methods
+
+
+def _at_change(curves: Sequence[_Curves], name: str, change: float) -> np.ndarray:
+    return _mean(c.at_change(name, change) for c in curves if name in c.means)
 
 
 def _precision(curves: _Curves, change: float) -> np.ndarray:
     """Effect at a change of the image, by the mean size of the changes of the other attributes; NaN without others."""
-    leak = first_reached(curves.rms, curves.leak, change)  # 0 without others
-    return curves.others * first_reached(curves.rms, curves.effect, change) / np.where(leak > 0, leak, np.nan)
+    leak = curves.at_change("leakage", change)  # 0 without others
+    return curves.others * curves.at_change("effect", change) / np.where(leak > 0, leak, np.nan)
 
 
 def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:
@@ -353,21 +320,29 @@ def _mean(drawn: Iterable[np.ndarray]) -> np.ndarray:
         return np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0)
 
 
-def _chance(first: dict[str, np.ndarray], second: dict[str, np.ndarray], n: int) -> float:
-    """Share of the draws in which the first is no higher than the second, over the attributes that both have.
+def _gap(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> np.ndarray | None:
+    """By how much the first exceeds the second, over the attributes that both have, if there are any."""
+    shared = [first[attribute] - second[attribute] for attribute in first if attribute in second]
+    return _mean(shared) if shared else None
+
+
+def _chance(own: dict[str, np.ndarray], controls: Sequence[dict[str, np.ndarray]], n: int) -> float:
+    """Share of the draws in which a method's success is no higher than a control's, the likeliest one's.
 
     Where no draw has it so, by the distance from 0 in the draws' standard deviations (Student's t for n samples): the
     draws alone could give no value that is still small when corrected for many methods.
     """
-    shared = [first[attribute] - second[attribute] for attribute in first if attribute in second]
-    if not shared:
-        return float("nan")
-    gap, *gaps = _mean(shared)
-    gaps = np.array(gaps)[np.isfinite(gaps)]
-    below, spread = (gaps <= 0).sum(), gaps.std()
-    # One more than the draws in each count: a p-value of 0 is none that draws can give.
-    p = (1 + below) / (1 + len(gaps))
-    return p if below or not spread else min(p, float(student.sf(gap / spread, n - 1)))
+    found = []
+    for control in controls:
+        drawn = _gap(own, control)
+        if drawn is None:
+            continue
+        gap, gaps = drawn[0], drawn[1:][np.isfinite(drawn[1:])]
+        below, spread = (gaps <= 0).sum(), gaps.std()
+        # One more than the draws in each count: a p-value of 0 is none that draws can give.
+        p = (1 + below) / (1 + len(gaps))
+        found.append(p if below or not spread else min(p, float(student.sf(gap / spread, n - 1))))
+    return max(found, default=float("nan"))
 
 
 def _interval(drawn: np.ndarray, n: int, name: str, *, signed: bool = False) -> tuple[float, float]:
