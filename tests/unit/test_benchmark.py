@@ -422,8 +422,8 @@ def test_transfer_is_of_the_same_samples_at_timesteps_that_hold_those_of_the_oth
 
 def test_bad_input_is_a_sentence(setting):
     for changed, plan, message in (
-        ({}, protocol("magic"), "'magic'; there are .*random h, "),
-        ({}, replace(protocol(), attributes=("Hat",)), "'Hat'; there are Bright, Red"),
+        ({}, protocol("magic"), "'magic' .*random h, "),
+        ({}, replace(protocol(), attributes=("Hat",)), "'Hat' .*Bright, Red"),
         ({}, protocol(held_out=4), "population is 40, held_out 4"),
         ({}, protocol(labelled=50), "labelled is 50; keep half of 60 images"),
         ({"judge": setting["labeller"]}, protocol(), "the judge is the labeller"),

@@ -449,6 +449,7 @@ MISTAKES = [
     ("boundary edit avataaars32 --boundaries b", "--images or --seeds"),
     ("evaluate-model avataaars32 --card nothing", "no model folder nothing"),
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
+    ("benchmark --methods magic -o none", "method 'magic'"),
     ("benchmark avataaars64 --records -o none", "there is no recorded benchmark of 'avataaars64'"),
     ("studio --port 99999", "port 99999 is invalid"),
     ("explore nope.zarr --out page.pdf", "ends in .pdf"),

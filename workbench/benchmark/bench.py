@@ -32,7 +32,7 @@ from workbench.analysis.image_metrics import (
 )
 from workbench.benchmark.methods import METHODS
 from workbench.benchmark.protocol import HELD_OUT, LADDER, Protocol
-from workbench.benchmark.study import Method, Study, TextModels, found_edit
+from workbench.benchmark.study import Method, Study, TextModels, digest_of_mask, found_edit
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.images import to_bytes
@@ -41,7 +41,7 @@ from workbench.diffusion.sampling import Trajectory, sample
 from workbench.editing.edits import Edit, NotApplicable
 from workbench.editing.render import run_plans
 from workbench.formats.tensors import load_tensors, save_tensors
-from workbench.io import code_hash
+from workbench.io import code_hash, one_of
 
 SAME_COLOUR = 0.2
 """Largest difference of a channel, in [-1, 1], between the backdrop and a pixel that belongs to it."""
@@ -68,13 +68,10 @@ class Bench:
         p = self.protocol
         if self.judge is self.labeller or (self.judge.hash is not None and self.judge.hash == self.labeller.hash):
             raise ValueError("the judge is the labeller; give another classifier as judge")
-        for what, given, known in (
-            ("method", p.methods, METHODS),
-            ("attribute", p.attributes, [a for a in self.judge.attributes if a in self.labeller.attributes]),
-        ):
-            unknown = [name for name in given if name not in known]
-            if unknown or not given:
-                raise ValueError(f"there is no {what} {(unknown or [''])[0]!r}; there are {', '.join(known)}")
+        shared = [name for name in self.judge.attributes if name in self.labeller.attributes]
+        for what, given, known in (("method", p.methods, METHODS), ("attribute", p.attributes, shared)):
+            for name in given:
+                one_of(what, name, known)
         if min(p.population, p.held_out) < 8 or p.repeats < 1 or not 0 <= p.shown <= p.held_out:
             raise ValueError(
                 f"population is {p.population}, held_out {p.held_out}, repeats {p.repeats} and shown {p.shown}; give 8 "
@@ -90,13 +87,16 @@ class Bench:
 
     def measure(self, method: str, attribute: str, repeat: int) -> Cell:
         """Find and measure one cell, or read it from the cache."""
+        found = METHODS[method]
         if not self.kept:
-            return self._measured(METHODS[method], attribute, repeat)
-        known = self._inputs(METHODS[method], attribute, repeat)
+            return self._measured(found, attribute, repeat)
+        known = self._inputs(found, attribute, repeat)
         path = _path(known)
         if path.is_file():
             return Cell.read(path, known)
-        return self._measured(METHODS[method], attribute, repeat).write(path, known)
+        cell = self._measured(found, attribute, repeat)
+        save_tensors(path, cell.tensors, {"about": cell.about, "inputs": known}, kind="cell")
+        return cell
 
     def measured(self, method: str, attribute: str, repeat: int) -> bool:
         """Whether a cell is in the cache."""
@@ -111,6 +111,7 @@ class Bench:
         """Study of one population, for methods to learn from."""
         if repeat not in self._studies:
             p = self.protocol
+            visited = self.model.schedule.timesteps(p.steps)
             self._studies.clear()
             self._studies[repeat] = Study(
                 self.model,
@@ -120,7 +121,7 @@ class Bench:
                 seed=p.seed + repeat * p.population,
                 steps=p.steps,
                 eta=p.eta,
-                t=self._t,
+                t=min(visited, key=lambda t: abs(t - p.t)),
                 images=self.images.select(slice(p.labelled)),
                 masks=self.masks,
                 texts=self.texts,
@@ -132,23 +133,11 @@ class Bench:
         """Digest of all code that finds and measures."""
         return code_hash(__name__)
 
-    @property
-    def _t(self) -> int:
-        visited = self.model.schedule.timesteps(self.protocol.steps)
-        return min(visited, key=lambda t: abs(t - self.protocol.t))
-
     @cached_property
     def held_out(self) -> Trajectory:
         p = self.protocol
         seeds = range(HELD_OUT + p.seed, HELD_OUT + p.seed + p.held_out)
         return sample(self.model, seeds, steps=p.steps, eta=p.eta, record_x=True, progress=False)
-
-    def _seen(self, study: Study) -> Trajectory:
-        """Samples of a population, as many as are edited at other timesteps."""
-        p, learned = self.protocol, study.learned
-        seeds = range(study.seed, study.seed + min(p.held_out // 2, p.population))
-        options = {"steps": p.steps, "eta": p.eta, "record_x": True, "progress": False}
-        return learned("seen by the benchmark", lambda: sample(self.model, seeds, **options))
 
     @cached_property
     def _finer(self) -> Trajectory:
@@ -212,7 +201,7 @@ class Bench:
             "attribute": attribute,
             "repeat": repeat,
             "texts": self.texts and self.texts.inputs(attribute),
-            "mask": None if mask is None else hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16],
+            "mask": None if mask is None else digest_of_mask(mask),
             "protocol": {
                 key: value for key, value in vars(p).items() if key not in ("methods", "attributes", "repeats")
             },
@@ -235,11 +224,10 @@ class Bench:
                 edited = self._edited(edit, held_out, [scale * each for each in LADDER])
             tensors = self._scored(edited, attribute) | self._transferred(edit, scale, attribute, study)
         except NotApplicable as reason:
-            return Cell({}, {"skipped": str(reason)})
+            return Cell({}, {"reason": str(reason)})
         per_edit = passes[0] / (len(edited) * len(LADDER))
-        names = ("passes", "scored", "labels")
         about = {"edit": edit.name, "scale": scale, "seconds": seconds, "edit_passes": per_edit}
-        about |= {name: cost[name] for name in names}
+        about |= {name: cost[name] for name in ("passes", "scored", "labels")}
         return Cell({name: torch.as_tensor(np.ascontiguousarray(v)) for name, v in tensors.items()}, about)
 
     def _edited(self, edit: Edit, run: Trajectory, scales: Sequence[float]) -> torch.Tensor:
@@ -289,8 +277,10 @@ class Bench:
         """The attribute's logit before and after, on samples that it was found on and at other timesteps; (n, 2)."""
         if not self.protocol.transfer:
             return {}
-        found = {}
-        seen = self._seen(study)
+        p, found = self.protocol, {}
+        seeds = range(study.seed, study.seed + min(p.held_out // 2, p.population))
+        options = {"steps": p.steps, "eta": p.eta, "record_x": True, "progress": False}
+        seen = study.learned("seen by the benchmark", lambda: sample(self.model, seeds, **options))
         for name, run in {"population": seen, "other steps": self._finer}.items():
             try:
                 after = self._edited(edit, run, [scale])[:, 0]
@@ -310,20 +300,15 @@ class Cell:
     tensors : dict of str -> Tensor
         Empty if the method had nothing to offer.
     about : dict
-        Name and cost of the edit, or the reason why there is none (`skipped`).
+        Name and cost of the edit, or the reason why there is none (`reason`).
     """
 
     tensors: dict[str, torch.Tensor] = field(repr=False)
     about: dict
 
-    def write(self, path: Path, inputs: dict) -> Cell:
-        """Keep it with its inputs; whole or not at all."""
-        save_tensors(path, self.tensors, {"about": self.about, "inputs": inputs}, kind="cell")
-        return self
-
     @classmethod
     def read(cls, path: Path, inputs: dict) -> Cell:
-        """Read what `write` wrote; ValueError if it is damaged or of other inputs."""
+        """Read a cell from the cache; ValueError if it is damaged or of other inputs."""
         try:
             tensors, header = load_tensors(path, kind="cell")
         except ValueError as error:

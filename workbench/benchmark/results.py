@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,12 +116,8 @@ class Benchmark:
 def gather(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> Benchmark:
     """The tables of all cells."""
     there = {key: cell for key, cell in cells.items() if cell.tensors}
-    gone = [
-        {"method": m, "attribute": a, "repeat": r, "reason": cell.about["skipped"]}
-        for (m, a, r), cell in cells.items()
-        if not cell.tensors
-    ]
-    costs = [{"method": m, "attribute": a, "repeat": r, **cell.about} for (m, a, r), cell in there.items()]
+    about = [dict(zip(KEY, key, strict=True)) | cell.about for key, cell in cells.items()]
+    methods = {name: METHODS[name] for name in bench.protocol.methods}
     plain = bench.held_out.images[bench.shown].clamp(-1, 1).numpy()[:, None]
     strips = {
         (m, a): np.concatenate([plain, cell.tensors["shown"].numpy() / np.float32(127.5) - 1], axis=1)
@@ -133,8 +129,8 @@ def gather(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> Benchmar
         edits=_edits(bench, there),
         transfer=_transfer(bench, there),
         realism=_realism(bench, there),
-        costs=pd.DataFrame(costs),
-        skipped=pd.DataFrame(gone, columns=["method", "attribute", "repeat", "reason"]),
+        costs=pd.DataFrame([row for row in about if "reason" not in row]),
+        skipped=pd.DataFrame([row for row in about if "reason" in row], columns=[*KEY, "reason"]),
         strips=strips,
         provenance={
             "workbench": __version__,
@@ -143,9 +139,9 @@ def gather(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> Benchmar
             **identities(bench.model, labeller=bench.labeller, judge=bench.judge, images=bench.images),
             "held_out": list(bench.held_out.seeds),
             "shown": [bench.held_out.seeds[i] for i in bench.shown],
-            "unit": {name: METHODS[name].unit for name in bench.protocol.methods},
-            "family": {name: METHODS[name].family for name in bench.protocol.methods},
-            "what": {name: _first_line(METHODS[name].find) for name in bench.protocol.methods},
+            "unit": {name: method.unit for name, method in methods.items()},
+            "family": {name: method.family for name, method in methods.items()},
+            "what": {name: (inspect.getdoc(method.find) or "").partition("\n")[0] for name, method in methods.items()},
         },
     )
 
@@ -187,17 +183,16 @@ def _edits(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataF
 
 
 def _transfer(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.DataFrame:
-    before, names, rows = bench.plain["scores"], list(bench.judge.attributes), []
-    for (method, attribute, repeat), cell in cells.items():
-        own = names.index(attribute)
-        held_out = np.stack([before[:, own], cell.tensors["logits"][:, MIDDLE, own].numpy()], axis=1)
+    rows = []
+    for key, cell in cells.items():
+        own = bench.judge.attributes.index(key[1])
+        held_out = np.stack([bench.plain["scores"][:, own], cell.tensors["logits"][:, MIDDLE, own].numpy()], axis=1)
         for kind, compared in {"population": held_out, "other steps": held_out[: len(held_out) // 2]}.items():
             if kind in cell.tensors:
-                changes, reference = _changes(cell.tensors[kind].numpy()), _changes(compared)
-                low, high = mean_interval(changes)
-                key = {"method": method, "attribute": attribute, "repeat": repeat, "kind": kind}
-                found = {"effect": _mean(changes), "low": low, "high": high, "held_out": _mean(reference)}
-                rows.append(key | {"scale": cell.about["scale"], **found, "n": len(changes)})
+                changes = _changes(cell.tensors[kind].numpy())
+                ends = mean_interval(changes)
+                found = [_mean(changes), *ends, _mean(_changes(compared)), cell.about["scale"], len(changes)]
+                rows.append([*key, kind, *found])
     return pd.DataFrame(rows, columns=TRANSFER)
 
 
@@ -205,47 +200,43 @@ def _realism(bench: Bench, cells: Mapping[tuple[str, str, int], Cell]) -> pd.Dat
     """Distances to real images in the judge's features and in principal components of the pixels."""
     plain, real = bench.held_out.images.clamp(-1, 1), bench.real
     spaces = {
-        "judge": (bench.judge.features(plain), bench.judge.features(real)),
-        "pixels": tuple(bench.pixels.transform(x.flatten(1).numpy()) for x in (plain, real)),
+        "features": ("judge", bench.judge.features),
+        "pixels": ("pixels", lambda images: bench.pixels.transform(images.flatten(1).numpy())),
     }
     rows = []
-    for space, (own, target) in spaces.items():
+    for key, (space, of) in spaces.items():
+        own, target = of(plain), of(real)
         # Every second one, so that both halves are alike; the first half is the reference of all.
         reference, other = target[::2], target[1::2]
         usual = diversity(own)
         # As many at a time as there are samples, since few make the Frechet distance larger.
         n = min(len(own), len(other))
-        other = other[: len(other) // n * n]
-        found = _distances(other, reference, usual, groups=len(other) // n)
-        rows.append({"method": "real", "position": -1, "space": space, **found})
-        rows.append({"method": "plain", "position": -1, "space": space, **_distances(own, reference, usual)})
-        key = "features" if space == "judge" else "pixels"
+        groups = len(other) // n
+        found = {
+            ("real", -1): _distances(other[: groups * n], reference, usual, groups=groups),
+            ("plain", -1): _distances(own, reference, usual),
+        }
         for method in bench.protocol.methods:
             parts = [cell.tensors[key].numpy() for (m, _, _), cell in cells.items() if m == method]
             for i in range(len(LADDER) if parts else 0):
                 edited = np.concatenate([part[:, i] for part in parts])
                 spread = np.mean([diversity(part[:, i]) for part in parts]) / usual
-                found = _distances(edited, reference, usual, groups=len(parts))
-                rows.append({"method": method, "position": i, "space": space, **found, "diversity": spread})
+                distances = _distances(edited, reference, usual, groups=len(parts))
+                found[method, i] = distances | {"diversity": spread}
+        rows += [{"method": m, "position": i, "space": space, **values} for (m, i), values in found.items()]
     return pd.DataFrame(rows)
 
 
 TABLES = ("transfer", "realism", "costs", "skipped")
 """Tables that are written as CSV."""
 
-TRANSFER = ["method", "attribute", "repeat", "kind", "effect", "low", "high", "held_out", "scale", "n"]
+KEY = ["method", "attribute", "repeat"]
+"""Columns that name a cell."""
+
+TRANSFER = [*KEY, "kind", "effect", "low", "high", "held_out", "scale", "n"]
 """Columns of `Benchmark.transfer`."""
 
-MEASURES = (
-    "rms",
-    "psnr",
-    "psnr_outside",
-    "perceptual",
-    "identity",
-    "s_dir",
-    "clip_gain",
-    "consistency",
-)
+MEASURES = ("rms", "psnr", "psnr_outside", "perceptual", "identity", "s_dir", "clip_gain", "consistency")
 """Columns of `Benchmark.edits` about the image itself."""
 
 
@@ -255,25 +246,20 @@ def _changes(logits: np.ndarray) -> np.ndarray:
     return p[:, 1] - p[:, 0]
 
 
-def _first_line(function: Callable) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
-
-
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
 def _distances(features: np.ndarray, reference: np.ndarray, usual: float, *, groups: int = 1) -> dict:
     """Distances of a set of features from the reference; of several versions of it, one after the other."""
-    low, high = kernel_distance_interval(features, reference, groups=groups)
-    frechet_low, frechet_high = frechet_distance_interval(features, reference, groups=groups)
-    return {
-        "frechet": frechet_distance(features, reference, groups=groups),
-        "frechet_low": frechet_low,
-        "frechet_high": frechet_high,
-        "kernel": kernel_distance(features, reference, groups=groups),
-        "kernel_low": low,
-        "kernel_high": high,
+    found = {}
+    for name, distance, interval in (
+        ("frechet", frechet_distance, frechet_distance_interval),
+        ("kernel", kernel_distance, kernel_distance_interval),
+    ):
+        low, high = interval(features, reference, groups=groups)
+        found |= {name: distance(features, reference, groups=groups), f"{name}_low": low, f"{name}_high": high}
+    return found | {
         "diversity": diversity(features) / usual,
         "n": len(features) // groups,
     }

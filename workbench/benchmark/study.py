@@ -216,13 +216,13 @@ class Study:
     def store(self) -> HStore:
         """h_t and x_t of the population at every visited timestep."""
         self.cost["population"] = Counter(passes=self.n * self.steps)
-        return self.learned("store", self._extracted)
+        return self._store
 
     @property
     def scores(self) -> pd.DataFrame:
         """The labeller's probabilities, one row per sample of the population, by seed."""
         self.cost["scores"] = Counter(scored=self.n)
-        return self.learned("scores", self._scored)
+        return self._scores
 
     def labels(self, attribute: str) -> pd.Series:
         """Which samples of the population have an attribute, by the labeller; 0 or 1, by seed.
@@ -343,13 +343,14 @@ class Study:
         changes, self.cost["candidates"] = self.learned(f"{name}, tried", tried)
         return signed[int(changes[attribute].to_numpy().argmax())]
 
-    def _extracted(self) -> HStore:
+    @cached_property
+    def _store(self) -> HStore:
         options = {"steps": self.steps, "eta": self.eta, "record_x": True, "progress": False}
         return extract(self.model, self.n, seed=self.seed, **options)
 
-    def _scored(self) -> pd.DataFrame:
-        store = self.learned("store", self._extracted)
-        return self.labeller(store.images[:]).set_axis(list(store.seeds))
+    @cached_property
+    def _scores(self) -> pd.DataFrame:
+        return self.labeller(self._store.images[:]).set_axis(list(self._store.seeds))
 
     @property
     def _images(self) -> LabelledImages:
@@ -377,9 +378,9 @@ def found_edit(found: Direction | Edit) -> Edit:
 
 
 def _enough(labels: pd.Series, what: str) -> pd.Series:
-    fewest = int(min(labels.sum(), len(labels) - labels.sum()))
-    if fewest < FEWEST:
-        has, least = int(labels.sum()), f"{FEWEST} must have and {FEWEST} lack it"
+    has = int(labels.sum())
+    if min(has, len(labels) - has) < FEWEST:
+        least = f"{FEWEST} must have and {FEWEST} lack it"
         raise NotApplicable(f"{has} of {len(labels)} {what} have {labels.name}; {least}")
     return labels
 
