@@ -8,7 +8,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -180,16 +179,6 @@ def binary_labels(images: LabelledImages) -> pd.DataFrame:
     return labels
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a training went: steps taken, mean loss of the last tenth of them, and held-out images with their loss."""
-
-    steps: int
-    loss: float
-    held_out: int
-    held_out_loss: float | None
-
-
 def fit_network(
     network: AttributeNet,
     pixels: torch.Tensor,
@@ -200,12 +189,14 @@ def fit_network(
     flips: bool,
     turns: bool,
     progress: bool,
-) -> Fit:
+) -> dict[str, float | None]:
     """Train the network in place on 8-bit images.
 
     The learning rate is constant, and falls linearly in the last quarter of the steps. That quarter begins early, and
     the training ends early, once eight looks in a row at held-out images, 100 steps apart, found no loss that is lower
     by half a percent. With fewer than two batches of images none is held out, and all steps are taken.
+
+    Returns the steps taken, the mean loss of the last tenth of them, and the held-out images with their loss.
     """
     labels = torch.tensor(labels.to_numpy(np.float32))
     n = len(pixels)
@@ -248,7 +239,13 @@ def fit_network(
     bar.close()
     network.eval()
     last = float(torch.stack(losses[-max(1, end // 10) :]).mean())
-    return Fit(end, last, k, _held_out_loss(network, pixels[held], labels[held]) if k else None)
+    held_out_loss = _held_out_loss(network, pixels[held], labels[held]) if k else None
+    return {
+        "steps": end,
+        "last_loss": round(last, 5),
+        "held_out": k,
+        "held_out_loss": held_out_loss and round(held_out_loss, 5),
+    }
 
 
 def _loss(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -249,12 +249,9 @@ def train_classifier(
         "fingerprint": images.fingerprint,
         "seed": seed,
         **mirrored,
-        "steps": fit.steps,
+        **fit,
         "batch": BATCH,
         "minutes": round((time.monotonic() - started) / 60, 2),
-        "last_loss": round(fit.loss, 5),
-        "held_out": fit.held_out,
-        "held_out_loss": fit.held_out_loss and round(fit.held_out_loss, 5),
     }
     write_network(network, out, config=network_config, attributes=list(labels.columns), training=training)
     return load_classifier(out, device=device)
@@ -262,8 +259,6 @@ def train_classifier(
 
 def _locate(source: str | Path) -> tuple[Path, str]:
     """Folder and name of a classifier."""
-    if source == "":
-        raise ValueError(f"the name of a classifier is empty; bundled: {', '.join(BUNDLED)}")
     if isinstance(source, str) and source in BUNDLED:
         return paths.models() / BUNDLED[source], source
     path = paths.local(source)
@@ -311,13 +306,11 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device,
     name = name or getattr(function, "__name__", type(function).__name__)
     if not attributes or isinstance(attributes, str):
         raise ValueError(f"{name} is a function; name its columns, such as attributes=['Smiling', 'Beard']")
-    names = list(attributes)
-    is_module = isinstance(function, nn.Module)
+    names, is_module = list(attributes), isinstance(function, nn.Module)
     if device is None:
         first = next(function.parameters(), None) if is_module else None
         device = "cpu" if first is None else first.device
     device = torch.device(device)
-
     if is_module:
         function.to(device)
 
@@ -325,16 +318,13 @@ def _from_callable(function: Callable, attributes: Sequence[str] | None, device,
         with _evaluating(function) if is_module else contextlib.nullcontext():
             given = function(batch.to(device))
         if isinstance(given, pd.DataFrame):
-            missing = [n for n in names if n not in given]
-            if missing:
-                raise ValueError(f"{name} gave no column {', '.join(missing)}; it gave {', '.join(map(str, given))}")
+            for column in names:
+                one_of(f"column of {name}", column, given)
             given = given[names].to_numpy()
         values = given.detach().cpu() if isinstance(given, torch.Tensor) else torch.from_numpy(np.array(given))
         if tuple(values.shape) != (len(batch), len(names)):
-            raise ValueError(
-                f"{name} gave shape {tuple(values.shape)} for {len(batch)} images; expected "
-                f"{(len(batch), len(names))}, one column for each of {', '.join(names)}"
-            )
+            expected = f"expected {(len(batch), len(names))}, one column for each of {', '.join(names)}"
+            raise ValueError(f"{name} gave shape {tuple(values.shape)} for {len(batch)} images; {expected}")
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"{name} gave values outside of [0, 1]; it must give probabilities")
         return torch.logit(values.double(), eps=1e-12)

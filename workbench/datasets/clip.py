@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.datasets.classifier import Classifier
-from workbench.datasets.huggingface import (
-    batched,
-    load_network,
-    load_processor,
-    prepare,
-    unreadable,
-)
+from workbench.datasets.huggingface import batched, load_network, load_processor, prepare, unreadable
 from workbench.diffusion.models import find_device
 from workbench.diffusion.text import check_words
 from workbench.formats.checkpoints import hash_weights, read_json
@@ -126,7 +120,7 @@ class Clip:
             Each attribute's prompts with and without it.
         """
         for attribute, pair in prompts.items():
-            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(prompt, str) for prompt in pair):
+            if isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(
                     f"prompts[{attribute!r}] is {pair!r}; give two texts, with the attribute and without it"
                 )
@@ -135,9 +129,7 @@ class Clip:
         difference = self.network.logit_scale.exp() * (embedded[0::2] - embedded[1::2]).T
         digest = hashlib.sha256(json.dumps([self.hash, list(prompts.items())]).encode()).hexdigest()[:16]
         images = self._of_pictures
-        return Classifier(
-            self.name, tuple(prompts), digest, self.device, lambda batch: images(batch) @ difference, images
-        )
+        return Classifier(self.name, tuple(prompts), digest, self.device, lambda x: images(x) @ difference, images)
 
     def _of_pictures(self, batch: torch.Tensor) -> torch.Tensor:
         pixels = prepare(self._processor, batch).to(self.device)
@@ -174,10 +166,8 @@ def load_clip(source: str | Path = "clip", *, device: str | torch.device | None 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
         raise ValueError(f"{source} is a model of type {kind!r}, not a CLIP")
-    network, processor = (
-        load_network(transformers.CLIPModel, folder, str(source), find_device(device)),
-        load_processor(folder),
-    )
+    network = load_network(transformers.CLIPModel, folder, str(source), find_device(device))
+    processor = load_processor(folder)
     with unreadable(f"{folder} has no tokenizer that can be read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return Clip(str(source), network, hash_weights(network), tokenizer, processor)

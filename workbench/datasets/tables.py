@@ -96,12 +96,8 @@ def common_folder(names: Iterable[str]) -> str:
 
 def some(names: Sequence) -> str:
     """The first of several names."""
-    return (
-        ", ".join(f"{name:g}" if isinstance(name, float) else str(name) for name in names[:3])
-        + (", ..." if len(names) > 3 else "")
-        if len(names)
-        else "none"
-    )
+    shown = [f"{name:g}" if isinstance(name, float) else str(name) for name in names[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "") or "none"
 
 
 def _decode(content: bytes, where: str) -> tuple[str, list[str]]:
@@ -109,8 +105,6 @@ def _decode(content: bytes, where: str) -> tuple[str, list[str]]:
     encodings = ("utf-8-sig", "latin-1")
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         encodings = ("utf-16",)
-    elif b"\0" in content[:2]:
-        encodings = ("utf-16-be" if content[0] == 0 else "utf-16-le",)
     for encoding in encodings:
         try:
             text = content.decode(encoding)
