@@ -74,6 +74,9 @@ def test_a_folder_gives_images_and_labels_in_one_order(folder):
     for i, tensor in enumerate(images):
         assert torch.equal(tensor, to_tensor(picture(i), 8))
     assert repr(images) == "LabelledImages(5 images, 8x8, 3 attributes: Smiling, Beard, Tilt)"
+    assert images.label("Beard").equals(images.labels["Beard"])
+    with pytest.raises(ValueError, match="'Beards'; the known ones are Smiling, Beard, Tilt"):
+        images.label("Beards")
 
 
 def test_minus_one_becomes_zero_and_other_values_and_gaps_stay(folder):
@@ -120,9 +123,6 @@ def test_select_and_at_size_keep_labels_and_images_together(folder):
     assert len(images.select([])) == 0
     orders = [list(images.shuffled(seed).labels.index) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(images.labels.index)
-    assert torch.equal(
-        images.shuffled(0)[0], load_images(folder, size=6)[list(images.labels.index).index(orders[0][0])]
-    )
     larger = images.at_size(9)
     native = images.at_size(None)
     assert [each.image_shape for each in (images, larger, native)] == [(3, 6, 6), (3, 9, 9), (3, 12, 12)]
@@ -143,14 +143,6 @@ def test_only_what_is_asked_for_is_decoded(packed, folder, tmp_path, monkeypatch
     assert len(decoded) == 1
     images[:2]
     assert len(decoded) == 3
-
-
-def test_a_damaged_image_does_not_hinder_the_others(folder):
-    """Nothing but the asked image is read; without a size, the first one gives it."""
-    (folder / "a.png").write_bytes(b"nothing")
-    assert load_images(folder, size=8)[1:].shape == (4, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
-        load_images(folder)[2:3]
 
 
 def test_a_zip_equals_its_folder(folder, tmp_path):
@@ -233,13 +225,6 @@ def test_aligned_celeba_images_are_cropped_as_its_models_saw_them(tmp_path):
         load_images(tmp_path, crop="celeba64")[0]
 
 
-def test_label_gives_the_column_and_lists_the_known_ones_otherwise(folder):
-    images = load_images(folder)
-    assert images.label("Beard").equals(images.labels["Beard"])
-    with pytest.raises(ValueError, match="no attribute 'Beards'; the known ones are Smiling, Beard, Tilt"):
-        images.label("Beards")
-
-
 def test_the_bundled_images_load_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     images = load_images("avataaars", size=32)
@@ -304,12 +289,6 @@ def test_a_replaced_zip_is_read_anew(folder, tmp_path):
 # Bad input
 
 
-def sentence(failure) -> str:
-    text = str(failure.value)
-    assert "\n" not in text and len(text) > 20
-    return text
-
-
 def test_what_is_no_source_is_named(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
@@ -325,43 +304,32 @@ def test_what_is_no_source_is_named(folder, tmp_path):
         ("notes.txt", ValueError, "notes.txt is not a complete zip"),
         ("faces/a.png", ValueError, "a.png is a single image"),
     ):
-        with pytest.raises(kind, match=words) as failure:
+        with pytest.raises(kind, match=words):
             load_images(tmp_path / name)
-        sentence(failure)
     for call in (lambda path: load_images(folder, labels=path), load_image):
-        with pytest.raises(FileNotFoundError, match="nowhere") as failure:
+        with pytest.raises(FileNotFoundError, match="nowhere"):
             call(tmp_path / "nowhere")
-        sentence(failure)
 
 
-@pytest.mark.parametrize("kept", ["half", "nothing", "a header", "zeros"])
+@pytest.mark.parametrize("kept", ["half", "nothing", "a header"])
 def test_a_damaged_image_is_named(kept, folder):
     path = folder / "b.png"
     half = path.read_bytes()[: path.stat().st_size // 2]
-    path.write_bytes({"half": half, "nothing": b"", "a header": b"GIF89a", "zeros": bytes(99)}[kept])
-    images = load_images(folder)
-    for call in (lambda: images[1], lambda: images[:], lambda: load_image(path)):
-        with pytest.raises(ValueError, match=r"b\.png cannot be decoded") as failure:
+    path.write_bytes({"half": half, "nothing": b"", "a header": b"GIF89a"}[kept])
+    for call in (lambda: load_images(folder)[1], lambda: load_image(path)):
+        with pytest.raises(ValueError, match=r"b\.png cannot be decoded"):
             call()
-        sentence(failure)
 
 
-@pytest.mark.parametrize("damage", ["zeros", "a password"])
-def test_a_damaged_member_of_a_zip_is_named(damage, folder, tmp_path):
+def test_a_damaged_member_of_a_zip_is_named(folder, tmp_path):
     target = zip_of(folder, tmp_path / "faces.zip")
-    content = bytearray(target.read_bytes())
     with zipfile.ZipFile(target) as archive:
-        start, central = archive.getinfo("c.png").header_offset, archive.start_dir
-    if damage == "zeros":
-        content[start + 60 : start + 80] = bytes(20)
-    else:
-        entry = content.rindex(b"PK\x01\x02", 0, content.index(b"c.png", central))
-        for flags in (start + 6, entry + 8):
-            content[flags] |= 1
+        start = archive.getinfo("c.png").header_offset
+    content = bytearray(target.read_bytes())
+    content[start + 60 : start + 80] = bytes(20)
     target.write_bytes(content)
-    with pytest.raises(ValueError, match=r"c\.png in .*faces\.zip cannot be decoded") as failure:
+    with pytest.raises(ValueError, match=r"c\.png in .*faces\.zip cannot be decoded"):
         load_images(target)[2]
-    assert ("encrypted" in sentence(failure)) == (damage == "a password")
 
 
 def test_linked_folders_are_read_and_a_link_in_a_circle_ends(tmp_path):
@@ -374,20 +342,17 @@ def test_linked_folders_are_read_and_a_link_in_a_circle_ends(tmp_path):
 def test_images_of_several_sizes_need_a_size(folder):
     picture(0, 20, 16).save(folder / "d.png")
     images = load_images(folder)
-    with pytest.raises(ValueError, match=r"d\.png has the shape \(3, 16, 20\) .*\(3, 12, 12\); .*size=64") as failure:
+    with pytest.raises(ValueError, match=r"d\.png has the shape \(3, 16, 20\) .*\(3, 12, 12\); .*size=64"):
         images[:]
-    sentence(failure)
     assert images.at_size(10)[:].shape == (5, 3, 10, 10)
 
 
 def test_rows_that_do_not_match_are_counted_on_both_sides(folder):
     rows = "".join(f"{name}.png,1\n" for name in "abxyzuv")
     (folder / "attributes.csv").write_text("file,A\n" + rows)
-    with pytest.raises(ValueError) as failure:
+    words = r"3 of 5 images have no row \(c.png, d.png, e.png\).*5 of 7 rows have no image \(u.png, v.png, x.png, ...\)"
+    with pytest.raises(ValueError, match=words):
         load_images(folder)
-    text = sentence(failure)
-    assert "3 of 5 images have no row (c.png, d.png, e.png)" in text
-    assert "5 of 7 rows have no image (u.png, v.png, x.png, ...)" in text
 
 
 BAD = {
@@ -395,11 +360,9 @@ BAD = {
         ("file,A\na.png,1\nb.png,0\na.png,0\nc.png,1\nd.png,1\ne.png,1\n", r"more than one row for a\.png"),
         ("file,A,B\na.png,1,1\nb.png,0,yes\nc.png,1,1\nd.png,1,1\ne.png,1,1\n", r"column B .*'yes' in row b\.png"),
         ("", "has no rows"),
-        (",,\n\n", "has no rows"),
         ("file,A\n", "5 of 5 images have no row"),
         ("file,A\na.png,1,7\nb.png,1,7\n", "more values than the 2 columns"),
         ("file,A\na.png,1\nb.png,1,7\n", "cannot be read as a table"),
-        ("A,file\n1,a.png\n0,b.png\n", r"column file .*'a\.png' in row 1"),
         ("file,A,A \na.png,1,0\n", "more than one column A"),
         ("file,A\na.png,inf\nb.png,1\n", "inf. in row a.png"),
         ("a.png,1\nb.png,0\n", "the first line must name the columns"),
@@ -410,8 +373,6 @@ BAD = {
         ("A B\n" + LIST.replace("d.png -1  1", "d.png -1"), r"too few values in d\.png"),
         ("A B\n" + LIST.replace("d.png -1  1", "d.png -1  1 1"), "cannot be read as a table"),
         ("A\n" + LIST, "more values than the 2 columns"),
-        ("A B\n" + LIST.replace("d.png -1  1", "d.png -1  no"), r"column B .*'no' in row d\.png"),
-        ("5\n", "has no rows"),
     ],
 }
 
@@ -420,9 +381,8 @@ BAD = {
 def test_a_bad_table_is_a_sentence(name, content, message, folder):
     (folder / "attributes.csv").unlink()
     (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=message) as failure:
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
         load_images(folder)
-    assert name in sentence(failure)
 
 
 TABLES = {
@@ -439,7 +399,7 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("kind", [*TABLES, "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("kind", [*TABLES, "utf-8-sig", "utf-16"])
 def test_tables_are_read_as_programs_write_them(kind, tmp_path):
     text, encoding = (TABLES[kind], "utf-8") if kind in TABLES else (TABLES["tabs"], kind)
     save_pictures(tmp_path, "a.png", "b.png")
@@ -528,6 +488,7 @@ def test_the_first_frame_of_an_animation_and_what_a_plugin_registers_are_read(tm
 
 def test_broken_images_are_refused_or_left_out_by_name(folder, tmp_path):
     (folder / "a.png").write_bytes(b"nothing")
+    assert load_images(folder, size=8)[[1, 3]].shape == (2, 3, 8, 8), "nothing but the asked images is read"
     content = (folder / "c.png").read_bytes()
     (folder / "c.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"c\.png cannot be decoded.*skip_broken=True"):

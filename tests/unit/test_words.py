@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from workbench.diffusion.loading import load_pipeline
 from workbench.directions.words import boundary_from_text, find_from_text, generator_of, mixing_timestep
 
 QUIET = {"progress": False}
+TEXTS = [f"a {name} square" for name in ("red", "green", "blue", "white")]
 
 
 def bright(prompt: str, n: int, seed: int) -> torch.Tensor:
@@ -110,17 +113,11 @@ def test_texts_that_say_nothing_are_refused(squares, store, text, against, words
 
 
 def test_a_text_that_no_sample_fits_is_refused(squares, store):
-    clip, texts = (
-        wb.load_clip(squares[1], device="cpu"),
-        [f"a {name} square" for name in ("red", "green", "blue", "white")],
-    )
-    scores = clip.scores(store.images[:], texts)
-    counts = {
-        (a, b): int((scores[:, i] > scores[:, j]).sum()) for i, a in enumerate(texts) for j, b in enumerate(texts)
-    }
-    (text, against), fewest = min(
-        ((pair, n) for pair, n in counts.items() if pair[0] != pair[1]), key=lambda each: each[1]
-    )
+    clip = wb.load_clip(squares[1], device="cpu")
+    scores = clip.scores(store.images[:], TEXTS)
+    counts = [(int((scores[:, i] > scores[:, j]).sum()), i, j) for i, j in itertools.permutations(range(4), 2)]
+    fewest, i, j = min(counts)
+    text, against = TEXTS[i], TEXTS[j]
     assert fewest < 2
     with pytest.raises(ValueError, match=f"{fewest} of 24 samples fit '{text}'"):
         find_from_text(store, text, against=against, clip=clip, **QUIET)
