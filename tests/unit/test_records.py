@@ -39,12 +39,12 @@ NAMES = small_domain.ATTRIBUTES
 METHODS_RECORDED = ("random h", "PCA", "mean difference")
 
 
-def planted(methods=4, attributes=("A", "B", "C"), n=32, *, seed=0, populations=1) -> pd.DataFrame:
+def planted(*, seed, populations) -> pd.DataFrame:
     """Edits whose probabilities are mostly near 0 or 1 and change as those of real edits do."""
-    rng, k, parts = np.random.default_rng(seed), len(attributes), []
+    rng, attributes, k, n, parts = np.random.default_rng(seed), "ABC", 3, 32, []
     plain = (rng.choice([-1, 1], (n, k)) * np.abs(rng.normal(7.3, 2.8, (n, k)))).astype(np.float32)
     strengths, before = np.array([0.15, 0.8, 2.5, 6.0]), _probability(plain)
-    for method in range(methods):
+    for method in range(4):
         for own in range(k):
             for repeat in range(populations):
                 gain, mean = rng.uniform(0.3, 1.2), rng.normal(0, 0.7, k) + (np.arange(k) == own)
@@ -174,7 +174,7 @@ def _assert_ranked_alike(found, true) -> None:
     np.testing.assert_allclose(first.psnr_outside, second.psnr_outside, atol=0.1)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_rounded_table_ranks_as_the_table_and_success_is_exact(seed, tmp_path):
     edits = planted(seed=seed, populations=1 + seed % 2)
     rng = np.random.default_rng(seed)
@@ -196,23 +196,6 @@ def test_a_rounded_table_ranks_as_the_table_and_success_is_exact(seed, tmp_path)
         np.testing.assert_allclose(found[name], true[name], atol=0.00101)
     np.testing.assert_allclose(found.psnr, true.psnr, atol=0.05)
     _assert_ranked_alike(found, true)
-
-
-@pytest.mark.slow
-def test_a_record_of_full_size_is_below_5_mb(tmp_path):
-    """27 methods, 14 attributes, 4 strengths, 128 samples, with strips of 32 x 32 pixels that hold noise."""
-    attributes = tuple(f"attribute {i}" for i in range(14))
-    edits, rng = planted(27, attributes, 128), np.random.default_rng(0)
-    plain = rng.uniform(-1, 1, (4, 1, 3, 2, 2)).repeat(16, axis=3).repeat(16, axis=4)
-    strips = {
-        (f"method {m}", a): (plain + rng.normal(0, 0.05, (4, 5, 3, 32, 32))).clip(-1, 1).astype(np.float32)
-        for m in range(27)
-        for a in attributes
-    }
-    table = pd.DataFrame({"method": ["method 0"], "attribute": ["A"], "repeat": [0], "value": [0.1]})
-    made = Benchmark(wb.Protocol(("method 0",), attributes), edits, table, table, table, table, strips, {"a": 1})
-    folder = made.save(tmp_path / "record", small=True)
-    assert 3e6 < sum(path.stat().st_size for path in folder.iterdir()) < 5e6
 
 
 def test_what_is_no_benchmark_or_of_another_model_is_refused(record, sources, tiny, tmp_path, home):

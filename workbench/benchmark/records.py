@@ -160,10 +160,11 @@ def against(record: Benchmark, measured: Benchmark) -> Benchmark:
             raise ValueError(f"{name} is {getattr(own, name)}, and {getattr(known, name)} in the record")
     _refuse_more(known, held_out=own.held_out, repeats=own.repeats)
     names = {name: f"{name} (new)" if name in known.methods else name for name in own.methods}
+    tables = {name: getattr(measured, name) for name in ("edits", *TABLES)}
     new = replace(
         measured,
         strips={(names[method], attribute): strip for (method, attribute), strip in measured.strips.items()},
-        **{name: _renamed(getattr(measured, name), names) for name in ("edits", *TABLES)},
+        **{name: table.assign(method=table["method"].replace(names)) for name, table in tables.items()},
     )
     both = {}
     for name in ("edits", "costs", "skipped"):
@@ -180,10 +181,6 @@ def against(record: Benchmark, measured: Benchmark) -> Benchmark:
     protocol = replace(own, methods=(*known.methods, *names.values()))
     about |= {"protocol": dict(vars(protocol)), "new": list(names.values())}
     return replace(new, **both, protocol=protocol, provenance=measured.provenance | about)
-
-
-def _renamed(table: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
-    return table.assign(method=table["method"].map(lambda name: names.get(name, name)))
 
 
 def source_hashes(about: Mapping) -> dict[str, str | None]:
