@@ -74,7 +74,8 @@ def one_of(what: str, value: Value, options: Iterable[Value]) -> Value:
     """The value, if it is one of the options; otherwise a ValueError that lists them."""
     options = tuple(options)
     if value not in options:
-        raise ValueError(f"{what} {value!r} is not known; it is one of {', '.join(map(str, options))}")
+        known = ", ".join(repr(option) if "," in str(option) else str(option) for option in options)
+        raise ValueError(f"{what} {value!r} is not known; it is one of {known}")
     return value
 
 

@@ -15,11 +15,10 @@ from planted import planted
 
 import workbench as wb
 from workbench.directions.asyrp import DeltaFunction, load_asyrp
-from workbench.editing.asyrp import EditingInterval, _read_off, boosted, edit_asyrp, find_interval
+from workbench.editing.asyrp import LEVELS, EditingInterval, _read_off, boosted, edit_asyrp, find_interval
 
 LAYOUTS = {"ddpm": DDPMDelta, "guided": GuidedDelta}
 CHANNELS, EMB = 64, 32
-LPIPS = 0.33, 1.2  # the published levels
 
 
 def save(block: torch.nn.Module, path, **more):
@@ -188,11 +187,11 @@ def test_an_interval_starts_at_the_first_timestep_that_reaches_the_level_times_t
     t = np.arange(1, 999)
     curves = pd.DataFrame({"P_t": (t + 0.5) / 1000, "x_t": (t + 0.5) / 200}, index=t)
     for cosine, t_edit in ((1.0, 330), (0.9, 297)):
-        found = _read_off(curves, LPIPS, cosine)
+        found = _read_off(curves, LEVELS["lpips"], cosine)
         assert (found.t_edit, found.t_boost) == (t_edit, 240)
     for wrong in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"it lies in \(0, 1\]"):
-            _read_off(curves, LPIPS, wrong)
+            _read_off(curves, LEVELS["lpips"], wrong)
 
 
 def test_the_noise_of_an_inverted_run_is_that_of_the_seed_and_a_direction_is_not_rescaled(wide, run):
@@ -306,7 +305,7 @@ def test_the_published_tables_give_the_published_interval():
     curves = pd.DataFrame(
         {name: pd.read_csv(SHARED / file, sep="\t", header=None, index_col=0)[1] for name, file in tables.items()}
     )
-    found = _read_off(curves.dropna().sort_index(), LPIPS, 1.0)
+    found = _read_off(curves.dropna().sort_index(), LEVELS["lpips"], 1.0)
     assert (found.t_edit, found.t_boost) == (538, 167)
     # The published t_edit of "smiling" is 513; the cosine of its texts is about 0.9.
-    assert {_read_off(curves.dropna(), LPIPS, c).t_edit for c in np.linspace(0.89, 0.92, 31)} >= {513}
+    assert {_read_off(curves.dropna(), LEVELS["lpips"], c).t_edit for c in np.linspace(0.89, 0.92, 31)} >= {513}

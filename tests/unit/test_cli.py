@@ -323,7 +323,8 @@ def test_directions_found_in_different_ways_are_different_files_that_load(tiny_f
         assert run(capsys, *words)[0] == 0
     names = {path.name.removeprefix("tiny-").removesuffix(".safetensors") for path in out.iterdir()}
     assert names == {
-        *("PC1", "PC2", "PC1-joint", "PC1-before", "Smiling-labels", "mouth-jacobian-1-t500", "avataaars32-Beard"),
+        *("PC1", "PC2", "PC1-joint", "PC1-before"),
+        *("Smiling-labels", "mouth-jacobian-1-t500-seed0", "avataaars32-Beard"),
         *("Smiling-h-t500", "Smiling-x-t500", "Smiling-h-t500-mean", "Smiling-x-t500-mean", "Smiling-h-t500-before"),
     }
     found = [wb.load_direction(path) for path in out.iterdir() if not re.search("-[hx]-t500", path.name)]
@@ -337,6 +338,9 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     # Of all labels of two classes; the bundled ones hold an angle as well.
     assert status == 0 and "held-out accuracy" in said and len(files) == 2
     assert re.search("left out .*Tilt", said) and not list(out.glob("*Tilt*"))
+    few = ("boundary", "fit", *common, "--t", 500, "-o", tmp_path / "few", "--n")
+    status, _, said = run(capsys, *few, 2)
+    assert status == 2 and "no attribute has 3 of 2 samples in both classes; raise --n" in said
     picture = tmp_path / "edits.png"
     edit = ("boundary", "edit", *common, "-o", picture, "--distances", -1, 0, 1, "--boundaries", *files)
     status, said, _ = run(capsys, *edit, "--images", "avataaars", "--n", 2)
@@ -500,6 +504,6 @@ def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folde
     status, _, said = run(capsys, *fit, "-o", tmp_path / "found")
     assert status == 2 and "6.png cannot be decoded" in said and "--skip-broken" in said
     status, out, said = run(capsys, *fit, "--skip-broken", "-o", tmp_path / "found")
-    assert status == 0 and "3 images of a class): Age" in out
+    assert status == 0 and "3 samples of a class): Age" in out
     assert all(line.startswith("workbench: ") for line in said.splitlines())
     assert re.search(r"rows without image.* 1 of 8 .*7\.png", said) and re.search(r"cannot be decoded.*6\.png", said)

@@ -295,6 +295,24 @@ def test_an_edit_at_another_tap_is_that_edit_of_the_run_at_that_tap(tiny, run):
     assert there.about()["tap"] == "skip.0" and there.name == "skip at skip.0"
 
 
+def test_a_direction_at_another_tap_is_its_shift(tiny, run, direction):
+    one, other = (AtTap(each, tiny.tap).plan(run, [1.0]) for each in (direction, Shift(direction)))
+    assert torch.equal(*(run_plans(run, [plan], progress=False) for plan in (one, other)))
+
+
+def test_options_that_do_not_fit_are_a_sentence(tiny, run, direction):
+    for options, message in (
+        ({"t_range": 500}, "t_range is 500; give two timesteps"),
+        ({"t_range": (500, None)}, "give two timesteps"),
+        ({"mode": "Add"}, "'Add' is not known; it is one of add, replace, slerp"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            edit(tiny, run, direction, progress=False, **options)
+    for call in (render, lambda *args, **options: edit(tiny, *args[:2], **options)):
+        with pytest.raises(ValueError, match="t_range: options of directions, and 'planted' is an edit with its own"):
+            call(run, Shift(direction), [1.0], t_range=(500, 250))
+
+
 def test_a_vector_of_h_is_carried_to_its_own_sample_as_it_was_and_to_others_as_their_own(tiny, run):
     t = run.timesteps[2]
     pullbacks = [find_pullback(tiny, run[i], t=t, k=3, map="x->h", progress=False) for i in range(len(run))]

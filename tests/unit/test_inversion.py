@@ -143,6 +143,7 @@ def test_the_bundled_model_reconstructs_a_held_out_image_better_with_steps_and_i
         ({"eta": 1.5}, r"eta must lie in \[0, 1\]"),
         ({"seed": -1}, "seeds must be integers"),
         ({"noise_repair": True}, "noise_repair is for"),
+        ({"method": "fixed-point", "iterations": -1}, "iterations is -1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(tiny, images, options, message):

@@ -391,6 +391,14 @@ def table_of(model, run, directions, **options):
         (lambda m, r, d: table_of(m, r, {"red": d["red"]}), "1 direction given"),
         (lambda m, r, d: table_of(m, r, d, repeats=4), "6 samples can't be split in 4"),
         (lambda m, r, d: table_of(m, r, d | {"hat": d["red"]}, repeats=2), "'hat'"),
+        *(
+            (lambda m, r, d, read=read: getattr(effects_of({1.0: 5}), read)("a"), "attribute 'a' is not known")
+            for read in ("summary", "curves", "monotonicity")
+        ),
+        (
+            lambda m, r, d: measure(r, Shift(d["red"]), [1.0], classifier=brightness, asymmetric=True),
+            "asymmetric: options of directions, and 'red'",
+        ),
         (lambda m, r, d: effects_of({1.0: 5}).scores("A", 2.0), "no edit 'A' at scale 2; measured are A at 1"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 
 import numpy as np
 import pandas as pd
@@ -416,3 +418,21 @@ def test_the_same_seed_gives_the_same_step(run, labels, classifier, criterion):
     a, b = (find(run, labels, **options, grid=run.timesteps[::8]) for _ in range(2))
     pd.testing.assert_frame_equal(a.curve, b.curve)
     assert (a.t, a.interval) == (b.t, b.interval)
+
+
+def test_lpips_is_used_as_it_is_with_its_own_threshold_and_asked_for_where_it_is_missing(run, monkeypatch):
+    class Module:
+        @staticmethod
+        def LPIPS(net, verbose):
+            return lambda a, b: (a - b).square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: Module)
+    found = find(run, criterion="perceptual", distance="lpips")
+    unit = rms(run.x0[:64], run.x0[:64].roll(1, dims=0)).mean()
+    scaled = find(run, criterion="perceptual", distance=rms, level=0.33 / unit)
+    assert found.threshold == 0.33 and found.t == scaled.t
+    np.testing.assert_allclose(found.curve["value"], scaled.curve["value"] * unit, rtol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match='"lpips" needs the package lpips'):
+        find(run, criterion="perceptual", distance="lpips")

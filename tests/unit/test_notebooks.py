@@ -155,6 +155,7 @@ class TestSources:
             ("90", {"image_path": "none.jpg"}, "there is no image none.jpg"),
             ("20", {"classifier_name": "nobody"}, "no classifier 'nobody'"),
             ("10", {"steps": 2000}, "steps of 10_extract: steps is 2000; a model trained on 1000 timesteps"),
+            ("00", {"n": -3}, "n of 00_quickstart is -3; give 1"),
             ("30", {"inversion_steps": [10, 5000]}, "inversion_steps of 30_dynamics: steps is 5000"),
             ("60", {"timestep": 1000}, "timestep of 60_boundaries is 1000; .* 0 to 999"),
             ("20", {"attributes": ["Smiling", "Smilng"]}, "no attribute Smilng; give classifier_name"),

@@ -260,6 +260,8 @@ def test_k_out_of_range_is_refused(tmp_path):
     for k in (12, 0):
         with pytest.raises(ValueError, match=f"k is {k}; 12 samples of 20 values have 1 to 11"):
             find_pca(store, k)
+    with pytest.raises(ValueError, match="1 sample; principal components need 2"):
+        find_pca(make_store(tmp_path / "one.zarr", planted(n=1)[0]), 1)
 
 
 @pytest.mark.parametrize("limit", [0, 2**31])

@@ -337,6 +337,8 @@ def test_a_method_of_ones_own_is_ranked_among_the_recorded_ones(record, small, t
         METHODS.pop("two a side", None)
         assert cli.main([*words, *more, "-o", str(out)]) == 2
         assert message in capsys.readouterr().err
+    assert cli.main(["benchmark", small["model_name"], "--records", "--methods", "PCA"]) == 2
+    assert "--methods is given, and --records takes it from the record" in capsys.readouterr().err
     assert cli.main(["benchmark", small["model_name"], *chosen, "--against", "records", "-o", str(out)]) == 2
     assert "nothing to measure" in capsys.readouterr().err
 

@@ -119,7 +119,7 @@ def test_a_part_of_a_run_is_a_run_of_these_samples(tiny):
     delta = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(STEPS, 3, *tiny.h_shape)
     run = sample_adding(tiny, delta, record_x=True)
     for index, positions in (
-        *((0, [0]), (-1, [2]), (np.int64(1), [1]), (slice(1, None), [1, 2])),
+        *((0, [0]), (-1, [2]), (np.int64(1), [1]), (slice(1, None), [1, 2]), (slice(None, None, -1), [2, 1, 0])),
         *(([2, 0], [2, 0]), ([1], [1]), (range(2), [0, 1])),
     ):
         part = run[index]
@@ -132,6 +132,9 @@ def test_a_part_of_a_run_is_a_run_of_these_samples(tiny):
         close(wb.replay(part, progress=False).x0, part.x0)
     with pytest.raises(IndexError):
         run[3]
+    for none in (slice(3, None), []):
+        with pytest.raises(IndexError, match="no sample is chosen; there are 3"):
+            run[none]
     assert [r.seeds for r in run] == [(0,), (1,), (2,)]
     t = run.timesteps[1]
     for i in (0, -1, np.int64(1)):

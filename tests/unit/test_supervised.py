@@ -419,6 +419,7 @@ def test_labels_that_do_not_fit_are_refused(store, table, change, message):
     [
         (np.ones(N), {}, "all scores 'score' are 1"),
         (np.where(np.arange(N) == 7, np.nan, np.arange(N)), {}, "1 of 240 scores 'score' are not finite"),
+        (pd.DataFrame({"A": np.arange(N), "B": 1}), {}, "a table; give one of its columns: A, B"),
         (np.arange(N), {"k": 1}, "k is 1; 240 samples have 2 to 120 on a side"),
         (np.arange(N), {"k": 121}, "k is 121"),
         (np.arange(N) < 20, {"k": 50}, "share the value 0; take a smaller k"),

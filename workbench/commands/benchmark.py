@@ -78,7 +78,11 @@ def benchmark(
     if plugin is not None:
         runpy.run_path(str(paths.local(plugin)))
     network = wb.load_model(model, device=device, **condition.condition)
+    sizes = {f"--{name.replace('_', '-')}": value is not None for name, value in vars(size).items()}
+    sizes |= {"--quick": quick, "--seed": seed}
     if records:
+        chosen = {"--methods": methods, "--attributes": attributes, "--plugin": plugin, "--against": against}
+        _refuse(sizes | chosen, "--records")
         record = wb.load_benchmark(model=network)
         _print(record, leaderboard.leaderboard(record.edits), recorded.record_folder(network))
         if not no_report:
@@ -88,7 +92,8 @@ def benchmark(
     labels_by, judged_by = (wb.load_classifier(each, device=device) for each in (labeller, judge))
     sources = {"labeller": labels_by, "judge": judged_by, "images": labels.load(images, network.image_shape)}
     if against is not None:
-        _refuse(size, quick, seed)
+        free = ("--held-out", "--repeats")
+        _refuse({option: given for option, given in sizes.items() if option not in free}, "--against")
         record = wb.load_benchmark(None if against == "records" else against, model=network)
         options = {"attributes": attributes, "held_out": size.held_out, "repeats": size.repeats or 1}
         protocol = recorded.protocol_against(
@@ -123,13 +128,11 @@ def benchmark(
         print(wb.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)
 
 
-def _refuse(size: Size, quick: bool, seed: int) -> None:
+def _refuse(given: dict[str, object], by: str) -> None:
     """What a record decides can't be given beside it."""
-    given = {"--population": size.population, "--steps": size.steps, "--eta": size.eta is not None}
-    given |= {"--quick": quick, "--seed": seed}
     for option, value in given.items():
         if value:
-            raise ValueError(f"{option} is given, and --against takes it from the record; leave it out")
+            raise ValueError(f"{option} is given, and {by} takes it from the record; leave it out")
 
 
 def _chosen(methods: Sequence[str] | None, known: Sequence[str], bundled: set[str]) -> list[str]:

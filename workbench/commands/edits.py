@@ -90,7 +90,7 @@ def find_jacobian(
     spectrum = wb.find_jacobian(model, run, t=t, k=k, mask=mask, population=store)
     prefix = "" if region is None else f"{region} "
     found = (dataclasses.replace(each, name=prefix + each.name) for each in spectrum)
-    save(found, model, place.out or paths.directions(), place.ending)
+    save(found, model, place.out or paths.directions(), f"-seed{samples.seed}{place.ending}")
 
 
 @command("scores", app=find, example="workbench find scores avataaars32 --attributes Smiling Beard")
@@ -183,31 +183,31 @@ def boundary_fit(
     recording = {"record_x": True, "batch_size": network.batch_size}
     if classifier is not None:
         labeller = wb.load_classifier(classifier, device=network.device)
-        attributes = attributes or list(labeller.attributes)
-        check_attributes(attributes, labeller.attributes)
+        check_attributes(attributes or [], labeller.attributes)
         source = wb.extract(model, n, seed=seed, steps=visited, eta=0.0, **recording)
-        table = labeller(source.images).set_axis(source.seeds)[attributes].gt(0.5).astype(int)
+        table = labeller(source.images).set_axis(source.seeds).gt(0.5).astype(int)
+        table = table[attributes or _with_two_classes(table)]
     else:
         chosen = labels.load(images).shuffled(seed).select(slice(n))
-        attributes = attributes or _with_two_classes(chosen)
-        check_attributes(attributes, chosen.names)
+        check_attributes(attributes or [], chosen.names)
+        table = chosen.labels[attributes or _with_two_classes(chosen.labels)]
         source = wb.extract(model, images=chosen, steps=visited[first:], **recording)
-        table = chosen.labels[attributes]
     kind = "" if method == "svm" else f"-{method}"
     for space, ending in {"x": kind, "h": kind + place.ending}.items():
         found = wb.fit_boundaries(source, table, t=t, space=space, method=method, balance=balance, wanted=wanted)
         save(found.values(), model, place.out or paths.boundaries(), f"-{space}-t{t}{ending}")
 
 
-def _with_two_classes(images) -> list[str]:
-    """Attributes with two classes of three images or more, as a boundary needs; not angles, nor constant ones."""
+def _with_two_classes(labels) -> list[str]:
+    """Attributes with two classes of three samples or more, as a boundary needs; not angles, nor constant ones."""
     names = []
-    for name in images.names:
-        label = images.label(name)
+    for name, label in labels.items():
         if label.isin([0, 1]).all() and 3 <= label.sum() <= len(label) - 3:
             names.append(name)
-    if left_out := [name for name in images.names if name not in names]:
-        print(f"left out (not 0/1, or fewer than 3 images of a class): {', '.join(left_out)}")
+    if not names:
+        raise ValueError(f"no attribute has 3 of {len(labels)} samples in both classes; raise --n")
+    if left_out := [name for name in labels if name not in names]:
+        print(f"left out (not 0/1, or fewer than 3 samples of a class): {', '.join(left_out)}")
     return names
 
 

@@ -95,9 +95,12 @@ def invert(
     Raises
     ------
     ValueError
-        If the images don't have the model's shape and range, the method is unknown, or eta is 0 for "edit-friendly".
+        If the images don't have the model's shape and range, the method is unknown, iterations are negative, or eta is
+        0 for "edit-friendly".
     """
     images = model.to_latents(check_images(images, model))
+    if iterations < 0:
+        raise ValueError(f"iterations is {iterations}; give 0 or more")
     one_of("method", method, INVERSIONS)
     visited = model.schedule.timesteps(steps)
     edit_friendly = method == "edit-friendly"

@@ -154,7 +154,9 @@ class TrainingSettings:
         for side in self.attention:
             if side not in width_at:
                 there = ", ".join(map(str, width_at))
-                raise ValueError(f"attention is at {side} pixels; this network has the resolutions {there}")
+                raise ValueError(
+                    f"attention is at {side} pixels; this network's shorter side has {there}; give some of these, or 0"
+                )
         narrowest = min([width_at[side] for side in self.attention] + [self.widths[-1]])
         if self.head_channels > narrowest:
             reason = f"attention here is {narrowest} channels wide; give 1 to {narrowest}"

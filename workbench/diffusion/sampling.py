@@ -182,10 +182,12 @@ class Trajectory:
         if isinstance(samples, (int, np.integer)):
             samples = range(len(self))[samples]
             samples = slice(samples, samples + 1)
-        elif not isinstance(samples, slice):
-            samples = torch.as_tensor(list(samples))
+        elif not isinstance(samples, slice) or (samples.step or 1) < 0:  # which torch does not take
+            samples = torch.tensor(range(len(self))[samples] if isinstance(samples, slice) else list(samples))
         # As a list: numpy takes a tensor of one position for a number.
         positions = np.arange(len(self))[samples if isinstance(samples, slice) else samples.tolist()]
+        if len(positions) == 0:
+            raise IndexError(f"no sample is chosen; there are {len(self)}")
         return replace(
             self,
             x_T=self.x_T[samples],

@@ -131,6 +131,8 @@ def find_pca(
         If k is out of range, or h holds a NaN or does not vary; the message names timestep and sample.
     """
     n, d = len(store), int(np.prod(store.h_shape))
+    if n < 2:
+        raise ValueError(f"the store has {n} sample; principal components need 2 or more")
     if not 1 <= k <= min(n - 1, d):
         raise ValueError(f"k is {k}; {n} samples of {d} values have 1 to {min(n - 1, d)} components")
     m = min(max(JOINT_RANK, 2 * k) if joint else k + SPARE, n - 1, d)

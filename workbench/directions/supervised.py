@@ -98,6 +98,8 @@ def find_from_labels(
     """
     name = name or name_of(labels, "label")
     y = matched(store, labels, f"the labels {name!r}")
+    if y.ndim != 1:
+        raise ValueError(f"the labels are a table; give one of its columns: {', '.join(map(str, labels.columns))}")
     others = _balance_of(store, balance)
     used = np.ones(len(y), dtype=bool) if among is None else np.isin(np.arange(len(y)), among)
     if chunks is not None:
@@ -182,6 +184,8 @@ def find_from_scores(
     """
     name = name or name_of(scores, "score")
     values = matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
+    if values.ndim != 1:
+        raise ValueError(f"the scores are a table; give one of its columns: {', '.join(map(str, scores.columns))}")
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
     if np.ptp(values) == 0:

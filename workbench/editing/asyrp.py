@@ -25,8 +25,8 @@ from workbench.directions.direction import Direction
 from workbench.editing.mixing_search import Distance, distance_of, prediction_errors
 from workbench.editing.render import edit
 
-LEVELS = {"features": (0.5, 1.0), "clip": (0.5, 0.8)}
-"""Thresholds of P_t and of x_t: ours, in units of the distance of two images."""
+LEVELS = {"lpips": (0.33, 1.2), "features": (0.5, 1.0), "clip": (0.5, 0.8)}
+"""Thresholds of P_t and of x_t. Those of "features" and "clip" are ours, in units of the distance of two images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def find_interval(
     run : Trajectory
         Inverted with `record_x=True`; Asyrp takes 100 images.
     classifier, distance
-        As in `mixing_step`.
+        As in `mixing_step`: "features" of a classifier work offline, "lpips" is the distance of the paper.
     levels : (float, float), optional
         Thresholds of P_t and of x_t; by default `LEVELS`. Required for a distance of your own.
     cosine : float in (0, 1], default 1
@@ -80,7 +80,7 @@ def find_interval(
     ValueError
         If a distance never reaches its level, the cosine is outside of (0, 1], or levels or a classifier are missing.
     """
-    if levels is None and distance != "features":
+    if levels is None and distance not in ("features", "lpips"):
         raise ValueError("a distance of your own needs levels=, the thresholds of P_t and of x_t")
     if distance == "features" and classifier is None:
         raise ValueError('distance "features" needs classifier=, such as load_classifier("avataaars-judge")')
@@ -88,7 +88,7 @@ def find_interval(
     predicted = prediction_errors(run, run.timesteps, measure, progress).mean(axis=1)
     noisy = [measure(run.model.to_images(run.x_at(t)), run.images).mean() for t in run.timesteps]
     curves = pd.DataFrame({"P_t": predicted, "x_t": noisy}, index=pd.Index(run.timesteps, name="t")).sort_index()
-    return _read_off(curves, levels or LEVELS["features"], cosine)
+    return _read_off(curves, levels or LEVELS[distance], cosine)
 
 
 def boosted(run: Trajectory, t_boost: int, *, seed: int = 0) -> Trajectory:

@@ -82,6 +82,9 @@ class Wrapped(Edit):
 
     edit: Edit
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edit", as_edit(self.edit))
+
     @property
     def unit(self) -> str:
         return self.edit.unit
@@ -260,8 +263,8 @@ class AtTap(Wrapped):
 
     Attributes
     ----------
-    edit : Edit
-        Of what the tap reads, such as a `Shift` along a direction found in a store of `model.tapped(tap)`.
+    edit : Edit or Direction
+        Of what the tap reads, such as a direction found in a store of `model.tapped(tap)`.
     tap : str
     """
 
@@ -369,8 +372,10 @@ class MoveNoise(Edit):
 
 
 def as_edit(found: Edit | Direction | DeltaFunction, **options: Any) -> Edit:
-    """An edit as it is; a direction as a `Shift` with these options."""
+    """An edit as it is, without options; a direction as a `Shift` with these."""
     if isinstance(found, Edit):
+        if given := [name for name, value in options.items() if value]:
+            raise ValueError(f"{', '.join(given)}: options of directions, and {found.name!r} is an edit with its own")
         return found
     if not isinstance(found, Direction | DeltaFunction):
         raise ValueError(f"an edit is a Direction, a DeltaFunction or an Edit, not a {type(found).__name__}")

@@ -23,6 +23,7 @@ from workbench.datasets.clip import Clip
 from workbench.diffusion.sampling import Trajectory, batches
 from workbench.editing.edits import check_run
 from workbench.editing.render import Edits, cells_bar, name_edits, run_plans
+from workbench.io import one_of
 
 Classifier = Callable[[torch.Tensor], pd.DataFrame]
 
@@ -101,6 +102,11 @@ class Effects:
         before, after = ({name: scores[i] for name, scores in both.items()} for i in (0, 1))
         return effect_matrix(before, after)
 
+    def _of(self, attribute: str) -> pd.DataFrame:
+        """The rows of an attribute."""
+        one_of("attribute", attribute, self.table["attribute"].unique())
+        return self.table[self.table["attribute"] == attribute]
+
     def curves(self, attribute: str, *, lacking: bool = False) -> pd.DataFrame:
         """Mean change of an attribute's score against the scale, to draw.
 
@@ -115,7 +121,7 @@ class Effects:
         DataFrame, one row an edit and scale
             `edit`, `scale`, `value` with its 95% interval `low`, `high`, and `n`.
         """
-        table = self.table[self.table["attribute"] == attribute]
+        table = self._of(attribute)
         if lacking:
             table = table[table["before"] <= 0.5]
         rows = []
@@ -139,6 +145,7 @@ class Effects:
             of all other attributes; median `psnr` and `psnr_image`; mean `s_dir`, `clip_score` and `consistency`, and
             `kid`, where they are known; `n`.
         """
+        one_of("attribute", attribute, self.table["attribute"].unique())
         rows = []
         for (edit, scale), part in self.table.groupby(["edit", "scale"], sort=False):
             own, others = part[part["attribute"] == attribute], part[part["attribute"] != attribute]
@@ -168,9 +175,8 @@ class Effects:
 
     def monotonicity(self, attribute: str) -> pd.Series:
         """Rank correlation of an attribute's score with the scale, averaged over the samples; one value per edit."""
-        table = self.table[self.table["attribute"] == attribute]
         found = {}
-        for edit, part in table.groupby("edit", sort=False):
+        for edit, part in self._of(attribute).groupby("edit", sort=False):
             wide = part.pivot(index="seed", columns="scale", values="after")
             found[edit] = float(np.nanmean(monotonicity(wide, list(wide.columns))))
         return pd.Series(found, name=attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ CRITERIA = ("radius_gap", "tv", "separability", "commit", "perceptual", "edit")
 # Default thresholds, in the units that `mixing_step` names; and samples that are looked at, at most.
 LEVELS = {"radius_gap": 0.005, "tv": 0.25, "separability": 1.0, "commit": 0.5, "perceptual": 0.5, "edit": 0.75}
 SAMPLES = {"radius_gap": 200, "tv": 200, "separability": 2000, "commit": 24, "perceptual": 64, "edit": 200}
+LPIPS_LEVEL = 0.33  # threshold of Asyrp for LPIPS(P_t, x_0)
 FRESH = 2**62  # seeds of decodings count from here, so that none shares its noise with a sample
 
 Distance = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
@@ -130,9 +132,10 @@ def mixing_step(
     strengths : sequence of float, default (0, 1, 2, 4)
         For "edit": lengths of the move along the difference of the class means, in gaps between the means of held-out
         samples; ascending.
-    distance : "features" or callable (a, b) -> ndarray of shape (n,)
+    distance : "features", "lpips" or callable (a, b) -> ndarray of shape (n,)
         For "perceptual" and "edit": distance between images of shape (n, C, H, W) in [-1, 1]. "features": Euclidean
-        distance in the classifier's last layer.
+        distance in the classifier's last layer. "lpips": the package of that name, not scaled by the distance of two
+        images; `level` is then 0.33 by default, as in Asyrp.
     resamples : int, optional
         Half-samples for the intervals: 200 by default, and 50 for "tv", the slowest curve.
     seed : int, default 0
@@ -164,7 +167,8 @@ def mixing_step(
     table = None if labels is None else _labels_of(source, labels, n)
     resampling = {"resamples": (50 if criterion == "tv" else 200) if resamples is None else resamples, "seed": seed}
     alpha_bars = model.schedule.alpha_bars
-    level = LEVELS[criterion] if level is None else level
+    if level is None:
+        level = LPIPS_LEVEL if distance == "lpips" and criterion == "perceptual" else LEVELS[criterion]
 
     run = _run_of(source, model, n, progress=progress)
     if criterion == "separability":
@@ -187,7 +191,8 @@ def mixing_step(
     measure = distance_of(distance, classifier, run.images)
     if criterion == "perceptual":
         values, rule = prediction_errors(run, visited, measure, progress), stays(level, above=True, from_noise=True)
-        return read_off(visited, values, rule, quantity="distance of P_t from the image (1: as of two images)", **about)
+        unit = "LPIPS" if distance == "lpips" else "1: as of two images"
+        return read_off(visited, values, rule, quantity=f"distance of P_t from the image ({unit})", **about)
     return _best_edit(run, visited, table, classifier, measure, level, strengths, about, progress)
 
 
@@ -340,7 +345,9 @@ def _check_judged(table: pd.DataFrame, classifier: Classifier) -> None:
 
 
 def distance_of(distance: str | Distance, classifier: Classifier | None, x0: torch.Tensor) -> Distance:
-    """The distance between images, 1 being the mean distance of two of the samples."""
+    """The distance between images, 1 being the mean distance of two of the samples, but for LPIPS."""
+    if distance == "lpips":
+        return _lpips()
     if distance == "features":
 
         def of_features(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
@@ -351,11 +358,27 @@ def distance_of(distance: str | Distance, classifier: Classifier | None, x0: tor
     elif callable(distance):
         plain = distance
     else:
-        raise ValueError(f'distance {distance!r} is not known; it is "features" or a function of two batches')
+        raise ValueError(f'distance {distance!r} is not known; it is "features", "lpips" or a function of two batches')
     unit = float(plain(x0.clamp(-1, 1), x0.clamp(-1, 1).roll(1, dims=0)).mean())
     if not unit > 0:
         raise ValueError("the images are at distance 0 from each other; there is no unit to measure by")
     return lambda a, b: plain(a.clamp(-1, 1), b.clamp(-1, 1)) / unit
+
+
+def _lpips() -> Distance:
+    try:
+        network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            'distance "lpips" needs the package lpips with torchvision and its weights, which are fetched when first '
+            f'used ({type(error).__name__}); install it on a machine with a network, or take distance="features"'
+        ) from error
+
+    @torch.inference_mode()
+    def measure(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+        return network(a.clamp(-1, 1), b.clamp(-1, 1)).flatten().cpu().numpy().astype(np.float64)
+
+    return measure
 
 
 def _grid_of(run: Trajectory, grid: Sequence[int] | None) -> list[int]:

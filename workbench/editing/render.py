@@ -27,6 +27,7 @@ from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
 from workbench.editing.edits import Edit, InjectionEdit, Swap, as_edit, check_run
 from workbench.formats.tensors import load_tensors, save_tensors
+from workbench.io import one_of
 
 Edits = Edit | Direction | Sequence[Edit | Direction] | Mapping[str, Edit | Direction]
 
@@ -301,6 +302,7 @@ def edit(
         requested residual.
     """
     check_run(model, run)
+    one_of("mode", mode, ("add", "replace", "slerp"))
     if mode == "add":
         change = as_edit(direction, asymmetric=asymmetric, t_range=t_range, gain=gain)
     else:

@@ -86,7 +86,7 @@ def check_sources(source: Path, values: Mapping[str, object], reader: Callable |
             raise ValueError(f"{key} of {source.stem} is {values[key]!r}: {error}") from error
     if found.get("model_name") is not None:
         network, schedule = found["model_name"]
-        _check_timesteps(source.stem, values, schedule)
+        _check_sizes(source.stem, values, schedule)
         if "condition" in values:
             _check_condition(source.stem, values, network)
     for function, arguments in calls:
@@ -150,12 +150,14 @@ def _check_condition(notebook: str, values: Mapping[str, object], network) -> No
             raise ValueError(f"this network is conditioned on a {kind} and none is given; give {example}, for example")
 
 
-def _check_timesteps(notebook: str, values: Mapping[str, object], schedule) -> None:
+def _check_sizes(notebook: str, values: Mapping[str, object], schedule) -> None:
     for key, value in values.items():
         if key == "steps" or (key.endswith("_steps") and isinstance(value, list)):
             with naming(f"{key} of {notebook}"):
                 for count in value if isinstance(value, list) else [value]:
                     schedule.timesteps(count)
+        if key == "n" and value < 1:
+            raise ValueError(f"n of {notebook} is {value}; give 1 sample or more")
         if key in ("timestep", "timesteps"):
             for t in value if isinstance(value, list) else [value]:
                 if not 0 <= t < schedule.T:

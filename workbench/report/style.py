@@ -87,7 +87,8 @@ def wrapped(text: str, inches: float) -> str:
 
 
 def as_array(values: ArrayLike) -> np.ndarray:
-    """Array of anything array-like; a torch tensor may be on any device and of any float type."""
+    """Array of anything array-like, or of the images of a run; a tensor may be on any device and of any float type."""
+    values = getattr(values, "images", values)
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values
