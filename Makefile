@@ -30,7 +30,7 @@ test: $(VENV)/installed-test  ## run the tests: unit, every notebook, report, br
 		--ignore tests/benchmarks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 test-all: $(VENV)/installed-test  ## the slow ones too: trainings, sweeps, kills, every notebook as it stands
-	$(PYTEST) tests notebooks --ignore tests/benchmarks --ignore notebooks/exercises --ignore notebooks/templates --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(PYTEST) tests notebooks --ignore tests/benchmarks --ignore notebooks/exercises --ignore notebooks/templates --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
 
 lab: $(VENV)/installed-lab  ## open JupyterLab on the notebooks
 	cd $(ROOT) && $(BIN)/jupyter lab notebooks
