@@ -109,7 +109,8 @@ def renderings(model, run, real):
 def previews(model):
     run = wb.sample(model, [7], steps=12, progress=False)
     found = direction(model, 1).resampled(12)
-    session = wb.EditSession(model, run, [found], preview_steps=4)
+    session = wb.EditSession(model, run, [found])
+    session.preview_steps = 4
     session.set_scale(next(iter(session.directions)), 1.0)
     for process in ("symmetric", "asymmetric"):
         session.set_process(process)

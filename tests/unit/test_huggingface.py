@@ -137,7 +137,7 @@ def test_a_segmenter_gives_the_class_of_every_pixel(hub, faces, pixels):
 # What does not fit
 
 
-@pytest.mark.parametrize("prompts", [{"Smiling": "a smile"}, {"Smiling": ("a smile",)}, {"Smiling": (1, 2)}])
+@pytest.mark.parametrize("prompts", [{"Smiling": "a smile"}, {"Smiling": ("a smile",)}])
 def test_prompts_are_pairs_of_texts(hub, prompts):
     with pytest.raises(ValueError, match="Smiling"):
         load_classifier(hub.folder / "clip", prompts=prompts)

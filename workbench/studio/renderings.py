@@ -151,7 +151,8 @@ class Renderings:
             image = load_image(image, self.model.image_shape)
         image, progress = check_images([image], self.model), progress or Progress()
         progress.expect(2 * len(self.timesteps))  # it makes two passes a step
-        return self.add_samples(invert(self.model, image, steps=self.timesteps, progress=progress))
+        options = {"steps": self.timesteps, "method": "fixed-point", "progress": progress}
+        return self.add_samples(invert(self.model, image, **options))
 
     def label(self, k: int) -> str:
         """Name of a sample: its seed, or its position if it is an image."""
