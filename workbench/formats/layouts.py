@@ -326,6 +326,8 @@ def _settings(state: Mapping[str, torch.Tensor]) -> dict:
     """Settings of an `Architecture` that names and shapes tell."""
     levels = 1 + max(numbers(state, r"down_blocks\.(\d+)\."), default=0)
     channels = tuple(shape(state, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+    if levels > 1 and not any(name.startswith("down_blocks.0.downsamplers.") for name in state):
+        raise ValueError("the network resamples without convolutions (resamp_with_conv is off), which is not supported")
     return {
         "channels": channels,
         "layers": 1 + max(numbers(state, r"down_blocks\.0\.resnets\.(\d+)\.")),
