@@ -248,6 +248,8 @@ def test_the_interval_of_separability_allows_for_probes_that_learn_from_the_same
         (stays(0.5, above=True), [0.1, 0.4, 0.6, 0.9], 2, True),
         (stays(0.5, above=True, from_noise=True), [0.9, 0.6, 0.4, 0.6], 1, True),
         (largest_near_best(0.1), [0.2, 0.85, 0.9, 0.8], 1, True),
+        (largest_near_best(0.1), [0.0, 0.0, 0.05, 0.0], 0, False),
+        (largest_near_best(0.1, chance=0.5), [0.55, 0.5, 0.55, 0.5], 0, False),
     ],
 )
 def test_the_rules_pick_the_timestep_that_they_name(rule, curve, i, reached):

@@ -43,7 +43,8 @@ class MixingStep:
     threshold : float
         Value that the curve is compared with; of the criterion "edit" its maximum less a standard error.
     reached : bool
-        Whether the curve meets the threshold at all. If not, t is where it comes closest.
+        Whether the curve meets the threshold at all, and a threshold below its maximum exceeds chance. If not, t is
+        where it comes closest.
     quantity : str
         Meaning of `value`, with its unit.
     n : int
@@ -134,12 +135,12 @@ def stays(threshold: float | np.ndarray, *, above: bool = False, from_noise: boo
     return rule
 
 
-def largest_near_best(tolerance: float) -> Rule:
-    """The largest timestep at which the curve is within a tolerance of its maximum."""
+def largest_near_best(tolerance: float, *, chance: float = 0.0) -> Rule:
+    """The largest timestep at which the curve is within a tolerance of its maximum, which must exceed chance by it."""
 
     def rule(values: np.ndarray) -> tuple[int, float, bool]:
         level = float(values.max()) - tolerance
-        return int((values >= level).argmax()), level, True
+        return int((values >= level).argmax()), level, level > chance
 
     return rule
 
@@ -374,7 +375,7 @@ def separability_step(
         w = weights[:, rows]
         return (correct[:, :, rows] * w).sum(axis=2) / w.sum(axis=1)
 
-    curves = accuracies(np.arange(n))
+    curves, chance = accuracies(np.arange(n)), float(np.mean([1 / len(np.unique(v)) for v in groups.values()]))
     best = curves.mean(axis=1).argmax()
     missed = weights * (correct[best] - _group_means(correct[best], groups.values()))
     standard_error = max(float(np.sqrt((missed.mean(axis=0) ** 2).sum())), 1 / n)
@@ -382,13 +383,12 @@ def separability_step(
     return read_off(
         timesteps,
         lambda rows: accuracies(rows).mean(axis=1),
-        largest_near_best(errors * standard_error),
+        largest_near_best(errors * standard_error, chance=chance),
         n=n,
         alpha_bars=alpha_bars,
         criterion="separability",
         quantity="balanced accuracy of a linear probe",
-        more=dict(zip(groups, curves.T, strict=True))
-        | {"chance": np.full(len(timesteps), np.mean([1 / len(np.unique(v)) for v in groups.values()]))},
+        more=dict(zip(groups, curves.T, strict=True)) | {"chance": np.full(len(timesteps), chance)},
         resamples=resamples,
         seed=seed,
         widened=CROSS_VALIDATED,
