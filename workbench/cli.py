@@ -62,7 +62,7 @@ def run(
         given = parameters.read_parameters(notebook, assignments(parameter))
         if pdf:
             printing.find_browser()  # before the notebook runs
-        report = notebooks.run_notebook(notebook, given, out, progress=sys.stderr.isatty(), vectors=pdf or slides)
+        report = notebooks.run_notebook(notebook, given, out, vectors=pdf or slides)
         print(report.html)
         try:
             for wanted, make in ((pdf, printing.print_pdf), (slides, printing.write_slides)):

@@ -337,6 +337,10 @@ class TestRun:
             notebooks.run_notebook("10", progress=False, timeout=5)
         assert (home / "reports" / "failed" / "10_first.html").exists()
 
+    def test_a_log_has_no_lines_of_bars(self, home, capsys):
+        notebooks.run_notebook("10")
+        assert capsys.readouterr().err == ""
+
     def test_an_interrupt_leaves_nothing_half_written(self, home):
         started = home / "started"
         cell = f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)"

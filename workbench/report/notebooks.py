@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,7 @@ def run_notebook(
     out : str or Path, optional
         The executed notebook, `.ipynb`; default: `reports/` under the notebook's name, listed in the index page.
     progress : bool
-        Show a progress bar over the cells.
+        Show a progress bar over the cells, on a terminal and in Jupyter; a log file would have a line of bars.
     timeout : int
         Time limit of one cell in seconds.
     vectors : bool
@@ -115,6 +116,7 @@ def run_notebook(
     out = paths.reports() / f"{source.stem}.ipynb" if out is None else paths.writable(out).absolute()
     if out.suffix != ".ipynb":
         raise ValueError(f"out is {out}; it must end in .ipynb, and the HTML goes beside it")
+    progress = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     # In a thread of its own, so that an interrupt meets this one, which knows how to stop a kernel.
     with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(Job(source.stem, vectors=vectors)) as job:
         running = thread.submit(run_job, job, Run(source, checked, out), progress=progress, timeout=timeout)
