@@ -338,6 +338,7 @@ class TestRun:
         assert (home / "reports" / "failed" / "10_first.html").exists()
 
     def test_a_log_has_no_lines_of_bars(self, home, capsys):
+        write_notebook(home / "notebooks" / "10_first.ipynb", "x = 1")
         notebooks.run_notebook("10")
         assert capsys.readouterr().err == ""
 

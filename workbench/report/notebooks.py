@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
+from IPython import get_ipython
 
 from workbench import paths
 from workbench.io import commit, duration, version_of
@@ -116,7 +117,7 @@ def run_notebook(
     out = paths.reports() / f"{source.stem}.ipynb" if out is None else paths.writable(out).absolute()
     if out.suffix != ".ipynb":
         raise ValueError(f"out is {out}; it must end in .ipynb, and the HTML goes beside it")
-    progress = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    progress = progress and (sys.stderr.isatty() or get_ipython() is not None)
     # In a thread of its own, so that an interrupt meets this one, which knows how to stop a kernel.
     with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(Job(source.stem, vectors=vectors)) as job:
         running = thread.submit(run_job, job, Run(source, checked, out), progress=progress, timeout=timeout)
