@@ -78,11 +78,11 @@ def benchmark(
     if plugin is not None:
         runpy.run_path(str(paths.local(plugin)))
     network = wb.load_model(model, device=device, **condition.condition)
-    sizes = {f"--{name.replace('_', '-')}": value is not None for name, value in vars(size).items()}
-    sizes |= {"--quick": quick, "--seed": seed}
+    given = {f"--{name.replace('_', '-')}": value is not None for name, value in vars(size).items()}
+    given |= {"--quick": quick, "--seed": seed}
     if records:
         chosen = {"--methods": methods, "--attributes": attributes, "--plugin": plugin, "--against": against}
-        _refuse(sizes | chosen, "--records")
+        _refuse(given | chosen, "--records")
         record = wb.load_benchmark(model=network)
         _print(record, leaderboard.leaderboard(record.edits), recorded.record_folder(network))
         if not no_report:
@@ -93,7 +93,7 @@ def benchmark(
     sources = {"labeller": labels_by, "judge": judged_by, "images": labels.load(images, network.image_shape)}
     if against is not None:
         free = ("--held-out", "--repeats")
-        _refuse({option: given for option, given in sizes.items() if option not in free}, "--against")
+        _refuse({option: value for option, value in given.items() if option not in free}, "--against")
         record = wb.load_benchmark(None if against == "records" else against, model=network)
         options = {"attributes": attributes, "held_out": size.held_out, "repeats": size.repeats or 1}
         protocol = recorded.protocol_against(

@@ -61,10 +61,10 @@ def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) ->
 def within(t_range: tuple[int, int] | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
     """Which timesteps lie in a range (from, to), from >= t >= to; ValueError if none does. None is all of them."""
     try:
-        high, low = map(int, t_range or (timesteps[0], timesteps[-1]))
+        high, low = t_range or (timesteps[0], timesteps[-1])
+        inside = tuple(low <= t <= high for t in timesteps)
     except (TypeError, ValueError):
         raise ValueError(f"t_range is {t_range!r}; give two timesteps, such as (700, 100)") from None
-    inside = tuple(low <= t <= high for t in timesteps)
     if not any(inside):
         visits = f"{timesteps[0]}, ..., {timesteps[-1]} (give the noisier end first)"
         raise ValueError(f"no visited timestep lies in {high}..{low}; visited are {visits}")

@@ -49,7 +49,7 @@ def animate(
         If the images have another shape, there is only one frame, or the path ends otherwise or has no ffmpeg.
     """
     path = writable(path, suffixes=_SUFFIXES)
-    images = as_array(getattr(images, "images", images))
+    images = as_array(images)
     images = images[None] if images.ndim == 4 else images
     if images.ndim != 5 or images.shape[1] < 2:
         raise ValueError(f"images has shape {images.shape}; a film takes (samples, frames, C, H, W), 2 frames or more")
