@@ -204,6 +204,14 @@ def _first(ids: Iterable) -> str:
     return ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
 
 
+def matched_column(store: Any, values: Labels, what: str) -> pd.Series:
+    """`matched`, of one value a sample; ValueError for a table."""
+    found = matched(store, values, what)
+    if isinstance(found, pd.DataFrame):
+        raise ValueError(f"{what} are a table; give one of its columns: {', '.join(map(str, found.columns))}")
+    return found
+
+
 def name_of(values: Labels, default: str) -> str:
     """Name of a Series, or the default."""
     return str(getattr(values, "name", None) or default)

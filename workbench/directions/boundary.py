@@ -18,7 +18,7 @@ import torch
 
 from workbench.analysis.intervals import Estimate, share_of
 from workbench.analysis.probes import Span
-from workbench.analysis.samples import Labels, check_classes, check_samples, matched
+from workbench.analysis.samples import Labels, check_classes, check_samples, matched_column
 from workbench.diffusion.images import fingerprint
 from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.sampling import Trajectory
@@ -200,7 +200,7 @@ class Boundary:
         """
         source = samples_at(samples, self.t, self.space)
         self._refuse_other_model(source.origin["model"], "these samples")
-        y = check_classes(matched(source, labels, f"the labels {self.name!r}"), self.name)
+        y = check_classes(matched_column(source, labels, f"the labels {self.name!r}"), self.name)
         return replace(self, **held_out(self.distance(source.values), y))
 
     def check_fits(self, model: Model, *, t: int | None = None, space: str | None = None) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from workbench.analysis.probes import expected_accuracy
-from workbench.analysis.samples import Labels, matched, name_of
+from workbench.analysis.samples import Labels, matched, matched_column, name_of
 from workbench.diffusion.models import Model
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.directions.boundary import Boundary
@@ -122,7 +122,7 @@ def accuracy_over_samples(
         One row per number of samples, method and draw: `count`, `method`, `draw`, `accuracy` with `low`, `high` and
         `n`, `cosine` to the normal that the same method finds from all samples, and `law`.
     """
-    y = matched(store, labels, "the labels").to_numpy()
+    y = matched_column(store, labels, "the labels").to_numpy()
     values, name = store.at(t, space="x"), name_of(labels, "label")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(values))

@@ -18,7 +18,7 @@ from workbench.analysis.probes import (
     folds_of,
     samples_needed,
 )
-from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
+from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched_column, name_of
 from workbench.directions.boundary import Boundary, Samples, SamplesAt, held_out, samples_at
 from workbench.io import one_of
 
@@ -96,7 +96,7 @@ def fit_boundary(
     if wanted is not None and not 0.5 < wanted < 1.0:
         raise ValueError(f"wanted is {wanted}; give an accuracy between 0.5 and 1")
     name, samples = name or name_of(labels, "label"), samples_at(source, t, space)
-    y = check_classes(matched(samples, labels, f"the labels {name!r}"), name)
+    y = check_classes(matched_column(samples, labels, f"the labels {name!r}"), name)
     positives, negatives = int(y.sum()), int((~y).sum())
     if min(positives, negatives) < 3:
         sizes = f"{positives} positives and {negatives} negatives"

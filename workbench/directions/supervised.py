@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from workbench.analysis.probes import Span, balanced_weight, fit_probe, folds_of
-from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, name_of
+from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, matched_column, name_of
 from workbench.directions.direction import Direction, origin_of, projections
 from workbench.hspace.store import HStore
 from workbench.io import one_of
@@ -97,9 +97,7 @@ def find_from_labels(
         class; or a stratum has samples of one class only.
     """
     name = name or name_of(labels, "label")
-    y = matched(store, labels, f"the labels {name!r}")
-    if y.ndim != 1:
-        raise ValueError(f"the labels are a table; give one of its columns: {', '.join(map(str, labels.columns))}")
+    y = matched_column(store, labels, f"the labels {name!r}")
     others = _balance_of(store, balance)
     used = np.ones(len(y), dtype=bool) if among is None else np.isin(np.arange(len(y)), among)
     if chunks is not None:
@@ -183,9 +181,7 @@ def find_from_scores(
         sides share a sample or a score.
     """
     name = name or name_of(scores, "score")
-    values = matched(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
-    if values.ndim != 1:
-        raise ValueError(f"the scores are a table; give one of its columns: {', '.join(map(str, scores.columns))}")
+    values = matched_column(store, scores, f"the scores {name!r}").to_numpy(dtype=float)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores {name!r} are not finite")
     if np.ptp(values) == 0:
@@ -252,7 +248,7 @@ def few_shot_directions(
         If the labels are refused by `find_from_labels`, a count is below 1 or too large, or `draws` is below 1.
     """
     name = name_of(labels, "label")
-    positive = check_classes(matched(store, labels, f"the labels {name!r}"), name)
+    positive = check_classes(matched_column(store, labels, f"the labels {name!r}"), name)
     counts, most = sorted({int(c) for c in counts}), int(min(positive.sum(), (~positive).sum())) - 2
     if not counts or counts[0] < 1 or counts[-1] > most:
         raise ValueError(f"counts are {counts}; draw 1 to {most} examples of each class of {name!r}, to leave 2")
