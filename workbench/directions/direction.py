@@ -254,8 +254,8 @@ class Direction:
             NaN if either is zero.
         """
         self._check_same_space(other)
-        a, b = self._wide().reshape(1, -1), other._wide().reshape(1, -1)
-        return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1.0, 1.0))
+        a, b = self._wide().flatten(), other._wide().flatten()
+        return float(((a * b).sum() / (a.norm() * b.norm())).clamp(-1.0, 1.0))
 
     def calibrated(self, store: HStore, *, like: Direction | None = None, progress: bool = True) -> Direction:
         """The same direction with one unit of scale equal to one sigma of a population.
