@@ -362,22 +362,22 @@ choice(
 
 
 @task("5.1")
-def _(z, w, b):
-    size, raw = np.linalg.norm(w), z @ w
-    yield (raw + b) / size, "right. Its sign is the class, its size a length in the space of z."
+def _(x, w, b):
+    size, raw = np.linalg.norm(w), x @ w
+    yield (raw + b) / size, "right. Its sign is the class, its size a length in the space of x."
     yield raw + b, "this is the score of the classifier; divide by the length of w to have a distance."
     yield raw / size, "the intercept is missing: this is the distance from a parallel plane through the origin."
     yield raw / size + b, "the intercept belongs to w: divide both by the length."
-    yield np.abs(raw + b) / size, "the sign says on which side z lies; keep it."
+    yield np.abs(raw + b) / size, "the sign says on which side x lies; keep it."
 
 
 @task("5.2")
-def _(z, n, b, to):
-    d = z @ n + b
-    yield z + (to - d)[:, None] * n, "right: whatever their distances were, all are at the same one now."
-    yield z + to * n, "this moves *by* that distance; each sample has its own way to go."
-    yield z + (to + d)[:, None] * n, "check the sign: a sample that lies there already must not move."
-    yield z - d[:, None] * n, "this projects on the boundary, at distance 0."
+def _(x, n, b, to):
+    d = x @ n + b
+    yield x + (to - d)[:, None] * n, "right: whatever their distances were, all are at the same one now."
+    yield x + to * n, "this moves *by* that distance; each sample has its own way to go."
+    yield x + (to + d)[:, None] * n, "check the sign: a sample that lies there already must not move."
+    yield x - d[:, None] * n, "this projects on the boundary, at distance 0."
 
 
 def _nearer_mean(train: np.ndarray, y: np.ndarray, test: np.ndarray, *, middle: bool = True) -> np.ndarray:
@@ -387,19 +387,19 @@ def _nearer_mean(train: np.ndarray, y: np.ndarray, test: np.ndarray, *, middle: 
 
 
 @task("5.3")
-def _(z, y):
+def _(x, y):
     y, half = np.asarray(y, dtype=bool), len(y) // 2
     train, test = slice(half), slice(half, None)
-    right = float(np.mean(_nearer_mean(z[train], y[train], z[test]) == y[test]))
+    right = float(np.mean(_nearer_mean(x[train], y[train], x[test]) == y[test]))
     yield right, "right. This is what to expect of a new image; beside it belongs the share of the larger class."
-    own = float(np.mean(_nearer_mean(z[train], y[train], z[train]) == y[train]))
+    own = float(np.mean(_nearer_mean(x[train], y[train], x[train]) == y[train]))
     yield (
         own,
         "these are the images that the boundary was fitted on: it is close to 1 for *any* labels of few images.",
     )
-    shifted = float(np.mean(_nearer_mean(z[train], y[train], z[test], middle=False) == y[test]))
+    shifted = float(np.mean(_nearer_mean(x[train], y[train], x[test], middle=False) == y[test]))
     yield shifted, "the boundary goes through the origin here; it belongs halfway between the two means."
-    everything = float(np.mean(_nearer_mean(z, y, z) == y))
+    everything = float(np.mean(_nearer_mean(x, y, x) == y))
     yield everything, "the test half was used in the fit."
 
 

@@ -27,7 +27,7 @@ def accuracy_over_time(
     cv: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Accuracy of boundaries in x_t and h_t at every timestep, with controls (E5).
+    """Accuracy of boundaries in x_t and h_t at every timestep, with controls (figure `zhu-e5`).
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def accuracy_over_samples(
     draws: int = 3,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Accuracy of boundaries in x_t against the number of labelled images (E6).
+    """Accuracy of boundaries in x_t against the number of labelled images (figure `zhu-e6`).
 
     Half of the samples are held out, the same ones for all boundaries.
 
