@@ -158,6 +158,7 @@ ARRIVES = {
         "workbench.datasets.avataaars.build",
         {"n": 5, "part": 12, "out": Path("avataaars-part12")},
     ),
+    "data celeba64 FACES --part 1": ("workbench.datasets.celeba.build", {"part": 1, "out": Path("celeba64-part1")}),
     "data eurosat FACES --part 1": ("workbench.datasets.eurosat.build", {"part": 1, "out": Path("eurosat-part1")}),
     "find scores avataaars32 --n 6 --steps 2 --attributes Smiling --k 2": (
         "workbench.find_from_scores",

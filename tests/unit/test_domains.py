@@ -12,7 +12,7 @@ from PIL import Image
 
 import workbench as wb
 from workbench import cli, paths
-from workbench.datasets import eurosat
+from workbench.datasets import celeba, eurosat
 from workbench.datasets.domain import DOMAINS, EUROSAT
 from workbench.datasets.pixel_amounts import AMOUNTS, measure_pixels
 from workbench.editing.measure import measure
@@ -75,6 +75,32 @@ def test_the_held_out_photographs_have_the_name_of_the_domain(published, home, c
         wb.load_images("eurosat")
     assert cli.main(["data", "eurosat", str(published)]) == 0
     assert len(wb.load_images("eurosat")) == len(wb.load_images(capsys.readouterr().out.strip())) > 0
+
+
+def test_celeba_is_cropped_as_the_models_of_64_pixels_saw_it_in_parts_that_are_disjoint(tmp_path, monkeypatch, capsys):
+    rng, folder = np.random.default_rng(0), tmp_path / "img_align_celeba"
+    folder.mkdir()
+    files = [f"{i:06d}.jpg" for i in range(1, 31)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 255, (218, 178, 3), dtype=np.uint8)).save(folder / file, quality=95)
+    smiles, others = rng.choice([-1, 1], 30), [1] * 29 + [-1]
+    rows = [f"{file} {smile} {other}" for file, smile, other in zip(files, smiles, others, strict=True)]
+    (tmp_path / "list_attr_celeba.txt").write_text("\n".join(["30", "Smiling Young", *rows, ""]))
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    for part in celeba.PARTS:
+        assert cli.main(["data", "celeba64", str(folder), "--part", str(part)]) == 0
+        images = wb.load_images(capsys.readouterr().out.strip())
+        assert images.image_shape == (3, 64, 64) and set(images.labels.to_numpy().ravel()) <= {0, 1}
+        seen |= {name: (images[i], images.labels.loc[name, "Smiling"]) for i, name in enumerate(images.labels.index)}
+    assert sorted(seen) == [file.replace("jpg", "png") for file in files], "every face is in one part"
+    assert [seen[file][1] for file in sorted(seen)] == [int(smile == 1) for smile in smiles]
+    expected = wb.load_images(folder, size=64, crop="celeba64")[3]
+    torch.testing.assert_close(seen["000004.png"][0], expected, rtol=0, atol=1.01 / 255)  # PNG rounds to 8 bits
+    (tmp_path / "list_attr_celeba.txt").unlink()
+    with pytest.raises(ValueError, match="no list_attr_celeba.txt"):
+        celeba.build(folder, out=tmp_path / "out")
+    assert cli.main(["data", "celeba64"]) == 2 and celeba.ORIGIN in capsys.readouterr().err
 
 
 # Parameters of notebooks

@@ -394,9 +394,12 @@ def train_clip(
 @command("data", example="workbench data avataaars --n 2000 --part 10\n  workbench data eurosat EuroSAT_RGB.zip")
 def data(
     name: Annotated[
-        Literal["avataaars", "eurosat"], Argument(help="avataaars: draw avatars; eurosat: read the published zip")
+        Literal["avataaars", "eurosat", "celeba64"],
+        Argument(help="avataaars: draw avatars; eurosat: read the published zip; celeba64: crop CelebA's faces"),
     ],
-    source: Annotated[str | None, Argument(help="for eurosat: folder or zip of EuroSAT RGB as published")] = None,
+    source: Annotated[
+        str | None, Argument(help="folder or zip of EuroSAT RGB, or of CelebA's aligned images, as published")
+    ] = None,
     n: Annotated[int | None, Option(min=1, help="number of avatars (default 2000)")] = None,
     part: Annotated[
         int, Option(help="part of the domain: 0 and 1 are for training, 10 (avataaars: 10 and above) is held out")
@@ -407,9 +410,10 @@ def data(
     out: opt.OutImages = None,
 ):
     """Write the labelled images of a domain."""
-    from workbench.datasets import avataaars, eurosat
+    from workbench.datasets import avataaars, celeba, eurosat
     from workbench.datasets import captions as captioned
 
+    read = {"eurosat": (eurosat, "EuroSAT RGB"), "celeba64": (celeba, "CelebA's aligned images")}
     if name == "avataaars":
         if source is not None:
             raise ValueError(f"avataaars are drawn and not read from {source!r}; leave it out")
@@ -418,8 +422,9 @@ def data(
     elif captions:
         raise ValueError(f"--captions are of avataaars; {name} has none")
     elif source is None or n is not None:
-        raise ValueError(f"give the folder or zip with EuroSAT RGB ({eurosat.ORIGIN}); all of its images are read")
+        domain, published = read[name]
+        raise ValueError(f"give the folder or zip with {published} ({domain.ORIGIN}); all of its images are read")
     else:
-        bundled = paths.data() / "eurosat" if part == 10 else Path(f"eurosat-part{part}")
-        made = eurosat.build(source, part=part, out=out or bundled)
+        bundled = paths.data() / "eurosat" if name == "eurosat" and part == 10 else Path(f"{name}-part{part}")
+        made = read[name][0].build(source, part=part, out=out or bundled)
     print(made.resolve())

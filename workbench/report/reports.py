@@ -84,8 +84,8 @@ def report(
                 words += f"of {UNIT_MODEL} ({unit:.1f} s)"
             board.write_index(intro=f"<p>{words}.</p>")
             board.say(f"{words}.")
-            if plan.in_short_for:
-                board.say(f"Cut short for speed; for pictures worth printing: --profile {plan.in_short_for}")
+        if plan.in_short_for:
+            board.say(f"Cut short for speed; for pictures worth printing: --profile {plan.in_short_for}")
     raise_failures([each for each in results.values() if isinstance(each, Exception)])
     return list(results.values())
 
