@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
 
 import cloudpickle
+import distributed
 import numpy as np
 import pandas as pd
 import pytest
@@ -440,3 +442,20 @@ def test_the_backdrop_is_what_has_the_colour_of_the_corners():
     picture[:, :, 4:, :] = 0.8
     picture[:, :, 0, 5] = 0.1
     assert backdrop(picture)[0, 0].sum() == 32
+
+
+def test_what_workers_share_does_not_change_by_its_use(setting, monkeypatch):
+    """Dask drops copies that no task waits for and may fetch one from a worker that has used its own."""
+    shared = []
+
+    @contextlib.contextmanager
+    def here(n, *, scheduler=None):
+        with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+            yield client
+            (worker,) = client.cluster.workers.values()
+            shared.extend(value for value in worker.data.values() if value is not None)
+
+    monkeypatch.setattr("workbench.benchmark.run.start_workers", here)
+    result = run(setting | {"workers": 2}, protocol("boundary of text", "text direction", steps=2))
+    assert set(result.edits.method) == {"boundary of text", "text direction"}
+    assert [type(each) for each in shared] == [bytes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -163,13 +164,14 @@ def _elsewhere(
         tasks.setdefault((repeat, method), []).append(attribute)
     if not tasks:
         return
+    import cloudpickle  # dask's
     from distributed import as_completed  # a second to import
 
     for repeat in dict.fromkeys(repeat for repeat, _ in tasks):
         bench.study(repeat).store  # noqa: B018 - all would wait for the first that extracts it
     with start_workers(workers, scheduler=scheduler) as client:
-        # What the workers keep between tasks is their own.
-        shared = client.scatter(replace(bench), broadcast=True, hash=False)
+        # As bytes: dask may move it from one worker to another later, when the first has loaded models into its own.
+        shared = client.scatter(cloudpickle.dumps(replace(bench)), broadcast=True, hash=False)
         futures = {
             client.submit(_measure_task, shared, METHODS[method], attributes, repeat, pure=False): len(attributes)
             for (repeat, method), attributes in tasks.items()
@@ -179,9 +181,18 @@ def _elsewhere(
             yield futures[future]
 
 
-def _measure_task(bench: Bench, method: Method, attributes: Sequence[str], repeat: int) -> None:
+def _measure_task(shared: bytes, method: Method, attributes: Sequence[str], repeat: int) -> None:
     """On a worker, which may never have seen where the method was registered."""
+    bench = _unpacked(shared)
     METHODS[method.name] = method
     keep_freed_memory()  # this process is the benchmark's own
     for attribute in attributes:
         bench.measure(method.name, attribute, repeat)
+
+
+@lru_cache(maxsize=1)
+def _unpacked(shared: bytes) -> Bench:
+    """The worker's own, with what it loads and finds; kept for all of its tasks."""
+    import cloudpickle
+
+    return cloudpickle.loads(shared)
