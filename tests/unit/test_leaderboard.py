@@ -175,14 +175,13 @@ def test_an_attribute_that_all_samples_have_does_not_count(table):
 
 def test_the_bundled_record_is_whole_and_the_readme_tells_its_numbers(model):
     record = wb.load_benchmark(model=model)
-    assert set(record.protocol.methods) == set(METHODS) and not set(record.skipped.method) - {
-        "LOCO",
-        "Jacobian, masked",
-    }
+    assert set(record.protocol.methods) == set(METHODS)
+    assert set(record.skipped.method) <= {"LOCO", "Jacobian, masked", "CASL"}, "others can edit anything"
     folder = record_folder(model)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
     table = leaderboard(record.edits)
-    told = dict(re.findall(r"^\| ([^|]+) \| (\d.*?) \|$", (paths.home() / "README.md").read_text(), re.MULTILINE))
+    readme = (paths.home() / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| (\d.*?) \|$", readme, re.MULTILINE))
     assert len(told) >= 5
     for method, success in told.items():
         row = table.loc[method]
