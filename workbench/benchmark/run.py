@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import cloudpickle
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
@@ -164,7 +165,6 @@ def _elsewhere(
         tasks.setdefault((repeat, method), []).append(attribute)
     if not tasks:
         return
-    import cloudpickle  # dask's
     from distributed import as_completed  # a second to import
 
     for repeat in dict.fromkeys(repeat for repeat, _ in tasks):
@@ -193,6 +193,4 @@ def _measure_task(shared: bytes, method: Method, attributes: Sequence[str], repe
 @lru_cache(maxsize=1)
 def _unpacked(shared: bytes) -> Bench:
     """The worker's own, with what it loads and finds; kept for all of its tasks."""
-    import cloudpickle
-
     return cloudpickle.loads(shared)

@@ -413,18 +413,17 @@ def data(
     from workbench.datasets import avataaars, celeba, eurosat
     from workbench.datasets import captions as captioned
 
-    read = {"eurosat": (eurosat, "EuroSAT RGB"), "celeba64": (celeba, "CelebA's aligned images")}
     if name == "avataaars":
         if source is not None:
             raise ValueError(f"avataaars are drawn and not read from {source!r}; leave it out")
         domain, ending = (captioned, "-captions") if captions else (avataaars, "")
         made = domain.build(n or 2000, part=part, out=out or Path(f"avataaars-part{part}{ending}"))
-    elif captions:
-        raise ValueError(f"--captions are of avataaars; {name} has none")
-    elif source is None or n is not None:
-        domain, published = read[name]
-        raise ValueError(f"give the folder or zip with {published} ({domain.ORIGIN}); all of its images are read")
     else:
-        bundled = paths.data() / "eurosat" if name == "eurosat" and part == 10 else Path(f"{name}-part{part}")
-        made = read[name][0].build(source, part=part, out=out or bundled)
+        domain, published = (eurosat, "EuroSAT RGB") if name == "eurosat" else (celeba, "CelebA's aligned images")
+        if captions:
+            raise ValueError(f"--captions are of avataaars; {name} has none")
+        if source is None or n is not None:
+            raise ValueError(f"give the folder or zip with {published} ({domain.ORIGIN}); all of its images are read")
+        bundled = paths.data() / name if name == "eurosat" and part == 10 else Path(f"{name}-part{part}")
+        made = domain.build(source, part=part, out=out or bundled)
     print(made.resolve())
