@@ -10,6 +10,7 @@ import warnings
 from typing import Annotated, Literal
 
 import typer
+from tqdm.auto import tqdm
 from typer import Argument, Option
 
 from workbench import paths
@@ -141,9 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
-    formatted = warnings.formatwarning
-    # Warnings print as one sentence, like errors.
-    warnings.formatwarning = lambda message, *_, **__: f"workbench: {message}\n"
+    shown = warnings.showwarning
+    # Warnings print as one sentence, like errors, and above a progress bar instead of at its end.
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"workbench: {message}", file=sys.stderr)
     group = typer.main.get_command(app)
     try:
         with group.make_context("workbench", words) as context:
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"workbench: {_sentence(error)}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotebookFailed" else 2
     finally:
-        warnings.formatwarning = formatted
+        warnings.showwarning = shown
 
 
 def _sentence(error: Exception) -> str:

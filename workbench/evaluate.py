@@ -22,6 +22,7 @@ from workbench.analysis.image_metrics import (
     precision_recall,
 )
 from workbench.analysis.intervals import Estimate
+from workbench.analysis.spectra import data_spectrum
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.images import check_images
@@ -39,8 +40,10 @@ HALVINGS = 5
 """Times that the held-out images are halved at random, for the distances' means and ranges."""
 
 GOOD_RATIO, POOR_RATIO, LOW_RECALL, ENOUGH_IMAGES, GOOD_DECIBEL, FAR_POINTS = 3.0, 10.0, 0.5, 250, 25.0, 5.0
+LOW_POWER, HIGH_POWER = 0.7, 1.4
 """Bounds of `Evaluation.statement`, the workbench's own: Frechet distance as a multiple and recall as a share of those
-of real images, images on a side of a distance, dB of reconstructions, and percentage points of attributes."""
+of real images, images on a side of a distance, dB of reconstructions, percentage points of attributes, and power of the
+finest detail as a multiple of that of real images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,9 @@ class Evaluation:
         See `attribute_frequencies`; `drawn` is the judge's frequency among the held-out images.
     pairs : DataFrame
         See `joint_frequencies`.
+    spectrum : Series
+        Power of the samples as a multiple of that of the held-out images, by octave of spatial frequency. The index is
+        the octave's lowest frequency in cycles an image; the last octave has all that are finer.
     copies : Estimate or None
         Share of samples nearer to a training image than to a held-out one, in pixels; None without training images.
     copies_real : Estimate or None
@@ -78,6 +84,7 @@ class Evaluation:
     coverage: pd.DataFrame = field(repr=False)
     frequencies: pd.DataFrame = field(repr=False)
     pairs: pd.DataFrame = field(repr=False)
+    spectrum: pd.Series = field(repr=False)
     copies: Estimate | None
     copies_real: Estimate | None = field(repr=False)
     inversion: np.ndarray = field(repr=False)
@@ -103,6 +110,16 @@ class Evaluation:
             f"{GOOD_RATIO:g} is good, above {POOR_RATIO:g} poor), and their recall is {100 * share:.0f}% of that of "
             f"real images (below {100 * LOW_RECALL:.0f}% is poor)."
         ]
+        fine, frequency = float(self.spectrum.iloc[-1]), self.spectrum.index[-1]
+        if not LOW_POWER <= fine <= HIGH_POWER:
+            cause = (
+                "too little fine detail: min-SNR weights neglect it in training (`--gamma inf` does not)"
+                if fine < LOW_POWER
+                else "too much fine detail or noise: sample in more steps, or with eta 0"
+            )
+            sentences.append(
+                f"From {frequency} cycles an image on, samples have {fine:.2f} times the power of real images, {cause}."
+            )
         if self.copies is not None:
             copied = self.copies.low > self.copies_real.high
             sentences.append(
@@ -142,6 +159,7 @@ class Evaluation:
                 | {"distance": row["distance", ""]}
                 for pair, row in self.pairs.iterrows()
             },
+            "spectrum": {str(frequency): ratio for frequency, ratio in self.spectrum.items()},
             "memorisation": {of: None if estimate is None else vars(estimate) for of, estimate in copies.items()},
             "inversion_dB": [round(float(value), 2) for value in self.inversion],
         }
@@ -269,6 +287,7 @@ def evaluate_model(
         coverage=pd.DataFrame.from_dict(coverage, orient="index"),
         frequencies=table,
         pairs=joint_frequencies(labels, pairs or {}),
+        spectrum=_octaves(samples) / _octaves(real),
         copies=copies,
         copies_real=copies_real,
         inversion=errors,
@@ -319,6 +338,15 @@ def _compare(
     for name, values in found.items():
         row |= {name: np.mean(values), f"{name}_low": np.min(values), f"{name}_high": np.max(values)}
     return {name: float(value) for name, value in row.items()}
+
+
+def _octaves(images: torch.Tensor) -> pd.Series:
+    """Power of images by octave of spatial frequency, without their mean."""
+    spectrum = data_spectrum(images).drop(index=0)
+    finest = np.log2(max(images.shape[2:])) - 2  # half of the finest frequency that the pixels hold
+    octave = 2 ** np.minimum(np.log2(spectrum.index), finest).astype(int)
+    power = spectrum["power"] * spectrum["weight"]
+    return power.groupby(octave).sum().rename_axis("frequency")
 
 
 def _points(share: float) -> str:

@@ -25,6 +25,7 @@ from PIL import Image
 from planted import planted
 from safetensors.torch import load_file
 from sklearn.svm import SVC
+from tqdm import tqdm
 
 import workbench as wb
 from workbench import cli, paths
@@ -492,11 +493,19 @@ def test_an_interrupt_is_a_line_and_who_stops_reading_is_told_nothing(capsys, mo
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folder, tmp_path, capsys, monkeypatch):
-    def show(*given):  # as Python does where no test records it
-        print(warnings.formatwarning(*given), end="", file=sys.stderr)
+def test_a_warning_is_a_line_above_a_progress_bar(capsys, monkeypatch):
+    def warned():
+        with tqdm(total=2) as bar:
+            bar.update()
+            warnings.warn("it rains", stacklevel=1)
+            bar.update()
+        return {}
 
-    monkeypatch.setattr(warnings, "showwarning", show)
+    monkeypatch.setattr(wb, "list_models", warned)
+    assert "\rworkbench: it rains\n" in run(capsys, "models")[2]
+
+
+def test_what_is_left_out_of_images_and_labels_is_said_in_a_line_each(tiny_folder, tmp_path, capsys):
     faces = paint(tmp_path / "faces", [(40 * i, 0, 0) for i in range(6)])
     (faces / "6.png").write_bytes(b"nothing")
     table = tmp_path / "table.csv"

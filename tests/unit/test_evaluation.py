@@ -72,6 +72,18 @@ def test_the_statement_says_what_the_numbers_say(drawn, noisy):
     assert "are good: " in many.statement()[0]
 
 
+def test_fine_detail_that_is_missing_or_too_much_is_said(drawn, noisy, model, images, judges):
+    blurred = torch.nn.functional.avg_pool2d(images[200:], 3, 1, 1, count_include_pad=False)
+    options = {"classifiers": judges[:1], "n_inverted": 0, "n": 200, "progress": False}
+    smooth = wb.evaluate_model(model, images, samples=blurred, **options)
+    assert list(smooth.spectrum.index) == [1, 2, 4, 8]
+    assert drawn.spectrum.between(0.8, 1.25).all() and smooth.spectrum[1] == pytest.approx(1, abs=0.15)
+    assert smooth.spectrum[8] < 0.3 and noisy.spectrum[8] > 1.5
+    few, usual, many = ("\n".join(each.statement()) for each in (smooth, drawn, noisy))
+    assert "too little fine detail" in few and "too much fine detail" in many and "fine detail" not in usual
+    assert smooth.numbers()["spectrum"]["8"] == smooth.spectrum[8]
+
+
 def test_inversion_is_left_out_where_no_image_is_to_be_inverted(model, images, judges):
     options = {"classifiers": judges[:1], "samples": images[:8], "n": 8, "progress": False}
     without = wb.evaluate_model(model, images.select(slice(16)), n_inverted=0, **options)
