@@ -10,6 +10,7 @@ from PIL import Image
 from small_models import COLOURS
 
 import workbench as wb
+from workbench.datasets import clip_training
 from workbench.datasets.clip_training import train_clip
 
 
@@ -43,6 +44,31 @@ def test_a_training_repeats_itself(squares, tmp_path):
         train_clip(images, out=tmp_path / name, steps=3, batch_size=8, seed=7, progress=False)
         found.append(wb.load_clip(tmp_path / name, device="cpu").hash)
     assert found[0] == found[1]
+
+
+def test_a_killed_training_resumes_exactly(squares, tmp_path, monkeypatch):
+    images, _ = squares
+    settings = {"steps": 5, "batch_size": 8, "seed": 7, "progress": False}
+    train_clip(images, out=tmp_path / "whole", **settings)
+
+    def write(*given, **named):
+        if named["about"]["steps"] == 4:
+            raise KeyboardInterrupt
+        clip_training_write(*given, **named)
+
+    clip_training_write = clip_training._write
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_training, "_write", write)
+        with pytest.raises(KeyboardInterrupt):
+            train_clip(images, out=tmp_path / "parts", minutes=0, **settings)
+    with pytest.raises(ValueError, match="differs in: seed"):
+        train_clip(images, out=tmp_path / "parts", resume=True, **{**settings, "seed": 8})
+    train_clip(images, out=tmp_path / "parts", resume=True, **settings)
+    whole, parts = (wb.load_clip(tmp_path / name, device="cpu").hash for name in ("whole", "parts"))
+    assert parts == whole
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+    with pytest.raises(FileNotFoundError, match="no training to resume"):
+        train_clip(images, out=tmp_path / "parts", resume=True, **settings)
 
 
 def test_embeddings_with_derivatives_are_those_of_the_processor(squares):

@@ -383,11 +383,12 @@ def train_clip(
     steps: Annotated[int, Option(min=1, help="number of batches")] = 3000,
     batch_size: Annotated[int, Option(help="images, each with a caption, in a batch")] = 256,
     seed: Annotated[int, Option(help="seed of weights and batches")] = 0,
+    resume: Annotated[bool, Option("--resume", help="continue from the last checkpoint in --out")] = False,
     device: opt.Device = None,
 ):
-    """Train a small CLIP on images with captions."""
+    """Train a small CLIP on images with captions, or resume a training with the same settings."""
     given = wb.load_images(images, size=size)
-    found = wb.train_clip(given, out=out, steps=steps, batch_size=batch_size, seed=seed, device=device)
+    found = wb.train_clip(given, out=out, steps=steps, batch_size=batch_size, seed=seed, resume=resume, device=device)
     print(f"{found}\n{out.resolve()}")
 
 

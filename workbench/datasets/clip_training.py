@@ -29,11 +29,11 @@ from workbench.diffusion.images import to_bytes
 from workbench.diffusion.models import find_device
 from workbench.diffusion.networks import seeded
 from workbench.formats.checkpoints import hash_weights
-from workbench.io import write_text
+from workbench.io import write_text, written
 from workbench.shapes import with_channels
 
-ABOUT = "training.json"
-"""What a CLIP was trained on, and its retrieval of held-out pairs."""
+ABOUT, STATE = "training.json", "checkpoint.pt"
+"""What a CLIP was trained on, with its retrieval of held-out pairs; and where an unfinished training stands."""
 
 PATCH = 4  # pixels of the side of an image's patches
 WIDTH, HEADS, MLP = 128, 4, 256
@@ -70,6 +70,8 @@ def train_clip(
     steps: int = 3000,
     batch_size: int = 256,
     seed: int = 0,
+    resume: bool = False,
+    minutes: float = 10.0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Retrieval:
@@ -80,7 +82,7 @@ def train_clip(
     the reverse. An auxiliary layer, discarded after training, predicts from the patches which words the captions
     contain, and labels of 0 and 1 where there are some; the first quarter of the steps trains the image encoder by
     these predictions alone, since by CLIP's loss a small ViT learns only colours for many hundred steps. Images are
-    shifted, blurred and made noisy as for `train_classifier`. The folder is written every ten minutes and at the end;
+    shifted, blurred and made noisy as for `train_classifier`. The folder is written at every checkpoint and at the end;
     `load_clip`, `load_classifier` and `transformers.CLIPModel` read it.
 
     Parameters
@@ -94,6 +96,10 @@ def train_clip(
         Number of batches, and pairs in each; no image comes twice in a batch.
     seed : int
         Seed of the initial weights, the order of the images, the captions and the augmentation.
+    resume : bool, default False
+        Continue the training in `out` from its last checkpoint, with the same images, captions and settings.
+    minutes : float, default 10
+        Time between checkpoints, the most that a kill costs.
     device : str or torch.device, optional
         By default the best available.
     progress : bool
@@ -107,7 +113,10 @@ def train_clip(
     Raises
     ------
     ValueError
-        If fewer images than one and a half batches have captions, or the size of the images does not fit.
+        If fewer images than one and a half batches have captions, the size of the images does not fit, or a training to
+        resume had other images, captions or settings.
+    FileNotFoundError
+        If there is no checkpoint to resume from.
     """
     out, device = paths.writable(out, folder=True), find_device(device)
     known = images.select([bool(texts) for texts in images.captions])
@@ -136,8 +145,10 @@ def train_clip(
         betas=(0.9, 0.98),
     )
     about = {"images": len(known), "fingerprint": known.fingerprint, "captions": sum(map(len, texts)), "seed": seed}
-    started = saved = time.monotonic()
-    bar = tqdm(range(steps), "training", unit="step", disable=not progress)
+    settings, parts = {**about, "steps": steps, "batch_size": batch_size}, (network, head, optimiser)
+    first, seconds = _restore(out / STATE, settings, parts, rng, generator) if resume else (0, 0.0)
+    saved, started = time.monotonic(), time.monotonic() - seconds
+    bar = tqdm(range(first, steps), "training", total=steps, initial=first, unit="step", disable=not progress)
     for step in bar:
         rows = rng.choice(rest, batch_size, replace=False)
         chosen = np.stack([tokens[row][rng.integers(len(tokens[row]))] for row in rows])
@@ -163,14 +174,32 @@ def train_clip(
             network.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
         if step % 50 == 49:
             bar.set_postfix(loss=f"{contrastive:.3f}", all=f"{float(loss.detach()):.3f}")
-        due = time.monotonic() - saved > 600
+        due = time.monotonic() - saved >= 60 * minutes
         if due or step == steps - 1:
             retrieval = _retrieve(network, pixels[torch.from_numpy(held)], np.stack([tokens[row][0] for row in held]))
             about |= {"steps": step + 1, "batch_size": batch_size, "last_loss": round(contrastive, 4)}
             about |= {"minutes": round((time.monotonic() - started) / 60, 1), "held_out": vars(retrieval)}
             _write(network, tokenizer, out, about=about)
             saved = time.monotonic()
+            if step < steps - 1:
+                states = [part.state_dict() for part in parts], rng.bit_generator.state, generator.get_state()
+                with written(out / STATE) as partial:
+                    torch.save((settings, step + 1, saved - started, *states), partial)
+    (out / STATE).unlink(missing_ok=True)
     return retrieval
+
+
+def _restore(path: Path, settings: dict, parts: tuple, rng: np.random.Generator, generator: torch.Generator):
+    """Go back to a checkpoint; returns the steps that are done and the seconds that they took."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
+    then, step, seconds, states, rng.bit_generator.state, drawn = torch.load(path, weights_only=True)
+    if differing := [name for name, value in settings.items() if then[name] != value]:
+        raise ValueError(f"the training in {path.parent} differs in: {', '.join(differing)}; give what it began with")
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+    generator.set_state(drawn)
+    return step, seconds
 
 
 def _train_tokenizer(texts):
