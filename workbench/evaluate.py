@@ -113,9 +113,9 @@ class Evaluation:
         fine, frequency = float(self.spectrum.iloc[-1]), self.spectrum.index[-1]
         if not LOW_POWER <= fine <= HIGH_POWER:
             cause = (
-                "too little fine detail: min-SNR weights neglect it in training (`--gamma inf` does not)"
+                "too little fine detail: sample without noise (eta 0) or in more steps, or train on with `--gamma inf`"
                 if fine < LOW_POWER
-                else "too much fine detail or noise: sample in more steps, or with eta 0"
+                else "too much fine detail, or noise: train on"
             )
             sentences.append(
                 f"From {frequency} cycles an image on, samples have {fine:.2f} times the power of real images, {cause}."
