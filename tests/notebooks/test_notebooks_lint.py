@@ -79,6 +79,14 @@ def test_shows_and_judges_images_not_latents(name):
             assert ".x0" not in ast.unparse(call)
 
 
+def test_says_with_how_much_noise_it_samples(name):
+    """Few steps with noise leave photographs flat, so their domain must be able to set eta."""
+    for call in calls(name):
+        if ast.unparse(call.func) in ("wb.sample", "wb.extract"):
+            given = {keyword.arg for keyword in call.keywords}
+            assert given & {"eta", "images", None}, ast.unparse(call)
+
+
 def test_cells_are_short_and_hold_no_machinery(name):
     for cell in code_cells(name):
         source = cell.source
