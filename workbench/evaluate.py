@@ -113,7 +113,7 @@ class Evaluation:
         fine, frequency = float(self.spectrum.iloc[-1]), self.spectrum.index[-1]
         if not LOW_POWER <= fine <= HIGH_POWER:
             cause = (
-                "too little fine detail: sample without noise (eta 0) or in more steps, or train on with `--gamma inf`"
+                "too little fine detail: sample without noise (eta 0) or in more steps, or train on"
                 if fine < LOW_POWER
                 else "too much fine detail, or noise: train on"
             )

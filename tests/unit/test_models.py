@@ -34,7 +34,7 @@ BUNDLED = {
     "avataaars32-h": "f6abe8066c1f7a14",
     "avataaars64": "3d7729cecc72861c",
     "avataaars32-text": "5be20648f671b35a",
-    "eurosat32": "c3a0e42b933ace3a",
+    "eurosat32": "fbecb56de3273143",
 }
 """The bundled models and their weights."""
 
