@@ -193,7 +193,7 @@ def _restore(path: Path, settings: dict, parts: tuple, rng: np.random.Generator,
     """Go back to a checkpoint; returns the steps that are done and the seconds that they took."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, so there is no training to resume; start one")
-    then, step, seconds, states, rng.bit_generator.state, drawn = torch.load(path, weights_only=True)
+    then, step, seconds, states, rng.bit_generator.state, drawn = torch.load(path, "cpu", weights_only=True)
     if differing := [name for name, value in settings.items() if then[name] != value]:
         raise ValueError(f"the training in {path.parent} differs in: {', '.join(differing)}; give what it began with")
     for part, state in zip(parts, states, strict=True):
