@@ -331,6 +331,7 @@ def test_a_boundary_survives_its_file(run, labels, boundary, tmp_path):
         if key != "normal":
             assert getattr(again, key) == getattr(boundary, key), key
     assert again.provenance["parameters"]["positives"] == labels.sum()
+    assert f"balanced accuracy {boundary.balanced_accuracy.value:.1%}" in repr(again)
     with pytest.raises(ValueError, match="length 1"):
         replace(boundary, normal=torch.full_like(boundary.normal, torch.nan))
     bare = boundary.orthogonal_to(fit_boundary(run, 1 - labels[::-1].to_numpy(), t=500, name="other"))
@@ -392,3 +393,5 @@ def test_samples_that_do_not_fit_are_refused(run, labels, store, boundary, tmp_p
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="a list is no Boundary"):
+        boundary.orthogonal_to([pair[1]])

@@ -132,6 +132,8 @@ def test_orthogonal_to_one_is_the_papers_formula_and_its_own_span_is_refused():
     for others, message in (([a, 2 * v - a], "nothing is left of d0.*span of"), ([], "at least one")):
         with pytest.raises(ValueError, match=message):
             v.orthogonal_to(*others)
+    with pytest.raises(TypeError, match="a list is no Direction"):
+        v.orthogonal_to([a, 2 * v - a])
 
 
 def test_orthogonal_to_is_idempotent_and_does_not_depend_on_order_length_or_repetition():

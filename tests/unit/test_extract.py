@@ -338,6 +338,7 @@ def test_an_overflow_is_named_and_never_stored(tiny, cache):
         ({}, "give either n, the number of samples, or seeds, or images"),
         ({"n": 2, "seeds": [1]}, "give either n"),
         ({"n": 0}, "n is 0; extract at least one sample"),
+        ({"n": range(2)}, "must be the number of samples"),
         ({"n": 2, "seed": -1}, "seeds must be integers"),
         ({"seeds": [3, 3]}, "seed 3 appears more than once"),
         ({"n": 2, "steps": 0}, "takes 1 to 1000 steps"),

@@ -96,6 +96,7 @@ def test_seeds_come_as_one_number_or_any_iterable():
         ([0, -1], r"integers from 0 to 2\*\*63 - 1, not -1..0"),
         ([2**63], "integers from 0"),
         ([0.5], "integers from 0"),
+        ("0-3", "not the text '0-3'"),
         ([1, 2, 1], "seed 1 appears more than once"),
     ],
 )

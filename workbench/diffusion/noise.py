@@ -29,8 +29,10 @@ def check_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If there is none, one is negative, or one appears twice (two equal seeds are one sample counted twice).
+        If there is none, one is negative or no integer, or one appears twice (two equal seeds are one sample).
     """
+    if isinstance(seeds, str):
+        raise ValueError(f"seeds must be integers, not the text {seeds!r}; pass e.g. seeds=range(4)")
     given = (seeds,) if isinstance(seeds, (int, np.integer)) else tuple(seeds)
     if not given:
         raise ValueError("no seeds were given; pass at least one, e.g. seeds=range(4)")

@@ -249,7 +249,8 @@ class Boundary:
         where = "arrays" if model is None else repr(model["name"])
         held_out = ""
         if self.accuracy is not None:
-            held_out = f", held-out accuracy {self.accuracy.value:.1%} of {self.accuracy.n}, 1 sd is {self.sigma:.3g}"
+            right = self.balanced_accuracy.value
+            held_out = f", held-out balanced accuracy {right:.1%} of {self.accuracy.n}, 1 sd is {self.sigma:.3g}"
         return f"Boundary({self.name!r} in {self.space} at t={self.t}, {self.provenance['method']}, {where}{held_out})"
 
     def _wide(self) -> np.ndarray:
@@ -257,6 +258,8 @@ class Boundary:
         return self.normal.flatten().double().numpy()
 
     def _check_same_space(self, other: Boundary) -> None:
+        if not isinstance(other, Boundary):
+            raise TypeError(f"a {type(other).__name__} is no Boundary; give each Boundary as an argument of its own")
         if (self.space, self.t, self.normal.numel()) != (other.space, other.t, other.normal.numel()):
             own, theirs = (f"{b.name} is in {b.space} at t={b.t}" for b in (self, other))
             raise ValueError(f"{own}, {theirs}; boundaries combine within one space and timestep")

@@ -369,6 +369,8 @@ class Direction:
         refuse_other_model(self.name, self.provenance["model"], model, whose=whose, condition=False)
 
     def _check_same_space(self, other: Direction) -> None:
+        if not isinstance(other, Direction):
+            raise TypeError(f"a {type(other).__name__} is no Direction; give each Direction as an argument of its own")
         self._refuse_other_model(other.provenance["model"], other.name)
         if other.timesteps != self.timesteps:
             own, theirs = (f"{d.name} has {_visits(d.timesteps)}" for d in (self, other))

@@ -250,6 +250,8 @@ def chunk_size(
 def _seeds(n: int | None, seeds: Iterable[int] | None, seed: int) -> tuple[int, ...]:
     if (n is None) == (seeds is None):
         raise ValueError("give either n, the number of samples, or seeds, or images to invert")
+    if seeds is None and not isinstance(n, (int, np.integer)):
+        raise ValueError(f"n is {n!r}, and must be the number of samples; the seeds of some are given as seeds=...")
     if seeds is None and n < 1:
         raise ValueError(f"n is {n}; extract at least one sample")
     return check_seeds(range(seed, seed + n) if seeds is None else seeds)
