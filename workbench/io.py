@@ -113,8 +113,8 @@ def commit() -> str | None:
 def code_hash(*modules: str) -> str:
     """Digest of modules and of all modules of this package that they import, directly or not.
 
-    Comments, docstrings and layout do not count. Modules are dotted names, such as "workbench.hspace.extract"; without
-    any, the digest is of the whole package.
+    What cannot change a result does not count: comments, docstrings, layout, texts of errors, checks that only raise,
+    and `__repr__`. Modules are dotted names, such as "workbench.hspace.extract"; without any, the digest is of all.
     """
     todo, seen = {*modules} or {*_files()}, {}
     while todo:
@@ -141,10 +141,19 @@ def _read(module: str) -> tuple[str, set[str]]:
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.body = [part for part in node.body if not _is_text(part)]
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            node.exc = node.exc.func
+        for block in ("body", "orelse", "finalbody"):
+            if isinstance(inside := getattr(node, block, None), list):
+                setattr(node, block, [part for part in inside if not _without_effect(part)])
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported & _files().keys()
 
 
-def _is_text(node: ast.stmt) -> bool:
+def _without_effect(node: ast.stmt) -> bool:
+    """Whether a statement is a text, a `__repr__`, or a check that only raises."""
+    if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) and not node.orelse:
+        kept = any(isinstance(part, ast.NamedExpr) for part in ast.walk(node.test))
+        return not kept and all(isinstance(part, ast.Assign) for part in node.body[:-1])
+    if isinstance(node, ast.FunctionDef):
+        return node.name == "__repr__"
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -301,7 +301,7 @@ def test_make_refuses_a_path_with_a_space_which_it_would_take_for_two(place, tmp
 # The code as an input
 
 
-def test_a_code_hash_follows_imports_and_no_words(tmp_path, monkeypatch):
+def test_a_code_hash_follows_imports_and_no_words_or_checks(tmp_path, monkeypatch):
     files = {
         "a": "from pkg import b\n",
         "b": "def f():\n    from pkg.c import g\n    return g\n",
@@ -324,6 +324,19 @@ def test_a_code_hash_follows_imports_and_no_words(tmp_path, monkeypatch):
         changed = hashes(c="def g():\n    return 2\n")
         assert [a == b for a, b in zip(before, changed, strict=True)] == [False, True, False]
         assert hashes(d="x = 2\n")[0] == before[0]
+        checked = (
+            "def g():\n    if a:\n        b = 2\n        raise {}\n    return 1\n\n\ndef __repr__():\n    return 2\n"
+        )
+        assert before == hashes(c=checked.format("ValueError(b)")) == hashes(c=checked.format("KeyError"))
+        for branch in (
+            "if a:\n        return 2",
+            "if a:\n        raise b\n    else:\n        a = 2",
+            "if a := 2:\n        raise b",
+        ):
+            assert before[0] != hashes(c=f"def g():\n    {branch}\n    return 1\n")[0], branch
+        caught = "def g():\n    try:\n        return 1\n    except ValueError as e:\n        raise {} from e\n"
+        assert hashes(c=caught.format("KeyError(1)")) == hashes(c=caught.format("KeyError(2)"))
+        assert hashes(c=caught.format("KeyError(1)"))[0] != hashes(c=caught.format("OSError(1)"))[0]
     finally:
         for known in (io.code_hash, io._files, io._read):
             known.cache_clear()
