@@ -220,7 +220,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     parts = ("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")
     if latent := [name for name in names if name.startswith(parts) or ".transformer_blocks." in name]:
         what = f"a whole latent or text-conditional model in one file (it has {latent[0]})"
-        raise ValueError(f"{path} is {what}; give its diffusers folder, or its hub id")
+        raise ValueError(
+            f"{path} is {what}; give its hub id, or a folder that diffusers makes of it: "
+            f"StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained(FOLDER)"
+        )
     found = [
         (where, name.removesuffix(anchor), layout, state)
         for where, state in states
