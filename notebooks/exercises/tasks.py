@@ -45,7 +45,7 @@ def _(x_t, eps, alpha_bar):
         rest / np.sqrt(a),
         "right. It is blurred where the noise hides the details: P_t is the mean of the images that x_t may come from.",
     )
-    yield rest, "you took the noise away, and what is left is sqrt(alpha_bar) times the image, which is too dark."
+    yield rest, "you took the noise away; what is left is sqrt(alpha_bar) times the image, too low in contrast."
     yield rest / a, "the image was multiplied by the root of alpha_bar; divide by the same number."
     yield (x_t + np.sqrt(1 - a) * eps) / np.sqrt(a), "the noise is in x_t with a plus; solve the equation for x0."
     yield (
@@ -420,7 +420,7 @@ prediction("5.5")
 def _(curve, level):
     above = [t for t, value in curve.items() if value >= level]
     stays = [t for t in curve if all(value >= level for u, value in curve.items() if u <= t)]
-    yield max(stays), "right: from there down to the image the decodings never disagree again."
+    yield max(stays), "right: from there down to the image the agreement never falls below the level again."
     yield max(above), "the curve falls below the level again after that; from the mixing step on it must *stay*."
     yield min(above), "that is the smallest timestep of all; asked is the largest from which on the curve stays above."
     yield (

@@ -153,7 +153,7 @@ def find_from_scores(
     seed: int = 0,
     progress: bool = True,
 ) -> Direction:
-    """Find the direction from the k samples of lowest score to the k of highest score (Haas et al., section 3.3).
+    """Find the direction from the k samples of lowest score to the k of highest score (Haas et al., eq. 11).
 
     Parameters
     ----------

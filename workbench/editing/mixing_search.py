@@ -72,7 +72,7 @@ def mixing_step(
     seed: int = 0,
     progress: bool = True,
 ) -> MixingStep:
-    """Estimate the mixing step: the timestep for a single move, noisy enough to adapt to it, clean enough to keep it.
+    """Estimate the mixing step: the timestep for one move, noisy enough to adapt to it, clean enough not to undo it.
 
     Zhu et al. 2023 edit once, at this step. Their automatic search is not in the released code, so this function offers
     six criteria; which of them agree is a finding about the model, see `analysis.mixing_criteria.agreement`.
