@@ -170,6 +170,19 @@ def test_a_camera_close_by_shows_pictures_and_what_is_in_view_can_be_selected(op
     assert state(page, "[...e.selected.a]") == inside.tolist()
 
 
+def test_what_is_in_view_is_that_of_the_map_that_was_worked_on_last(open_page):
+    page = open_page()
+    page.get_by_label("one camera").uncheck()
+    page.locator("canvas").nth(1).focus()
+    for _ in range(4):
+        page.get_by_role("button", name="zoom in").click()
+    page.get_by_role("button", name="Select what is in view").click()
+    assert (
+        state(page, "e.maps.map((map) => map.camera.k > 2)") == [False, True, False] and state(page, "e.view.map") == 1
+    )
+    assert state(page, "[...e.selected.a]") == state(page, "[...e.maps[1].visible()]")
+
+
 def test_the_colour_and_what_is_missing_are_told(open_page):
     page = open_page()
     legend = page.locator(".hx-legend")

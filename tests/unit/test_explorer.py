@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import io
 import json
@@ -24,6 +25,7 @@ from workbench.report import alive
 from workbench.report.pages import export_html
 from workbench.studio import payload
 from workbench.studio.explorer import Explorer
+from workbench.studio.worker import Worker
 
 STEPS, N = 4, 12
 
@@ -159,6 +161,42 @@ def test_another_selection_stops_the_one_that_is_being_measured(live, monkeypatc
     assert started.wait(20)
     live.select(range(5))
     assert live.wait(20) and dict(live.found["rows"])["samples"] == "A 5, B 7"
+
+
+def test_pictures_are_rendered_while_a_direction_is_measured_and_clearing_ends_it(live, monkeypatch):
+    started = threading.Event()
+
+    def slow(a, b, progress, **options):
+        started.set()
+        progress.wait(60)
+
+    monkeypatch.setattr(live.desk, "find", slow)
+    live.select(range(6))
+    assert started.wait(20) and not live.wait(0.01)
+    live.view = {**live.view, "pinned": 2}
+    live._on_message(live, {"ask": "predict"}, [])
+    assert live._worker.wait(20) and len(live.strips) == 1
+    live.say("finding the direction")
+    live.select([])
+    assert live.wait(20) and live.status == "" and live.selection is None
+
+
+def test_a_worker_stops_before_the_interpreter_ends(monkeypatch):
+    ends, started, stopped = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(atexit, "register", ends.append)
+
+    def task(progress):
+        started.set()
+        try:
+            progress.wait(60)
+        finally:
+            stopped.set()
+
+    worker = Worker(lambda part: None, lambda sentence: None)
+    worker.submit(task)
+    assert started.wait(20)
+    ends[0]()
+    assert stopped.is_set() and worker.wait(0)
 
 
 def test_a_button_renders_beside_a_control_saves_and_predicts(live, tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 
 import pytest
@@ -68,16 +69,32 @@ def test_an_explorer_is_opened_by_a_store(saved, tiny_folder, tmp_path):
         server.open_explorer(str(tmp_path / "none.zarr"))
 
 
-def test_the_pages_notebook_names_whole_paths(saved, tmp_path, monkeypatch):
+def test_the_page_finds_what_is_named_from_here(saved, tmp_path, monkeypatch):
     _, folder = saved
     monkeypatch.chdir(folder.parent)
-    options = server._absolute({"model": "avataaars32", "classifier": "", "directions": ["directions"], "steps": 4})
-    assert options == {"model": "avataaars32", "classifier": "", "directions": [str(folder)], "steps": 4}
-    (folder.parent / "avataaars-judge").mkdir()
-    named = {"model": "avataaars32", "classifier": "avataaars-judge"}
-    assert server._absolute(named) == named, "a bundled name stays one"
+    options = {"model": "avataaars32", "directions": ["directions"], "clip": "mine", "steps": 4}
     (cell,) = json.loads(json.dumps(server._notebook("open_studio", options, "title")))["cells"]
-    compile(cell["source"], "studio", "exec")
+    monkeypatch.chdir(tmp_path.parent)
+    found = {}
+    monkeypatch.setattr(server, "open_studio", lambda **given: found.update(given, here=os.getcwd()))
+    exec(cell["source"], {})
+    assert found == {**options, "here": str(folder.parent)}
+
+
+def test_mistakes_are_told_before_anything_is_served(saved, tiny_folder, tmp_path):
+    model, _ = saved
+    store = wb.extract(model, 6, steps=4, out=tmp_path / "some.zarr", progress=False)
+    studio = {"model": str(tiny_folder), "steps": 4, "device": "cpu"}
+    explorer = {"store": str(store.path), "model": "", "directions": None, "classifier": "", "device": "cpu"}
+    for serve, options, message in (
+        (server.serve_studio, studio | {"seeds": range(49)}, "holds 48 samples; 49 seeds"),
+        (server.serve_studio, studio | {"seeds": [1, 1]}, "seed 1 appears more than once"),
+        (server.serve_studio, studio | {"eta": 2.0}, "eta must lie in"),
+        (server.serve_explorer, explorer | {"methods": ["tsne"]}, "tsne"),
+        (server.serve_explorer, explorer | {"methods": ["pca"], "directions": ["x"]}, "need the store's model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            serve(options, on_ready=pytest.fail)
 
 
 def test_a_port_that_is_taken_is_a_sentence():

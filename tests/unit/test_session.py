@@ -13,6 +13,7 @@ from PIL import Image
 from planted import planted, planted_boundary
 
 import workbench as wb
+from workbench.diffusion.schedule import NoiseSchedule
 from workbench.directions.direction import Direction, load_direction, random_like
 from workbench.editing.cross import Cross
 from workbench.editing.edits import Shift
@@ -178,16 +179,17 @@ def test_a_strip_and_a_grid_are_their_cells(session):
     session.set_scale("hair", 0.5)
     session.set_window(600, 0)
     values = (-1.0, 0.0, 2.0)
-    strip, grid = session.strip("smile", values), session.grid("hair", "smile", values=values)
+    strip, grid = session.grid({"smile": values}), session.grid({"hair": values, "smile": values})
     assert strip.images.shape[:2] == (1, 3) and grid.images.shape[:2] == (3, 3)
+    assert session.grid({"hair": values[:2], "smile": values}).images.shape[:2] == (2, 3)
     assert grid.column_labels == ("smile\n-1 sigma", "smile\n+0 sigma", "smile\n+2 sigma")
     for column, scale in enumerate(values):
         session.set_scale("smile", scale)
         for hair, cell in ((0.5, strip.images[0, column]), *zip(values, grid.images[:, column], strict=True)):
             session.set_scale("hair", hair)
             same(session.render(), cell, **NEAR)
-    with pytest.raises(ValueError, match="two different controls"):
-        session.grid("hair", "hair", values=values)
+    with pytest.raises(ValueError, match="one or two controls"):
+        session.grid({})
 
 
 def test_a_path_begins_at_the_samples_own_h_and_ends_at_the_edited_one(session, run):
@@ -237,6 +239,22 @@ def test_a_preview_of_nothing_is_the_sample_and_one_of_a_late_window_takes_all_o
     session.set_scale("smile", 1.0)
     session.set_window(session.timesteps[-4], 0)
     same(session.render(preview=True), session.render().after)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_preview_ends_at_the_image_where_the_last_step_adds_noise_too(make_unet, offset):
+    """As on the schedule of Stable Diffusion, whose clean image has alpha_bar(0)."""
+    schedule = NoiseSchedule.linear()
+    schedule = replace(schedule, clean=float(schedule.alpha_bars[0]), offset=offset)
+    model = wb.wrap(make_unet(), schedule, name="like SD", device="cpu")
+    run = wb.sample(model, range(2), steps=STEPS, record_h=True, progress=False)
+    session = EditSession(model, run, planted(model, run, 1, "smile"))
+    session.set_scale("smile", 1e-7)
+    preview = session.render(preview=True)
+    same(preview, preview.before, **NEAR)
+    session.set_scale("smile", 1.0)
+    whole, preview = session.render(), session.render(preview=True)
+    assert 0 < (preview.after - whole.after).norm() < 0.5 * (whole.after - whole.before).norm()
 
 
 # History
@@ -307,7 +325,7 @@ def test_a_dropped_image_is_inverted_and_scale_zero_gives_it_back(session, tmp_p
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     for source in (tmp_path / "photo.png", (tmp_path / "photo.png").read_bytes()):
         k = session.add_image(source)
-    assert session.label(k) == f"image {k}"
+    assert session.label(k) == f"image {k}" and len(session.samples) == k + 1, "it was inverted once"
     session.pick(k)
     expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(session.render().before, expected)
@@ -339,6 +357,7 @@ def test_seeds_are_added_once_and_are_those_of_sample(session, tiny):
     session.pick(3)
     expected = wb.sample(tiny, [7], steps=STEPS, progress=False).x0[0]
     assert torch.equal(session.render().before, expected)
+    assert session.add_seeds([7, 2], eta=0.0) == [4, 5] and session.add_seeds([7]) == [3]
     with pytest.raises(ValueError, match="holds 48 samples"):
         session.add_seeds(range(100, 150))
 
@@ -377,7 +396,7 @@ def test_directions_of_other_steps_are_resampled_and_those_of_one_name_get_two(t
     [
         (lambda s: s.set_scale("beard", 1.0), "'beard'; there is smile, hair"),
         (lambda s: s.set_scale("smile", math.nan), "finite"),
-        (lambda s: s.grid("smile", "hair", values=[0.0, math.inf]), "smile is inf"),
+        (lambda s: s.grid({"smile": [0.0, math.inf], "hair": [0.0]}), "smile is inf"),
         (lambda s: s.set_distance("smile", 1.0), "no boundary 'smile'"),
         (lambda s: s.set_against("smile", ["smile"]), "against itself"),
         (lambda s: s.set_window(100, 500), "the noisier end first"),
@@ -422,6 +441,27 @@ def test_a_recipe_renders_again_bit_for_bit_and_is_reloaded_as_one_change(sessio
     assert not session.state.edits
 
 
+def test_a_recipe_that_is_replaced_leaves_nothing_of_the_old_one_behind(session, tmp_path):
+    path, folder = tmp_path / "edit.json", tmp_path / "edit.parts"
+    (folder / "notes.safetensors").parent.mkdir()
+    (folder / "notes.safetensors").write_bytes(b"the user's own")
+    for name in ("smile", "hair"):
+        session.reset()
+        session.set_scale(name, 1.0)
+        save_recipe(session, path)
+    (part,) = read_recipe(path)["directions"]
+    assert {file.name for file in folder.iterdir()} == {part["file"], "notes.safetensors"}
+    same(open_recipe(path, model=session.model).render(), session.render().after)
+
+
+def test_a_recipe_whose_sample_finds_no_place_adds_nothing(session, run, tiny, tmp_path):
+    path = save_recipe(edited(session), tmp_path / "edit.json")
+    full = EditSession(tiny, wb.sample(tiny, range(100, 148), steps=STEPS, progress=False), session.directions["hair"])
+    with pytest.raises(ValueError, match="holds 48 samples"):
+        apply_recipe(full, path)
+    assert list(full.directions) == ["hair"]
+
+
 def test_a_recipe_of_an_image_and_of_a_single_step_comes_back(session, tiny, run, tmp_path):
     inverted = wb.invert(tiny, run.x0[2:].clamp(-1, 1), steps=STEPS, method="edit-friendly", progress=False)
     session.pick(session.add_samples(inverted))
@@ -439,9 +479,9 @@ def test_boundaries_of_two_timesteps_are_not_crossed_in_one_step(tiny, run, boun
     names = list(session.boundaries)
     session.set_distance(names[0], 2.0)
     for call in (
-        lambda: session.strip(names[1], [-1.0, 1.0]),
-        lambda: session.grid(*names, values=[-1.0, 1.0]),
-        lambda: session.grid(*names[::-1], values=[-1.0, 1.0]),
+        lambda: session.grid({names[1]: [-1.0, 1.0]}),
+        lambda: session.grid(dict.fromkeys(names, [-1.0, 1.0])),
+        lambda: session.grid(dict.fromkeys(names[::-1], [-1.0, 1.0])),
     ):
         with pytest.raises(ValueError, match=f"is at t={T} and .* at t=249, so move to one of them"):
             call()

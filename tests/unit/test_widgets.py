@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from planted import planted, planted_boundary
 from small_models import COLOURS
@@ -143,6 +144,21 @@ def test_a_single_step_frees_the_boundaries_sliders_and_holds_the_others(studio)
     assert not studio.session.state.edits
 
 
+def test_a_grid_of_a_single_step_reaches_as_far_as_each_boundarys_slider(tiny, run, parts, monkeypatch):
+    both = [planted_boundary(tiny, space, 498, seed=seed) for seed, space in enumerate("hx")]
+    studio = EditStudio(tiny, run, [parts[0], *both])
+    studio.process.value = "single-step"
+    assert studio.wait()
+    grid, asked = studio.session.grid, []
+    monkeypatch.setattr(studio.session, "grid", lambda controls, **on: asked.append(controls) or grid(controls, **on))
+    for reach, slider in zip((3.0, 50.0), studio.distances.values(), strict=True):
+        slider.min, slider.max = -reach, reach
+    studio.views.selected_index = 2
+    assert studio.wait()
+    reaches = [slider.max for slider in studio.distances.values()]
+    assert reaches == [3.0, 50.0] and [max(values) for values in asked[-1].values()] == [50.0, 3.0]
+
+
 def test_views_are_computed_when_they_are_looked_at(studio):
     studio.scales["smile"].value = 1.0
     for view, widget in enumerate((studio.strip.shown, studio.grid.shown, studio.predictions.shown), start=1):
@@ -172,6 +188,22 @@ def test_the_map_shows_the_samples_and_the_edits_path_and_selected_ones_are_edit
     explorer.select([1, 3])
     explorer._on_message(explorer, {"ask": "take"}, [])
     assert studio.wait() and studio.session.state.sample == 1
+    studio.session.add_seeds([50])
+    studio.refresh()
+    assert studio.wait() and studio.map.explorer is not explorer and explorer.comm is None, "the old one is closed"
+
+
+def test_selected_samples_are_edited_as_the_store_has_them_also_beside_an_inverted_image(tiny, parts, tmp_path):
+    store = wb.extract(tiny, 6, steps=STEPS, out=tmp_path / "a.zarr", progress=False)
+    image = torch.from_numpy(store.images[5:]).clamp(-1, 1)
+    studio = EditStudio(tiny, wb.invert(tiny, image, steps=STEPS, progress=False), parts[:2], store=store)
+    studio.views.selected_index = 4
+    assert studio.wait()
+    studio.map.explorer.select([2, 3])
+    studio.map.explorer._on_message(studio.map.explorer, {"ask": "take"}, [])
+    assert studio.map.explorer.wait()
+    before = studio.session.render().before.numpy()
+    np.testing.assert_allclose(before, store.images[2], atol=1e-3)
 
 
 def test_a_direction_of_the_map_gets_a_slider(tiny, parts, tmp_path, monkeypatch):
@@ -316,7 +348,7 @@ def test_a_recipe_is_loaded_and_brings_its_own_sliders(studio, tiny, run, parts)
     np.testing.assert_array_equal(shown(other), shown(studio))
 
 
-def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio):
+def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio, monkeypatch):
     studio.scales["smile"].value = 1.0
     bundle = studio._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
@@ -324,6 +356,8 @@ def test_where_there_is_no_live_widget_a_picture_of_the_state_stands_in(studio):
     assert min(picture.size) > 100
     studio.scales["smile"].value = 3.0
     assert studio._repr_mimebundle_()["image/png"] != bundle["image/png"]
+    monkeypatch.setattr(studio.session, "render", lambda **_: (_ for _ in ()).throw(ValueError("no such edit")))
+    assert "image/png" not in studio._repr_mimebundle_()
 
 
 def test_two_studios_are_independent(studio, tiny, run, parts):

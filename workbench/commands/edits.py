@@ -378,7 +378,8 @@ def explore(
     if out is None:
         page.serve(serve_explorer, "explorer", settings)
     else:
-        explorer = open_explorer(**settings | {"model": model or "", "device": page.device})
+        alone = model is None and directions is None  # a page without a kernel has maps; edits need the model
+        explorer = open_explorer(**settings | {"model": "" if alone else model, "device": page.device})
         print(explorer.save_html(out, title=f"Explorer: {Path(store).name}").resolve())
 
 

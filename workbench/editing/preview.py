@@ -27,11 +27,13 @@ def abridged(plain: Trajectory, first: int, k: int) -> Trajectory:
     t = torch.tensor(visited, device=model.device)
     eps = model(x.to(model.device), t).cpu()
     noise, image = torch.zeros(len(visited), *plain.x_T.shape), None
+    after = torch.cat([x[1:], plain.x0])
     for j, pair in enumerate(schedule.pairs(visited)):
         sigma = schedule.sigma(*pair, 1.0)
         image = schedule.ddim_step(x[j], eps[j], pair, eta=1.0, noise=torch.zeros_like(x[j]) if sigma else None)
         if sigma:
-            noise[j, 0] = (x[j + 1] - image) / sigma
+            noise[j, 0] = (after[j] - image) / sigma
+            image = after[j]
     return replace(
         plain,
         x_T=x[:1],
@@ -60,10 +62,11 @@ def same_effect(plain: Trajectory, delta: torch.Tensor, rest: Trajectory, *, asy
     for pair, eta in zip(schedule.pairs(rest.timesteps), rest.etas, strict=True):
         begin = plain.timesteps.index(pair[0])
         end = plain.steps if pair[1] == CLEAN else plain.timesteps.index(pair[1])
+        whole = effect(pair, eta) or math.inf  # a last step from t = 0 may have none, where alpha_bar is 1 nowhere
         weights = [
             effect(pairs[i], plain.etas[i])
             * math.sqrt(schedule.alpha_bar(pair[1]) / schedule.alpha_bar(pairs[i][1]))
-            / effect(pair, eta)
+            / whole
             for i in range(begin, end)
         ]
         shortened.append(torch.einsum("i,i...->...", torch.tensor(weights), delta[begin:end]))

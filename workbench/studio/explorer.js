@@ -289,7 +289,8 @@ class Explorer {
   }
 
   zoom(by, map) {
-    const { camera } = map ?? this.maps[0];
+    map ??= this.current();
+    const { camera } = map;
     this.moveTo({ ...camera, k: camera.k * by }, map);
   }
 
@@ -318,8 +319,13 @@ class Explorer {
     this.choose([...own]);
   }
 
+  // The map that was last worked on.
+  current() {
+    return this.maps.find((each) => each.canvas === this.last) ?? this.maps[0];
+  }
+
   selectVisible() {
-    const map = this.maps.find((each) => each.canvas === this.last) ?? this.maps[0];
+    const map = this.current();
     this.choose([...map.visible()], null, this.maps.indexOf(map));
   }
 
@@ -528,7 +534,7 @@ class Explorer {
 
   listen() {
     for (const map of this.maps) map.camera = { x: this.view.x, y: this.view.y, k: this.view.k };
-    this.el.addEventListener("focusin", (event) => (this.last = event.target));
+    this.el.addEventListener("focusin", (event) => event.target.tagName === "CANVAS" && (this.last = event.target));
     const watched = new MutationObserver(() => this.recolour()), about = { attributes: true, attributeFilter: ["data-jp-theme-light", "class", "style"] };
     watched.observe(document.body, about);
     watched.observe(document.documentElement, about);

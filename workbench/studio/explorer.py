@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,9 @@ class Explorer(anywidget.AnyWidget):
         self.sides: tuple[list[int], list[int]] = ([], [])
         self._asked: dict[str, Callable[[Progress], None]] = {}
         self._finding: Progress | None = None
-        # The studio's own thread: a network is run by one at a time.
+        # A network is run by one thread at a time, the studio's own if there is a studio. To measure a direction takes
+        # no network, but minutes with many samples; sliders do not wait for it.
+        self._finder = Worker(lambda part: None, self._on_problem)
         self._worker = Worker(lambda part: None, self._on_problem) if studio is None else studio.worker
         live = desk is not None or studio is not None
         super().__init__(data=data, methods={} if desk is None else METHODS, live=live, **traits)
@@ -118,7 +121,7 @@ class Explorer(anywidget.AnyWidget):
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Wait until all computations finish; False after `timeout` seconds."""
-        return self._worker.wait(timeout)
+        return self._worker.wait(timeout) and self._finder.wait(timeout)
 
     def on_ask(self, what: str, words: str, action: Callable[[Progress], None]) -> None:
         """Offer something else to do with a selection."""
@@ -156,19 +159,22 @@ class Explorer(anywidget.AnyWidget):
     def _look(self) -> None:
         if self._finding is not None:
             self._finding.cancel()  # of many samples it takes minutes, and another selection is wanted now
+            self.say("")
         self.selection = None
         if self.desk is not None and self.sides[0]:
             sides, method = self.sides, self.method
             self._finding = self._submit(lambda progress: self._find(*sides, method, progress))
 
-    def _submit(self, action: Callable[[Progress], None]) -> Progress:
+    def _submit(
+        self, action: Callable[[Progress], None], worker: Worker | None = None, progress: Progress | None = None
+    ) -> Progress:
         def task(progress: Progress) -> None:
             try:
                 action(progress)
             except (ValueError, OSError) as error:
                 self._on_problem(str(error))
 
-        return self._worker.submit(task)
+        return (worker or self._worker).submit(task, progress)
 
     def _find(self, a: list[int], b: list[int], method: str, progress: Progress) -> None:
         self.say("finding the direction")
@@ -179,6 +185,9 @@ class Explorer(anywidget.AnyWidget):
         words["pictures"] = list(zip(pictures, captions, strict=True))
         progress.wait(0.0)  # nothing is shown of a selection that was left
         self.found = words | {"note": "measuring it at all timesteps"}
+        self._submit(lambda progress: self._measure(a, b, method, words, progress), self._finder, progress)
+
+    def _measure(self, a: list[int], b: list[int], method: str, words: dict, progress: Progress) -> None:
         found = self.desk.find(a, b or None, progress, t=self.t, method=method, name=self.name)
         progress.wait(0.0)
         self.selection = found
@@ -186,6 +195,7 @@ class Explorer(anywidget.AnyWidget):
         self.say("")
 
     def _chosen(self) -> Selection:
+        self._finder.wait(threading.TIMEOUT_MAX)
         if self.selection is None:
             raise ValueError("no direction is found yet; select at least 2 samples as A")
         return self.selection.named(self.name)

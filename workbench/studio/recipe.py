@@ -62,6 +62,7 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
     run = session.samples[state.sample]
     folder = _folder_of(path)
     folder.mkdir(parents=True, exist_ok=True)
+    replaced = _files_of(path)
     names = dict.fromkeys([*state.scales, *(other for name in state.scales for other in state.against.get(name, ()))])
     recipe = {
         "format": FORMAT,
@@ -88,7 +89,10 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
         ],
         "result": result_of(session.render(state=state)),
     }
-    return write_text(path, json.dumps(recipe, indent=1))
+    write_text(path, json.dumps(recipe, indent=1))
+    for file in replaced - _files_of(path):
+        _part(path, file).unlink(missing_ok=True)
+    return path
 
 
 def open_recipe(path: str | Path, *, model: Model | None = None, classifier: Classifier | None = None) -> EditSession:
@@ -136,12 +140,12 @@ def apply_recipe(session: EditSession, path: str | Path) -> None:
     if tuple(recipe["timesteps"]) != session.timesteps:
         steps = f"{path} has {len(recipe['timesteps'])} steps and this session {len(session.timesteps)}"
         raise ValueError(f"{steps}; render it with `workbench edit`, or open it by itself")
-    named: dict[str, str] = {}
+    k, named = _sample_of(recipe, path, session), {}
     for name, part in parts.items():
         named[name] = _place_of(part, session, taken=named.values())
     state = EditState(
         t_range=tuple(recipe["t_range"]),
-        sample=_sample_of(recipe, path, session),
+        sample=k,
         scales={named[d["name"]]: d["scale"] for d in recipe["directions"]},
         distances={named[b["name"]]: b["distance"] for b in recipe["boundaries"]},
         against={named[d["name"]]: tuple(named[o] for o in d["against"]) for d in recipe["directions"] if d["against"]},
@@ -186,6 +190,16 @@ def result_of(rendering: Rendering) -> dict:
 
 def _folder_of(path: Path) -> Path:
     return path.with_suffix(".parts")
+
+
+def _files_of(path: Path) -> set[str]:
+    """Names of the parts of a recipe; none where there is no recipe."""
+    try:
+        recipe = read_recipe(path)
+    except (OSError, ValueError):
+        return set()
+    image = recipe["sample"].get("image")
+    return {each["file"] for each in (*recipe["directions"], *recipe["boundaries"])} | ({image} if image else set())
 
 
 def _part(path: Path, name: str) -> Path:

@@ -109,20 +109,23 @@ class Renderings:
         if runs.timesteps != self.timesteps:
             raise ValueError(f"the samples visit {runs.steps} timesteps, this session's visit {len(self.timesteps)}")
         first = len(self.samples)
-        if first + len(runs) > MOST_SAMPLES:
-            raise ValueError(f"a session holds {MOST_SAMPLES} samples; it has {first}, and {len(runs)} were given")
+        self._refuse_more(len(runs))
         self.samples += [replace(runs[k], h=None, x=None, batch_size=1) for k in range(len(runs))]
         return first
 
-    def add_seeds(self, seeds: Iterable[int], *, progress: Progress | None = None) -> list[int]:
-        """Sample seeds that are not there yet, like the first samples; returns the positions of all of them."""
+    def add_seeds(
+        self, seeds: Iterable[int], *, eta: float | Sequence[float] | None = None, progress: Progress | None = None
+    ) -> list[int]:
+        """Sample seeds that are not there yet, by default with the eta of the first samples; returns all positions."""
+        if eta is None:
+            eta = self.etas if self.samples[0].stored_noise is None else 1.0
+        etas = self.model.schedule.etas(eta, len(self.timesteps))
         seeds = list(dict.fromkeys(int(seed) for seed in seeds))
-        known = {run.seeds[0]: k for k, run in enumerate(self.samples) if run.seeds is not None}
+        known = {run.seeds[0]: k for k, run in enumerate(self.samples) if run.seeds is not None and run.etas == etas}
         new = [seed for seed in seeds if seed not in known]
         if new:
             progress = progress or Progress()
             progress.expect(len(new) * len(self.timesteps))
-            etas = self.etas if self.samples[0].stored_noise is None else 1.0
             first = self.add_samples(sample(self.model, new, steps=self.timesteps, eta=etas, progress=progress))
             known |= {seed: first + k for k, seed in enumerate(new)}
         return [known[seed] for seed in seeds]
@@ -130,7 +133,7 @@ class Renderings:
     def add_image(
         self, image: str | Path | bytes | torch.Tensor | Image.Image, *, progress: Progress | None = None
     ) -> int:
-        """Invert an image by "fixed-point", to edit it like a sample; returns its position.
+        """Invert an image by "fixed-point", to edit it like a sample; returns its position, an old one if it is there.
 
         Parameters
         ----------
@@ -150,9 +153,18 @@ class Renderings:
         if isinstance(image, str | Path | bytes):
             image = load_image(image, self.model.image_shape)
         image, progress = check_images([image], self.model), progress or Progress()
+        latent = self.model.to_latents(image)
+        for k, run in enumerate(self.samples):
+            if run.seeds is None and run.stored_noise is None and torch.equal(run.x0, latent):
+                return k
+        self._refuse_more(1)
         progress.expect(2 * len(self.timesteps))  # it makes two passes a step
         options = {"steps": self.timesteps, "method": "fixed-point", "progress": progress}
         return self.add_samples(invert(self.model, image, **options))
+
+    def _refuse_more(self, n: int) -> None:
+        if len(self.samples) + n > MOST_SAMPLES:
+            raise ValueError(f"a session holds {MOST_SAMPLES} samples; it has {len(self.samples)}, and {n} were given")
 
     def label(self, k: int) -> str:
         """Name of a sample: its seed, or its position if it is an image."""
@@ -194,7 +206,8 @@ class Renderings:
     def direction(self, state: EditState | None = None) -> Direction:
         """All that is pulled as one direction, of scale 1, within the window of timesteps.
 
-        `wb.edit(model, run, direction)` with it gives the image of this session, bit for bit.
+        `wb.edit(model, run, direction)` with the sample gives the image of this session, bit for bit, if the process is
+        symmetric and the eta the sample's own; of an inverted image with `residual=True`.
 
         Raises
         ------
@@ -256,48 +269,48 @@ class Renderings:
             after[later] = predicted_images(run, [positions[k] - first for k in later])
         return Predictions(timesteps, before, after)
 
-    def strip(self, name: str, values: Sequence[float], *, progress: Progress | None = None) -> EditGrid:
-        """The edit with one of its controls at several values.
+    def grid(self, controls: Mapping[str, Sequence[float]], *, progress: Progress | None = None) -> EditGrid:
+        """The edit with one or two of its controls at several values.
 
         Parameters
         ----------
-        name : str
-            A direction, or a boundary for the process "single-step".
-        values : sequence of float
-            Scales in sigma, or signed distances.
+        controls : mapping of str to sequence of float
+            Scales in sigma by direction, or, for the process "single-step", signed Euclidean distances by boundary.
         progress : Progress, optional
 
         Returns
         -------
         EditGrid
-            One row.
-        """
-        return self._grid({name: values}, progress)
-
-    def grid(self, down: str, across: str, *, values: Sequence[float], progress: Progress | None = None) -> EditGrid:
-        """The edit with two of its controls at several values each.
-
-        Parameters
-        ----------
-        down, across : str
-            Two different ones, as in `strip`.
-        values : sequence of float
-            Of both.
-        progress : Progress, optional
-
-        Returns
-        -------
-        EditGrid
-            One row per value of `down`, one column a value of `across`.
+            One column a value of the last control; one row, or one per value of the first of two.
 
         Raises
         ------
         ValueError
-            If both are the same.
+            If a control is unknown or has no values, or there are more than two.
         """
-        if down == across:
-            raise ValueError(f"a grid shows two different controls, not {down} twice")
-        return self._grid({down: values, across: values}, progress)
+        state, progress = self.state, progress or Progress()
+        single = state.process == "single-step"
+        what, among, unit = ("distances", self.boundaries, "") if single else ("scales", self.directions, " sigma")
+        if not 1 <= len(controls) <= 2:
+            raise ValueError(f"a grid has one or two controls, not {len(controls)}")
+        for name, values in controls.items():
+            known(name, among, "boundary" if single else "direction")
+            if not len(values):
+                raise ValueError(f"there are no values of {name} to show; give some")
+            for value in values:
+                finite(value, name)
+        plain, plans = self._plain(state, progress), []
+        for cell in itertools.product(*controls.values()):
+            pulled = {**getattr(state, what), **dict(zip(controls, cell, strict=True))}
+            plans.append(self._plan(replace(state, **{what: pulled}), progress))
+        progress.expect(sum(plan.steps for plan in plans if plan is not plain))
+        images = run_plans(plain, [plans], residual=plain.residual is not None, progress=progress)[0, 0]
+        labels = [tuple(f"{name}\n{value:+g}{unit}" for value in values) for name, values in controls.items()]
+        rows, columns = labels if len(labels) == 2 else ((self.label(state.sample),), labels[0])
+        seeds = self.samples[state.sample].seeds
+        about = {"model": self.model.provenance(), "seeds": None if seeds is None else list(seeds)}
+        about |= {"timesteps": list(self.timesteps), "process": state.process, "t_range": list(state.t_range)}
+        return EditGrid(images.unflatten(0, (len(rows), len(columns))), rows, columns, about)
 
     def path(self, t: int, *, progress: Progress | None = None) -> np.ndarray:
         """h_t of the sample while the edit grows from nothing to all of it in five steps, for a map of h-space.
@@ -328,30 +341,6 @@ class Renderings:
             edited = None if run.edit is None else run.edit.change(j, h, slice(None))
             found.append(h if edited is None else edited)
         return torch.cat(found).flatten(1).numpy()
-
-    def _grid(self, controls: Mapping[str, Sequence[float]], progress: Progress | None) -> EditGrid:
-        """The edit at all combinations of the values of one or two controls."""
-        state, progress = self.state, progress or Progress()
-        single = state.process == "single-step"
-        what, among, unit = ("distances", self.boundaries, "") if single else ("scales", self.directions, " sigma")
-        for name, values in controls.items():
-            known(name, among, "boundary" if single else "direction")
-            if not len(values):
-                raise ValueError(f"there are no values of {name} to show; give some")
-            for value in values:
-                finite(value, name)
-        plain, plans = self._plain(state, progress), []
-        for cell in itertools.product(*controls.values()):
-            pulled = {**getattr(state, what), **dict(zip(controls, cell, strict=True))}
-            plans.append(self._plan(replace(state, **{what: pulled}), progress))
-        progress.expect(sum(plan.steps for plan in plans if plan is not plain))
-        images = run_plans(plain, [plans], residual=plain.residual is not None, progress=progress)[0, 0]
-        labels = [tuple(f"{name}\n{value:+g}{unit}" for value in values) for name, values in controls.items()]
-        rows, columns = labels if len(labels) == 2 else ((self.label(state.sample),), labels[0])
-        seeds = self.samples[state.sample].seeds
-        about = {"model": self.model.provenance(), "seeds": None if seeds is None else list(seeds)}
-        about |= {"timesteps": list(self.timesteps), "process": state.process, "t_range": list(state.t_range)}
-        return EditGrid(images.unflatten(0, (len(rows), len(columns))), rows, columns, about)
 
     def _project(self, name: str, others: tuple[str, ...]) -> Direction:
         if not others:
@@ -405,7 +394,7 @@ class Renderings:
         if plan.steps <= self.preview_steps:
             return plan
         first = plain.steps - plan.steps
-        key = (state.sample, state.eta, first)
+        key = (state.sample, state.eta, first, self.preview_steps)
         if key not in self._rests:
             _keep(self._rests, key, abridged(plain, first, self.preview_steps))
         rest, asymmetric = self._rests[key], state.process == "asymmetric"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,12 @@ from nbformat.v4 import new_code_cell, new_notebook
 from traitlets.config import Config
 
 from workbench import paths
+from workbench.analysis.maps import METHODS
 from workbench.datasets.classifiers import load_classifier
 from workbench.datasets.clip import load_clip
 from workbench.diffusion.loading import load_model
 from workbench.diffusion.models import Model
+from workbench.diffusion.noise import check_seeds
 from workbench.diffusion.sampling import sample
 from workbench.diffusion.schedule import index_of
 from workbench.directions.boundary import Boundary
@@ -26,8 +29,10 @@ from workbench.directions.direction import Direction
 from workbench.directions.pca import find_pca
 from workbench.hspace.extract import extract
 from workbench.hspace.store import open_store
+from workbench.io import one_of
 from workbench.studio.explorer import Explorer, explore
 from workbench.studio.recipe import load_editable
+from workbench.studio.renderings import MOST_SAMPLES
 from workbench.studio.widgets import EditStudio
 
 WORDS_SAMPLES = 256
@@ -40,6 +45,9 @@ def serve_studio(options: dict, **page: Any) -> None:
 
     def check() -> None:
         model = load_model(options["model"], device=options.get("device"), **options.get("condition", {}))
+        model.schedule.etas(options.get("eta", 1.0), 1)
+        if len(check_seeds(options.get("seeds", range(8)))) > MOST_SAMPLES:
+            raise ValueError(f"a studio holds {MOST_SAMPLES} samples; {len(options['seeds'])} seeds were given")
         find_editables(model, options.get("directions"), model.schedule.timesteps(options.get("steps", 50)))
         if options.get("classifier"):
             load_classifier(options["classifier"], device=options.get("device"))
@@ -79,10 +87,10 @@ def serve(
     config.Voila.log_level = "ERROR"
     # Voila's page asks a server elsewhere for its icons; this one works without a network, and tells nobody.
     config.Voila.tornado_settings = {"headers": {"Content-Security-Policy": _OWN_SOURCES}}
-    config.VoilaConfiguration.update(theme=theme, strip_sources=True)
+    config.VoilaConfiguration.update(theme=theme, strip_sources=True, show_tracebacks=True)
     with TemporaryDirectory(prefix="studio-") as folder:
         notebook = Path(folder) / "studio.ipynb"
-        notebook.write_text(json.dumps(_notebook(function, _absolute(options), title)), encoding="utf-8")
+        notebook.write_text(json.dumps(_notebook(function, options, title)), encoding="utf-8")
         app = Voila.instance(config=config)
         # As arguments, since a voila.json of the user's would come before the configuration, and may open the page to
         # all. They stay in this process: other users of the machine don't see the token.
@@ -118,13 +126,20 @@ def open_explorer(
 
 def serve_explorer(options: dict, **page: Any) -> None:
     """Serve an explorer; `options` are arguments of `open_explorer`, as JSON can hold them. `page` as of `serve`."""
-    named = [options[key] for key in ("store", "model", "directions", "classifier", "device")]
-    serve("open_explorer", options, lambda: _named(*named), title="h-space explorer", **page)
+
+    def check() -> None:
+        for method in options["methods"]:
+            one_of("method", method, METHODS)
+        _named(*(options[key] for key in ("store", "model", "directions", "classifier", "device")))
+
+    serve("open_explorer", options, check, title="h-space explorer", **page)
 
 
 def _named(store: str, model: str | None, directions: Sequence[str] | None, classifier: str, device: str | None):
     """Store, model, editables and classifier that the arguments of `open_explorer` name; raises as it does."""
     opened, loaded, found = open_store(store), None, []
+    if model == "" and directions is not None:
+        raise ValueError("directions need the store's model; leave out model=''")
     if model != "":
         own = opened.provenance["model"]
         try:
@@ -202,21 +217,10 @@ def find_editables(model: Model, named: Sequence[str] | None, timesteps: Sequenc
     return [load(path) for path in files]
 
 
-def _absolute(options: dict) -> dict:
-    """The same, with whole paths: the page's kernel runs in another folder."""
-    from workbench.report.sources import from_here
-
-    given = {f"{key}_name": options[key] for key in ("model", "classifier") if options.get(key)}
-    changed = {key.removesuffix("_name"): value for key, value in from_here(given).items()}
-    if options.get("store") and not paths.is_address(options["store"]):
-        changed["store"] = str(paths.local(options["store"]).absolute())
-    if options.get("directions") is not None:
-        changed["directions"] = [str(paths.local(name).absolute()) for name in options["directions"]]
-    return options | changed
-
-
 def _notebook(function: str, options: dict, title: str) -> dict:
-    cell = new_code_cell(f"from workbench.studio.server import {function}\n\n{function}(**{options!r})")
+    # The page's kernel starts in the folder of the notebook, and names of files are meant from here.
+    imports = f"import os\n\nfrom workbench.studio.server import {function}\n\nos.chdir({os.getcwd()!r})"
+    cell = new_code_cell(f"{imports}\n{function}(**{options!r})")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return new_notebook(cells=[cell], metadata={"kernelspec": kernel, "title": title})
 

@@ -70,14 +70,11 @@ class Edits(View):
         if not {*chosen} <= {*(self.session.boundaries if single else self.session.directions)}:
             return  # the choosers follow the state's process a moment later
         values = _STRIP if len(chosen) == 1 else _GRID
-        if single:  # distances as far apart as the boundary's slider reaches
-            reach = self.studio.distances[chosen[-1]].max
-            values = [round(reach * value / max(values), 2) for value in values]
-        if len(chosen) == 1:
-            grid = self.session.strip(*chosen, values, progress=progress)
-        else:
-            grid = self.session.grid(*chosen, values=values, progress=progress)
-        self.shown.value = cells(grid)
+        controls = dict.fromkeys(chosen, values)
+        if single:  # distances as far apart as each boundary's slider reaches
+            reaches = {name: self.studio.distances[name].max for name in chosen}
+            controls = {name: [round(reach * k / max(values), 2) for k in values] for name, reach in reaches.items()}
+        self.shown.value = cells(self.session.grid(controls, progress=progress))
 
 
 class Timesteps(View):
@@ -125,7 +122,10 @@ class Map(View):
         wanted = self.method.value, len(session.samples if store is None else store)
         if wanted != self._made:
             self.studio.say("making the map")
+            before = self.explorer
             self.explorer, self._made = self._explore(wanted[0], progress), wanted
+            if before is not None:
+                before.close()
             self.explorer.on_ask("take", "Edit these samples", self._take)
             self.children = [self.children[0], self.explorer, self.shown]
             self.studio.say("")
@@ -154,7 +154,8 @@ class Map(View):
         if store is None:
             positions = taken
         elif store.seeds is not None:
-            positions = self.session.add_seeds([store.seeds[i] for i in taken], progress=progress)
+            eta = store.provenance["etas"]
+            positions = self.session.add_seeds([store.seeds[i] for i in taken], eta=eta, progress=progress)
         else:
             images = torch.from_numpy(np.stack([store.images[i] for i in taken]))
             positions = [self.session.add_image(image.clamp(-1, 1), progress=progress) for image in images]

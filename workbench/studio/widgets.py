@@ -11,7 +11,7 @@ import base64
 import html
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import anywidget
@@ -117,21 +117,23 @@ class EditStudio(widgets.VBox):
     def figure(self, state: EditState | None = None) -> plots.Figure:
         """Draw an edit, by default the current one: before, after, difference, and scores."""
         rendering = self.session.render(state=state)
-        seed = self.session.label(rendering.state.sample)
+        run, seed = self.session.samples[rendering.state.sample], self.session.label(rendering.state.sample)
+        eta = float(np.mean(run.etas)) if rendering.state.eta is None else rendering.state.eta
         return plots.before_after(
             rendering.before,
             rendering.after,
             scores=self.session.read_out(rendering),
-            caption=f"{seed} of {self.session.model.name}, {len(self.session.timesteps)} steps: "
+            caption=f"{seed} of {self.session.model.name}, {len(self.session.timesteps)} steps, eta {eta:.3g}: "
             f"{describe(rendering.state)}.",
         )
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         # Where there is no live widget, as in an exported report, the picture of the current state stands in.
         self.wait()
-        return super()._repr_mimebundle_(**kwargs) | {
-            "image/png": base64.b64encode(self.figure()._repr_png_()).decode("ascii")
-        }
+        bundle = super()._repr_mimebundle_(**kwargs)
+        with suppress(ValueError):  # an edit that can't be made; the studio shows the reason
+            bundle["image/png"] = base64.b64encode(self.figure()._repr_png_()).decode("ascii")
+        return bundle
 
     # Layout; sizes are in studio.css.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -29,13 +30,14 @@ class Worker:
         self._image: Progress | None = None
         self._thread: threading.Thread | None = None
 
-    def submit(self, task: Task) -> Progress:
-        """Do this after all that was asked for before; its progress can be cancelled."""
-        progress = Progress(self._on_progress)
+    def submit(self, task: Task, progress: Progress | None = None) -> Progress:
+        """Do this after all that was asked for before; its progress, by default a new one, can be cancelled."""
+        progress = progress or Progress(self._on_progress)
         with self._condition:
             self._tasks.append((task, progress))
             self._condition.notify_all()
             if self._thread is None:
+                atexit.register(self._end)
                 self._thread = threading.Thread(target=self._loop, daemon=True, name="edit-studio")
                 self._thread.start()
         return progress
@@ -51,6 +53,13 @@ class Worker:
         """Wait until there is nothing to do; False if that takes longer than `timeout` seconds."""
         with self._condition:
             return self._condition.wait_for(lambda: not self._tasks, timeout)
+
+    def _end(self) -> None:
+        """Stop before the interpreter ends, which would abort a thread inside of torch."""
+        with self._condition:
+            for _, progress in self._tasks:
+                progress.cancel()
+        self.wait()
 
     def _loop(self) -> None:
         while True:
