@@ -22,7 +22,12 @@ def main(folder: str, *extras: str) -> int:
     python = Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     if not python.exists():
         print(f"making the environment {folder}", flush=True)
-        venv.create(folder, with_pip=True)
+        venv.create(folder)
+    # An earlier start may have been interrupted before there was a pip.
+    missing = subprocess.run([python, "-c", "import pip"], stderr=subprocess.DEVNULL).returncode
+    if missing and subprocess.run([python, "-m", "ensurepip"], capture_output=True).returncode:
+        print("this Python cannot install pip; install python3-venv, or choose another with PYTHON=", file=sys.stderr)
+        return 2
     version = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, text=True, check=True).stdout
     bar = "raw" if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (24, 1) else "off"  # what older ones lack
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)

@@ -173,8 +173,8 @@ class Evaluation:
         card = folder / CARD
         text = card.read_text(encoding="utf-8") if card.is_file() else new_card(folder)
         section = f"{BEGIN}\n{self.to_markdown()}\n{END}"
-        before, begin, rest = text.partition(BEGIN)
-        after = rest.partition(END)[2] if begin else "\n"
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2] if END in rest else f"\n{rest}"
         write_text(card, f"{before.rstrip()}\n\n{section}{after}")
         write_text(folder / NUMBERS, json.dumps(self.numbers(), indent=2) + "\n")
         return card

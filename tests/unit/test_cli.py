@@ -338,8 +338,12 @@ def test_boundaries_are_fitted_saved_and_crossed(tiny_folder, tmp_path, capsys, 
     status, said, _ = run(capsys, "boundary", "fit", *common, "--t", 500, "-o", out, "--n", 60)
     files = sorted(path for path in out.iterdir() if "Smiling" in path.name)
     # Of all labels of two classes; the bundled ones hold an angle as well.
-    assert status == 0 and "held-out accuracy" in said and len(files) == 2
+    assert status == 0 and "held-out balanced accuracy" in said and len(files) == 2
     assert re.search("left out .*Tilt", said) and not list(out.glob("*Tilt*"))
+    before = {path: path.read_bytes() for path in files}
+    by_network = ("--classifier", "avataaars", "--attributes", "Smiling", "--n", 12)
+    run(capsys, "boundary", "fit", *common, "--t", 500, "-o", out, *by_network)
+    assert before == {path: path.read_bytes() for path in files}, "those of labelled images stay"
     few = ("boundary", "fit", *common, "--t", 500, "-o", tmp_path / "few", "--n")
     status, _, said = run(capsys, *few, 2)
     assert status == 2 and "no attribute has 3 of 2 samples in both classes; raise --n" in said

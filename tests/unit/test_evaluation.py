@@ -149,6 +149,9 @@ def test_the_card_holds_the_numbers_once(drawn, noisy, tmp_path):
     assert numbers["frequencies"][0] == noisy.frequencies.reset_index().iloc[0].to_dict()
     frechet = noisy.distances.xs("frechet", level="measure")["ratio"]
     assert [row["ratio"] for row in numbers["distances"]] == [frechet.iloc[0], None, frechet.iloc[1], None]
+    card.write_text(text.replace(END, ""))
+    drawn.write(tmp_path)
+    assert card.read_text().endswith("\nAnd after it.\n") and drawn.to_markdown() in card.read_text()
 
 
 def test_a_new_card_says_what_the_training_was(tmp_path):

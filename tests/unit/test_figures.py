@@ -120,16 +120,18 @@ def test_each_notebook_runs_once_with_the_parameters_that_it_has(home, tmp_path,
     write_notebook(home / "notebooks" / "10_first.ipynb", CELL, CELL.replace("fig4", "fig5"), parameters=PARAMETERS)
     second = PARAMETERS + "\nn: int = 3"
     write_notebook(home / "notebooks" / "20_second.ipynb", CELL.replace("haas-fig4", "zhu-e3"), parameters=second)
-    (home / "profiles" / "small.yaml").write_text("common: {steps: 4}\nnotebooks: {20_second: {seed: 9}}\n")
+    (home / "profiles" / "small.yaml").write_text(
+        "timeout: 77\ncommon: {steps: 4}\nnotebooks: {20_second: {seed: 9}}\n"
+    )
     ran = {}
-    monkeypatch.setattr(notebooks, "run_notebook", lambda name, values, out: ran.update({name: values}))
+    monkeypatch.setattr(notebooks, "run_notebook", lambda name, values, out, **on: ran.update({name: values}, on=on))
     options = {"out": tmp_path, "profile": "small"}
     assert figures.draw_figure("all", parameters={"n": "12", "seed": 1}, **options) == []
     both = {"steps": 4, "seed": 1, "figures": str(tmp_path)}
-    assert ran == {"10_first": both, "20_second": both | {"n": 12}}
+    assert ran == {"10_first": both, "20_second": both | {"n": 12}, "on": {"timeout": 77}}
     ran.clear()
     figures.draw_figure(["haas-fig4", "haas-fig5"], **options)
-    assert ran == {"10_first": {"steps": 4, "figures": str(tmp_path)}}
+    assert ran == {"10_first": {"steps": 4, "figures": str(tmp_path)}, "on": {"timeout": 77}}
     with pytest.raises(ValueError, match="10_first.* no parameter 'n'"):
         figures.draw_figure("haas-fig4", parameters={"n": 12}, **options)
     with pytest.raises(ValueError, match="no figure 'haas-fig99'.*haas-fig4"):

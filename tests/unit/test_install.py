@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,25 @@ Collecting tqdm
 Installing collected packages: tqdm, torch
 Successfully installed torch-2.13.0 tqdm-4.70.1
 """.splitlines(keepends=True)
+
+
+def test_an_environment_that_was_left_without_pip_gets_one(tmp_path, monkeypatch):
+    venv.create(tmp_path / "half", with_pip=False)
+    asked = []
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **on: (
+            asked.append(command) or start([sys.executable, "-c", ""], **on)
+            if "install" in command
+            else start(command, **on)
+        ),
+    )
+    monkeypatch.setattr(install, "compile_packages", lambda python: 0)
+    assert install.main(str(tmp_path / "half")) == 0
+    ((python, *_),) = asked
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def test_a_log_names_what_is_large_and_how_much_it_was(capsys):

@@ -288,6 +288,12 @@ class TestRun:
         here = f"{tmp_path}/models"
         assert others == {"images_name": here, "judge_name": "avataaars-judge", "model_name": here}
 
+    def test_a_notebook_that_is_no_report_is_not_replaced(self, home, notebook):
+        before = notebook.read_bytes()
+        with pytest.raises(ValueError, match="would be replaced"):
+            notebooks.run_notebook("10", out=notebook, progress=False)
+        assert notebook.read_bytes() == before
+
     def test_runs_with_the_given_values_and_says_how(self, home, notebook):
         given = {"steps": np.int64(4), "eta": 1, "scales": (0, np.float32(0.5)), "model_name": Path("some/where")}
         report = notebooks.run_notebook("10", given, progress=False)
@@ -412,6 +418,14 @@ class TestHtml:
         page = self.export(tmp_path, script, new_markdown_cell("# A <i>b</i>\n\nSome <em>other</em> words"))
         assert "cdn" not in page and "<b>bold</b>" in page and '<details class="code">' in page
         assert "by &lt;hand&gt;" in page and "<em>other</em>" in page
+
+    def test_a_drawing_without_pixels_is_shown_as_it_is(self, home, tmp_path):
+        drawing = '<svg xmlns="http://www.w3.org/2000/svg"><circle r="3"/></svg>'
+        alone = self.cell_with({"image/svg+xml": drawing, "text/plain": "SVG object"})
+        drawn = base64.b64encode(drawing.encode()).decode()
+        assert drawn in self.export(tmp_path, alone)
+        page = pages.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", footer={}, vectors=True)
+        assert drawn in page.read_text(encoding="utf-8")
 
     def test_progress_bars_go_and_widgets_show_their_picture(self, home, tmp_path):
         view = {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}}

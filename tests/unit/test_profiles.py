@@ -55,6 +55,9 @@ def test_the_time_of_a_first_look_can_be_estimated_and_its_cards_say_what_was_cu
     plan = plans.read_profile("quick")
     assert plan.passes.keys() == plan.parameters.keys() and min(plan.passes.values()) > 0
     assert plans.find_cuts(plan).keys() == plan.parameters.keys()
+    of_photographs = plans.find_cuts(plans.read_profile("quick", domain="eurosat", check=False), domain="eurosat")
+    assert "n = 48 for 256" in of_photographs["00_quickstart"]
+    assert not any("eta" in words or "model_name" in words for words in of_photographs.values())
 
 
 def test_every_notebook_takes_another_model_by_one_parameter_and_the_papers_has_a_profile():

@@ -107,6 +107,13 @@ class TestProfile:
         assert cuts["10_first"] == "Cut short for speed: n = 2 for 20 of the profile long."
         assert "k = 3 for 1" in cuts["20_second"] and "seed = 0 for 4" in cuts["20_second"]
 
+    def test_a_notebook_elsewhere_is_no_staged_one_of_its_name(self, two):
+        self.write_profile(two, "")
+        write_notebook(two / "10_first.ipynb", "print('my own')")
+        for call in (plans.read_profile, lambda _, names: plans.plan_sweep({"notebooks": names})):
+            with pytest.raises(ValueError, match="is no staged notebook; copy it"):
+                call("quick", [str(two / "10_first.ipynb")])
+
     def test_jobs_must_be_some(self, two):
         self.write_profile(two, "")
         with pytest.raises(ValueError, match="jobs is 0"):

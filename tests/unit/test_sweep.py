@@ -12,7 +12,7 @@ from workbench import cli
 from workbench.report.facts import read_facts, record_facts
 from workbench.report.notebooks import run_notebook
 from workbench.report.plans import plan_sweep
-from workbench.report.sweep import sweep
+from workbench.report.sweep import _table, sweep
 
 CELL = """import os
 from workbench.report.facts import record_facts
@@ -73,6 +73,17 @@ def test_a_run_is_known_by_the_weights_of_its_model(home):
             weights.write_bytes(content)
             keys.add(plan_sweep({"notebooks": ["30"], "common": common}, name="mine").runs[0].key)
     assert len(keys) == 6
+
+
+def test_a_run_is_known_by_the_files_of_its_folder_of_images(home):
+    write_notebook(home / "notebooks" / "30_third.ipynb", 'images_name: str = "avataaars"')
+    images, keys = home / "images", []
+    (images / "red").mkdir(parents=True)
+    for file in (images / "a.png", images / "red" / "b.png", home / "attributes.csv"):
+        file.write_bytes(b"1")
+        keys.append(plan_sweep({"notebooks": ["30"], "common": {"images_name": str(images)}}).runs[0].key)
+    assert len({*keys}) == 3
+    assert keys[-1] == plan_sweep({"notebooks": ["30"], "common": {"images_name": str(images)}}).runs[0].key
 
 
 @pytest.mark.parametrize(
@@ -136,11 +147,18 @@ def test_failures_stop_nothing_and_a_second_call_runs_only_what_is_missing(home,
     again = pd.read_csv(folder / "facts.csv")
     assert again["status"].tolist() == ["cached", "done"] and again["twice"].tolist() == [2, 4]
     page = (folder / "index.html").read_text()
+    assert "2 complete" in page and "failed" not in page.partition("<body>")[2], "the run of seed 3 is not this sweep's"
     assert all(f'href="{run}.html"' in page and f"logs/{run}.log" in page for run in again["run"])
     assert "refresh" not in page and "index.html" in capsys.readouterr().out
 
 
 @pytest.mark.slow
+def test_the_page_shows_whole_numbers_whole():
+    both = pd.DataFrame({"run": ["a", "b"], "notebook": ["10", "20"], "status": ["done", "done"]})
+    page = _table(both.assign(error="", seed=[123456, 123457], k=[1234567.0, float("nan")], part=[0.123456, 0.5]))
+    assert all(f">{cell}<" in page for cell in ("123456", "123457", "1234567", "0.1235", "0.5"))
+
+
 def test_workers_of_a_cluster_give_the_same_rows_and_logs(home):
     path = write_sweep(home, notebooks=["10"], matrix={"seed": [1, 3]})
     with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, host="127.0.0.1") as cluster:

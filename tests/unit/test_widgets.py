@@ -151,12 +151,12 @@ def test_a_grid_of_a_single_step_reaches_as_far_as_each_boundarys_slider(tiny, r
     assert studio.wait()
     grid, asked = studio.session.grid, []
     monkeypatch.setattr(studio.session, "grid", lambda controls, **on: asked.append(controls) or grid(controls, **on))
-    for reach, slider in zip((3.0, 50.0), studio.distances.values(), strict=True):
+    for reach, slider in zip((20.0, 50.0), studio.distances.values(), strict=True):
         slider.min, slider.max = -reach, reach
     studio.views.selected_index = 2
     assert studio.wait()
     reaches = [slider.max for slider in studio.distances.values()]
-    assert reaches == [3.0, 50.0] and [max(values) for values in asked[-1].values()] == [50.0, 3.0]
+    assert reaches == [20.0, 50.0] and [max(values) for values in asked[-1].values()] == [50.0, 20.0]
 
 
 def test_views_are_computed_when_they_are_looked_at(studio):

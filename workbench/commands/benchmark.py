@@ -125,6 +125,7 @@ def benchmark(
         parameters = sizes | {"seed": seed, "attributes": attributes, "methods": list(protocol.methods)}
         parameters |= {"model_name": model, "classifier_name": labeller, "judge_name": judge, "images_name": images}
         parameters |= {"labels_name": labels.labels or "", "skip_broken": labels.skip_broken}
+        parameters |= {"condition": condition.condition}
         print(wb.run_notebook("80_benchmark", parameters, folder / "80_benchmark.ipynb").html)
 
 

@@ -192,7 +192,7 @@ def boundary_fit(
         check_attributes(attributes or [], chosen.names)
         table = chosen.labels[attributes or _with_two_classes(chosen.labels)]
         source = wb.extract(model, images=chosen, steps=visited[first:], **recording)
-    kind = "" if method == "svm" else f"-{method}"
+    kind = ("" if method == "svm" else f"-{method}") + ("" if classifier is None else "-samples")
     for space, ending in {"x": kind, "h": kind + place.ending}.items():
         found = wb.fit_boundaries(source, table, t=t, space=space, method=method, balance=balance, wanted=wanted)
         save(found.values(), model, place.out or paths.boundaries(), f"-{space}-t{t}{ending}")

@@ -173,6 +173,8 @@ def plan(
     on_gpu = gpu is not None or best_device().type != "cpu"
     if rate is not None and not rate > 0:
         raise ValueError(f"--rate is {rate:g}; give passes a second")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1")
     batch_size = batch_size or (64 if on_gpu else cpu_batch(network.x_shape))
     if rate is not None:
         # The rate is that of one process, not of all cores of this machine.

@@ -72,6 +72,7 @@ class Board:
         title: str = "Reports",
         notes: Mapping[str, str] | None = None,
         show: bool = True,
+        others: bool = True,
     ) -> None:
         self.plan, self.kept, self.title, self.notes = plan, kept, title, notes or {}
         options = {"threads": 1, "kernels": kernels} if jobs > 1 else {}
@@ -80,6 +81,7 @@ class Board:
             self.jobs[name].state = "kept"
         self.began, self._index_at = time.monotonic(), 0.0
         self._side_by_side = jobs
+        self._only = None if others else self.jobs.keys()
         self._show, self._terminal = show, show and sys.stderr.isatty()
 
     def run(self, executor: Executor | None = None) -> dict[str, Report | Exception]:
@@ -158,7 +160,7 @@ class Board:
         if left:
             intro = f"<p>{self._counted()}. This page renews itself until all are.</p>"
             options = {"pending": {job.name: _state(job) for job in left}, "refresh": 3}
-        write_index(self.plan.folder, title=self.title, intro=intro, notes=self.notes, **options)
+        write_index(self.plan.folder, title=self.title, intro=intro, notes=self.notes, only=self._only, **options)
 
     def say(self, words: str) -> None:
         """Write a line that stays."""

@@ -179,7 +179,9 @@ def draw_figure(
         if each not in known:
             raise ValueError(f"there is no figure {each!r}; `workbench figure --list` has {', '.join(known)}")
     notebooks = list(dict.fromkeys(known[each].notebook for each in names))
-    plan = read_profile(profile, notebooks).parameters if profile else {notebook: {} for notebook in notebooks}
+    given = read_profile(profile, notebooks) if profile else None
+    plan = given.parameters if given else {notebook: {} for notebook in notebooks}
+    options = {"timeout": given.timeout} if given else {}
     taken = {n: {DOMAIN, *notebook_parameters(n)} & parameters.keys() for n in notebooks}
     for key in parameters:
         if not any(key in keys for keys in taken.values()):
@@ -190,7 +192,7 @@ def draw_figure(
     failures = []
     for notebook in notebooks:
         try:
-            run_notebook(notebook, plan[notebook], out / f"{notebook}.ipynb")
+            run_notebook(notebook, plan[notebook], out / f"{notebook}.ipynb", **options)
         except NotebookFailed as failure:
             failures.append(failure)
     raise_failures(failures)

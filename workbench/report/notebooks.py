@@ -117,6 +117,8 @@ def run_notebook(
     out = paths.reports() / f"{source.stem}.ipynb" if out is None else paths.writable(out).absolute()
     if out.suffix != ".ipynb":
         raise ValueError(f"out is {out}; it must end in .ipynb, and the HTML goes beside it")
+    if out.exists() and read_report(out) is None:
+        raise ValueError(f"{out} is a notebook and no report of one, and would be replaced; give another place")
     progress = progress and (sys.stderr.isatty() or get_ipython() is not None)
     # In a thread of its own, so that an interrupt meets this one, which knows how to stop a kernel.
     with ThreadPoolExecutor(1, "notebook") as thread, contextlib.closing(Job(source.stem, vectors=vectors)) as job:
@@ -211,7 +213,8 @@ def _stamp(executed: Path, record: dict, name: str) -> None:
     """Put the provenance in the notebook, for the index page and for readers of the file; SVGs were for printing."""
     notebook = nbformat.read(executed, as_version=4)
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-        output.get("data", {}).pop(SVG, None)
+        if "image/png" in output.get("data", {}):
+            output.data.pop(SVG, None)
     notebook.metadata["workbench"] = record
     notebook.metadata.papermill.update(input_path=f"{record['name']}.ipynb", output_path=name)
     nbformat.write(notebook, executed)

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +79,7 @@ def write_index(
     intro: str = "",
     pending: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
     refresh: int | None = None,
 ) -> Path:
     """Write `index.html`, a page with a card for each report in a folder, failed ones in red.
@@ -88,8 +89,10 @@ def write_index(
     """
     folder = paths.reports() if folder is None else paths.local(folder)
     pending, notes = pending or {}, notes or {}
-    good = {path.stem: path for path in folder.glob("*.ipynb")}
-    bad = {path.stem: path for path in (folder / "failed").glob("*.ipynb")}
+    good, bad = (
+        {path.stem: path for path in place.glob("*.ipynb") if only is None or path.stem in only}
+        for place in (folder, folder / "failed")
+    )
     names = sorted(good.keys() | bad.keys() | pending.keys())
     cards = [_card(name, good.get(name), bad.get(name), pending.get(name, ""), notes.get(name, "")) for name in names]
     complete, failed = len(good.keys() - pending.keys()), len(bad.keys() - pending.keys())
@@ -182,7 +185,7 @@ def offline(
         figure = {key: value for key, value in data.pop(_PLOTLY).items() if key != "config"}
         options = {"full_html": False, "include_plotlyjs": False, "validate": False, "default_height": "480px"}
         data["text/html"] = plotly_html(figure, **options, div_id=div_id)
-    elif SVG in data:
+    elif SVG in data and "image/png" in data:  # a figure that was kept as both; an SVG alone is shown as it is
         drawn = data.pop(SVG)
         if vectors:  # as an image, whose names of parts are its own
             width = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).width

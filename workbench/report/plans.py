@@ -111,7 +111,7 @@ def read_profile(
         profiles = ", ".join(sorted(other.stem for other in paths.profiles().glob("*.yaml"))) or "missing"
         raise FileNotFoundError(f"there is no profile {profile!r}; the profiles are {profiles}")
     content = _sections(_load_yaml(path) or {}, _PROFILE, path)
-    wanted = set(known) if only is None else {find_notebook(name).stem for name in only}
+    wanted = set(known) if only is None else {_staged(name) for name in only}
     own: dict[str, dict] = {}
     with naming(f"profile {profile!r}"):
         for key, values in _mapping(content["notebooks"], f"notebooks of {path}").items():
@@ -158,7 +158,7 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
             raise ValueError(f"matrix {key!r} of {where} is {values!r}; it must be a list of values")
     reader, runs, folder = new_reader(), {}, paths.reports() / "sweeps" / (name or "sweep")
     with naming(where):
-        for notebook, given, axes in _combined({find_notebook(start).stem: {} for start in starts}, content):
+        for notebook, given, axes in _combined({_staged(start): {} for start in starts}, content):
             values = check_parameters(notebook, given, reader=reader)
             key = content_key(notebook, values)
             own, varied = f"{notebook}-{key}", {axis: values.get(axis, value) for axis, value in axes.items()}
@@ -166,11 +166,19 @@ def plan_sweep(source: str | Path | Mapping, *, name: str | None = None) -> Plan
     return Plan(tuple(runs.values()), folder, content["timeout"])
 
 
-def find_cuts(plan: Plan) -> dict[str, str]:
+def _staged(name: str) -> str:
+    """Name of a staged notebook; a path of another one is refused, since its name alone would mean the staged one."""
+    path = find_notebook(name)
+    if path.parent.resolve() != paths.notebooks().resolve():
+        raise ValueError(f"{name!r} is no staged notebook; copy it to {paths.notebooks()} under a name of its own")
+    return path.stem
+
+
+def find_cuts(plan: Plan, *, domain: str | None = None) -> dict[str, str]:
     """Parameters of a profile that differ from the profile that it shortens, in words, by notebook."""
     if plan.in_short_for is None:
         return {}
-    cuts, longer = {}, read_profile(plan.in_short_for, check=False).parameters
+    cuts, longer = {}, read_profile(plan.in_short_for, domain=domain, check=False).parameters
     for name, values in plan.parameters.items():
         defaults = notebook_defaults(name)
         own, other = defaults | values, defaults | longer[name]
@@ -189,7 +197,18 @@ def content_key(notebook: str, parameters: Mapping) -> str:
     digest.update(code_hash().encode())
     for file in _weights(everything):
         digest.update(file.read_bytes())
+    for file in _images(everything):
+        about = file.stat()
+        digest.update(f"{file} {about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()[:12]
+
+
+def _images(parameters: Mapping) -> list[Path]:
+    """Files of a folder of images that parameters name, with tables of labels in it or beside it."""
+    folder = Path(str(parameters.get("images_name", "")))
+    if not (folder.is_absolute() and folder.is_dir()):
+        return []
+    return sorted(file for file in (*folder.rglob("*"), *folder.parent.glob("*.csv")) if file.is_file())
 
 
 def _weights(parameters: Mapping) -> list[Path]:

@@ -72,7 +72,8 @@ def report(
         if not marker.exists():
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
-        with Board(plan, kept, jobs=jobs, kernels=kernels, notes=find_cuts(plan), show=progress) as board:
+        notes = find_cuts(plan, domain=domain)
+        with Board(plan, kept, jobs=jobs, kernels=kernels, notes=notes, show=progress) as board:
             results = board.run()
         marker.unlink(missing_ok=True)
         if only is None and not kept:

@@ -63,7 +63,7 @@ def sweep(
         plan = plan_sweep(source, name=name)
         kept = {run.name: found for run in plan.runs if (found := read_report(run.out)) is not None}
         jobs = max(1, min(workers or default_jobs(), len(plan.runs) - len(kept)))
-        options = {"jobs": jobs, "kernels": kernels, "title": f"Sweep {plan.folder.name}"}
+        options = {"jobs": jobs, "kernels": kernels, "title": f"Sweep {plan.folder.name}", "others": False}
         with Board(plan, kept, show=progress, **options) as board:
             if scheduler is None:
                 results = board.run()
@@ -100,7 +100,14 @@ def _table(table: pd.DataFrame) -> str:
             for run, status in zip(rows["run"], rows["status"], strict=True)
         ]
         log = [f'<a href="logs/{run}.log">log</a>' for run in rows["run"]]
-        rows = rows.drop(columns="run").map(lambda v: html.escape(f"{v:.4g}" if isinstance(v, float) else str(v)))
+        rows = rows.drop(columns="run").map(_cell)
         rows = rows.assign(status=page, log=log)
         parts.append(f"<h2>{html.escape(notebook)}</h2>{rows.to_html(index=False, escape=False, border=0)}")
     return f'<div class="tables">{"".join(parts)}</div>'
+
+
+def _cell(value: object) -> str:
+    """A value as the page shows it; pandas makes whole numbers floats where another row has none."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
+    return html.escape(str(value))
