@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,20 @@ def test_the_hubs_table_of_texts_is_read(tmp_path):
     with pytest.warns(UserWarning, match="text"):
         images = load_images(tmp_path)
     assert images.captions == [["black square"], []]
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,black square\n0.png,night\n1.png,dark\n")
+    with pytest.warns(UserWarning, match="text"):
+        assert load_images(tmp_path).captions == [["black square", "night"], ["dark"]]
+
+
+def test_captions_are_read_as_spreadsheets_write_them(tmp_path):
+    decomposed, composed = (unicodedata.normalize(form, "é.png") for form in ("NFD", "NFC"))
+    Image.new("RGB", (4, 4)).save(tmp_path / decomposed)
+    for text, encoding in (
+        (f"file;caption\n{composed};ein Mädchen\n", "latin-1"),
+        (f"file,caption\n./{composed},ein Mädchen", "utf-16"),
+    ):
+        (tmp_path / "captions.csv").write_bytes(text.encode(encoding))
+        assert load_images(tmp_path).captions == [["ein Mädchen"]]
 
 
 @pytest.mark.parametrize(

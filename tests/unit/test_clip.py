@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from small_models import COLOURS
+from small_models import COLOURS, paint_squares
 
 import workbench as wb
 from workbench.datasets import clip_training
@@ -96,6 +96,14 @@ def test_texts_without_a_known_word_are_refused(squares, text, words):
 def test_unknown_words_among_known_ones_are_named(squares):
     with pytest.warns(UserWarning, match="'zebra'"):
         wb.load_clip(squares[1], device="cpu").texts(["a red zebra"])
+
+
+def test_long_captions_are_cut_and_one_image_is_held_out_of_a_few(tmp_path):
+    images = paint_squares(tmp_path, 8)
+    table = tmp_path / "captions.csv"
+    table.write_text(table.read_text() + "\n000.png," + " ".join(["a red square"] * 20))
+    train_clip(images, out=tmp_path / "clip", steps=4, batch_size=4, progress=False)
+    assert wb.load_clip(tmp_path / "clip", device="cpu").texts(["a red square"]).shape[0] == 1
 
 
 def test_too_few_captions_or_odd_sizes_are_refused(squares, tmp_path):

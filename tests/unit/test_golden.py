@@ -96,7 +96,7 @@ def renderings(model, run, real):
             session.set_window(500, 0)
             name = f"session, sample {k}, {process}"
             yield name, session.render().after
-            yield f"{name}, strip", session.strip("direction 2", [-1.0, 0.0, 1.0]).images
+            yield f"{name}, strip", session.grid({"direction 2": [-1.0, 0.0, 1.0]}).images
             yield f"{name}, predictions", session.predictions().after
             yield f"{name}, path", torch.from_numpy(np.array(session.path(T)))
         session.set_process("single-step")

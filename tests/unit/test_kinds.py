@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -207,6 +209,36 @@ def test_images_of_stable_diffusion_are_those_of_its_pipeline(stable_diffusion, 
     ).images
     torch.testing.assert_close((run.images / 2 + 0.5).clamp(0, 1), expected, atol=1e-5, rtol=0)
     assert model.condition.provenance()["prompt"] == "a cafe"
+
+
+def test_a_prompt_is_known_by_its_words_and_its_encoder(stable_diffusion, monkeypatch):
+    """The last digits of its tokens differ from processor to processor."""
+    folder, _ = stable_diffusion
+    model = wb.load_model(folder, device="cpu", prompt="a cafe")
+    tokens = type(model.text).tokens
+    monkeypatch.setattr(type(model.text), "tokens", lambda *args, **on: tokens(*args, **on) * (1 + 1e-6))
+    again = model.conditioned(prompt="a cafe")
+    assert not torch.equal(again.condition.values, model.condition.values)
+    assert again.condition.hash == model.condition.hash
+    others = [model.conditioned(prompt="a bag"), model.conditioned(prompt="a cafe", negative_prompt="bad")]
+    others.append(model.conditioned(prompt="a cafe", guidance_scale=2.0))
+    hashes = {each.condition.hash for each in (model, *others)}
+    monkeypatch.setitem(vars(model.text), "hash", "another encoder")
+    assert len(hashes | {model.conditioned(prompt="a cafe").condition.hash}) == 5
+
+
+def test_weights_by_their_path_and_variants_keep_the_other_parts(stable_diffusion, tmp_path):
+    """As a training leaves them: `unet_ema/` beside `unet/`, and everything in half precision alone."""
+    folder, pipeline = stable_diffusion
+    whole = Path(shutil.copytree(folder, tmp_path / "whole"))
+    shutil.copytree(whole / "unet", whole / "unet_ema")
+    shutil.copytree(whole / "unet", whole / "checkpoint-500" / "unet")
+    for place in (whole / "unet", whole / "unet_ema", whole / "checkpoint-500", whole / "checkpoint-500" / "unet"):
+        model = wb.load_model(place, device="cpu", prompt="a cafe")
+        assert (model.latent, model.image_shape) == (True, (3, 16, 16))
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    half = wb.load_model(tmp_path / "half", device="cpu", prompt="a cafe")
+    assert torch.equal(half.condition.values, model.condition.values)
 
 
 def test_a_latent_model_is_inverted_edited_and_extracted_like_any_other(stable_diffusion, tmp_path):

@@ -200,6 +200,8 @@ def test_folders_are_labels_as_afhq_and_lsun_have_them(tmp_path):
     assert list(labels.index) == names
     packed = shutil.make_archive(str(tmp_path / "afhq"), "zip", tmp_path / "afhq")
     assert load_images(packed, labels="folders").labels.equals(labels)
+    save_pictures(tmp_path / "kaggle", "Training/male/a.png", "Training/female/b.png", "Validation/male/c.png")
+    assert load_images(tmp_path / "kaggle", labels="folders").names == ["female", "male"]
     save_pictures(tmp_path / "lsun", "bedroom_train/0/f/a.png", "church_outdoor_train_lmdb/1/2/b.png")
     assert load_images(tmp_path / "lsun", labels="folders").names == ["bedroom", "church_outdoor"]
     for single in ("afhq/train/cat", "lsun/bedroom_train"):
@@ -396,6 +398,9 @@ TABLES = {
     "backslashes": "file,A,B\nfaces\\a.png,1,0\nfaces\\b.png,0,1\n",
     "folders and another extension": "file,A,B\none/a.jpg,1,0\ntwo/b.jpg,0,1\n",
     "file_name of Hugging Face": "A,file_name,B\n1,a.png,0\n0,b.png,1\n",
+    "the index of pandas": ",file,A,B\n0,a.png,1,0\n1,b.png,0,1\n",
+    "the index of pandas before another column": ",A,file_name,B\n0,1,a.png,0\n1,0,b.png,1\n",
+    "the index of pandas, twice": "Unnamed: 0,image,A,B\n0,a.png,1,0\n1,b.png,0,1\n",
 }
 
 
@@ -451,6 +456,19 @@ def test_celeba_as_it_is_distributed_has_its_labels(inner, table, content, tmp_p
     for source, labels in ((images, None), (images, str(tmp_path / table))):
         with pytest.warns(UserWarning, match=r"1 of 2 \(000002\.jpg\)"):
             assert load_images(source, labels=labels).labels["A"].tolist() == [0]
+
+
+def test_a_list_of_celeba_beside_other_folders_is_said_and_stops_nobody(tmp_path):
+    save_pictures(tmp_path / "img_align_celeba", "000001.jpg", "000002.jpg")
+    (tmp_path / "list_attr_celeba.csv").write_text(KAGGLE)
+    faces = save_pictures(tmp_path / "ffhq", "00000.png", "00001.png")
+    with pytest.warns(UserWarning, match="is taken for a list of other images: .*2 of 2 images have no row"):
+        images = load_images(faces)
+    assert len(images) == 2 and not images.names
+    with pytest.warns(UserWarning, match="labels are read from .*list_attr_celeba.csv, outside of"):
+        assert load_images(tmp_path / "img_align_celeba").names == ["A"]
+    with pytest.raises(ValueError, match="2 of 2 images have no row"):
+        load_images(faces, labels=tmp_path / "list_attr_celeba.csv")
 
 
 def test_a_table_of_another_name_is_not_passed_over_in_silence(folder):

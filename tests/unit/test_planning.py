@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DModel
+from small_models import stable_diffusion
 
 import workbench as wb
 from workbench import cli
-from workbench.diffusion.loading import load_schedule, load_shapes
+from workbench.diffusion.loading import load_image_shape, load_schedule, load_shapes
 from workbench.diffusion.memory import estimate_memory
 from workbench.diffusion.unet import SplitUNet
 from workbench.hspace import planning
@@ -48,6 +49,17 @@ def test_the_disk_is_that_of_the_arrays(tmp_path, tiny_folder, options):
     store = wb.extract(model, 10, steps=5, out=tmp_path / "a.zarr", progress=False, **options)
     arrays = sum(array.nbytes for name, array in store.group.arrays() if name != "done")
     assert plan(load_shapes(tiny_folder), **options).disk == arrays
+
+
+def test_images_of_a_latent_model_are_planned_decoded(tmp_path):
+    stable_diffusion(tmp_path)
+    folder = tmp_path / "model"
+    model = wb.load_model(folder, device="cpu", prompt="a cafe")
+    store = wb.extract(model, 2, steps=2, out=tmp_path / "a.zarr", progress=False)
+    arrays = sum(array.nbytes for name, array in store.group.arrays() if name != "done")
+    shape = load_image_shape(folder)
+    assert shape == model.image_shape
+    assert plan(load_shapes(folder), n=2, steps=2, image_shape=shape).disk == arrays
 
 
 def test_the_schedule_is_the_models_and_needs_no_weights(tiny, tiny_folder):
@@ -128,6 +140,7 @@ def test_processes_on_a_cpu_share_its_cores_and_batches_are_those_of_extract(cap
         (["--gpu", "h100", "--n", "0"], "'--n'"),
         (["--model", "nowhere"], "nowhere"),
         (["--rate", "0"], "--rate is 0; give passes a second"),
+        (["--batch-size", "0"], "--batch-size is 0"),
         (["--model", __file__], "is a file, and its network is unknown"),
     ],
 )

@@ -29,6 +29,8 @@ def test_a_conditioned_network_begins_as_the_unconditional_one_without_its_atten
     torch.testing.assert_close(given, without, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before, without)
     assert conditioned.down_blocks[1].attentions[0].transformer_blocks[0].attn2.heads == 4
+    single = conditioned_unet(make_unet(attention_head_dim=None), token_width=12, seed=0)
+    assert single.down_blocks[1].attentions[0].transformer_blocks[0].attn2.heads == 1
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def plan(
 
     Disk, memory, passes and hours; without --gpu and --rate the speed is measured on this machine.
     """
-    from workbench.diffusion.loading import load_shapes
+    from workbench.diffusion.loading import load_image_shape, load_shapes
     from workbench.diffusion.models import best_device
     from workbench.diffusion.parallel import cpu_batch
     from workbench.hspace import planning
@@ -188,7 +188,7 @@ def plan(
         flop_rate = passes * planning.count_flops(load_shapes(own.name))
         source = f"measured with {own.name} on {own.device}: {flop_rate / 1e12:.2g} TFLOP/s"
     size = {"n": n, "steps": steps, "processes": processes, "batch_size": batch_size}
-    size |= {"dtype": dtype, "record_x": record_x}
+    size |= {"dtype": dtype, "record_x": record_x, "image_shape": load_image_shape(model)}
     found = planning.plan_extraction(network, flop_rate=flop_rate, on_gpu=on_gpu, **size)
     rows = {
         "samples x steps": f"{n:,} x {steps}, {processes} process{'es' * (processes > 1)}",

@@ -129,9 +129,10 @@ def train_clip(
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     pixels = to_bytes(known, progress=progress)
     tokenizer = _train_tokenizer(text for each in texts for text in each)
-    tokens = [tokenizer(each, padding="max_length", return_tensors="np").input_ids.astype(np.int16) for each in texts]
+    form = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+    tokens = [tokenizer(each, **form).input_ids.astype(np.int16) for each in texts]
     order = rng.permutation(len(known))
-    held, rest = np.split(order, [min(HELD_OUT, len(known) // 10)])
+    held, rest = np.split(order, [max(1, min(HELD_OUT, len(known) // 10))])
     facts = [torch.from_numpy(each).float() for each in (_said(texts), _binary_labels(known)) if each.size]
     with seeded([seed]):
         network = _new_network(len(tokenizer), side=height).to(device)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from workbench import paths
 from workbench.datasets.files import Folder, Zip, find_files, find_labels, folder_of, warn_of_others
-from workbench.datasets.tables import classes_of, labels_of, read_captions, some
+from workbench.datasets.tables import LISTS, classes_of, labels_of, plain, read_captions, some
 from workbench.diffusion.images import Unsuitable, array_to_tensor, picture_to_tensor
 from workbench.io import one_of
 from workbench.shapes import shape_of
@@ -141,7 +141,7 @@ class LabelledImages:
             If there is no such table, or none of its rows is of these images.
         """
         table = read_captions(self._files.path)
-        captions = [table.get(self._files.prefix + name, []) for name in self.labels.index]
+        captions = [table.get(plain(self._files.prefix + name), []) for name in self.labels.index]
         if not any(captions):
             raise ValueError(f"none of the {len(self)} images of {self._files.path} has a caption")
         return captions
@@ -330,7 +330,19 @@ def load_images(
         table = classes_of(names, str(source))
     else:
         found = find_labels(files, others) if labels is None else _given_labels(paths.local(labels))
-        table = pd.DataFrame(index=pd.Index(names, name="file")) if found is None else labels_of(names, *found)
+        table = pd.DataFrame(index=pd.Index(names, name="file"))
+        if found is not None:
+            # CelebA's list in a folder above may be of other images.
+            above = labels is None and Path(found[1]).name in LISTS and files.path not in Path(found[1]).parents
+            try:
+                table = labels_of(names, *found)
+                words = f"labels are read from {found[1]}, outside of {source}"
+            except ValueError as error:
+                if not above:
+                    raise
+                words = f"{found[1]} is taken for a list of other images: {error}"
+            if above:
+                warnings.warn(words, stacklevel=2)
     warn_of_others(source, others, tables=labels is None and found is None)
     images = LabelledImages(table, files, shape, crop)
     return images._without_broken() if skip_broken else images

@@ -29,7 +29,7 @@ CAPTION_FILES = {"captions.csv": ("file", "caption"), "metadata.csv": (FILE_COLU
 """Tables of captions, and their columns."""
 
 _WORDS = {"true": 1, "yes": 1, "false": 0, "no": 0}
-_PARTS = ("train", "val", "valid", "validation", "test")
+_PARTS = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval)([ _-]?set)?", re.IGNORECASE)
 
 
 def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
@@ -52,7 +52,10 @@ def labels_of(names: Sequence[str], content: bytes, where: str) -> pd.DataFrame:
         notes += note
         if numbers is not None:
             columns[name] = numbers
-    table = _match(pd.DataFrame(columns, index=table.index), names, where, notes)
+    if columns:
+        table = _match(pd.DataFrame(columns, index=table.index), names, where, notes)
+    else:  # a table of texts alone, such as several captions an image
+        table = pd.DataFrame(index=pd.Index(names, name="file"))
     if notes:
         warnings.warn(f"{where}: {'; '.join(notes)}", stacklevel=3)
     return table
@@ -64,16 +67,19 @@ def read_captions(place: Path) -> dict[str, list[str]]:
     found = [name for name in CAPTION_FILES if (folder / name).is_file()]
     if not found:
         raise ValueError(f"{folder} has no captions; write {' or '.join(CAPTION_FILES)} beside the images")
-    table = pd.read_csv(folder / found[0], dtype=str)
+    text, _ = _decode((folder / found[0]).read_bytes(), str(folder / found[0]))
+    separator = _separator(text.splitlines()[:21] or [""]) or ","
+    table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str)
     file, caption = CAPTION_FILES[found[0]]
     if missing := {file, caption}.difference(table):
         raise ValueError(f"{folder / found[0]} has no column {min(missing)!r}; it has {', '.join(table)}")
+    table[file] = table[file].map(plain, na_action="ignore")
     return table.dropna(subset=[caption]).groupby(file, sort=False)[caption].agg(list).to_dict()
 
 
 def classes_of(names: Sequence[str], source: str) -> pd.DataFrame:
     """One attribute a class: the first folder of a name that is no part of a data set, such as train."""
-    parts = [[part for part in name.split("/")[:-1] if part not in _PARTS] for name in names]
+    parts = [[part for part in name.split("/")[:-1] if not _PARTS.fullmatch(part)] for name in names]
     classes = pd.Series([re.sub(r"_(train|val|test)(_lmdb)?$", "", (part or [""])[0]) for part in parts])
     if classes.nunique() < 2 or (classes == "").any():
         found = ", ".join(sorted(set(classes) - {""})) or "none"
@@ -147,6 +153,8 @@ def _parse(text: str, where: str) -> pd.DataFrame:
     if count not in (None, len(table)):
         raise ValueError(f"{where} announces {count} rows and has {len(table)}; copy it again")
     table = table.fillna("").apply(lambda column: column.str.strip())
+    if len(names) > 1 and _is_index(table, names):
+        table = table.drop(columns=names.pop(0))
     table = table.set_index(next((name for name in names if name.lower() == FILE_COLUMN), names[0]))
     short = table.index[(table == "").any(axis=1)]
     if separator is None and len(short):
@@ -156,6 +164,15 @@ def _parse(text: str, where: str) -> pd.DataFrame:
     # Spreadsheets write columns of nothing beside a table.
     empty = [name for name in table if name.startswith("without a name") and (table[name] == "").all()]
     return cast(pd.DataFrame, table.drop(columns=empty))
+
+
+def _is_index(table: pd.DataFrame, names: list[str]) -> bool:
+    """Whether pandas wrote its index of numbers, without a name, before a column of file names."""
+    first, second = table[names[0]], table[names[1]]
+    if names[0] not in ("without a name (1)", "Unnamed: 0") or not first.str.fullmatch(r"\d+").all():
+        return False
+    texts = second.is_unique and pd.to_numeric(second, errors="coerce").isna().all()
+    return texts or any(name.lower() == FILE_COLUMN for name in names)
 
 
 def _separator(lines: list[str]) -> str | None:
@@ -200,12 +217,12 @@ def _match(table: pd.DataFrame, names: Sequence[str], where: str, notes: list[st
     They are found by their paths, or else by their file names, or by these without the extension, if that is
     unambiguous: CelebA's list calls .jpg what is also shipped as .png.
     """
-    rows = table.index.map(_plain)
+    rows = table.index.map(plain)
     rows = rows.str.removeprefix(common_folder(rows)) if len(rows) else rows
     repeated = rows[rows.duplicated()].unique()
     if len(repeated):
         raise ValueError(f"{where} has more than one row for {some(repeated)}; keep one each")
-    images = pd.Index(map(_plain, names))
+    images = pd.Index(map(plain, names))
     for key in (str, posixpath.basename, _stem):
         keys, wanted = rows.map(key), images.map(key)
         certain = key is str or not (keys.has_duplicates or wanted.has_duplicates)
@@ -222,7 +239,7 @@ def _match(table: pd.DataFrame, names: Sequence[str], where: str, notes: list[st
     )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A file name as it is compared: macOS decomposes letters with accents, Windows writes backslashes."""
     return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
 

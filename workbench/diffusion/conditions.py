@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,15 @@ class Condition:
         1 takes the conditional pass alone (Ho and Salimans 2022: 1 + w).
     about : dict
         Prompt and negative prompt, or labels, for provenance.
+    encoder : str, optional
+        Hash of the weights of the text encoder that read the prompts.
     """
 
     values: torch.Tensor = field(repr=False)
     negative: torch.Tensor | None = field(default=None, repr=False)
     guidance_scale: float = 1.0
     about: dict = field(default_factory=dict)
+    encoder: str | None = None
 
     @property
     def guided(self) -> bool:
@@ -65,8 +69,11 @@ class Condition:
 
     @property
     def hash(self) -> str:
-        """Content hash of the values and the scale of the guidance."""
+        """Content hash of the values, or of prompts and their encoder, and the scale of the guidance."""
         digest = hashlib.sha256(str(self.guidance_scale).encode())
+        if self.encoder is not None:  # the tokens of a prompt differ in the last digits from processor to processor
+            digest.update(json.dumps([self.encoder, self.about], sort_keys=True).encode())
+            return digest.hexdigest()[:16]
         for values in (self.values, self.negative):
             if values is not None:
                 digest.update(values.cpu().numpy().tobytes())
@@ -103,6 +110,7 @@ def as_condition(
     negative: int | torch.Tensor | None = None,
     guidance_scale: float | None = None,
     about: dict | None = None,
+    encoder: str | None = None,
 ) -> Condition:
     """A condition from a label, or from tokens (1, L, D) or (L, D); negative is of the same kind."""
     if (label is None) == (tokens is None):
@@ -128,4 +136,4 @@ def as_condition(
     if other is not None and other.shape[1:] != own.shape[1:]:
         raise ValueError(f"the negative has shape {tuple(other.shape)}, the condition {tuple(own.shape)}")
     about = about or ({"label": label} | ({} if negative is None else {"negative": negative}) if tokens is None else {})
-    return Condition(own, other, scale, about)
+    return Condition(own, other, scale, about, encoder)

@@ -221,6 +221,19 @@ def load_shapes(source: str | Path) -> SplitUNet:
     return SplitUNet(_build(checkpoints.read_json(files.unet_config), path=files.unet_config)).blank()
 
 
+def load_image_shape(source: str | Path) -> tuple[int, int, int]:
+    """(C, H, W) of a model's images, decoded where it is latent, without its weights; `source` as of `load_shapes`."""
+    shape = load_shapes(source).x_shape
+    if source in layouts.HUB or source in layouts.PRESETS:
+        return shape
+    files = checkpoints.find_model_files(_locate(source)[0])
+    if files.vae_config is None:
+        return shape
+    config = checkpoints.read_json(files.vae_config)
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    return (config.get("out_channels", 3), shape[1] * factor, shape[2] * factor)
+
+
 def load_schedule(source: str | Path) -> NoiseSchedule:
     """The noise schedule of a model's folder, without its weights; `source` is as of `load_model`, but no file."""
     return schedule_of(_read_scheduler(checkpoints.find_model_files(_locate(source)[0]).scheduler_config))

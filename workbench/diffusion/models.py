@@ -224,17 +224,16 @@ class Model:
             If the model is unconditional or of another kind, no condition or more than one is given, or it does not
             fit.
         """
-        about = None
+        about = encoder = None
         if prompt is not None:
             if self.text is None or label is not None or condition is not None:
                 has = "takes no other condition beside it" if self.text is not None else "has no text encoder"
                 raise ValueError(f"prompt is {prompt!r}, and {self.name} {has}")
             guidance_scale = 7.5 if guidance_scale is None else guidance_scale
-            about = {"prompt": prompt, "negative_prompt": negative_prompt}
+            about, encoder = {"prompt": prompt, "negative_prompt": negative_prompt}, self.text.hash
             condition, negative = self.text.tokens(prompt), self.text.tokens(negative_prompt, empty=True)
-        given = as_condition(
-            label=label, tokens=condition, negative=negative, guidance_scale=guidance_scale, about=about
-        )
+        read = {"about": about, "encoder": encoder}
+        given = as_condition(label=label, tokens=condition, negative=negative, guidance_scale=guidance_scale, **read)
         return replace(self, unet=self.unet.at(condition=given))
 
     def as_recorded(self, provenance: dict) -> Model:

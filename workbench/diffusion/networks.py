@@ -235,7 +235,7 @@ def conditioned_unet(unet: UNet2DModel, *, token_width: int, seed: int) -> UNet2
         for name in inspect.signature(UNet2DConditionModel).parameters
         if name in c and name not in ("down_block_types", "up_block_types", "mid_block_type", "num_class_embeds")
     }
-    heads = [max(1, width // c.attention_head_dim) for width in c.block_out_channels]
+    heads = [max(1, width // (c.attention_head_dim or width)) for width in c.block_out_channels]  # None is one head
     with seeded([seed, _WEIGHTS]):
         conditioned = UNet2DConditionModel(
             **shared

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from workbench.formats.checkpoints import hash_weights
 from workbench.formats.hub import find_folder
 from workbench.io import check_text
 
@@ -47,8 +48,14 @@ class TextEncoder:
                 "of CLIP and T5"
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
-        encoder = kinds[config.model_type].from_pretrained(self.folder / "text_encoder", local_files_only=True)
+        place = self.folder / "text_encoder"
+        encoder = kinds[config.model_type].from_pretrained(place, variant=_variant_of(place), local_files_only=True)
         return tokenizer, encoder.eval().float()
+
+    @cached_property
+    def hash(self) -> str:
+        """Content hash of the encoder's weights."""
+        return hash_weights(self._parts[1])
 
     @property
     def width(self) -> int:
@@ -105,6 +112,13 @@ class TextEncoder:
         if len(tokenizer(text).input_ids) > ids.shape[1]:
             warnings.warn(f"the prompt has more than {ids.shape[1]} tokens; its end is cut off", stacklevel=3)
         return self.encode(ids)
+
+
+def _variant_of(folder: Path) -> str | None:
+    """Variant of a folder's weights, such as fp16; None where there are some without one."""
+    name = r"(?:pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    variants = {found[1] for path in folder.iterdir() if (found := re.fullmatch(name, path.name))}
+    return None if None in variants else min(variants, default=None)
 
 
 def check_words(tokenizer: Any, text: str, name: str) -> None:

@@ -77,7 +77,8 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     training's folder (`unet/`, `checkpoint-500/`) has its scheduler there.
     """
     folder = local(folder)
-    index = folder / "model_index.json"
+    whole = _find_whole(folder)
+    index = whole / "model_index.json"
     parts = read_json(index) if index.is_file() else {}
     if other := next((part for part in _OTHER_PARTS if parts.get(part) not in (None, [None, None])), None):
         raise ValueError(f"{folder} is {_OTHER_PARTS[other]} (it has {other}), which is not supported")
@@ -86,15 +87,15 @@ def find_model_files(folder: str | Path) -> ModelFolder:
         raise FileNotFoundError(f"{folder} has no unet/config.json and no config.json; it is no diffusers model folder")
     found = ModelFolder(config, _find_weights(config.parent), _find_scheduler(folder))
     if vae := next((part for part in ("vae", "vqvae") if part in parts), None):
-        config = folder / vae / "config.json"
+        config = whole / vae / "config.json"
         if not config.is_file():
-            raise FileNotFoundError(f"{folder} lacks {vae}/config.json, its autoencoder")
+            raise FileNotFoundError(f"{whole} lacks {vae}/config.json, its autoencoder")
         found = replace(found, vae_config=config, vae_weights=_find_weights(config.parent))
     if parts.get("text_encoder") not in (None, [None, None]):
         for part in ("text_encoder/config.json", "tokenizer"):
-            if not (folder / part).exists():
-                raise FileNotFoundError(f"{folder} lacks {part}, which encodes its prompts")
-        found = replace(found, text=folder)
+            if not (whole / part).exists():
+                raise FileNotFoundError(f"{whole} lacks {part}, which encodes its prompts")
+        found = replace(found, text=whole)
     return found
 
 
@@ -128,6 +129,16 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
         if (wanted := re.sub(r"-\d+-of", f"-{i:05d}-of", min(files))) not in files:
             raise FileNotFoundError(f"{folder} lacks {wanted}, one of {shards} files that its weights are in")
     return tuple(path for _, path in sorted(files.items()))
+
+
+def _find_whole(folder: Path) -> Path:
+    """The pipeline's folder that a part (`unet/`, `checkpoint-500/`) lies in, or else the folder itself."""
+    place = folder
+    while not (place / "model_index.json").is_file():
+        if re.fullmatch(r"unet|unet_ema|checkpoint-\d+", place.resolve().name) is None:
+            return folder
+        place = place.resolve().parent
+    return place
 
 
 def _find_scheduler(folder: Path) -> Path:

@@ -82,6 +82,7 @@ def plan_extraction(
     dtype: str = "float16",
     record_x: bool = False,
     on_gpu: bool = True,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Plan:
     """Needs of `extract(model, n, steps=steps, ...)`.
 
@@ -95,6 +96,8 @@ def plan_extraction(
         Floating-point operations a second: of one of the GPUs (`card_rate`), or of all cores.
     on_gpu : bool
         Whether the network is on a GPU; else its memory is RAM.
+    image_shape : (int, int, int), optional
+        (C, H, W) of the images of a latent model, which are kept decoded; by default that of x_t.
     """
     for name, value in {"n": n, "steps": steps, "processes": processes, "batch_size": batch_size}.items():
         if value < 1:
@@ -102,7 +105,7 @@ def plan_extraction(
     one_of("dtype", dtype, DTYPES)
     image, h = network.x_shape, network.h_shape
     values = steps * (np.prod(h) + record_x * np.prod(image))
-    disk = n * (int(values) * np.dtype(dtype).itemsize + 4 * int(np.prod(image)) + 8)
+    disk = n * (int(values) * np.dtype(dtype).itemsize + 4 * int(np.prod(image_shape or image)) + 8)
     chunk = chunk_size(h, image, steps=steps, n=n, record_x=record_x)
     need = estimate_memory(network)
     # A chunk is recorded in float32 while others are converted and written; pinned memory comes in powers of two.
