@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from small_models import COLOURS
 
@@ -23,7 +24,7 @@ from workbench.benchmark.bench import Bench, _counted, backdrop
 from workbench.benchmark.methods import METHODS, register_method
 from workbench.benchmark.protocol import HELD_OUT, Protocol
 from workbench.benchmark.run import run_benchmark
-from workbench.benchmark.study import TextModels, found_edit
+from workbench.benchmark.study import Study, TextModels, found_edit
 from workbench.datasets.labelled import load_images
 from workbench.diffusion.foreign import LucidrainsUNet
 from workbench.directions.supervised import find_from_labels
@@ -301,6 +302,27 @@ def test_anyone_can_add_a_method_by_registering_one_function(setting, added):
     ):
         with pytest.raises(ValueError, match=message):
             register_method(name, **options)
+
+
+@pytest.mark.slow
+def test_a_chain_of_fewer_timesteps_is_measured_at_the_same_part_of_it(setting, make_unet):
+    setting["model"] = wb.wrap(make_unet(), DDPMScheduler(num_train_timesteps=200), name="short", device="cpu")
+    plan = protocol("InjectFusion", "random h")
+    assert bench_of(setting, plan).study(0).t == 100
+    assert {"InjectFusion", "random h"} == set(run(setting, plan).edits.method)
+
+
+def test_scores_that_tie_leave_a_method_out_and_stop_nothing(setting, monkeypatch):
+    plan = protocol("mean difference", "mean difference, projected", "mean difference, skip", "random h")
+    tied = lambda self, attribute, store: (_ for _ in ()).throw(NotApplicable("they tie"))  # noqa: E731
+    monkeypatch.setattr(Study, "difference", tied)
+    result = run(setting, plan)
+    assert set(result.edits.method) == {"random h"} and (result.skipped.reason == "they tie").all()
+    monkeypatch.undo()
+    study = bench_of(setting, plan).study(0)
+    study.__dict__["_scores"] = study.scores.gt(study.scores.quantile(0.8)).astype(float)
+    with pytest.raises(NotApplicable, match="share the value 0"):
+        study.difference("Bright", study.store)
 
 
 def test_scale_0_is_the_sample_for_every_method_and_the_noise_moves_towards_the_attribute(setting):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -38,6 +40,9 @@ def test_accuracies_stand_beside_their_controls(tiny, store, labels):
     assert accuracy["x", 500] == alone.accuracy.value
     assert accuracy["pixels", -1] > 0.9 and accuracy["random labels", 0] < 0.8
     assert accuracy["forward-diffused", 500] < accuracy["pixels", -1]
+    other = replace(tiny, schedule=replace(tiny.schedule, alpha_bars=tiny.schedule.alpha_bars**2))
+    with pytest.raises(ValueError, match="another noise schedule"):
+        wb.accuracy_over_time(other, store, labels, timesteps=[500])
     assert table.law.between(0.5, 1).all() and (table.n == N).all()
 
 

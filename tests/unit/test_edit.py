@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from planted import planted
+from planted import planted, planted_boundary
 from test_sampling import naive
 
 import workbench as wb
@@ -170,6 +170,8 @@ def tapped_run(model):
         (lambda m, r, d: edit(m, r, d, scale=math.nan), "scale is nan"),
         (lambda m, r, d: edit_grid(m, r, d, residual=True), r"invert\(\.\.\., residual=True\)"),
         (lambda m, r, d: edit(m, r, d, residual=True), r"invert\(\.\.\., residual=True\)"),
+        (lambda m, r, d: edit(m, r, r, mode="slerp", gain="match"), "gain is 'match', and 'slerp' has none"),
+        (lambda m, r, d: render(r, Swap(r[0], calibration=0.3, asymmetric=True), [1.0]), "can't be asymmetric"),
     ],
 )
 def test_bad_input_is_a_sentence(tiny, run, direction, change, message):
@@ -203,6 +205,42 @@ def test_a_grid_of_different_edits_is_each_of_them(tiny, run, direction):
     ]
     for images, alone in zip(grid, expected, strict=True):
         torch.testing.assert_close(images, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ddim", "edit-friendly"])
+def test_a_move_of_x_begins_at_the_reconstruction_of_an_inverted_image(tiny, run, method):
+    """So that a small one is a small change of what scale 0 shows, and of the image with its residual."""
+    image = run.x0.clamp(-1, 1)
+    inverted = wb.invert(tiny, image, steps=STEPS, method=method, record_x=True, residual=True, progress=False)
+    move = MoveX(torch.ones(tiny.x_shape), inverted.timesteps[2], "x")
+    for residual in (False, True):
+        still, moved = render(inverted, move, [0.0, 1e-7], residual=residual, progress=False).images.unbind(1)
+        torch.testing.assert_close(moved, still, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moved, image, atol=1e-4, rtol=1e-4)
+    assert (render(inverted, move, [1.0], residual=True, progress=False).images[:, 0] - image).abs().max() > 1e-2
+
+
+def test_a_residual_of_another_process_is_refused(tiny, run):
+    inverted = wb.invert(tiny, run.x0.clamp(-1, 1), steps=STEPS, record_x=True, residual=True, progress=False)
+    cross = wb.Cross(x=planted_boundary(tiny, "x", inverted.timesteps[2]))
+    for call in (
+        lambda: render(inverted, cross, [1.0], residual=True),
+        lambda: edit(tiny, inverted, cross, residual=True),
+    ):
+        with pytest.raises(ValueError, match="has another residual"):
+            call()
+
+
+def test_edits_that_differ_have_provenances_that_differ(tiny, run, direction):
+    t, ones = run.timesteps, torch.ones(tiny.x_shape)
+    donor = wb.sample(tiny, [9], steps=STEPS, record_h=True, progress=False)
+    noise = torch.ones(1 + run.steps, *tiny.x_shape)
+    edits = [MoveX(ones, t[1], "m"), MoveX(-ones, t[1], "m"), MoveX(ones, t[2], "m"), -MoveX(ones, t[1], "m")]
+    edits += [wb.MoveNoise(noise, t, "m"), wb.MoveNoise(2 * noise, t, "m"), Swap(donor), Swap(donor, "slerp")]
+    edits += [Shift(direction), -Shift(direction), Transport(torch.ones(tiny.h_shape), t[1], len, "m")]
+    edits += [Transport(torch.zeros(tiny.h_shape), t[1], len, "m"), Transport(torch.ones(tiny.h_shape), t[2], len, "m")]
+    about = [json.dumps(each.about() | {"name": ""}, sort_keys=True) for each in edits]
+    assert len({*about}) == len(edits)
 
 
 def test_the_progress_bar_expects_the_steps_that_are_made(tiny, run, direction):

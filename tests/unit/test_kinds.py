@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, VQModel
 from small_models import WIDTH, text_unet
 
 import workbench as wb
+from workbench.diffusion import codec
 from workbench.diffusion.conditions import as_condition
 from workbench.diffusion.noise import normal
 from workbench.diffusion.unet import SplitUNet
@@ -293,7 +294,7 @@ def test_what_is_measured_on_a_latent_model_keeps_latents_and_images_apart(stabl
     torch.testing.assert_close(predicted[-1], run.images[0], atol=1e-2, rtol=0)
 
 
-def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet):
+def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet, monkeypatch):
     """The layout of CompVis/ldm-celebahq-256: vqvae/, unet/ of UNet2DModel, scheduler/."""
     vae = VQModel(
         block_out_channels=(4, 8),
@@ -315,6 +316,11 @@ def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(model.to_latents(images), vae.encode(images).latents * vae.config.scaling_factor)
     assert model.condition.about == {"label": 2}
+    monkeypatch.setattr(codec, "BATCH_PIXELS", 16 * 16 * 2)  # of two images, whatever the channels of the latents
+    sizes, decode = [], model.codec.vae.decode
+    monkeypatch.setattr(model.codec.vae, "decode", lambda x: sizes.append(len(x)) or decode(x))
+    model.to_images(x0.repeat(2, 1, 1, 1))
+    assert sizes == [2, 2]
 
 
 def test_a_model_comes_back_as_a_provenance_recorded_it(stable_diffusion, make_unet):

@@ -72,6 +72,11 @@ def test_methods_are_ranked_at_equal_change_and_the_numbers_are_means(table):
     assert found.loc["good", ["attributes", "n"]].tolist() == [2, 30]
 
 
+def test_a_judge_of_one_attribute_has_nothing_to_leak_to(table):
+    found = leaderboard(table[table.attribute == "A"].drop(columns="change B"), resamples=50)
+    assert (found["leakage"] == 0).all() and found["precision"].isna().all() and (found["success"] > 0).any()
+
+
 def test_between_two_strengths_the_curve_is_a_line_and_beyond_the_last_it_ends(table):
     one, two, between = (leaderboard(table, change=c, resamples=20).effect["good"] for c in (0.1, 0.2, 0.15))
     assert between == pytest.approx((one + two) / 2)

@@ -78,9 +78,14 @@ def test_a_sparse_code_finds_planted_features_and_which_of_them_goes_with_a_labe
     assert best[0] > 0.9 and best.mean() > 0.8
     first = code.ranked(labels)[0]
     assert float(planted[0] @ code.features[first]) > 0.9
+    shuffled = labels.sample(frac=1, random_state=1)
+    assert code.ranked(shuffled)[0] == first, "matched by seed"
+    np.testing.assert_array_equal(code.aligned(shuffled, most=3), code.aligned(labels, most=3))
     weights = code.aligned(labels, most=3)
     assert 0 < np.count_nonzero(weights) <= 3 and weights[first] > 0
     direction = code.direction(weights, "planted", progress=False)
+    other = code.direction(2 * weights, "planted", progress=False)
+    assert other.provenance["parameters"] != direction.provenance["parameters"]
     atom = torch.from_numpy(atoms[0]).float()[None, :, None, None].expand_as(direction.unit)
     assert F.cosine_similarity(direction.unit.flatten(1), atom.flatten(1)).min() > 0.8
     along = store.at(0) @ direction.unit[-1].flatten().numpy()

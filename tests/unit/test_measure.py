@@ -90,7 +90,7 @@ def test_every_kind_of_edit_is_measured_in_one_table(tiny, run, directions):
     mask[:4] = True
     vector = torch.randn(tiny.image_shape, generator=torch.Generator().manual_seed(0))
     edits = {"h": Shift(directions["red"], asymmetric=True), "x": MoveX(vector, run.timesteps[1], "x")}
-    found = measure(run, edits, [-1.0, 2.0], classifier=brightness, masks={"red": mask}, progress=False)
+    found = measure(run, edits, [-1.0, 2.0], classifier=brightness, masks={"red": mask.astype(int)}, progress=False)
     images = wb.render(run, edits, [-1.0, 2.0], progress=False).images.unflatten(0, (2, -1))
     table = found.table.set_index(["edit", "scale", "attribute"]).sort_index()
     for e, name in enumerate(edits):

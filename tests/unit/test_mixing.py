@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from exact import exact_model, rms, which_class
 from scipy import integrate, stats
 
@@ -373,7 +374,7 @@ def test_an_edit_without_a_move_has_no_success(tiny):
 # Bad input
 
 
-def test_what_is_missing_is_said(tiny, run, labels, classifier):
+def test_what_is_missing_is_said(tiny, run, labels, classifier, make_unet):
     edit = dict(criterion="edit", classifier=classifier, distance=rms)
     for table, options, words in (
         (None, dict(criterion="mixing"), "one of radius_gap, tv, separability, commit, perceptual, edit"),
@@ -397,6 +398,13 @@ def test_what_is_missing_is_said(tiny, run, labels, classifier):
     unknown = wb.invert(tiny, torch.zeros(4, *tiny.image_shape), steps=2, progress=False)
     with pytest.raises(ValueError, match="record_x=True"):
         find(unknown)
+    halfway = wb.invert(tiny, torch.zeros(4, *tiny.image_shape), steps=[500, 250, 0], record_x=True, progress=False)
+    with pytest.raises(ValueError, match="ends at t = 500, where samples are not"):
+        find(halfway)
+    whole = wb.invert(tiny, torch.zeros(4, *tiny.image_shape), steps=[999, 500, 0], record_x=True, progress=False)
+    other = wb.wrap(make_unet(seed=7), DDPMScheduler(), name="other", device="cpu")
+    with pytest.raises(ValueError, match="against.*other"):
+        find(whole, against=wb.sample(other, range(4), steps=[999, 500, 0], eta=0.0, record_x=True, progress=False))
 
 
 def test_a_curve_needs_two_timesteps_and_finite_values(mixture):

@@ -245,6 +245,8 @@ def test_samples_that_are_not_among_the_compared_do_not_count(inverted_store, h)
     assert_along(found, flat[[0, 1, 5]].mean(axis=0) - flat[[2, 6]].mean(axis=0))
     parameters = found.provenance["parameters"]
     assert (parameters["positives"], parameters["negatives"]) == (3, 2)
+    with pytest.raises(ValueError, match=f"from 0 to {N - 1}"):
+        find(inverted_store, labels.astype(int), among=[-1, *among])
 
 
 # Scores

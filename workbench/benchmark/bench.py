@@ -121,7 +121,7 @@ class Bench:
                 seed=p.seed + repeat * p.population,
                 steps=p.steps,
                 eta=p.eta,
-                t=min(visited, key=lambda t: abs(t - p.t)),
+                t=min(visited, key=lambda t: abs(t - p.t * self.model.schedule.T / 1000)),
                 images=self.images.select(slice(p.labelled)),
                 masks=self.masks,
                 texts=self.texts,

@@ -29,7 +29,6 @@ from workbench.directions.direction import Direction
 from workbench.directions.jacobian import Spectrum, find_pullback
 from workbench.directions.learned import learn_directions
 from workbench.directions.sparse import SparseCode, fit_sparse_code
-from workbench.directions.supervised import find_from_scores
 from workbench.editing.asyrp_training import train_asyrp
 from workbench.editing.edits import AtTap, Edit, MoveX, NotApplicable, Shift, Swap, Transport
 from workbench.hspace.extract import extract
@@ -45,7 +44,7 @@ CARRIED = 6
 """Vectors of each sample's pullback that span what can be carried to it."""
 
 CALIBRATION, T_EDIT = 0.3, 400
-"""InjectFusion's omega, and the timestep down to which it injects."""
+"""InjectFusion's omega, and the timestep, of 1000, down to which it injects."""
 
 # In h
 
@@ -97,7 +96,8 @@ def injected(study: Study, attribute: str) -> Edit:
     if mask is not None:
         pixels = from_numpy(mask * 1.0)[None, None]
         mask = F.adaptive_max_pool2d(pixels, study.model.h_shape[1:])[0, 0].bool().numpy()
-    t_range = (study.model.schedule.T - 1, T_EDIT)
+    T = study.model.schedule.T
+    t_range = (T - 1, T_EDIT * T // 1000)
     return Swap(run, "slerp", t_range=t_range, mask=mask, calibration=CALIBRATION)
 
 
@@ -136,8 +136,7 @@ def skip_difference(study: Study, attribute: str) -> Edit:
     options = {"seed": study.seed, "steps": study.steps, "eta": study.eta, "images": False, "progress": False}
     store = study.learned("skips", lambda: extract(model, study.n, **options))
     study.cost["skips"] = Counter(passes=study.n * study.steps)
-    found = find_from_scores(store, study.scores[attribute], k=study.n // 4, progress=False)
-    return AtTap(Resampled(found), taps[-1])
+    return AtTap(Resampled(study.difference(attribute, store)), taps[-1])
 
 
 # In x

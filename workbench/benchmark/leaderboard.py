@@ -285,10 +285,11 @@ def _curve(part: pd.DataFrame, counts: np.ndarray, repeats: np.ndarray) -> _Curv
         for name, at_rest in AT_REST.items()
         if name in values and values[name].notna().any()
     }
+    effect = mean(values["after"] - values["before"])
     means |= {
-        "effect": mean(values["after"] - values["before"]),
+        "effect": effect,
         "success": mean((values["after"] > 0.5).astype(float)),
-        "leakage": sum(np.abs(mean(values[name])) for name in others),
+        "leakage": sum((np.abs(mean(values[name])) for name in others), start=np.zeros_like(effect)),
         "error_outside": mean(4.0 * 10.0 ** (-values["psnr_outside"] / 10.0)),
     }
     scales = np.concatenate([[0.0], values["scale"].to_numpy().reshape(shape).mean(axis=(0, 1))])

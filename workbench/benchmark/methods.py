@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from workbench.directions.boundary import Boundary
 from workbench.directions.boundary_fit import fit_boundaries
 from workbench.directions.direction import Direction
 from workbench.directions.jacobian import JacobianSpectrum, find_jacobian
-from workbench.directions.supervised import find_from_scores, find_many
+from workbench.directions.supervised import find_many
 from workbench.directions.words import GENERATOR_STEPS, boundary_from_text, find_from_text, generator_of
 from workbench.editing.cross import Cross
 from workbench.editing.edits import Edit, MoveNoise, NotApplicable
@@ -68,7 +69,7 @@ def _spectrum(study: Study, mask: np.ndarray | None) -> JacobianSpectrum:
 def mean_difference(study: Study, attribute: str) -> Direction:
     """From the samples of the lowest to those of the highest scores, a quarter of them each (Haas et al., eq. 11)."""
     study.labels(attribute)
-    return find_from_scores(study.store, study.scores[attribute], k=study.n // 4, progress=False)
+    return study.difference(attribute, study.store)
 
 
 @register_method("mean difference, labels")
@@ -84,13 +85,13 @@ def mean_difference_of_images(study: Study, attribute: str) -> Direction:
 def projected(study: Study, attribute: str) -> Direction:
     """The difference of means outside of the span of those of all other attributes (Haas et al., eq. 12)."""
     study.labels(attribute)
-    others = [name for name in learnable(study, study.labels) if name != attribute]
+    own, others = mean_difference(study, attribute), []
+    for name in learnable(study, study.labels):
+        with suppress(NotApplicable):  # its scores tie
+            others += [mean_difference(study, name)] if name != attribute else []
     if not others:
         raise NotApplicable("no other attribute has enough samples to project out")
-    found = {name: mean_difference(study, name) for name in [attribute, *others]}
-    store = study.store
-    rest = found[attribute].orthogonal_to(*(found[name] for name in others))
-    return rest.calibrated(store, like=found[attribute], progress=False)
+    return own.orthogonal_to(*others).calibrated(study.store, like=own, progress=False)
 
 
 @register_method("probe, logistic", scale=4.0)

@@ -37,7 +37,7 @@ class Protocol:
         Number of visited timesteps.
     eta : float
     t : int
-        Timestep of methods that act at one timestep; the nearest visited timestep is used.
+        Timestep, of 1000, of methods that act at one; the nearest visited one to that part of the chain is used.
     shown : int
         Number of held-out samples whose edited images are kept, chosen by the seed.
     seed : int

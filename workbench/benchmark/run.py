@@ -153,7 +153,8 @@ def _bench(
     model: Model, protocol: Protocol, *, images: LabelledImages, masks: Mapping | None = None, **sources: object
 ) -> Bench:
     """What all cells share, with the images in the order that the seed draws."""
-    return Bench(model, protocol, images=images.shuffled(protocol.seed), masks=dict(masks or {}), **sources)
+    masks = {name: np.asarray(mask, dtype=bool) for name, mask in (masks or {}).items()}
+    return Bench(model, protocol, images=images.shuffled(protocol.seed), masks=masks, **sources)
 
 
 def _elsewhere(

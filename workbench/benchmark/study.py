@@ -31,6 +31,7 @@ from workbench.diffusion.sampling import Trajectory, sample
 from workbench.directions.direction import Direction, finite
 from workbench.directions.jacobian import Spectrum
 from workbench.directions.pca import PrincipalComponents, find_pca
+from workbench.directions.supervised import find_from_scores
 from workbench.directions.words import Generator, name_of
 from workbench.editing.edits import Edit, NotApplicable, Shift, as_edit
 from workbench.editing.measure import Classifier
@@ -233,6 +234,19 @@ class Study:
             If too few have it or lack it.
         """
         return _enough(self.scores[attribute].gt(0.5).astype(int), "samples")
+
+    def difference(self, attribute: str, store: HStore) -> Direction:
+        """Direction from the quarter of a store's samples with the lowest scores to that with the highest.
+
+        Raises
+        ------
+        NotApplicable
+            If scores tie.
+        """
+        try:
+            return find_from_scores(store, self.scores[attribute], k=self.n // 4, progress=False)
+        except ValueError as error:
+            raise NotApplicable(str(error)) from error
 
     @property
     def inverted(self) -> HStore:

@@ -49,7 +49,11 @@ class Codec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (n, C, H, W), float32, on the CPU, of latents."""
-        return self._map(lambda x: self.vae.decode(x / self._scale + self._shift).sample, latents, "decoding images")
+
+        def images(x: torch.Tensor) -> torch.Tensor:
+            return self.vae.decode(x / self._scale + self._shift).sample
+
+        return self._map(images, latents, "decoding images", self.factor**2)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents (n, C, h, w), float32, on the CPU, of images in [-1, 1]."""
@@ -59,11 +63,11 @@ class Codec:
             latent = found.latents if isinstance(self.vae, VQModel) else found.latent_dist.mode()
             return (latent - self._shift) * self._scale
 
-        return self._map(latents, images, "encoding images")
+        return self._map(latents, images, "encoding images", 1)
 
-    def _map(self, function, x: torch.Tensor, verb: str) -> torch.Tensor:
-        pixels = x.shape[-1] * x.shape[-2] * (1 if x.shape[1] == self.vae.config.out_channels else self.factor**2)
-        parts = x.split(max(1, BATCH_PIXELS // pixels))
+    def _map(self, function, x: torch.Tensor, verb: str, pixels: int) -> torch.Tensor:
+        """A function of batches; `pixels` of an image are one value of x."""
+        parts = x.split(max(1, BATCH_PIXELS // (pixels * x.shape[-1] * x.shape[-2])))
         device = next(self.vae.parameters()).device
         with torch.inference_mode():
             shown = tqdm(parts, verb, delay=2, leave=False, disable=len(parts) == 1)

@@ -10,7 +10,7 @@ import torch
 
 from workbench.analysis.probes import expected_accuracy
 from workbench.analysis.samples import Labels, matched, matched_column, name_of
-from workbench.diffusion.models import Model
+from workbench.diffusion.models import Model, refuse_other_model
 from workbench.diffusion.noise import FORWARD, normal
 from workbench.directions.boundary import Boundary
 from workbench.directions.boundary_fit import fit_boundaries, fit_boundary
@@ -51,6 +51,7 @@ def accuracy_over_time(
         difference of means fitted on all folds but one, from the distance of the classes and their noise. A probe that
         learns the noise's covariance can do better.
     """
+    refuse_other_model(str(store.path), store.provenance["model"], model.provenance(), tap=False)
     table = matched(store, labels, "the labels")
     table = table.to_frame() if isinstance(table, pd.Series) else table
     shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
+from workbench.analysis.samples import matched_column
 from workbench.diffusion.networks import seeded
 from workbench.directions.direction import Direction, origin_of
 from workbench.hspace.store import HStore
@@ -56,9 +57,9 @@ class SparseCode:
         Parameters
         ----------
         labels : Series of shape (n,)
-            0 or 1, or scores, by sample.
+            0 or 1, or scores, matched by seed or file name.
         """
-        y = labels.to_numpy(dtype=float)
+        y = matched_column(self.store, labels, "the labels").to_numpy(dtype=float)
         z = self.activity - self.activity.mean(axis=0)
         size = np.sqrt((z**2).sum(axis=0) * ((y - y.mean()) ** 2).sum())
         correlation = np.divide(np.abs(z.T @ (y - y.mean())), size, out=np.zeros(z.shape[1]), where=size > 0)
@@ -75,7 +76,7 @@ class SparseCode:
         ValueError
             If no feature tells anything about the attribute.
         """
-        y = labels.to_numpy() > 0.5
+        y = matched_column(self.store, labels, "the labels").to_numpy(dtype=float) > 0.5
         spread = self.activity.std(axis=0)
         z = (self.activity - self.activity.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
         found = np.zeros(z.shape[1])
@@ -108,7 +109,8 @@ class SparseCode:
         chosen = np.flatnonzero(weights)
         terms = torch.from_numpy(weights[chosen]).float()[:, None] * self.features[chosen]
         delta = torch.einsum("fc,tfhw->tchw", terms, self.maps[:, chosen]) * self.spreads[:, :, None, None]
-        provenance = origin_of(self.store) | {"method": "sparse code", "parameters": self.parameters}
+        own = {"weights": {int(f): float(weights[f]) for f in chosen}}
+        provenance = origin_of(self.store) | {"method": "sparse code", "parameters": self.parameters | own}
         found = Direction.from_delta(delta, timesteps=self.store.timesteps, name=name, provenance=provenance)
         return found.calibrated(self.store, progress=progress)
 

@@ -99,6 +99,8 @@ def find_from_labels(
     name = name or name_of(labels, "label")
     y = matched_column(store, labels, f"the labels {name!r}")
     others = _balance_of(store, balance)
+    if among is not None and not {*among} <= {*range(len(y))}:
+        raise ValueError(f"among lists positions of samples, from 0 to {len(y) - 1}")
     used = np.ones(len(y), dtype=bool) if among is None else np.isin(np.arange(len(y)), among)
     if chunks is not None:
         rows = store.rows_of(chunks)

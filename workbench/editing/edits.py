@@ -30,6 +30,7 @@ from workbench.diffusion.schedule import NoiseSchedule, index_of, within
 from workbench.directions.asyrp import DeltaFunction
 from workbench.directions.direction import Direction, finite
 from workbench.directions.jacobian import Spectrum
+from workbench.formats.tensors import digest
 from workbench.io import one_of
 
 
@@ -102,6 +103,9 @@ class Turned(Wrapped):
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
         return self.edit.plan(run, [-scale for scale in scales])
+
+    def about(self) -> dict:
+        return self.edit.about() | {"name": self.name, "turned": True}
 
 
 class InjectionEdit(Edit):
@@ -216,6 +220,8 @@ class Swap(InjectionEdit):
 
     def injection(self, run: Trajectory, scale: float) -> Injection:
         one_of("mode", self.mode, ("replace", "slerp"))
+        if self.asymmetric and self.calibration is not None:
+            raise ValueError("a calibrated swap changes x_t before the step, so it can't be asymmetric; choose one")
         values, active = self._donor_h(run), within(self.t_range, run.timesteps)
         if self.mode == "slerp" and not 0.0 <= scale <= 1.0:
             raise ValueError(f"slerp takes a weight in [0, 1] as its scale, not {scale}")
@@ -237,6 +243,7 @@ class Swap(InjectionEdit):
         donor = None if self.donor.seeds is None else list(self.donor.seeds)
         about = {"donor": donor, "asymmetric": self.asymmetric, "t_range": self.t_range and list(self.t_range)}
         about |= {
+            "mode": self.mode,
             "calibration": self.calibration,
             "mask": None if self.mask is None else np.asarray(self.mask).tolist(),
         }
@@ -300,9 +307,13 @@ class MoveX(Edit):
     unit: str = "length in x_t"
 
     def plan(self, run: Trajectory, scales: Sequence[float]) -> list[Trajectory]:
-        x_t, first = run.x_at(self.t), index_of(self.t, run.timesteps)
+        first = index_of(self.t, run.timesteps, trained=run.model.schedule.T)
+        x_t = run.reached(first)  # of an inverted image not the inversion's own, which scale 0 does not decode
         vector = self.vector.to(x_t)
         return [run.tail(first, x_t + s * vector) if finite(s, "scale") else run for s in scales]
+
+    def about(self) -> dict:
+        return super().about() | {"t": int(self.t), "vector": _hash(self.vector)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,6 +351,9 @@ class Transport(Edit):
         ]
         return F.normalize(torch.stack(carried).flatten(1)).view(-1, *run.model.x_shape)
 
+    def about(self) -> dict:
+        return super().about() | {"t": int(self.t), "u": _hash(self.u)}
+
 
 @dataclass(frozen=True, eq=False)
 class MoveNoise(Edit):
@@ -370,6 +384,9 @@ class MoveNoise(Edit):
             for s, (x_T, z) in zip(scales, moved, strict=True)
         ]
 
+    def about(self) -> dict:
+        return super().about() | {"timesteps": list(self.timesteps), "units": _hash(self.units)}
+
 
 def as_edit(found: Edit | Direction | DeltaFunction, **options: Any) -> Edit:
     """An edit as it is, without options; a direction as a `Shift` with these."""
@@ -380,6 +397,10 @@ def as_edit(found: Edit | Direction | DeltaFunction, **options: Any) -> Edit:
     if not isinstance(found, Direction | DeltaFunction):
         raise ValueError(f"an edit is a Direction, a DeltaFunction or an Edit, not a {type(found).__name__}")
     return Shift(found, **options)
+
+
+def _hash(vector: torch.Tensor) -> str:
+    return digest({"vector": vector.contiguous()})[:16]
 
 
 def check_run(model: Model, run: Trajectory) -> None:

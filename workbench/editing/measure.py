@@ -339,7 +339,7 @@ def _add_image_measures(
     outside = np.full((n * k, len(attributes)), np.nan)
     for a, attribute in enumerate(attributes):
         if attribute in masks:
-            outside[:, a] = peak_signal_to_noise(values, before, mask=~masks[attribute])
+            outside[:, a] = peak_signal_to_noise(values, before, mask=~np.asarray(masks[attribute], dtype=bool))
     table["psnr_outside"] = outside.ravel()
 
 

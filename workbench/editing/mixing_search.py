@@ -176,6 +176,9 @@ def mixing_step(
     if criterion == "tv":
         return total_variation(run.x, alpha_bars, x0=run.x0.numpy(), labels=table, level=level, **resampling)
     if criterion == "radius_gap":
+        if against is not None:
+            own = against.provenance["model"] if isinstance(against, HStore) else against.model.provenance()
+            refuse_other_model("against", own, model.provenance(), tap=False)
         other = _other(run, progress) if against is None else _run_of(against, model, len(against), progress=progress)
         if (run.seeds is None) == (other.seeds is None):
             raise ValueError("source and against are of one kind; give generated samples and inverted images")
@@ -434,6 +437,12 @@ def _other(run: Trajectory, progress: bool) -> Trajectory:
     """Ensemble to compare a run with: its own images inverted; for an inversion, as many deterministic samples."""
     options = {"steps": run.timesteps, "record_x": True, "progress": progress}
     if run.seeds is None:
+        first, T = run.timesteps[0], run.model.schedule.T
+        if first < 0.9 * (T - T / run.steps):
+            raise ValueError(
+                f"the inversion ends at t = {first}, where samples are not N(0, I); give generated samples with these "
+                "timesteps as against=, or invert to the noise"
+            )
         return sample(run.model, range(len(run)), eta=0.0, **options)
     return invert(run.model, run.images.clamp(-1, 1), **options)
 

@@ -113,6 +113,9 @@ def render(
     """
     named = name_edits(edits, **options)
     check_run(run.model, run)
+    if residual:
+        for _, each in named:
+            _check_own_residual(each, run)
     plans = [edit.plan(run, scales) for _, edit in named]
     if not plans or not plans[0]:
         raise ValueError("an edit grid needs at least one edit and one scale")
@@ -175,6 +178,16 @@ def run_plans(
                     if plan is run:
                         images[e, :, c] = plain
     return run.model.to_images(images)
+
+
+def _check_own_residual(edit: Edit, run: Trajectory) -> None:
+    """The residual is that of the run's reconstruction from x_T; ValueError for an edit of another process."""
+    check_residual(run)
+    plain = edit.plain(run)
+    if plain is not run and plain.stored_noise is None:
+        raise ValueError(
+            f"{edit.name} decodes the inversion's x_t, whose reconstruction has another residual; leave it out"
+        )
 
 
 def cells_bar(
@@ -293,7 +306,7 @@ def edit(
     Returns
     -------
     Trajectory
-        x0 holds the edited images. Scale 0 gives the unedited images, bit for bit.
+        x0 holds the edited images. Scale 0 gives the unedited images, bit for bit, but for "replace".
 
     Raises
     ------
@@ -303,12 +316,16 @@ def edit(
     """
     check_run(model, run)
     one_of("mode", mode, ("add", "replace", "slerp"))
+    if gain is not None and mode != "add":
+        raise ValueError(f"gain is {gain!r}, and {mode!r} has none; leave it out")
     if mode == "add":
         change = as_edit(direction, asymmetric=asymmetric, t_range=t_range, gain=gain)
     else:
         change = Swap(direction, mode, asymmetric=asymmetric, t_range=t_range)
     scale = finite(scale, "scale")
     if not isinstance(change, InjectionEdit):
+        if residual:
+            _check_own_residual(change, run)
         (plan,) = change.plan(run, [scale])
         return replay(plan, residual=residual, record_h=record_h, progress=progress)
     injection = change.injection(run, scale)
