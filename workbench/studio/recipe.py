@@ -196,10 +196,11 @@ def _files_of(path: Path) -> set[str]:
     """Names of the parts of a recipe; none where there is no recipe."""
     try:
         recipe = read_recipe(path)
-    except (OSError, ValueError):
+        named = [each["file"] for each in (*recipe["directions"], *recipe["boundaries"])]
+        named += [recipe["sample"]["image"]] if "image" in recipe["sample"] else []
+        return {name for name in named if _part(path, name)}
+    except (OSError, ValueError, LookupError, TypeError):  # another file of that name, which is replaced
         return set()
-    image = recipe["sample"].get("image")
-    return {each["file"] for each in (*recipe["directions"], *recipe["boundaries"])} | ({image} if image else set())
 
 
 def _part(path: Path, name: str) -> Path:
