@@ -184,6 +184,11 @@ ARRIVES = {
             **{"port": 8, "theme": "dark"},
         },
     ),
+    "explore a.zarr --directions d -o x.html": (
+        "workbench.studio.server.open_explorer",
+        {"store": "a.zarr", "model": None, "directions": ["d"]},
+    ),
+    "explore a.zarr -o x.html": ("workbench.studio.server.open_explorer", {"model": "", "directions": None}),
     "studio --model m --directions a b --seeds 2,5 --label 3 --guidance-scale 2 --port 8 --theme dark": (
         "workbench.studio.server.serve_studio",
         {"options": STUDIO, "port": 8, "theme": "dark"},
