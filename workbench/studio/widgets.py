@@ -117,8 +117,7 @@ class EditStudio(widgets.VBox):
     def figure(self, state: EditState | None = None) -> plots.Figure:
         """Draw an edit, by default the current one: before, after, difference, and scores."""
         rendering = self.session.render(state=state)
-        run, seed = self.session.samples[rendering.state.sample], self.session.label(rendering.state.sample)
-        eta = float(np.mean(run.etas)) if rendering.state.eta is None else rendering.state.eta
+        seed, eta = self.session.label(rendering.state.sample), self._eta_of(rendering.state)
         return plots.before_after(
             rendering.before,
             rendering.after,
@@ -382,9 +381,7 @@ class EditStudio(widgets.VBox):
                 box.value = other in state.against.get(name, ())
             inside = [t for t in session.timesteps if state.t_range[1] <= t <= state.t_range[0]]
             self.process.value, self.window.value = state.process, (inside[0], inside[-1])
-            run = session.samples[state.sample]
-            own = state.eta is None or run.seeds is None  # an inverted image has its own, whatever samples have
-            self.eta.value, self.eta.disabled = float(np.mean(run.etas)) if own else state.eta, run.seeds is None
+            self.eta.value, self.eta.disabled = self._eta_of(state), session.samples[state.sample].seeds is None
             single = state.process == "single-step"
             for control in (*self.scales.values(), self.window):
                 control.disabled = single
@@ -393,6 +390,11 @@ class EditStudio(widgets.VBox):
             for view in (self.strip, self.grid):
                 view.offer(list(session.boundaries if single else session.directions))
         self.undo.disabled, self.redo.disabled = not session.can_undo, not session.can_redo
+
+    def _eta_of(self, state: EditState) -> float:
+        """Eta of an edit's steps, or their mean; an inverted image has its own, whatever samples have."""
+        run = self.session.samples[state.sample]
+        return float(np.mean(run.etas)) if state.eta is None or run.seeds is None else state.eta
 
     def _show_samples(self) -> None:
         session, buttons = self.session, list(self.samples.children)
