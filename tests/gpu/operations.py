@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import workbench as wb
 from workbench.diffusion import training
@@ -117,6 +119,45 @@ def jacobian(model, inputs, folder) -> Results:
     return {"values": found.singular_values, "right": found.right}
 
 
+def pullback(model, inputs, folder) -> Results:
+    upper = torch.arange(model.image_shape[1])[:, None].expand(model.image_shape[1:]) < model.image_shape[1] // 2
+    options = {"k": 2, "mask": upper, "nullspace": 2, "tol": 1e-8}
+    found = wb.find_pullback(model, own_run(model)[:1], t=inputs.t, **options, **QUIET)
+    return {"values": found.singular_values, "right": found.right}
+
+
+def guided_latents(model, inputs, folder) -> Results:
+    """A latent network with a condition and guidance: samples, images, their inversion, an edit of h."""
+    blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    cross = {"cross_attention_dim": 8, "attention_head_dim": 2, "sample_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        unet, vae, texts = (
+            UNet2DConditionModel(
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                **blocks,
+                **cross,
+            ),
+            AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                latent_channels=4,
+                sample_size=16,
+                **blocks,
+            ),
+            torch.randn(2, 1, 7, 8),
+        )
+    condition = {"condition": texts[0], "negative": texts[1], "guidance_scale": 2.0}
+    schedule = wb.NoiseSchedule.linear()
+    latent = wb.wrap(unet, schedule, name="latent", vae=vae, device=model.device, **condition)
+    run = own_run(latent, record_h=True)
+    images = latent.to_images(run.x0)
+    back = wb.invert(latent, images.clamp(-1, 1), steps=STEPS, record_h=True, **QUIET)
+    swapped = wb.edit(latent, run[:2], back[2:3], mode="replace", scale=1.0, **QUIET)
+    return {"h": run.h.values, "images": images, "x_T": back.x_T, "swapped": latent.to_images(swapped.x0)}
+
+
 def boundary(model, inputs, folder) -> Results:
     run = wb.invert(model, inputs.images, steps=inputs.timesteps, record_h=True, **QUIET)
     found = {space: wb.fit_boundary(run, inputs.labels, t=inputs.t, space=space) for space in "hx"}
@@ -161,8 +202,8 @@ def losses(model, inputs, folder, *, precision: str = "float32", stopped: bool =
         return take_step(run, *args, **kwargs)
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it holds the device of the process's first training
-    device = partial(Accelerator, cpu=model.device.type == "cpu")
-    with mock.patch.object(training, "Accelerator", lambda cpu: device()):
+    there = mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(model.device))
+    with there, mock.patch.object(training, "Accelerator", lambda cpu: Accelerator()):
         if stopped:
             with mock.patch.object(training, "_take_step", interrupted):
                 try:
@@ -188,6 +229,8 @@ OPERATIONS: list[tuple[str, Operation, float, bool]] = [
     ("PCA", pca, 10, False),  # a component moves by the error over the gap between two variances
     ("supervised direction", supervised, 10, True),
     ("Jacobian", jacobian, 10, False),  # needs float32
+    ("pullback", pullback, 100, False),  # its values lie close together
+    ("latents with guidance", guided_latents, 10, False),
     ("boundary", boundary, 10, False),
     ("crossing", cross, 1, True),
     ("studio", studio, 1, True),
@@ -229,7 +272,7 @@ EXACT = [("replay", replayed), ("edit of scale 0", unedited), ("resumed extracti
 
 def relative_error(found: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:
     """||found - expected|| / ||expected||, infinite if a value is not finite."""
-    found, expected = (torch.tensor(np.array(each), dtype=torch.double) for each in (found, expected))
+    found, expected = (torch.tensor(np.asarray(each), dtype=torch.double) for each in (found, expected))
     error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.double).tiny))
     return error if np.isfinite(error) else float("inf")
 

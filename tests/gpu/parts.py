@@ -22,6 +22,7 @@ from unittest import mock
 import operations
 import speed
 import torch
+from mirror import mirror
 
 import workbench as wb
 from workbench.diffusion.memory import free_memory
@@ -65,9 +66,11 @@ class Report:
 def correctness(report: Report) -> None:
     """Every operation on the device against the CPU, in float32 and in bfloat16."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    reference, models = report.model(device="cpu"), {dtype: report.model(dtype=dtype) for dtype in DTYPES}
-    if report.device.type == "cpu":  # other kernels, which round differently, are a dry run's other device
-        models["float32"].unet.unet.to(memory_format=torch.contiguous_format)
+    devices = {dtype: report.device for dtype in DTYPES}
+    if report.dry:
+        devices["float32"], operations.STEPS = mirror(), 4
+    models = {dtype: report.model(device=device, dtype=dtype) for dtype, device in devices.items()}
+    reference = report.model(device="cpu")
     for name, found in operations.compare(reference, models, operations.Inputs(reference)):
         for label, result in found.items():
             report.keep(f"{name}, {label}", result)
