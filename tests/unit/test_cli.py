@@ -466,6 +466,8 @@ MISTAKES = [
     ("benchmark --plugin missing.py -o none", "missing.py: No such file"),
     ("benchmark --methods magic -o none", "method 'magic'"),
     ("benchmark avataaars64 --records -o none", "there is no recorded benchmark of 'avataaars64'"),
+    ("benchmark --records --judge mine -o none", "--judge is given, and --records takes it from the record"),
+    ("run 40_pca -p seed -1,0", "seed"),
     ("studio --port 99999", "port 99999 is invalid"),
     ("explore nope.zarr --out page.pdf", "ends in .pdf"),
     ("edit nope.json", "there is no recipe nope.json"),

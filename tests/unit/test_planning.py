@@ -62,6 +62,18 @@ def test_images_of_a_latent_model_are_planned_decoded(tmp_path):
     assert plan(load_shapes(folder), n=2, steps=2, image_shape=shape).disk == arrays
 
 
+def test_guidance_takes_two_passes_a_step_and_is_planned_for_networks_of_texts(network, tmp_path, capsys):
+    one, two = plan(network), plan(network, guided=True)
+    assert (two.passes, two.disk) == (2 * one.passes, one.disk)
+    assert two.seconds == pytest.approx(2 * one.seconds)
+    assert two.gpu_memory > one.gpu_memory
+    stable_diffusion(tmp_path)
+    for words, passes in (([], 40), (["--unguided"], 20)):
+        command = ["plan", "--model", str(tmp_path / "model"), "--n", "5", "--steps", "4", "--rate", "1", *words]
+        assert cli.main(command) == 0
+        assert f"{passes} of" in capsys.readouterr().out
+
+
 def test_the_schedule_is_the_models_and_needs_no_weights(tiny, tiny_folder):
     (weights,) = (tiny_folder / "unet").glob("*.safetensors")
     weights.write_bytes(b"")

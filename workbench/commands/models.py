@@ -159,6 +159,10 @@ def plan(
     batch_size: opt.BatchSize = None,
     dtype: opt.Dtype = "float16",
     record_x: opt.RecordX = False,
+    guided: Annotated[
+        bool | None,
+        Option("--guided/--unguided", help="two passes a step, as guidance takes (default: of text-conditional models)"),
+    ] = None,
 ):
     """Estimate the cost of an extraction.
 
@@ -188,10 +192,11 @@ def plan(
         flop_rate = passes * planning.count_flops(load_shapes(own.name))
         source = f"measured with {own.name} on {own.device}: {flop_rate / 1e12:.2g} TFLOP/s"
     size = {"n": n, "steps": steps, "processes": processes, "batch_size": batch_size}
-    size |= {"dtype": dtype, "record_x": record_x, "image_shape": load_image_shape(model)}
+    guided = network.stages.conditioned_on == "text" if guided is None else guided
+    size |= {"dtype": dtype, "record_x": record_x, "guided": guided, "image_shape": load_image_shape(model)}
     found = planning.plan_extraction(network, flop_rate=flop_rate, on_gpu=on_gpu, **size)
     rows = {
-        "samples x steps": f"{n:,} x {steps}, {processes} process{'es' * (processes > 1)}",
+        "samples x steps": f"{n:,} x {steps}{', two passes each' * guided}, {processes} process{'es' * (processes > 1)}",
         "U-Net passes": f"{found.passes:,} of {found.flops / 1e9:,.3g} GFLOP",
         "disk": _bytes(found.disk),
         "RAM a process": f"{_bytes(found.ram)} (at most)",

@@ -30,7 +30,7 @@ class Command(TyperCommand):
         lists = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
         words, option = [], None
         for word in args:
-            if word.startswith("-") and not _is_number(word):
+            if word.startswith("-") and not _are_numbers(word):
                 option = word if word in lists else None
             elif option is not None and words[-1] != option:
                 words.append(option)
@@ -84,12 +84,12 @@ def command(name: str, *, example: str, app: Typer = app) -> Callable:
     return register
 
 
-def _is_number(text: str) -> bool:
+def _are_numbers(text: str) -> bool:
+    """Whether a word is a number, or several as a notebook's parameter takes them, such as -1,0,1."""
     try:
-        float(text)
+        return all(math.isfinite(float(part)) for part in text.split(","))
     except ValueError:
         return False
-    return True
 
 
 def _finite(text: str) -> float:

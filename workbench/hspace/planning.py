@@ -46,7 +46,7 @@ class Plan:
     Attributes
     ----------
     passes : int
-        Samples through the U-Net, n x steps.
+        Samples through the U-Net, n x steps; twice as many with guidance.
     flops : float
         Floating-point operations of one pass of one sample (a multiplication and an addition are two).
     disk : int
@@ -82,6 +82,7 @@ def plan_extraction(
     dtype: str = "float16",
     record_x: bool = False,
     on_gpu: bool = True,
+    guided: bool = False,
     image_shape: tuple[int, int, int] | None = None,
 ) -> Plan:
     """Needs of `extract(model, n, steps=steps, ...)`.
@@ -96,6 +97,8 @@ def plan_extraction(
         Floating-point operations a second: of one of the GPUs (`card_rate`), or of all cores.
     on_gpu : bool
         Whether the network is on a GPU; else its memory is RAM.
+    guided : bool
+        Whether each step takes two passes of a sample, as classifier-free guidance does.
     image_shape : (int, int, int), optional
         (C, H, W) of the images of a latent model, which are kept decoded; by default that of x_t.
     """
@@ -113,12 +116,13 @@ def plan_extraction(
     recorded = 2 ** (record - 1).bit_length() if on_gpu else record
     buffers = (1 + writers) * recorded + writers * record * np.dtype(dtype).itemsize // 4
     flops = count_flops(network)
+    activations = batch_size * need.activations * (1 + guided)
     return Plan(
-        passes=n * steps,
+        passes=n * steps * (1 + guided),
         flops=flops,
         disk=disk,
-        ram=LIBRARIES + need.weights + buffers + (0 if on_gpu else batch_size * need.activations),
-        gpu_memory=need.weights + batch_size * need.activations if on_gpu else 0,
+        ram=LIBRARIES + need.weights + buffers + (0 if on_gpu else activations),
+        gpu_memory=need.weights + activations if on_gpu else 0,
         # Processes on a CPU share its cores, which one alone uses as well.
         rate=(processes if on_gpu else 1) * flop_rate / flops,
     )
