@@ -161,7 +161,7 @@ def plan(
     record_x: opt.RecordX = False,
     guided: Annotated[
         bool | None,
-        Option("--guided/--unguided", help="two passes a step, as guidance takes (default: of text-conditional models)"),
+        Option("--guided/--unguided", help="two passes a step, for guidance (default: of text-conditional models)"),
     ] = None,
 ):
     """Estimate the cost of an extraction.
@@ -196,7 +196,7 @@ def plan(
     size |= {"dtype": dtype, "record_x": record_x, "guided": guided, "image_shape": load_image_shape(model)}
     found = planning.plan_extraction(network, flop_rate=flop_rate, on_gpu=on_gpu, **size)
     rows = {
-        "samples x steps": f"{n:,} x {steps}{', two passes each' * guided}, {processes} process{'es' * (processes > 1)}",
+        "samples x steps": f"{n:,} x {steps}{' x 2' * guided}, {processes} process{'es' * (processes > 1)}",
         "U-Net passes": f"{found.passes:,} of {found.flops / 1e9:,.3g} GFLOP",
         "disk": _bytes(found.disk),
         "RAM a process": f"{_bytes(found.ram)} (at most)",
