@@ -68,10 +68,10 @@ def test_guidance_takes_two_passes_a_step_and_is_planned_for_networks_of_texts(n
     assert two.seconds == pytest.approx(2 * one.seconds)
     assert two.gpu_memory > one.gpu_memory
     stable_diffusion(tmp_path)
-    for words, passes in (([], 40), (["--unguided"], 20)):
+    for words, passes in (([], "40, two a step, of"), (["--unguided"], "20 of")):
         command = ["plan", "--model", str(tmp_path / "model"), "--n", "5", "--steps", "4", "--rate", "1", *words]
         assert cli.main(command) == 0
-        assert f"{passes} of" in capsys.readouterr().out
+        assert passes in capsys.readouterr().out
 
 
 def test_the_schedule_is_the_models_and_needs_no_weights(tiny, tiny_folder):

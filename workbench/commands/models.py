@@ -196,8 +196,8 @@ def plan(
     size |= {"dtype": dtype, "record_x": record_x, "guided": guided, "image_shape": load_image_shape(model)}
     found = planning.plan_extraction(network, flop_rate=flop_rate, on_gpu=on_gpu, **size)
     rows = {
-        "samples x steps": f"{n:,} x {steps}{' x 2' * guided}, {processes} process{'es' * (processes > 1)}",
-        "U-Net passes": f"{found.passes:,} of {found.flops / 1e9:,.3g} GFLOP",
+        "samples x steps": f"{n:,} x {steps}, {processes} process{'es' * (processes > 1)}",
+        "U-Net passes": f"{found.passes:,}{', two a step,' * guided} of {found.flops / 1e9:,.3g} GFLOP",
         "disk": _bytes(found.disk),
         "RAM a process": f"{_bytes(found.ram)} (at most)",
         "GPU memory": f"{_bytes(found.gpu_memory)} (estimated, batches of {batch_size})",
