@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -23,15 +24,17 @@ PACKAGE = Path(__file__).parent
 
 Value = TypeVar("Value")
 
+_ATTEMPTS = itertools.count()
+
 
 @contextlib.contextmanager
 def written(path: str | os.PathLike, *, folder: bool = False) -> Iterator[Path]:
     """Where to write a file or a new folder, which is renamed at the end and so appears whole or not at all."""
     path = writable(path, folder=folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    # After a failure, threads that still write (zarr's) may bring back some of what is removed below.
-    shutil.rmtree(partial, ignore_errors=True)
+    # Another one each time: after a failure, threads that still write (zarr's) may bring back some of what is removed.
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{next(_ATTEMPTS)}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
     try:
         yield partial
         os.replace(partial, path)

@@ -382,6 +382,15 @@ def test_the_control_of_several_boundaries_has_as_many_normals_at_the_same_angle
     assert (torch.cosine_similarity(found, random, dim=2).abs() < 0.5).all()
 
 
+@pytest.mark.parametrize("h_policy", ["first", "stale", "offset", "offset-asymmetric"])
+def test_an_edit_of_a_run_is_that_of_the_grid(tiny, three, b, h_policy):
+    """`edit` gives an injection a slice of the samples, `render` their numbers."""
+    cross = Cross(b["h"][0], b["x"][0], mode="shift", h_policy=h_policy)
+    alone = wb.edit(tiny, three, cross, scale=2.0, progress=False).x0
+    grid = wb.render(three, {"crossed": cross}, scales=[2.0], progress=False)
+    torch.testing.assert_close(alone, grid.images.view_as(alone), **NEAR)
+
+
 def test_a_crossing_is_compared_with_its_own_decoding(tiny, three, b):
     """`Cross.plain` has the eta and noise of the edit, so that a move of no length changes nothing."""
     for options in ({}, {"eta": 0.0}, {"h_policy": "stale"}, {"seed": 3}):

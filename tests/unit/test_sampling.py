@@ -362,3 +362,11 @@ def test_both_ways_to_decode_an_edited_and_a_plain_h_agree(tiny, run):
     elsewhere = SimpleNamespace(h=SimpleNamespace(device=torch.device("cuda")), repeat=bottleneck.repeat)
     for got, h in zip(sampling._decode_both(tiny, elsewhere, edited), (edited, bottleneck.h), strict=True):
         close(got, tiny.decode(bottleneck.with_h(h)))
+
+
+@pytest.mark.parametrize(("steps", "late"), [(1, True), (2, True), ([400, 200, 0], True), (4, False), ([999, 0], False)])
+def test_sampling_that_starts_where_x_t_is_no_noise_says_so(tiny, steps, late):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wb.sample(tiny, [0], steps=steps, progress=False)
+    assert any("sampling starts from noise at t = " in str(each.message) for each in said) == late

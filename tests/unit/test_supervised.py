@@ -323,6 +323,10 @@ def test_all_directions_of_a_draw_are_of_one_length_and_depend_on_the_seed(store
     lengths = found.deltas.flatten(2).norm(dim=2).view(3, 4, -1)
     torch.testing.assert_close(lengths, lengths[:, -1:].expand_as(lengths), rtol=1e-4, atol=0)
     assert torch.equal(found.deltas, again.deltas)
+    # The random direction is a control of the same strength: it turns over time as the reference does.
+    random, *_, reference = torch.nn.functional.normalize(found.deltas.flatten(2)[:4].double(), dim=2)
+    torch.testing.assert_close(random @ random.T, reference @ reference.T, atol=1e-4, rtol=0)
+    assert (random * reference).sum(dim=1).abs().max() < 0.5
     assert not torch.equal(found.deltas, few(store, table["A"], seed=6).deltas)
     assert not torch.equal(found.deltas[1], found.deltas[5])
 

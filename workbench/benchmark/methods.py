@@ -87,8 +87,9 @@ def projected(study: Study, attribute: str) -> Direction:
     study.labels(attribute)
     own, others = mean_difference(study, attribute), []
     for name in learnable(study, study.labels):
-        with suppress(NotApplicable):  # its scores tie
-            others += [mean_difference(study, name)] if name != attribute else []
+        if name != attribute:
+            with suppress(NotApplicable):  # its scores tie
+                others.append(mean_difference(study, name))
     if not others:
         raise NotApplicable("no other attribute has enough samples to project out")
     return own.orthogonal_to(*others).calibrated(study.store, like=own, progress=False)

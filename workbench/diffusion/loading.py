@@ -112,8 +112,8 @@ def load_model(
         of an attention head (`num_head_channels`) or the number of heads (`num_heads`, improved-diffusion's 4). The
         rest of the architecture follows from the shapes.
     attention_order : {"legacy", "new"}, optional
-        For a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; all published files
-        have the legacy order, the default.
+        For a single file without a preset: "new" for `use_new_attention_order` of guided-diffusion; "legacy", the
+        default, fits all published files but 64x64_diffusion.pt, whose preset has "new".
     schedule : {"linear", "cosine", "sigmoid"}, optional
         For a single file: the noise schedule; by default the preset's or the file's own, or else linear, or sigmoid for
         lucidrains' layout (its default). Required if

@@ -39,7 +39,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of a training; except for `start`, the defaults are those of `avataaars32`.
+    """Settings of a training; the network is by default that of `avataaars32`.
 
     Attributes
     ----------

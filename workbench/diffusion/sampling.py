@@ -25,6 +25,9 @@ from workbench.diffusion.unet import Bottleneck
 DIVERGED = 10.0
 """Values of samples beyond which they are no images, which lie in [-1, 1], and no latents of a few times that."""
 
+NOISE_UP_TO = 0.05
+"""alpha_bar of the first visited timestep up to which x_t may be replaced by noise."""
+
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
@@ -356,10 +359,17 @@ def sample(
     Warns
     -----
     UserWarning
-        If samples reach far outside of [-1, 1], as from an undertrained model.
+        If the first timestep is so late that x_t is no noise there, as with one or two steps; if samples reach far
+        outside of [-1, 1], as from an undertrained model.
     """
     seeds = check_seeds(seeds)
     visited = model.schedule.timesteps(steps)
+    if (signal := model.schedule.alpha_bars[visited[0]]) > NOISE_UP_TO:
+        warnings.warn(
+            f"sampling starts from noise at t = {visited[0]}, where x_t should be {signal**0.5:.0%} image; take more steps, "
+            f"or a list of timesteps that begins near {model.schedule.T - 1}",
+            stacklevel=2,
+        )
     plan = Trajectory(
         model=model,
         x_T=initial_noise(seeds, model.x_shape),

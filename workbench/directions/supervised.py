@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.probes import Span, balanced_weight, fit_probe, folds_of
 from workbench.analysis.samples import Labels, check_classes, check_table, digest_of, matched, matched_column, name_of
-from workbench.directions.direction import Direction, origin_of, projections
+from workbench.directions.direction import Direction, origin_of, projections, rotated
 from workbench.hspace.store import HStore
 from workbench.io import one_of
 
@@ -201,8 +201,9 @@ class FewExamples:
     Attributes
     ----------
     table : DataFrame, one row per direction
-        `draw`; `count`, the examples of each class, where 0 is a random direction and inf the draw's reference; and
-        `cosine` of the angle to the reference, over all timesteps.
+        `draw`; `count`, the examples of each class, where 0 is a random direction that changes over time as the
+        reference does (`random_like`), and inf the draw's reference; and `cosine` of the angle to the reference, over
+        all timesteps.
     deltas : Tensor of shape (directions, T, C, h, w), or (directions, 1, C, H, W) for x_T; float32
         What one unit of scale adds to h_t at every timestep, or to x_T. All directions of a draw have the length of
         the reference at every timestep, whose unit is one standard deviation of the samples' projections on it, and in
@@ -264,13 +265,14 @@ def few_shot_directions(
     for t in tqdm(visited, desc="directions", unit=" timesteps", disable=not progress, delay=2, leave=False):
         batches = _reader(store, t) if noise is None else lambda: noise
         found = _mean_difference(batches(), weights).reshape(draws, len(counts) + 1, -1)
-        units = np.concatenate([rng.standard_normal((draws, 1, found.shape[-1])), found], axis=1)
-        units /= np.linalg.norm(units, axis=2, keepdims=True)
+        units = found / np.linalg.norm(found, axis=2, keepdims=True)
         # x_T is standard normal; measured where its dimensions outnumber the samples, its spread would seem larger.
         reference = weights[:, len(counts) :: len(counts) + 1]
         sigma = np.ones(draws) if noise is not None else _spread(_differences(batches, reference)[1])
         deltas.append((sigma[:, None, None] * units).astype(np.float32))
     values = np.stack(deltas, axis=2)
+    random = [rotated(torch.from_numpy(each[-1]).double(), seed=seed + i).float() for i, each in enumerate(values)]
+    values = np.concatenate([np.stack(random)[:, None], values], axis=1)
     flat = values.reshape(draws, len(counts) + 2, -1)
     lengths = np.linalg.norm(flat[:, -1:], axis=2)
     cells = pd.MultiIndex.from_product([range(draws), [0.0, *counts, np.inf]], names=["draw", "count"])

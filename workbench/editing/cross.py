@@ -260,7 +260,7 @@ class Cross(Edit):
         before = torch.empty_like(moved)
 
         def stale(i: int, h: torch.Tensor, samples: slice | torch.Tensor) -> torch.Tensor:
-            used = (moved if i == 0 else before)[samples].to(h)
+            used = (moved if i == 0 else before)[samples].to(h, copy=True)  # a slice would change with `before`
             before[samples] = h.to(before)
             return used
 

@@ -77,7 +77,7 @@ def find_model_files(folder: str | Path) -> ModelFolder:
     training's folder (`unet/`, `checkpoint-500/`) has its scheduler there.
     """
     folder = local(folder)
-    whole = _find_whole(folder)
+    whole = next((place for place in _places(folder) if (place / "model_index.json").is_file()), folder)
     index = whole / "model_index.json"
     parts = read_json(index) if index.is_file() else {}
     if other := next((part for part in _OTHER_PARTS if parts.get(part) not in (None, [None, None])), None):
@@ -131,25 +131,20 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
     return tuple(path for _, path in sorted(files.items()))
 
 
-def _find_whole(folder: Path) -> Path:
-    """The pipeline's folder that a part (`unet/`, `checkpoint-500/`) lies in, or else the folder itself."""
-    place = folder
-    while not (place / "model_index.json").is_file():
-        if re.fullmatch(r"unet|unet_ema|checkpoint-\d+", place.resolve().name) is None:
-            return folder
-        place = place.resolve().parent
-    return place
+def _places(folder: Path) -> Iterator[Path]:
+    """The folder, and what it is a part of: a pipeline's around `unet/`, a training's around `checkpoint-500/`."""
+    yield folder
+    while re.fullmatch(r"unet|unet_ema|checkpoint-\d+", folder.resolve().name):
+        folder = folder.resolve().parent
+        yield folder
 
 
 def _find_scheduler(folder: Path) -> Path:
-    place = folder
-    while True:
-        for config in (place / "scheduler" / "scheduler_config.json", place / "scheduler_config.json"):
-            if config.is_file():
-                return config
-        if re.fullmatch(r"unet|unet_ema|checkpoint-\d+", place.resolve().name) is None:
-            raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise schedule is unknown")
-        place = place.resolve().parent
+    names = ("scheduler/scheduler_config.json", "scheduler_config.json")
+    found = next((place / name for place in _places(folder) for name in names if (place / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise schedule is unknown")
+    return found
 
 
 def read_json(path: Path) -> dict:

@@ -56,7 +56,7 @@ _DRAWN = (
 
 
 class Explorer(anywidget.AnyWidget):
-    """Linked maps of samples: hover, select, colour, and, with a desk, directions from selections.
+    """Linked maps of samples: hover, select, colour, and, with a model, directions from selections.
 
     Made by `explore`. All that shows is a trait, so that it can be read and set in Python.
 
