@@ -52,3 +52,10 @@ def test_more_samples_come_closer_to_the_boundary_of_all(store, labels):
     means = table.groupby("count").cosine.mean()
     assert means.is_monotonic_increasing and means[20] == pytest.approx(1.0)
     assert (table.n == 20).all() and (table.low <= table.accuracy).all()
+
+
+def test_a_rare_class_is_in_both_halves(store):
+    rare = pd.Series([1] * 6 + [0] * (N - 6), index=store.names, name="rare")
+    for seed in range(4):
+        table = wb.accuracy_over_samples(store, rare, t=0, counts=[8], methods=["mean"], draws=1, seed=seed)
+        assert (table.n == N // 2).all()

@@ -102,7 +102,7 @@ def accuracy_over_samples(
 ) -> pd.DataFrame:
     """Accuracy of boundaries in x_t against the number of labelled images (figure `zhu-e6`).
 
-    Half of the samples are held out, the same ones for all boundaries.
+    Half of each class's samples are held out, the same ones for all boundaries.
 
     Parameters
     ----------
@@ -126,8 +126,8 @@ def accuracy_over_samples(
     y = matched_column(store, labels, "the labels").to_numpy()
     values, name = store.at(t, space="x"), name_of(labels, "label")
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(values))
-    test, pool = np.split(order, [round(len(order) / 2)])
+    halves = [np.array_split(rng.permutation(np.flatnonzero(y == side)), 2) for side in (0, 1)]
+    test, pool = (np.concatenate(half) for half in zip(*halves, strict=True))
     rows = []
     for method in methods:
         options = {"t": t, "space": "x", "method": method, "cv": 2, "name": name}
