@@ -92,8 +92,11 @@ choice(
 
 @task("1.7")
 def _(before, after):
-    yield float(np.abs(before - after).max()), "right, and it is 0: an edit of scale 0 is the sample, to the bit."
-    yield float((before - after).mean()), "differences of both signs cancel in a mean; take the largest absolute one."
+    gaps = (after - before).reshape(len(after), -1)
+    yield np.abs(gaps).max(axis=1), "right, and the first is 0: an edit of scale 0 is the sample, to the bit."
+    yield gaps.mean(axis=1), "differences of both signs cancel in a mean; take the largest absolute one."
+    yield np.abs(gaps).mean(axis=1), "a mean hides one pixel that differs; take the largest."
+    yield gaps.max(axis=1), "the largest difference may be a negative one; take absolute values first."
 
 
 # 2. Geometry

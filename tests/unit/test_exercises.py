@@ -35,7 +35,7 @@ GIVEN = {
     "1.2": {"x_t": RNG.normal(size=(2, 3)), "eps": RNG.normal(size=(2, 3)), "alpha_bar": 0.3},
     "1.3": {"h_shape": (144, 8, 8), "x_shape": (3, 32, 32)},
     "1.5": dict(zip(("own", "donor", "swapped"), TABLES, strict=True)),
-    "1.7": {"before": RNG.normal(size=(2, 3)), "after": RNG.normal(size=(2, 3))},
+    "1.7": {"before": RNG.normal(size=(2, 3)), "after": RNG.normal(size=(2, 2, 3))},
     "2.1": {"h": H, "k": 2},
     "2.2": {"variances": np.array([4.0, 2.0, 1.0])},
     "2.4": {"ratios": {900: 12.0, 500: 7.0, 0: 3.0}},
@@ -190,3 +190,17 @@ def test_a_check_says_what_it_takes():
 
 def test_a_notebook_shows_a_hint_without_a_traceback():
     assert exercises.NotYet("Task 1.1: why")._render_traceback_() == ["Task 1.1: why"]
+
+
+def test_a_mistake_close_to_the_right_answer_is_told_from_it():
+    assert exercises.check("2.6", 8 / 511, n=512, k=8)
+    with pytest.raises(exercises.NotYet, match="n - 1 are left"):
+        exercises.check("2.6", 8 / 512, n=512, k=8)
+    ratios = {"ratios": {900: 12.0, 500: 7.0}}
+    assert exercises.check("2.4", 900.0, **ratios)
+    with pytest.raises(exercises.NotYet):
+        exercises.check("2.4", 901, **ratios)
+
+
+def test_a_prediction_may_have_spaces_around_it():
+    assert exercises.check("1.4", " b ")
