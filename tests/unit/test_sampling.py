@@ -364,7 +364,10 @@ def test_both_ways_to_decode_an_edited_and_a_plain_h_agree(tiny, run):
         close(got, tiny.decode(bottleneck.with_h(h)))
 
 
-@pytest.mark.parametrize(("steps", "late"), [(1, True), (2, True), ([400, 200, 0], True), (4, False), ([999, 0], False)])
+LATE = [(1, True), (2, True), ([400, 200, 0], True), (4, False), ([999, 0], False)]
+
+
+@pytest.mark.parametrize(("steps", "late"), LATE)
 def test_sampling_that_starts_where_x_t_is_no_noise_says_so(tiny, steps, late):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -366,8 +366,8 @@ def sample(
     visited = model.schedule.timesteps(steps)
     if (signal := model.schedule.alpha_bars[visited[0]]) > NOISE_UP_TO:
         warnings.warn(
-            f"sampling starts from noise at t = {visited[0]}, where x_t should be {signal**0.5:.0%} image; take more steps, "
-            f"or a list of timesteps that begins near {model.schedule.T - 1}",
+            f"sampling starts from noise at t = {visited[0]}, where x_t should be {signal**0.5:.0%} image; take more "
+            f"steps, or a list of timesteps that begins near {model.schedule.T - 1}",
             stacklevel=2,
         )
     plan = Trajectory(

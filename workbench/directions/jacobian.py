@@ -53,7 +53,8 @@ class Spectrum:
     def __repr__(self) -> str:
         values, worst = ", ".join(f"{s:.3g}" for s in self.singular_values), self.residuals.max()
         error = "projected" if np.isnan(worst) else f"residual up to {worst:.1g}"
-        return f"{type(self).__name__}({self.map}, t={self.t}, singular values {values}, {self.products} products, {error})"
+        what = f"{self.map}, t={self.t}, singular values {values}"
+        return f"{type(self).__name__}({what}, {self.products} products, {error})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
