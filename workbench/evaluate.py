@@ -237,6 +237,8 @@ def evaluate_model(
         If there are too few images or samples, the number of samples is not `n`, or
         `n_inverted` is negative.
     """
+    if np.ndim(eta):
+        raise ValueError("eta is a list; a card has one number")
     if n_inverted < 0:
         raise ValueError(f"n_inverted is {n_inverted}; give a number of images, or 0 to invert none")
     if len(images) < 8 or n < 8:
@@ -298,7 +300,7 @@ def evaluate_model(
             "n": n,
             "seed": seed,
             "steps": steps,
-            "eta": eta,
+            "eta": float(eta),
             "held_out": len(real),
             "m": m,
             "compared": 0 if training is None else min(len(learned), m),

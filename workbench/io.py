@@ -6,9 +6,11 @@ import ast
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -25,6 +27,9 @@ PACKAGE = Path(__file__).parent
 Value = TypeVar("Value")
 
 _ATTEMPTS = itertools.count()
+
+_PARSING = threading.Lock()
+"""Python 3.11 can't parse in two threads at once."""
 
 
 @contextlib.contextmanager
@@ -95,6 +100,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
+def as_json(value: object, **options: object) -> str:
+    """JSON of a value that may hold numbers and arrays of numpy."""
+
+    def plain(part: object) -> object:
+        if hasattr(part, "tolist"):
+            return part.tolist()
+        raise TypeError(f"a {type(part).__name__} is no value for a file: {part!r}")
+
+    return json.dumps(value, default=plain, **options)
+
+
 def version_of(package: str) -> str | None:
     """Version of an installed package, without the build; None if it is missing."""
     try:
@@ -112,13 +128,18 @@ def commit() -> str | None:
         return None
 
 
-@cache
 def code_hash(*modules: str) -> str:
     """Digest of modules and of all modules of this package that they import, directly or not.
 
     What cannot change a result does not count: comments, docstrings, layout, texts of errors, checks that only raise,
     and `__repr__`. Modules are dotted names, such as "workbench.hspace.extract"; without any, the digest is of all.
     """
+    with _PARSING:
+        return _code_hash(*modules)
+
+
+@cache
+def _code_hash(*modules: str) -> str:
     todo, seen = {*modules} or {*_files()}, {}
     while todo:
         name = todo.pop()

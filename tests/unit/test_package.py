@@ -312,7 +312,7 @@ def test_a_code_hash_follows_imports_and_no_words_or_checks(tmp_path, monkeypatc
     def hashes(**changed):
         for name, text in {**files, **changed}.items():
             (tmp_path / "pkg" / f"{name}.py").write_text(text)
-        for known in (io.code_hash, io._files, io._read):
+        for known in (io._code_hash, io._files, io._read):
             known.cache_clear()
         return io.code_hash("pkg.a"), io.code_hash("pkg.d"), io.code_hash()
 
@@ -338,7 +338,7 @@ def test_a_code_hash_follows_imports_and_no_words_or_checks(tmp_path, monkeypatc
         assert hashes(c=caught.format("KeyError(1)")) == hashes(c=caught.format("KeyError(2)"))
         assert hashes(c=caught.format("KeyError(1)"))[0] != hashes(c=caught.format("OSError(1)"))[0]
     finally:
-        for known in (io.code_hash, io._files, io._read):
+        for known in (io._code_hash, io._files, io._read):
             known.cache_clear()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from workbench.benchmark.tables import probability, write_edits, write_strips
 from workbench.datasets.classifiers import Classifier
 from workbench.datasets.labelled import LabelledImages
 from workbench.diffusion.models import Model
-from workbench.io import code_hash
+from workbench.io import as_json, code_hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +96,7 @@ class Benchmark:
             self.edits.to_csv(folder / "edits.csv", index=False)
         for name in TABLES:
             getattr(self, name).to_csv(folder / f"{name}.csv", index=False)
-        (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=1) + "\n", encoding="utf-8")
+        (folder / "provenance.json").write_text(as_json(self.provenance, indent=1) + "\n", encoding="utf-8")
         return folder
 
     @property

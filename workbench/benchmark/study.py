@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar, cast
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 
@@ -78,8 +79,8 @@ class Method:
     unit : str
         Of the strengths.
     code : str
-        Digest of the function's source, so that a changed one is measured again; of a function outside of the package
-        that it calls, nothing is known.
+        Digest of the function's source, its defaults and the values that it takes from around it, so that a changed one
+        is measured again; of a function outside of the package that it calls, nothing is known.
     """
 
     name: str
@@ -135,11 +136,24 @@ def register_method(
         raise ValueError(f"scale is {scale}; give one above 0, and up to the limit {limit}")
 
     def register(find: Callable) -> Callable:
-        code = hashlib.sha256(inspect.getsource(find).encode()).hexdigest()[:16]
-        METHODS[name] = Method(name, find, scale, limit, family, unit, code)
+        METHODS[name] = Method(name, find, scale, limit, family, unit, _code_of(find))
         return find
 
     return register
+
+
+def _code_of(find: Callable) -> str:
+    """Digest of a method's source, and of the values that it takes from around it."""
+    try:
+        source = inspect.getsource(find)
+    except (OSError, TypeError):  # typed at a prompt, or no function but callable
+        return hashlib.sha256(cloudpickle.dumps(find)).hexdigest()[:16]
+    around = inspect.getclosurevars(find)
+    values = {**around.globals, **around.nonlocals}
+    # Functions and modules are code, about which the docstring of `Method` says what is known.
+    kept = {k: v for k, v in values.items() if not callable(v) and not inspect.ismodule(v)}
+    known = cloudpickle.dumps([find.__defaults__, find.__kwdefaults__, sorted(kept.items())])
+    return hashlib.sha256(source.encode() + known).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

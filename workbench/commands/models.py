@@ -253,10 +253,7 @@ class Training:
     seed: Annotated[int | None, Option(help="seed of all random numbers (default 0)")] = None
 
     def given(self) -> dict[str, object]:
-        chosen = {name: value for name, value in vars(self).items() if value is not None and value is not False}
-        if self.attention == [0]:
-            chosen["attention"] = []
-        return chosen
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 TRAIN = "workbench train FOLDER --out data/models/mine"

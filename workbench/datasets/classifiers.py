@@ -172,6 +172,7 @@ def check_attributes(
             )
 
 
+@torch.enable_grad()
 def train_classifier(
     images: LabelledImages | str | Path,
     *,

@@ -63,6 +63,7 @@ class Retrieval:
     image: float
 
 
+@torch.enable_grad()
 def train_clip(
     images: LabelledImages,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -123,9 +124,9 @@ def as_condition(
         if given is None:
             return None
         if label is not None:
-            if isinstance(given, bool) or not isinstance(given, int):
+            if isinstance(given, bool) or not isinstance(given, Integral):
                 raise ValueError(f"a label is a whole number, not {given!r}")
-            return torch.tensor([given])
+            return torch.tensor([int(given)])
         given = torch.as_tensor(given, dtype=torch.float32)
         given = given[None] if given.ndim == 2 else given
         if given.ndim != 3 or len(given) != 1 or not torch.isfinite(given).all():

@@ -391,7 +391,10 @@ def _read_scheduler(path: Path) -> DDPMScheduler:
         config["prediction_type"] = "sample"
     try:
         with _quiet():
-            scheduler = DDIMScheduler.from_config(config)
+            try:
+                scheduler = DDIMScheduler.from_config(config)
+            except NotImplementedError:  # it has fewer kinds of betas
+                scheduler = DDPMScheduler.from_config(config)
         schedule_of(scheduler)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has no noise schedule that can be used: {error}") from error

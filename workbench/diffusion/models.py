@@ -440,8 +440,9 @@ def make_model(
     memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
     unet.eval().requires_grad_(False).float().to(device=device, memory_format=memory_format)
     codec = None if vae is None else Codec(vae.float().to(device))
-    if codec is not None and vae.config.latent_channels != split.x_shape[0]:
-        channels = vae.config.latent_channels
+    # A VQModel's latents are of the width of its codes.
+    channels = None if codec is None else vae.config.get("vq_embed_dim") or vae.config.latent_channels
+    if channels not in (None, split.x_shape[0]):
         raise ValueError(f"the autoencoder's latents have {channels} channels, the network's {split.x_shape[0]}")
     return Model(name, split, schedule, hash_weights(unet), prediction, codec, text)
 

@@ -56,7 +56,8 @@ class TrainingSettings:
     layers : int
         Residual blocks per resolution.
     attention : tuple of int
-        Resolutions of the network with self-attention, in pixels of the shorter side. The mid block always has it.
+        Resolutions of the network with self-attention, in pixels of the shorter side; () or 0 is none. The mid block
+        always has it.
     head_channels : int
         Channels of an attention head, no more than the widths with attention.
     start : str or None
@@ -128,15 +129,15 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", shape_of(self.size))
         for name in ("widths", "attention"):
-            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name) if int(value)))
         for allowed, (names, fits) in _BOUNDS.items():
             for name in names:
                 if not fits(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)}; give {allowed}")
         one_of("precision", self.precision, PRECISIONS)
         one_of("prediction", self.prediction, PREDICTIONS)
-        noise_schedule(T=self.timesteps)  # refuses too few
         if self.start is None:
+            noise_schedule(T=self.timesteps)  # refuses too few
             if self.grow:
                 raise ValueError("grow needs a model to grow; give start")
             self._check_network()
@@ -265,7 +266,10 @@ def _scheduler_of(model: Model) -> DDPMScheduler:
         ratios = schedule.alpha_bars / np.append(1.0, schedule.alpha_bars[:-1])
         betas = {"num_train_timesteps": T, "trained_betas": (1 - ratios).tolist()}
     spacing = {"timestep_spacing": schedule.spacing, "steps_offset": schedule.offset}
-    return DDPMScheduler(**betas, **spacing, prediction_type=model.prediction)
+    scheduler = DDPMScheduler(**betas, **spacing, prediction_type=model.prediction)
+    if schedule.clean < 1.0:
+        scheduler.register_to_config(set_alpha_to_one=False)  # as DDIM's scheduler reads it
+    return scheduler
 
 
 def _network_of(model: Model, *, grow: bool, dropout: float, seed: int) -> UNet2DModel:

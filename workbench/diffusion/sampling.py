@@ -268,6 +268,11 @@ class Trajectory:
             self._reached[i] = _run(self, stop=i, progress=False).x0
         return self._reached[i]
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the seeds give x_T; a run that was moved in x_t keeps them for the noise of its steps alone."""
+        return self.seeds is not None and torch.equal(self.x_T, initial_noise(self.seeds, self.model.x_shape))
+
     def tapped(self, tap: str) -> Trajectory:
         """The same samples, with h read and edited at another tap; see `SplitUNet`."""
         return replace(self, model=self.model.tapped(tap), h=None)

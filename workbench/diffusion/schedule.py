@@ -61,7 +61,7 @@ def index_of(t: int, timesteps: Sequence[int], *, trained: int | None = None) ->
 def within(t_range: tuple[int, int] | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
     """Which timesteps lie in a range (from, to), from >= t >= to; ValueError if none does. None is all of them."""
     try:
-        high, low = t_range or (timesteps[0], timesteps[-1])
+        high, low = (timesteps[0], timesteps[-1]) if t_range is None else t_range
         inside = tuple(low <= t <= high for t in timesteps)
     except (TypeError, ValueError):
         raise ValueError(f"t_range is {t_range!r}; give two timesteps, such as (700, 100)") from None
@@ -102,7 +102,7 @@ class NoiseSchedule:
     clean: float = 1.0
 
     def __post_init__(self) -> None:
-        a = np.asarray(self.alpha_bars, dtype=np.float64)
+        a = np.array(self.alpha_bars, dtype=np.float64)
         # A last alpha_bar of 0 (zero terminal SNR) is allowed, and `timesteps` refuses to visit it.
         if a.ndim != 1 or a.size < 2 or not (a[:-1] > 0).all() or not a[-1] >= 0 or a[0] > 1 or (np.diff(a) > 0).any():
             raise ValueError("alpha_bar must be a decreasing list of at least 2 values in (0, 1]")
@@ -307,7 +307,7 @@ class NoiseSchedule:
         ValueError
             If the list and `steps` differ in length, or a value is outside [0, 1].
         """
-        values = tuple(map(float, eta)) if isinstance(eta, (Sequence, np.ndarray)) else (float(eta),) * steps
+        values = (float(eta),) * steps if np.ndim(eta) == 0 else tuple(map(float, eta))
         if len(values) != steps:
             raise ValueError(f"eta is a list of {len(values)} values for {steps} steps; give one, or one per step")
         if not all(0.0 <= v <= 1.0 for v in values):

@@ -52,7 +52,7 @@ from workbench.diffusion.sampling import sample
 from workbench.diffusion.text import TextEncoder, copy_text_encoder
 from workbench.diffusion.unet import SplitUNet
 from workbench.formats.checkpoints import hash_weights, read_json
-from workbench.io import commit, locked, write_text, written
+from workbench.io import as_json, commit, locked, write_text, written
 from workbench.shapes import with_channels
 
 CONFIG, STATE, LOG = "training.json", "checkpoint.safetensors", "log.csv"
@@ -101,6 +101,7 @@ def make_batch(settings: TrainingSettings, step: int, *, n: int, shape: tuple[in
     )
 
 
+@torch.enable_grad()
 def train_model(
     images: Sequence[torch.Tensor] | torch.Tensor,
     settings: TrainingSettings | None = None,
@@ -361,7 +362,7 @@ class _Run:
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
         standing = {"step": self.step, "hours": round(self.hours(), 6), "hash": hash_weights(unet)}
-        write_text(out / CONFIG, json.dumps(self.description | standing, indent=2) + "\n")
+        write_text(out / CONFIG, as_json(self.description | standing, indent=2) + "\n")
         return unet
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -478,6 +479,7 @@ def _read_images(images: Sequence[torch.Tensor] | torch.Tensor, shape: tuple[int
         return torch.cat([_read_images(part, shape) for part in images])
     if not len(images):
         raise ValueError("there are no images; give 1 or more")
+    images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     if hasattr(images, "at_size"):
         images = images.at_size(shape)
     if tuple(images[:1].shape[1:]) != shape:

@@ -31,7 +31,7 @@ from workbench.diffusion.models import Model, refuse_other_model
 from workbench.directions.direction import Direction, origin_of
 from workbench.formats.checkpoints import read_tensors
 from workbench.hspace.store import HStore
-from workbench.io import written
+from workbench.io import as_json, written
 from workbench.paths import local, writable
 
 GROUPS = 32
@@ -190,7 +190,7 @@ class DeltaFunction:
                 torch.save({"0": state}, partial)
             else:
                 about = {"name": self.name, "model": self.model.provenance(), "training": self.training}
-                save_file(state, partial, {_METADATA: json.dumps(about)})
+                save_file(state, partial, {_METADATA: as_json(about)})
         return path
 
     def mean(self, store: HStore, *, progress: bool = True) -> Direction:

@@ -28,6 +28,7 @@ STRENGTH_WEIGHT, FIDELITY_WEIGHT = 0.25, 0.05
 """Weights of the strength's error and of the discriminator; that of the direction's cross entropy is 1."""
 
 
+@torch.enable_grad()
 def learn_directions(
     model: Model,
     store: HStore,

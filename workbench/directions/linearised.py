@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workbench.diffusion.parallel import count_passes, in_threads
+
+_KERNELS = threading.Lock()
 
 
 class Linearised:
@@ -27,8 +30,8 @@ class Linearised:
 
     def __init__(self, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, width: int = 1) -> None:
         def build(_: slice) -> None:
-            # A fused attention kernel has no second derivative.
-            with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):
+            # A fused attention kernel has no second derivative. The choice of kernels is the process's, not the thread's.
+            with _KERNELS, torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):
                 start = x.detach().repeat_interleave(width, dim=0).contiguous(memory_format=torch.channels_last)
                 self._x = start.requires_grad_()
                 self._y = f(self._x)

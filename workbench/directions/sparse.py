@@ -115,6 +115,7 @@ class SparseCode:
         return found.calibrated(self.store, progress=progress)
 
 
+@torch.enable_grad()
 def fit_sparse_code(
     store: HStore,
     *,

@@ -99,8 +99,10 @@ def find_from_labels(
     name = name or name_of(labels, "label")
     y = matched_column(store, labels, f"the labels {name!r}")
     others = _balance_of(store, balance)
-    if among is not None and not {*among} <= {*range(len(y))}:
-        raise ValueError(f"among lists positions of samples, from 0 to {len(y) - 1}")
+    if among is not None and (np.asarray(among).dtype == bool or not {*among} <= {*range(len(y))}):
+        raise ValueError(
+            f"among lists positions of samples, from 0 to {len(y) - 1}; np.flatnonzero gives those of a mask"
+        )
     used = np.ones(len(y), dtype=bool) if among is None else np.isin(np.arange(len(y)), among)
     if chunks is not None:
         rows = store.rows_of(chunks)

@@ -15,6 +15,7 @@ from workbench.datasets.clip import Clip, load_clip
 from workbench.diffusion.models import Model
 from workbench.diffusion.networks import seeded
 from workbench.diffusion.sampling import Trajectory, sample
+from workbench.diffusion.schedule import within
 from workbench.directions.asyrp import DeltaBlock, DeltaFunction
 from workbench.directions.words import CLIP, SOURCE
 from workbench.editing.asyrp import LEVELS, EditingInterval, find_interval
@@ -26,6 +27,7 @@ DECAY_EVERY, DECAY = 20, 0.9
 """The learning rate falls by this factor after so many passes over the samples, as in the published files."""
 
 
+@torch.enable_grad()
 def train_asyrp(
     model: Model,
     target: str,
@@ -117,6 +119,7 @@ def train_asyrp(
     function.check_fits(model)
     optimiser = torch.optim.Adam(block.parameters(), learning_rate)
     decay = torch.optim.lr_scheduler.StepLR(optimiser, DECAY_EVERY, DECAY)
+    within((model.schedule.T - 1, interval.t_edit), run.timesteps)  # refuses an interval without a visited timestep
     pairs = [pair for pair in model.schedule.pairs(run.timesteps) if pair[0] >= interval.t_edit]
     rng, started, losses = np.random.default_rng(seed), time.monotonic(), []
     batches = -(-len(run) // batch_size)

@@ -285,6 +285,10 @@ class AtTap(Wrapped):
         tapped = run.tapped(self.tap)
         return [run if plan is tapped else plan for plan in self.edit.plan(tapped, scales)]
 
+    def plain(self, run: Trajectory) -> Trajectory:
+        plain = self.edit.plain(tapped := run.tapped(self.tap))
+        return run if plain is tapped else plain
+
     def about(self) -> dict:
         return self.edit.about() | {"tap": self.tap}
 

@@ -410,7 +410,8 @@ def _model_of(source: HStore | Trajectory, model: Model | None) -> Model:
 def _run_of(source: HStore | Trajectory, model: Model, n: int, *, progress: bool) -> Trajectory:
     """The first n samples as a run that records x_t."""
     if isinstance(source, HStore):
-        if source.seeds is not None and "x" not in source.group:
+        # A store of a latent model holds decoded images, which encode to other latents.
+        if source.seeds is not None and ("x" not in source.group or model.latent):
             options = {"steps": source.timesteps, "eta": source.provenance["etas"], "progress": progress}
             return sample(model, source.seeds[:n], record_x=True, **options)
         values = torch.stack([torch.from_numpy(source.at(t, space="x")[:n]) for t in source.timesteps])

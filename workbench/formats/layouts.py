@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,9 @@ def noise_schedule(name: str = "linear", T: int = 1000, *, rescaled: bool = Fals
     """
     one_of("schedule", name, SCHEDULES)
     least = 1000 if rescaled else FEWEST
-    if not isinstance(T, int) or T < least or (rescaled and T % 1000):
+    if not isinstance(T, Integral) or T < least or (rescaled and T % 1000):
         raise ValueError(f"timesteps is {T}; give {'a multiple of 1000' if rescaled else f'{least} or more'}")
-    settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": T}
+    settings = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": int(T)}
     if name == "linear":
         settings |= {"beta_schedule": "linear", "beta_start": 0.1 / T, "beta_end": 20 / T}
     if name != "sigmoid" and (not rescaled or T == 1000):

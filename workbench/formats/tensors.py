@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from workbench.io import written
+from workbench.io import as_json, written
 from workbench.paths import local
 
 VERSION = "1"
@@ -22,7 +22,7 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], about: dict
     header = {
         "format": f"hspace-{kind}",
         "version": VERSION,
-        kind: json.dumps({**about, "sha256": digest(tensors)}),
+        kind: as_json({**about, "sha256": digest(tensors)}),
     }
     with written(path) as partial:
         save_file(tensors, partial, metadata=header)

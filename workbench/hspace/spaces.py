@@ -37,7 +37,8 @@ def tap_table(run: Trajectory, *, timesteps: Sequence[int] | None = None, progre
     if len(run) < 2:
         raise ValueError(f"the run has {len(run)} sample; samples differ from at least two on")
     visited = run.timesteps
-    chosen = timesteps or sorted({visited[0], visited[len(visited) // 2], visited[-1]}, reverse=True)
+    usual = sorted({visited[0], visited[len(visited) // 2], visited[-1]}, reverse=True)
+    chosen = usual if timesteps is None else timesteps
     model, rows = run.model, []
     pairs = [(tap, t) for tap in _in_order(model.taps) for t in chosen]
     with torch.inference_mode():

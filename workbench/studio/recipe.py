@@ -68,7 +68,7 @@ def save_recipe(session: EditSession, path: str | Path, *, state: EditState | No
         "format": FORMAT,
         "version": VERSION,
         "model": session.model.provenance(),
-        "sample": {"seed": run.seeds[0]} if run.seeds is not None else {"image": _save_run(run, folder)},
+        "sample": _about_sample(run, folder),
         "timesteps": list(run.timesteps),
         "etas": list(run.etas),
         "eta": state.eta,
@@ -250,16 +250,24 @@ def _sample_of(recipe: dict, path: Path, session: EditSession) -> int:
 def _run_of(recipe: dict, path: Path, model: Model) -> Trajectory:
     """The plain sample."""
     timesteps, etas = tuple(recipe["timesteps"]), tuple(recipe["etas"])
-    if "seed" in recipe["sample"]:
-        return sample(model, [recipe["sample"]["seed"]], steps=timesteps, eta=etas, progress=False)
-    file = _part(path, recipe["sample"]["image"])
+    about = recipe["sample"]
+    seeds = (about["seed"],) if "seed" in about else None
+    if "image" not in about:
+        return sample(model, seeds, steps=timesteps, eta=etas, progress=False)
+    file = _part(path, about["image"])
     if not file.is_file():
         raise FileNotFoundError(f"there is no inverted image {file}; the recipe's folder must come with it")
     try:
         kept = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} can't be read as an inverted image ({type(error).__name__})") from error
-    return Trajectory(model, kept["x_T"], kept["x0"], timesteps, etas, stored_noise=kept.get("stored_noise"))
+    return Trajectory(model, kept["x_T"], kept["x0"], timesteps, etas, seeds, stored_noise=kept.get("stored_noise"))
+
+
+def _about_sample(run: Trajectory, folder: Path) -> dict:
+    """Its seed, or a file of what no seed gives: an inverted image, or a sample that was moved in x_t."""
+    seed = {} if run.seeds is None else {"seed": run.seeds[0]}
+    return seed if run.is_sampled else seed | {"image": _save_run(run, folder)}
 
 
 def _save_run(run: Trajectory, folder: Path) -> str:

@@ -121,7 +121,7 @@ class Renderings:
             eta = self.etas if self.samples[0].stored_noise is None else 1.0
         etas = self.model.schedule.etas(eta, len(self.timesteps))
         seeds = list(dict.fromkeys(int(seed) for seed in seeds))
-        known = {run.seeds[0]: k for k, run in enumerate(self.samples) if run.seeds is not None and run.etas == etas}
+        known = {run.seeds[0]: k for k, run in enumerate(self.samples) if run.is_sampled and run.etas == etas}
         new = [seed for seed in seeds if seed not in known]
         if new:
             progress = progress or Progress()
