@@ -94,6 +94,12 @@ def test_a_file_gives_the_function_back(trained, tiny, tmp_path, ending):
         assert set(torch.load(tmp_path / "red.pth", weights_only=True)["0"]) == set(trained.terms[0][1].state_dict())
 
 
+def test_an_interval_without_a_visited_timestep_is_refused(tiny, clip, run):
+    with pytest.raises(ValueError, match=r"no visited timestep lies in 999\.\.900"):
+        options = TEXTS | QUIET | {"interval": EditingInterval(900, 200)}
+        train_asyrp(tiny, "a red square", clip=clip, run=run, **options)
+
+
 def test_a_file_of_ours_is_refused_by_another_model(trained, make_unet, tiny, tmp_path):
     path = trained.save(tmp_path / "red.safetensors")
     other = wb.wrap(make_unet(seed=1), tiny.schedule, name="other", device="cpu")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import cloudpickle
 import distributed
@@ -481,3 +482,20 @@ def test_what_workers_share_does_not_change_by_its_use(setting, monkeypatch):
     result = run(setting | {"workers": 2}, protocol("boundary of text", "text direction", steps=2))
     assert set(result.edits.method) == {"boundary of text", "text direction"}
     assert [type(each) for each in shared] == [bytes]
+
+
+def test_a_method_is_known_by_its_source_and_by_the_values_around_it(added):
+    def registered(k, *, default=1):
+        METHODS.pop("mine", None)
+
+        @register_method("mine")
+        def mine(study, attribute, default=default):
+            return (k, default)
+
+        return METHODS["mine"].code
+
+    assert registered(2) == registered(2)
+    assert len({registered(2), registered(3), registered(2, default=5)}) == 3
+    METHODS.pop("mine")
+    register_method("mine")(partial(registered, 2))  # callable, and no function
+    assert METHODS["mine"].code

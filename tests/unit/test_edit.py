@@ -333,6 +333,18 @@ def test_an_edit_at_another_tap_is_that_edit_of_the_run_at_that_tap(tiny, run):
     assert there.about()["tap"] == "skip.0" and there.name == "skip at skip.0"
 
 
+def test_an_edit_at_another_tap_is_compared_with_what_it_is_compared_with_there(run):
+    seen = []
+
+    class Decoded(Shift):
+        def plain(self, run):
+            seen.append(run.model.tap)
+            return run
+
+    assert AtTap(Decoded(None), "skip.0").plain(run) is run
+    assert seen == ["skip.0"]
+
+
 def test_a_direction_at_another_tap_is_its_shift(tiny, run, direction):
     one, other = (AtTap(each, tiny.tap).plan(run, [1.0]) for each in (direction, Shift(direction)))
     assert torch.equal(*(run_plans(run, [plan], progress=False) for plan in (one, other)))

@@ -323,6 +323,18 @@ def test_vq_latents_and_class_labels_from_a_folder(tmp_path, make_unet, monkeypa
     assert sizes == [2, 2]
 
 
+def test_latents_of_codes_narrower_than_the_encoder_and_rare_schedules_load(tmp_path, make_unet):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    narrow = {"latent_channels": 8, "vq_embed_dim": 3, "num_vq_embeddings": 16, "norm_num_groups": 4}
+    vae = VQModel(block_out_channels=(4, 8), **blocks, **narrow).eval()
+    model = wb.wrap(make_unet(), DDPMScheduler(), name="vq", device="cpu", vae=vae)
+    assert model.to_latents(torch.zeros(1, 3, 16, 16)).shape == (1, 3, 8, 8)
+    make_unet().save_pretrained(tmp_path / "unet")
+    DDPMScheduler(beta_schedule="sigmoid").save_pretrained(tmp_path / "scheduler")
+    expected = wb.wrap(make_unet(), DDPMScheduler(beta_schedule="sigmoid"), name="sigmoid", device="cpu")
+    assert wb.load_model(tmp_path, device="cpu").schedule.provenance() == expected.schedule.provenance()
+
+
 def test_a_model_comes_back_as_a_provenance_recorded_it(stable_diffusion, make_unet):
     folder, _ = stable_diffusion
     plain = wb.load_model(folder, device="cpu")

@@ -99,3 +99,8 @@ def test_a_sparse_code_says_what_it_cannot_do(coded):
     code = fit_sparse_code(store, features=8, active=2, steps=1, progress=False)
     with pytest.raises(ValueError, match="planted"):
         code.aligned(labels, most=0)
+
+
+def test_learning_turns_gradients_on(tiny, population):
+    with torch.no_grad():
+        assert len(learn_directions(tiny, population, k=2, steps=1, batch_size=2, progress=False)) == 2

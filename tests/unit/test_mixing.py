@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from exact import exact_model, rms, which_class
 from scipy import integrate, stats
+from small_models import stable_diffusion
 
 import workbench as wb
 from workbench.analysis import mixing_criteria as mixing
@@ -327,6 +328,16 @@ def test_a_store_is_read_as_its_run_and_one_of_other_weights_is_refused(tiny, ma
     for options, words in (({"model": other}, ".tiny.*.other."), ({}, "'tiny' is not here; give it with model=")):
         with pytest.raises(ValueError, match=words):
             find(store, **options)
+
+
+def test_a_store_of_a_latent_model_is_read_as_its_run(tmp_path):
+    """Its images are decoded, and encode to other latents."""
+    stable_diffusion(tmp_path)
+    model = wb.load_model(tmp_path / "model", device="cpu", prompt="a cafe")
+    options = {"steps": 4, "record_x": True, "progress": False}
+    store, run = wb.extract(model, 12, out=tmp_path / "a.zarr", **options), wb.sample(model, range(12), **options)
+    curves = [find(source, model=model, resamples=5).curve for source in (store, run)]
+    pd.testing.assert_frame_equal(*curves, atol=1e-3)
 
 
 def test_real_images_are_compared_with_deterministic_samples(tiny):

@@ -163,3 +163,15 @@ def test_a_schedule_that_is_not_one_is_refused_and_none_can_be_changed(linear):
         linear.alpha_bars[0] = 0.5
     with pytest.raises(ValueError, match="leading, trailing, linspace"):
         NoiseSchedule(linear.alpha_bars, spacing="karras")
+
+
+def test_a_schedule_copies_the_array_that_it_is_given():
+    alpha_bars = np.array([0.9, 0.5, 0.1])
+    schedule = NoiseSchedule(alpha_bars)
+    alpha_bars[0] = 0.95
+    assert schedule.alpha_bars[0] == 0.9
+
+
+@pytest.mark.parametrize("eta", [[0.0, 1.0], (0.0, 1.0), np.array([0.0, 1.0]), torch.tensor([0.0, 1.0])])
+def test_etas_may_be_any_list_of_numbers(linear, eta):
+    assert linear.etas(eta, 2) == (0.0, 1.0)

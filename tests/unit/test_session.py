@@ -441,6 +441,19 @@ def test_a_recipe_renders_again_bit_for_bit_and_is_reloaded_as_one_change(sessio
     assert not session.state.edits
 
 
+def test_a_recipe_of_a_moved_sample_holds_what_its_seed_does_not_give(tiny, run, smile, tmp_path):
+    """Its seed gives the noise of the steps alone; x_T is another's."""
+    light = wb.MoveX(torch.ones(tiny.x_shape), run.timesteps[0], "light")
+    session = EditSession(tiny, wb.edit(tiny, run[:1], light, scale=2.0, progress=False), [smile])
+    session.set_scale("smile", 1.0)
+    again = open_recipe(save_recipe(session, tmp_path / "edit.json"), model=tiny)
+    same(again.render(), session.render().after)
+    same(again.render(preview=True), session.render(preview=True).after)
+    (k,) = session.add_seeds([run.seeds[0]])
+    assert k == 1
+    torch.testing.assert_close(session.samples[k].x0, run.x0[:1], **NEAR)
+
+
 def test_a_recipe_that_is_replaced_leaves_nothing_of_the_old_one_behind(session, tmp_path):
     path, folder = tmp_path / "edit.json", tmp_path / "edit.parts"
     (folder / "notes.safetensors").parent.mkdir()

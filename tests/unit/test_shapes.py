@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import workbench as wb
@@ -299,6 +299,18 @@ def test_a_training_takes_over_shape_and_schedule_of_its_start(tmp_path, make_un
     with pytest.raises(ValueError, match="classes is conditional"):
         begun = wb.TrainingSettings(start=str(tmp_path / "classes"), steps=1)
         wb.train_model(torch.zeros(2, 3, 8, 8), begun, out=tmp_path / "other", **QUIET)
+
+
+def test_a_training_keeps_the_clean_end_of_its_start_and_few_timesteps(tmp_path, make_unet):
+    begins = {"clean": DDIMScheduler(set_alpha_to_one=False), "few": DDPMScheduler(num_train_timesteps=20)}
+    for name, scheduler in begins.items():
+        make_unet().save_pretrained(tmp_path / name / "unet")
+        scheduler.save_pretrained(tmp_path / name / "scheduler")
+        start = wb.load_model(tmp_path / name, device="cpu")
+        settings = wb.TrainingSettings(start=str(tmp_path / name), steps=1, batch_size=2)
+        model = wb.train_model(np.zeros((4, 3, 8, 8)), settings, out=tmp_path / f"{name}-trained", **QUIET)
+        assert (model.schedule.T, model.schedule.clean) == (start.schedule.T, start.schedule.clean)
+        assert name != "clean" or model.schedule.clean < 1
 
 
 def test_a_schedule_that_ends_without_signal_is_trained_on_too(tmp_path, make_unet):

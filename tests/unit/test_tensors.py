@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -51,3 +52,12 @@ def test_grids_of_version_0_1_load_without_a_checksum(tmp_path):
     path = tmp_path / "grid.safetensors"
     save_file({"images": torch.zeros(1)}, path, metadata={"edit_grid": json.dumps({"rows": ["0"]})})
     assert load_tensors(path, kind="edit_grid")[1] == {"rows": ["0"]}
+
+
+def test_numbers_and_arrays_of_numpy_are_written_as_plain_ones(tmp_path):
+    about = {"k": np.int64(3), "share": np.float32(0.5), "etas": np.array([0.0, 1.0])}
+    path = save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, about, kind="thing")
+    found = load_tensors(path, kind="thing")[1]
+    assert {key: found[key] for key in about} == {"k": 3, "share": 0.5, "etas": [0.0, 1.0]}
+    with pytest.raises(TypeError, match="a object is no value for a file"):
+        save_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(1)}, {"k": object()}, kind="thing")

@@ -142,9 +142,9 @@ def check_classes(y: pd.Series, name: str) -> np.ndarray:
         raise ValueError(f"{int(y.isna().sum())} of {len(y)} labels {name!r} are missing; label every sample")
     if not y.isin([0, 1]).all():
         other = y[~y.isin([0, 1])].iloc[0]
-        raise ValueError(
-            f"labels are 0 or 1, but {name!r} has {other!r}; convert texts by astype(int), and for real values use find_from_scores"
-        )
+        remedy = "use astype(int) on texts, and find_from_scores with real values"
+        shown = repr(other) if isinstance(other, str) else other
+        raise ValueError(f"labels are 0 or 1, but {name!r} has {shown}; {remedy}")
     positive = y.to_numpy().astype(bool)
     n, m = int(positive.sum()), int((~positive).sum())
     if min(n, m) == 0:

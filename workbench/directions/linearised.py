@@ -30,7 +30,7 @@ class Linearised:
 
     def __init__(self, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, width: int = 1) -> None:
         def build(_: slice) -> None:
-            # A fused attention kernel has no second derivative. The choice of kernels is the process's, not the thread's.
+            # A fused attention kernel has no second derivative. The choice of kernels is the process's, not a thread's.
             with _KERNELS, torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):
                 start = x.detach().repeat_interleave(width, dim=0).contiguous(memory_format=torch.channels_last)
                 self._x = start.requires_grad_()
