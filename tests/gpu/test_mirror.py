@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import operations
@@ -15,6 +17,11 @@ from mirror import mirror
 
 
 def test_the_device_refuses_what_a_gpu_refuses():
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as elsewhere:  # it stays in the process that knows it
+        elsewhere.submit(refuse).result()
+
+
+def refuse() -> None:
     here, there = torch.ones(3), torch.ones(3, device=mirror())
     assert there.device.type == "mirror" and torch.equal((there + 1).cpu(), here + 1)
     for mixed in (lambda: here + there, lambda: torch.cat([here, there]), lambda: here[there.long()]):
