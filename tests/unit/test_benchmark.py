@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -498,4 +499,7 @@ def test_a_method_is_known_by_its_source_and_by_the_values_around_it(added):
     assert len({registered(2), registered(3), registered(2, default=5)}) == 3
     METHODS.pop("mine")
     register_method("mine")(partial(registered, 2))  # callable, and no function
+    METHODS.pop("mine")
+    lock = threading.Lock()  # that can't be written
+    register_method("mine")(lambda study, attribute: lock)
     assert METHODS["mine"].code

@@ -145,15 +145,22 @@ def register_method(
 def _code_of(find: Callable) -> str:
     """Digest of a method's source, and of the values that it takes from around it."""
     try:
-        source = inspect.getsource(find)
+        source, around = inspect.getsource(find), inspect.getclosurevars(find)
     except (OSError, TypeError):  # typed at a prompt, or no function but callable
-        return hashlib.sha256(cloudpickle.dumps(find)).hexdigest()[:16]
-    around = inspect.getclosurevars(find)
-    values = {**around.globals, **around.nonlocals}
-    # Functions and modules are code, about which the docstring of `Method` says what is known.
-    kept = {k: v for k, v in values.items() if not callable(v) and not inspect.ismodule(v)}
-    known = cloudpickle.dumps([find.__defaults__, find.__kwdefaults__, sorted(kept.items())])
-    return hashlib.sha256(source.encode() + known).hexdigest()[:16]
+        return hashlib.sha256(_bytes_of(find)).hexdigest()[:16]
+    values = {"defaults": [find.__defaults__, find.__kwdefaults__], **around.globals, **around.nonlocals}
+    digest = hashlib.sha256(source.encode())
+    for name, value in sorted(values.items()):
+        if not callable(value) and not inspect.ismodule(value):  # these are code, of which nothing is known
+            digest.update(name.encode() + _bytes_of(value))
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(value: object) -> bytes:
+    try:
+        return cloudpickle.dumps(value)
+    except Exception:  # of many kinds, such as of a lock or an open file
+        return str(type(value)).encode()
 
 
 @dataclass(frozen=True, eq=False)

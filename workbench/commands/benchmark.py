@@ -82,9 +82,9 @@ def benchmark(
     given |= {"--quick": quick, "--seed": seed}
     if records:
         chosen = {"--methods": methods, "--attributes": attributes, "--plugin": plugin, "--against": against}
-        usual = (("--images", images, "avataaars"), ("--labeller", labeller, "avataaars"))
-        other = {option: value != default for option, value, default in (*usual, ("--judge", judge, "avataaars-judge"))}
-        _refuse(given | chosen | other | {"--labels": labels.labels}, "--records")
+        chosen |= {"--images": images != "avataaars", "--labels": labels.labels}
+        chosen |= {"--labeller": labeller != "avataaars", "--judge": judge != "avataaars-judge"}
+        _refuse(given | chosen, "--records")
         record = wb.load_benchmark(model=network)
         _print(record, leaderboard.leaderboard(record.edits), recorded.record_folder(network))
         if not no_report:
