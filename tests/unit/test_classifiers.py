@@ -296,6 +296,13 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alon
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_training_on_tiny_images_is_a_function_of_the_seed(sheets, tmp_path):
+    """The last stage of a network of 8 pixels sees one."""
+    images, options = sheets[0].at_size(8), TINY | {"design": "judge", "steps": 20}
+    hashes = {train_classifier(images, out=tmp_path / str(i), seed=0, **options).hash for i in range(2)}
+    assert len(hashes) == 1
+
+
 def test_training_ends_once_held_out_images_gain_nothing(sheets_folder, tmp_path, monkeypatch):
     """Labels that say nothing of the images can be learned by heart, and only the images held out show that they
     were."""

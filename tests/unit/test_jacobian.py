@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench as wb
 from workbench.diffusion.sampling import Injection
+from workbench.directions import linearised
 from workbench.directions.direction import load_direction
 from workbench.directions.jacobian import JacobianSpectrum, find_jacobian, find_pullback
 from workbench.directions.linearised import Linearised
@@ -395,3 +396,15 @@ def test_errors_say_what_to_do(model, run, small_model):
         ("outside of a mask", {"find": find_pullback, "nullspace": 3}),
     ):
         refused(model, run, match, **options)
+
+
+def test_one_thread_at_a_time_chooses_the_kernels_of_attention():
+    """The choice is the process's: two that overlap would leave it as neither found it."""
+    held = []
+
+    def double(x):
+        held.append(linearised._KERNELS.locked())
+        return 2 * x
+
+    Linearised(double, torch.ones(1, 1, 2, 2))
+    assert held == [True] and not linearised._KERNELS.locked()

@@ -175,7 +175,7 @@ def binary_labels(images: LabelledImages) -> pd.DataFrame:
     if constant:
         raise ValueError(f"{', '.join(constant)} does not vary in {len(images)} images; give more or drop the column")
     if others:
-        warnings.warn(f"labels other than 0 and 1 are left out: {'; '.join(others.values())}", stacklevel=3)
+        warnings.warn(f"labels other than 0 and 1 are left out: {'; '.join(others.values())}", stacklevel=4)
     return labels
 
 

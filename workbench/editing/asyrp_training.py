@@ -159,7 +159,7 @@ def clip_interval(run: Trajectory, clip: Clip, *, cosine: float, progress: bool 
     try:
         return find_interval(run, distance=distance, levels=LEVELS["clip"], cosine=cosine, progress=progress)
     except ValueError as error:
-        warnings.warn(f"the edit acts at all timesteps, since no interval is found: {error}", stacklevel=3)
+        warnings.warn(f"the edit acts at all timesteps, since no interval is found: {error}", stacklevel=4)
         return EditingInterval(0, 0)
 
 
