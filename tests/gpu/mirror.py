@@ -20,8 +20,8 @@ NAME = "mirror"
 MOVES = ("_to_copy", "_copy_from", "copy_")
 """Operations that may take tensors of two devices."""
 
-INDEXED = {"index": 1, "_unsafe_index": 1, "index_put": 1, "index_put_": 1, "_index_put_impl_": 1}
-"""Operations with an argument that may be on the CPU: indices."""
+INDEXED = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+"""Operations whose second argument may be on the CPU: indices."""
 
 
 @cache
@@ -92,14 +92,13 @@ def _run(operation, args: tuple, kwargs: dict):
         args, kwargs = tree_map_only(Mirrored, lambda each: _pretend(each, pretended.fake_mode), (args, kwargs))
         return operation(*args, **kwargs)
     name, device = operation.overloadpacket.__name__, kwargs.get("device")
-    index = INDEXED.get(name)
-    fixed = [each for i, each in enumerate(args) if i != index]
+    fixed = (args[0], *args[2:]) if name in INDEXED else args
     tensors = [each for each in tree_leaves((fixed, kwargs)) if isinstance(each, torch.Tensor)]
     here = [isinstance(each, Mirrored) for each in tensors]
     # A number may be a tensor of the CPU.
     if name not in MOVES and any(here) and any(each.dim() for each, own in zip(tensors, here, strict=True) if not own):
         raise RuntimeError(f"expected all tensors on one device in {operation}: {[each.device for each in tensors]}")
-    if name in INDEXED and not here[0] and any(isinstance(each, Mirrored) for each in tree_leaves(args[index])):
+    if name in INDEXED and not here[0] and any(isinstance(each, Mirrored) for each in tree_leaves(args[1])):
         raise RuntimeError(f"indices are on {NAME}, and what they index is on the CPU, in {operation}")
     own_args, own_kwargs = tree_map_only(Mirrored, lambda each: each.values, (args, kwargs))
     own_kwargs = {key: value for key, value in own_kwargs.items() if key not in ("device", "pin_memory")}

@@ -468,6 +468,7 @@ MISTAKES = [
     ("benchmark avataaars64 --records -o none", "there is no recorded benchmark of 'avataaars64'"),
     ("benchmark --records --judge mine -o none", "--judge is given, and --records takes it from the record"),
     ("run 40_pca -p seed -1,0", "seed"),
+    ("boundary edit avataaars32 --seeds 1 --boundaries b --distances 1 -inf", "'-inf' is not a finite number"),
     ("studio --port 99999", "port 99999 is invalid"),
     ("explore nope.zarr --out page.pdf", "ends in .pdf"),
     ("edit nope.json", "there is no recipe nope.json"),

@@ -87,9 +87,11 @@ def command(name: str, *, example: str, app: Typer = app) -> Callable:
 def _are_numbers(text: str) -> bool:
     """Whether a word is a number, or several as a notebook's parameter takes them, such as -1,0,1."""
     try:
-        return all(math.isfinite(float(part)) for part in text.split(","))
+        for part in text.split(","):
+            float(part)
     except ValueError:
         return False
+    return True
 
 
 def _finite(text: str) -> float:
